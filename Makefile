@@ -1,0 +1,24 @@
+# make demo: the whole thing in a few minutes. make test: lint, types, tests. Both set up .venv first.
+.PHONY: demo test bench clean
+PYTHON ?= python3
+BIN := .venv/bin
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . pytest pytest-xdist ruff mypy
+	touch $@
+
+demo: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/fedcollm demo fedcollm-demo
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 10
+
+bench: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf .venv fedcollm-demo

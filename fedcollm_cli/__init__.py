@@ -1,0 +1,3 @@
+"""The command line of fedcollm."""
+
+__version__ = "0.1.0"

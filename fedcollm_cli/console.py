@@ -1,0 +1,140 @@
+"""What people see: progress and talk on stderr, results on stdout, plain or as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from stages.parts.errors import Problem
+from stages.parts.events import Event
+
+PLAIN_INTERVAL_S = 10.0
+"""How often a long stage says how far it is where there is no terminal to draw on."""
+
+
+class Console:
+    """Draws events: a live view on a terminal, plain lines elsewhere, nothing when quiet. Use as a context."""
+
+    def __init__(self, *, quiet: bool, as_json: bool) -> None:
+        copy = os.fdopen(os.dup(2), "w", buffering=1)  # stages silence stderr while libraries chatter
+        self._err = RichConsole(file=copy, highlight=False, soft_wrap=True)
+        self._quiet = quiet
+        self._as_json = as_json
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._round = self._stage = ""
+        self._values: dict[str, float] = {}
+        self._started = self._said = 0.0
+
+    def __enter__(self) -> Console:
+        if self._err.is_terminal and not self._quiet:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, TextColumn("{task.fields[losses]}"), console=self._err, transient=True)
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._end_stage()
+        if self._progress:
+            self._progress.stop()
+
+    def report(self, event: Event) -> None:
+        """Show one event; this is the callable that stages are given."""
+        if self._quiet:
+            if event.kind == "warning":
+                self._err.print(f"warning: {event.text}", markup=False)
+            return
+        match event.kind:
+            case "round":
+                self._end_stage()
+                self._round = event.text
+                self._err.print(event.text, style="bold", markup=False)
+            case "stage":
+                self._end_stage()
+                self._begin_stage(event.text)
+            case "step":
+                self._step(event)
+            case "note":
+                self._err.print(f"  {event.text}", markup=False)
+            case "warning":
+                self._err.print(f"warning: {event.text}", style="yellow", markup=False)
+
+    def _begin_stage(self, text: str) -> None:
+        self._stage, self._values = text, {}
+        self._started = self._said = time.monotonic()
+        if self._progress:
+            self._task = self._progress.add_task(text, total=None, losses="")
+
+    def _end_stage(self) -> None:
+        if not self._stage:
+            return
+        if self._progress and self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        seconds = time.monotonic() - self._started
+        self._err.print(f"  {self._stage}  {seconds:.1f} s  {_losses(self._values)}".rstrip(), markup=False)
+        self._stage = ""
+
+    def _step(self, event: Event) -> None:
+        self._values = dict(event.values)
+        if self._progress and self._task is not None:
+            self._progress.update(self._task, completed=event.step, total=event.total, losses=_losses(self._values))
+        elif time.monotonic() - self._said > PLAIN_INTERVAL_S:
+            self._said = time.monotonic()
+            self._err.print(
+                f"  {self._stage}  {event.step}/{event.total}  {_losses(self._values)}".rstrip(), markup=False
+            )
+
+    def result(self, value: Any, text: str | Table) -> None:
+        """The outcome, on stdout: value as JSON if that was asked for, else text."""
+        self._end_stage()
+        if self._progress:
+            self._progress.stop()
+        if self._as_json:
+            sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        elif isinstance(text, Table):
+            RichConsole(highlight=False).print(text)
+        else:
+            sys.stdout.write(text + "\n")
+
+    def error(self, problem: Problem) -> None:
+        """What happened, where, and how to mend it."""
+        if self._progress:
+            self._progress.stop()
+        self._err.print(f"error: {problem.message}", style="red", markup=False)
+        if problem.where:
+            self._err.print(f"  in    {problem.where}", markup=False)
+        if problem.mend:
+            self._err.print(f"  mend  {problem.mend}", markup=False)
+
+    def say(self, text: str) -> None:
+        """A sentence on stderr, whatever quiet says."""
+        if self._progress:
+            self._progress.stop()
+        self._err.print(text, markup=False)
+
+
+def _losses(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

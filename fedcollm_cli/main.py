@@ -1,0 +1,317 @@
+"""fedcollm: every step of FedCoLLM's Algorithm 1 as a command over a workspace folder.
+
+Nothing heavy is imported here: a command imports its stage when it is called.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fedcollm_cli import __version__, views
+from fedcollm_cli.console import Console
+from fedcollm_cli.session import (
+    ClientOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    RoundOption,
+    Session,
+    WorkspaceOption,
+    guarded,
+    session,
+)
+from stages.parts.errors import UsageProblem
+from stages.parts.manifest import Manifest
+
+app = typer.Typer(
+    name="fedcollm",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Co-tune a server's large language model and its clients' small ones, round by round, file by file.\n\n"
+    "A round: broadcast, client-train (each client), aggregate, co-distill, evaluate. "
+    "`fedcollm demo` shows it all in minutes; `fedcollm init` begins a study.",
+)
+
+
+def _published(opened: Session, folder: Path, manifest: Manifest) -> None:
+    """The result of a stage that makes an adapter: its folder, or its manifest as JSON."""
+    shown = opened.workspace.shown(folder)
+    opened.console.result({"path": shown, **manifest.model_dump()}, shown)
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Hold the options of fedcollm itself."""
+    if version:
+        typer.echo(f"fedcollm {__version__}")
+        raise typer.Exit
+    del context
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    template: Annotated[str, typer.Option(help="demo, blank, or the paper's settings s1, s2, s3.")] = "blank",
+    clients: Annotated[int, typer.Option(min=1, help="K, the number of clients.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="T, the number of rounds.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="The federation's seed.")] = 1,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a new workspace from a template.
+
+    Settings with every key explained, task files, and run_rounds.sh. s1: GPT-2 with GPT-2-large. s2: OPT-1.3B with
+    OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B.
+
+    Example: fedcollm init study --template s1
+    """
+    console = Console(quiet=quiet, as_json=as_json)
+    with guarded(console):
+        from stages.init import init as stage
+
+        workspace = stage(folder, template=template, seed=seed, clients=clients, rounds=rounds)
+        console.result({"path": str(workspace.root)}, f"{folder}")
+
+
+@app.command()
+def prepare(
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Divide a public dataset among the parties.
+
+    To simulate a federation. Reads the lm-eval tasks or JSONL files that [data] names. Writes
+    private/client-k/train.jsonl, private/server/auxiliary.jsonl and private/split.json. Prints rows and labels per
+    party.
+
+    Example: fedcollm prepare
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.prepare import prepare as stage
+
+        summary = stage(opened.workspace, overwrite=overwrite, report=opened.console.report)
+        opened.console.result(summary, views.split(summary))
+
+
+@app.command()
+def broadcast(
+    round: RoundOption,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+) -> None:
+    """Server: publish a round's adapter to all clients.
+
+    Round 1 makes a fresh adapter from the federation's seed. Round t publishes private/server/round-(t-1)/slm byte
+    for byte. Writes exchange/round-t/broadcast.
+
+    Example: fedcollm broadcast --round 1
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device) as opened:
+        from stages.broadcast import broadcast as stage
+
+        manifest = stage(opened.workspace, round=round, overwrite=overwrite, report=opened.console.report)
+        _published(opened, opened.workspace.broadcast(round), manifest)
+
+
+@app.command()
+def client_train(
+    client: ClientOption,
+    round: RoundOption,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Client: tune a round's adapter on private data.
+
+    Local training of Eq. 3. Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Writes
+    exchange/round-t/client-k, the one folder that goes to the server. Stopped, the same command goes on from its
+    last checkpoint.
+
+    Example: fedcollm client-train --client 2 --round 1
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.client_train import client_train as stage
+
+        manifest = stage(
+            opened.workspace, client=client, round=round, overwrite=overwrite, report=opened.console.report
+        )
+        _published(opened, opened.workspace.client_update(round, client), manifest)
+
+
+@app.command()
+def aggregate(
+    round: RoundOption,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Server: average the clients' adapters.
+
+    Reads exchange/round-t/broadcast and every exchange/round-t/client-k that has arrived; fewer than min_clients is
+    exit code 3. Writes private/server/round-t/aggregate. The manifest tells, per layer, the cross term of averaging
+    A and B apart.
+
+    Example: fedcollm aggregate --round 1
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.aggregate import aggregate as stage
+
+        manifest = stage(opened.workspace, round=round, overwrite=overwrite, report=opened.console.report)
+        _published(opened, opened.workspace.aggregate(round), manifest)
+
+
+@app.command()
+def co_distill(
+    round: RoundOption,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Server: let LLM and SLM teach each other.
+
+    Mutual distillation on the auxiliary data, Eq. 4 to 6. Reads private/server/round-t/aggregate,
+    private/server/round-(t-1)/llm and private/server/auxiliary.jsonl. Writes private/server/round-t/slm and llm,
+    and the losses of every step in private/server/round-t/co-distill.jsonl.
+
+    Example: fedcollm co-distill --round 1
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.co_distill import co_distill as stage
+
+        manifest = stage(opened.workspace, round=round, overwrite=overwrite, report=opened.console.report)
+        _published(opened, opened.workspace.slm(round), manifest)
+
+
+@app.command()
+def evaluate(
+    round: Annotated[int | None, typer.Option("--round", min=1, help="The round t; with --zero-shot, none.")] = None,
+    model: Annotated[Literal["slm", "llm"], typer.Option("--model", help="Which of the server's models.")] = "slm",
+    client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
+    zero_shot: Annotated[bool, typer.Option("--zero-shot", help="The base alone, without an adapter.")] = False,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Score a model by lm-eval, zero-shot.
+
+    On the tasks of [evaluation]. Reads private/server/round-t/slm or llm, or exchange/round-t/client-k. Writes
+    results/round-t/*.json, or results/zero-shot/*.json. Proves first that the adapter is in the model and changes
+    its logits.
+
+    Example: fedcollm evaluate --round 1 --model llm
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.evaluate import evaluate as stage
+
+        if zero_shot == (round is not None) or (zero_shot and client):
+            raise UsageProblem(
+                "evaluate needs either --round or --zero-shot", mend="fedcollm evaluate --round 1 --model slm"
+            )
+        result = stage(
+            opened.workspace, role=model, round=round, client=client, overwrite=overwrite, report=opened.console.report
+        )
+        opened.console.result(result, views.scores([result]))
+
+
+@app.command()
+def run(
+    rounds: Annotated[str | None, typer.Option("--rounds", help="Such as 3 or 1-5. Default: all.")] = None,
+    scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Whether to evaluate too.")] = True,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Every step of every round, in one process.
+
+    All on this machine. Base models are loaded once; the files are exactly those of the separate commands. What is
+    done is passed over, so that the same command goes on after a stop.
+
+    Example: fedcollm run --rounds 1-5
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.run import run as stage
+
+        results = stage(
+            opened.workspace, rounds=_rounds(rounds), scores=scores, overwrite=overwrite, report=opened.console.report
+        )
+        opened.console.result(results, views.scores(results))
+
+
+def _rounds(text: str | None) -> range | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not first.isdigit() or not (last or first).isdigit() or int(first) > int(last or first):
+        raise UsageProblem(
+            f"--rounds {text!r} is not a round or a range of rounds", mend="such as --rounds 3, or --rounds 1-5"
+        )
+    return range(int(first), int(last or first) + 1)
+
+
+@app.command()
+def status(
+    verify: Annotated[bool, typer.Option("--verify", help="Read and hash every byte, instead of sizes alone.")] = False,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what is done and what comes next.
+
+    Which steps are done, missing, damaged or stale, from the files alone, and the literal next command. Reads the
+    manifests of the whole workspace, writes nothing, loads no model.
+
+    Example: fedcollm status
+    """
+    with session(workspace, as_json=as_json, quiet=True) as opened:
+        from stages.status import status as stage
+
+        found = stage(opened.workspace, verify=verify)
+        opened.console.result(views.status_value(found), views.status(found, workspace))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to make the demo's workspace.")] = Path("fedcollm-demo"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show a whole federation in minutes.
+
+    With models and data made on the spot; nothing is downloaded. Builds a small closed world of questions and two
+    tiny base models, runs the federation by the same stages, scores it by lm-eval and prints what each step bought.
+    The base models are kept in the folder and built once.
+
+    Example: fedcollm demo
+    """
+    console = Console(quiet=quiet, as_json=as_json)
+    with guarded(console):
+        from stages.demo import demo as stage
+
+        measured = stage(folder, report=console.report)
+        console.result(measured, views.demo(measured))

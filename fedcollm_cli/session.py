@@ -1,0 +1,79 @@
+"""What every command shares: its options, and a session that turns what goes wrong into messages and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from fedcollm_cli.console import Console
+from stages.parts.errors import INTERRUPTED_EXIT_CODE, Problem
+from stages.parts.files import naming_storage_faults
+from stages.parts.workspace import MachineFlags, Workspace
+
+WorkspaceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace", "-w", help="The workspace folder. Default: this folder, or the nearest above that is one."
+    ),
+]
+RoundOption = Annotated[int, typer.Option("--round", min=1, help="The round t, counted from 1.")]
+ClientOption = Annotated[int, typer.Option("--client", min=1, help="The client k, counted from 1.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a result that was made from other inputs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; warnings and errors only.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps. Default: as machine.toml says.")
+]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16"] | None,
+    typer.Option("--dtype", help="Precision of the computation. Default: as the settings say."),
+]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One command's workspace and console."""
+
+    workspace: Workspace
+    console: Console
+
+
+@contextlib.contextmanager
+def guarded(console: Console) -> Iterator[None]:
+    """The one place that turns what went wrong into a message and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with console, naming_storage_faults():
+            yield
+    except Problem as problem:
+        console.error(problem)
+        raise typer.Exit(problem.exit_code) from None
+    except KeyboardInterrupt:
+        console.say("interrupted: nothing is half written; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def session(
+    workspace: Path | None, *, as_json: bool, quiet: bool, device: str | None = None, dtype: str | None = None
+) -> Iterator[Session]:
+    """An open workspace, with every failure turned into a message and an exit code."""
+    console = Console(quiet=quiet, as_json=as_json)
+    with guarded(console):
+        flags = MachineFlags.model_validate({"device": device, "dtype": dtype})
+        yield Session(Workspace.find(workspace or Path.cwd(), flags), console)

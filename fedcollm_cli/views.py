@@ -1,0 +1,109 @@
+"""Results as people read them: tables and short texts made from what stages return."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from stages.status import Status
+
+MOST_NAMED = 8
+"""How many clients a line of `status` names before it counts the rest."""
+
+
+def split(summary: dict[str, Any]) -> Table:
+    """What `prepare` dealt: rows, labels and sources per party."""
+    dropped, in_test = summary["duplicates_dropped"], summary["also_in_test"]
+    caption = f"{summary['rows']} rows, {dropped} duplicates dropped; {in_test} prompts are also in test"
+    table = Table(title=f"split: {summary['split']}", caption=caption)
+    for name in ("party", "rows", "answer labels", "sources"):
+        table.add_column(name, justify="right" if name == "rows" else "left")
+    for party, found in summary["parties"].items():
+        table.add_row(party, str(found["rows"]), _counts(found["labels"]), _counts(found["sources"]))
+    return table
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return "  ".join(f"{name or '-'}: {count}" for name, count in counts.items())
+
+
+def scores(results: list[dict[str, Any]]) -> Table:
+    """lm-eval's scores, a row for each model and task."""
+    table = Table()
+    for name in ("model", "round", "task", "questions", "acc", "stderr", "other"):
+        table.add_column(name, justify="left" if name in ("model", "task", "other") else "right")
+    for result in results:
+        for task, found in result["tasks"].items():
+            metrics = dict(found["metrics"])
+            accuracy, error = metrics.pop("acc", None), metrics.pop("acc_stderr", None)
+            others = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.endswith("_stderr"))
+            table.add_row(
+                result["subject"],
+                "base" if result["round"] is None else str(result["round"]),
+                task,
+                str(found["questions"]),
+                "" if accuracy is None else f"{accuracy:.4f}",
+                "" if error is None else f"{error:.4f}",
+                others,
+            )
+    return table
+
+
+def status(found: Status, workspace: Path | None) -> str:
+    """A line for each step of each round that has begun; the clients of a round on one line."""
+    from stages.status import with_workspace
+
+    lines = []
+    begun = [round for round in found.rounds if any(step.condition != "missing" for step in round.steps)]
+    for round in begun:
+        clients = [step for step in round.steps if step.name.startswith("client-")]
+        lines.append(f"round {round.number}")
+        for step in round.steps:
+            if step not in clients:
+                lines.append(f"  {step.name:<11}{step.condition}{f'  ({step.reason})' if step.reason else ''}")
+            elif step is clients[0]:
+                lines.append(f"  {'clients':<11}{_summary(clients)}")
+                lines += [f"    {one.name:<11}{one.condition}  ({one.reason})" for one in clients if one.reason]
+        if round.late:
+            lines.append(f"  late, not in the aggregate: client {', '.join(map(str, round.late))}")
+    if len(begun) < len(found.rounds):
+        first, last = len(begun) + 1, len(found.rounds)
+        lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
+    if found.next_command:
+        lines.append(f"next: {with_workspace(found.next_command, workspace)}")
+    elif found.waiting_for:
+        lines.append(f"waiting for {found.waiting_for}")
+    else:
+        lines.append("everything is done")
+    return "\n".join(lines)
+
+
+def _summary(clients: list[Any]) -> str:
+    """How many clients are in which condition, naming those not done."""
+    parts = []
+    for condition, count in Counter(step.condition for step in clients).items():
+        names = [step.name.removeprefix("client-") for step in clients if step.condition == condition]
+        shown = ", ".join(names[:MOST_NAMED]) + (f" and {count - MOST_NAMED} more" if count > MOST_NAMED else "")
+        parts.append(f"{count} {condition}" if condition == "done" else f"{count} {condition}: {shown}")
+    return "; ".join(parts)
+
+
+def status_value(found: Status) -> dict[str, Any]:
+    """The same for machines."""
+    return asdict(found)
+
+
+def demo(measured: dict[str, Any]) -> Table:
+    """What each step of the demo bought, over its seeds."""
+    table = Table(title=measured["title"], caption=measured["caption"])
+    table.add_column("model")
+    table.add_column("after")
+    table.add_column("accuracy, %", justify="right")
+    for row in measured["rows"]:
+        table.add_row(row["model"], row["after"], f"{row['mean']:.1f} ± {row['deviation']:.1f}")
+    return table

@@ -1,0 +1,12 @@
+"""Algorithm 1 of FedCoLLM, one module for each step: open, check, compute, publish, return.
+
+    line   module        reads                                           writes
+    11     broadcast     private/server/round-(t-1)/slm (if t > 1)       exchange/round-t/broadcast: theta^t
+    22-34  client_train  exchange/round-t/broadcast, private/client-k    exchange/round-t/client-k: theta_k^{t+1}
+    13     aggregate     exchange/round-t/{broadcast,client-*}           private/server/round-t/aggregate: theta^{t,0}
+    15-20  co_distill    the aggregate, round t-1's llm, D^a             private/server/round-t/{slm,llm}: theta, omega
+    (4.1)  evaluate      one adapter, an lm-eval task                    results/round-t/*.json
+
+Around them: init makes a workspace, prepare divides a public dataset, run does every step in one process, status says
+what is there, demo shows it all in a world of its own. Stages meet only on disk; `parts` are the nouns they use.
+"""

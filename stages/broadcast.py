@@ -1,0 +1,77 @@
+"""broadcast, line 11 of Algorithm 1: the server publishes theta^t to all clients.
+
+Reads, in round 1, the SLM and the federation's seed; in round t, private/server/round-(t-1)/slm.
+Writes exchange/round-t/broadcast. From round 2 on the adapter is co-distill's, byte for byte.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages.parts.events import Event, Report, ignore
+from stages.parts.manifest import Manifest, already_made, check_belongs, publish, read_artefact
+from stages.parts.workspace import Workspace, require
+
+if TYPE_CHECKING:
+    from stages.parts.models import Models
+
+
+def broadcast(
+    workspace: Workspace, *, round: int, overwrite: bool = False, models: Models | None = None, report: Report = ignore
+) -> Manifest:
+    """Publish the global adapter of a round. Returns its manifest."""
+    workspace.check_round(round)
+    report(Event("stage", f"broadcast, round {round}"))
+    if round == 1:
+        return _first(workspace, overwrite, models, report)
+    return _next(workspace, round, overwrite, report)
+
+
+def _first(workspace: Workspace, overwrite: bool, models: Models | None, report: Report) -> Manifest:
+    """theta^1: PEFT's initialisation (B = 0), drawn once: an average of different ones would be none."""
+    target = workspace.broadcast(1)
+    if done := already_made(target, workspace, {}, overwrite=overwrite):
+        report(Event("note", "already done"))
+        return done
+
+    from stages.parts import adapters
+    from stages.parts.models import Models
+
+    slm = (models or Models(workspace)).get("slm")
+    seed = workspace.seed_for("broadcast", 1)
+    adapters.make_fresh(slm.model, seed)
+    return publish(
+        target,
+        adapters.as_files(slm.model, workspace.agreement.slm),
+        workspace,
+        stage="broadcast",
+        round=1,
+        parents={},
+        base=slm.identity,
+        parameters=adapters.count(slm.model),
+        seed=seed,
+    )
+
+
+def _next(workspace: Workspace, round: int, overwrite: bool, report: Report) -> Manifest:
+    """theta^t as co-distill left it."""
+    source = workspace.slm(round - 1)
+    message = f"round {round} begins with the adapter that co-distill makes in round {round - 1}, which is not there"
+    require(source, message, f"fedcollm co-distill --round {round - 1}")
+    distilled = read_artefact(source)
+    check_belongs(distilled, workspace, stage="co-distill", round=round - 1)
+    parents = {"slm": distilled.sha256}
+    target = workspace.broadcast(round)
+    if done := already_made(target, workspace, parents, overwrite=overwrite):
+        report(Event("note", "already done"))
+        return done
+    return publish(
+        target,
+        distilled.contents,
+        workspace,
+        stage="broadcast",
+        round=round,
+        parents=parents,
+        base=distilled.manifest.base,
+        parameters=distilled.manifest.parameters,
+    )

@@ -1,0 +1,120 @@
+"""client-train, ClientUpdate of Algorithm 1: client k tunes the SLM's adapter on its private data (Eq. 3).
+
+Reads exchange/round-t/broadcast and private/client-k/train.jsonl.
+Writes exchange/round-t/client-k, and the private log private/client-k/round-t/client-train.jsonl.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from stages.parts import files
+from stages.parts.events import Event, Report, ignore
+from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact
+from stages.parts.rows import Row, read_rows
+from stages.parts.workspace import Workspace, require
+
+if TYPE_CHECKING:
+    from stages.parts.models import Models
+
+
+def client_train(
+    workspace: Workspace,
+    *,
+    client: int,
+    round: int,
+    overwrite: bool = False,
+    models: Models | None = None,
+    report: Report = ignore,
+) -> Manifest:
+    """Train one client's adapter for one round and publish it. Returns its manifest.
+
+    Publishes nothing unless the adapter is finite, its B is not zero and it has moved.
+    """
+    workspace.check_round(round)
+    workspace.check_client(client)
+    report(Event("stage", f"client-train, round {round}, client {client}"))
+    data = workspace.client_data(client)
+    require(data, f"client {client} has no training data", "put JSONL rows there, or make them with `fedcollm prepare`")
+    rows, data_sha256 = read_rows(data)
+    source = workspace.broadcast(round)
+    mend = f"on the server: fedcollm broadcast --round {round}; then carry exchange/ here"
+    require(source, f"the broadcast of round {round} is not there", mend)
+    theta = read_artefact(source)
+    check_belongs(theta, workspace, stage="broadcast", round=round)
+
+    target, log = workspace.client_update(round, client), workspace.log("client-train", round, client)
+    parents = {"broadcast": theta.sha256}
+    if done := already_made(target, workspace, parents, overwrite=overwrite, log=log, data=data_sha256):
+        report(Event("note", "already done"))
+        return done
+    with files.held(log.with_suffix(".lock")):
+        return _train(workspace, client, round, rows, data_sha256, theta, models, report)
+
+
+def _train(
+    workspace: Workspace,
+    client: int,
+    round: int,
+    rows: list[Row],
+    data_sha256: str,
+    theta: Artefact,
+    models: Models | None,
+    report: Report,
+) -> Manifest:
+    from stages.parts import adapter_files, adapters, training
+    from stages.parts.models import Models
+    from stages.parts.objective import Objective, task_loss
+    from stages.parts.rows import encode
+
+    settings = workspace.agreement.client_training
+    slm = (models or Models(workspace)).expect("slm", theta.manifest.base, f"the broadcast of round {round}")
+    received = adapter_files.read_adapter(theta, adapters.layout(slm.model), workspace.agreement.slm.lora)
+    examples = encode(
+        rows,
+        slm.tokenizer,
+        max_length=settings.max_length,
+        context=slm.context,
+        too_long=workspace.agreement.data.too_long,
+        path=workspace.client_data(client),
+    )
+    adapters.put(slm.model, received)
+    unfinished = workspace.unfinished("client-train", round, client)
+    outcome = training.train(
+        Objective([slm], task_loss, {"slm_ft": 1.0}),
+        examples,
+        training.Recipe(
+            budget=settings,
+            learning_rates={"slm": settings.learning_rate},
+            clips={"slm": settings.max_grad_norm},
+            warmup_steps=settings.warmup_steps if round == 1 else 0,
+            seed=workspace.seed_for("client-train", round, client),
+        ),
+        machine=workspace.machine,
+        folder=unfinished,
+        inputs={"agreement": workspace.agreement_sha256, "data": data_sha256, "broadcast": theta.sha256},
+        report=report,
+    )
+    norms = adapters.check_trained(received, adapters.take(slm.model))
+    manifest = publish(
+        workspace.client_update(round, client),
+        adapters.as_files(slm.model, workspace.agreement.slm),
+        workspace,
+        stage="client-train",
+        round=round,
+        client=client,
+        parents={"broadcast": theta.sha256},
+        base=slm.identity,
+        parameters=adapters.count(slm.model),
+        seed=workspace.seed_for("client-train", round, client),
+        steps=outcome.steps,
+        examples=outcome.examples,
+        tokens=outcome.tokens,
+        metrics=outcome.metrics | norms,
+    )
+    files.write_log(workspace.log("client-train", round, client), outcome.log)
+    shutil.rmtree(unfinished)
+    if outcome.metrics["slm_ft_after"] > outcome.metrics["slm_ft_before"]:
+        report(Event("warning", f"client {client}'s loss rose in training: a smaller learning rate may help"))
+    return manifest

@@ -1,0 +1,119 @@
+"""evaluate: accuracy by lm-evaluation-harness, zero-shot, of the LLM, the SLM or a client's own SLM.
+
+Reads private/server/round-t/{slm,llm} or exchange/round-t/client-k. Writes results/round-t/{slm,llm,client-k}.json; of
+the bases alone, results/zero-shot/{slm,llm}.json.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stages.parts import files
+from stages.parts.errors import UsageProblem
+from stages.parts.events import Event, Report, ignore
+from stages.parts.manifest import Artefact, check_belongs, read_artefact, versions
+from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace, require
+
+if TYPE_CHECKING:
+    from stages.parts.models import Models, Role, Tuned
+
+
+def evaluate(
+    workspace: Workspace,
+    *,
+    role: Role = "slm",
+    round: int | None = None,
+    client: int | None = None,
+    overwrite: bool = False,
+    models: Models | None = None,
+    report: Report = ignore,
+) -> dict[str, Any]:
+    """Score one model and write down the scores. Returns what the result file says.
+
+    Without a round, the base alone. Before scoring, the adapter is proven to be in the model and to change its logits.
+    """
+    subject = role if client is None else f"client-{client}"
+    name = subject if round is None else f"{subject}, round {round}"
+    report(Event("stage", f"evaluate {name}"))
+    adapter = None if round is None else _adapter(workspace, role, round, client)
+    what = _what(workspace, subject, round, adapter)
+    target = workspace.result(round, subject)
+    if target.exists() and not overwrite:
+        earlier, _ = files.read_json(target)
+        if {key: earlier.get(key) for key in what} == what:
+            report(Event("note", "already done"))
+            return earlier
+    result = what | _score(workspace, role, adapter, models, report)
+    files.write(target, files.json_bytes(result))
+    return result
+
+
+def _adapter(workspace: Workspace, role: Role, round: int, client: int | None) -> Artefact:
+    workspace.check_round(round)
+    if client is not None:
+        workspace.check_client(client)
+        folder, stage = workspace.client_update(round, client), "client-train"
+        made_by = f"fedcollm client-train --client {client} --round {round}"
+    else:
+        folder, stage = (workspace.slm(round) if role == "slm" else workspace.llm(round)), "co-distill"
+        made_by = f"fedcollm co-distill --round {round}"
+    require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
+    artefact = read_artefact(folder)
+    check_belongs(artefact, workspace, stage=stage, round=round, client=client)
+    return artefact
+
+
+def _what(workspace: Workspace, subject: str, round: int | None, adapter: Artefact | None) -> dict[str, Any]:
+    """What decides the scores: two results that agree on it are the same result."""
+    settings = workspace.agreement.evaluation
+    if not (settings.tasks or workspace.agreement.data.tasks):
+        raise UsageProblem(
+            "nothing to score: evaluation.tasks is empty",
+            where=workspace.root / AGREEMENT,
+            mend="name lm-eval tasks there",
+        )
+    return {
+        "subject": subject,
+        "round": round,
+        "agreement_sha256": workspace.agreement_sha256,
+        "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256 if adapter else None,
+        "manifest_sha256": adapter.sha256 if adapter else None,
+        "limit": settings.limit,
+        "batch_size": settings.batch_size,
+    }
+
+
+def _score(
+    workspace: Workspace, role: Role, adapter: Artefact | None, models: Models | None, report: Report
+) -> dict[str, Any]:
+    from stages.parts import scoring, tasks
+    from stages.parts.models import Models
+
+    settings = workspace.agreement.evaluation
+    loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks)
+    tuned = _tuned(workspace, role, adapter, models or Models(workspace))
+    scores = scoring.score(
+        tuned,
+        loaded,
+        with_adapter=adapter is not None,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        report=report,
+    )
+    return {
+        "base": tuned.identity.model_dump(),
+        "dtype": str(tuned.model.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "tasks": scores,
+    }
+
+
+def _tuned(workspace: Workspace, role: Role, adapter: Artefact | None, models: Models) -> Tuned:
+    from stages.parts import adapter_files, adapters
+
+    if adapter is None:
+        return models.get(role)
+    tuned = models.expect(role, adapter.manifest.base, workspace.shown(adapter.path))
+    lora = workspace.agreement.model_of(role).lora
+    adapters.put(tuned.model, adapter_files.read_adapter(adapter, adapters.layout(tuned.model), lora))
+    return tuned

@@ -1,0 +1,83 @@
+"""init: a new workspace from the template that comes with the program.
+
+Writes fedcollm.toml, machine.toml, README.md, run_rounds.sh and tasks/ into a new folder.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from stages.parts import files
+from stages.parts.config import Agreement, parse
+from stages.parts.errors import Refused, UsageProblem
+from stages.parts.workspace import AGREEMENT, Workspace
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A pair of base models and the LoRA shapes for them."""
+
+    slm: str
+    llm: str
+    rank: int
+    target_modules: str
+
+
+PRESETS = {
+    "blank": Preset("gpt2", "gpt2-large", 8, "[]"),
+    # The paper's three settings; these shapes give exactly the transmitted parameters of its Table 3.
+    "s1": Preset("gpt2", "gpt2-large", 8, '["c_attn"]'),
+    "s2": Preset("facebook/opt-1.3b", "facebook/opt-6.7b", 16, '["q_proj", "v_proj"]'),
+    "s3": Preset("princeton-nlp/Sheared-LLaMA-1.3B", "meta-llama/Llama-2-7b-hf", 16, '["q_proj", "v_proj"]'),
+}
+TEMPLATES = ("demo", *PRESETS)
+
+
+def init(folder: Path, *, template: str = "blank", seed: int = 1, clients: int = 4, rounds: int = 5) -> Workspace:
+    """Make folder a workspace. Raises UsageProblem for an unknown template, Refused if it is one already."""
+    if template not in TEMPLATES:
+        raise UsageProblem(f"no template {template!r}", mend=f"there are: {', '.join(TEMPLATES)}")
+    if (folder / AGREEMENT).exists():
+        raise Refused("there is a workspace already", where=folder / AGREEMENT, mend="choose another folder")
+    source = importlib.resources.files("workspace_template")
+    values = {"name": _name(folder), "seed": str(seed), "clients": str(clients), "rounds": str(rounds)}
+    if template == "demo":
+        contents = _contents(source / "demo", "") | {"run_rounds.sh": (source / "run_rounds.sh").read_bytes()}
+    else:
+        preset = PRESETS[template]
+        contents = {name: data for name, data in _contents(source, "").items() if not name.startswith("demo/")}
+        values |= {"slm": preset.slm, "llm": preset.llm, "rank": str(preset.rank), "alpha": str(2 * preset.rank)}
+        values |= {"target_modules": preset.target_modules}
+    contents[AGREEMENT] = _filled(contents[AGREEMENT].decode(), values).encode()
+    parse(Agreement, contents[AGREEMENT], folder / AGREEMENT)
+    for name in sorted(contents, key=lambda name: name == AGREEMENT):  # the file that makes it a workspace comes last
+        files.write(folder / name, contents[name])
+        if name.endswith(".sh"):
+            (folder / name).chmod(0o755)
+    return Workspace(folder)
+
+
+def _name(folder: Path) -> str:
+    """The federation's name: the folder's, with what a name may not hold replaced."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in folder.absolute().name)
+    return kept.lstrip("._-")[:64] or "study"
+
+
+def _filled(text: str, values: dict[str, str]) -> str:
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    return text
+
+
+def _contents(folder: Traversable, prefix: str) -> dict[str, bytes]:
+    """Every file of the template, by its path in the workspace."""
+    found: dict[str, bytes] = {}
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name != "__pycache__":
+            found |= _contents(entry, f"{prefix}{entry.name}/")
+        elif entry.is_file() and entry.name != "__init__.py":
+            found[prefix + entry.name] = entry.read_bytes()
+    return found

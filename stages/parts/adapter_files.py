@@ -1,0 +1,151 @@
+"""The two files of an adapter that PEFT reads, written and read strictly: float32 safetensors, exact names and shapes.
+
+Never a pickle, never a path out of a file. Arrays are NumPy's, so that nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from stages.parts import files
+from stages.parts.config import Lora, Model
+from stages.parts.errors import BadNumbers, Damaged
+from stages.parts.manifest import Artefact, Manifest
+from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+Tensors = dict[str, np.ndarray]
+Layout = dict[str, tuple[int, ...]]
+
+LARGEST_HEADER_BYTES = 1 << 20
+CARRY_AGAIN = "copy the folder again from its origin, or make it there again with --overwrite"
+
+
+def layout_of(tensors: Mapping[str, np.ndarray]) -> Layout:
+    """Names and shapes."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def weights_bytes(tensors: Tensors) -> bytes:
+    """adapter_model.safetensors: float32, sorted by name, so that equal adapters are equal bytes."""
+    ordered = {name: np.ascontiguousarray(tensors[name], dtype=np.float32) for name in sorted(tensors)}
+    return safetensors.numpy.save(ordered, metadata={"format": "pt"})
+
+
+def config_bytes(model: Model, *, target_modules: list[str], fan_in_fan_out: bool) -> bytes:
+    """adapter_config.json, as PEFT, vLLM and lm-eval read it. A base model given by path is not named."""
+    is_hub_id = not model.model.startswith((".", "/", "~")) and model.model.count("/") <= 1
+    return files.json_bytes(
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": model.model if is_hub_id else None,
+            "revision": model.revision if is_hub_id else None,
+            "r": model.lora.r,
+            "lora_alpha": model.lora.alpha,
+            "lora_dropout": model.lora.dropout,
+            "target_modules": sorted(target_modules),
+            "fan_in_fan_out": fan_in_fan_out,
+            "bias": "none",
+            "inference_mode": True,
+        }
+    )
+
+
+def read_adapter(artefact: Artefact, expected: Layout | None, lora: Lora) -> Tensors:
+    """The adapter's tensors, float32 and finite, of exactly the expected names and shapes where those are given.
+
+    Raises Damaged for anything else than such a safetensors file or a config of another LoRA shape, BadNumbers for NaN
+    or infinity.
+    """
+    _check_config(artefact, lora)
+    path = artefact.path / ADAPTER_WEIGHTS
+    content = artefact.contents[ADAPTER_WEIGHTS]
+    found = _strict_layout(content, path)
+    if expected is not None:
+        check_layout(found, expected, path, _whose(artefact.manifest))
+    try:
+        tensors = safetensors.numpy.load(content)
+    except safetensors.SafetensorError as error:
+        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=CARRY_AGAIN) from error
+    check_finite(tensors, path)
+    return tensors
+
+
+def _check_config(artefact: Artefact, lora: Lora) -> None:
+    path = artefact.path / ADAPTER_CONFIG
+    try:
+        value = files.parse_json(artefact.contents[ADAPTER_CONFIG])
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=CARRY_AGAIN) from None
+    for key, expected in (("peft_type", "LORA"), ("r", lora.r), ("lora_alpha", lora.alpha), ("bias", "none")):
+        if value.get(key) != expected:
+            message = f"{path.name} says {key} = {value.get(key)!r}, the agreement says {expected!r}"
+            raise Damaged(message, where=path, mend=CARRY_AGAIN)
+
+
+def check_layout(found: Layout, expected: Layout, path: Path, whose: str) -> None:
+    """Raise Damaged, naming the first difference, unless names and shapes are exactly those expected."""
+    missing, superfluous = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    mend = f"make it again {whose} with the agreement's lora settings and --overwrite"
+    if missing:
+        raise Damaged(f"the adapter lacks {missing[0]} ({len(missing)} tensors missing)", where=path, mend=mend)
+    if superfluous:
+        message = (
+            f"the adapter has {superfluous[0]}, which the base model does not ({len(superfluous)} tensors too many)"
+        )
+        raise Damaged(message, where=path, mend=mend)
+    for name in sorted(expected):
+        if found[name] == expected[name]:
+            continue
+        if ".lora_A." in name and found[name][1:] == expected[name][1:]:
+            message = f"the adapter has rank {found[name][0]}, the agreement says {expected[name][0]}"
+        else:
+            message = f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
+        raise Damaged(message, where=path, mend=mend)
+
+
+def check_finite(tensors: Tensors, path: Path | str) -> None:
+    """Raise BadNumbers if any value is NaN or infinite."""
+    for name, tensor in tensors.items():
+        # A sum is finite only if all its terms are; in float64 no sum of float32 terms overflows.
+        if not np.isfinite(tensor.sum(dtype=np.float64)):
+            mend = "lower the learning rate or set max_grad_norm, then train again with --overwrite"
+            raise BadNumbers(f"{name} holds NaN or infinity", where=path, mend=mend)
+
+
+def _whose(manifest: Manifest) -> str:
+    return f"on client {manifest.client}'s machine" if manifest.client else "on the server"
+
+
+def _strict_layout(content: bytes, path: Path) -> Layout:
+    """The names and shapes that a safetensors header declares.
+
+    The library accepts duplicate keys, any metadata and any type; here the header is plain JSON, small, says nothing
+    else, and every tensor is F32.
+    """
+
+    def bad(found: str) -> Damaged:
+        return Damaged(f"{path.name} {found}", where=path, mend=CARRY_AGAIN)
+
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > min(LARGEST_HEADER_BYTES, len(content) - 8) or content[8:9] != b"{":
+        is_pickle = content[:1] == b"\x80" or content[:2] == b"PK"
+        raise bad("is a pickle, which is never opened" if is_pickle else "is not a safetensors file, or is cut short")
+    try:
+        header = files.parse_json(content[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise bad(f"has a header that is not strict JSON: {error}") from error
+    if header.pop("__metadata__", {"format": "pt"}) != {"format": "pt"}:
+        raise bad("carries unknown metadata")
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise bad(f"describes {json.dumps(name)} in an unknown way")
+        if entry["dtype"] != "F32":
+            raise bad(f"holds {name} as {entry['dtype']}; adapters are exchanged as F32 (float32)")
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}

@@ -1,0 +1,140 @@
+"""LoRA adapters on a loaded base: attached, made fresh from a seed, put in strictly, taken out, proven to act."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.parts import quiet
+from stages.parts.adapter_files import Layout, Tensors, check_finite, config_bytes, weights_bytes
+from stages.parts.config import Model
+from stages.parts.errors import BadNumbers, UsageProblem
+from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+
+def attach(base: PreTrainedModel, settings: Model) -> PeftModel:
+    """The base, frozen, with a LoRA adapter of the agreed shape; only the adapter is trainable, in float32.
+
+    Raises UsageProblem if the target modules do not exist, naming those that do.
+    """
+    lora = settings.lora
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules or None,
+    )
+    try:
+        with quiet.libraries():  # PEFT sets fan_in_fan_out for Conv1D and warns of it
+            model = get_peft_model(base, config)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _takes_lora(module)})
+        wanted = lora.target_modules or "PEFT's default"
+        message = f"target_modules {wanted} do not fit {base.config.model_type}: {error}"
+        raise UsageProblem(message, mend=f"set lora.target_modules among: {', '.join(linear)}") from error
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+def make_fresh(model: PeftModel, seed: int) -> None:
+    """Set the adapter to PEFT's initialisation (A random, B = 0) drawn from seed: the same wherever it is drawn."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            for a, b in zip(module.lora_A.values(), module.lora_B.values(), strict=True):
+                assert isinstance(a, nn.Linear)
+                assert isinstance(b, nn.Linear)
+                a.weight.copy_(nn.init.kaiming_uniform_(torch.empty(a.weight.shape), a=5**0.5))
+                b.weight.zero_()
+
+
+def take(model: PeftModel) -> Tensors:
+    """The adapter's tensors by their PEFT names, float32, on the CPU."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", torch.float32).numpy().copy() for name, tensor in state.items()}
+
+
+def layout(model: PeftModel) -> Layout:
+    """The names and shapes that an adapter for this model must have."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def put(model: PeftModel, tensors: Tensors) -> None:
+    """Set the adapter to these tensors, whose layout has been checked, and prove that they arrived.
+
+    PEFT only warns about what it could not place; here every tensor is read back and compared.
+    """
+    set_peft_model_state_dict(model, {name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+    arrived = take(model)
+    if arrived.keys() != tensors.keys() or any(not np.array_equal(arrived[name], tensors[name]) for name in tensors):
+        raise BadNumbers(
+            "the adapter did not arrive in the model unchanged", mend="check the versions of peft and torch"
+        )
+
+
+def as_files(model: PeftModel, settings: Model) -> dict[str, bytes]:
+    """The adapter as the two files that PEFT reads; checked to be finite."""
+    tensors = take(model)
+    check_finite(tensors, "the trained adapter")
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    targets = sorted(config.target_modules or [])  # as PEFT resolved them: its defaults filled in
+    return {
+        ADAPTER_CONFIG: config_bytes(settings, target_modules=targets, fan_in_fan_out=config.fan_in_fan_out),
+        ADAPTER_WEIGHTS: weights_bytes(tensors),
+    }
+
+
+def count(model: PeftModel) -> int:
+    """The number of the adapter's parameters: what travels, Table 3."""
+    return sum(math.prod(shape) for shape in layout(model).values())
+
+
+TRAIN_MORE = "train more steps, or raise the learning rate"
+
+
+def check_trained(before: Tensors, after: Tensors) -> dict[str, float]:
+    """Prove that training did something: B is not zero and the adapter has moved. Returns the norms, for the manifest.
+
+    Raises BadNumbers naming what failed. (Systems have shipped the untrained adapter, or one of zeros, unnoticed.)
+    """
+    moved = float(np.sqrt(sum(np.sum((after[name] - before[name]).astype(np.float64) ** 2) for name in after)))
+    size_b = float(np.sqrt(sum(np.sum(after[name].astype(np.float64) ** 2) for name in after if "lora_B" in name)))
+    if size_b == 0:
+        raise BadNumbers(
+            "the trained adapter's B is all zero: it changes nothing",
+            mend=TRAIN_MORE,
+        )
+    if moved == 0:
+        raise BadNumbers("training left the adapter where it was", mend=TRAIN_MORE)
+    return {"update_norm": moved, "lora_b_norm": size_b}
+
+
+@torch.no_grad()
+def check_acts(model: PeftModel, token_ids: list[int]) -> float:
+    """Prove that the adapter changes the logits. Returns the largest change; raises BadNumbers if it is none."""
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([token_ids], device=model.device)
+    with_adapter = model(input_ids=ids).logits.float()
+    with model.disable_adapter():
+        without = model(input_ids=ids).logits.float()
+    model.train(was_training)
+    change = float((with_adapter - without).abs().max())
+    if not change > 0:
+        raise BadNumbers("the adapter does not change the model: its logits are the base's", mend="train it first")
+    return change

@@ -1,0 +1,212 @@
+"""The settings: fedcollm.toml, agreed by every party, and machine.toml, one machine's own.
+
+Strict: unknown keys are refused with the nearest known one, wrong types are not converted, and all mistakes of a file
+are named at once. Absence means off; there is no -1. `workspace_template/fedcollm.toml` explains every key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stages.parts.errors import UsageProblem
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0)]
+
+
+class Settings(BaseModel):
+    """Strict and frozen; the one place that says so."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Federation(Settings):
+    """Who takes part, for how long."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    clients: Positive = 4
+    rounds: Positive = 5
+    seed: Annotated[int, Field(ge=0)] = 1
+
+
+class Lora(Settings):
+    """The shape of one adapter. An empty target_modules means PEFT's default for the architecture."""
+
+    r: Positive = 8
+    alpha: Positive = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] = []
+
+
+class Model(Settings):
+    """A base model, by hub id or by path (relative to the workspace), and its adapter."""
+
+    model: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    lora: Lora = Lora()
+
+
+class Budget(Settings):
+    """How long and on what batches a model is trained: epochs or steps, exactly one of them."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    batch_size: Positive = 8
+    gradient_accumulation: Positive = 1
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Share = 0.0
+    max_length: Positive = 512
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Budget:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of epochs and steps")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that one optimiser step sees."""
+        return self.batch_size * self.gradient_accumulation
+
+
+class ClientTraining(Budget):
+    """Local training, Eq. 3."""
+
+    learning_rate: Rate = 3e-4
+    max_grad_norm: Rate | None = None
+
+
+class Distillation(Budget):
+    """Mutual distillation, Eq. 4-6."""
+
+    slm_learning_rate: Rate = 3e-4
+    llm_learning_rate: Rate = 3e-4
+    slm_max_grad_norm: Rate | None = None
+    llm_max_grad_norm: Rate | None = None
+    lambda_slm: Share = 1.0
+    lambda_llm: Share = 1.0
+    temperature: Rate = 1.0
+    divergence: Literal["forward", "reverse"] = "forward"
+    order: Literal["simultaneous", "alternating"] = "simultaneous"
+
+
+class Aggregation(Settings):
+    """Line 13 of Algorithm 1. Without min_clients every client must have answered."""
+
+    weighting: Literal["uniform", "samples"] = "uniform"
+    min_clients: Positive | None = None
+
+
+class Data(Settings):
+    """Where `prepare` takes a public dataset from and how it splits it; parties with their own data leave it out."""
+
+    tasks: list[str] = []
+    files: list[str] = []
+    split: Literal["iid", "dirichlet", "by-task"] = "iid"
+    dirichlet_alpha: Rate = 0.5
+    auxiliary_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    too_long: Literal["refuse", "skip"] = "refuse"
+
+
+class Evaluation(Settings):
+    """What lm-eval scores, zero-shot."""
+
+    tasks: list[str] = []
+    limit: Positive | None = None
+    batch_size: Positive = 16
+
+
+class Agreement(Settings):
+    """fedcollm.toml: the same bytes at every party."""
+
+    federation: Federation
+    slm: Model
+    llm: Model
+    client_training: ClientTraining
+    aggregation: Aggregation = Aggregation()
+    distillation: Distillation
+    data: Data = Data()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _quorum_is_reachable(self) -> Agreement:
+        if (self.aggregation.min_clients or 1) > self.federation.clients:
+            raise ValueError("aggregation.min_clients is larger than federation.clients")
+        return self
+
+    def model_of(self, role: str) -> Model:
+        """The settings of the model that plays this role, "slm" or "llm"."""
+        return {"slm": self.slm, "llm": self.llm}[role]
+
+
+class LocalModels(Settings):
+    """Where this machine keeps the base models, instead of the hub."""
+
+    slm: str | None = None
+    llm: str | None = None
+
+
+class Machine(Settings):
+    """machine.toml: what differs between machines and changes no meaning."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    dtype: Dtype | None = None
+    micro_batch: Positive | None = None
+    gradient_checkpointing: bool = False
+    checkpoint_steps: Positive = 100
+    models: LocalModels = LocalModels()
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse(kind: type[S], text: bytes, path: Path) -> S:
+    """The settings in a TOML file. Raises UsageProblem naming every mistake with its key, and the nearest known key."""
+    try:
+        values = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageProblem(f"not valid TOML: {error}", where=path, mend="correct that line") from error
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        mistakes = [_mistake(kind, found) for found in error.errors()]
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        message = "\n  - ".join([f"{count} in the settings", *mistakes])
+        raise UsageProblem(
+            message, where=path, mend="every key is explained in the template's fedcollm.toml"
+        ) from error
+
+
+def _mistake(kind: type[Settings], found: object) -> str:
+    """One line for one of pydantic's error dicts."""
+    assert isinstance(found, dict)
+    place = found["loc"]
+    key = ".".join(str(part) for part in place)
+    if found["type"] == "extra_forbidden":
+        known = _known_keys(kind, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if found["type"] == "missing":
+        return f"{key}: missing"
+    value = "" if found["type"] == "value_error" else f", found {found['input']!r}"
+    text = str(found["msg"]).removeprefix("Value error, ")
+    return f"{key}: {text}{value}" if key else text
+
+
+def _known_keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
+    """The keys of the table at this place."""
+    for part in place:
+        field = kind.model_fields[str(part)].annotation
+        if not (isinstance(field, type) and issubclass(field, BaseModel)):
+            return []
+        kind = field
+    return list(kind.model_fields)

@@ -1,0 +1,189 @@
+"""Files that are whole or absent: one strict reader and one atomic writer.
+
+Refuses symbolic links, anything that is not a plain file, and files larger than expected. What is read is read once
+into memory, so that the bytes that were hashed are the bytes that are used. What is written appears under its name
+only when it is complete and on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.parts.errors import Damaged, Held, NotReady, StorageProblem
+
+LARGEST_JSON_BYTES = 4 << 20
+LARGEST_ADAPTER_BYTES = 4 << 30
+
+
+def sha256(content: bytes) -> str:
+    """Hexadecimal digest."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def read(path: Path, *, limit_bytes: int) -> bytes:
+    """The whole content of a plain file. Raises NotReady if it is absent, Damaged if it is anything else."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotReady(f"{path.name} is not there", where=path) from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            mend = "put the file itself in its place"
+            raise Damaged(
+                f"{path.name} is a symbolic link; exchanged files are never followed", where=path, mend=mend
+            ) from None
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise Damaged(f"{path.name} is not a plain file", where=path)
+        if status.st_size > limit_bytes:
+            raise Damaged(f"{path.name} has {status.st_size} bytes, at most {limit_bytes} are expected", where=path)
+        return file.read()
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """A JSON object and the sha256 of its bytes. Refuses duplicate keys, NaN and anything but an object."""
+    content = read(path, limit_bytes=LARGEST_JSON_BYTES)
+    try:
+        value = parse_json(content)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(
+            f"{path.name} is not valid JSON: {error}", where=path, mend="copy it again from its origin"
+        ) from None
+    return value, sha256(content)
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """A JSON object, strictly. Raises ValueError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a key appears twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not allowed")
+
+    value = json.loads(content, object_pairs_hook=unique, parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def json_bytes(value: object) -> bytes:
+    """How JSON is written here: readable, sorted, one way only, so that equal values are equal bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
+    """A private log as JSON lines."""
+    write(path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode())
+
+
+def logged_inputs(path: Path) -> dict[str, str]:
+    """The inputs that the first line of a private log names; empty if there is none."""
+    if not path.exists():
+        return {}
+    first = parse_json(path.read_bytes().partition(b"\n")[0])
+    return dict(first.get("inputs", {}))
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put content at path, atomically: a reader sees the old bytes or the new ones, whatever happens in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        _write_synced(draft, content)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def publish(folder: Path, contents: dict[str, bytes]) -> None:
+    """Make folder hold exactly these files, atomically; an earlier folder of that name is replaced.
+
+    The files are written beside the place, in the given order, synced, and renamed into it: that the folder exists
+    means that it is whole.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    try:
+        draft.mkdir()
+        for name, content in contents.items():
+            _write_synced(draft / name, content)
+        _sync_folder(draft)
+        if folder.exists():
+            folder.rename(replaced)
+        try:
+            draft.rename(folder)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    _sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep a second process out of the work that path names. Raises Held if one is there already.
+
+    An advisory lock that the system drops with the process. Where the file system has no locks nothing is held, and
+    publication by rename still keeps every artefact whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Held("another process is doing this stage", where=path, mend="wait for it, or stop it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield
+
+
+@contextlib.contextmanager
+def naming_storage_faults() -> Iterator[None]:
+    """Turn an OSError of reading or writing into a StorageProblem that names the file and the mend."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = "free some space and give the same command again" if full else "check the permissions and the disk"
+        raise StorageProblem(f"{error.strerror or error}", where=error.filename, mend=mend) from error
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

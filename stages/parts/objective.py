@@ -1,0 +1,127 @@
+"""What is minimised: Eq. 3 at a client, Eq. 6 at the server, as one module over one or two models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.parts import batches
+from stages.parts.batches import Batch, answer_logits
+from stages.parts.config import Distillation
+from stages.parts.errors import BadNumbers
+from stages.parts.losses import DIVERGENCES, cross_entropy, distillation
+from stages.parts.models import Tuned
+from stages.parts.rows import Example
+
+Losses = Callable[[Mapping[str, Tensor], Tensor, Tensor | int], dict[str, Tensor]]
+
+LOSS_SAMPLE = 256
+"""How many examples the loss before and after is measured on."""
+
+
+def task_loss(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tensor | int) -> dict[str, Tensor]:
+    """Eq. 3: the SLM's cross-entropy."""
+    return {"slm_ft": cross_entropy(logits["slm"], labels, tokens)}
+
+
+def mutual_losses(settings: Distillation) -> Losses:
+    """Eq. 4 and Eq. 5 for both models, from one set of logits of each."""
+    divergence, temperature = DIVERGENCES[settings.divergence], settings.temperature
+
+    def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tensor | int) -> dict[str, Tensor]:
+        slm, llm = logits["slm"], logits["llm"]
+        return {
+            "slm_ft": cross_entropy(slm, labels, tokens),
+            "slm_kd": distillation(slm, llm, tokens, temperature=temperature, divergence=divergence),
+            "llm_ft": cross_entropy(llm, labels, tokens),
+            "llm_kd": distillation(llm, slm, tokens, temperature=temperature, divergence=divergence),
+        }
+
+    return losses
+
+
+class Objective(nn.Module):
+    """The weighted sum of the models' losses, as one module that Trainer can train.
+
+    weights: of each named loss; a loss's name begins with the role of the model it trains.
+    Its state is the adapters alone: the frozen bases never enter a checkpoint.
+    """
+
+    def __init__(self, tuned: Sequence[Tuned], losses: Losses, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict({one.role: one.model for one in tuned})
+        self.last: dict[str, Tensor] = {}
+        self._losses = losses
+        self._weights = dict(weights)
+        self._autocast: dict[str, bool] = {one.role: one.autocast for one in tuned}
+        self._may_pack = all(one.packs for one in tuned)
+        self._hidden_size = max(one.hidden_size for one in tuned)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(self.parameters()).device
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """A batch in a layout that all the models take."""
+        return batches.collate(examples, may_pack=self._may_pack, hidden_size=self._hidden_size)
+
+    def parts(self, batch: Batch, tokens: Tensor | int, turn: str | None = None) -> dict[str, Tensor]:
+        """Every named loss on a batch; with a turn, gradients reach that model alone."""
+        logits = {}
+        for role, model in self.models.items():
+            learns = torch.is_grad_enabled() and turn in (None, role)
+            device = batch["input_ids"].device.type
+            with torch.set_grad_enabled(learns), torch.autocast(device, torch.bfloat16, enabled=self._autocast[role]):
+                logits[role] = answer_logits(model, batch)
+        return self._losses(logits, batch["labels"], tokens)
+
+    def forward(
+        self, *, num_items_in_batch: Tensor | None = None, turn: str | None = None, **batch: Any
+    ) -> dict[str, Tensor]:
+        """The loss of one micro-batch, divided by the answer tokens of the whole optimiser step."""
+        tokens = batch["labels"].numel() if num_items_in_batch is None else num_items_in_batch
+        parts = {name: loss for name, loss in self.parts(batch, tokens, turn).items() if name[:3] == (turn or name[:3])}
+        for name, loss in parts.items():
+            self.last[name] = self.last.get(name, 0.0) + loss.detach()
+        return {"loss": torch.stack([self._weights[name] * loss for name, loss in parts.items()]).sum()}
+
+    def pop_losses(self) -> dict[str, float]:
+        """The named losses since the last call, summed over micro-batches."""
+        losses, self.last = {name: float(loss) for name, loss in self.last.items()}, {}
+        return losses
+
+    @torch.no_grad()
+    def measure(self, examples: Sequence[Example], rows: int) -> dict[str, float]:
+        """The named losses without dropout, per answer token, over an even sample of at most LOSS_SAMPLE examples."""
+        sample = examples[:: max(1, len(examples) // LOSS_SAMPLE)][:LOSS_SAMPLE]
+        tokens = sum(example.answer_tokens for example in sample)
+        totals: dict[str, float] = {}
+        was_training = self.training
+        self.eval()
+        for start in range(0, len(sample), rows):
+            batch = self.collate(sample[start : start + rows])
+            parts = self.parts({name: tensor.to(self.device) for name, tensor in batch.items()}, tokens)
+            totals = {name: totals.get(name, 0.0) + float(loss) for name, loss in parts.items()}
+        self.train(was_training)
+        return totals
+
+    def adapter_parameters(self, role: str) -> list[nn.Parameter]:
+        """What is trained of one model."""
+        return [parameter for parameter in self.models[role].parameters() if parameter.requires_grad]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters' tensors."""
+        return {name: parameter.data for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Put back all that state_dict gave. Raises BadNumbers for the state of other models."""
+        own = self.state_dict()
+        if own.keys() != state_dict.keys():
+            raise BadNumbers("the checkpoint is of another model", mend="give the command again with --overwrite")
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+        return nn.modules.module._IncompatibleKeys([], [])

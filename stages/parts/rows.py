@@ -1,0 +1,130 @@
+"""The one training format: JSON lines {"prompt": ..., "completion": ...}, read strictly and turned into tokens.
+
+A row is tokenised exactly as lm-eval tokenises a context and its continuation, so that what is trained is what is
+scored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from stages.parts import files
+from stages.parts.errors import Damaged
+
+LARGEST_DATA_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example. label and source (a task's name) are known only where `prepare` made it."""
+
+    prompt: str
+    completion: str
+    label: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids; the first prompt_tokens of them are not trained on."""
+
+    input_ids: list[int]
+    prompt_tokens: int
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens carry loss."""
+        return len(self.input_ids) - self.prompt_tokens
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is needed here."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer adds by itself."""
+
+
+def read_rows(path: Path) -> tuple[list[Row], str]:
+    """The rows of a file and the sha256 of its bytes. Raises Damaged naming the first bad line, and its mend."""
+    content = files.read(path, limit_bytes=LARGEST_DATA_BYTES)
+    try:
+        # Not splitlines(): JSON text may hold U+2028, which is no end of a JSON line.
+        lines = content.decode().removesuffix("\n").split("\n") if content else []
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{path.name} is not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
+    rows = [_row(line, number, path) for number, line in enumerate(lines, 1)]
+    if not rows:
+        raise Damaged(f"{path.name} is empty", where=path, mend='put rows {"prompt": ..., "completion": ...} in it')
+    return rows, files.sha256(content)
+
+
+def _row(line: str, number: int, path: Path) -> Row:
+    expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
+    mend = f"correct line {number} of {path.name}"
+
+    def bad(found: str) -> Damaged:
+        return Damaged(f"line {number} of {path.name}: {found}; {expected}", where=f"{path}:{number}", mend=mend)
+
+    if not line.strip():
+        raise bad("an empty line")
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:
+        raise bad(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise bad(f"a {type(value).__name__}")
+    for key in ("prompt", "completion"):
+        if key not in value:
+            raise bad(f"no {key}")
+        if not isinstance(value[key], str) or not value[key].strip():
+            raise bad(f"{key} is not text, or is empty")
+    label, source = value.get("label", ""), value.get("source", "")
+    return Row(value["prompt"], value["completion"], str(label), str(source))
+
+
+def rows_bytes(rows: Iterable[Row]) -> bytes:
+    """Rows as JSON lines; label and source stay behind."""
+    lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}, ensure_ascii=False) for row in rows)
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    context: int,
+    too_long: Literal["refuse", "skip"],
+    path: Path,
+) -> list[Example]:
+    """Every row as tokens, at most max_length and at most the model's context of them.
+
+    Rows that do not fit are refused by line (raises Damaged) or skipped; nothing is ever cut.
+    """
+    limit = min(max_length, context)
+    examples = []
+    for number, row in enumerate(rows, 1):
+        example = encode_row(row, tokenizer)
+        if len(example.input_ids) <= limit:
+            examples.append(example)
+        elif too_long == "refuse":
+            bound = f"max_length is {max_length}, the model's context {context}"
+            message = f"line {number} of {path.name} has {len(example.input_ids)} tokens; {bound}"
+            mend = 'shorten the row, raise max_length, or agree on data.too_long = "skip"'
+            raise Damaged(message, where=f"{path}:{number}", mend=mend)
+    if not examples:
+        raise Damaged(f"no row of {path.name} fits in {limit} tokens", where=path, mend="raise max_length")
+    return examples
+
+
+def encode_row(row: Row, tokenizer: Tokenizer) -> Example:
+    """One row as tokens: whitespace at the end of the prompt belongs to the completion, as in lm-eval."""
+    context = row.prompt.rstrip()
+    whole = tokenizer.encode(row.prompt + row.completion)
+    # A tokenizer may merge across the border; the answer then starts where the prompt's own tokens end.
+    prompt_tokens = min(len(tokenizer.encode(context)), len(whole) - 1)
+    return Example(whole, prompt_tokens)

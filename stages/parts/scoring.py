@@ -1,0 +1,101 @@
+"""Accuracy by lm-evaluation-harness: its own scoring on a model that is already in memory, nothing re-implemented."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from stages.parts import adapters, quiet
+from stages.parts.events import Event, Report
+from stages.parts.models import PROBE_TEXTS, Tuned, naming_memory_knobs
+
+
+class _Reporting(HFLM):  # type: ignore[misc]
+    """lm-eval's Hugging Face model, which also says how far it is."""
+
+    report: Report
+    _done = 0
+    _total = 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._done, self._total = 0, len(requests)
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self._done, self._total = 0, len(requests)
+        texts: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return texts
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tell(len(inps))
+        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tell(len(context))
+        tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        return tokens
+
+    def _tell(self, rows: int) -> None:
+        self._done = min(self._done + rows, self._total)
+        self.report(Event("step", "scoring", step=self._done, total=self._total))
+
+
+def score(
+    tuned: Tuned,
+    tasks: Sequence[ConfigurableTask],
+    *,
+    with_adapter: bool,
+    limit: int | None,
+    batch_size: int,
+    report: Report,
+) -> dict[str, Any]:
+    """Each task's metrics, number of questions, version and prompt, zero-shot.
+
+    with_adapter: score the base with its adapter, after proof that the adapter changes the logits; else the base alone.
+    """
+    model = tuned.model
+    was_training = model.training
+    model.eval()
+    scope = contextlib.nullcontext() if with_adapter else model.disable_adapter()
+    if with_adapter:
+        adapters.check_acts(model, tuned.tokenizer.encode(PROBE_TEXTS[0]))
+    with naming_memory_knobs(), scope, quiet.libraries():
+        lm = _Reporting(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
+        lm.report = report
+        results = simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            num_fewshot=0,
+            limit=limit,
+            log_samples=False,
+            task_manager=TaskManager(include_defaults=False),
+        )
+    model.train(was_training)
+    assert results is not None
+    return {task.config.task: _of_task(task, results) for task in tasks}
+
+
+def _of_task(task: ConfigurableTask, results: dict[str, Any]) -> dict[str, Any]:
+    name = task.config.task
+    metrics = {
+        key.removesuffix(",none"): value
+        for key, value in results["results"][name].items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and "," in key
+    }
+    prompt = task.config.doc_to_text
+    return {
+        "metrics": metrics,
+        "questions": results["n-samples"][name]["effective"],
+        "version": results["versions"].get(name),
+        "prompt": prompt if isinstance(prompt, str) else "a function of the task",
+        "num_fewshot": results["n-shot"].get(name, 0),
+    }

@@ -1,0 +1,106 @@
+"""lm-eval's tasks: where prompts for training come from and what evaluation scores.
+
+A task file in the workspace's tasks/ comes first, by its name or its file's; lm-eval's own tasks are read only when a
+name is not found there, since indexing them takes long. Relative data_files are meant from the workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
+
+from stages.parts import quiet
+from stages.parts.errors import NotReady, UsageProblem
+from stages.parts.rows import Row
+from stages.parts.workspace import Workspace
+
+TRAINABLE = ("multiple_choice", "generate_until")
+
+
+def load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
+    """These tasks, groups resolved into theirs. Raises UsageProblem for a name that nothing defines."""
+    with quiet.libraries():
+        return _load(workspace, names)
+
+
+def _load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
+    local = TaskManager(include_path=str(workspace.tasks), include_defaults=False)
+    shipped: TaskManager | None = None
+    tasks: list[ConfigurableTask] = []
+    for name in names:
+        manager = local
+        if name not in local.all_tasks:
+            shipped = shipped or TaskManager()
+            manager = shipped
+        if name not in manager.all_tasks:
+            known = ", ".join(local.all_tasks) or "none"
+            mend = f"known in this workspace: {known}; or put a task file in {workspace.shown(workspace.tasks)}/"
+            raise UsageProblem(f"no task named {name!r}, here or in lm-eval", where=workspace.tasks, mend=mend)
+        entry = manager.task_index[name]
+        spec: Any = name
+        if manager is local and entry.yaml_path is not None and entry.kind.name == "TASK":
+            spec = _from_workspace(load_yaml(entry.yaml_path), workspace.root)
+        tasks += _built(manager, spec, name)
+    return tasks
+
+
+def training_rows(task: ConfigurableTask) -> list[Row]:
+    """The task's training documents as rows: its own prompt, delimiter and right answer. Label: the answer's index."""
+    name = str(task.config.task)
+    if task.OUTPUT_TYPE not in TRAINABLE or getattr(task, "multiple_input", False):
+        message = f"task {name} is of type {task.OUTPUT_TYPE}; rows can be made from {' and '.join(TRAINABLE)}"
+        raise UsageProblem(message, mend="choose another task, or bring JSONL rows")
+    if not task.has_training_docs():
+        raise UsageProblem(f"task {name} has no training split", mend="set training_split in its task file")
+    return [_row(task, doc, name) for doc in task.training_docs()]
+
+
+def test_prompts(task: ConfigurableTask) -> Iterator[str]:
+    """The prompts that evaluation will score."""
+    for doc in task.eval_docs:
+        yield str(task.fewshot_context(doc, num_fewshot=0))
+
+
+def _row(task: ConfigurableTask, doc: dict[str, Any], name: str) -> Row:
+    prompt = str(task.fewshot_context(doc, num_fewshot=0))
+    target = task.doc_to_target(doc)
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(doc)
+        index = target if isinstance(target, int) else choices.index(target)
+        # The very request that lm-eval scores for the right choice.
+        prompt, completion = task.construct_requests(doc, prompt)[index].args[:2]
+        return Row(prompt, completion, label=str(index), source=name)
+    return Row(prompt, f"{task.config.target_delimiter}{target}", label="", source=name)
+
+
+def _from_workspace(config: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The task with its relative data_files made absolute from the workspace."""
+    kwargs = config.get("dataset_kwargs") or {}
+    if "data_files" not in kwargs:
+        return config
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: resolve(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        return value if "://" in value else str(root / value)
+
+    return config | {"dataset_kwargs": kwargs | {"data_files": resolve(kwargs["data_files"])}}
+
+
+def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]:
+    try:
+        return list(manager.load([spec])["tasks"].values())
+    except FileNotFoundError as error:
+        raise NotReady(
+            f"the data of task {name} is not there: {error}", mend="check data_files in its task file"
+        ) from error
+    except (ConnectionError, OSError) as error:
+        mend = "fetch it on a machine with a network, or point its task file at local files (see tasks/README.md)"
+        raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", mend=mend) from error

@@ -1,0 +1,217 @@
+"""One way to train adapters, for clients and server alike: an objective, a schedule of rows, and Trainer.
+
+The order of the data is a list made beforehand from a seed, so that it does not depend on the process, and a stage that
+was killed goes on from its last checkpoint with the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from stages.parts import files
+from stages.parts.config import Budget, Machine
+from stages.parts.errors import BadNumbers
+from stages.parts.events import Event, Report
+from stages.parts.models import naming_memory_knobs
+from stages.parts.objective import Objective
+from stages.parts.rows import Example
+
+INPUTS, COMPLETE = "inputs.json", "complete"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything that decides the numbers, but for the data.
+
+    learning_rates, clips: by role; a clip is the largest gradient norm of that model alone, absent for none.
+    alternating: each step trains the SLM, then the LLM against the SLM so trained (lines 16 and 17 in that order).
+    """
+
+    budget: Budget
+    learning_rates: Mapping[str, float]
+    clips: Mapping[str, float | None]
+    warmup_steps: int
+    seed: int
+    alternating: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training did: counts, losses per answer token before and after, and a record of each step."""
+
+    steps: int
+    examples: int
+    tokens: int
+    metrics: dict[str, float]
+    log: list[dict[str, Any]] = field(repr=False)
+
+
+def schedule(examples: int, budget: Budget, seed: int) -> list[list[int]]:
+    """Which examples each optimiser step sees, [steps][rows_per_step] indices.
+
+    Shuffled passes one after the other, cut into steps of equal size; the last is filled from one more pass.
+    """
+    rows = budget.rows_per_step
+    steps = budget.steps or math.ceil((budget.epochs or 1.0) * examples / rows)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps * rows:
+        order += torch.randperm(examples, generator=generator).tolist()
+    return [order[start * rows : (start + 1) * rows] for start in range(steps)]
+
+
+class MicroBatches(Dataset[dict[str, Any]]):
+    """A schedule as Trainer's dataset: micro-batch after micro-batch, the same number for every step."""
+
+    def __init__(
+        self, steps: list[list[int]], examples: Sequence[Example], rows: int, objective: Objective, alternating: bool
+    ) -> None:
+        self.per_step = math.ceil(len(steps[0]) / rows)
+        turns = ("slm", "llm") if alternating else (None,)
+        self._items = [(chunk, turn) for step in steps for turn in turns for chunk in _even_chunks(step, self.per_step)]
+        self._examples = examples
+        self._objective = objective
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        chunk, turn = self._items[index]
+        return {**self._objective.collate([self._examples[i] for i in chunk]), **({"turn": turn} if turn else {})}
+
+
+def train(
+    objective: Objective,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    *,
+    machine: Machine,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    report: Report,
+) -> Outcome:
+    """Train the objective's adapters in place.
+
+    folder: checkpoints go here, and a run with equal inputs that was stopped goes on from them; the caller removes it
+    once the result is published. Raises BadNumbers if a loss becomes NaN or memory runs out.
+    """
+    started = time.monotonic()
+    steps = schedule(len(examples), recipe.budget, recipe.seed)
+    rows = min(recipe.budget.batch_size, machine.micro_batch or recipe.budget.batch_size)
+    turns = 2 if recipe.alternating else 1
+    dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating)
+    checkpoint = _checkpoint_of(folder, inputs)
+    with naming_memory_knobs():
+        before = objective.measure(examples, rows)
+        trainer = Trainer(
+            model=objective,
+            args=_arguments(folder, recipe, machine, objective.device, turns * len(steps), dataset.per_step),
+            train_dataset=dataset,
+            data_collator=_only,
+            optimizers=(_optimizer(objective, recipe), None),
+            callbacks=[_Watch(objective, recipe, report, len(steps), turns)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        after = objective.measure(examples, rows)
+    return Outcome(
+        steps=len(steps),
+        examples=len(steps) * recipe.budget.rows_per_step,
+        tokens=sum(examples[i].answer_tokens for step in steps for i in step),
+        metrics={f"{name}_before": loss for name, loss in before.items()}
+        | {f"{name}_after": loss for name, loss in after.items()},
+        log=[{"inputs": dict(inputs)}, *trainer.state.log_history, {"wall_s": round(time.monotonic() - started, 3)}],
+    )
+
+
+def _arguments(
+    folder: Path, recipe: Recipe, machine: Machine, device: torch.device, steps: int, per_step: int
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,  # an item is a micro-batch already
+        gradient_accumulation_steps=per_step,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=recipe.warmup_steps * (2 if recipe.alternating else 1),
+        max_grad_norm=0,  # clipping both models together would couple them; _Watch clips each by itself
+        seed=recipe.seed,
+        save_steps=machine.checkpoint_steps,
+        save_total_limit=2,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
+    """A new AdamW with one group for each model: eta_theta and eta_omega of Algorithm 1."""
+    groups = [
+        {"params": objective.adapter_parameters(role), "lr": rate} for role, rate in recipe.learning_rates.items()
+    ]
+    return torch.optim.AdamW(groups, weight_decay=recipe.budget.weight_decay)
+
+
+class _Watch(TrainerCallback):
+    """Clips each model's gradient, records and reports every step's losses, and marks checkpoints that are whole."""
+
+    def __init__(self, objective: Objective, recipe: Recipe, report: Report, steps: int, turns: int) -> None:
+        self._objective, self._recipe, self._report, self._steps, self._turns = objective, recipe, report, steps, turns
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        for role, largest in self._recipe.clips.items():
+            if largest is not None:
+                nn.utils.clip_grad_norm_(self._objective.adapter_parameters(role), largest)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step % self._turns:
+            return
+        step, losses = state.global_step // self._turns, self._objective.pop_losses()
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
+                raise BadNumbers(f"{name} became {loss} at step {step} of {self._steps}", mend=mend)
+        state.log_history.append({"step": step, **losses})
+        self._report(Event("step", step=step, total=self._steps, values=losses))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        files.write(folder / COMPLETE, b"")
+
+
+def _checkpoint_of(folder: Path, inputs: Mapping[str, Any]) -> str | None:
+    """The newest whole checkpoint of a run with these inputs; one with others is cleared away."""
+    marker, wanted = folder / INPUTS, files.json_bytes(dict(inputs))
+    if not marker.exists() or marker.read_bytes() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        files.write(marker, wanted)
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
+
+
+def _even_chunks(items: list[int], count: int) -> list[list[int]]:
+    bounds = [round(i * len(items) / count) for i in range(count + 1)]
+    return [items[bounds[i] : bounds[i + 1]] for i in range(count)]
+
+
+def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Trainer's collator: the one micro-batch it was handed."""
+    return items[0]

@@ -1,0 +1,190 @@
+"""The workspace folder: where everything is. Every name on disk is spelled here and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stages.parts import files
+from stages.parts.config import Agreement, Dtype, Machine, Settings, parse
+from stages.parts.errors import NotReady, Refused, UsageProblem
+
+AGREEMENT = "fedcollm.toml"
+MACHINE = "machine.toml"
+MANIFEST = "manifest.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+LARGEST_TOML_BYTES = 1 << 20
+
+
+class MachineFlags(Settings):
+    """What a command's own flags change of machine.toml."""
+
+    device: str | None = None
+    dtype: Dtype | None = None
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One party's copy of a federation's folder."""
+
+    root: Path
+    flags: MachineFlags = field(default=MachineFlags())
+
+    @staticmethod
+    def find(start: Path, flags: MachineFlags | None = None) -> Workspace:
+        """The workspace that start lies in, found upwards like git's. Raises UsageProblem if there is none."""
+        start = start.absolute()
+        for folder in (start, *start.parents):
+            if (folder / AGREEMENT).is_file():
+                return Workspace(folder, flags or MachineFlags())
+        mend = "make one with `fedcollm init study`, or name one with --workspace"
+        raise UsageProblem(f"no workspace here: no {AGREEMENT} in this folder or above it", where=start, mend=mend)
+
+    # --- settings
+
+    @functools.cached_property
+    def _agreement_bytes(self) -> bytes:
+        return files.read(self.root / AGREEMENT, limit_bytes=LARGEST_TOML_BYTES)
+
+    @functools.cached_property
+    def agreement(self) -> Agreement:
+        """What all parties agreed on."""
+        return parse(Agreement, self._agreement_bytes, self.root / AGREEMENT)
+
+    @functools.cached_property
+    def agreement_sha256(self) -> str:
+        """The digest that every manifest carries: that of fedcollm.toml as it lies there."""
+        return files.sha256(self._agreement_bytes)
+
+    @functools.cached_property
+    def machine(self) -> Machine:
+        """Settings of this machine, with the command's flags over them."""
+        path = self.root / MACHINE
+        content = files.read(path, limit_bytes=LARGEST_TOML_BYTES) if path.exists() else b""
+        machine = parse(Machine, content, path)
+        changed = {key: value for key, value in self.flags.model_dump().items() if value is not None}
+        return Machine.model_validate(machine.model_dump() | changed)
+
+    @property
+    def clients(self) -> range:
+        """All clients of the federation, counted from 1 as in the paper."""
+        return range(1, self.agreement.federation.clients + 1)
+
+    def check_round(self, round: int) -> int:
+        """The round, or UsageProblem if the agreement has none of that number."""
+        if not 1 <= round <= self.agreement.federation.rounds:
+            message = f"there is no round {round}: the agreement has rounds 1 to {self.agreement.federation.rounds}"
+            raise UsageProblem(message, where=self.root / AGREEMENT)
+        return round
+
+    def check_client(self, client: int) -> int:
+        """The client, or UsageProblem if the agreement has none of that number."""
+        if client not in self.clients:
+            message = f"there is no client {client}: the agreement has clients 1 to {len(self.clients)}"
+            raise UsageProblem(message, where=self.root / AGREEMENT)
+        return client
+
+    def seed_for(self, stage: str, round: int, client: int = 0) -> int:
+        """The seed of one run of a stage, drawn from the federation's: a stage run alone gives the same bytes."""
+        words = f"{self.agreement.federation.seed}/{stage}/{round}/{client}"
+        return int(files.sha256(words.encode())[:8], 16) % (1 << 31)
+
+    # --- data
+
+    @property
+    def tasks(self) -> Path:
+        """lm-eval task files of this federation."""
+        return self.root / "tasks"
+
+    @property
+    def private(self) -> Path:
+        """What never leaves its machine."""
+        return self.root / "private"
+
+    @property
+    def split(self) -> Path:
+        """What `prepare` did: sources, rows and labels per party."""
+        return self.private / "split.json"
+
+    def client_data(self, client: int) -> Path:
+        """D^k."""
+        return self.private / f"client-{client}" / "train.jsonl"
+
+    @property
+    def auxiliary_data(self) -> Path:
+        """D^a."""
+        return self.private / "server" / "auxiliary.jsonl"
+
+    # --- adapters
+
+    def _exchange(self, round: int) -> Path:
+        return self.root / "exchange" / f"round-{round:04d}"
+
+    def _server(self, round: int) -> Path:
+        return self.private / "server" / f"round-{round:04d}"
+
+    def broadcast(self, round: int) -> Path:
+        """theta^t, from the server to all clients."""
+        return self._exchange(round) / "broadcast"
+
+    def client_update(self, round: int, client: int) -> Path:
+        """theta_k^{t+1}, from client k to the server."""
+        return self._exchange(round) / f"client-{client}"
+
+    def client_updates(self, round: int) -> dict[int, Path]:
+        """The updates that have arrived. Raises Refused for one from a client that the agreement does not have."""
+        found = {}
+        for path in self._exchange(round).glob("client-*"):
+            number = re.fullmatch(r"client-([1-9]\d*)", path.name)
+            if number is None or int(number[1]) not in self.clients:
+                message = f"{path.name} is not a client of this federation, which has clients 1 to {len(self.clients)}"
+                raise Refused(message, where=path, mend="take that folder out of the exchange")
+            found[int(number[1])] = path
+        return dict(sorted(found.items()))
+
+    def aggregate(self, round: int) -> Path:
+        """theta^{t,0}."""
+        return self._server(round) / "aggregate"
+
+    def slm(self, round: int) -> Path:
+        """theta^{t+1}, the SLM's adapter after mutual distillation."""
+        return self._server(round) / "slm"
+
+    def llm(self, round: int) -> Path:
+        """omega^{t+1}, the LLM's adapter after mutual distillation."""
+        return self._server(round) / "llm"
+
+    # --- logs, unfinished work, results
+
+    def log(self, stage: str, round: int, client: int | None = None) -> Path:
+        """The private log of one run of a stage, JSON lines: inputs, then each step, then the end."""
+        folder = self._server(round) if client is None else self.private / f"client-{client}" / f"round-{round:04d}"
+        return folder / f"{stage}.jsonl"
+
+    def unfinished(self, stage: str, round: int, client: int | None = None) -> Path:
+        """Checkpoints of a training stage that has not ended yet; gone when it has."""
+        return self.log(stage, round, client).with_name(f".{stage}")
+
+    def result(self, round: int | None, subject: str) -> Path:
+        """lm-eval's scores of one model: "slm", "llm" or "client-2"; without a round, of the base alone."""
+        folder = "zero-shot" if round is None else f"round-{round:04d}"
+        return self.root / "results" / folder / f"{subject}.json"
+
+    # --- helpers of more than one stage
+
+    def shown(self, path: Path) -> str:
+        """A path as people see it: from the workspace down."""
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+    def local(self, path: str) -> Path:
+        """A path from the settings: absolute, or from the workspace."""
+        return self.root / Path(path).expanduser()
+
+
+def require(path: Path, message: str, mend: str) -> None:
+    """Raise NotReady with this message unless path exists."""
+    if not path.exists():
+        raise NotReady(message, where=path, mend=mend)

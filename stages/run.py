@@ -1,0 +1,69 @@
+"""run: the whole federation on one machine, in one process, by the same stages; the one stage that calls others.
+
+Base models are loaded once. It leaves exactly the files that the separate commands leave, and goes on from whatever is
+there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stages.aggregate import aggregate
+from stages.broadcast import broadcast
+from stages.client_train import client_train
+from stages.co_distill import co_distill
+from stages.evaluate import evaluate
+from stages.parts.events import Event, Report, ignore
+from stages.parts.workspace import Workspace
+
+
+def run(
+    workspace: Workspace,
+    *,
+    rounds: range | None = None,
+    scores: bool = True,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> list[dict[str, Any]]:
+    """Every step of these rounds (default: all). Returns the scores, unless scores is False.
+
+    Scored are the SLM and the LLM after every round, and each client's SLM after the last; before, the bases alone.
+    """
+    from stages.parts.models import Models
+
+    agreement = workspace.agreement
+    rounds = rounds or range(1, agreement.federation.rounds + 1)
+    for round in (rounds[0], rounds[-1]):
+        workspace.check_round(round)
+    models = Models(workspace)
+    results = []
+
+    def score(role: Any, round: int | None, client: int | None = None) -> None:
+        if scores and (agreement.evaluation.tasks or agreement.data.tasks):
+            results.append(
+                evaluate(
+                    workspace, role=role, round=round, client=client, overwrite=overwrite, models=models, report=report
+                )
+            )
+
+    score("slm", None)
+    score("llm", None)
+    for round in rounds:
+        report(
+            Event(
+                "round",
+                f"round {round} of {agreement.federation.rounds}",
+                step=round,
+                total=agreement.federation.rounds,
+            )
+        )
+        broadcast(workspace, round=round, overwrite=overwrite, models=models, report=report)
+        for client in workspace.clients:
+            client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
+        aggregate(workspace, round=round, overwrite=overwrite, report=report)
+        co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
+        score("slm", round)
+        score("llm", round)
+    for client in workspace.clients:
+        score("slm", rounds[-1], client)
+    return results

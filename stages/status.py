@@ -1,0 +1,187 @@
+"""status: what is done, missing, damaged or stale, from the files alone, and the next command on this machine.
+
+Reads manifests and file sizes; with verify, every byte. Loads no model and writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from stages.parts.errors import Damaged, NotReady
+from stages.parts.manifest import Manifest, check_names, read_artefact, read_manifest
+from stages.parts.workspace import Workspace
+
+Condition = Literal["done", "missing", "damaged", "stale"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One adapter folder of one round: its condition, why it is not "done", and the command that makes it."""
+
+    name: str
+    condition: Condition
+    reason: str
+    command: str
+    here: bool
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Round:
+    """The steps of one round, in the order of Algorithm 1, and updates that came too late for its aggregate."""
+
+    number: int
+    steps: list[Step]
+    late: list[int] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return all(step.condition == "done" for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Status:
+    """All rounds, and what to do next: a literal command, or what this machine waits for."""
+
+    rounds: list[Round]
+    next_command: str
+    waiting_for: str
+
+
+def status(workspace: Workspace, *, verify: bool = False) -> Status:
+    """The state of a workspace, as this machine sees it."""
+    reader = _Reader(workspace, verify)
+    rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
+    command, waiting_for = _next(workspace, rounds)
+    return Status(rounds, command, waiting_for)
+
+
+class _Reader:
+    """Walks the rounds in order, remembering the digests of what it has seen to find what is stale."""
+
+    def __init__(self, workspace: Workspace, verify: bool) -> None:
+        self._workspace = workspace
+        self._verify = verify
+        self._is_server = workspace.auxiliary_data.exists()
+        self._slm = self._llm = ""
+
+    def round(self, number: int) -> Round:
+        workspace = self._workspace
+        parents = {"slm": self._slm} if number > 1 else {}
+        broadcast = self._step(
+            workspace.broadcast(number), "broadcast", f"broadcast --round {number}", parents, self._is_server
+        )
+        clients = {
+            k: self._step(
+                workspace.client_update(number, k),
+                f"client-{k}",
+                f"client-train --client {k} --round {number}",
+                {"broadcast": broadcast.sha256},
+                workspace.client_data(k).exists(),
+            )
+            for k in workspace.clients
+        }
+        given = {"broadcast": broadcast.sha256} | {step.name: step.sha256 for step in clients.values() if step.sha256}
+        made_of = self._parents(workspace.aggregate(number))
+        late = [k for k, step in clients.items() if step.sha256 and made_of and step.name not in made_of]
+        command = f"aggregate --round {number}"
+        aggregate = self._step(
+            workspace.aggregate(number), "aggregate", command, {k: given.get(k, "") for k in made_of}, self._is_server
+        )
+        before = {"aggregate": aggregate.sha256} | ({"llm": self._llm} if number > 1 else {})
+        command = f"co-distill --round {number}"
+        llm = self._step(workspace.llm(number), "llm", command, before, self._is_server)
+        slm = self._step(workspace.slm(number), "slm", command, before | {"llm-after": llm.sha256}, self._is_server)
+        self._slm, self._llm = slm.sha256, llm.sha256
+        steps = [broadcast, *self._counted(clients, aggregate), aggregate, llm, slm]
+        return Round(number, steps, late)
+
+    def _counted(self, clients: dict[int, Step], aggregate: Step) -> Iterator[Step]:
+        """The clients' steps; those absent from a finished aggregate are not waited for any more."""
+        for step in clients.values():
+            if step.condition != "missing" or aggregate.condition != "done":
+                yield step
+
+    def _parents(self, folder: Path) -> dict[str, str]:
+        try:
+            return read_manifest(folder)[0].parents
+        except (NotReady, Damaged):
+            return {}
+
+    def _step(self, folder: Path, name: str, command: str, parents: dict[str, str], here: bool) -> Step:
+        """What is there. Parents that this machine does not have are not compared."""
+        command = f"fedcollm {command}"
+        if not os.path.lexists(folder):
+            return Step(name, "missing", "", command, here)
+        try:
+            manifest, digest = self._read(folder)
+        except (Damaged, NotReady) as problem:
+            return Step(name, "damaged", problem.message, f"{command} --overwrite", here)
+        changed = [key for key, digest in parents.items() if digest and manifest.parents.get(key) != digest]
+        if manifest.agreement_sha256 != self._workspace.agreement_sha256:
+            changed.append("fedcollm.toml")
+        if changed:
+            return Step(
+                name, "stale", f"made from another {', '.join(changed)}", f"{command} --overwrite", here, digest
+            )
+        return Step(name, "done", "", command, here, digest)
+
+    def _read(self, folder: Path) -> tuple[Manifest, str]:
+        if self._verify:
+            artefact = read_artefact(folder)
+            return artefact.manifest, artefact.sha256
+        manifest, digest = read_manifest(folder)
+        check_names(folder, manifest)
+        for name, entry in manifest.files.items():
+            found = (folder / name).lstat().st_size
+            if found != entry.size_bytes:
+                raise Damaged(f"{name} has {found} bytes, its manifest says {entry.size_bytes}", where=folder / name)
+        return manifest, digest
+
+
+def _next(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:
+    """The first command that this machine can give now; or, where it can give none, what it waits for."""
+    parties = [workspace.client_data(k) for k in workspace.clients] + [workspace.auxiliary_data]
+    if not any(path.exists() for path in parties):
+        if workspace.agreement.data.tasks or workspace.agreement.data.files:
+            return "fedcollm prepare", ""
+        return (
+            "",
+            "data: private/client-k/train.jsonl at client k, private/server/auxiliary.jsonl at the server",
+        )
+    for round in rounds:
+        if round.is_done:
+            continue
+        by_name = {step.name: step for step in round.steps}
+        needed = workspace.agreement.aggregation.min_clients or len(workspace.clients)
+        updates = [step for step in round.steps if step.name.startswith("client-")]
+        arrived = sum(step.condition == "done" for step in updates)
+        enough = arrived >= needed
+        for step in round.steps:
+            if step.condition == "done" or not step.here:
+                continue
+            if step in updates and by_name["broadcast"].condition != "done":
+                return "", f"the broadcast of round {round.number}, in exchange/"
+            if step.name == "aggregate" and not enough:
+                absent = ", ".join(update.name for update in updates if update.condition != "done")
+                return "", f"{needed - arrived} more updates of round {round.number} in exchange/, of {absent}"
+            return step.command, ""
+    return _score(workspace, rounds)
+
+
+def _score(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:
+    last = rounds[-1].number
+    if workspace.slm(last).exists() and not workspace.result(last, "slm").exists():
+        return f"fedcollm evaluate --round {last} --model slm", ""
+    return "", ""
+
+
+def with_workspace(command: str, folder: Path | None) -> str:
+    """The command with the --workspace it was asked with, so that it can be pasted."""
+    return f"{command} --workspace {shlex.quote(str(folder))}" if command and folder else command

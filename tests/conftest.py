@@ -1,0 +1,89 @@
+"""Fixtures: tiny real models and workspaces, no network, no mocks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from builders import WORDS, Outcome, make_workspace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def base_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with slm/ and llm/: GPT-2-shaped models of two sizes with one word-level tokenizer, random weights."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models")
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    for role, (layers, width) in {"slm": (1, 16), "llm": (2, 32)}.items():
+        torch.manual_seed(layers)
+        config = GPT2Config(
+            vocab_size=len(vocabulary),
+            n_positions=64,
+            n_embd=width,
+            n_layer=layers,
+            n_head=2,
+            bos_token_id=1,
+            eos_token_id=1,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        GPT2LMHeadModel(config).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+    return folder
+
+
+@pytest.fixture
+def workspace_folder(tmp_path: Path, base_models: Path) -> Path:
+    """A workspace of three clients and two rounds with models, data and a task; no stage has run."""
+    return make_workspace(tmp_path / "study", base_models)
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
+    """A workspace in which `run` has done both rounds, without scores; made once."""
+    from stages.parts.workspace import Workspace
+    from stages.run import run
+
+    folder = make_workspace(tmp_path_factory.mktemp("finished") / "study", base_models)
+    run(Workspace(folder), scores=False)
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once: Path, tmp_path: Path) -> Path:
+    """A finished workspace of one's own, to read, damage and repair."""
+    return shutil.copytree(finished_once, tmp_path / "study", symlinks=True)
+
+
+@pytest.fixture
+def fedcollm(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Call the command line in this process: fedcollm("status", "-w", folder) -> exit code, stdout, stderr."""
+
+    def call(*words: object) -> Outcome:
+        from fedcollm_cli.main import app
+
+        capfd.readouterr()
+        try:
+            app([str(word) for word in words], standalone_mode=True)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return Outcome(code, out, err)
+
+    return call

@@ -1,0 +1,1 @@
+"""What `fedcollm init` copies."""
