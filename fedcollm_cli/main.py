@@ -206,7 +206,10 @@ def co_distill(
 @app.command()
 def evaluate(
     round: Annotated[int | None, typer.Option("--round", min=1, help="The round t; with --zero-shot, none.")] = None,
-    model: Annotated[Literal["slm", "llm"], typer.Option("--model", help="Which of the server's models.")] = "slm",
+    model: Annotated[
+        Literal["slm", "llm", "aggregate"],
+        typer.Option("--model", help="Which of the server's: slm and llm after co-distill, aggregate the SLM before."),
+    ] = "slm",
     client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
     zero_shot: Annotated[bool, typer.Option("--zero-shot", help="The base alone, without an adapter.")] = False,
     workspace: WorkspaceOption = None,
@@ -218,9 +221,9 @@ def evaluate(
 ) -> None:
     """Score a model by lm-eval, zero-shot.
 
-    On the tasks of [evaluation]. Reads private/server/round-t/slm or llm, or exchange/round-t/client-k. Writes
-    results/round-t/*.json, or results/zero-shot/*.json. Proves first that the adapter is in the model and changes
-    its logits.
+    On the tasks of [evaluation]. Reads private/server/round-t/slm, llm or aggregate, or exchange/round-t/client-k.
+    Writes results/round-t/*.json, or results/zero-shot/*.json. Proves first that the adapter is in the model and
+    changes its logits.
 
     Example: fedcollm evaluate --round 1 --model llm
     """
@@ -232,7 +235,7 @@ def evaluate(
                 "evaluate needs either --round or --zero-shot", mend="fedcollm evaluate --round 1 --model slm"
             )
         result = stage(
-            opened.workspace, role=model, round=round, client=client, overwrite=overwrite, report=opened.console.report
+            opened.workspace, model=model, round=round, client=client, overwrite=overwrite, report=opened.console.report
         )
         opened.console.result(result, views.scores([result]))
 

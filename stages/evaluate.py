@@ -1,12 +1,12 @@
 """evaluate: accuracy by lm-evaluation-harness, zero-shot, of the LLM, the SLM or a client's own SLM.
 
-Reads private/server/round-t/{slm,llm} or exchange/round-t/client-k. Writes results/round-t/{slm,llm,client-k}.json; of
-the bases alone, results/zero-shot/{slm,llm}.json.
+Reads private/server/round-t/{slm,llm,aggregate} or exchange/round-t/client-k. Writes results/round-t/*.json under the
+same names; of the bases alone, results/zero-shot/{slm,llm}.json.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stages.parts import files
 from stages.parts.errors import UsageProblem
@@ -17,11 +17,13 @@ from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace, requir
 if TYPE_CHECKING:
     from stages.parts.models import Models, Role, Tuned
 
+Subject = Literal["slm", "llm", "aggregate"]
+
 
 def evaluate(
     workspace: Workspace,
     *,
-    role: Role = "slm",
+    model: Subject = "slm",
     round: int | None = None,
     client: int | None = None,
     overwrite: bool = False,
@@ -30,12 +32,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score one model and write down the scores. Returns what the result file says.
 
-    Without a round, the base alone. Before scoring, the adapter is proven to be in the model and to change its logits.
+    model: which of the server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it; with a client, that
+    client's own SLM instead. Without a round, the base alone. Before scoring, the adapter is proven to be in the model
+    and to change its logits.
     """
-    subject = role if client is None else f"client-{client}"
+    subject: str = model if client is None else f"client-{client}"
+    role: Role = "llm" if subject == "llm" else "slm"
     name = subject if round is None else f"{subject}, round {round}"
     report(Event("stage", f"evaluate {name}"))
-    adapter = None if round is None else _adapter(workspace, role, round, client)
+    adapter = None if round is None else _adapter(workspace, model, round, client)
     what = _what(workspace, subject, round, adapter)
     target = workspace.result(round, subject)
     if target.exists() and not overwrite:
@@ -48,15 +53,16 @@ def evaluate(
     return result
 
 
-def _adapter(workspace: Workspace, role: Role, round: int, client: int | None) -> Artefact:
+def _adapter(workspace: Workspace, model: Subject, round: int, client: int | None) -> Artefact:
     workspace.check_round(round)
     if client is not None:
         workspace.check_client(client)
         folder, stage = workspace.client_update(round, client), "client-train"
         made_by = f"fedcollm client-train --client {client} --round {round}"
     else:
-        folder, stage = (workspace.slm(round) if role == "slm" else workspace.llm(round)), "co-distill"
-        made_by = f"fedcollm co-distill --round {round}"
+        place = {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[model]
+        folder, stage = place(round), "aggregate" if model == "aggregate" else "co-distill"
+        made_by = f"fedcollm {stage} --round {round}"
     require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
     artefact = read_artefact(folder)
     check_belongs(artefact, workspace, stage=stage, round=round, client=client)

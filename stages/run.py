@@ -6,6 +6,7 @@ there.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from stages.aggregate import aggregate
@@ -35,35 +36,20 @@ def run(
     rounds = rounds or range(1, agreement.federation.rounds + 1)
     for round in (rounds[0], rounds[-1]):
         workspace.check_round(round)
+    scores = scores and bool(agreement.evaluation.tasks or agreement.data.tasks)
     models = Models(workspace)
-    results = []
+    score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
 
-    def score(role: Any, round: int | None, client: int | None = None) -> None:
-        if scores and (agreement.evaluation.tasks or agreement.data.tasks):
-            results.append(
-                evaluate(
-                    workspace, role=role, round=round, client=client, overwrite=overwrite, models=models, report=report
-                )
-            )
-
-    score("slm", None)
-    score("llm", None)
+    results = [score(model="slm"), score(model="llm")] if scores else []
     for round in rounds:
-        report(
-            Event(
-                "round",
-                f"round {round} of {agreement.federation.rounds}",
-                step=round,
-                total=agreement.federation.rounds,
-            )
-        )
+        report(Event("round", f"round {round} of {agreement.federation.rounds}"))
         broadcast(workspace, round=round, overwrite=overwrite, models=models, report=report)
         for client in workspace.clients:
             client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
         aggregate(workspace, round=round, overwrite=overwrite, report=report)
         co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
-        score("slm", round)
-        score("llm", round)
-    for client in workspace.clients:
-        score("slm", rounds[-1], client)
+        if scores:
+            results += [score(model="slm", round=round), score(model="llm", round=round)]
+    if scores:
+        results += [score(round=rounds[-1], client=client) for client in workspace.clients]
     return results

@@ -67,7 +67,7 @@ def score(
     model.eval()
     scope = contextlib.nullcontext() if with_adapter else model.disable_adapter()
     if with_adapter:
-        adapters.check_acts(model, tuned.tokenizer.encode(PROBE_TEXTS[0]))
+        adapters.check_acts(model, tuned.tokenizer.encode(PROBE_TEXTS[0])[: tuned.context])
     with naming_memory_knobs(), scope, quiet.libraries():
         lm = _Reporting(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
         lm.report = report

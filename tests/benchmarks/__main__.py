@@ -1,0 +1,43 @@
+"""All benchmarks as one table of ratios: python -m tests.benchmarks [--repeats 3] [name ...].
+
+Every figure is a ratio against a named peer or limit measured in the same run, the median of repeats. Nothing here is a
+test: machines differ, and a slow one has not failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.benchmarks import aggregate, client_train, co_distill, commands
+
+BENCHMARKS = {
+    "client-train": client_train.measure,
+    "co-distill": co_distill.measure,
+    "aggregate": aggregate.measure,
+    "commands": commands.measure,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    table = Table()
+    for column in ("what", "measured", "goal"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for name in arguments.names or BENCHMARKS:
+        for what, measured, goal in BENCHMARKS[name](arguments.repeats):
+            table.add_row(f"{name}: {what}", measured, goal)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""aggregate: memory that does not grow with clients, and time against reading and hashing the same files."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from builders import AGREEMENT
+from stages.aggregate import aggregate
+from stages.parts import adapter_files
+from stages.parts.manifest import BaseIdentity, publish
+from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace
+
+LAYERS, WIDTH, RANK = 24, 2048, 16  # OPT-1.3B's shape on q_proj and v_proj: 3,145,728 parameters
+BASE = BaseIdentity(architecture="opt", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
+
+
+def measure(repeats: int) -> list[tuple[str, str, str]]:
+    """Rows of the table: what, measured, goal."""
+    rows, peaks = [], {}
+    for clients in (4, 256):
+        with tempfile.TemporaryDirectory() as folder:
+            workspace = make(Path(folder), clients)
+            peaks[clients] = peak_bytes(Path(folder))
+            ratios = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                aggregate(workspace, round=1, overwrite=True)
+                middle = time.perf_counter()
+                read_and_hash(workspace)
+                ratios.append((middle - start) / (time.perf_counter() - middle))
+            rows.append((f"time over reading and hashing, {clients} clients", f"{median(ratios):.2f}", "<= 2"))
+    rows.append(("peak memory, 256 clients over 4", f"{peaks[256] / peaks[4]:.2f}", "<= 1.2"))
+    rows.append(("peak memory, 256 clients", f"{peaks[256] / 2**20:.0f} MiB", ""))
+    return rows
+
+
+def make(folder: Path, clients: int) -> Workspace:
+    """A workspace with one round's updates of that many clients, random numbers in the shape of OPT-1.3B's adapter."""
+    text = AGREEMENT.replace("clients = 3", f"clients = {clients}").replace("r = 4", f"r = {RANK}")
+    (folder / "fedcollm.toml").write_text(text)
+    workspace = Workspace(folder)
+    rng = np.random.default_rng(1)
+    names = [f"model.decoder.layers.{i}.self_attn.{module}" for i in range(LAYERS) for module in ("q_proj", "v_proj")]
+
+    def contents() -> dict[str, bytes]:
+        tensors = {}
+        for name in names:
+            tensors[f"base_model.model.{name}.lora_A.weight"] = rng.standard_normal((RANK, WIDTH), dtype=np.float32)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = rng.standard_normal((WIDTH, RANK), dtype=np.float32)
+        config = adapter_files.config_bytes(
+            workspace.agreement.slm, target_modules=["q_proj", "v_proj"], fan_in_fan_out=False
+        )
+        return {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: adapter_files.weights_bytes(tensors)}
+
+    parameters = 2 * len(names) * RANK * WIDTH
+    publish(
+        workspace.broadcast(1), contents(), workspace,
+        stage="broadcast", round=1, parents={}, base=BASE, parameters=parameters,
+    )  # fmt: skip
+    digest = hashlib.sha256((workspace.broadcast(1) / "manifest.json").read_bytes()).hexdigest()
+    for client in range(1, clients + 1):
+        publish(
+            workspace.client_update(1, client), contents(), workspace,
+            stage="client-train", round=1, client=client, parents={"broadcast": digest}, base=BASE,
+            parameters=parameters, examples=100,
+        )  # fmt: skip
+    return workspace
+
+
+def read_and_hash(workspace: Workspace) -> None:
+    """The limit: every update's weights read and hashed, and nothing else."""
+    for path in workspace.client_updates(1).values():
+        hashlib.sha256((path / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+
+
+def peak_bytes(folder: Path) -> int:
+    """The largest resident size of a process that aggregates once."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from stages.aggregate import aggregate; from stages.parts.workspace import Workspace\n"
+        "aggregate(Workspace(Path(sys.argv[1])), round=1)\n"
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024

@@ -1,0 +1,91 @@
+"""The command line: what starting costs, `status` on a large federation, `run` against the separate commands."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from builders import AGREEMENT, SHARED_DATA
+from stages.parts.manifest import BaseIdentity, publish
+from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace
+
+FEDCOLLM = [sys.executable, "-m", "fedcollm_cli"]
+ARC_SCRIPT = Path(__file__).parents[1] / "arc_easy.sh"
+BASE = BaseIdentity(architecture="none", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
+
+
+def measure(repeats: int) -> list[tuple[str, str, str]]:
+    """Rows of the table: what, measured, goal."""
+    bare = median(seconds([sys.executable, "-c", "import typer, rich.progress, pydantic"]) for _ in range(repeats))
+    shown = median(seconds([*FEDCOLLM, "--help"]) for _ in range(repeats))
+    rows = [("--help over importing typer, rich and pydantic", f"{shown / bare:.2f}", "")]
+    with tempfile.TemporaryDirectory() as folder:
+        make_large(Path(folder), clients=1000, rounds=10)
+        took = median(seconds([*FEDCOLLM, "status", "-w", folder]) for _ in range(repeats))
+        rows.append(("status, 1,000 clients x 10 rounds", f"{took:.1f} s", "seconds"))
+    if SHARED_DATA.is_dir():
+        rows.append(
+            ("run over the same separate commands, 2 rounds x 4 clients", f"{run_over_separate():.2f}", "<= 0.5")
+        )
+    return rows
+
+
+def seconds(command: list[str], folder: Path | None = None) -> float:
+    """How long a command takes."""
+    start = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def make_large(folder: Path, *, clients: int, rounds: int) -> None:
+    """A finished federation of many clients, with small files in place of adapters."""
+    text = AGREEMENT.replace("clients = 3", f"clients = {clients}").replace("rounds = 2", f"rounds = {rounds}")
+    (folder / "fedcollm.toml").write_text(text)
+    workspace = Workspace(folder)
+    contents = {ADAPTER_CONFIG: b"{}\n", ADAPTER_WEIGHTS: b"\0" * 64}
+
+    def put(place: Path, parents: dict[str, str], stage: str, round: int, client: int | None = None) -> str:
+        publish(
+            place, contents, workspace,
+            stage=stage, role="llm" if place.name == "llm" else "slm", round=round, client=client,  # type: ignore[arg-type]
+            parents=parents, base=BASE, parameters=16,
+        )  # fmt: skip
+        return hashlib.sha256((place / "manifest.json").read_bytes()).hexdigest()
+
+    slm, llm = "", {}
+    for t in range(1, rounds + 1):
+        broadcast = {"broadcast": put(workspace.broadcast(t), {"slm": slm} if t > 1 else {}, "broadcast", t)}
+        updates = {
+            f"client-{k}": put(workspace.client_update(t, k), broadcast, "client-train", t, k)
+            for k in workspace.clients
+        }
+        aggregate = {"aggregate": put(workspace.aggregate(t), broadcast | updates, "aggregate", t)} | llm
+        llm = {"llm": put(workspace.llm(t), aggregate, "co-distill", t)}
+        slm = put(workspace.slm(t), aggregate | {"llm-after": llm["llm"]}, "co-distill", t)
+
+
+def run_over_separate() -> float:
+    """`run` over the separate commands: two rounds of the stories pair on a slice of ARC-Easy, without scores."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "study"
+        lines = ARC_SCRIPT.read_text().split("\nfedcollm prepare\n")[0] + "\nfedcollm prepare\n"
+        subprocess.run(
+            ["bash", "-c", lines, "arc", str(SHARED_DATA), str(folder), "200"], check=True, capture_output=True
+        )
+        other = shutil.copytree(folder, Path(temporary) / "other")
+        separate = 0.0
+        for t in ("1", "2"):
+            commands = [
+                ["broadcast"],
+                *(["client-train", "--client", str(k)] for k in range(1, 5)),
+                ["aggregate"],
+                ["co-distill"],
+            ]
+            separate += sum(seconds([*FEDCOLLM, *command, "--round", t], folder) for command in commands)
+        return seconds([*FEDCOLLM, "run", "--no-scores"], other) / separate
