@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.console import Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -46,7 +47,7 @@ class Console:
             columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=12),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
             )
@@ -107,15 +108,15 @@ class Console:
                 f"  {self._stage}  {event.step}/{event.total}  {_losses(self._values)}".rstrip(), markup=False
             )
 
-    def result(self, value: Any, text: str | Table) -> None:
+    def result(self, value: Any, text: str | Table | Group) -> None:
         """The outcome, on stdout: value as JSON if that was asked for, else text."""
         self._end_stage()
         if self._progress:
             self._progress.stop()
         if self._as_json:
             sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        elif isinstance(text, Table):
-            RichConsole(highlight=False).print(text)
+        elif not isinstance(text, str):
+            RichConsole(highlight=False).print(text, markup=False)
         else:
             sys.stdout.write(text + "\n")
 

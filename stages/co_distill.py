@@ -6,6 +6,7 @@ Writes private/server/round-t/llm and, last, .../slm, and the log private/server
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,11 +77,11 @@ def _open(workspace: Workspace, round: int) -> _Inputs:
 def _already_made(workspace: Workspace, round: int, inputs: _Inputs, overwrite: bool) -> Manifest | None:
     """The SLM's manifest if both adapters are there, whole, and from these inputs."""
     slm, llm = workspace.slm(round), workspace.llm(round)
-    if not slm.exists():
+    if overwrite or not os.path.lexists(slm):
         return None  # an LLM's adapter without it is half of a run that was stopped, and is made again
     parents = inputs.parents | ({"llm-after": read_manifest(llm)[1]} if llm.exists() else {})
     log = workspace.log("co-distill", round)
-    done = already_made(slm, workspace, parents, overwrite=overwrite, log=log, data=inputs.data_sha256)
+    done = already_made(slm, workspace, parents, overwrite=False, log=log, data=inputs.data_sha256)
     if done:
         read_artefact(llm)
     return done

@@ -50,6 +50,8 @@ def evaluate(
             return earlier
     result = what | _score(workspace, role, adapter, models, report)
     files.write(target, files.json_bytes(result))
+    for task, scores in result["tasks"].items():
+        report(Event("note", f"{task}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())))
     return result
 
 

@@ -45,8 +45,9 @@ def _from_tasks(workspace: Workspace, report: Report) -> tuple[list[Row], set[st
     agreement = workspace.agreement
     rows: list[Row] = []
     for task in tasks.load(workspace, agreement.data.tasks):
-        rows += tasks.training_rows(task)
-        report(Event("note", f"{task.config.task}: {len(rows)} rows so far"))
+        found = tasks.training_rows(task)
+        report(Event("note", f"{task.config.task}: {len(found)} rows"))
+        rows += found
     scored = tasks.load(workspace, agreement.evaluation.tasks or agreement.data.tasks)
     return rows, {prompt for task in scored for prompt in tasks.test_prompts(task)}
 

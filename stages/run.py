@@ -7,7 +7,7 @@ there.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
@@ -17,6 +17,9 @@ from stages.evaluate import evaluate
 from stages.parts.events import Event, Report, ignore
 from stages.parts.workspace import Workspace
 
+if TYPE_CHECKING:
+    from stages.parts.models import Models
+
 
 def run(
     workspace: Workspace,
@@ -24,6 +27,7 @@ def run(
     rounds: range | None = None,
     scores: bool = True,
     overwrite: bool = False,
+    models: Models | None = None,
     report: Report = ignore,
 ) -> list[dict[str, Any]]:
     """Every step of these rounds (default: all). Returns the scores, unless scores is False.
@@ -32,12 +36,12 @@ def run(
     """
     from stages.parts.models import Models
 
+    models = models or Models(workspace)
     agreement = workspace.agreement
     rounds = rounds or range(1, agreement.federation.rounds + 1)
     for round in (rounds[0], rounds[-1]):
         workspace.check_round(round)
     scores = scores and bool(agreement.evaluation.tasks or agreement.data.tasks)
-    models = Models(workspace)
     score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
 
     results = [score(model="slm"), score(model="llm")] if scores else []

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from stages.parts.adapter_files import Layout, Tensors
+    from stages.parts.models import Tuned
+    from stages.parts.rows import Example
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
-WORDS = ["red", "blue", "green", "square", "circle", "star", "big", "small", "left", "right", "of", "the", "a", "is", "what", "colour", "shape", "size", "Q", "A", ":", "?", ".", "0", "1", "2", "3"]
+WORDS = "red blue green square circle star big small left right of the a is what colour shape size Q A : ? . 0 1 2 3".split()
 COLOURS, SHAPES = ("red", "blue", "green"), ("square", "circle", "star")
 
 
@@ -112,3 +119,101 @@ def make_workspace(folder: Path, base_models: Path) -> Path:
     for part in ("train", "test"):
         (folder / "data" / f"{part}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions(12)))
     return folder
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace a text that stands in a file exactly once."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path}"
+    path.write_text(text.replace(old, new))
+
+
+def published(folder: Path) -> dict[str, str]:
+    """The digest of everything that stages have put in its place: no locks, no checkpoints, no drafts."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        is_hidden = path.suffix == ".lock" or any(part.startswith(".") for part in name.parts)
+        if name.parts[0] in ("exchange", "private", "results") and path.is_file() and not is_hidden:
+            found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def adapters(folder: Path) -> dict[str, str]:
+    """The same for adapters alone; private logs hold times."""
+    return {name: digest for name, digest in published(folder).items() if name.endswith((".json", ".safetensors"))}
+
+
+def drafts(folder: Path) -> list[Path]:
+    """What an interrupted publication would leave half written."""
+    return [path for ending in ("partial", "replaced") for path in folder.rglob(f"*.{ending}")]
+
+
+def sign(adapter: Path, **claims: object) -> None:
+    """Make an adapter's manifest say what lies in the folder now, and claim this; so do forgeries get past the hashes."""
+    path = adapter / "manifest.json"
+    manifest = json.loads(path.read_text()) | claims
+    for name, entry in manifest["files"].items():
+        content = (adapter / name).read_bytes()
+        entry |= {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+    path.write_text(json.dumps(manifest))
+
+
+# --- in memory
+
+Family = Literal["gpt2", "opt", "llama"]
+
+
+def tiny_model(family: Family = "gpt2", *, vocabulary: int = 40, width: int = 32, seed: int = 0) -> Any:
+    """A model of one of three architectures with random weights large enough to have opinions, in eval mode."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ids = {"vocab_size": vocabulary, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    long = {"max_position_embeddings": 64, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "gpt2": {"n_positions": 64, "n_embd": width, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
+        | dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0),
+        "opt": long | {"word_embed_proj_dim": width, "ffn_dim": 2 * width, "init_std": 0.2, "dropout": 0.0},
+        "llama": long | {"intermediate_size": 2 * width, "initializer_range": 0.2},
+    }[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **ids, **shape)).eval()
+
+
+def tuned(role: Literal["slm", "llm"], *, family: Family = "gpt2", dropout: float = 0.0, **shape: int) -> Tuned:
+    """A tiny model with an adapter of random values, as stages hold it; it has no tokenizer and no identity."""
+    from stages.parts import adapters as parts
+    from stages.parts import batches
+    from stages.parts.config import Lora, Model
+    from stages.parts.manifest import BaseIdentity
+    from stages.parts.models import Tuned
+
+    base = tiny_model(family, **({"seed": 1 if role == "slm" else 2} | shape))
+    packs = batches.packs(base)
+    model = parts.attach(base, Model(model="tiny", lora=Lora(r=4, alpha=8, dropout=dropout)))
+    parts.put(model, random_adapter(parts.layout(model), seed=3))
+    nobody = BaseIdentity(architecture=family, weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
+    no_tokenizer: Any = None
+    return Tuned(role, model, no_tokenizer, nobody, autocast=False, packs=packs)
+
+
+def random_adapter(layout: Layout, *, seed: int, scale: float = 0.1) -> Tensors:
+    """An adapter of this layout in which nothing is zero."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return {name: (scale * rng.standard_normal(shape)).astype(np.float32) for name, shape in sorted(layout.items())}
+
+
+def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int = 0) -> list[Example]:
+    """Rows of random tokens, each of so many prompt tokens and so many answer tokens."""
+    import random
+
+    from stages.parts.rows import Example
+
+    draw = random.Random(seed)
+    return [
+        Example([draw.randrange(2, vocabulary) for _ in range(prompt + answer)], prompt) for prompt, answer in lengths
+    ]

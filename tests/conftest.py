@@ -71,6 +71,15 @@ def finished(finished_once: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def answered(finished: Path) -> Path:
+    """A workspace in which every client has answered in round 1 and the server has not looked at it yet."""
+    shutil.rmtree(finished / "exchange" / "round-0002")
+    for number in (1, 2):
+        shutil.rmtree(finished / "private" / "server" / f"round-{number:04d}")
+    return finished
+
+
+@pytest.fixture
 def fedcollm(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Call the command line in this process: fedcollm("status", "-w", folder) -> exit code, stdout, stderr."""
 

@@ -52,8 +52,8 @@ class Mean:
                 self._sums[name] = scaled.astype(np.float64)
         for layer in _layers(tensors):
             a, b = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
-            product = np.float32(weight) * (b @ (a @ self._probe(a.shape[1])))
-            self._products[layer] = self._products.get(layer, np.float32(0)) + product
+            product = weight * (b @ (a @ self._probe(a.shape[1])))
+            self._products[layer] = self._products.get(layer, 0.0) + product
 
     def result(self) -> Tensors:
         """The mean, float32."""
@@ -70,17 +70,17 @@ class Mean:
         for layer in self._products:
             a = self._sums[f"{layer}.lora_A.weight"] / self._weight
             b = self._sums[f"{layer}.lora_B.weight"] / self._weight
-            together = self._products[layer].astype(np.float64) / self._weight
+            together = self._products[layer] / self._weight
             apart = b @ (a @ self._probe(a.shape[1]))
             size = np.linalg.norm(together)
             terms[layer] = float(np.linalg.norm(together - apart) / size) if size > 0 else 0.0
         return terms
 
     def _probe(self, inputs: int) -> np.ndarray:
-        """Orthonormal columns, [inputs, min(inputs, PROBES)], the same in every run."""
+        """Orthonormal columns, float64, [inputs, min(inputs, PROBES)], the same in every run."""
         if inputs not in self._probes:
             draws = np.random.default_rng(inputs).standard_normal((inputs, min(inputs, PROBES)))
-            self._probes[inputs] = np.linalg.qr(draws)[0].astype(np.float32)
+            self._probes[inputs] = np.linalg.qr(draws)[0]
         return self._probes[inputs]
 
 

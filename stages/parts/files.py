@@ -21,6 +21,7 @@ from typing import Any
 
 from stages.parts.errors import Damaged, Held, NotReady, StorageProblem
 
+COPY_AGAIN = "copy it again from its origin, or make it there again with --overwrite"
 LARGEST_JSON_BYTES = 4 << 20
 LARGEST_ADAPTER_BYTES = 4 << 30
 
@@ -46,9 +47,10 @@ def read(path: Path, *, limit_bytes: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise Damaged(f"{path.name} is not a plain file", where=path)
+            raise Damaged(f"{path.name} is not a plain file", where=path, mend=COPY_AGAIN)
         if status.st_size > limit_bytes:
-            raise Damaged(f"{path.name} has {status.st_size} bytes, at most {limit_bytes} are expected", where=path)
+            message = f"{path.name} has {status.st_size} bytes, at most {limit_bytes} are expected"
+            raise Damaged(message, where=path, mend=COPY_AGAIN)
         return file.read()
 
 
@@ -58,9 +60,7 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
     try:
         value = parse_json(content)
     except (ValueError, RecursionError) as error:
-        raise Damaged(
-            f"{path.name} is not valid JSON: {error}", where=path, mend="copy it again from its origin"
-        ) from None
+        raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=COPY_AGAIN) from None
     return value, sha256(content)
 
 
@@ -126,17 +126,19 @@ def publish(folder: Path, contents: dict[str, bytes]) -> None:
         for name, content in contents.items():
             _write_synced(draft / name, content)
         _sync_folder(draft)
-        if folder.exists():
+        if os.path.lexists(folder):
             folder.rename(replaced)
         try:
             draft.rename(folder)
         except BaseException:
-            if replaced.exists():
+            if os.path.lexists(replaced):
                 replaced.rename(folder)
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     _sync_folder(folder.parent)
+    if replaced.is_symlink():
+        replaced.unlink()
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -90,7 +90,8 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """The manifest of a folder and the sha256 of its bytes; the other files are not read."""
     path = folder / MANIFEST
     if folder.is_symlink():
-        raise Damaged(f"{folder.name} is a symbolic link; exchanged folders are never followed", where=folder)
+        message = f"{folder.name} is a symbolic link; exchanged folders are never followed"
+        raise Damaged(message, where=folder, mend="put the folder itself there, or make it again with --overwrite")
     if folder.is_dir() and not path.exists() and not path.is_symlink():
         mend = "copy the whole folder again, or make it again with --overwrite"
         raise Damaged(f"{folder.name} has no {MANIFEST}", where=folder, mend=mend)
@@ -100,7 +101,8 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise Damaged(f"not a {FORMAT} manifest: {key}: {first['msg']}", where=path) from error
+        message = f"not a {FORMAT} manifest: {key}: {first['msg']}"
+        raise Damaged(message, where=path, mend=files.COPY_AGAIN) from error
 
 
 def read_artefact(folder: Path) -> Artefact:
@@ -133,7 +135,7 @@ def check_names(folder: Path, manifest: Manifest) -> None:
     expected = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
     if set(manifest.files) != expected:
         message = f"the manifest lists {sorted(manifest.files)}, an adapter has {sorted(expected)}"
-        raise Damaged(message, where=folder / MANIFEST)
+        raise Damaged(message, where=folder / MANIFEST, mend=files.COPY_AGAIN)
     found = {path.name for path in folder.iterdir()}
     superfluous, missing = found - expected - {MANIFEST}, expected - found
     if superfluous:

@@ -104,9 +104,9 @@ class Models:
         compute = self._dtype(role)
         dtype = compute if self.device.type == "cuda" else torch.float32
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            identity = identify(folder, tokenizer)
             with quiet.libraries():
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                identity = identify(folder, tokenizer)
                 base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
                 base.to(self.device)
                 packs = batches.packs(base)

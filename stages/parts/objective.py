@@ -97,7 +97,8 @@ class Objective(nn.Module):
     @torch.no_grad()
     def measure(self, examples: Sequence[Example], rows: int) -> dict[str, float]:
         """The named losses without dropout, per answer token, over an even sample of at most LOSS_SAMPLE examples."""
-        sample = examples[:: max(1, len(examples) // LOSS_SAMPLE)][:LOSS_SAMPLE]
+        count = min(len(examples), LOSS_SAMPLE)
+        sample = [examples[i * len(examples) // count] for i in range(count)]
         tokens = sum(example.answer_tokens for example in sample)
         totals: dict[str, float] = {}
         was_training = self.training

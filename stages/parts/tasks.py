@@ -102,5 +102,5 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
             f"the data of task {name} is not there: {error}", mend="check data_files in its task file"
         ) from error
     except (ConnectionError, OSError) as error:
-        mend = "fetch it on a machine with a network, or point its task file at local files (see tasks/README.md)"
+        mend = "fetch it on a machine with a network, or point its task file at local files (see the workspace README)"
         raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", mend=mend) from error

@@ -125,29 +125,36 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
         after = objective.measure(examples, rows)
+    _refuse_unless_finite(after, "after the last step")
     return Outcome(
         steps=len(steps),
         examples=len(steps) * recipe.budget.rows_per_step,
         tokens=sum(examples[i].answer_tokens for step in steps for i in step),
         metrics={f"{name}_before": loss for name, loss in before.items()}
         | {f"{name}_after": loss for name, loss in after.items()},
-        log=[{"inputs": dict(inputs)}, *trainer.state.log_history, {"wall_s": round(time.monotonic() - started, 3)}],
+        log=[
+            {"inputs": dict(inputs)},
+            *_steps(trainer.state.log_history),
+            {"wall_s": round(time.monotonic() - started, 3)},
+        ],
     )
 
 
 def _arguments(
     folder: Path, recipe: Recipe, machine: Machine, device: torch.device, steps: int, per_step: int
 ) -> TrainingArguments:
+    turns = 2 if recipe.alternating else 1
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
+        train_sampling_strategy="sequential",  # the schedule is shuffled; Trainer would shuffle micro-batches
         per_device_train_batch_size=1,  # an item is a micro-batch already
         gradient_accumulation_steps=per_step,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=recipe.warmup_steps * (2 if recipe.alternating else 1),
+        warmup_steps=recipe.warmup_steps * turns,
         max_grad_norm=0,  # clipping both models together would couple them; _Watch clips each by itself
         seed=recipe.seed,
-        save_steps=machine.checkpoint_steps,
+        save_steps=machine.checkpoint_steps * turns,  # never between the two turns of a step
         save_total_limit=2,
         logging_strategy="no",
         logging_nan_inf_filter=False,
@@ -184,16 +191,20 @@ class _Watch(TrainerCallback):
         if state.global_step % self._turns:
             return
         step, losses = state.global_step // self._turns, self._objective.pop_losses()
-        for name, loss in losses.items():
-            if not math.isfinite(loss):
-                mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
-                raise BadNumbers(f"{name} became {loss} at step {step} of {self._steps}", mend=mend)
+        _refuse_unless_finite(losses, f"at step {step} of {self._steps}")
         state.log_history.append({"step": step, **losses})
         self._report(Event("step", step=step, total=self._steps, values=losses))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         files.write(folder / COMPLETE, b"")
+
+
+def _refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
+            raise BadNumbers(f"{name} became {loss} {when}", mend=mend)
 
 
 def _checkpoint_of(folder: Path, inputs: Mapping[str, Any]) -> str | None:
@@ -205,6 +216,11 @@ def _checkpoint_of(folder: Path, inputs: Mapping[str, Any]) -> str | None:
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return None if newest is None else str(newest)
+
+
+def _steps(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of _Watch, without Trainer's own summary."""
+    return [entry for entry in history if "train_runtime" not in entry]
 
 
 def _even_chunks(items: list[int], count: int) -> list[list[int]]:
