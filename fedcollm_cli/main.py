@@ -24,6 +24,7 @@ from fedcollm_cli.session import (
     WorkspaceOption,
     guarded,
     session,
+    show_one_gpu,
 )
 from stages.parts.errors import UsageProblem
 from stages.parts.manifest import Manifest
@@ -316,5 +317,6 @@ def demo(
     with guarded(console):
         from stages.demo import demo as stage
 
+        show_one_gpu("auto")
         measured = stage(folder, report=console.report)
         console.result(measured, views.demo(measured))

@@ -76,4 +76,16 @@ def session(
     console = Console(quiet=quiet, as_json=as_json)
     with guarded(console):
         flags = MachineFlags.model_validate({"device": device, "dtype": dtype})
-        yield Session(Workspace.find(workspace or Path.cwd(), flags), console)
+        found = Workspace.find(workspace or Path.cwd(), flags)
+        show_one_gpu(found.machine.device)
+        yield Session(found, console)
+
+
+def show_one_gpu(device: str) -> None:
+    """Let CUDA see the chosen GPU alone: Trainer would spread a model over all that it sees (DataParallel)."""
+    if device in ("cpu", "mps") or "LOCAL_RANK" in os.environ:
+        return
+    index = int(device.partition(":")[2] or 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed = [str(index)] * (index + 1) if visible is None else visible.split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = listed[index] if index < len(listed) else ""

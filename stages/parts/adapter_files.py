@@ -144,7 +144,8 @@ def _strict_layout(content: bytes, path: Path) -> Layout:
     if header.pop("__metadata__", {"format": "pt"}) != {"format": "pt"}:
         raise bad("carries unknown metadata")
     for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        is_plain = isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
+        if not (is_plain and isinstance(entry["shape"], list) and all(type(size) is int for size in entry["shape"])):
             raise bad(f"describes {json.dumps(name)} in an unknown way")
         if entry["dtype"] != "F32":
             raise bad(f"holds {name} as {entry['dtype']}; adapters are exchanged as F32 (float32)")

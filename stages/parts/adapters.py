@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ from stages.parts.errors import BadNumbers, UsageProblem
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
-def attach(base: PreTrainedModel, settings: Model) -> PeftModel:
+def attach(base: PreTrainedModel, settings: Model, *, where: Path | None = None) -> PeftModel:
     """The base, frozen, with a LoRA adapter of the agreed shape; only the adapter is trainable, in float32.
 
-    Raises UsageProblem if the target modules do not exist, naming those that do.
+    where: the settings' file. Raises UsageProblem if the target modules do not exist, naming those that do.
     """
     lora = settings.lora
     config = LoraConfig(
@@ -38,7 +39,7 @@ def attach(base: PreTrainedModel, settings: Model) -> PeftModel:
         linear = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _takes_lora(module)})
         wanted = lora.target_modules or "PEFT's default"
         message = f"target_modules {wanted} do not fit {base.config.model_type}: {error}"
-        raise UsageProblem(message, mend=f"set lora.target_modules among: {', '.join(linear)}") from error
+        raise UsageProblem(message, where=where, mend=f"set lora.target_modules among: {', '.join(linear)}") from error
     assert isinstance(model, PeftModel)
     return model
 

@@ -15,15 +15,17 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.parts.errors import Damaged, Held, NotReady, StorageProblem
 
-COPY_AGAIN = "copy it again from its origin, or make it there again with --overwrite"
+COPY_AGAIN = "copy it again from its origin"
 LARGEST_JSON_BYTES = 4 << 20
 LARGEST_ADAPTER_BYTES = 4 << 30
+ABANDONED_AFTER_S = 3600
 
 
 def sha256(content: bytes) -> str:
@@ -44,14 +46,17 @@ def read(path: Path, *, limit_bytes: int) -> bytes:
                 f"{path.name} is a symbolic link; exchanged files are never followed", where=path, mend=mend
             ) from None
         raise
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Damaged(f"{path.name} is not a plain file", where=path, mend=COPY_AGAIN)
         if status.st_size > limit_bytes:
             message = f"{path.name} has {status.st_size} bytes, at most {limit_bytes} are expected"
             raise Damaged(message, where=path, mend=COPY_AGAIN)
-        return file.read()
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], str]:
@@ -119,14 +124,19 @@ def publish(folder: Path, contents: dict[str, bytes]) -> None:
     means that it is whole.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):  # by a process that was killed
+        if time.time() - abandoned.lstat().st_mtime > ABANDONED_AFTER_S:
+            shutil.rmtree(abandoned, ignore_errors=True)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    shutil.rmtree(draft, ignore_errors=True)  # of a killed process that had the number of this one
     try:
         draft.mkdir()
         for name, content in contents.items():
             _write_synced(draft / name, content)
         _sync_folder(draft)
         if os.path.lexists(folder):
+            _remove(replaced)
             folder.rename(replaced)
         try:
             draft.rename(folder)
@@ -134,12 +144,11 @@ def publish(folder: Path, contents: dict[str, bytes]) -> None:
             if os.path.lexists(replaced):
                 replaced.rename(folder)
             raise
+        _sync_folder(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    _sync_folder(folder.parent)
-    if replaced.is_symlink():
-        replaced.unlink()
-    shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(folder):
+            _remove(replaced)
 
 
 @contextlib.contextmanager
@@ -170,6 +179,12 @@ def naming_storage_faults() -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         mend = "free some space and give the same command again" if full else "check the permissions and the disk"
         raise StorageProblem(f"{error.strerror or error}", where=error.filename, mend=mend) from error
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -21,7 +21,7 @@ from stages.parts import adapters, batches, quiet
 from stages.parts.config import Model
 from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
 from stages.parts.manifest import BaseIdentity
-from stages.parts.workspace import Workspace
+from stages.parts.workspace import AGREEMENT, Workspace
 
 Role = Literal["slm", "llm"]
 
@@ -116,11 +116,10 @@ class Models:
         base.config.use_cache = False
         if self._workspace.machine.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            base.enable_input_require_grads()
         return Tuned(
             role=role,
             packs=packs,
-            model=adapters.attach(base, settings),
+            model=adapters.attach(base, settings, where=self._workspace.root / AGREEMENT),
             tokenizer=tokenizer,
             identity=identity,
             autocast=compute == torch.bfloat16,
@@ -155,13 +154,9 @@ class Models:
 def _device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda"):
-        index = int(wanted.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            message = f"there is no device {wanted} here: {torch.cuda.device_count()} CUDA devices found"
-            raise UsageProblem(message, mend="give --device cpu, or auto")
-        torch.cuda.set_device(index)
-    return torch.device(wanted)
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageProblem(f"there is no device {wanted} here", mend="give --device cpu, or auto")
+    return torch.device(wanted.partition(":")[0])  # the command line shows CUDA the one GPU that was chosen
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
@@ -204,16 +199,18 @@ def check_one_vocabulary(slm: Tuned, llm: Tuned) -> int:
     Rows of the larger vocabulary beyond that are padding (Qwen2.5 has 151,936 and 152,064) and are cut off.
     """
     shared = min(_vocabulary_rows(slm), _vocabulary_rows(llm))
+    where = llm.tokenizer.name_or_path
     mend = "mutual distillation needs two models with one tokenizer: take both from one family"
     theirs = {index: token for token, index in llm.tokenizer.get_vocab().items()}
     ours = {index: token for token, index in slm.tokenizer.get_vocab().items()}
     for index in range(shared):
         if ours.get(index) != theirs.get(index):
             found = f"{ours.get(index)!r} for the SLM, {theirs.get(index)!r} for the LLM"
-            raise UsageProblem(f"the tokenizers differ: token {index} is {found}", mend=mend)
+            raise UsageProblem(f"the tokenizers differ: token {index} is {found}", where=where, mend=mend)
     for text in PROBE_TEXTS:
         if slm.tokenizer.encode(text) != llm.tokenizer.encode(text):
-            raise UsageProblem(f"the tokenizers share a vocabulary but split text differently: {text!r}", mend=mend)
+            message = f"the tokenizers share a vocabulary but split text differently: {text!r}"
+            raise UsageProblem(message, where=where, mend=mend)
     return shared
 
 

@@ -95,12 +95,13 @@ def _from_workspace(config: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]:
+    where = manager.task_index[name].yaml_path
     try:
         return list(manager.load([spec])["tasks"].values())
     except FileNotFoundError as error:
         raise NotReady(
-            f"the data of task {name} is not there: {error}", mend="check data_files in its task file"
+            f"the data of task {name} is not there: {error}", where=where, mend="check data_files in its task file"
         ) from error
     except (ConnectionError, OSError) as error:
         mend = "fetch it on a machine with a network, or point its task file at local files (see the workspace README)"
-        raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", mend=mend) from error
+        raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", where=where, mend=mend) from error

@@ -77,14 +77,16 @@ class Workspace:
         """The round, or UsageProblem if the agreement has none of that number."""
         if not 1 <= round <= self.agreement.federation.rounds:
             message = f"there is no round {round}: the agreement has rounds 1 to {self.agreement.federation.rounds}"
-            raise UsageProblem(message, where=self.root / AGREEMENT)
+            mend = "give one of those, or agree on more federation.rounds"
+            raise UsageProblem(message, where=self.root / AGREEMENT, mend=mend)
         return round
 
     def check_client(self, client: int) -> int:
         """The client, or UsageProblem if the agreement has none of that number."""
         if client not in self.clients:
             message = f"there is no client {client}: the agreement has clients 1 to {len(self.clients)}"
-            raise UsageProblem(message, where=self.root / AGREEMENT)
+            mend = "give one of those, or agree on more federation.clients"
+            raise UsageProblem(message, where=self.root / AGREEMENT, mend=mend)
         return client
 
     def seed_for(self, stage: str, round: int, client: int = 0) -> int:
