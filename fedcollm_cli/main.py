@@ -5,6 +5,7 @@ Nothing heavy is imported here: a command imports its stage when it is called.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -70,8 +71,8 @@ def init(
 ) -> None:
     """Make a new workspace from a template.
 
-    Settings with every key explained, task files, and run_rounds.sh. s1: GPT-2 with GPT-2-large. s2: OPT-1.3B with
-    OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B.
+    Writes fedcollm.toml with every key explained, machine.toml, README.md, run_rounds.sh and task files. s1: GPT-2 with
+    GPT-2-large. s2: OPT-1.3B with OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B.
 
     Example: fedcollm init study --template s1
     """
@@ -102,7 +103,8 @@ def prepare(
         from stages.prepare import prepare as stage
 
         summary = stage(opened.workspace, overwrite=overwrite, report=opened.console.report)
-        opened.console.result(summary, views.split(summary))
+        path = opened.workspace.shown(opened.workspace.split)
+        opened.console.result({"path": path, **summary}, views.split(summary))
 
 
 @app.command()
@@ -116,8 +118,8 @@ def broadcast(
 ) -> None:
     """Server: publish a round's adapter to all clients.
 
-    Round 1 makes a fresh adapter from the federation's seed. Round t publishes private/server/round-(t-1)/slm byte
-    for byte. Writes exchange/round-t/broadcast.
+    Round 1 makes a fresh adapter from the federation's seed. Round t reads private/server/round-(t-1)/slm and
+    publishes it byte for byte. Writes exchange/round-t/broadcast.
 
     Example: fedcollm broadcast --round 1
     """
@@ -231,14 +233,14 @@ def evaluate(
     with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
         from stages.evaluate import evaluate as stage
 
-        if zero_shot == (round is not None) or (zero_shot and client):
-            raise UsageProblem(
-                "evaluate needs either --round or --zero-shot", mend="fedcollm evaluate --round 1 --model slm"
-            )
+        if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
+            mend = "fedcollm evaluate --round 1 --model slm; for a base alone, --zero-shot with --model slm or llm"
+            raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
         result = stage(
             opened.workspace, model=model, round=round, client=client, overwrite=overwrite, report=opened.console.report
         )
-        opened.console.result(result, views.scores([result]))
+        path = opened.workspace.shown(opened.workspace.result(round, result["subject"]))
+        opened.console.result({"path": path, **result}, views.scores([result]))
 
 
 @app.command()
@@ -254,8 +256,8 @@ def run(
 ) -> None:
     """Every step of every round, in one process.
 
-    All on this machine. Base models are loaded once; the files are exactly those of the separate commands. What is
-    done is passed over, so that the same command goes on after a stop.
+    All on this machine. Base models are loaded once. Reads and writes exactly the files of the separate commands; what
+    is done is passed over, so that the same command goes on after a stop.
 
     Example: fedcollm run --rounds 1-5
     """
@@ -271,12 +273,13 @@ def run(
 def _rounds(text: str | None) -> range | None:
     if text is None:
         return None
-    first, _, last = text.partition("-")
-    if not first.isdigit() or not (last or first).isdigit() or int(first) > int(last or first):
+    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if first > last:
         raise UsageProblem(
             f"--rounds {text!r} is not a round or a range of rounds", mend="such as --rounds 3, or --rounds 1-5"
         )
-    return range(int(first), int(last or first) + 1)
+    return range(first, last + 1)
 
 
 @app.command()

@@ -59,6 +59,8 @@ def _present(workspace: Workspace, round: int, report: Report) -> dict[int, Path
 def _average(
     workspace: Workspace, round: int, theta: Artefact, updates: dict[int, Path], parents: dict[str, str], report: Report
 ) -> Manifest:
+    from threadpoolctl import threadpool_limits
+
     from stages.parts import adapter_files
     from stages.parts.aggregators import WEIGHTINGS, Mean
 
@@ -67,19 +69,20 @@ def _average(
     layout = adapter_files.layout_of(adapter_files.read_adapter(theta, None, lora))
     weight_of = WEIGHTINGS[workspace.agreement.aggregation.weighting]
     mean, examples, tokens = Mean(), 0, 0
-    for number, (client, update) in enumerate(_each(updates), 1):
-        _check_update(workspace, update, client, round, theta)
-        parents[f"client-{client}"] = (
-            update.sha256
-        )  # what was read, should it have been replaced since it was looked at
-        mean.add(adapter_files.read_adapter(update, layout, lora), weight_of(update.manifest.examples))
-        examples, tokens = examples + update.manifest.examples, tokens + update.manifest.tokens
-        report(Event("step", f"client {client}", step=number, total=len(updates)))
+    with threadpool_limits(1, "blas"):
+        for number, (client, update) in enumerate(_each(updates), 1):
+            _check_update(workspace, update, client, round, theta)
+            parents[f"client-{client}"] = update.sha256  # what was read now, should it have been replaced meanwhile
+            mean.add(adapter_files.read_adapter(update, layout, lora), weight_of(update.manifest.examples))
+            examples, tokens = examples + update.manifest.examples, tokens + update.manifest.tokens
+            report(Event("step", f"client {client}", step=number, total=len(updates)))
+        cross_terms = mean.cross_terms()
 
-    cross_terms = mean.cross_terms()
+    average = mean.result()
+    adapter_files.check_finite(average, "the average")
     contents = {
         ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG],
-        ADAPTER_WEIGHTS: adapter_files.weights_bytes(mean.result()),
+        ADAPTER_WEIGHTS: adapter_files.weights_bytes(average),
     }
     manifest = publish(
         workspace.aggregate(round),
@@ -114,6 +117,10 @@ def _check_update(workspace: Workspace, update: Artefact, client: int, round: in
     """Raise Refused unless this client trained it in this round from this broadcast on this base."""
     check_belongs(update, workspace, stage="client-train", round=round, client=client)
     again = f"fedcollm client-train --client {client} --round {round} --overwrite, on client {client}'s machine"
+    if update.manifest.examples == 0:
+        raise Refused(
+            f"client {client}'s update of round {round} says it saw no examples", where=update.path, mend=again
+        )
     if update.manifest.parents != {"broadcast": theta.sha256}:
         message = f"client {client}'s update of round {round} was trained from another broadcast than the one here"
         raise Refused(message, where=update.path, mend=f"carry exchange/ there; then {again}")

@@ -42,7 +42,7 @@ def _first(workspace: Workspace, overwrite: bool, models: Models | None, report:
     adapters.make_fresh(slm.model, seed)
     return publish(
         target,
-        adapters.as_files(slm.model, workspace.agreement.slm),
+        adapters.as_files(slm.model, workspace.agreement.slm.lora),
         workspace,
         stage="broadcast",
         round=1,

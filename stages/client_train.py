@@ -99,7 +99,7 @@ def _train(
     norms = adapters.check_trained(received, adapters.take(slm.model))
     manifest = publish(
         workspace.client_update(round, client),
-        adapters.as_files(slm.model, workspace.agreement.slm),
+        adapters.as_files(slm.model, workspace.agreement.slm.lora),
         workspace,
         stage="client-train",
         round=round,

@@ -165,7 +165,7 @@ def _publish(
     folder = workspace.slm(round) if tuned.role == "slm" else workspace.llm(round)
     return publish(
         folder,
-        adapters.as_files(tuned.model, workspace.agreement.model_of(tuned.role)),
+        adapters.as_files(tuned.model, workspace.agreement.model_of(tuned.role).lora),
         workspace,
         stage="co-distill",
         role=tuned.role,

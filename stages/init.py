@@ -37,7 +37,7 @@ TEMPLATES = ("demo", *PRESETS)
 
 
 def init(folder: Path, *, template: str = "blank", seed: int = 1, clients: int = 4, rounds: int = 5) -> Workspace:
-    """Make folder a workspace. Raises UsageProblem for an unknown template, Refused if it is one already."""
+    """Make folder a workspace. Raises UsageProblem for an unknown template, Refused rather than replace a file."""
     if template not in TEMPLATES:
         raise UsageProblem(f"no template {template!r}", mend=f"there are: {', '.join(TEMPLATES)}")
     if (folder / AGREEMENT).exists():
@@ -53,6 +53,10 @@ def init(folder: Path, *, template: str = "blank", seed: int = 1, clients: int =
         values |= {"target_modules": preset.target_modules}
     contents[AGREEMENT] = _filled(contents[AGREEMENT].decode(), values).encode()
     parse(Agreement, contents[AGREEMENT], folder / AGREEMENT)
+    for name, content in contents.items():
+        if (folder / name).exists() and (folder / name).read_bytes() != content:
+            mend = "choose another folder, or move that file away"
+            raise Refused(f"{name} is there already, and is not the template's", where=folder / name, mend=mend)
     for name in sorted(contents, key=lambda name: name == AGREEMENT):  # the file that makes it a workspace comes last
         files.write(folder / name, contents[name])
         if name.endswith(".sh"):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
-WORDS = "red blue green square circle star big small left right of the a is what colour shape size Q A : ? . 0 1 2 3".split()
+LEXICON = "red blue green square circle star big small left right of the a is what colour shape size Q A : ? . 0 1 2 3"
+WORDS = LEXICON.split()
 COLOURS, SHAPES = ("red", "blue", "green"), ("square", "circle", "star")
 
 
@@ -150,7 +151,7 @@ def drafts(folder: Path) -> list[Path]:
 
 
 def sign(adapter: Path, **claims: object) -> None:
-    """Make an adapter's manifest say what lies in the folder now, and claim this; so do forgeries get past the hashes."""
+    """Make an adapter's manifest agree with what lies in the folder now, as a forger would, and claim this."""
     path = adapter / "manifest.json"
     manifest = json.loads(path.read_text()) | claims
     for name, entry in manifest["files"].items():

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from stages.parts import files
-from stages.parts.config import Lora, Model
+from stages.parts.config import Lora
 from stages.parts.errors import BadNumbers, Damaged
 from stages.parts.manifest import Artefact, Manifest
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -37,18 +37,16 @@ def weights_bytes(tensors: Tensors) -> bytes:
     return safetensors.numpy.save(ordered, metadata={"format": "pt"})
 
 
-def config_bytes(model: Model, *, target_modules: list[str], fan_in_fan_out: bool) -> bytes:
-    """adapter_config.json, as PEFT, vLLM and lm-eval read it. A base model given by path is not named."""
-    is_hub_id = not model.model.startswith((".", "/", "~")) and model.model.count("/") <= 1
+def config_bytes(lora: Lora, *, target_modules: list[str], fan_in_fan_out: bool) -> bytes:
+    """adapter_config.json, as PEFT, vLLM and lm-eval read it. The base is not named; the manifest has its digest."""
     return files.json_bytes(
         {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": model.model if is_hub_id else None,
-            "revision": model.revision if is_hub_id else None,
-            "r": model.lora.r,
-            "lora_alpha": model.lora.alpha,
-            "lora_dropout": model.lora.dropout,
+            "base_model_name_or_path": None,
+            "r": lora.r,
+            "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout,
             "target_modules": sorted(target_modules),
             "fan_in_fan_out": fan_in_fan_out,
             "bias": "none",
@@ -113,8 +111,8 @@ def check_layout(found: Layout, expected: Layout, path: Path, whose: str) -> Non
 def check_finite(tensors: Tensors, path: Path | str) -> None:
     """Raise BadNumbers if any value is NaN or infinite."""
     for name, tensor in tensors.items():
-        # A sum is finite only if all its terms are; in float64 no sum of float32 terms overflows.
-        if not np.isfinite(tensor.sum(dtype=np.float64)):
+        # The square is finite only if all values are, and is quick; should it overflow, the values are looked at.
+        if not np.isfinite(np.vdot(tensor, tensor)) and not np.isfinite(tensor).all():
             mend = "lower the learning rate or set max_grad_norm, then train again with --overwrite"
             raise BadNumbers(f"{name} holds NaN or infinity", where=path, mend=mend)
 

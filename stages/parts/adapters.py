@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from stages.parts import quiet
 from stages.parts.adapter_files import Layout, Tensors, check_finite, config_bytes, weights_bytes
-from stages.parts.config import Model
+from stages.parts.config import Lora, Model
 from stages.parts.errors import BadNumbers, UsageProblem
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -87,7 +87,7 @@ def put(model: PeftModel, tensors: Tensors) -> None:
         )
 
 
-def as_files(model: PeftModel, settings: Model) -> dict[str, bytes]:
+def as_files(model: PeftModel, lora: Lora) -> dict[str, bytes]:
     """The adapter as the two files that PEFT reads; checked to be finite."""
     tensors = take(model)
     check_finite(tensors, "the trained adapter")
@@ -95,7 +95,7 @@ def as_files(model: PeftModel, settings: Model) -> dict[str, bytes]:
     assert isinstance(config, LoraConfig)
     targets = sorted(config.target_modules or [])  # as PEFT resolved them: its defaults filled in
     return {
-        ADAPTER_CONFIG: config_bytes(settings, target_modules=targets, fan_in_fan_out=config.fan_in_fan_out),
+        ADAPTER_CONFIG: config_bytes(lora, target_modules=targets, fan_in_fan_out=config.fan_in_fan_out),
         ADAPTER_WEIGHTS: weights_bytes(tensors),
     }
 

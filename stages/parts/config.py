@@ -24,7 +24,7 @@ Share = Annotated[float, Field(ge=0)]
 class Settings(BaseModel):
     """Strict and frozen; the one place that says so."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Federation(Settings):

@@ -97,10 +97,11 @@ def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def logged_inputs(path: Path) -> dict[str, str]:
-    """The inputs that the first line of a private log names; empty if there is none."""
-    if not path.exists():
+    """The inputs that the first line of a private log names; empty if there is no such log, or a damaged one."""
+    try:
+        first = parse_json(path.read_bytes().partition(b"\n")[0])
+    except (FileNotFoundError, ValueError):
         return {}
-    first = parse_json(path.read_bytes().partition(b"\n")[0])
     return dict(first.get("inputs", {}))
 
 
@@ -182,7 +183,7 @@ def naming_storage_faults() -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    if folder.is_symlink():
+    if folder.is_symlink() or folder.is_file():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -92,6 +92,8 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     if folder.is_symlink():
         message = f"{folder.name} is a symbolic link; exchanged folders are never followed"
         raise Damaged(message, where=folder, mend="put the folder itself there, or make it again with --overwrite")
+    if folder.exists() and not folder.is_dir():
+        raise Damaged(f"{folder.name} is not a folder", where=folder, mend=files.COPY_AGAIN)
     if folder.is_dir() and not path.exists() and not path.is_symlink():
         mend = "copy the whole folder again, or make it again with --overwrite"
         raise Damaged(f"{folder.name} has no {MANIFEST}", where=folder, mend=mend)

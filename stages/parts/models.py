@@ -75,7 +75,8 @@ class Models:
     def get(self, role: Role) -> Tuned:
         """The SLM or the LLM with an adapter of the agreed shape (whatever values it last had)."""
         if role not in self._loaded:
-            self._loaded[role] = self._load(role)
+            with naming_memory_knobs():
+                self._loaded[role] = self._load(role)
         return self._loaded[role]
 
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:

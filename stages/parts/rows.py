@@ -44,8 +44,10 @@ class Example:
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is needed here."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds by itself."""
+    bos_token: str | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer adds by itself or without."""
 
 
 def read_rows(path: Path) -> tuple[list[Row], str]:
@@ -73,7 +75,7 @@ def _row(line: str, number: int, path: Path) -> Row:
         raise bad("an empty line")
     try:
         value: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise bad(f"not JSON ({error})") from None
     if not isinstance(value, dict):
         raise bad(f"a {type(value).__name__}")
@@ -82,6 +84,10 @@ def _row(line: str, number: int, path: Path) -> Row:
             raise bad(f"no {key}")
         if not isinstance(value[key], str) or not value[key].strip():
             raise bad(f"{key} is not text, or is empty")
+        try:
+            value[key].encode()
+        except UnicodeEncodeError:
+            raise bad(f"{key} holds half a character, a surrogate without its other") from None
     label, source = value.get("label", ""), value.get("source", "")
     return Row(value["prompt"], value["completion"], str(label), str(source))
 
@@ -109,6 +115,9 @@ def encode(
     examples = []
     for number, row in enumerate(rows, 1):
         example = encode_row(row, tokenizer)
+        if example.prompt_tokens < 1:
+            message = f"line {number} of {path.name} is too short: there is no token of a prompt before its answer"
+            raise Damaged(message, where=f"{path}:{number}", mend="give the row a longer prompt")
         if len(example.input_ids) <= limit:
             examples.append(example)
         elif too_long == "refuse":
@@ -123,8 +132,9 @@ def encode(
 
 def encode_row(row: Row, tokenizer: Tokenizer) -> Example:
     """One row as tokens: whitespace at the end of the prompt belongs to the completion, as in lm-eval."""
-    context = row.prompt.rstrip()
-    whole = tokenizer.encode(row.prompt + row.completion)
+    # Nor does a prompt that spells the first special token out, as chat templates do, get it twice.
+    is_spelled_out = bool(tokenizer.bos_token) and row.prompt.startswith(str(tokenizer.bos_token))
+    context = tokenizer.encode(row.prompt.rstrip(), add_special_tokens=not is_spelled_out)
+    whole = tokenizer.encode(row.prompt + row.completion, add_special_tokens=not is_spelled_out)
     # A tokenizer may merge across the border; the answer then starts where the prompt's own tokens end.
-    prompt_tokens = min(len(tokenizer.encode(context)), len(whole) - 1)
-    return Example(whole, prompt_tokens)
+    return Example(whole, min(len(context), len(whole) - 1))

@@ -42,11 +42,22 @@ def _load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
             mend = f"known in this workspace: {known}; or put a task file in {workspace.shown(workspace.tasks)}/"
             raise UsageProblem(f"no task named {name!r}, here or in lm-eval", where=workspace.tasks, mend=mend)
         entry = manager.task_index[name]
+        members = _members(entry) if manager is local else []
+        if members and all(isinstance(member, str) for member in members):
+            tasks += _load(workspace, members)  # one by one, each with its own data
+            continue
         spec: Any = name
         if manager is local and entry.yaml_path is not None and entry.kind.name == "TASK":
             spec = _from_workspace(load_yaml(entry.yaml_path), workspace.root)
         tasks += _built(manager, spec, name)
     return tasks
+
+
+def _members(entry: Any) -> list[Any]:
+    """What a group or a tag stands for; nothing for a task."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    return list(load_yaml(entry.yaml_path)["task"]) if entry.kind.name == "GROUP" else []
 
 
 def training_rows(task: ConfigurableTask) -> list[Row]:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages.parts import files
+from stages.parts import files, quiet
 from stages.parts.config import Budget, Machine
-from stages.parts.errors import BadNumbers
+from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import naming_memory_knobs
 from stages.parts.objective import Objective
@@ -114,7 +115,7 @@ def train(
     checkpoint = _checkpoint_of(folder, inputs)
     with naming_memory_knobs():
         before = objective.measure(examples, rows)
-        trainer = Trainer(
+        trainer = _Trainer(
             model=objective,
             args=_arguments(folder, recipe, machine, objective.device, turns * len(steps), dataset.per_step),
             train_dataset=dataset,
@@ -172,6 +173,19 @@ def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": objective.adapter_parameters(role), "lr": rate} for role, rate in recipe.learning_rates.items()
     ]
     return torch.optim.AdamW(groups, weight_decay=recipe.budget.weight_decay)
+
+
+class _Trainer(Trainer):
+    """Trainer, silent while it writes a checkpoint, which fails as any file of ours does."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            with quiet.libraries():
+                super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way to say "disk full"
+            message = f"a checkpoint cannot be written: {str(error).splitlines()[0]}"
+            mend = "free some space and give the same command again"
+            raise StorageProblem(message, where=self.args.output_dir, mend=mend) from error
 
 
 class _Watch(TrainerCallback):

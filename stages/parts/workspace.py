@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from stages.parts import files
 from stages.parts.config import Agreement, Dtype, Machine, Settings, parse
 from stages.parts.errors import NotReady, Refused, UsageProblem
@@ -66,7 +68,11 @@ class Workspace:
         content = files.read(path, limit_bytes=LARGEST_TOML_BYTES) if path.exists() else b""
         machine = parse(Machine, content, path)
         changed = {key: value for key, value in self.flags.model_dump().items() if value is not None}
-        return Machine.model_validate(machine.model_dump() | changed)
+        try:
+            return Machine.model_validate(machine.model_dump() | changed)
+        except ValidationError as error:
+            mend = "give --device auto, cpu, cuda, cuda:1 (the GPU's number) or mps"
+            raise UsageProblem(f"{self.flags.device!r} is not the name of a device", mend=mend) from error
 
     @property
     def clients(self) -> range:

@@ -56,7 +56,7 @@ def make(folder: Path, clients: int) -> Workspace:
             tensors[f"base_model.model.{name}.lora_A.weight"] = rng.standard_normal((RANK, WIDTH), dtype=np.float32)
             tensors[f"base_model.model.{name}.lora_B.weight"] = rng.standard_normal((WIDTH, RANK), dtype=np.float32)
         config = adapter_files.config_bytes(
-            workspace.agreement.slm, target_modules=["q_proj", "v_proj"], fan_in_fan_out=False
+            workspace.agreement.slm.lora, target_modules=["q_proj", "v_proj"], fan_in_fan_out=False
         )
         return {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: adapter_files.weights_bytes(tensors)}
 

@@ -1,0 +1,144 @@
+"""training: a run that was stopped goes on from its last whole checkpoint to the very adapter of one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from builders import examples, tuned
+from stages.parts import adapters
+from stages.parts.config import Distillation, Machine
+from stages.parts.events import Event
+from stages.parts.objective import Objective, mutual_losses
+from stages.parts.training import COMPLETE, Outcome, Recipe, train
+
+ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2), (2, 2)])
+STEPS, STOP, EVERY = 6, 5, 2
+LOSSES = {"slm_ft", "slm_kd", "llm_ft", "llm_kd"}
+
+
+class Run:
+    """One process's training: fresh models, the steps it reported, the adapters it ended with."""
+
+    def __init__(self, folder: Path, *, stop_at: int | None = None, dropout: float = 0.0, **changed: Any) -> None:
+        pair = tuned("slm", width=16, dropout=dropout), tuned("llm", dropout=dropout)
+        self.reported: list[int] = []
+        self.outcome: Outcome | None = None
+
+        def report(event: Event) -> None:
+            self.reported.append(event.step)
+            if event.step == stop_at:
+                raise KeyboardInterrupt
+
+        inputs, machine = changed.pop("inputs", {"data": "a"}), changed.pop("machine", {})
+        recipe = Recipe(
+            budget=Distillation(steps=STEPS, batch_size=3),
+            learning_rates={"slm": 0.01, "llm": 0.01},
+            clips={},
+            warmup_steps=2,
+            seed=5,
+            **changed,
+        )
+        objective = Objective(pair, mutual_losses(Distillation(steps=1)), dict.fromkeys(LOSSES, 1.0))
+        try:
+            self.outcome = train(
+                objective,
+                ROWS,
+                recipe,
+                machine=Machine.model_validate({"checkpoint_steps": EVERY} | machine),
+                folder=folder,
+                inputs=inputs,
+                report=report,
+            )
+        except KeyboardInterrupt:
+            assert stop_at is not None
+        taken = [adapters.take(one.model) for one in pair]
+        self.adapters = np.concatenate([tensors[name].ravel() for tensors in taken for name in sorted(tensors)])
+
+
+def whole_checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.parent.name.removeprefix("checkpoint-")) for path in folder.glob(f"*/{COMPLETE}"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """The folder of a run that was stopped in step 5, with checkpoints after steps 2 and 4."""
+    Run(tmp_path / "work", stop_at=STOP)
+    assert whole_checkpoints(tmp_path / "work") == [2, 4]
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize("machine", [{}, {"micro_batch": 1}], ids=["same machine.toml", "micro_batch lowered"])
+def test_a_stopped_run_goes_on_to_the_adapter_of_an_unbroken_one(
+    stopped: Path, unbroken: Run, machine: dict[str, Any]
+) -> None:
+    resumed = Run(stopped, machine=machine)
+    assert resumed.reported == [5, 6]
+    np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-5 if machine else 1e-6)
+
+
+@pytest.mark.parametrize("changed", [{"alternating": True}, {"dropout": 0.3}], ids=["alternating", "dropout"])
+def test_so_does_one_that_takes_turns_or_draws_dropout(tmp_path: Path, changed: dict[str, Any]) -> None:
+    unbroken = Run(tmp_path / "unbroken", **changed)
+    Run(tmp_path / "work", stop_at=STOP, **changed)
+    resumed = Run(tmp_path / "work", **changed)
+    assert resumed.reported == [5, 6]
+    np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_the_log_of_a_resumed_run_has_every_step_once_and_every_loss(tmp_path: Path, alternating: bool) -> None:
+    Run(tmp_path, stop_at=2, machine={"checkpoint_steps": 1}, alternating=alternating)
+    outcome = Run(tmp_path, machine={"checkpoint_steps": 1}, alternating=alternating).outcome
+    assert outcome is not None
+    steps = [line for line in outcome.log if "step" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert all(line.keys() == {"step"} | LOSSES for line in steps)
+
+
+def truncate(checkpoint: Path) -> None:
+    """What a machine that went down while writing leaves."""
+    for path in checkpoint.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    (checkpoint / COMPLETE).unlink()
+
+
+def test_a_checkpoint_without_its_mark_is_passed_over_for_the_one_before(stopped: Path, unbroken: Run) -> None:
+    truncate(stopped / "checkpoint-4")
+    resumed = Run(stopped)
+    assert resumed.reported == [3, 4, 5, 6]
+    np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
+
+
+def test_without_any_whole_checkpoint_training_begins_again(stopped: Path, unbroken: Run) -> None:
+    truncate(stopped / "checkpoint-2")
+    truncate(stopped / "checkpoint-4")
+    resumed = Run(stopped)
+    assert resumed.reported == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
+
+
+def test_checkpoints_of_other_inputs_are_cleared_away(stopped: Path, unbroken: Run) -> None:
+    left_over = stopped / "checkpoint-4" / "left-over"
+    left_over.touch()
+    resumed = Run(stopped, inputs={"data": "b"}, stop_at=3)
+    assert resumed.reported == [1, 2, 3]
+    assert whole_checkpoints(stopped) == [2]
+    assert not left_over.exists()
+
+
+def test_a_run_that_was_stopped_before_it_could_publish_trains_no_step_again(tmp_path: Path, unbroken: Run) -> None:
+    first, second = Run(tmp_path), Run(tmp_path)
+    assert (first.reported, second.reported) == ([1, 2, 3, 4, 5, 6], [])
+    np.testing.assert_array_equal(second.adapters, first.adapters)
+    assert first.outcome is not None
+    assert second.outcome is not None
+    assert second.outcome.metrics["slm_ft_after"] == first.outcome.metrics["slm_ft_after"]

@@ -1,0 +1,156 @@
+"""losses: cross-entropy and KL of Eq. 3-6 at the answer tokens, against arithmetic and torch.nn.functional."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stages.parts.losses import DIVERGENCES, Divergence, cross_entropy, distillation, forward_kl, reverse_kl
+
+BOTH = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
+TEMPERATURES = pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+
+P, Q = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]
+# KL(p || q) = 1/2 log 2 + 1/4 log 1 + 1/4 log 1/2 = 1/4 log 2; KL(q || p) too, since q is p read backwards.
+KL_P_Q = 0.25 * math.log(2)
+R = [0.5, 0.5, 0.0]
+
+
+def logits(rows: int = 5, vocabulary: int = 7, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def kl_by_hand(p: Tensor, q: Tensor) -> Tensor:
+    """The definition, sum over everything of p log(p/q), from softmaxes of logits, in float64."""
+    p, q = (torch.exp(x.double()) / torch.exp(x.double()).sum(-1, keepdim=True) for x in (p, q))
+    return (p * torch.log(p / q)).sum()
+
+
+def test_cross_entropy_is_minus_log_of_the_probability_of_the_target() -> None:
+    # -(log 1/2 + log 1/4) over 2 tokens = (1 + 2)/2 log 2
+    found = cross_entropy(torch.tensor([P, P]).log(), torch.tensor([0, 1]), 2)
+    assert found.item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
+
+
+def test_cross_entropy_of_a_model_without_opinion_is_log_of_the_vocabulary() -> None:
+    assert cross_entropy(torch.zeros(3, 50), torch.tensor([0, 7, 49]), 3).item() == pytest.approx(math.log(50))
+
+
+def test_cross_entropy_is_torchs_mean_over_the_answers() -> None:
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    torch.testing.assert_close(cross_entropy(logits(), targets, 5), F.cross_entropy(logits(), targets))
+
+
+def test_kl_is_what_the_definition_says_in_both_directions() -> None:
+    p, q = torch.tensor([P]).log(), torch.tensor([Q]).log()
+    for divergence in (forward_kl, reverse_kl):
+        assert distillation(q, p, 1, temperature=1.0, divergence=divergence).item() == pytest.approx(KL_P_Q, abs=1e-6)
+
+
+def test_forward_weighs_by_the_teacher_and_reverse_by_the_student() -> None:
+    # What the first gives no chance to costs nothing there: KL(R || P) = 1/2 log 1 + 1/2 log 2; KL(P || R) is infinite.
+    r, p = torch.tensor([R]).log().clamp(min=-1e30), torch.tensor([P]).log()
+    forward = distillation(p, r, 1, temperature=1.0, divergence=forward_kl)
+    reverse = distillation(r, p, 1, temperature=1.0, divergence=reverse_kl)
+    assert forward.item() == reverse.item() == pytest.approx(0.5 * math.log(2), abs=1e-6)
+    assert distillation(r, p, 1, temperature=1.0, divergence=forward_kl).item() > 1e6
+
+
+@TEMPERATURES
+def test_kl_is_torchs_of_softmaxes_by_hand(temperature: float) -> None:
+    student, teacher = logits(seed=1), logits(seed=2)
+    forward = distillation(student, teacher, 5, temperature=temperature, divergence=forward_kl)
+    reverse = distillation(student, teacher, 5, temperature=temperature, divergence=reverse_kl)
+    p, q = (F.softmax(x / temperature, -1) for x in (teacher, student))
+    torch.testing.assert_close(forward, temperature**2 * F.kl_div(q.log(), p, reduction="batchmean"))
+    torch.testing.assert_close(reverse, temperature**2 * F.kl_div(p.log(), q, reduction="batchmean"))
+    by_hand = kl_by_hand(teacher / temperature, student / temperature) * temperature**2 / 5
+    torch.testing.assert_close(forward.double(), by_hand, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+@TEMPERATURES
+def test_a_model_is_no_distance_from_itself(divergence: Divergence, temperature: float) -> None:
+    assert distillation(logits(), logits(), 5, temperature=temperature, divergence=divergence).item() == 0
+
+
+@BOTH
+def test_kl_is_above_zero_for_two_models_that_differ(divergence: Divergence) -> None:
+    assert distillation(logits(seed=1), logits(seed=2), 5, temperature=1.0, divergence=divergence).item() > 0.1
+
+
+@TEMPERATURES
+def test_the_forward_gradient_is_tau_times_the_difference_of_the_probabilities(temperature: float) -> None:
+    # d/dz of tau^2 sum p log(p/q), q = softmax(z/tau): tau^2 (1/tau) (q - p).
+    student, teacher = logits(seed=1).requires_grad_(), logits(seed=2)
+    distillation(student, teacher, 5, temperature=temperature, divergence=forward_kl).backward()
+    p, q = (F.softmax(x / temperature, -1) for x in (teacher, student.detach()))
+    torch.testing.assert_close(student.grad, temperature * (q - p) / 5)
+
+
+@TEMPERATURES
+def test_the_reverse_gradient_is_tau_q_times_the_excess_of_log_q_over_p(temperature: float) -> None:
+    # d/dz of tau^2 sum q log(q/p): tau q (log(q/p) - KL(q || p)), row by row.
+    student, teacher = logits(seed=1).requires_grad_(), logits(seed=2)
+    distillation(student, teacher, 5, temperature=temperature, divergence=reverse_kl).backward()
+    p, q = (F.softmax(x / temperature, -1) for x in (teacher, student.detach()))
+    ratio = (q / p).log()
+    expected = temperature * q * (ratio - (q * ratio).sum(-1, keepdim=True)) / 5
+    torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_high_temperature_keeps_the_size_of_the_gradient() -> None:
+    # tau (q - p) tends to (z_s - z_t)/V for logits of mean zero (Hinton et al., 2015), whatever tau.
+    student, teacher = (x - x.mean(-1, keepdim=True) for x in (logits(seed=1), logits(seed=2)))
+    for temperature in (1e3, 2e3):
+        leaf = student.clone().requires_grad_()
+        distillation(leaf, teacher, 1, temperature=temperature, divergence=forward_kl).backward()
+        torch.testing.assert_close(leaf.grad, (student - teacher) / 7, rtol=0.02, atol=1e-3)
+
+
+@BOTH
+def test_gradients_reach_the_student_and_never_the_teacher(divergence: Divergence) -> None:
+    student, teacher = logits(seed=1).requires_grad_(), logits(seed=2).requires_grad_()
+    distillation(student, teacher, 5, temperature=2.0, divergence=divergence).backward()
+    assert student.grad is not None
+    assert student.grad.abs().max() > 0.01
+    assert teacher.grad is None
+
+
+@BOTH
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_rows_of_the_vocabulary_that_only_one_model_has_count_for_nothing(divergence: Divergence, padded: str) -> None:
+    student, teacher = logits(seed=1).requires_grad_(), logits(seed=2)
+    expected = distillation(student, teacher, 5, temperature=2.0, divergence=divergence)
+    padding = torch.full((5, 3), 50.0).requires_grad_()
+    long_student = torch.cat([student, padding], -1) if padded == "student" else student
+    long_teacher = torch.cat([teacher, padding.detach()], -1) if padded == "teacher" else teacher
+    found = distillation(long_student, long_teacher, 5, temperature=2.0, divergence=divergence)
+    assert found.item() == expected.item()
+    found.backward()
+    assert padding.grad is None or padding.grad.abs().max() == 0
+
+
+@BOTH
+def test_losses_of_micro_batches_add_up_to_that_of_the_whole_step(divergence: Divergence) -> None:
+    student, teacher, targets = logits(seed=1), logits(seed=2), torch.tensor([0, 6, 3, 3, 1])
+
+    def both(rows: slice) -> tuple[float, float]:
+        kl = distillation(student[rows], teacher[rows], 5, temperature=1.0, divergence=divergence)
+        return kl.item(), cross_entropy(student[rows], targets[rows], 5).item()
+
+    in_parts = torch.tensor([both(slice(0, 1)), both(slice(1, 5))]).sum(0)
+    assert in_parts.tolist() == pytest.approx(both(slice(0, 5)), rel=1e-6)
+
+
+def test_losses_of_bfloat16_logits_are_computed_in_float32() -> None:
+    student, teacher = logits(seed=1).bfloat16(), logits(seed=2).bfloat16()
+    found = distillation(student, teacher, 5, temperature=2.0, divergence=forward_kl)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, distillation(student.float(), teacher.float(), 5, temperature=2.0, divergence=forward_kl))
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    assert cross_entropy(student, targets, 5).item() == cross_entropy(student.float(), targets, 5).item()

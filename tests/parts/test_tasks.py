@@ -1,0 +1,134 @@
+"""tasks: training prompts are the very requests that lm-eval will score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+from builders import COLOURS, ROOT, edit, questions
+from stages.parts import tasks
+from stages.parts.errors import NotReady, Problem, UsageProblem
+from stages.parts.rows import Row
+from stages.parts.workspace import Workspace
+
+
+def rows_of(folder: Path, *names: str) -> list[Row]:
+    return [row for task in tasks.load(Workspace(folder), list(names)) for row in tasks.training_rows(task)]
+
+
+def define(folder: Path, name: str, text: str, data: list[dict[str, object]] | None = None) -> None:
+    (folder / "tasks" / f"{name}.yaml").write_text(text)
+    if data is not None:
+        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+
+
+def test_rows_are_the_tasks_prompt_and_its_right_answer(workspace_folder: Path) -> None:
+    found = rows_of(workspace_folder, "colours")
+    assert found == [
+        Row(str(q["question"]), f" {COLOURS[int(str(q['answer']))]}", label=str(q["answer"]), source="colours")
+        for q in questions(12)
+    ]
+
+
+def test_rows_are_the_requests_that_lm_eval_itself_makes(
+    workspace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace_folder)  # where lm-eval alone looks for relative data
+    manager = TaskManager(include_path=str(workspace_folder / "tasks"), include_defaults=False)
+    task = manager.load(["colours"])["tasks"]["colours"]
+    task.build_all_requests(rank=0, world_size=1)  # of the test split, which holds the same questions here
+    scored = [instance.args for instance in task.instances if instance.idx == instance.doc["answer"]]
+    assert [(row.prompt, row.completion) for row in rows_of(workspace_folder, "colours")] == scored
+    assert list(tasks.test_prompts(tasks.load(Workspace(workspace_folder), ["colours"])[0])) == [p for p, _ in scored]
+
+
+@pytest.mark.parametrize("kind", ["task", "group", "group of groups", "tag"])
+def test_data_is_found_from_the_workspace_wherever_the_command_is_given(
+    workspace_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    expected = rows_of(workspace_folder, "colours")
+    monkeypatch.chdir(tmp_path)
+    define(workspace_folder, "a", "group: group\ntask: [colours]\n")
+    define(workspace_folder, "b", "group: group of groups\ntask: [group]\n")
+    edit(workspace_folder / "tasks" / "colours.yaml", "task: colours", "task: colours\ntag: tag")
+    assert rows_of(workspace_folder, "colours" if kind == "task" else kind) == expected
+
+
+def test_a_right_answer_may_be_given_by_its_text(workspace_folder: Path) -> None:
+    expected = rows_of(workspace_folder, "colours")
+    edit(workspace_folder / "tasks" / "colours.yaml", '"{{answer}}"', '"{{choices[answer]}}"')
+    assert rows_of(workspace_folder, "colours") == expected
+
+
+def test_an_answer_to_be_generated_follows_the_tasks_delimiter(workspace_folder: Path) -> None:
+    path = workspace_folder / "tasks" / "colours.yaml"
+    edit(path, "output_type: multiple_choice", 'output_type: generate_until\ntarget_delimiter: " = "')
+    edit(path, 'doc_to_choice: "{{choices}}"\n', "")
+    edit(path, '"{{answer}}"', '"{{choices[answer]}}"')
+    edit(path, "metric: acc,", "metric: exact_match,")
+    first = rows_of(workspace_folder, "colours")[0]
+    assert (first.completion, first.label, first.source) == (f" = {COLOURS[0]}", "", "colours")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "mend"),
+    [
+        ("training_split: train\n", "", "has no training split", "training_split"),
+        ("output_type: multiple_choice", "output_type: loglikelihood", "is of type loglikelihood", "JSONL"),
+    ],
+)
+def test_a_task_that_rows_cannot_be_made_from_is_refused(
+    workspace_folder: Path, old: str, new: str, message: str, mend: str
+) -> None:
+    edit(workspace_folder / "tasks" / "colours.yaml", old, new)
+    with pytest.raises(UsageProblem, match=f"task colours {message}") as caught:
+        rows_of(workspace_folder, "colours")
+    assert mend in str(caught.value.mend)
+
+
+def test_data_that_is_not_there_is_not_ready(workspace_folder: Path) -> None:
+    (workspace_folder / "data" / "train.jsonl").unlink()
+    with pytest.raises(NotReady, match="the data of task colours is not there") as caught:
+        rows_of(workspace_folder, "colours")
+    assert "data_files" in str(caught.value.mend)
+
+
+def test_a_dataset_that_needs_a_network_is_not_ready_without_one(workspace_folder: Path) -> None:
+    template = (ROOT / "workspace_template" / "tasks" / "openbookqa.yaml").read_text()
+    define(workspace_folder, "openbookqa", template.replace("allenai/openbookqa", "nobody/no-such-dataset"))
+    with pytest.raises((NotReady, Problem), match="openbookqa"):
+        rows_of(workspace_folder, "openbookqa")
+
+
+ARC = {"question": "Why?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"}
+OPEN_BOOK = {"question_stem": "The sun is", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "prompt"),
+    [
+        ("arc_easy", ARC, "Question: Why?\nAnswer:"),
+        ("arc_challenge", ARC, "Question: Why?\nAnswer:"),
+        ("commonsense_qa", ARC, "Question: Why?\nAnswer:"),
+        ("openbookqa", OPEN_BOOK, "The sun is"),
+    ],
+)
+def test_the_templates_tasks_score_each_choices_text_and_go_before_lm_evals_own(
+    workspace_folder: Path, name: str, document: dict[str, object], prompt: str
+) -> None:
+    lines = (ROOT / "workspace_template" / "tasks" / f"{name}.yaml").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("dataset_path", "dataset_name"))]
+    places = ", ".join(f"{split}: data/{name}.jsonl" for split in ("train", "validation", "test"))
+    local = ["dataset_path: json", f"dataset_kwargs: {{data_files: {{{places}}}}}"]  # as the file's comment says
+    define(workspace_folder, name, "\n".join([*kept, *local]), [document])
+    assert rows_of(workspace_folder, name) == [Row(prompt, " b", label="1", source=name)]
+
+
+def test_a_name_that_nothing_defines_is_answered_with_those_of_the_workspace(workspace_folder: Path) -> None:
+    with pytest.raises(UsageProblem, match="no task named 'colors', here or in lm-eval") as caught:
+        tasks.load(Workspace(workspace_folder), ["colors"])
+    assert "known in this workspace: colours" in str(caught.value.mend)
+    assert "tasks/" in str(caught.value.mend)

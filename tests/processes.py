@@ -1,0 +1,80 @@
+"""Commands in processes of their own, to be stopped, killed and starved of memory or disk."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+HEAVY = ["stages.parts.training", "stages.parts.scoring", "fedcollm_cli.main"]
+PATIENCE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command at work, and the end of the pipe that it talks into."""
+
+    process: ForkServerProcess
+    output: Connection
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Wait for something that the command does while it is at work."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not happened():
+            assert self.process.is_alive(), f"ended too early: {self.end()}"
+            assert time.monotonic() < deadline, "did not come to it"
+            time.sleep(0.01)
+
+    def stop(self, signal_number: int) -> tuple[int, str]:
+        """Send it a signal; then as end."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal_number)
+        return self.end()
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end: its exit code, or minus the signal that killed it, and what it said."""
+        said = b""
+        while self.output.poll(PATIENCE_S) and (more := os.read(self.output.fileno(), 1 << 16)):
+            said += more
+        self.process.join(PATIENCE_S)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"does not end: {said.decode()}")
+        return self.process.exitcode, said.decode()
+
+
+def start(*words: object, file_bytes: int | None = None, memory_bytes: int | None = None) -> Command:
+    """Begin a command; file_bytes: the largest file it may write; memory_bytes: how much more than it has at first.
+
+    The libraries are imported once, in a server that forks: a command begins in milliseconds and is a process like any.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    output, talk = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=([str(word) for word in words], talk, file_bytes, memory_bytes))
+    process.start()
+    talk.close()
+    return Command(process, output)
+
+
+def _call(words: list[str], talk: Connection, file_bytes: int | None, memory_bytes: int | None) -> None:
+    for stream in (1, 2):
+        os.dup2(talk.fileno(), stream)
+    talk.close()
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    if memory_bytes is not None:
+        import torch
+
+        torch.set_num_threads(1)  # threads that cannot get a stack would end the process before memory runs out
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + memory_bytes, held + memory_bytes))
+    from fedcollm_cli.main import app
+
+    app(words)

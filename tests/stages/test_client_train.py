@@ -1,0 +1,140 @@
+"""client-train: what was learned is measured, logged and in the file that travels; or else nothing is published."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from builders import Outcome, edit, published, rows, write_rows
+from stages.broadcast import broadcast
+from stages.client_train import client_train
+from stages.parts.events import Event
+from stages.parts.workspace import Workspace
+
+STEPS, BATCH = 6, 4  # builders.AGREEMENT
+UPDATE = "exchange/round-0001/client-2"
+
+
+def manifest_of(folder: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads((folder / UPDATE / "manifest.json").read_text())
+    return found
+
+
+def loss_of(base: Path, adapter: Path, data: Path) -> float:
+    """The mean cross-entropy of the completions, row by row, by transformers and PEFT alone."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    total, tokens = 0.0, 0
+    for row in map(json.loads, data.read_text().splitlines()):
+        ids = torch.tensor([tokenizer.encode(row["prompt"] + row["completion"])])
+        answer = len(tokenizer.encode(row["completion"]))
+        with torch.no_grad():
+            logits = model(ids).logits[0, -answer - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, -answer:], reduction="sum"))
+        tokens += answer
+    return total / tokens
+
+
+def test_the_loss_falls_and_is_the_one_that_peft_measures_on_the_published_folder(finished_once: Path) -> None:
+    metrics = manifest_of(finished_once)["metrics"]
+    base, data = finished_once / "models/slm", finished_once / "private/client-2/train.jsonl"
+    before = loss_of(base, finished_once / "exchange/round-0001/broadcast", data)
+    after = loss_of(base, finished_once / UPDATE, data)
+    assert math.isclose(metrics["slm_ft_before"], before, rel_tol=1e-4)
+    assert math.isclose(metrics["slm_ft_after"], after, rel_tol=1e-4)
+    assert after < before
+
+
+def test_what_was_seen_is_counted(finished_once: Path) -> None:
+    manifest = manifest_of(finished_once)
+    assert manifest["steps"] == STEPS
+    assert manifest["examples"] == STEPS * BATCH
+    assert manifest["tokens"] == STEPS * BATCH  # one answer token a row: a colour
+
+
+def test_the_private_log_has_its_inputs_a_line_for_each_step_and_an_end(finished_once: Path) -> None:
+    log = finished_once / "private/client-2/round-0001/client-train.jsonl"
+    first, *steps, last = [json.loads(line) for line in log.read_text().splitlines()]
+    assert set(first["inputs"]) == {"agreement", "data", "broadcast"}
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert all(math.isfinite(line["slm_ft"]) for line in steps)
+    assert last["wall_s"] > 0
+
+
+def test_every_step_is_reported_with_its_loss(workspace_folder: Path) -> None:
+    workspace = Workspace(workspace_folder)
+    broadcast(workspace, round=1)
+    events: list[Event] = []
+    client_train(workspace, client=2, round=1, report=events.append)
+    steps = [event for event in events if event.kind == "step"]
+    assert [(event.step, event.total) for event in steps] == [(step, STEPS) for step in range(1, STEPS + 1)]
+    log = (workspace_folder / "private/client-2/round-0001/client-train.jsonl").read_text().splitlines()
+    assert [event.values["slm_ft"] for event in steps] == [json.loads(line)["slm_ft"] for line in log[1:-1]]
+
+
+def test_the_update_moved_from_the_broadcast_by_the_norm_that_it_states(finished_once: Path) -> None:
+    from safetensors.numpy import load
+
+    before, after = (
+        load((finished_once / "exchange/round-0001" / name / "adapter_model.safetensors").read_bytes())
+        for name in ("broadcast", "client-2")
+    )
+    metrics = manifest_of(finished_once)["metrics"]
+    moved = math.sqrt(sum(float(((after[name] - before[name]) ** 2).sum()) for name in after))
+    size_b = math.sqrt(sum(float((after[name] ** 2).sum()) for name in after if "lora_B" in name))
+    assert math.isclose(metrics["update_norm"], moved, rel_tol=1e-5)
+    assert math.isclose(metrics["lora_b_norm"], size_b, rel_tol=1e-5)
+    assert 0 < size_b < moved
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"),
+    [
+        ("1e-46", "the trained adapter's B is all zero: it changes nothing"),  # less than float32 can hold
+        ("1e30", "slm_ft became nan"),
+    ],
+)
+def test_an_adapter_that_learned_nothing_or_broke_is_not_published(
+    rate: str, told: str, workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(workspace_folder / "fedcollm.toml", "\nlearning_rate = 1e-2", f"\nlearning_rate = {rate}")
+    assert fedcollm("broadcast", "--round", 1, "-w", workspace_folder).code == 0
+    before = published(workspace_folder)
+    outcome = fedcollm("client-train", "--round", 1, "--client", 1, "-w", workspace_folder)
+    assert outcome.code == 6
+    assert told in outcome.err
+    assert "mend  " in outcome.err
+    assert "learning rate" in outcome.err
+    assert published(workspace_folder) == before
+
+
+def test_a_loss_that_rose_is_warned_of(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    edit(workspace_folder / "fedcollm.toml", "\nlearning_rate = 1e-2", "\nlearning_rate = 10.0")
+    assert fedcollm("broadcast", "--round", 1, "-w", workspace_folder).code == 0
+    outcome = fedcollm("client-train", "--round", 1, "--client", 1, "-w", workspace_folder)
+    assert outcome.code == 0
+    assert "warning: client 1's loss rose in training" in outcome.err
+
+
+def test_a_micro_batch_changes_memory_and_not_the_numbers(finished: Path) -> None:
+    before = manifest_of(finished)["metrics"]
+    (finished / "machine.toml").write_text("micro_batch = 1\n")
+    metrics = client_train(Workspace(finished), client=2, round=1, overwrite=True).metrics
+    assert math.isclose(metrics["slm_ft_after"], before["slm_ft_after"], rel_tol=1e-4)
+
+
+def test_an_epoch_is_a_pass_over_the_rows_filled_up_to_whole_batches(workspace_folder: Path) -> None:
+    edit(workspace_folder / "fedcollm.toml", "steps = 6", "epochs = 1.0")
+    write_rows(workspace_folder / "private/client-1/train.jsonl", rows(10))
+    workspace = Workspace(workspace_folder)
+    broadcast(workspace, round=1)
+    manifest = client_train(workspace, client=1, round=1)
+    assert manifest.steps == 3  # ten rows in batches of four
+    assert manifest.examples == 12

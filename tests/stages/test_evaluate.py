@@ -1,0 +1,233 @@
+"""evaluate: the accuracy is that of argmax by hand, and of the `lm_eval` command on the same folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.numpy
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from builders import COLOURS, WORDS, Outcome, edit, sign
+from stages.evaluate import evaluate
+from stages.parts.workspace import Workspace
+
+QUESTIONS = 60
+
+GENERATION = """
+task: colours_said
+dataset_path: json
+dataset_kwargs: {data_files: {train: data/train.jsonl, test: data/test.jsonl}}
+output_type: generate_until
+training_split: train
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 1, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 3.0}
+"""
+
+
+@pytest.fixture
+def scored(finished: Path) -> Path:
+    """A finished workspace with questions of random words and adapters loud enough to answer them otherwise."""
+    draw = random.Random(1)
+    questions = []
+    for _ in range(QUESTIONS):
+        words = draw.sample(WORDS, 9)
+        questions.append({"question": " ".join(words[:6]), "choices": words[6:], "answer": draw.randrange(3)})
+    (finished / "data/test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    for manifest in finished.rglob("round-*/*/manifest.json"):
+        weights = manifest.with_name("adapter_model.safetensors")
+        tensors = safetensors.numpy.load_file(weights)
+        louder = {name: tensor * (50 if "lora_B" in name else 1) for name, tensor in tensors.items()}
+        safetensors.numpy.save_file(louder, weights, metadata={"format": "pt"})
+        sign(manifest.parent)
+    return finished
+
+
+def model_of(folder: Path, role: str, adapter: str | None) -> tuple[Any, Any]:
+    base = folder / "models" / role
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    if adapter:
+        model = PeftModel.from_pretrained(model, folder / adapter)
+    return model.eval(), AutoTokenizer.from_pretrained(base)
+
+
+@torch.no_grad()
+def next_token_logits(folder: Path, role: str, adapter: str | None) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """Each test question and the logits after its prompt."""
+    model, tokenizer = model_of(folder, role, adapter)
+    questions = [json.loads(line) for line in (folder / "data/test.jsonl").read_text().splitlines()]
+    return [(q, model(torch.tensor([tokenizer.encode(q["question"])])).logits[0, -1]) for q in questions]
+
+
+def accuracy_by_hand(folder: Path, role: str, adapter: str | None) -> float:
+    """How often the right choice, one token each, is the likeliest of its three after the prompt."""
+    _, tokenizer = model_of(folder, role, None)
+    right = 0
+    for question, logits in next_token_logits(folder, role, adapter):
+        choices = [tokenizer.encode(choice)[0] for choice in question["choices"]]
+        right += int(logits[choices].argmax()) == question["answer"]
+    return right / QUESTIONS
+
+
+SUBJECTS = {
+    "--round 2 --model slm": ("slm", "private/server/round-0002/slm", "round-0002/slm"),
+    "--round 1 --model llm": ("llm", "private/server/round-0001/llm", "round-0001/llm"),
+    "--round 2 --model aggregate": ("slm", "private/server/round-0002/aggregate", "round-0002/aggregate"),
+    "--round 1 --client 3": ("slm", "exchange/round-0001/client-3", "round-0001/client-3"),
+    "--zero-shot --model slm": ("slm", None, "zero-shot/slm"),
+    "--zero-shot --model llm": ("llm", None, "zero-shot/llm"),
+}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_accuracy_is_that_of_the_likeliest_choice(subject: str, scored: Path, fedcollm: Callable[..., Outcome]) -> None:
+    role, adapter, result = SUBJECTS[subject]
+    outcome = fedcollm("evaluate", *subject.split(), "-w", scored)
+    assert outcome.code == 0, outcome.err
+    written = json.loads((scored / f"results/{result}.json").read_text())
+    assert written["tasks"]["colours"]["metrics"]["acc"] == accuracy_by_hand(scored, role, adapter)
+    assert written["tasks"]["colours"]["questions"] == QUESTIONS
+
+
+def test_those_accuracies_differ_so_that_an_adapter_left_out_would_show(scored: Path) -> None:
+    for role, adapter, _ in SUBJECTS.values():
+        if adapter:
+            assert accuracy_by_hand(scored, role, adapter) != accuracy_by_hand(scored, role, None), adapter
+
+
+@pytest.mark.slow
+def test_accuracy_is_what_the_lm_eval_command_prints_for_the_same_folder(scored: Path, tmp_path: Path) -> None:
+    adapter = scored / "private/server/round-0002/slm"
+    ours = evaluate(Workspace(scored), model="slm", round=2)["tasks"]["colours"]["metrics"]
+    arguments = f"pretrained={scored / 'models/slm'},peft={adapter},dtype=float32"
+    words = f"--tasks colours --include_path tasks --batch_size 8 --device cpu --output_path {tmp_path / 'out'}"
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, *words.split()],
+        cwd=scored,  # the task's data files are named from there
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(written.read_text())["results"]["colours"]
+    assert ours["acc"] == theirs["acc,none"]
+    assert ours["acc_stderr"] == theirs["acc_stderr,none"]
+    (row,) = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|colours")]
+    assert f"{ours['acc']:.4f}" == f"{float(row[7]):.4f}"
+
+
+def test_an_adapter_that_changes_nothing_is_not_scored(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    broadcast, update = (finished / "exchange/round-0001" / name for name in ("broadcast", "client-2"))
+    (update / "adapter_model.safetensors").write_bytes((broadcast / "adapter_model.safetensors").read_bytes())
+    sign(update)
+    outcome = fedcollm("evaluate", "--round", 1, "--client", 2, "-w", finished)
+    assert outcome.code == 6
+    assert "the adapter does not change the model: its logits are the base's" in outcome.err
+    assert not (finished / "results").exists()
+
+
+def test_a_result_says_what_was_scored_and_how(finished: Path) -> None:
+    result = evaluate(Workspace(finished), model="llm", round=2)
+    adapter = finished / "private/server/round-0002/llm"
+
+    def digest(name: str) -> str:
+        return hashlib.sha256((adapter / name).read_bytes()).hexdigest()
+
+    assert result["subject"] == "llm"
+    assert result["round"] == 2
+    assert result["adapter_sha256"] == digest("adapter_model.safetensors")
+    assert result["manifest_sha256"] == digest("manifest.json")
+    assert result["agreement_sha256"] == hashlib.sha256((finished / "fedcollm.toml").read_bytes()).hexdigest()
+    assert result["base"] == json.loads((adapter / "manifest.json").read_text())["base"]
+    assert result["batch_size"] == 8
+    assert result["tasks"]["colours"]["version"] == 1.0
+    assert result["tasks"]["colours"]["prompt"] == "{{question}}"
+    assert result["tasks"]["colours"]["num_fewshot"] == 0
+    assert result["versions"].keys() >= {"python", "torch", "transformers", "peft"}
+    assert json.loads((finished / "results/round-0002/llm.json").read_text()) == result
+
+
+def test_the_same_again_is_already_done_and_another_adapter_is_scored_anew(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    words = ("evaluate", "--round", 1, "--model", "slm", "-w", finished)
+    result = finished / "results/round-0001/slm.json"
+    assert fedcollm(*words).code == 0
+    before = result.stat().st_mtime_ns
+    again = fedcollm(*words)
+    assert again.code == 0
+    assert "already done" in again.err
+    assert result.stat().st_mtime_ns == before
+    adapter = finished / "private/server/round-0001/slm"
+    (adapter / "adapter_model.safetensors").write_bytes(
+        (finished / "private/server/round-0002/slm/adapter_model.safetensors").read_bytes()
+    )
+    sign(adapter)
+    assert "already done" not in fedcollm(*words).err
+    assert result.stat().st_mtime_ns > before
+
+
+def test_a_limit_of_the_agreement_is_kept(finished: Path) -> None:
+    edit(finished / "fedcollm.toml", "[evaluation]", "[evaluation]\nlimit = 5")
+    assert evaluate(Workspace(finished), model="slm")["tasks"]["colours"]["questions"] == 5
+
+
+def test_a_task_that_generates_is_prepared_and_scored(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    (finished / "tasks/colours_said.yaml").write_text(GENERATION)
+    edit(finished / "fedcollm.toml", 'tasks = ["colours"]', 'tasks = ["colours_said"]')
+    toml = finished / "fedcollm.toml"
+    toml.write_text(toml.read_text() + '\n[data]\ntasks = ["colours_said"]\n')
+    assert fedcollm("prepare", "--overwrite", "-w", finished).code == 0
+    row = json.loads((finished / "private/client-1/train.jsonl").read_text().splitlines()[0])
+    assert row["prompt"].startswith("Q : what colour is the ")
+    assert row["completion"] in [f" {colour}" for colour in COLOURS]
+
+    result = evaluate(Workspace(finished), model="slm")["tasks"]["colours_said"]
+    said = next_token_logits(finished, "slm", None)
+    _, tokenizer = model_of(finished, "slm", None)
+    right = [tokenizer.decode([int(logits.argmax())]).strip() == q["choices"][q["answer"]] for q, logits in said]
+    assert result["metrics"]["exact_match"] == sum(right) / len(right)
+    assert result["version"] == 3.0
+
+
+@pytest.mark.parametrize(
+    "words", ["--round 1 --zero-shot", "", "--zero-shot --client 1", "--zero-shot --model aggregate"]
+)
+def test_a_question_that_makes_no_sense_is_refused(
+    words: str, finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("evaluate", *words.split(), "-w", finished)
+    assert outcome.code == 2
+    assert "evaluate needs either --round or --zero-shot" in outcome.err
+    assert not (finished / "results").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="a result does not say what was in the task file that it is the score of")
+def test_a_changed_task_is_scored_anew(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    assert fedcollm("evaluate", "--zero-shot", "-w", finished).code == 0
+    edit(finished / "tasks/colours.yaml", "version: 1.0", "version: 2.0")
+    assert "already done" not in fedcollm("evaluate", "--zero-shot", "-w", finished).err
+
+
+@pytest.mark.xfail(strict=True, reason="a result is taken for the same though it was computed in another dtype")
+def test_another_dtype_is_scored_anew(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    assert fedcollm("evaluate", "--zero-shot", "-w", finished).code == 0
+    again = fedcollm("evaluate", "--zero-shot", "--dtype", "bfloat16", "-w", finished)
+    assert "already done" not in again.err

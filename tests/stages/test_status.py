@@ -1,0 +1,151 @@
+"""status: what is done, missing, damaged or stale, and the one command that this machine can give next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from builders import Outcome, adapters, edit, rows, write_rows
+from stages.parts.workspace import Workspace
+from stages.status import Status, status
+
+STEPS = ["broadcast", "client-1", "client-2", "client-3", "aggregate", "llm", "slm"]
+
+
+def conditions(folder: Path, round: int, *, verify: bool = False) -> dict[str, str]:
+    return {step.name: step.condition for step in status(Workspace(folder), verify=verify).rounds[round - 1].steps}
+
+
+def test_a_finished_workspace_is_done_and_a_fresh_one_missing(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    assert conditions(finished, 2) == dict.fromkeys(STEPS, "done")
+    (finished / "results/round-0002").mkdir(parents=True)
+    (finished / "results/round-0002/slm.json").write_text("{}")
+    assert "everything is done" in fedcollm("status", "-w", finished).out
+    shutil.rmtree(finished / "exchange")
+    shutil.rmtree(finished / "private/server/round-0001")
+    assert conditions(finished, 1) == dict.fromkeys(STEPS, "missing")
+
+
+def test_a_damaged_step_says_why_and_how_to_make_it_again(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    weights = finished / "exchange/round-0001/client-2/adapter_model.safetensors"
+    size = weights.stat().st_size
+    weights.write_bytes(weights.read_bytes()[:99])
+    said = fedcollm("status", "-w", finished).out
+    assert "2 done; 1 damaged: 2" in said
+    assert f"client-2   damaged  (adapter_model.safetensors has 99 bytes, its manifest says {size})" in said
+    assert "next: fedcollm client-train --client 2 --round 1 --overwrite" in said
+
+
+def test_what_was_made_from_something_since_replaced_is_stale(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    write_rows(finished / "private/client-2/train.jsonl", rows(7))
+    assert fedcollm("client-train", "--client", 2, "--round", 1, "--overwrite", "-w", finished).code == 0
+    assert conditions(finished, 1) == dict.fromkeys(STEPS, "done") | {"aggregate": "stale"}
+    said = fedcollm("status", "-w", finished).out
+    assert "aggregate  stale  (made from another client-2)" in said
+    assert "next: fedcollm aggregate --round 1 --overwrite" in said
+
+
+def test_a_changed_agreement_makes_everything_stale(finished: Path) -> None:
+    edit(finished / "fedcollm.toml", "seed = 7", "seed = 8")
+    found = status(Workspace(finished))
+    assert {step.condition for round in found.rounds for step in round.steps} == {"stale"}
+    assert found.next_command == "fedcollm broadcast --round 1 --overwrite"
+
+
+def test_verify_finds_a_flipped_bit_that_sizes_do_not_show(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    weights = finished / "private/server/round-0001/llm/adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "damaged" not in fedcollm("status", "-w", finished).out
+    said = fedcollm("status", "--verify", "-w", finished).out
+    assert "llm        damaged  (adapter_model.safetensors is not the file its manifest names" in said
+    assert "next: fedcollm co-distill --round 1 --overwrite" in said
+
+
+def test_the_next_command_is_right_all_the_way_from_an_empty_workspace_to_the_end(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    shutil.rmtree(workspace_folder / "private")
+    toml = workspace_folder / "fedcollm.toml"
+    toml.write_text(toml.read_text() + '\n[data]\ntasks = ["colours"]\n')
+    folder = workspace_folder.rename(tmp_path / "a study")  # what is printed can be pasted, spaces and all
+    given = []
+    while "next: " in (said := fedcollm("status", "-w", folder).out):
+        command = shlex.split(said[said.index("next: ") + len("next: ") :])
+        assert command[0] == "fedcollm"
+        outcome = fedcollm(*command[1:])
+        assert outcome.code == 0, outcome.err
+        assert "already done" not in outcome.err
+        given.append(" ".join(command[1 : command.index("--workspace")]))
+    assert said.splitlines()[-1] == "everything is done"
+    trains = ["client-train --client 1", "client-train --client 2", "client-train --client 3"]
+    by_hand = [
+        f"{command} --round {round}"
+        for round in (1, 2)
+        for command in ("broadcast", *trains, "aggregate", "co-distill")
+    ]
+    assert given == ["prepare", *by_hand, "evaluate --round 2 --model slm"]
+
+
+def next_of(folder: Path) -> tuple[str, str]:
+    found: Status = status(Workspace(folder))
+    return found.next_command, found.waiting_for
+
+
+def test_a_client_is_told_its_own_next_command_or_what_it_waits_for(finished: Path, tmp_path: Path) -> None:
+    client = tmp_path / "client"
+    client.mkdir()
+    shutil.copy(finished / "fedcollm.toml", client)
+    shutil.copytree(finished / "private/client-2", client / "private/client-2")
+    assert next_of(client) == ("", "the broadcast of round 1, in exchange/")
+    for round in (1, 2):
+        exchange = f"exchange/round-000{round}"
+        shutil.copytree(finished / exchange / "broadcast", client / exchange / "broadcast")
+        assert next_of(client) == (f"fedcollm client-train --client 2 --round {round}", "")
+        shutil.copytree(finished / exchange / "client-2", client / exchange / "client-2")
+        if round == 1:
+            assert next_of(client) == ("", "the broadcast of round 2, in exchange/")
+    assert next_of(client) == ("", "")
+
+
+def test_a_server_without_clients_waits_for_their_updates(answered: Path) -> None:
+    for client in (1, 2, 3):
+        shutil.rmtree(answered / f"private/client-{client}")
+    exchange = answered / "exchange/round-0001"
+    for client in (1, 3):
+        shutil.move(exchange / f"client-{client}", answered / f"client-{client}")
+    assert next_of(answered) == ("", "2 more updates of round 1 in exchange/, of client-1, client-3")
+    for client in (1, 3):
+        shutil.move(answered / f"client-{client}", exchange / f"client-{client}")
+    assert next_of(answered) == ("fedcollm aggregate --round 1", "")
+
+
+def test_a_workspace_without_data_is_told_to_bring_some(workspace_folder: Path) -> None:
+    shutil.rmtree(workspace_folder / "private")
+    command, waiting_for = next_of(workspace_folder)
+    assert command == ""
+    assert "private/client-k/train.jsonl" in waiting_for
+    assert "private/server/auxiliary.jsonl" in waiting_for
+
+
+def test_json_says_the_same_for_machines(answered: Path, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm("status", "--json", "-w", answered)
+    found = json.loads(outcome.out)
+    assert outcome.err == ""
+    first, second = found["rounds"]
+    assert [step["condition"] for step in first["steps"]] == ["done"] * 4 + ["missing"] * 3
+    assert [step["condition"] for step in second["steps"]] == ["missing"] * 7
+    assert found["next_command"] == "fedcollm aggregate --round 1"
+
+
+@pytest.mark.parametrize("words", [(), ("--verify",), ("--json",)])
+def test_status_writes_nothing(words: tuple[str, ...], finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    before = adapters(finished), sorted(finished.rglob("*"))
+    assert fedcollm("status", *words, "-w", finished).code == 0
+    assert (adapters(finished), sorted(finished.rglob("*"))) == before
