@@ -41,7 +41,7 @@ def evaluate(
     name = subject if round is None else f"{subject}, round {round}"
     report(Event("stage", f"evaluate {name}"))
     adapter = None if round is None else _adapter(workspace, model, round, client)
-    what = _what(workspace, subject, round, adapter)
+    what = _what(workspace, subject, role, round, adapter)
     target = workspace.result(round, subject)
     if target.exists() and not overwrite:
         earlier, _ = files.read_json(target)
@@ -71,7 +71,9 @@ def _adapter(workspace: Workspace, model: Subject, round: int, client: int | Non
     return artefact
 
 
-def _what(workspace: Workspace, subject: str, round: int | None, adapter: Artefact | None) -> dict[str, Any]:
+def _what(
+    workspace: Workspace, subject: str, role: Role, round: int | None, adapter: Artefact | None
+) -> dict[str, Any]:
     """What decides the scores: two results that agree on it are the same result."""
     settings = workspace.agreement.evaluation
     if not (settings.tasks or workspace.agreement.data.tasks):
@@ -86,9 +88,17 @@ def _what(workspace: Workspace, subject: str, round: int | None, adapter: Artefa
         "agreement_sha256": workspace.agreement_sha256,
         "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256 if adapter else None,
         "manifest_sha256": adapter.sha256 if adapter else None,
+        "tasks_sha256": _tasks_sha256(workspace),
+        "dtype": workspace.machine.dtype or workspace.agreement.model_of(role).dtype,
         "limit": settings.limit,
         "batch_size": settings.batch_size,
     }
+
+
+def _tasks_sha256(workspace: Workspace) -> str:
+    """The digest of the workspace's task files: with other prompts a score is another score."""
+    contents = (path.read_bytes() for path in sorted(workspace.tasks.rglob("*")) if path.is_file())
+    return files.sha256(b"".join(files.sha256(content).encode() for content in contents))
 
 
 def _score(
@@ -110,7 +120,7 @@ def _score(
     )
     return {
         "base": tuned.identity.model_dump(),
-        "dtype": str(tuned.model.dtype).removeprefix("torch."),
+        "weights_dtype": str(tuned.model.dtype).removeprefix("torch."),
         "versions": versions(),
         "tasks": scores,
     }

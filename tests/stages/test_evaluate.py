@@ -219,14 +219,12 @@ def test_a_question_that_makes_no_sense_is_refused(
     assert not (finished / "results").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="a result does not say what was in the task file that it is the score of")
 def test_a_changed_task_is_scored_anew(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
     assert fedcollm("evaluate", "--zero-shot", "-w", finished).code == 0
     edit(finished / "tasks/colours.yaml", "version: 1.0", "version: 2.0")
     assert "already done" not in fedcollm("evaluate", "--zero-shot", "-w", finished).err
 
 
-@pytest.mark.xfail(strict=True, reason="a result is taken for the same though it was computed in another dtype")
 def test_another_dtype_is_scored_anew(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
     assert fedcollm("evaluate", "--zero-shot", "-w", finished).code == 0
     again = fedcollm("evaluate", "--zero-shot", "--dtype", "bfloat16", "-w", finished)
