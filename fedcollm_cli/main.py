@@ -63,8 +63,8 @@ def top(
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     template: Annotated[str, typer.Option(help="demo, blank, or the paper's settings s1, s2, s3.")] = "blank",
-    clients: Annotated[int, typer.Option(min=1, help="K, the number of clients.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="T, the number of rounds.")] = 5,
+    clients: Annotated[int, typer.Option(min=1, help="K, the number of clients (the demo has four).")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="T, the number of rounds (the demo has two).")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="The federation's seed.")] = 1,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -267,7 +267,7 @@ def run(
         results = stage(
             opened.workspace, rounds=_rounds(rounds), scores=scores, overwrite=overwrite, report=opened.console.report
         )
-        opened.console.result(results, views.scores(results))
+        opened.console.result(results, views.scores(results) if results else "done")
 
 
 def _rounds(text: str | None) -> range | None:

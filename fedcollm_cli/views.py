@@ -82,7 +82,8 @@ def status(found: Status, workspace: Path | None) -> str:
     elif found.waiting_for:
         lines.append(f"waiting for {found.waiting_for}")
     else:
-        lines.append("everything is done")
+        is_done = all(round.is_done for round in found.rounds)
+        lines.append("everything is done" if is_done else "this machine's part is done")
     return "\n".join(lines)
 
 

@@ -81,9 +81,12 @@ def _check_config(artefact: Artefact, lora: Lora) -> None:
         value = files.parse_json(artefact.contents[ADAPTER_CONFIG])
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=CARRY_AGAIN) from None
-    for key, expected in (("peft_type", "LORA"), ("r", lora.r), ("lora_alpha", lora.alpha), ("bias", "none")):
-        if value.get(key) != expected:
-            message = f"{path.name} says {key} = {value.get(key)!r}, the agreement says {expected!r}"
+    modules = lora.target_modules or [str(name) for name in value.get("target_modules") or []]
+    flag = bool(value.get("fan_in_fan_out"))
+    expected = files.parse_json(config_bytes(lora, target_modules=modules, fan_in_fan_out=flag))
+    for key in sorted(value.keys() | expected.keys()):
+        if value.get(key) != expected.get(key):
+            message = f"{path.name} says {key} = {value.get(key)!r}, the agreement says {expected.get(key)!r}"
             raise Damaged(message, where=path, mend=CARRY_AGAIN)
 
 

@@ -239,8 +239,12 @@ def already_made(
     )
     if manifest.agreement_sha256 != workspace.agreement_sha256:
         changed.append("fedcollm.toml")
-    if log is not None and files.logged_inputs(log).get("data", data) != data:
-        changed.append("the training data")
+    if log is not None:
+        logged = files.logged_inputs(log).get("data")
+        if logged is None:
+            return None  # stopped between publishing and logging: what it was trained on is not known
+        if logged != data:
+            changed.append("the training data")
     if changed:
         message = f"{workspace.shown(folder)} was made from other inputs; changed since: {', '.join(changed)}"
         raise Refused(message, where=folder, mend="give the command again with --overwrite to replace it")

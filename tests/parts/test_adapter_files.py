@@ -24,7 +24,7 @@ from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 LORA = Lora(r=2, alpha=4)
 A, B = "h.0.lora_A.weight", "h.0.lora_B.weight"
 LAYOUT: Layout = {A: (2, 3), B: (4, 2)}
-CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+CONFIG: dict[str, Any] = json.loads(config_bytes(LORA, target_modules=["c_attn"], fan_in_fan_out=True))
 TENSORS = random_adapter(LAYOUT, seed=1)
 Entries = dict[str, Any]
 
@@ -195,7 +195,9 @@ def test_the_largest_numbers_are_numbers() -> None:
     read_adapter(artefact(weights_bytes(largest)), LAYOUT, LORA)
 
 
-@pytest.mark.parametrize(("key", "value"), [("r", 16), ("lora_alpha", 8), ("peft_type", "IA3"), ("bias", "all")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("r", 16), ("lora_alpha", 8), ("peft_type", "IA3"), ("bias", "all"), ("use_rslora", True)]
+)
 def test_a_config_of_another_adapter_is_refused_by_key(key: str, value: object) -> None:
     config = json.dumps(CONFIG | {key: value}).encode()
     with pytest.raises(Damaged, match=f"says {key} = {value!r}, the agreement says {CONFIG[key]!r}"):
