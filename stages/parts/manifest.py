@@ -6,6 +6,7 @@ stage repeated gives the same bytes, and nothing that names a person, a host or 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -81,6 +82,7 @@ class Artefact:
     contents: dict[str, bytes]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of Python and of every library that has a part in the numbers."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -210,7 +212,7 @@ def publish(
         examples=examples,
         tokens=tokens,
         metrics=dict(metrics or {}),
-        versions=versions(),
+        versions=dict(versions()),
     )
     files.publish(folder, {**contents, MANIFEST: files.json_bytes(manifest.model_dump())})
     return manifest

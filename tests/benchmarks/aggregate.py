@@ -76,8 +76,8 @@ def make(folder: Path, clients: int) -> Workspace:
 
 
 def read_and_hash(workspace: Workspace) -> None:
-    """The limit: every update's weights read and hashed, and nothing else."""
-    for path in workspace.client_updates(1).values():
+    """The limit: the weights of the broadcast and of every update read and hashed, and nothing else."""
+    for path in (workspace.broadcast(1), *workspace.client_updates(1).values()):
         hashlib.sha256((path / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
 
 

@@ -110,5 +110,5 @@ def usual(examples: list[Example], plan: list[list[int]], *, autocast: bool) -> 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        clock.step({"loss": float(loss)})
+        clock.step({"loss": float(loss.detach())})
     return clock
