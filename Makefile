@@ -10,6 +10,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/fedcollm demo fedcollm-demo
+	@echo "for fedcollm on the command line: . $(BIN)/activate"
 
 test: .venv/installed
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ class Console:
             self._progress.remove_task(self._task)
             self._task = None
         seconds = time.monotonic() - self._started
-        self._err.print(f"  {self._stage}  {seconds:.1f} s  {_losses(self._values)}".rstrip(), markup=False)
+        self._err.print(f"  {self._stage}  {seconds:.1f} s", markup=False)
         self._stage = ""
 
     def _step(self, event: Event) -> None:

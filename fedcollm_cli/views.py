@@ -22,7 +22,8 @@ MOST_NAMED = 8
 def split(summary: dict[str, Any]) -> Table:
     """What `prepare` dealt: rows, labels and sources per party."""
     dropped, in_test = summary["duplicates_dropped"], summary["also_in_test"]
-    caption = f"{summary['rows']} rows, {dropped} duplicates dropped; {in_test} prompts are also in test"
+    checked = "not compared with a test set" if in_test is None else f"{in_test} prompts are also in test"
+    caption = f"{summary['rows']} rows, {dropped} duplicates dropped; {checked}"
     table = Table(title=f"split: {summary['split']}", caption=caption)
     for name in ("party", "rows", "answer labels", "sources"):
         table.add_column(name, justify="right" if name == "rows" else "left")
@@ -68,7 +69,8 @@ def status(found: Status, workspace: Path | None) -> str:
         lines.append(f"round {round.number}")
         for step in round.steps:
             if step not in clients:
-                lines.append(f"  {step.name:<11}{step.condition}{f'  ({step.reason})' if step.reason else ''}")
+                condition = step.condition if step.here or step.condition != "missing" else "not on this machine"
+                lines.append(f"  {step.name:<11}{condition}{f'  ({step.reason})' if step.reason else ''}")
             elif step is clients[0]:
                 lines.append(f"  {'clients':<11}{_summary(clients)}")
                 lines += [f"    {one.name:<11}{one.condition}  ({one.reason})" for one in clients if one.reason]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from stages.parts import files
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact
-from stages.parts.rows import Row, read_rows
+from stages.parts.rows import Row, count_unspaced, read_rows
 from stages.parts.workspace import Workspace, require
 
 if TYPE_CHECKING:
@@ -36,8 +36,11 @@ def client_train(
     workspace.check_client(client)
     report(Event("stage", f"client-train, round {round}, client {client}"))
     data = workspace.client_data(client)
-    require(data, f"client {client} has no training data", "put JSONL rows there, or make them with `fedcollm prepare`")
+    mend = f"on client {client}'s machine, put JSONL rows there; in a simulation, `fedcollm prepare` makes them"
+    require(data, f"client {client} has no training data here", mend)
     rows, data_sha256 = read_rows(data)
+    if unspaced := count_unspaced(rows):
+        report(Event("warning", f"{unspaced} of {len(rows)} completions begin without a space after their prompt"))
     source = workspace.broadcast(round)
     mend = f"on the server: fedcollm broadcast --round {round}; then carry exchange/ here"
     require(source, f"the broadcast of round {round} is not there", mend)
@@ -96,6 +99,7 @@ def _train(
         inputs={"agreement": workspace.agreement_sha256, "data": data_sha256, "broadcast": theta.sha256},
         report=report,
     )
+    report(Event("note", outcome.change))
     norms = adapters.check_trained(received, adapters.take(slm.model))
     manifest = publish(
         workspace.client_update(round, client),
@@ -108,6 +112,7 @@ def _train(
         base=slm.identity,
         parameters=adapters.count(slm.model),
         seed=workspace.seed_for("client-train", round, client),
+        dtype=slm.dtype,
         steps=outcome.steps,
         examples=outcome.examples,
         tokens=outcome.tokens,

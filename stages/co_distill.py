@@ -15,7 +15,7 @@ from stages.parts import files
 from stages.parts.errors import Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact, read_manifest
-from stages.parts.rows import Example, Row, encode, read_rows
+from stages.parts.rows import Example, Row, count_unspaced, encode, read_rows
 from stages.parts.workspace import Workspace, require
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ def co_distill(
     workspace.check_round(round)
     report(Event("stage", f"co-distill, round {round}"))
     inputs = _open(workspace, round)
+    if unspaced := count_unspaced(inputs.rows):
+        report(
+            Event("warning", f"{unspaced} of {len(inputs.rows)} completions begin without a space after their prompt")
+        )
     log = workspace.log("co-distill", round)
     if done := _already_made(workspace, round, inputs, overwrite):
         report(Event("note", "already done"))
@@ -130,6 +134,7 @@ def _train(workspace: Workspace, round: int, inputs: _Inputs, models: Models | N
         inputs={"agreement": workspace.agreement_sha256, "data": inputs.data_sha256, **inputs.parents},
         report=report,
     )
+    report(Event("note", outcome.change))
     llm_norms = adapters.check_trained(omega, adapters.take(llm.model))
     slm_norms = adapters.check_trained(before, adapters.take(slm.model))
     _publish(workspace, round, llm, inputs.parents, outcome, llm_norms)
@@ -174,6 +179,7 @@ def _publish(
         base=tuned.identity,
         parameters=adapters.count(tuned.model),
         seed=workspace.seed_for("co-distill", round),
+        dtype=tuned.dtype,
         steps=outcome.steps,
         examples=outcome.examples,
         tokens=outcome.tokens,

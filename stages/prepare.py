@@ -34,7 +34,7 @@ def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = i
     if data.tasks:
         rows, test = _from_tasks(workspace, report)
     else:
-        rows, test = [row for name in data.files for row in _from_file(workspace, name)], set()
+        rows, test = [row for name in data.files for row in _from_file(workspace, name)], None
     parties, summary = _divide(workspace, rows, test)
     return _publish(workspace, parties, summary, overwrite, report)
 
@@ -58,7 +58,9 @@ def _from_file(workspace: Workspace, name: str) -> list[Row]:
     return [Row(row.prompt, row.completion, row.label, row.source or Path(name).stem) for row in read_rows(path)[0]]
 
 
-def _divide(workspace: Workspace, rows: list[Row], test: set[str]) -> tuple[dict[Path, list[Row]], dict[str, Any]]:
+def _divide(
+    workspace: Workspace, rows: list[Row], test: set[str] | None
+) -> tuple[dict[Path, list[Row]], dict[str, Any]]:
     from stages.parts.partition import split
 
     agreement, data = workspace.agreement, workspace.agreement.data
@@ -80,7 +82,7 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str]) -> tuple[dict
         "split": data.split,
         "rows": len(rows),
         "duplicates_dropped": len(rows) - len(unique),
-        "also_in_test": sum(row.prompt in test for row in unique),
+        "also_in_test": None if test is None else sum(row.prompt in test for row in unique),
         "parties": {
             path.parent.name: {
                 "rows": len(share),

@@ -48,7 +48,7 @@ def run(
     for round in rounds:
         report(Event("round", f"round {round} of {agreement.federation.rounds}"))
         broadcast(workspace, round=round, overwrite=overwrite, models=models, report=report)
-        for client in workspace.clients:
+        for client in _here(workspace, round):
             client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
         aggregate(workspace, round=round, overwrite=overwrite, report=report)
         co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
@@ -57,3 +57,12 @@ def run(
     if scores:
         results += [score(round=rounds[-1], client=client) for client in workspace.clients]
     return results
+
+
+def _here(workspace: Workspace, round: int) -> list[int]:
+    """The clients to train on this machine: all but those whose update came from elsewhere, as at a real server."""
+    return [
+        client
+        for client in workspace.clients
+        if workspace.client_data(client).exists() or not workspace.client_update(round, client).exists()
+    ]

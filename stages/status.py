@@ -123,6 +123,11 @@ class _Reader:
             manifest, digest = self._read(folder)
         except (Damaged, NotReady) as problem:
             return Step(name, "damaged", problem.message, f"{command} --overwrite", here)
+        claims, place = _claims(manifest), _claims_of(folder)
+        if claims != place:
+            return Step(
+                name, "damaged", f"is {claims}, here it should be {place}", f"{command} --overwrite", here, digest
+            )
         changed = [key for key, digest in parents.items() if digest and manifest.parents.get(key) != digest]
         if manifest.agreement_sha256 != self._workspace.agreement_sha256:
             changed.append("fedcollm.toml")
@@ -143,6 +148,17 @@ class _Reader:
             if found != entry.size_bytes:
                 raise Damaged(f"{name} has {found} bytes, its manifest says {entry.size_bytes}", where=folder / name)
         return manifest, digest
+
+
+def _claims(manifest: Manifest) -> str:
+    """What a folder says it is, as a place in the workspace."""
+    names = {"broadcast": "broadcast", "client-train": f"client-{manifest.client}", "aggregate": "aggregate"}
+    return f"round-{manifest.round:04d}/{names.get(manifest.stage, manifest.role)}"
+
+
+def _claims_of(folder: Path) -> str:
+    """What a folder at this place should be."""
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def _next(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:

@@ -65,6 +65,7 @@ class Manifest(_Part):
     lora: Lora
     parameters: Count
     seed: int | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
     steps: Count = 0
     examples: Count = 0
     tokens: Count = 0
@@ -167,7 +168,11 @@ def check_belongs(
             message = (
                 f"{workspace.shown(artefact.path)} is of another {name}: {_short(found)}, here it is {_short(expected)}"
             )
-            mend = "every party needs the same fedcollm.toml; take out what belongs elsewhere, or make it again here"
+            mend = (
+                "undo the edit of fedcollm.toml, which is the same for all parties; or make this again, --overwrite"
+                if name.startswith(("agreement", "LoRA"))
+                else "take it out, and copy what belongs there"
+            )
             raise Refused(message, where=artefact.path / MANIFEST, mend=mend)
 
 
@@ -189,6 +194,7 @@ def publish(
     role: Literal["slm", "llm"] = "slm",
     client: int | None = None,
     seed: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     steps: int = 0,
     examples: int = 0,
     tokens: int = 0,
@@ -208,6 +214,7 @@ def publish(
         lora=workspace.agreement.model_of(role).lora,
         parameters=parameters,
         seed=seed,
+        dtype=dtype,
         steps=steps,
         examples=examples,
         tokens=tokens,

@@ -51,6 +51,11 @@ class Tuned:
     packs: bool
 
     @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """The precision it computes in."""
+        return "bfloat16" if self.autocast else "float32"
+
+    @property
     def context(self) -> int:
         """The longest sequence the model takes, in tokens."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))

@@ -92,6 +92,11 @@ def _row(line: str, number: int, path: Path) -> Row:
     return Row(value["prompt"], value["completion"], str(label), str(source))
 
 
+def count_unspaced(rows: Sequence[Row]) -> int:
+    """How many answers stand right against their prompt: a mistake, mostly, that nothing else shows."""
+    return sum(not (row.prompt[-1].isspace() or row.completion[0].isspace()) for row in rows)
+
+
 def rows_bytes(rows: Iterable[Row]) -> bytes:
     """Rows as JSON lines; label and source stay behind."""
     lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}, ensure_ascii=False) for row in rows)
@@ -123,7 +128,8 @@ def encode(
         elif too_long == "refuse":
             bound = f"max_length is {max_length}, the model's context {context}"
             message = f"line {number} of {path.name} has {len(example.input_ids)} tokens; {bound}"
-            mend = 'shorten the row, raise max_length, or agree on data.too_long = "skip"'
+            raised = "" if limit == context else "raise max_length, "
+            mend = f'shorten the row, {raised}or agree on data.too_long = "skip"'
             raise Damaged(message, where=f"{path}:{number}", mend=mend)
     if not examples:
         raise Damaged(f"no row of {path.name} fits in {limit} tokens", where=path, mend="raise max_length")

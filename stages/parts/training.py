@@ -57,6 +57,14 @@ class Outcome:
     metrics: dict[str, float]
     log: list[dict[str, Any]] = field(repr=False)
 
+    @property
+    def change(self) -> str:
+        """Each loss before and after, in words."""
+        names = [name.removesuffix("_before") for name in self.metrics if name.endswith("_before")]
+        return "  ".join(
+            f"{name} {self.metrics[f'{name}_before']:.4g} -> {self.metrics[f'{name}_after']:.4g}" for name in names
+        )
+
 
 def schedule(examples: int, budget: Budget, seed: int) -> list[list[int]]:
     """Which examples each optimiser step sees, [steps][rows_per_step] indices.
