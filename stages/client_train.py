@@ -53,7 +53,7 @@ def client_train(
         report(Event("note", "already done"))
         return done
     with files.held(log.with_suffix(".lock")):
-        return _train(workspace, client, round, rows, data_sha256, theta, models, report)
+        return _train(workspace, client, round, rows, data_sha256, theta, overwrite, models, report)
 
 
 def _train(
@@ -63,6 +63,7 @@ def _train(
     rows: list[Row],
     data_sha256: str,
     theta: Artefact,
+    overwrite: bool,
     models: Models | None,
     report: Report,
 ) -> Manifest:
@@ -96,7 +97,14 @@ def _train(
         ),
         machine=workspace.machine,
         folder=unfinished,
-        inputs={"agreement": workspace.agreement_sha256, "data": data_sha256, "broadcast": theta.sha256},
+        inputs={
+            "agreement": workspace.agreement_sha256,
+            "data": data_sha256,
+            "broadcast": theta.sha256,
+            "slm_base": slm.identity.weights_sha256,
+            "dtype": slm.dtype,
+        },
+        overwrite=overwrite,
         report=report,
     )
     report(Event("note", outcome.change))

@@ -56,7 +56,7 @@ def co_distill(
         report(Event("note", "already done"))
         return done
     with files.held(log.with_suffix(".lock")):
-        return _train(workspace, round, inputs, models, report)
+        return _train(workspace, round, inputs, overwrite, models, report)
 
 
 def _open(workspace: Workspace, round: int) -> _Inputs:
@@ -91,7 +91,9 @@ def _already_made(workspace: Workspace, round: int, inputs: _Inputs, overwrite: 
     return done
 
 
-def _train(workspace: Workspace, round: int, inputs: _Inputs, models: Models | None, report: Report) -> Manifest:
+def _train(
+    workspace: Workspace, round: int, inputs: _Inputs, overwrite: bool, models: Models | None, report: Report
+) -> Manifest:
     from stages.parts import adapter_files, adapters, training
     from stages.parts.models import Models, check_one_vocabulary
     from stages.parts.objective import Objective, mutual_losses
@@ -131,7 +133,15 @@ def _train(workspace: Workspace, round: int, inputs: _Inputs, models: Models | N
         ),
         machine=workspace.machine,
         folder=unfinished,
-        inputs={"agreement": workspace.agreement_sha256, "data": inputs.data_sha256, **inputs.parents},
+        inputs={
+            "agreement": workspace.agreement_sha256,
+            "data": inputs.data_sha256,
+            **inputs.parents,
+            "slm_base": slm.identity.weights_sha256,
+            "llm_base": llm.identity.weights_sha256,
+            "dtype": f"{slm.dtype}, {llm.dtype}",
+        },
+        overwrite=overwrite,
         report=report,
     )
     report(Event("note", outcome.change))

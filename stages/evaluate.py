@@ -6,18 +6,22 @@ same names; of the bases alone, results/zero-shot/{slm,llm}.json.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages.parts import files
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Artefact, check_belongs, read_artefact, versions
+from stages.parts.manifest import Artefact, BaseIdentity, check_belongs, read_artefact, versions
 from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace, require
 
 if TYPE_CHECKING:
     from stages.parts.models import Models, Role, Tuned
 
 Subject = Literal["slm", "llm", "aggregate"]
+
+DATA_FILE = rb"[\w./~-]+\.(?:jsonl?|csv|parquet|arrow|txt)\b"
+"""What looks like a local data file in a task file, in whatever way the file is written."""
 
 
 def evaluate(
@@ -41,7 +45,14 @@ def evaluate(
     name = subject if round is None else f"{subject}, round {round}"
     report(Event("stage", f"evaluate {name}"))
     adapter = None if round is None else _adapter(workspace, model, round, client)
-    what = _what(workspace, subject, role, round, adapter)
+    if adapter is None:
+        from stages.parts.models import Models
+
+        models = models or Models(workspace)
+        base = models.get(role).identity
+    else:
+        base = adapter.manifest.base
+    what = _what(workspace, subject, role, round, adapter, base)
     target = workspace.result(round, subject)
     if target.exists() and not overwrite:
         earlier, _ = files.read_json(target)
@@ -72,7 +83,12 @@ def _adapter(workspace: Workspace, model: Subject, round: int, client: int | Non
 
 
 def _what(
-    workspace: Workspace, subject: str, role: Role, round: int | None, adapter: Artefact | None
+    workspace: Workspace,
+    subject: str,
+    role: Role,
+    round: int | None,
+    adapter: Artefact | None,
+    base: BaseIdentity,
 ) -> dict[str, Any]:
     """What decides the scores: two results that agree on it are the same result."""
     settings = workspace.agreement.evaluation
@@ -88,6 +104,7 @@ def _what(
         "agreement_sha256": workspace.agreement_sha256,
         "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256 if adapter else None,
         "manifest_sha256": adapter.sha256 if adapter else None,
+        "base": base.model_dump(),
         "tasks_sha256": _tasks_sha256(workspace),
         "dtype": workspace.machine.dtype or workspace.agreement.model_of(role).dtype,
         "limit": settings.limit,
@@ -96,8 +113,11 @@ def _what(
 
 
 def _tasks_sha256(workspace: Workspace) -> str:
-    """The digest of the workspace's task files: with other prompts a score is another score."""
-    contents = (path.read_bytes() for path in sorted(workspace.tasks.rglob("*")) if path.is_file())
+    """The digest of the workspace's task files and of the local data they name: other ones give other scores."""
+    texts = {path: path.read_bytes() for path in sorted(workspace.tasks.rglob("*")) if path.is_file()}
+    named = {name.decode() for text in texts.values() for name in re.findall(DATA_FILE, text)}
+    data = [workspace.local(name) for name in sorted(named)]
+    contents = [*texts.values(), *(path.read_bytes() for path in data if path.is_file())]
     return files.sha256(b"".join(files.sha256(content).encode() for content in contents))
 
 
@@ -119,7 +139,6 @@ def _score(
         report=report,
     )
     return {
-        "base": tuned.identity.model_dump(),
         "weights_dtype": str(tuned.model.dtype).removeprefix("torch."),
         "versions": versions(),
         "tasks": scores,

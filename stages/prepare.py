@@ -55,7 +55,10 @@ def _from_tasks(workspace: Workspace, report: Report) -> tuple[list[Row], set[st
 def _from_file(workspace: Workspace, name: str) -> list[Row]:
     path = workspace.local(name)
     require(path, f"the data file {name} is not there", "correct data.files in fedcollm.toml")
-    return [Row(row.prompt, row.completion, row.label, row.source or Path(name).stem) for row in read_rows(path)[0]]
+    return [
+        Row(row.prompt, row.completion, row.label, row.source or str(Path(name).with_suffix("")))
+        for row in read_rows(path)[0]
+    ]
 
 
 def _divide(

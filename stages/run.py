@@ -15,6 +15,7 @@ from stages.client_train import client_train
 from stages.co_distill import co_distill
 from stages.evaluate import evaluate
 from stages.parts.events import Event, Report, ignore
+from stages.parts.manifest import read_manifest
 from stages.parts.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -60,9 +61,19 @@ def run(
 
 
 def _here(workspace: Workspace, round: int) -> list[int]:
-    """The clients to train on this machine: all but those whose update came from elsewhere, as at a real server."""
+    """The clients to train on this machine in a round.
+
+    Not those whose update came from elsewhere, as at a real server; nor, where a quorum is enough, those without data
+    here, or those that a finished average did without.
+    """
+    clients = list(workspace.clients)
+    if workspace.aggregate(round).exists():
+        averaged = read_manifest(workspace.aggregate(round))[0].parents
+        clients = [client for client in clients if f"client-{client}" in averaged]
+    may_be_absent = workspace.agreement.aggregation.min_clients is not None
     return [
         client
-        for client in workspace.clients
-        if workspace.client_data(client).exists() or not workspace.client_update(round, client).exists()
+        for client in clients
+        if workspace.client_data(client).exists()
+        or not (may_be_absent or workspace.client_update(round, client).exists())
     ]

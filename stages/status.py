@@ -184,6 +184,10 @@ def _next(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:
                 continue
             if step in updates and by_name["broadcast"].condition != "done":
                 return "", f"the broadcast of round {round.number}, in exchange/"
+            unsound = [update for update in updates if update.condition in ("damaged", "stale")]
+            if step.name == "aggregate" and unsound:
+                first = unsound[0]
+                return "", f"a sound update: {first.name} of round {round.number} is {first.condition}, {first.reason}"
             if step.name == "aggregate" and not enough:
                 absent = ", ".join(update.name for update in updates if update.condition != "done")
                 return "", f"{needed - arrived} more updates of round {round.number} in exchange/, of {absent}"

@@ -41,6 +41,10 @@ def attach(base: PreTrainedModel, settings: Model, *, where: Path | None = None)
         message = f"target_modules {wanted} do not fit {base.config.model_type}: {error}"
         raise UsageProblem(message, where=where, mend=f"set lora.target_modules among: {', '.join(linear)}") from error
     assert isinstance(model, PeftModel)
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            message = f"target_modules include {name.rpartition('.')[2]}: embeddings tell which tokens the data holds"
+            raise UsageProblem(message, where=where, mend="name attention and MLP layers in lora.target_modules")
     return model
 
 

@@ -92,6 +92,10 @@ def answer_logits(model: Any, batch: Batch) -> Tensor:
 @torch.no_grad()
 def packs(model: Any) -> bool:
     """Whether packed rows give this model the logits of separate rows; tried on a few tokens."""
+    config = model.config.get_text_config()
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if slides or getattr(config, "attention_chunk_size", None):
+        return False  # the mask of a packed row would take the place of the model's own
     examples = [Example([3, 1, 4, 1, 5, 9, 2], 3), Example([2, 7, 1, 8], 2)]
     was_training = model.training
     model.eval()
@@ -110,7 +114,7 @@ def packs(model: Any) -> bool:
         return False
     finally:
         model.train(was_training)
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
     return bool((together - apart).abs().max() <= tolerance * apart.abs().max().clamp(min=1.0))
 
 

@@ -17,7 +17,7 @@ from stages.parts.errors import UsageProblem
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]
 Share = Annotated[float, Field(ge=0)]
 
 

@@ -27,7 +27,7 @@ LIBRARIES = ("fedcollm", "torch", "transformers", "peft", "safetensors", "numpy"
 
 Stage = Literal["broadcast", "client-train", "aggregate", "co-distill"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class _Part(BaseModel):

@@ -149,7 +149,7 @@ class Models:
             )
             if not any(folder.glob("*.safetensors")):
                 snapshot_download(settings.model, revision=settings.revision, allow_patterns=[*patterns, "*.bin"])
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
             mend = f"fetch it where there is a network, or set models.{role} in machine.toml to a local folder"
             raise NotReady(
                 f"the {role.upper()} {settings.model} is neither here nor on the hub: {error}", mend=mend
@@ -160,9 +160,10 @@ class Models:
 def _device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
+    kind = wanted.partition(":")[0]  # the command line shows CUDA the one GPU that was chosen
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UsageProblem(f"there is no device {wanted} here", mend="give --device cpu, or auto")
-    return torch.device(wanted.partition(":")[0])  # the command line shows CUDA the one GPU that was chosen
+    return torch.device(kind)
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:

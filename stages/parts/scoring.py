@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from stages.parts import adapters, quiet
+from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import PROBE_TEXTS, Tuned, naming_memory_knobs
 
@@ -71,14 +73,18 @@ def score(
     with naming_memory_knobs(), scope, quiet.libraries():
         lm = _Reporting(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
         lm.report = report
-        results = simple_evaluate(
-            model=lm,
-            tasks=list(tasks),
-            num_fewshot=0,
-            limit=limit,
-            log_samples=False,
-            task_manager=TaskManager(include_defaults=False),
-        )
+        try:
+            results = simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                num_fewshot=0,
+                limit=limit,
+                log_samples=False,
+                task_manager=TaskManager(include_defaults=False),
+            )
+        except TemplateError as error:
+            mend = "correct doc_to_text, doc_to_choice or doc_to_target in its task file"
+            raise UsageProblem(f"a task's template does not fit its data: {error}", mend=mend) from error
     model.train(was_training)
     assert results is not None
     return {task.config.task: _of_task(task, results) for task in tasks}
@@ -91,6 +97,9 @@ def _of_task(task: ConfigurableTask, results: dict[str, Any]) -> dict[str, Any]:
         for key, value in results["results"][name].items()
         if isinstance(value, int | float) and not isinstance(value, bool) and "," in key
     }
+    if not metrics:
+        mend = "correct metric_list in its task file: acc, acc_norm, exact_match, ..."
+        raise UsageProblem(f"task {name} gave no score: no metric that lm-eval knows, or no question", mend=mend)
     prompt = task.config.doc_to_text
     return {
         "metrics": metrics,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
@@ -68,13 +69,19 @@ def training_rows(task: ConfigurableTask) -> list[Row]:
         raise UsageProblem(message, mend="choose another task, or bring JSONL rows")
     if not task.has_training_docs():
         raise UsageProblem(f"task {name} has no training split", mend="set training_split in its task file")
-    return [_row(task, doc, name) for doc in task.training_docs()]
+    try:
+        return [_row(task, doc, name) for doc in task.training_docs()]
+    except (TemplateError, LookupError, TypeError, ValueError) as error:
+        raise _mistaken(name, error) from error
 
 
 def test_prompts(task: ConfigurableTask) -> Iterator[str]:
     """The prompts that evaluation will score."""
-    for doc in task.eval_docs:
-        yield str(task.fewshot_context(doc, num_fewshot=0))
+    try:
+        for doc in task.eval_docs:
+            yield str(task.fewshot_context(doc, num_fewshot=0))
+    except (TemplateError, LookupError, TypeError, ValueError) as error:
+        raise _mistaken(str(task.config.task), error) from error
 
 
 def _row(task: ConfigurableTask, doc: dict[str, Any], name: str) -> Row:
@@ -116,3 +123,10 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
     except (ConnectionError, OSError) as error:
         mend = "fetch it on a machine with a network, or point its task file at local files (see the workspace README)"
         raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", where=where, mend=mend) from error
+    except Exception as error:  # whatever a mistake in a task file makes lm-eval, datasets or jinja raise
+        raise _mistaken(name, error, where) from error
+
+
+def _mistaken(name: str, error: Exception, where: Path | None = None) -> UsageProblem:
+    message = f"task {name} cannot be used: {type(error).__name__}: {error}"
+    return UsageProblem(message, where=where, mend="correct its task file, or the data that it names")

@@ -108,18 +108,22 @@ def train(
     machine: Machine,
     folder: Path,
     inputs: Mapping[str, Any],
+    overwrite: bool = False,
     report: Report,
 ) -> Outcome:
     """Train the objective's adapters in place.
 
-    folder: checkpoints go here, and a run with equal inputs that was stopped goes on from them; the caller removes it
-    once the result is published. Raises BadNumbers if a loss becomes NaN or memory runs out.
+    folder: checkpoints go here, and a run with equal inputs that was stopped goes on from them, unless overwrite says
+    to begin anew; the caller removes it once the result is published. Raises BadNumbers if a loss becomes NaN, which
+    removes the checkpoints too, or if memory runs out.
     """
     started = time.monotonic()
     steps = schedule(len(examples), recipe.budget, recipe.seed)
     rows = min(recipe.budget.batch_size, machine.micro_batch or recipe.budget.batch_size)
     turns = 2 if recipe.alternating else 1
     dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating)
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
     checkpoint = _checkpoint_of(folder, inputs)
     with naming_memory_knobs():
         before = objective.measure(examples, rows)
@@ -132,7 +136,11 @@ def train(
             callbacks=[_Watch(objective, recipe, report, len(steps), turns)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except BadNumbers:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         after = objective.measure(examples, rows)
     _refuse_unless_finite(after, "after the last step")
     return Outcome(

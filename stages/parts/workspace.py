@@ -39,6 +39,8 @@ class Workspace:
     def find(start: Path, flags: MachineFlags | None = None) -> Workspace:
         """The workspace that start lies in, found upwards like git's. Raises UsageProblem if there is none."""
         start = start.absolute()
+        if not start.exists():
+            raise UsageProblem("there is no such folder", where=start, mend="name the workspace with --workspace")
         for folder in (start, *start.parents):
             if (folder / AGREEMENT).is_file():
                 return Workspace(folder, flags or MachineFlags())

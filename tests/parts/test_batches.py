@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GPT2Config, MistralConfig, MistralForCausalLM
 
 from builders import Family, examples, tiny_model
 from stages.parts.batches import Batch, answer_logits, collate, packed, packs, padded
@@ -109,6 +110,7 @@ class Deaf(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.config = GPT2Config()
         self.embedding, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
 
     def forward(self, input_ids: Tensor, logits_to_keep: Tensor | int, **_: Any) -> SimpleNamespace:
@@ -168,3 +170,12 @@ def test_prompts_carry_no_loss() -> None:
     torch.testing.assert_close(earlier[1:], later)
     by_hand = F.cross_entropy(later, torch.tensor(ids[10:]))
     torch.testing.assert_close(cross_entropy(later, packed([Example(ids, 10)])["labels"], 3), by_hand)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(8, False), (None, True)])
+def test_a_model_that_attends_through_a_window_is_never_packed(window: int | None, expected: bool) -> None:
+    config = MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=window,
+    )  # fmt: skip
+    assert packs(MistralForCausalLM(config)) is expected

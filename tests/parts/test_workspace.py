@@ -31,6 +31,7 @@ def test_the_nearest_workspace_is_taken(workspace: Workspace) -> None:
     inner = workspace.root / "baselines" / "fedavg"
     inner.mkdir(parents=True)
     (inner / "fedcollm.toml").write_text(AGREEMENT)
+    (inner / "exchange").mkdir()
     assert Workspace.find(inner / "exchange").root == inner
 
 

@@ -62,7 +62,7 @@ def test_what_was_seen_is_counted(finished_once: Path) -> None:
 def test_the_private_log_has_its_inputs_a_line_for_each_step_and_an_end(finished_once: Path) -> None:
     log = finished_once / "private/client-2/round-0001/client-train.jsonl"
     first, *steps, last = [json.loads(line) for line in log.read_text().splitlines()]
-    assert set(first["inputs"]) == {"agreement", "data", "broadcast"}
+    assert set(first["inputs"]) == {"agreement", "data", "broadcast", "slm_base", "dtype"}
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert all(math.isfinite(line["slm_ft"]) for line in steps)
     assert last["wall_s"] > 0
@@ -98,7 +98,7 @@ def test_the_update_moved_from_the_broadcast_by_the_norm_that_it_states(finished
     ("rate", "told"),
     [
         ("1e-46", "the trained adapter's B is all zero: it changes nothing"),  # less than float32 can hold
-        ("1e30", "slm_ft became nan"),
+        ("1e6", "slm_ft became nan"),
     ],
 )
 def test_an_adapter_that_learned_nothing_or_broke_is_not_published(

@@ -60,7 +60,9 @@ def test_both_losses_of_both_models_are_recorded_for_every_step_and_fall(finishe
     for round in (1, 2):
         log = finished_once / f"{SERVER}{round}/co-distill.jsonl"
         first, *steps, last = [json.loads(line) for line in log.read_text().splitlines()]
-        assert set(first["inputs"]) == {"agreement", "data", "aggregate"} | ({"llm"} if round == 2 else set())
+        assert set(first["inputs"]) == {"agreement", "data", "aggregate", "slm_base", "llm_base", "dtype"} | (
+            {"llm"} if round == 2 else set()
+        )
         assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
         assert all(math.isfinite(line[name]) for line in steps for name in LOSSES)
         assert last["wall_s"] > 0
