@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from stages.parts import files
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact
-from stages.parts.rows import Row, count_unspaced, read_rows
+from stages.parts.rows import Example, Row, count_unspaced, encode, read_rows
 from stages.parts.workspace import Workspace, require
 
 if TYPE_CHECKING:
-    from stages.parts.models import Models
+    from stages.parts.models import Models, Tuned
 
 
 def client_train(
@@ -70,19 +70,12 @@ def _train(
     from stages.parts import adapter_files, adapters, training
     from stages.parts.models import Models
     from stages.parts.objective import Objective, task_loss
-    from stages.parts.rows import encode
 
-    settings = workspace.agreement.client_training
+    settings, lora = workspace.agreement.client_training, workspace.agreement.slm.lora
+    seed = workspace.seed_for("client-train", round, client)
     slm = (models or Models(workspace)).expect("slm", theta.manifest.base, f"the broadcast of round {round}")
-    received = adapter_files.read_adapter(theta, adapters.layout(slm.model), workspace.agreement.slm.lora)
-    examples = encode(
-        rows,
-        slm.tokenizer,
-        max_length=settings.max_length,
-        context=slm.context,
-        too_long=workspace.agreement.data.too_long,
-        path=workspace.client_data(client),
-    )
+    received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
+    examples = _examples(workspace, client, rows, slm)
     adapters.put(slm.model, received)
     unfinished = workspace.unfinished("client-train", round, client)
     outcome = training.train(
@@ -93,7 +86,7 @@ def _train(
             learning_rates={"slm": settings.learning_rate},
             clips={"slm": settings.max_grad_norm},
             warmup_steps=settings.warmup_steps if round == 1 else 0,
-            seed=workspace.seed_for("client-train", round, client),
+            seed=seed,
         ),
         machine=workspace.machine,
         folder=unfinished,
@@ -108,10 +101,12 @@ def _train(
         report=report,
     )
     report(Event("note", outcome.change))
+    if outcome.metrics["slm_ft_after"] > outcome.metrics["slm_ft_before"]:
+        report(Event("warning", f"client {client}'s loss rose in training: a smaller learning rate may help"))
     norms = adapters.check_trained(received, adapters.take(slm.model))
     manifest = publish(
         workspace.client_update(round, client),
-        adapters.as_files(slm.model, workspace.agreement.slm.lora),
+        adapters.as_files(slm.model, lora),
         workspace,
         stage="client-train",
         round=round,
@@ -119,7 +114,7 @@ def _train(
         parents={"broadcast": theta.sha256},
         base=slm.identity,
         parameters=adapters.count(slm.model),
-        seed=workspace.seed_for("client-train", round, client),
+        seed=seed,
         dtype=slm.dtype,
         steps=outcome.steps,
         examples=outcome.examples,
@@ -128,6 +123,16 @@ def _train(
     )
     files.write_log(workspace.log("client-train", round, client), outcome.log)
     shutil.rmtree(unfinished)
-    if outcome.metrics["slm_ft_after"] > outcome.metrics["slm_ft_before"]:
-        report(Event("warning", f"client {client}'s loss rose in training: a smaller learning rate may help"))
     return manifest
+
+
+def _examples(workspace: Workspace, client: int, rows: list[Row], slm: Tuned) -> list[Example]:
+    """The client's rows as tokens."""
+    return encode(
+        rows,
+        slm.tokenizer,
+        max_length=workspace.agreement.client_training.max_length,
+        context=slm.context,
+        too_long=workspace.agreement.data.too_long,
+        path=workspace.client_data(client),
+    )
