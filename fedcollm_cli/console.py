@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -39,7 +40,6 @@ class Console:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._round = self._stage = ""
-        self._values: dict[str, float] = {}
         self._started = self._said = 0.0
 
     def __enter__(self) -> Console:
@@ -83,7 +83,7 @@ class Console:
                 self._err.print(f"warning: {event.text}", style="yellow", markup=False)
 
     def _begin_stage(self, text: str) -> None:
-        self._stage, self._values = text, {}
+        self._stage = text
         self._started = self._said = time.monotonic()
         if self._progress:
             self._task = self._progress.add_task(text, total=None, losses="")
@@ -99,13 +99,12 @@ class Console:
         self._stage = ""
 
     def _step(self, event: Event) -> None:
-        self._values = dict(event.values)
         if self._progress and self._task is not None:
-            self._progress.update(self._task, completed=event.step, total=event.total, losses=_losses(self._values))
+            self._progress.update(self._task, completed=event.step, total=event.total, losses=_losses(event.values))
         elif time.monotonic() - self._said > PLAIN_INTERVAL_S:
             self._said = time.monotonic()
             self._err.print(
-                f"  {self._stage}  {event.step}/{event.total}  {_losses(self._values)}".rstrip(), markup=False
+                f"  {self._stage}  {event.step}/{event.total}  {_losses(event.values)}".rstrip(), markup=False
             )
 
     def result(self, value: Any, text: str | Table | Group) -> None:
@@ -137,5 +136,5 @@ class Console:
         self._err.print(text, markup=False)
 
 
-def _losses(values: dict[str, float]) -> str:
+def _losses(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

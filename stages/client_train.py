@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from stages.parts import files
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact
-from stages.parts.rows import Example, Row, count_unspaced, encode, read_rows
+from stages.parts.rows import Example, Row, encode, read_rows, warn_of_unspaced
 from stages.parts.workspace import Workspace, require
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def client_train(
     mend = f"on client {client}'s machine, put JSONL rows there; in a simulation, `fedcollm prepare` makes them"
     require(data, f"client {client} has no training data here", mend)
     rows, data_sha256 = read_rows(data)
-    if unspaced := count_unspaced(rows):
-        report(Event("warning", f"{unspaced} of {len(rows)} completions begin without a space after their prompt"))
+    warn_of_unspaced(rows, report)
     source = workspace.broadcast(round)
     mend = f"on the server: fedcollm broadcast --round {round}; then carry exchange/ here"
     require(source, f"the broadcast of round {round} is not there", mend)

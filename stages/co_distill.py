@@ -15,7 +15,7 @@ from stages.parts import files
 from stages.parts.errors import Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact, read_manifest
-from stages.parts.rows import Example, Row, count_unspaced, encode, read_rows
+from stages.parts.rows import Example, Row, encode, read_rows, warn_of_unspaced
 from stages.parts.workspace import Workspace, require
 
 if TYPE_CHECKING:
@@ -47,10 +47,7 @@ def co_distill(
     workspace.check_round(round)
     report(Event("stage", f"co-distill, round {round}"))
     inputs = _open(workspace, round)
-    if unspaced := count_unspaced(inputs.rows):
-        report(
-            Event("warning", f"{unspaced} of {len(inputs.rows)} completions begin without a space after their prompt")
-        )
+    warn_of_unspaced(inputs.rows, report)
     log = workspace.log("co-distill", round)
     if done := _already_made(workspace, round, inputs, overwrite):
         report(Event("note", "already done"))

@@ -44,11 +44,13 @@ def _from_tasks(workspace: Workspace, report: Report) -> tuple[list[Row], set[st
 
     agreement = workspace.agreement
     rows: list[Row] = []
-    for task in tasks.load(workspace, agreement.data.tasks):
+    loaded = tasks.load(workspace, agreement.data.tasks)
+    for task in loaded:
         found = tasks.training_rows(task)
         report(Event("note", f"{task.config.task}: {len(found)} rows"))
         rows += found
-    scored = tasks.load(workspace, agreement.evaluation.tasks or agreement.data.tasks)
+    is_same = agreement.evaluation.tasks in ([], agreement.data.tasks)
+    scored = loaded if is_same else tasks.load(workspace, agreement.evaluation.tasks)
     return rows, {prompt for task in scored for prompt in tasks.test_prompts(task)}
 
 

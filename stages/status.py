@@ -123,7 +123,7 @@ class _Reader:
             manifest, digest = self._read(folder)
         except (Damaged, NotReady) as problem:
             return Step(name, "damaged", problem.message, f"{command} --overwrite", here)
-        claims, place = _claims(manifest), _claims_of(folder)
+        claims, place = _claims(manifest), f"{folder.parent.name}/{folder.name}"
         if claims != place:
             return Step(
                 name, "damaged", f"is {claims}, here it should be {place}", f"{command} --overwrite", here, digest
@@ -154,11 +154,6 @@ def _claims(manifest: Manifest) -> str:
     """What a folder says it is, as a place in the workspace."""
     names = {"broadcast": "broadcast", "client-train": f"client-{manifest.client}", "aggregate": "aggregate"}
     return f"round-{manifest.round:04d}/{names.get(manifest.stage, manifest.role)}"
-
-
-def _claims_of(folder: Path) -> str:
-    """What a folder at this place should be."""
-    return f"{folder.parent.name}/{folder.name}"
 
 
 def _next(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from stages.parts import files
 from stages.parts.errors import Damaged
+from stages.parts.events import Event, Report
 
 LARGEST_DATA_BYTES = 8 << 30
 
@@ -92,9 +93,11 @@ def _row(line: str, number: int, path: Path) -> Row:
     return Row(value["prompt"], value["completion"], str(label), str(source))
 
 
-def count_unspaced(rows: Sequence[Row]) -> int:
-    """How many answers stand right against their prompt: a mistake, mostly, that nothing else shows."""
-    return sum(not (row.prompt[-1].isspace() or row.completion[0].isspace()) for row in rows)
+def warn_of_unspaced(rows: Sequence[Row], report: Report) -> None:
+    """Tell how many answers stand right against their prompt: a mistake, mostly, that nothing else shows."""
+    unspaced = sum(not (row.prompt[-1].isspace() or row.completion[0].isspace()) for row in rows)
+    if unspaced:
+        report(Event("warning", f"{unspaced} of {len(rows)} completions begin without a space after their prompt"))
 
 
 def rows_bytes(rows: Iterable[Row]) -> bytes:

@@ -46,6 +46,11 @@ class Recipe:
     seed: int
     alternating: bool = False
 
+    @property
+    def turns(self) -> int:
+        """How many of Trainer's steps are one step of ours."""
+        return 2 if self.alternating else 1
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -120,7 +125,6 @@ def train(
     started = time.monotonic()
     steps = schedule(len(examples), recipe.budget, recipe.seed)
     rows = min(recipe.budget.batch_size, machine.micro_batch or recipe.budget.batch_size)
-    turns = 2 if recipe.alternating else 1
     dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating)
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,20 +133,20 @@ def train(
         before = objective.measure(examples, rows)
         trainer = _Trainer(
             model=objective,
-            args=_arguments(folder, recipe, machine, objective.device, turns * len(steps), dataset.per_step),
+            args=_arguments(folder, recipe, machine, objective.device, recipe.turns * len(steps), dataset.per_step),
             train_dataset=dataset,
             data_collator=_only,
             optimizers=(_optimizer(objective, recipe), None),
-            callbacks=[_Watch(objective, recipe, report, len(steps), turns)],
+            callbacks=[_Watch(objective, recipe, report, len(steps))],
         )
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
+            after = objective.measure(examples, rows)
+            _refuse_unless_finite(after, "after the last step")
         except BadNumbers:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        after = objective.measure(examples, rows)
-    _refuse_unless_finite(after, "after the last step")
     return Outcome(
         steps=len(steps),
         examples=len(steps) * recipe.budget.rows_per_step,
@@ -160,7 +164,6 @@ def train(
 def _arguments(
     folder: Path, recipe: Recipe, machine: Machine, device: torch.device, steps: int, per_step: int
 ) -> TrainingArguments:
-    turns = 2 if recipe.alternating else 1
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -168,10 +171,10 @@ def _arguments(
         per_device_train_batch_size=1,  # an item is a micro-batch already
         gradient_accumulation_steps=per_step,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=recipe.warmup_steps * turns,
+        warmup_steps=recipe.warmup_steps * recipe.turns,
         max_grad_norm=0,  # clipping both models together would couple them; _Watch clips each by itself
         seed=recipe.seed,
-        save_steps=machine.checkpoint_steps * turns,  # never between the two turns of a step
+        save_steps=machine.checkpoint_steps * recipe.turns,  # never between the two turns of a step
         save_total_limit=2,
         logging_strategy="no",
         logging_nan_inf_filter=False,
@@ -207,8 +210,8 @@ class _Trainer(Trainer):
 class _Watch(TrainerCallback):
     """Clips each model's gradient, records and reports every step's losses, and marks checkpoints that are whole."""
 
-    def __init__(self, objective: Objective, recipe: Recipe, report: Report, steps: int, turns: int) -> None:
-        self._objective, self._recipe, self._report, self._steps, self._turns = objective, recipe, report, steps, turns
+    def __init__(self, objective: Objective, recipe: Recipe, report: Report, steps: int) -> None:
+        self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -218,9 +221,9 @@ class _Watch(TrainerCallback):
                 nn.utils.clip_grad_norm_(self._objective.adapter_parameters(role), largest)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % self._turns:
+        if state.global_step % self._recipe.turns:
             return
-        step, losses = state.global_step // self._turns, self._objective.pop_losses()
+        step, losses = state.global_step // self._recipe.turns, self._objective.pop_losses()
         _refuse_unless_finite(losses, f"at step {step} of {self._steps}")
         state.log_history.append({"step": step, **losses})
         self._report(Event("step", step=step, total=self._steps, values=losses))
