@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedcollm_cli import __version__, views
+from fedcollm_cli import __version__, comparing, views
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import (
     ClientOption,
@@ -248,6 +248,10 @@ def evaluate(
 
 @app.command()
 def run(
+    method: Annotated[
+        Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"] | None,
+        typer.Option("--method", help="Another method than the agreement's, in baselines/METHOD."),
+    ] = None,
     rounds: Annotated[str | None, typer.Option("--rounds", help="Such as 3 or 1-5. Default: all.")] = None,
     scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Whether to evaluate too.")] = True,
     workspace: WorkspaceOption = None,
@@ -262,13 +266,22 @@ def run(
     All on this machine. Base models are loaded once. Reads and writes exactly the files of the separate commands; what
     is done is passed over, so that the same command goes on after a stop.
 
-    Example: fedcollm run --rounds 1-5
+    With --method, the same federation by another method, on the same data with the same budgets, in baselines/METHOD, a
+    workspace of its own. fedavg: no training at the server. fedavg-aux: the server trains both models on the auxiliary
+    data, without distillation. standalone: each client alone. centralized: the LLM on the data of all parties together.
+
+    Example: fedcollm run --method fedavg-aux
     """
     with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
         from stages.run import run as stage
 
         results = stage(
-            opened.workspace, rounds=_rounds(rounds), scores=scores, overwrite=overwrite, report=opened.console.report
+            opened.workspace,
+            method=method,
+            rounds=_rounds(rounds),
+            scores=scores,
+            overwrite=overwrite,
+            report=opened.console.report,
         )
         opened.console.result(results, views.scores(results) if results else "done")
 
@@ -326,3 +339,6 @@ def demo(
         show_one_gpu("auto")
         measured = stage(folder, report=console.report)
         console.result(measured, views.demo(measured))
+
+
+app.command()(comparing.compare)

@@ -25,6 +25,7 @@ def aggregate(workspace: Workspace, *, round: int, overwrite: bool = False, repo
     another broadcast, under another agreement, on another base or in another shape.
     """
     workspace.check_round(round)
+    workspace.check_step("aggregate", round)
     report(Event("stage", f"aggregate, round {round}"))
     source = workspace.broadcast(round)
     require(source, f"the broadcast of round {round} is not there", f"fedcollm broadcast --round {round}")

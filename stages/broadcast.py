@@ -1,7 +1,7 @@
 """broadcast, line 11 of Algorithm 1: the server publishes theta^t to all clients.
 
-Reads, in round 1, the SLM and the federation's seed; in round t, private/server/round-(t-1)/slm.
-Writes exchange/round-t/broadcast. From round 2 on the adapter is co-distill's, byte for byte.
+Reads, in round 1, the SLM and the federation's seed; in round t, private/server/round-(t-1)/slm (the aggregate, where
+the method is fedavg). Writes exchange/round-t/broadcast. From round 2 on the adapter is that one, byte for byte.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def broadcast(
 ) -> Manifest:
     """Publish the global adapter of a round. Returns its manifest."""
     workspace.check_round(round)
+    workspace.check_step("broadcast", round)
     report(Event("stage", f"broadcast, round {round}"))
     if round == 1:
         return _first(workspace, overwrite, models, report)
@@ -54,24 +55,25 @@ def _first(workspace: Workspace, overwrite: bool, models: Models | None, report:
 
 
 def _next(workspace: Workspace, round: int, overwrite: bool, report: Report) -> Manifest:
-    """theta^t as co-distill left it."""
-    source = workspace.slm(round - 1)
-    message = f"round {round} begins with the adapter that co-distill makes in round {round - 1}, which is not there"
-    require(source, message, f"fedcollm co-distill --round {round - 1}")
-    distilled = read_artefact(source)
-    check_belongs(distilled, workspace, stage="co-distill", round=round - 1)
-    parents = {"slm": distilled.sha256}
+    """theta^t as the round before left it."""
+    source = workspace.round_result(round - 1)
+    stage = "co-distill" if workspace.agreement.federation.distils else "aggregate"
+    message = f"round {round} begins with the adapter that {stage} makes in round {round - 1}, which is not there"
+    require(source, message, f"fedcollm {stage} --round {round - 1}")
+    theta = read_artefact(source)
+    check_belongs(theta, workspace, stage=stage, round=round - 1)
+    parents = {source.name: theta.sha256}
     target = workspace.broadcast(round)
     if done := already_made(target, workspace, parents, overwrite=overwrite):
         report(Event("note", "already done"))
         return done
     return publish(
         target,
-        distilled.contents,
+        theta.contents,
         workspace,
         stage="broadcast",
         round=round,
         parents=parents,
-        base=distilled.manifest.base,
-        parameters=distilled.manifest.parameters,
+        base=theta.manifest.base,
+        parameters=theta.manifest.parameters,
     )

@@ -1,6 +1,7 @@
 """client-train, ClientUpdate of Algorithm 1: client k tunes the SLM's adapter on its private data (Eq. 3).
 
-Reads exchange/round-t/broadcast and private/client-k/train.jsonl.
+Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Where the method averages nothing, a client goes on
+from round 2 with its own exchange/round-(t-1)/client-k instead.
 Writes exchange/round-t/client-k, and the private log private/client-k/round-t/client-train.jsonl.
 """
 
@@ -40,19 +41,31 @@ def client_train(
     require(data, f"client {client} has no training data here", mend)
     rows, data_sha256 = read_rows(data)
     warn_of_unspaced(rows, report)
-    source = workspace.broadcast(round)
-    mend = f"on the server: fedcollm broadcast --round {round}; then carry exchange/ here"
-    require(source, f"the broadcast of round {round} is not there", mend)
-    theta = read_artefact(source)
-    check_belongs(theta, workspace, stage="broadcast", round=round)
+    theta = _start(workspace, client, round)
 
     target, log = workspace.client_update(round, client), workspace.log("client-train", round, client)
-    parents = {"broadcast": theta.sha256}
+    parents = {theta.path.name: theta.sha256}
     if done := already_made(target, workspace, parents, overwrite=overwrite, log=log, data=data_sha256):
         report(Event("note", "already done"))
         return done
     with files.held(log.with_suffix(".lock")):
         return _train(workspace, client, round, rows, data_sha256, theta, overwrite, models, report)
+
+
+def _start(workspace: Workspace, client: int, round: int) -> Artefact:
+    """What the client starts from: theta^t; where nothing is averaged, from round 2 on, its own of the round before."""
+    if workspace.agreement.federation.averages or round == 1:
+        source, stage, made_in, by = workspace.broadcast(round), "broadcast", round, None
+        name = f"the broadcast of round {round}"
+        mend = f"on the server: fedcollm broadcast --round {round}; then carry exchange/ here"
+    else:
+        source, stage, made_in, by = workspace.client_update(round - 1, client), "client-train", round - 1, client
+        name = f"client {client}'s adapter of round {round - 1}"
+        mend = f"fedcollm client-train --client {client} --round {round - 1}"
+    require(source, f"{name} is not there", mend)
+    theta = read_artefact(source)
+    check_belongs(theta, workspace, stage=stage, round=made_in, client=by)
+    return theta
 
 
 def _train(
@@ -72,7 +85,7 @@ def _train(
 
     settings, lora = workspace.agreement.client_training, workspace.agreement.slm.lora
     seed = workspace.seed_for("client-train", round, client)
-    slm = (models or Models(workspace)).expect("slm", theta.manifest.base, f"the broadcast of round {round}")
+    slm = (models or Models(workspace)).expect("slm", theta.manifest.base, workspace.shown(theta.path))
     received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
     examples = _examples(workspace, client, rows, slm)
     adapters.put(slm.model, received)
@@ -92,7 +105,7 @@ def _train(
         inputs={
             "agreement": workspace.agreement_sha256,
             "data": data_sha256,
-            "broadcast": theta.sha256,
+            theta.path.name: theta.sha256,
             "slm_base": slm.identity.weights_sha256,
             "dtype": slm.dtype,
         },
@@ -110,7 +123,7 @@ def _train(
         stage="client-train",
         round=round,
         client=client,
-        parents={"broadcast": theta.sha256},
+        parents={theta.path.name: theta.sha256},
         base=slm.identity,
         parameters=adapters.count(slm.model),
         seed=seed,

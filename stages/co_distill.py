@@ -45,6 +45,7 @@ def co_distill(
     The SLM's folder is the commit record: written last, with the LLM's manifest among its parents.
     """
     workspace.check_round(round)
+    workspace.check_step("co-distill", round)
     report(Event("stage", f"co-distill, round {round}"))
     inputs = _open(workspace, round)
     warn_of_unspaced(inputs.rows, report)

@@ -1,12 +1,13 @@
-"""run: the whole federation on one machine, in one process, by the same stages; the one stage that calls others.
+"""run: whole federations on one machine, in one process, by the same stages; what chains them is here.
 
 Base models are loaded once. It leaves exactly the files that the separate commands leave, and goes on from whatever is
-there.
+there. Another method than the agreement's runs in baselines/<method>, on the same data.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.aggregate import aggregate
@@ -14,17 +15,21 @@ from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
 from stages.evaluate import evaluate
+from stages.parts.config import Method
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import read_manifest
 from stages.parts.workspace import Workspace
+from stages.prepare import prepare
 
 if TYPE_CHECKING:
     from stages.parts.models import Models
+    from stages.parts.variants import Changes
 
 
 def run(
     workspace: Workspace,
     *,
+    method: Method | None = None,
     rounds: range | None = None,
     scores: bool = True,
     overwrite: bool = False,
@@ -33,31 +38,70 @@ def run(
 ) -> list[dict[str, Any]]:
     """Every step of these rounds (default: all). Returns the scores, unless scores is False.
 
-    Scored are the SLM and the LLM after every round, and each client's SLM after the last; before, the bases alone.
+    method: by default the agreement's. Scored are the server's models after every round, and each client's SLM after
+    the last (where nothing is averaged, after each); before, the bases alone.
     """
     from stages.parts.models import Models
 
     models = models or Models(workspace)
-    agreement = workspace.agreement
-    rounds = rounds or range(1, agreement.federation.rounds + 1)
+    if method not in (None, workspace.agreement.federation.method):
+        from stages.parts import variants
+
+        folder, changes = variants.baseline(workspace, method)
+        made_by = f"fedcollm run --method {method}"
+        workspace = derived(workspace, folder, changes, made_by=made_by, overwrite=overwrite, report=report)
+        models = models.of(workspace)
+    federation, evaluation = workspace.agreement.federation, workspace.agreement.evaluation
+    rounds = rounds or range(1, federation.rounds + 1)
     for round in (rounds[0], rounds[-1]):
         workspace.check_round(round)
-    scores = scores and bool(agreement.evaluation.tasks or agreement.data.tasks)
+    scores = scores and bool(evaluation.tasks or workspace.agreement.data.tasks)
     score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
 
-    results = [score(model="slm"), score(model="llm")] if scores else []
+    is_derived = workspace.home != workspace.root  # the bases are scored where it was derived from
+    results = [score(model="slm"), score(model="llm")] if scores and not is_derived else []
     for round in rounds:
-        report(Event("round", f"round {round} of {agreement.federation.rounds}"))
-        broadcast(workspace, round=round, overwrite=overwrite, models=models, report=report)
-        for client in _here(workspace, round):
-            client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
-        aggregate(workspace, round=round, overwrite=overwrite, report=report)
-        co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
-        if scores:
+        report(Event("round", f"{federation.method}, round {round} of {federation.rounds}"))
+        _round(workspace, round, overwrite, models, report)
+        if scores and federation.distils:
             results += [score(model="slm", round=round), score(model="llm", round=round)]
-    if scores:
-        results += [score(round=rounds[-1], client=client) for client in workspace.clients]
+        elif scores and federation.averages:
+            results += [score(model="aggregate", round=round)]
+        if scores and (round == rounds[-1] or not federation.averages):
+            results += [score(round=round, client=client) for client in workspace.clients]
     return results
+
+
+def derived(
+    parent: Workspace,
+    folder: Path,
+    changes: Changes,
+    *,
+    made_by: str,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> Workspace:
+    """A workspace derived from parent, ready to run: made if it is not there, with data of its own if need be."""
+    from stages.parts import variants
+
+    variant = variants.make_variant(parent, folder, changes, made_by=made_by, overwrite=overwrite)
+    report(Event("note", f"in {parent.shown(folder)}"))
+    if variants.deals_anew(parent, changes):
+        prepare(variant, overwrite=overwrite, report=report)
+    return variant
+
+
+def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:
+    """One round of Algorithm 1, as far as the method goes."""
+    federation = workspace.agreement.federation
+    if federation.averages or round == 1:
+        broadcast(workspace, round=round, overwrite=overwrite, models=models, report=report)
+    for client in _here(workspace, round):
+        client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
+    if federation.averages:
+        aggregate(workspace, round=round, overwrite=overwrite, report=report)
+    if federation.distils:
+        co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
 
 
 def _here(workspace: Workspace, round: int) -> list[int]:

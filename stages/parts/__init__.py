@@ -1,7 +1,7 @@
 """The nouns. Each part imports only parts that stand before it here.
 
-plain: errors, events, quiet, config, files, workspace, manifest, rows
-with NumPy: adapter_files, aggregators, partition
+plain: errors, events, quiet, config, files, workspace, manifest, rows, variants, paper
+with NumPy: adapter_files, aggregators, partition, budgets, evidence, statistics
 with torch: losses, batches, adapters, models, objective, training; with lm-eval: tasks, scoring
 the demo's: world, tiny_models
 """

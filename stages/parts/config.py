@@ -7,6 +7,7 @@ are named at once. Absence means off; there is no -1. `workspace_template/fedcol
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from stages.parts.errors import UsageProblem
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 Share = Annotated[float, Field(ge=0)]
@@ -28,12 +30,23 @@ class Settings(BaseModel):
 
 
 class Federation(Settings):
-    """Who takes part, for how long."""
+    """Who takes part, for how long, by which method."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     clients: Positive = 4
     rounds: Positive = 5
     seed: Annotated[int, Field(ge=0)] = 1
+    method: Method = "fedcollm"
+
+    @property
+    def averages(self) -> bool:
+        """Whether clients' adapters are averaged (line 13); if not, each goes on with its own, round after round."""
+        return self.method not in ("standalone", "centralized")
+
+    @property
+    def distils(self) -> bool:
+        """Whether the server trains both models on the auxiliary data (lines 14-20)."""
+        return self.method in ("fedcollm", "fedavg-aux")
 
 
 class Lora(Settings):
@@ -75,6 +88,10 @@ class Budget(Settings):
     def rows_per_step(self) -> int:
         """Rows that one optimiser step sees."""
         return self.batch_size * self.gradient_accumulation
+
+    def steps_for(self, rows: int) -> int:
+        """How many optimiser steps that is on so many rows."""
+        return self.steps or math.ceil((self.epochs or 1.0) * rows / self.rows_per_step)
 
 
 class ClientTraining(Budget):
@@ -142,6 +159,12 @@ class Agreement(Settings):
             raise ValueError("aggregation.min_clients is larger than federation.clients")
         return self
 
+    @model_validator(mode="after")
+    def _auxiliary_without_distillation(self) -> Agreement:
+        if self.federation.method == "fedavg-aux" and (self.distillation.lambda_slm or self.distillation.lambda_llm):
+            raise ValueError("method fedavg-aux has no distillation: set distillation.lambda_slm and lambda_llm to 0.0")
+        return self
+
     def model_of(self, role: str) -> Model:
         """The settings of the model that plays this role, "slm" or "llm"."""
         return {"slm": self.slm, "llm": self.llm}[role]
@@ -162,6 +185,7 @@ class Machine(Settings):
     micro_batch: Positive | None = None
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
+    home: str | None = None
     models: LocalModels = LocalModels()
 
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,20 +69,39 @@ class Tuned:
 class Models:
     """The base models of a workspace, each loaded the first time it is asked for and kept.
 
-    Separate commands make a new one each; `run` hands the same one to all its stages.
+    Separate commands make a new one each; `run` hands the same one to all its stages, and `of` shares what is loaded
+    with workspaces that have the same bases and LoRA shapes: other methods, other seeds.
     """
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        self._loaded: dict[Role, Tuned] = {}
+        self._roles: dict[Role, Tuned] = {}
+        self._loaded: dict[tuple[object, ...], Tuned] = {}
         self.device = _device(workspace.machine.device)
+
+    def of(self, workspace: Workspace) -> Models:
+        """The models of another workspace on this machine."""
+        other = Models(workspace)
+        other._loaded = self._loaded
+        return other
 
     def get(self, role: Role) -> Tuned:
         """The SLM or the LLM with an adapter of the agreed shape (whatever values it last had)."""
-        if role not in self._loaded:
-            with naming_memory_knobs():
-                self._loaded[role] = self._load(role)
-        return self._loaded[role]
+        if role not in self._roles:
+            settings, machine = self._workspace.agreement.model_of(role), self._workspace.machine
+            folder, compute = self._folder(role, settings), self._dtype(role)
+            key = (
+                folder.resolve(),
+                compute,
+                settings.lora.model_dump_json(),
+                self.device,
+                machine.gradient_checkpointing,
+            )
+            if key not in self._loaded:
+                with naming_memory_knobs():
+                    self._loaded[key] = self._load(role, folder, compute)
+            self._roles[role] = replace(self._loaded[key], role=role)
+        return self._roles[role]
 
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:
         """As get, but the base must be the one named by identity. Raises Refused otherwise."""
@@ -103,11 +122,9 @@ class Models:
             return torch.bfloat16 if _has_fast_bfloat16(self.device) else torch.float32
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
-    def _load(self, role: Role) -> Tuned:
+    def _load(self, role: Role, folder: Path, compute: torch.dtype) -> Tuned:
         settings = self._workspace.agreement.model_of(role)
-        folder = self._folder(role, settings)
         # bfloat16 weights are faster on a GPU; on a CPU float32 weights under autocast are, and serve evaluation too.
-        compute = self._dtype(role)
         dtype = compute if self.device.type == "cuda" else torch.float32
         try:
             with quiet.libraries():

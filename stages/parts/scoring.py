@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from stages.parts import adapters, quiet
 from stages.parts.errors import UsageProblem
@@ -60,7 +59,7 @@ def score(
     batch_size: int,
     report: Report,
 ) -> dict[str, Any]:
-    """Each task's metrics, number of questions, version and prompt, zero-shot.
+    """Each task's metrics, number of questions, version and prompt, zero-shot, and which questions were right.
 
     with_adapter: score the base with its adapter, after proof that the adapter changes the logits; else the base alone.
     """
@@ -74,14 +73,9 @@ def score(
         lm = _Reporting(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
         lm.report = report
         try:
-            results = simple_evaluate(
-                model=lm,
-                tasks=list(tasks),
-                num_fewshot=0,
-                limit=limit,
-                log_samples=False,
-                task_manager=TaskManager(include_defaults=False),
-            )
+            for task in tasks:
+                task.set_config(key="num_fewshot", value=0)
+            results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
         except TemplateError as error:
             mend = "correct doc_to_text, doc_to_choice or doc_to_target in its task file"
             raise UsageProblem(f"a task's template does not fit its data: {error}", mend=mend) from error
@@ -104,7 +98,23 @@ def _of_task(task: ConfigurableTask, results: dict[str, Any]) -> dict[str, Any]:
     return {
         "metrics": metrics,
         "questions": results["n-samples"][name]["effective"],
+        "correct": _correct(results["samples"][name]),
         "version": results["versions"].get(name),
         "prompt": prompt if isinstance(prompt, str) else "a function of the task",
         "num_fewshot": results["n-shot"].get(name, 0),
+    }
+
+
+def _correct(samples: list[dict[str, Any]]) -> dict[str, str]:
+    """For each metric that is 0 or 1 for every question, the questions in their order: "0110" is two of four right.
+
+    With them two models are compared question by question, which tells far more than two means.
+    """
+    samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    named = samples[0]["metrics"] if samples else []
+    values = {metric: [sample[metric] for sample in samples] for metric in named}
+    return {
+        metric: "".join(str(int(value)) for value in found)
+        for metric, found in values.items()
+        if all(isinstance(value, int | float) and value in (0, 1) for value in found)
     }

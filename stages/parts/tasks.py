@@ -49,7 +49,7 @@ def _load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
             continue
         spec: Any = name
         if manager is local and entry.yaml_path is not None and entry.kind.name == "TASK":
-            spec = _from_workspace(load_yaml(entry.yaml_path), workspace.root)
+            spec = _from_workspace(load_yaml(entry.yaml_path), workspace.home)
         tasks += _built(manager, spec, name)
     return tasks
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -76,6 +78,11 @@ class Workspace:
             mend = "give --device auto, cpu, cuda, cuda:1 (the GPU's number) or mps"
             raise UsageProblem(f"{self.flags.device!r} is not the name of a device", mend=mend) from error
 
+    @functools.cached_property
+    def home(self) -> Path:
+        """Where relative paths of the settings, and tasks/, start: here, or where this one was derived from."""
+        return Path(os.path.normpath(self.root / self.machine.home)) if self.machine.home else self.root
+
     @property
     def clients(self) -> range:
         """All clients of the federation, counted from 1 as in the paper."""
@@ -88,6 +95,19 @@ class Workspace:
             mend = "give one of those, or agree on more federation.rounds"
             raise UsageProblem(message, where=self.root / AGREEMENT, mend=mend)
         return round
+
+    def check_step(self, step: Literal["broadcast", "aggregate", "co-distill"], round: int) -> None:
+        """Raise UsageProblem unless this federation's method takes this step in this round."""
+        federation = self.agreement.federation
+        takes = {
+            "broadcast": federation.averages or round == 1,
+            "aggregate": federation.averages,
+            "co-distill": federation.distils,
+        }
+        if not takes[step]:
+            message = f"method {federation.method} has no {step}" + (" after round 1" if step == "broadcast" else "")
+            mend = "fedcollm status names the next step; federation.method in fedcollm.toml decides which there are"
+            raise UsageProblem(message, where=self.root / AGREEMENT, mend=mend)
 
     def check_client(self, client: int) -> int:
         """The client, or UsageProblem if the agreement has none of that number."""
@@ -107,7 +127,7 @@ class Workspace:
     @property
     def tasks(self) -> Path:
         """lm-eval task files of this federation."""
-        return self.root / "tasks"
+        return self.home / "tasks"
 
     @property
     def private(self) -> Path:
@@ -163,6 +183,10 @@ class Workspace:
         """theta^{t+1}, the SLM's adapter after mutual distillation."""
         return self._server(round) / "slm"
 
+    def round_result(self, round: int) -> Path:
+        """The SLM's adapter that a round ends with at the server: after co-distill, or, without that, the average."""
+        return self.slm(round) if self.agreement.federation.distils else self.aggregate(round)
+
     def llm(self, round: int) -> Path:
         """omega^{t+1}, the LLM's adapter after mutual distillation."""
         return self._server(round) / "llm"
@@ -183,6 +207,20 @@ class Workspace:
         folder = "zero-shot" if round is None else f"round-{round:04d}"
         return self.root / "results" / folder / f"{subject}.json"
 
+    # --- workspaces derived from this one
+
+    def baseline(self, method: str) -> Path:
+        """Another method on the same data, with the same budgets."""
+        return self.root / "baselines" / method
+
+    def replica(self, seed: int) -> Path:
+        """The same federation from another seed."""
+        return self.root / "seeds" / f"seed-{seed}"
+
+    def sweep_point(self, name: str) -> Path:
+        """The same federation with other settings, which name it."""
+        return self.root / "sweeps" / name
+
     # --- helpers of more than one stage
 
     def shown(self, path: Path) -> str:
@@ -191,7 +229,7 @@ class Workspace:
 
     def local(self, path: str) -> Path:
         """A path from the settings: absolute, or from the workspace."""
-        return self.root / Path(path).expanduser()
+        return self.home / Path(path).expanduser()
 
 
 def require(path: Path, message: str, mend: str) -> None:

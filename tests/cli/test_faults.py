@@ -173,7 +173,7 @@ def other_model(workspace: Path, role: str, **changes: int) -> Path:
 def test_a_client_with_another_base_model_refuses_before_it_trains(answered: Path, refused: Refusal) -> None:
     other_model(answered, "slm")
     said = refused(answered, 5, "client-train", "--client", 1, "--round", 1, "--overwrite")
-    assert "the SLM here is not the one of the broadcast of round 1: weights_sha256 is" in said
+    assert "the SLM here is not the one of exchange/round-0001/broadcast: weights_sha256 is" in said
     events: list[Event] = []
     with pytest.raises(Refused):
         client_train(Workspace(answered), client=1, round=1, overwrite=True, report=events.append)

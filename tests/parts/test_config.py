@@ -148,7 +148,7 @@ def test_several_mistakes_are_all_named_at_once_with_the_nearest_key() -> None:
 
 def test_a_key_that_resembles_none_is_answered_with_all_there_are() -> None:
     message = refusal(changed('name = "tiny"', 'name = "tiny"\nxyzzy = 1'))
-    assert message.endswith("federation.xyzzy: unknown key; known here: name, clients, rounds, seed")
+    assert message.endswith("federation.xyzzy: unknown key; known here: name, clients, rounds, seed, method")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from builders import AGREEMENT, ROOT
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
 PARTS = sorted(path.stem for path in (ROOT / "stages" / "parts").glob("*.py") if path.stem != "__init__")
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-CHAINS = {"run", "demo"}
+CHAINS = {"run", "demo", "compare", "sweep"}
 
 
 def floors() -> dict[str, list[str]]:

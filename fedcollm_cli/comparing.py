@@ -1,0 +1,242 @@
+"""compare and sweep: their options, and their results as tables, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+import typer
+from rich.console import Group
+from rich.table import Table
+
+from fedcollm_cli.session import DeviceOption, DtypeOption, JsonOption, QuietOption, WorkspaceOption, session
+from stages.parts.config import Method
+from stages.parts.errors import UsageProblem
+
+LABELS = {
+    "zero-shot": "Zero-Shot",
+    "standalone": "Standalone",
+    "fedavg": "FedAvg",
+    "fedavg-aux": "FedAvg + D^a",
+    "centralized": "Centralized",
+    "fedcollm": "FedCoLLM",
+}
+TITLES = {
+    "llm": "the server's LLM (the paper's Table 1)",
+    "clients": "the clients' own SLMs, mean of {clients} (the paper's Table 2)",
+    "slm": "the server's SLM, which the clients would go on with",
+}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table in words: drawn on a terminal, or written as Markdown."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def drawn(self) -> Table:
+        """For a terminal."""
+        table = Table(title=self.title, title_justify="left")
+        for number, name in enumerate(self.columns):
+            table.add_column(name, justify="left" if number == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a README or a paper's draft."""
+        lines = [self.columns, ["---", *("---:" for _ in self.columns[1:])], *self.rows]
+        return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def compare(
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Such as 1,2,3: run what is missing of these. Default: what is there.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="Such as fedavg,fedcollm. Default: all with --seeds, else those there."),
+    ] = None,
+    paper: Annotated[
+        Literal["s1", "s2", "s3"] | None, typer.Option("--paper", help="Print the paper's figures beside.")
+    ] = None,
+    metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
+    collect: Annotated[bool, typer.Option("--collect", help="With --seeds: run nothing, read what is there.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout: a line for each row, task and seed.")] = False,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Compare all methods, as the paper's Tables 1 and 2 do.
+
+    Every method on the same data with the same budgets: a ledger of steps, examples and tokens is checked first. Reads
+    results/ here, in baselines/ and in seeds/. With --seeds, runs what is missing of them. Gives means, deviations over
+    seeds, paired differences with 95 % intervals, and names no winner that these do not support. fedavg-aux trains on
+    the auxiliary data without distillation: FedCoLLM minus that is what distillation bought.
+
+    Example: fedcollm compare --seeds 1,2,3
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.compare import compare as stage
+
+        if as_json + as_markdown + as_csv > 1:
+            raise UsageProblem("--json, --markdown and --csv exclude each other", mend="give one of them")
+        found = stage(
+            opened.workspace,
+            seeds=_seeds(seeds),
+            methods=_methods(methods),
+            paper=paper,
+            metric=metric,
+            collect=collect,
+            report=opened.console.report,
+        )
+        if as_csv:
+            opened.console.result(found, as_lines(found))
+        elif as_markdown:
+            opened.console.result(found, "\n\n".join([*(sheet.markdown() for sheet in sheets(found)), *notes(found)]))
+        else:
+            opened.console.result(found, comparison(found))
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UsageProblem(f"--seeds {text!r} is not a list of seeds", mend="such as --seeds 1,2,3")
+    return sorted({int(seed) for seed in text.split(",")})
+
+
+def _methods(text: str | None) -> list[Method] | None:
+    if text is None:
+        return None
+    known: tuple[Method, ...] = get_args(Method)
+    unknown = [name for name in text.split(",") if name not in known]
+    if unknown:
+        raise UsageProblem(f"there is no method {unknown[0]!r}", mend=f"there are: {', '.join(known)}")
+    return [method for method in known if method in text.split(",")]
+
+
+def comparison(found: dict[str, Any]) -> Group:
+    """All tables, and what they rest on."""
+    return Group(*(sheet.drawn() for sheet in sheets(found)), *notes(found))
+
+
+def sheets(found: dict[str, Any]) -> list[Sheet]:
+    """Tables 1 and 2, the server's SLM, the differences, the budgets."""
+    tables = [_accuracies(found, name) for name in found["tables"]]
+    return [*tables, *([_differences(found)] if any(found["differences"].values()) else []), _budgets(found)]
+
+
+def _accuracies(found: dict[str, Any], name: str) -> Sheet:
+    rows = found["tables"][name]
+    tasks = _tasks(rows)
+    reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
+    in_paper = [task for task in tasks if any(task in row for row in reported.values())]
+    title = TITLES[name].format(clients=found["clients"])
+    return Sheet(
+        f"{title}: {found['metric']} in %",
+        ["method", *tasks, *(f"{task}, paper" for task in in_paper)],
+        [
+            [
+                LABELS[row],
+                *(_accuracy(by_task[task]) for task in tasks),
+                *(str(reported[row].get(task, "-")) for task in in_paper),
+            ]
+            for row, by_task in rows.items()
+        ],
+    )
+
+
+def _tasks(rows: dict[str, Any]) -> list[str]:
+    """The tasks' columns; that of all together only where there are several."""
+    tasks = list(next(iter(rows.values())))
+    return tasks if len(tasks) > 2 else tasks[:1]
+
+
+def _accuracy(found: dict[str, Any]) -> str:
+    deviation = found["deviation"]
+    return f"{100 * found['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def _differences(found: dict[str, Any]) -> Sheet:
+    lines = []
+    for name, rows in found["differences"].items():
+        for row, by_task in rows.items():
+            for task in _tasks(rows)[-1:]:
+                lines.append([f"{name}: FedCoLLM - {LABELS[row]}", *_difference(by_task[task])])
+    return Sheet("paired differences, points", ["difference", "mean ± error over seeds", "95 % interval", ""], lines)
+
+
+def _difference(found: dict[str, Any]) -> list[str]:
+    mean = 100 * found["mean"]
+    if found["half_width"] is None:
+        return [f"{mean:+.1f}", "unknown: one seed", ""]
+    half = 100 * found["half_width"]
+    reading = ("higher" if mean > 0 else "lower") if found["is_supported"] else "no difference shown"
+    return [f"{mean:+.1f} ± {100 * found['seeds_error']:.1f}", f"{mean - half:+.1f} to {mean + half:+.1f}", reading]
+
+
+def _budgets(found: dict[str, Any]) -> Sheet:
+    rows = []
+    for method, parties in found["budgets"].items():
+        clients = [done for party, done in parties.items() if party != "server"]
+        rows.append(
+            [LABELS[method], str(len(clients)), *(_range(clients, key) for key in ("steps", "examples", "tokens"))]
+        )
+        rows[-1] += [
+            str(parties["server"][key]) if "server" in parties else "-" for key in ("steps", "examples", "tokens")
+        ]
+    columns = [f"{party}: {key}" for party in ("each", "server") for key in ("steps", "examples", "tokens")]
+    return Sheet(f"what training took, {found['rounds']} rounds", ["method", "clients", *columns], rows)
+
+
+def _range(clients: Sequence[dict[str, int]], key: str) -> str:
+    values = sorted({client[key] for client in clients})
+    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What the tables rest on."""
+    _, by_task = next(iter(found["tables"]["slm"].items()))
+    task = _tasks(found["tables"]["slm"])[-1]
+    seeds = ", ".join(map(str, found["seeds"]))
+    several = len(found["seeds"]) > 1
+    lines = [
+        f"seed{'s' if several else ''} {seeds}"
+        + ("; ± is the standard deviation over seeds" if several else ": no error bar")
+        + f"; {by_task[task]['questions']} questions, themselves a sample: ± {100 * by_task[task]['binomial']:.1f}",
+    ]
+    if "fedavg-aux" in found["tables"]["slm"]:
+        lines.append(
+            "FedAvg + D^a: the server trains both models on the auxiliary data without distillation (lambda = 0)"
+        )
+    if found["paper"]:
+        lines.append(f"paper: setting {found['paper']['setting']}; {found['paper']['source']}")
+    if found["absent"]:
+        lines.append("not run: " + "; ".join(f"fedcollm run --method {method}" for method in found["absent"]))
+    return lines
+
+
+def as_lines(found: dict[str, Any]) -> str:
+    """CSV: a line for each table, method, task and seed."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["table", "method", "task", "seed", "questions", found["metric"], "paper"])
+    for name, rows in found["tables"].items():
+        reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
+        for row, by_task in rows.items():
+            for task, one in by_task.items():
+                seeds = found["seeds"] if row != "zero-shot" else [""]
+                for seed, value in zip(seeds, one["by_seed"], strict=True):
+                    figure = reported.get(row, {}).get(task, "")
+                    writer.writerow([name, row, task, seed, one["questions"], f"{value:.6f}", figure])
+    return out.getvalue().rstrip("\n")

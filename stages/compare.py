@@ -1,0 +1,160 @@
+"""compare: the paper's Tables 1 and 2 for this workspace: every method on the same data, with the same budgets.
+
+Reads results/ and manifests of the workspace, its baselines/ and its seeds/; with seeds it first runs what is missing.
+Writes nothing else. Names no winner that the error bars do not support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from stages.parts.config import Method
+from stages.parts.errors import UsageProblem
+from stages.parts.events import Event, Report, ignore
+from stages.parts.workspace import Workspace
+from stages.run import derived, run
+
+if TYPE_CHECKING:
+    from stages.parts.evidence import Row, Scores, Study, Table
+    from stages.parts.models import Models
+
+ALL = "all"
+"""The column of all questions of all tasks together."""
+
+
+def compare(
+    workspace: Workspace,
+    *,
+    seeds: Sequence[int] | None = None,
+    methods: Sequence[Method] | None = None,
+    paper: str | None = None,
+    metric: str = "acc",
+    collect: bool = False,
+    models: Models | None = None,
+    report: Report = ignore,
+) -> dict[str, Any]:
+    """The tables, the differences of FedCoLLM from every other row, and the ledger of budgets.
+
+    seeds: federations to run, where they are missing, unless collect is set; by default those that there are. methods:
+    by default all of them where seeds are given, else those that there are. paper: a setting of the paper, to stand
+    beside. Raises BadNumbers if budgets differ, NotReady, with the command, for what is missing.
+    """
+    from stages.parts import budgets, evidence
+
+    begun_seeds, begun_methods = evidence.begun(workspace)
+    methods = list(methods or (evidence.METHODS if seeds else begun_methods))
+    if seeds and not collect:
+        run_all(workspace, seeds=seeds, methods=methods, models=models, report=report)
+    study = evidence.open_study(workspace, seeds or begun_seeds, methods)
+    for runs in study.runs.values():
+        budgets.check_equal(runs)
+    measured = {table: _measured(study, table, metric) for table in evidence.ROWS}
+    return {
+        "metric": metric,
+        "seeds": study.seeds,
+        "methods": study.methods,
+        "absent": [method for method in evidence.METHODS if method not in study.methods],
+        "clients": workspace.agreement.federation.clients,
+        "rounds": workspace.agreement.federation.rounds,
+        "paper": _paper(paper, measured) if paper else None,
+        "tables": {table: _estimates(scores) for table, scores in measured.items()},
+        "differences": {table: _differences(scores) for table, scores in measured.items()},
+        "budgets": _budgets(study),
+    }
+
+
+def run_all(
+    workspace: Workspace,
+    *,
+    seeds: Sequence[int],
+    methods: Sequence[Method],
+    models: Models | None = None,
+    report: Report = ignore,
+) -> None:
+    """Run every method from every seed, as far as that is not done."""
+    from stages.parts import variants
+    from stages.parts.models import Models
+
+    models = models or Models(workspace)
+    for seed in seeds:
+        own = workspace
+        if seed != workspace.agreement.federation.seed:
+            made_by = f"fedcollm compare --seeds {seed}"
+            own = derived(workspace, *variants.replica(workspace, seed), made_by=made_by, report=report)
+        for method in methods:
+            report(Event("round", f"{method}, seed {seed}"))
+            run(own, method=method, models=models.of(own), report=report)
+
+
+def _measured(study: Study, table: Table, metric: str) -> dict[Row, Scores]:
+    """Every row of a table that the study has, with all tasks' questions together under ALL."""
+    from stages.parts import evidence
+
+    rows = [row for row in evidence.ROWS[table] if row == "zero-shot" or row in study.methods]
+    found = {row: evidence.scores(study, table, row, metric) for row in rows}
+    return {row: by_task | {ALL: np.concatenate(list(by_task.values()), axis=1)} for row, by_task in found.items()}
+
+
+def _estimates(measured: dict[Row, Scores]) -> dict[str, Any]:
+    from stages.parts.statistics import estimate
+
+    return {
+        row: {
+            task: asdict(estimate(scores)) | {"by_seed": scores.mean(axis=1).tolist(), "questions": scores.shape[1]}
+            for task, scores in by_task.items()
+        }
+        for row, by_task in measured.items()
+    }
+
+
+def _differences(measured: dict[Row, Scores]) -> dict[str, Any]:
+    """FedCoLLM minus each other row, and whether the error bars support a difference."""
+    from stages.parts.statistics import difference
+
+    if "fedcollm" not in measured:
+        return {}
+    own = measured["fedcollm"]
+    differences = {
+        row: {task: difference(own[task], scores) for task, scores in by_task.items()}
+        for row, by_task in measured.items()
+        if row != "fedcollm"
+    }
+    return {
+        row: {task: asdict(found) | {"is_supported": found.is_supported} for task, found in by_task.items()}
+        for row, by_task in differences.items()
+    }
+
+
+def _budgets(study: Study) -> dict[str, Any]:
+    """By method and party, as the first seed has it; every seed has been checked."""
+    from stages.parts.budgets import spent
+
+    runs = study.runs[study.seeds[0]]
+    return {method: {party: asdict(done) for party, done in spent(runs[method]).items()} for method in study.methods}
+
+
+def _paper(setting: str, measured: dict[Table, dict[Row, Scores]]) -> dict[str, Any]:
+    """What the paper reports for the tasks that are here, in %, by table and row."""
+    from stages.parts import paper
+
+    known = paper.tables()["accuracy"]["llm"]
+    tasks = [task for task in measured["slm"]["zero-shot"] if task in known]
+    if not tasks:
+        message = f"the paper has no task of this workspace: {', '.join(measured['slm']['zero-shot'])}"
+        raise UsageProblem(message, mend=f"the paper's are: {', '.join(known)}")
+    tables: dict[Table, Literal["llm", "slm"]] = {"llm": "llm", "clients": "slm"}
+    return {
+        "setting": setting,
+        "source": paper.tables()["source"],
+        "tables": {
+            table: {
+                row: {task: found for task in tasks if (found := paper.accuracy(setting, model, row, task)) is not None}
+                for row in measured[table]
+            }
+            for table, model in tables.items()
+        },
+    }

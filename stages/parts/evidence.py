@@ -1,0 +1,165 @@
+"""What has been measured: the scores of every method and seed of a study, read back from results/.
+
+A study is a workspace with its baselines/ and seeds/. Only results that belong to what lies there are taken: of the
+last round, of the agreement as it is now, of the adapter that is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from stages.parts import files
+from stages.parts.config import Method
+from stages.parts.errors import NotReady, Refused, UsageProblem
+from stages.parts.manifest import read_manifest
+from stages.parts.variants import baseline, open_variant, replica
+from stages.parts.workspace import AGREEMENT, Workspace
+
+Table = Literal["llm", "clients", "slm"]
+Row = Literal["zero-shot", "standalone", "fedavg", "fedavg-aux", "centralized", "fedcollm"]
+Scores = dict[str, np.ndarray]
+"""By task: [seeds, questions], the share of right answers to each question: 0 or 1, or a mean over clients."""
+
+METHODS: tuple[Method, ...] = get_args(Method)
+
+ROWS: dict[Table, tuple[Row, ...]] = {
+    # The server's LLM: the paper's Table 1.
+    "llm": ("zero-shot", "centralized", "fedavg-aux", "fedcollm"),
+    # Each client's own SLM after local training, mean over clients: the paper's Table 2.
+    "clients": ("zero-shot", "standalone", "fedavg", "fedavg-aux", "fedcollm"),
+    # The server's SLM at the end, which the clients would begin the next round with.
+    "slm": ("zero-shot", "fedavg", "fedavg-aux", "fedcollm"),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One workspace for each seed and method."""
+
+    root: Workspace
+    runs: dict[int, dict[Method, Workspace]]
+
+    @property
+    def seeds(self) -> list[int]:
+        """In ascending order."""
+        return sorted(self.runs)
+
+    @property
+    def methods(self) -> list[Method]:
+        """Those of every seed, in the order of METHODS."""
+        return [method for method in METHODS if all(method in runs for runs in self.runs.values())]
+
+
+def begun(workspace: Workspace) -> tuple[list[int], list[Method]]:
+    """The seeds and methods that there is anything of."""
+    own = workspace.agreement.federation
+    seeds = [own.seed, *(int(path.name.partition("-")[2]) for path in workspace.replica(0).parent.glob("seed-*"))]
+    homes = [workspace.root, *(workspace.replica(seed) for seed in seeds)]
+    methods = {path.parent.name for home in homes for path in home.glob(f"baselines/*/{AGREEMENT}")} | {own.method}
+    return sorted(set(seeds)), [method for method in METHODS if method in methods]
+
+
+def open_study(workspace: Workspace, seeds: Sequence[int], methods: Sequence[Method]) -> Study:
+    """The workspaces of these seeds and methods. Raises NotReady or Refused, with the command that mends it."""
+    runs: dict[int, dict[Method, Workspace]] = {}
+    for seed in seeds:
+        own = workspace
+        if seed != workspace.agreement.federation.seed:
+            made_by = f"fedcollm compare --seeds {','.join(map(str, seeds))}"
+            own = open_variant(workspace, *replica(workspace, seed), made_by=made_by)
+        runs[seed] = {method: _of_method(own, method, workspace) for method in methods}
+    return Study(workspace, runs)
+
+
+def _of_method(own: Workspace, method: Method, root: Workspace) -> Workspace:
+    if method == own.agreement.federation.method:
+        return own
+    return open_variant(own, *baseline(own, method), made_by=_run(method, own, root))
+
+
+def _run(method: Method, own: Workspace, root: Workspace) -> str:
+    inside = "" if own.root == root.root else f" --workspace {root.shown(own.root)}"
+    return f"fedcollm run --method {method}{inside}"
+
+
+def scores(study: Study, table: Table, row: Row, metric: str) -> Scores:
+    """The scores of one row of one table, by task. Zero-shot scores know no seed: [1, questions].
+
+    Raises NotReady, with the command that makes it, for a result that is not there, UsageProblem for a metric that is
+    not a matter of right or wrong.
+    """
+    if row == "zero-shot":
+        results = [[_result(study, study.root, None, "llm" if table == "llm" else "slm")]]
+    else:
+        results = [
+            [
+                _result(study, runs[row], runs[row].agreement.federation.rounds, subject)
+                for subject in _subjects(table, row, runs[row])
+            ]
+            for runs in study.runs.values()
+        ]
+    tasks = results[0][0]["tasks"]
+    return {
+        task: np.stack([np.mean([_correct(one, task, metric) for one in of_seed], axis=0) for of_seed in results])
+        for task in tasks
+    }
+
+
+def _subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
+    if table == "clients" or row == "centralized":
+        return [f"client-{client}" for client in workspace.clients]
+    return ["aggregate" if table == "slm" and row == "fedavg" else table]
+
+
+def _result(study: Study, workspace: Workspace, round: int | None, subject: str) -> dict[str, Any]:
+    """One result file that is of what lies in the workspace now."""
+    path = workspace.result(round, subject)
+    mend = _evaluate(study, workspace, round, subject)
+    if not path.exists():
+        raise NotReady(f"there is no {study.root.shown(path)}", where=path, mend=mend)
+    result, _ = files.read_json(path)
+    if result.get("agreement_sha256") != workspace.agreement_sha256:
+        message = f"{study.root.shown(path)} is a result of another agreement"
+        raise Refused(message, where=path, mend=f"undo the edit of {AGREEMENT}, or {mend} --overwrite")
+    if round is not None:
+        _check_current(study, _folder(workspace, round, subject), result, path, mend)
+    return result
+
+
+def _check_current(study: Study, folder: Path, result: dict[str, Any], path: Path, mend: str) -> None:
+    """Raise Refused unless the adapter that was scored is the one that lies there."""
+    if folder.exists() and read_manifest(folder)[1] != result.get("manifest_sha256"):
+        message = f"{study.root.shown(path)} is of another adapter than {study.root.shown(folder)} is now"
+        raise Refused(message, where=path, mend=mend)
+
+
+def _folder(workspace: Workspace, round: int, subject: str) -> Path:
+    if subject.startswith("client-"):
+        return workspace.client_update(round, int(subject.partition("-")[2]))
+    return {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[subject](round)
+
+
+def _evaluate(study: Study, workspace: Workspace, round: int | None, subject: str) -> str:
+    """The command that makes a result; of a federation that is only half done, the one that goes on with it."""
+    inside = "" if workspace.root == study.root.root else f" --workspace {study.root.shown(workspace.root)}"
+    if round is None:
+        return f"fedcollm evaluate --zero-shot --model {subject}{inside}"
+    if not _folder(workspace, round, subject).exists():
+        return f"fedcollm run{inside}"
+    whose = f"--client {subject.partition('-')[2]}" if subject.startswith("client-") else f"--model {subject}"
+    return f"fedcollm evaluate --round {round} {whose}{inside}"
+
+
+def _correct(result: dict[str, Any], task: str, metric: str) -> np.ndarray:
+    """0 or 1 for each question."""
+    found = result["tasks"].get(task, {}).get("correct", {})
+    if metric not in found:
+        known = ", ".join(found) or "none; of an earlier version: evaluate again with --overwrite"
+        message = f"the result of {result['subject']} does not say which questions of {task} were right by {metric}"
+        raise UsageProblem(message, mend=f"--metric with one of its metrics: {known}")
+    return np.frombuffer(found[metric].encode(), dtype=np.uint8) - ord("0")

@@ -1,0 +1,170 @@
+"""Workspaces derived from a workspace: another method, another seed, other settings, on the same models and data files.
+
+A derived workspace is a whole one, in a folder of its own below the first: its fedcollm.toml is the first one's text
+with a few keys changed, so that `diff` shows exactly what differs, and every command works inside it. Its machine.toml
+says where it comes from (`home`): relative paths and tasks/ are meant from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from stages.parts import files
+from stages.parts.config import Agreement, Budget, Method, parse
+from stages.parts.errors import NotReady, Refused, UsageProblem
+from stages.parts.rows import read_rows, rows_bytes
+from stages.parts.workspace import AGREEMENT, MACHINE, Workspace, require
+
+DERIVED = (
+    "# Derived from another fedcollm.toml: `diff` shows the few keys that differ. Made again by the same command.\n"
+)
+
+Changes = Mapping[str, Any]
+"""Settings by dotted key: {"federation.seed": 2}."""
+
+DEALT_BY = ("federation.seed", "federation.clients", "data.")
+"""Settings that decide how `prepare` deals the rows: where one of them changes, the data is not shared."""
+
+
+def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
+    """Where another method on this workspace's data lives, and the settings that it changes."""
+    return workspace.baseline(method), {"federation.method": method} | {
+        "fedavg-aux": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
+        "centralized": _centralized(workspace) if method == "centralized" else {},
+    }.get(method, {})
+
+
+def replica(workspace: Workspace, seed: int) -> tuple[Path, Changes]:
+    """Where the same federation from another seed lives, and the setting that it changes."""
+    return workspace.replica(seed), {"federation.seed": seed}
+
+
+def _centralized(workspace: Workspace) -> dict[str, Any]:
+    """One client that has everything and tunes the LLM, as long as co-distill would and with its settings.
+
+    So all rows of the paper's Table 1 that train the LLM train it by equally many steps on equally large batches.
+    """
+    agreement = workspace.agreement
+    settings = agreement.distillation
+    training = {key: getattr(settings, key) for key in Budget.model_fields if key not in ("epochs", "steps")}
+    training |= {"learning_rate": settings.llm_learning_rate, "max_grad_norm": settings.llm_max_grad_norm}
+    training |= {"epochs": None, "steps": settings.steps_for(_rows(workspace.auxiliary_data))}
+    return {
+        "federation.clients": 1,
+        "aggregation.min_clients": None,
+        "slm": agreement.llm.model_dump(),
+    } | {f"client_training.{key}": value for key, value in training.items()}
+
+
+def _rows(path: Path) -> int:
+    require(path, f"{path.name} is not there", "fedcollm prepare, or put the rows there")
+    return len(read_rows(path)[0])
+
+
+def open_variant(parent: Workspace, folder: Path, changes: Changes, *, made_by: str) -> Workspace:
+    """A derived workspace that is there. Raises NotReady if it is not, Refused if it is of other settings.
+
+    made_by: the command that makes it, for the mend.
+    """
+    target = folder / AGREEMENT
+    if not target.exists():
+        raise NotReady(f"{parent.shown(folder)} is not there", where=folder, mend=made_by)
+    if target.read_bytes() != _agreement(parent, changes):
+        message = f"{parent.shown(folder)} is of another agreement than {parent.shown(parent.root / AGREEMENT)} is now"
+        mend = f"undo the edit of {AGREEMENT}, or {made_by} --overwrite"
+        raise Refused(message, where=target, mend=mend)
+    return Workspace(folder, parent.flags)
+
+
+def make_variant(
+    parent: Workspace, folder: Path, changes: Changes, *, made_by: str, overwrite: bool = False
+) -> Workspace:
+    """A derived workspace, made if it is not there, with the parent's data unless the changes deal it anew.
+
+    Raises Refused rather than take one of other settings, unless overwrite says to set it anew.
+    """
+    if (folder / AGREEMENT).exists() and not overwrite:
+        open_variant(parent, folder, changes, made_by=made_by)
+    files.write(folder / MACHINE, _machine(parent, folder, changes))
+    files.write(folder / AGREEMENT, _agreement(parent, changes))
+    variant = Workspace(folder, parent.flags)
+    if not deals_anew(parent, changes):
+        _share_data(parent, variant)
+    return variant
+
+
+def deals_anew(parent: Workspace, changes: Changes) -> bool:
+    """Whether the variant needs `prepare` of its own."""
+    is_dealt = parent.split.exists() and "federation.method" not in changes
+    return is_dealt and any(key.startswith(DEALT_BY) for key in changes)
+
+
+def _agreement(parent: Workspace, changes: Changes) -> bytes:
+    path = parent.root / AGREEMENT
+    document = tomlkit.parse(path.read_text())
+    for key, value in changes.items():
+        _set(document, key.split("."), value)
+    content = (DERIVED + tomlkit.dumps(document)).encode()
+    parse(Agreement, content, path)
+    return content
+
+
+def _set(table: Any, key: list[str], value: Any) -> None:
+    """Set one key, making the tables it stands in; None takes it out, which means off."""
+    for name in key[:-1]:
+        table = table.setdefault(name, tomlkit.table())
+    if isinstance(value, dict):
+        table.pop(key[-1], None)
+        for name, item in value.items():
+            _set(table, [key[-1], name], item)
+    elif value is None:
+        table.pop(key[-1], None)
+    else:
+        table[key[-1]] = value
+
+
+def _machine(parent: Workspace, folder: Path, changes: Changes) -> bytes:
+    """The parent's settings of this machine, the same but for home, and for the LLM in the SLM's place."""
+    path = parent.root / MACHINE
+    document = tomlkit.parse(path.read_text() if path.exists() else "")
+    document["home"] = os.path.relpath(parent.home, folder)
+    document["home"].comment("derived from there: relative paths and tasks/ are meant from it")
+    if "slm" in changes:
+        _set(document, ["models", "slm"], parent.machine.models.llm)
+    return tomlkit.dumps(document).encode()
+
+
+def _share_data(parent: Workspace, variant: Workspace) -> None:
+    """Put the parent's rows where the variant's parties look for them; all of them at the one client of centralized."""
+    if variant.agreement.federation.method == "centralized":
+        files.write(variant.client_data(1), _pool(parent))
+        return
+    for place in [*map(parent.client_data, variant.clients), parent.auxiliary_data, parent.split]:
+        if place.exists():
+            _link(place, variant.root / place.relative_to(parent.root))
+
+
+def _pool(parent: Workspace) -> bytes:
+    places = [*map(parent.client_data, parent.clients), parent.auxiliary_data]
+    absent = [place for place in places if not place.exists()]
+    if absent:
+        message = f"centralized needs every party's data on this machine; {parent.shown(absent[0])} is not here"
+        raise UsageProblem(message, where=absent[0], mend="leave it out: it simulates what the parties would not do")
+    return b"".join(rows_bytes(read_rows(place)[0]) for place in places)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same bytes at target, without a second copy where the file system allows that."""
+    if target.exists() and (target.samefile(source) or target.read_bytes() == source.read_bytes()):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system, or one without hard links
+        files.write(target, source.read_bytes())
