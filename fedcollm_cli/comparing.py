@@ -107,6 +107,36 @@ def compare(
             opened.console.result(found, comparison(found))
 
 
+def sweep(
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary.")
+    ] = None,
+    metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Run the federation once for every combination of some settings.
+
+    For ablations. Reads this workspace's models, tasks and data. Writes a workspace for each combination into sweeps/
+    and prints one table, each row with its difference from the first. With federation.seed among the settings, means
+    over seeds and 95 % intervals. What is done is passed over.
+
+    Example: fedcollm sweep --set distillation.lambda_slm=0,0.5,1 --set federation.seed=1,2,3
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.sweep import parse_setting
+        from stages.sweep import sweep as stage
+
+        grid = dict(parse_setting(text) for text in set_ or [])
+        found = stage(opened.workspace, grid=grid, metric=metric, report=opened.console.report)
+        sheet = _swept(found)
+        opened.console.result(found, sheet.markdown() if as_markdown else sheet.drawn())
+
+
 def _seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -240,3 +270,30 @@ def as_lines(found: dict[str, Any]) -> str:
                     figure = reported.get(row, {}).get(task, "")
                     writer.writerow([name, row, task, seed, one["questions"], f"{value:.6f}", figure])
     return out.getvalue().rstrip("\n")
+
+
+def _swept(found: dict[str, Any]) -> Sheet:
+    rows = []
+    for row in found["rows"]:
+        words = [str(row["settings"][key]) for key in found["axes"]]
+        for table, score in row["scores"].items():
+            words.append(_accuracy(score))
+            words.append(_against_first(row.get("minus_first", {}).get(table)))
+        rows.append(words)
+    tables = list(found["rows"][0]["scores"])
+    seeds = ", ".join(map(str, found["seeds"]))
+    title = (
+        f"{found['metric']} in %, mean ± deviation over seeds {seeds}"
+        if len(found["seeds"]) > 1
+        else f"{found['metric']} in %"
+    )
+    headings = [heading for table in tables for heading in (table, "minus the first")]
+    return Sheet(title, [*(key.rpartition(".")[2] for key in found["axes"]), *headings], rows)
+
+
+def _against_first(found: dict[str, Any] | None) -> str:
+    """The difference with its 95 % interval; a star where that supports it."""
+    if found is None:
+        return ""
+    mean, half = 100 * found["mean"], found["half_width"]
+    return f"{mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}{'*' if found['is_supported'] else ''}")

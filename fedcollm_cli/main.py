@@ -341,4 +341,5 @@ def demo(
         console.result(measured, views.demo(measured))
 
 
-app.command()(comparing.compare)
+for command in (comparing.compare, comparing.sweep):
+    app.command()(command)

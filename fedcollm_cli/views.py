@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
+
+from fedcollm_cli.comparing import comparison
 
 if TYPE_CHECKING:
     from stages.status import Status
@@ -105,22 +105,10 @@ def status_value(found: Status) -> dict[str, Any]:
 
 
 def demo(measured: dict[str, Any]) -> Group:
-    """What each step of the demo bought, over its seeds, and where the files are."""
-    table = Table()
-    table.add_column("model")
-    table.add_column("after")
-    table.add_column("accuracy, %", justify="right")
-    for row in measured["rows"]:
-        found = row["accuracies"]
-        deviation = f" ± {stdev(found):.1f}" if len(found) > 1 else ""
-        table.add_row(row["model"], row["after"], f"{mean(found):.1f}{deviation}")
-    sampling = 100 * sqrt(0.25 / measured["questions"])
+    """The comparison, and where to look on."""
     lines = (
-        f"of {measured['questions']} test questions; mean ± standard deviation over federations with seeds",
-        f"{', '.join(map(str, measured['seeds']))}; the questions themselves are a sample, ± {sampling:.1f}",
         f"guessing gives 25.0, knowing every rule of this world {measured['rule_accuracy']:.1f}",
-        "co-distill also learns from the auxiliary answers: this table does not part that from distillation",
-        f"base models: {measured['models']}; a workspace for each seed: {', '.join(measured['workspaces'])}",
-        f"look inside: cd {measured['workspaces'][0]} && fedcollm status",
+        f"base models: {measured['models']}; the study: {measured['workspace']}, with baselines/ and seeds/",
+        f"look inside: cd {measured['workspace']} && fedcollm status",
     )
-    return Group(table, *lines)
+    return Group(comparison(measured["comparison"]), *lines)

@@ -68,39 +68,63 @@ class _Reader:
     def __init__(self, workspace: Workspace, verify: bool) -> None:
         self._workspace = workspace
         self._verify = verify
-        self._is_server = workspace.auxiliary_data.exists()
-        self._slm = self._llm = ""
+        self._federation = workspace.agreement.federation
+        # Where nothing is averaged there is no server: whoever has the clients' data makes their first adapter too.
+        self._is_server = workspace.auxiliary_data.exists() or not self._federation.averages
+        self._before: dict[str, Step] = {}
 
     def round(self, number: int) -> Round:
-        workspace = self._workspace
-        parents = {"slm": self._slm} if number > 1 else {}
-        broadcast = self._step(
-            workspace.broadcast(number), "broadcast", f"broadcast --round {number}", parents, self._is_server
-        )
-        clients = {
-            k: self._step(
-                workspace.client_update(number, k),
-                f"client-{k}",
-                f"client-train --client {k} --round {number}",
-                {"broadcast": broadcast.sha256},
-                workspace.client_data(k).exists(),
-            )
-            for k in workspace.clients
+        """Its steps, as far as the method goes."""
+        if not self._federation.averages:
+            return self._alone(number)
+        broadcast = self._broadcast(number)
+        clients = {k: self._client(number, k, broadcast) for k in self._workspace.clients}
+        aggregate, late = self._aggregate(number, broadcast, clients)
+        server = [aggregate, *(self._co_distill(number, aggregate) if self._federation.distils else [])]
+        self._before = {step.name: step for step in server}
+        return Round(number, [broadcast, *self._counted(clients, aggregate), *server], late)
+
+    def _alone(self, number: int) -> Round:
+        """A round without the server: each client goes on with its own adapter, at first with the one broadcast."""
+        first = [self._broadcast(number)] if number == 1 else []
+        steps = {
+            f"client-{k}": self._client(number, k, first[0] if first else self._before[f"client-{k}"])
+            for k in self._workspace.clients
         }
+        self._before = steps
+        return Round(number, [*first, *steps.values()])
+
+    def _broadcast(self, number: int) -> Step:
+        source = self._workspace.round_result(number).name
+        parents = {source: self._before[source].sha256} if number > 1 else {}
+        place, command = self._workspace.broadcast(number), f"broadcast --round {number}"
+        return self._step(place, "broadcast", command, parents, self._is_server)
+
+    def _client(self, number: int, client: int, start: Step) -> Step:
+        return self._step(
+            self._workspace.client_update(number, client),
+            f"client-{client}",
+            f"client-train --client {client} --round {number}",
+            {start.name: start.sha256},
+            self._workspace.client_data(client).exists(),
+        )
+
+    def _aggregate(self, number: int, broadcast: Step, clients: dict[int, Step]) -> tuple[Step, list[int]]:
+        """The average, and the clients whose updates came too late for it."""
+        workspace = self._workspace
         given = {"broadcast": broadcast.sha256} | {step.name: step.sha256 for step in clients.values() if step.sha256}
         made_of = self._parents(workspace.aggregate(number))
         late = [k for k, step in clients.items() if step.sha256 and made_of and step.name not in made_of]
         command = f"aggregate --round {number}"
-        aggregate = self._step(
-            workspace.aggregate(number), "aggregate", command, {k: given.get(k, "") for k in made_of}, self._is_server
-        )
-        before = {"aggregate": aggregate.sha256} | ({"llm": self._llm} if number > 1 else {})
-        command = f"co-distill --round {number}"
+        parents = {party: given.get(party, "") for party in made_of}
+        return self._step(workspace.aggregate(number), "aggregate", command, parents, self._is_server), late
+
+    def _co_distill(self, number: int, aggregate: Step) -> list[Step]:
+        workspace, command = self._workspace, f"co-distill --round {number}"
+        before = {"aggregate": aggregate.sha256} | ({"llm": self._before["llm"].sha256} if number > 1 else {})
         llm = self._step(workspace.llm(number), "llm", command, before, self._is_server)
         slm = self._step(workspace.slm(number), "slm", command, before | {"llm-after": llm.sha256}, self._is_server)
-        self._slm, self._llm = slm.sha256, llm.sha256
-        steps = [broadcast, *self._counted(clients, aggregate), aggregate, llm, slm]
-        return Round(number, steps, late)
+        return [llm, slm]
 
     def _counted(self, clients: dict[int, Step], aggregate: Step) -> Iterator[Step]:
         """The clients' steps; those absent from a finished aggregate are not waited for any more."""
@@ -177,7 +201,7 @@ def _next(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:
         for step in round.steps:
             if step.condition == "done" or not step.here:
                 continue
-            if step in updates and by_name["broadcast"].condition != "done":
+            if step in updates and "broadcast" in by_name and by_name["broadcast"].condition != "done":
                 return "", f"the broadcast of round {round.number}, in exchange/"
             unsound = [update for update in updates if update.condition in ("damaged", "stale")]
             if step.name == "aggregate" and unsound:
@@ -192,8 +216,9 @@ def _next(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:
 
 def _score(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:
     last = rounds[-1].number
-    if workspace.slm(last).exists() and not workspace.result(last, "slm").exists():
-        return f"fedcollm evaluate --round {last} --model slm", ""
+    ended = workspace.round_result(last)
+    if ended.exists() and not workspace.result(last, ended.name).exists():
+        return f"fedcollm evaluate --round {last} --model {ended.name}", ""
     return "", ""
 
 

@@ -66,6 +66,11 @@ def _rows(path: Path) -> int:
     return len(read_rows(path)[0])
 
 
+def check(parent: Workspace, changes: Changes) -> None:
+    """Raise UsageProblem, naming every mistake, unless the settings so changed are a valid agreement."""
+    _agreement(parent, changes)
+
+
 def open_variant(parent: Workspace, folder: Path, changes: Changes, *, made_by: str) -> Workspace:
     """A derived workspace that is there. Raises NotReady if it is not, Refused if it is of other settings.
 
