@@ -94,7 +94,8 @@ class Distillation(Budget):
     lambda_slm: Share = 1.0
     lambda_llm: Share = 1.0
     temperature: Rate = 1.0
-    divergence: Literal["forward", "reverse"] = "forward"
+    divergence: Literal["forward", "reverse", "jensen-shannon"] = "forward"
+    min_confidence: Annotated[float, Field(gt=0, le=1)] | None = None
     order: Literal["simultaneous", "alternating"] = "simultaneous"
 
 
@@ -113,6 +114,7 @@ class Data(Settings):
     split: Literal["iid", "dirichlet", "by-task"] = "iid"
     dirichlet_alpha: Rate = 0.5
     auxiliary_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    unlabelled_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     too_long: Literal["refuse", "skip"] = "refuse"
 
 

@@ -25,7 +25,7 @@ from stages.parts.config import Budget, Machine
 from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import naming_memory_knobs
-from stages.parts.objective import Objective
+from stages.parts.objective import Objective, Tokens
 from stages.parts.rows import Example
 
 INPUTS, COMPLETE = "inputs.json", "complete"
@@ -86,14 +86,23 @@ def schedule(examples: int, budget: Budget, seed: int) -> list[list[int]]:
 
 
 class MicroBatches(Dataset[dict[str, Any]]):
-    """A schedule as Trainer's dataset: micro-batch after micro-batch, the same number for every step."""
+    """A schedule as Trainer's dataset: micro-batch after micro-batch, the same number for every step.
+
+    Each carries the Tokens of its whole step, which alone can say what share of the step's loss is its own.
+    """
 
     def __init__(
         self, steps: list[list[int]], examples: Sequence[Example], rows: int, objective: Objective, alternating: bool
     ) -> None:
         self.per_step = math.ceil(len(steps[0]) / rows)
         turns = ("slm", "llm") if alternating else (None,)
-        self._items = [(chunk, turn) for step in steps for turn in turns for chunk in _even_chunks(step, self.per_step)]
+        self._items = [
+            (number, turn, chunk)
+            for number, step in enumerate(steps)
+            for turn in turns
+            for chunk in _even_chunks(step, self.per_step)
+        ]
+        self._tokens = [Tokens.of([examples[i] for i in step]) for step in steps]
         self._examples = examples
         self._objective = objective
 
@@ -101,8 +110,9 @@ class MicroBatches(Dataset[dict[str, Any]]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        chunk, turn = self._items[index]
-        return {**self._objective.collate([self._examples[i] for i in chunk]), **({"turn": turn} if turn else {})}
+        step, turn, chunk = self._items[index]
+        batch = self._objective.collate([self._examples[i] for i in chunk], self._tokens[step])
+        return {**batch, **({"turn": turn} if turn else {})}
 
 
 def train(
