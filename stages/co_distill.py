@@ -105,11 +105,12 @@ def _already_made(workspace: Workspace, round: int, inputs: _Inputs, overwrite: 
 def _train(
     workspace: Workspace, round: int, inputs: _Inputs, overwrite: bool, models: Models | None, report: Report
 ) -> Manifest:
-    from stages.parts import adapter_files, adapters, training
+    from stages.parts import adapter_files, adapters, trackers, training
     from stages.parts.models import Models, check_one_vocabulary
     from stages.parts.objective import Objective, mutual_losses
 
     agreement, settings = workspace.agreement, workspace.agreement.distillation
+    tracking = trackers.tracking(workspace, "co-distill", round)
     models = models or Models(workspace)
     slm = models.expect("slm", inputs.theta.manifest.base, f"the aggregate of round {round}")
     llm = models.get("llm")
@@ -153,6 +154,7 @@ def _train(
             "dtype": f"{slm.dtype}, {llm.dtype}",
         },
         overwrite=overwrite,
+        tracking=tracking,
         report=report,
     )
     report(Event("note", outcome.change))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from stages.parts.errors import UsageProblem
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 Share = Annotated[float, Field(ge=0)]
@@ -164,6 +165,7 @@ class Machine(Settings):
     micro_batch: Positive | None = None
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
+    trackers: list[Tracker] = []
     models: LocalModels = LocalModels()
 
 
