@@ -79,11 +79,12 @@ def _train(
     models: Models | None,
     report: Report,
 ) -> Manifest:
-    from stages.parts import adapter_files, adapters, training
+    from stages.parts import adapter_files, adapters, trackers, training
     from stages.parts.models import Models
     from stages.parts.objective import Objective, task_loss
 
     settings, lora = workspace.agreement.client_training, workspace.agreement.slm.lora
+    tracking = trackers.tracking(workspace, "client-train", round, client)
     seed = workspace.seed_for("client-train", round, client)
     slm = (models or Models(workspace)).expect("slm", theta.manifest.base, workspace.shown(theta.path))
     received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
@@ -110,6 +111,7 @@ def _train(
             "dtype": slm.dtype,
         },
         overwrite=overwrite,
+        tracking=tracking,
         report=report,
     )
     report(Event("note", outcome.change))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.parts import files
-from stages.parts.errors import Refused
+from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact, read_manifest
 from stages.parts.rows import Example, Row, encode, read_rows, warn_of_unspaced
@@ -49,6 +49,7 @@ def co_distill(
     report(Event("stage", f"co-distill, round {round}"))
     inputs = _open(workspace, round)
     warn_of_unspaced(inputs.rows, report)
+    _tell_of_unlabelled(workspace, inputs.rows, report)
     log = workspace.log("co-distill", round)
     if done := _already_made(workspace, round, inputs, overwrite):
         report(Event("note", "already done"))
@@ -62,7 +63,7 @@ def _open(workspace: Workspace, round: int) -> _Inputs:
     require(data, "the server has no auxiliary data", "put JSONL rows there, or make them with `fedcollm prepare`")
     source = workspace.aggregate(round)
     require(source, f"the aggregate of round {round} is not there", f"fedcollm aggregate --round {round}")
-    rows, data_sha256 = read_rows(data)
+    rows, data_sha256 = read_rows(data, unlabelled=True)
     theta = read_artefact(source)
     check_belongs(theta, workspace, stage="aggregate", round=round)
     omega = None
@@ -74,6 +75,19 @@ def _open(workspace: Workspace, round: int) -> _Inputs:
         omega = read_artefact(earlier)
         check_belongs(omega, workspace, stage="co-distill", round=round - 1)
     return _Inputs(theta, omega, rows, data_sha256)
+
+
+def _tell_of_unlabelled(workspace: Workspace, rows: list[Row], report: Report) -> None:
+    """Tell how many rows only distillation learns from. Raises UsageProblem if that leaves a model without a loss."""
+    unlabelled = sum(row.completion is None for row in rows)
+    if unlabelled:
+        report(Event("note", f"{unlabelled} of {len(rows)} auxiliary rows are unlabelled: distillation alone"))
+    settings = workspace.agreement.distillation
+    for role, weight in (("slm", settings.lambda_slm), ("llm", settings.lambda_llm)):
+        if unlabelled == len(rows) and weight == 0:
+            message = f"nothing would teach the {role.upper()}: no auxiliary row has a completion, lambda_{role} is 0"
+            mend = f"add rows with a completion to it, or agree on distillation.lambda_{role} = 1.0"
+            raise UsageProblem(message, where=workspace.auxiliary_data, mend=mend)
 
 
 def _already_made(workspace: Workspace, round: int, inputs: _Inputs, overwrite: bool) -> Manifest | None:
@@ -92,11 +106,12 @@ def _already_made(workspace: Workspace, round: int, inputs: _Inputs, overwrite: 
 def _train(
     workspace: Workspace, round: int, inputs: _Inputs, overwrite: bool, models: Models | None, report: Report
 ) -> Manifest:
-    from stages.parts import adapter_files, adapters, training
+    from stages.parts import adapter_files, adapters, trackers, training
     from stages.parts.models import Models, check_one_vocabulary
     from stages.parts.objective import Objective, mutual_losses
 
     agreement, settings = workspace.agreement, workspace.agreement.distillation
+    tracking = trackers.tracking(workspace, "co-distill", round)
     models = models or Models(workspace)
     slm = models.expect("slm", inputs.theta.manifest.base, f"the aggregate of round {round}")
     llm = models.get("llm")
@@ -140,6 +155,7 @@ def _train(
             "dtype": f"{slm.dtype}, {llm.dtype}",
         },
         overwrite=overwrite,
+        tracking=tracking,
         report=report,
     )
     report(Event("note", outcome.change))

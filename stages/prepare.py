@@ -66,7 +66,7 @@ def _from_file(workspace: Workspace, name: str) -> list[Row]:
 def _divide(
     workspace: Workspace, rows: list[Row], test: set[str] | None
 ) -> tuple[dict[Path, list[Row]], dict[str, Any]]:
-    from stages.parts.partition import split
+    from stages.parts.partition import split, unlabel
 
     agreement, data = workspace.agreement, workspace.agreement.data
     unique = list({(row.prompt, row.completion): row for row in rows}.values())
@@ -80,7 +80,9 @@ def _divide(
         seed=workspace.seed_for("prepare", 1),
     )
     parties = {workspace.client_data(k): share for k, share in zip(workspace.clients, deal, strict=True)}
+    auxiliary = unlabel(auxiliary, data.unlabelled_share or 0.0, seed=workspace.seed_for("unlabel", 1))
     parties[workspace.auxiliary_data] = auxiliary
+    unlabelled = sum(row.completion is None for row in auxiliary)
     summary = {
         "agreement_sha256": workspace.agreement_sha256,
         "sources": data.tasks or data.files,
@@ -88,6 +90,7 @@ def _divide(
         "rows": len(rows),
         "duplicates_dropped": len(rows) - len(unique),
         "also_in_test": None if test is None else sum(row.prompt in test for row in unique),
+        "auxiliary": {"labelled": len(auxiliary) - unlabelled, "unlabelled": unlabelled},
         "parties": {
             path.parent.name: {
                 "rows": len(share),

@@ -2,6 +2,6 @@
 
 plain: errors, events, quiet, config, files, workspace, manifest, rows, variants, paper
 with NumPy: adapter_files, aggregators, partition, budgets, evidence, statistics
-with torch: losses, batches, adapters, models, objective, training; with lm-eval: tasks, scoring
+with torch: losses, batches, adapters, models, objective, trackers, training; with lm-eval: tasks, scoring
 the demo's: world, tiny_models
 """

@@ -4,8 +4,8 @@ Packed: the examples of a batch stand one after the other in a single row, each 
 its own positions. The numbers are those of separate rows; no work goes into padding. Whether a model takes this is
 found out by trying (`packs`). Padded: one example a row, padded on the left.
 
-In both, logits come back as [answers, vocabulary]: one row for each token that carries loss, in the order of the
-batch. This is where the logits of two models meet.
+In both, logits come back as [answers, vocabulary]: one row for each answer token and for the token after each
+unlabelled prompt, in the order of the batch. This is where the logits of two models meet.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.parts.losses import NO_LABEL
 from stages.parts.rows import Example
 
 Batch = dict[str, Tensor]
@@ -28,9 +29,10 @@ def packed(examples: Sequence[Example]) -> Batch:
     owner = torch.repeat_interleave(torch.arange(len(examples)), lengths)  # (tokens)
     causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
     # The logits that predict a token stand one position before it.
+    firsts = [start + example.prompt_tokens - 1 for start, example in zip(starts, examples, strict=True)]
     answers = [
-        torch.arange(start + example.prompt_tokens, start + len(example.input_ids)) - 1
-        for start, example in zip(starts, examples, strict=True)
+        torch.arange(first, first + example.distilled_positions)
+        for first, example in zip(firsts, examples, strict=True)
     ]
     return {
         "input_ids": torch.tensor([[token for example in examples for token in example.input_ids]]),
@@ -50,7 +52,8 @@ def padded(examples: Sequence[Example]) -> Batch:
     for row, example in enumerate(examples):
         ids[row, length - len(example.input_ids) :] = torch.tensor(example.input_ids)
         mask[row, length - len(example.input_ids) :] = 1
-        answers[row, kept - 1 - example.answer_tokens : kept - 1] = True
+        first = kept - 1 - example.answer_tokens
+        answers[row, first : first + example.distilled_positions] = True
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return {
         "input_ids": ids,
@@ -76,7 +79,7 @@ def collate(examples: Sequence[Example], *, may_pack: bool, hidden_size: int) ->
 
 
 def answer_logits(model: Any, batch: Batch) -> Tensor:
-    """The logits that predict the batch's answer tokens, [answers, vocabulary], in the order of its labels."""
+    """The logits that predict each of the batch's labels, [answers, vocabulary], in their order."""
     answers = batch["answers"]
     kept = answers.shape[1] if answers.dtype == torch.bool else answers
     logits: Tensor = model(
@@ -119,4 +122,5 @@ def packs(model: Any) -> bool:
 
 
 def _labels(examples: Sequence[Example]) -> Tensor:
-    return torch.tensor([token for example in examples for token in example.input_ids[example.prompt_tokens :]])
+    answers = (example.input_ids[example.prompt_tokens :] for example in examples)
+    return torch.tensor([token for answer in answers for token in answer or [NO_LABEL]])

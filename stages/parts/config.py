@@ -18,6 +18,7 @@ from stages.parts.errors import UsageProblem
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 Share = Annotated[float, Field(ge=0)]
@@ -111,7 +112,8 @@ class Distillation(Budget):
     lambda_slm: Share = 1.0
     lambda_llm: Share = 1.0
     temperature: Rate = 1.0
-    divergence: Literal["forward", "reverse"] = "forward"
+    divergence: Literal["forward", "reverse", "jensen-shannon"] = "forward"
+    min_confidence: Annotated[float, Field(gt=0, le=1)] | None = None
     order: Literal["simultaneous", "alternating"] = "simultaneous"
 
 
@@ -130,6 +132,7 @@ class Data(Settings):
     split: Literal["iid", "dirichlet", "by-task"] = "iid"
     dirichlet_alpha: Rate = 0.5
     auxiliary_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    unlabelled_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     too_long: Literal["refuse", "skip"] = "refuse"
 
 
@@ -186,6 +189,7 @@ class Machine(Settings):
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
     home: str | None = None
+    trackers: list[Tracker] = []
     models: LocalModels = LocalModels()
 
 

@@ -1,11 +1,12 @@
 """The losses of Eq. 3-6 at the answer tokens: pure functions of logits, in nats, computed in float32.
 
-All take logits of the answer positions alone, [answers, vocabulary], and divide by `tokens`, the number of answer
-tokens in the whole optimiser step, so that gradient accumulation changes nothing.
+All take logits of the answer positions alone, [answers, vocabulary], and divide by `tokens`, their number in the whole
+optimiser step, so that gradient accumulation changes nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,13 +16,16 @@ from torch.nn import functional as F
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
+NO_LABEL = -100
+"""Stands for the target where there is none: torch's own sign for "no cross-entropy here"."""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, tokens: Tensor | int) -> Tensor:
     """L_FT, Eq. 4 (and the task loss of Eq. 3): -log p(target), summed over answers, over tokens.
 
-    logits: [answers, vocabulary]; targets: [answers], token ids.
+    logits: [answers, vocabulary]; targets: [answers], token ids, or NO_LABEL, which counts zero.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
+    return F.cross_entropy(logits.float(), targets, ignore_index=NO_LABEL, reduction="sum") / tokens
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -34,18 +38,46 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(teacher, student, reduction="sum", log_target=True)
 
 
-DIVERGENCES: dict[Literal["forward", "reverse"], Divergence] = {"forward": forward_kl, "reverse": reverse_kl}
+def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
+    """Half KL(teacher || m) and half KL(student || m), m the mean of the two, summed: at most log 2 an answer.
+
+    Both in log space, [answers, vocabulary].
+    """
+    # With p the teacher's and q the student's: log(p/m) = log 2 - log(1 + q/p), which is zero to the bit where p = q.
+    ratio = student - teacher
+    teacher_over_mean = math.log(2) - F.softplus(ratio)
+    student_over_mean = math.log(2) - F.softplus(-ratio)
+    return (teacher.exp() * teacher_over_mean + student.exp() * student_over_mean).sum() / 2
+
+
+DIVERGENCES: dict[Literal["forward", "reverse", "jensen-shannon"], Divergence] = {
+    "forward": forward_kl,
+    "reverse": reverse_kl,
+    "jensen-shannon": jensen_shannon,
+}
 
 
 def distillation(
-    student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor | int, *, temperature: float, divergence: Divergence
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tokens: Tensor | int,
+    *,
+    temperature: float,
+    divergence: Divergence,
+    min_confidence: float | None = None,
 ) -> Tensor:
     """L_KD, Eq. 5: the divergence of the student from the teacher; gradients reach the student only.
 
     The two vocabularies are one tokenizer's; rows that only one of them has are padding and are cut off. With a
     temperature the term is multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
+    min_confidence: only where the teacher gives its likeliest token at least this probability, at temperature 1, does
+    it teach; the sum is divided by all the tokens as ever, so that each token left out counts zero.
     """
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student = torch.log_softmax(student_logits[..., :shared].float() / temperature, dim=-1)
-    teacher = torch.log_softmax(teacher_logits.detach()[..., :shared].float() / temperature, dim=-1)
+    student_logits, teacher_logits = student_logits[..., :shared], teacher_logits.detach()[..., :shared]
+    if min_confidence is not None:
+        is_sure = torch.softmax(teacher_logits.float(), dim=-1).amax(dim=-1) >= min_confidence  # (answers)
+        student_logits, teacher_logits = student_logits[is_sure], teacher_logits[is_sure]
+    student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = torch.log_softmax(teacher_logits.float() / temperature, dim=-1)
     return divergence(student, teacher) * temperature**2 / tokens

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +17,50 @@ from stages.parts.losses import DIVERGENCES, cross_entropy, distillation
 from stages.parts.models import Tuned
 from stages.parts.rows import Example
 
-Losses = Callable[[Mapping[str, Tensor], Tensor, Tensor | int], dict[str, Tensor]]
-
 LOSS_SAMPLE = 64
 """How many examples the loss before and after is measured on: enough to see it move, little beside training."""
 
 
-def task_loss(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tensor | int) -> dict[str, Tensor]:
+class Tokens(NamedTuple):
+    """What the losses of an optimiser step are divided by: its answer tokens, and its positions of distillation.
+
+    The second are more where rows are unlabelled. Neither is below 1, so that a step without any answer has L_FT = 0.
+    """
+
+    labelled: Tensor | int
+    distilled: Tensor | int
+
+    @staticmethod
+    def of(examples: Sequence[Example]) -> Tokens:
+        """The counts of these examples together."""
+        labelled = sum(example.answer_tokens for example in examples)
+        return Tokens(max(labelled, 1), sum(example.distilled_positions for example in examples))
+
+
+Losses = Callable[[Mapping[str, Tensor], Tensor, Tokens], dict[str, Tensor]]
+
+
+def task_loss(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
     """Eq. 3: the SLM's cross-entropy."""
-    return {"slm_ft": cross_entropy(logits["slm"], labels, tokens)}
+    return {"slm_ft": cross_entropy(logits["slm"], labels, tokens.labelled)}
 
 
 def mutual_losses(settings: Distillation) -> Losses:
     """Eq. 4 and Eq. 5 for both models, from one set of logits of each."""
-    divergence, temperature = DIVERGENCES[settings.divergence], settings.temperature
+    distilled = partial(
+        distillation,
+        temperature=settings.temperature,
+        divergence=DIVERGENCES[settings.divergence],
+        min_confidence=settings.min_confidence,
+    )
 
-    def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tensor | int) -> dict[str, Tensor]:
+    def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
         slm, llm = logits["slm"], logits["llm"]
         return {
-            "slm_ft": cross_entropy(slm, labels, tokens),
-            "slm_kd": distillation(slm, llm, tokens, temperature=temperature, divergence=divergence),
-            "llm_ft": cross_entropy(llm, labels, tokens),
-            "llm_kd": distillation(llm, slm, tokens, temperature=temperature, divergence=divergence),
+            "slm_ft": cross_entropy(slm, labels, tokens.labelled),
+            "slm_kd": distilled(slm, llm, tokens.distilled),
+            "llm_ft": cross_entropy(llm, labels, tokens.labelled),
+            "llm_kd": distilled(llm, slm, tokens.distilled),
         }
 
     return losses
@@ -65,11 +88,15 @@ class Objective(nn.Module):
         """Where the models are."""
         return next(self.parameters()).device
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """A batch in a layout that all the models take."""
-        return batches.collate(examples, may_pack=self._may_pack, hidden_size=self._hidden_size)
+    def collate(self, examples: Sequence[Example], step: Tokens | None = None) -> Batch:
+        """A batch in a layout that all the models take, with tokens: those of the step that it is part of, [2].
 
-    def parts(self, batch: Batch, tokens: Tensor | int, turn: str | None = None) -> dict[str, Tensor]:
+        step: None if the batch is the whole step.
+        """
+        batch = batches.collate(examples, may_pack=self._may_pack, hidden_size=self._hidden_size)
+        return batch | {"tokens": torch.tensor(step or Tokens.of(examples), dtype=torch.float32)}
+
+    def parts(self, batch: Batch, tokens: Tokens, turn: str | None = None) -> dict[str, Tensor]:
         """Every named loss on a batch; with a turn, gradients reach that model alone."""
         logits = {}
         for role, model in self.models.items():
@@ -79,12 +106,14 @@ class Objective(nn.Module):
                 logits[role] = answer_logits(model, batch)
         return self._losses(logits, batch["labels"], tokens)
 
-    def forward(
-        self, *, num_items_in_batch: Tensor | None = None, turn: str | None = None, **batch: Any
-    ) -> dict[str, Tensor]:
-        """The loss of one micro-batch, divided by the answer tokens of the whole optimiser step."""
-        tokens = batch["labels"].numel() if num_items_in_batch is None else num_items_in_batch
-        parts = {name: loss for name, loss in self.parts(batch, tokens, turn).items() if name[:3] == (turn or name[:3])}
+    def forward(self, *, tokens: Tensor, turn: str | None = None, **batch: Any) -> dict[str, Tensor]:
+        """The loss of one micro-batch, its share of that of the whole optimiser step.
+
+        Trainer hands over a count of its own too, num_items_in_batch, in batch; having done so, it does not divide the
+        loss by the number of micro-batches.
+        """
+        losses = self.parts(batch, Tokens(*tokens), turn)
+        parts = {name: loss for name, loss in losses.items() if name[:3] == (turn or name[:3])}
         for name, loss in parts.items():
             self.last[name] = self.last.get(name, 0.0) + loss.detach()
         return {"loss": torch.stack([self._weights[name] * loss for name, loss in parts.items()]).sum()}
@@ -96,10 +125,10 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def measure(self, examples: Sequence[Example], rows: int) -> dict[str, float]:
-        """The named losses without dropout, per answer token, over an even sample of at most LOSS_SAMPLE examples."""
+        """The named losses without dropout, per token, over an even sample of at most LOSS_SAMPLE examples."""
         count = min(len(examples), LOSS_SAMPLE)
         sample = [examples[i * len(examples) // count] for i in range(count)]
-        tokens = sum(example.answer_tokens for example in sample)
+        tokens = Tokens.of(sample)
         totals: dict[str, float] = {}
         was_training = self.training
         self.eval()

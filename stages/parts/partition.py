@@ -6,6 +6,7 @@ Every function deals each row to exactly one client, and none goes away empty-ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -77,3 +78,9 @@ def split(
         message = f"this split leaves {', '.join(empty)} without rows ({len(rows)} rows, {clients} clients, {kind})"
         raise UsageProblem(message, mend="use more data, fewer clients, another split or a larger dirichlet_alpha")
     return deal, auxiliary
+
+
+def unlabel(rows: Sequence[Row], share: float, *, seed: int) -> list[Row]:
+    """The rows in their order, that share of them, drawn at random, without completion and label."""
+    drawn = set(np.random.default_rng(seed).permutation(len(rows))[: round(share * len(rows))].tolist())
+    return [replace(row, completion=None, label="") if i in drawn else row for i, row in enumerate(rows)]

@@ -1,7 +1,8 @@
 """The one training format: JSON lines {"prompt": ..., "completion": ...}, read strictly and turned into tokens.
 
 A row is tokenised exactly as lm-eval tokenises a context and its continuation, so that what is trained is what is
-scored.
+scored. Auxiliary rows may be unlabelled: without a completion, two models can still teach each other what follows the
+prompt.
 """
 
 from __future__ import annotations
@@ -21,25 +22,33 @@ LARGEST_DATA_BYTES = 8 << 30
 
 @dataclass(frozen=True)
 class Row:
-    """One training example. label and source (a task's name) are known only where `prepare` made it."""
+    """One training example. label and source (a task's name) are known only where `prepare` made it.
+
+    completion: None for an unlabelled row.
+    """
 
     prompt: str
-    completion: str
+    completion: str | None
     label: str = ""
     source: str = ""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row as token ids; the first prompt_tokens of them are not trained on."""
+    """A row as token ids; the first prompt_tokens of them are not trained on: all of them, if it is unlabelled."""
 
     input_ids: list[int]
     prompt_tokens: int
 
     @property
     def answer_tokens(self) -> int:
-        """How many tokens carry loss."""
+        """How many tokens carry cross-entropy."""
         return len(self.input_ids) - self.prompt_tokens
+
+    @property
+    def distilled_positions(self) -> int:
+        """At how many positions models can teach each other: one for each answer token, or the end of the prompt."""
+        return max(self.answer_tokens, 1)
 
 
 class Tokenizer(Protocol):
@@ -51,22 +60,26 @@ class Tokenizer(Protocol):
         """Token ids, with the special tokens that the tokenizer adds by itself or without."""
 
 
-def read_rows(path: Path) -> tuple[list[Row], str]:
-    """The rows of a file and the sha256 of its bytes. Raises Damaged naming the first bad line, and its mend."""
+def read_rows(path: Path, *, unlabelled: bool = False) -> tuple[list[Row], str]:
+    """The rows of a file and the sha256 of its bytes. Raises Damaged naming the first bad line, and its mend.
+
+    unlabelled: whether rows {"prompt": ...} may be among them.
+    """
     content = files.read(path, limit_bytes=LARGEST_DATA_BYTES)
     try:
         # Not splitlines(): JSON text may hold U+2028, which is no end of a JSON line.
         lines = content.decode().removesuffix("\n").split("\n") if content else []
     except UnicodeDecodeError as error:
         raise Damaged(f"{path.name} is not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
-    rows = [_row(line, number, path) for number, line in enumerate(lines, 1)]
+    rows = [_row(line, number, path, unlabelled) for number, line in enumerate(lines, 1)]
     if not rows:
         raise Damaged(f"{path.name} is empty", where=path, mend='put rows {"prompt": ..., "completion": ...} in it')
     return rows, files.sha256(content)
 
 
-def _row(line: str, number: int, path: Path) -> Row:
+def _row(line: str, number: int, path: Path, unlabelled: bool) -> Row:
     expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
+    expected += ', or {"prompt": "..."} alone' if unlabelled else ""
     mend = f"correct line {number} of {path.name}"
 
     def bad(found: str) -> Damaged:
@@ -80,7 +93,9 @@ def _row(line: str, number: int, path: Path) -> Row:
         raise bad(f"not JSON ({error})") from None
     if not isinstance(value, dict):
         raise bad(f"a {type(value).__name__}")
-    for key in ("prompt", "completion"):
+    # Another key may be a completion with its name misspelt.
+    is_unlabelled = unlabelled and value.keys() <= {"prompt", "label", "source"}
+    for key in ("prompt",) if is_unlabelled else ("prompt", "completion"):
         if key not in value:
             raise bad(f"no {key}")
         if not isinstance(value[key], str) or not value[key].strip():
@@ -90,20 +105,23 @@ def _row(line: str, number: int, path: Path) -> Row:
         except UnicodeEncodeError:
             raise bad(f"{key} holds half a character, a surrogate without its other") from None
     label, source = value.get("label", ""), value.get("source", "")
-    return Row(value["prompt"], value["completion"], str(label), str(source))
+    return Row(value["prompt"], value.get("completion"), str(label), str(source))
 
 
 def warn_of_unspaced(rows: Sequence[Row], report: Report) -> None:
     """Tell how many answers stand right against their prompt: a mistake, mostly, that nothing else shows."""
-    unspaced = sum(not (row.prompt[-1].isspace() or row.completion[0].isspace()) for row in rows)
+    labelled = [(row.prompt, row.completion) for row in rows if row.completion is not None]
+    unspaced = sum(not (prompt[-1].isspace() or completion[0].isspace()) for prompt, completion in labelled)
     if unspaced:
-        report(Event("warning", f"{unspaced} of {len(rows)} completions begin without a space after their prompt"))
+        report(Event("warning", f"{unspaced} of {len(labelled)} completions begin without a space after their prompt"))
 
 
 def rows_bytes(rows: Iterable[Row]) -> bytes:
     """Rows as JSON lines; label and source stay behind."""
-    lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}, ensure_ascii=False) for row in rows)
-    return "".join(line + "\n" for line in lines).encode()
+    values = (
+        {"prompt": row.prompt} | ({} if row.completion is None else {"completion": row.completion}) for row in rows
+    )
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
 
 
 def encode(
@@ -144,6 +162,8 @@ def encode_row(row: Row, tokenizer: Tokenizer) -> Example:
     # Nor does a prompt that spells the first special token out, as chat templates do, get it twice.
     is_spelled_out = bool(tokenizer.bos_token) and row.prompt.startswith(str(tokenizer.bos_token))
     context = tokenizer.encode(row.prompt.rstrip(), add_special_tokens=not is_spelled_out)
+    if row.completion is None:
+        return Example(context, len(context))
     whole = tokenizer.encode(row.prompt + row.completion, add_special_tokens=not is_spelled_out)
     # A tokenizer may merge across the border; the answer then starts where the prompt's own tokens end.
     return Example(whole, min(len(context), len(whole) - 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages.parts import files, quiet
+from stages.parts import files, quiet, trackers
 from stages.parts.config import Budget, Machine
 from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import naming_memory_knobs
-from stages.parts.objective import Objective
+from stages.parts.objective import Objective, Tokens
 from stages.parts.rows import Example
+from stages.parts.trackers import UNTRACKED, Tracking
 
 INPUTS, COMPLETE = "inputs.json", "complete"
 
@@ -86,14 +87,23 @@ def schedule(examples: int, budget: Budget, seed: int) -> list[list[int]]:
 
 
 class MicroBatches(Dataset[dict[str, Any]]):
-    """A schedule as Trainer's dataset: micro-batch after micro-batch, the same number for every step."""
+    """A schedule as Trainer's dataset: micro-batch after micro-batch, the same number for every step.
+
+    Each carries the Tokens of its whole step, which alone can say what share of the step's loss is its own.
+    """
 
     def __init__(
         self, steps: list[list[int]], examples: Sequence[Example], rows: int, objective: Objective, alternating: bool
     ) -> None:
         self.per_step = math.ceil(len(steps[0]) / rows)
         turns = ("slm", "llm") if alternating else (None,)
-        self._items = [(chunk, turn) for step in steps for turn in turns for chunk in _even_chunks(step, self.per_step)]
+        self._items = [
+            (number, turn, chunk)
+            for number, step in enumerate(steps)
+            for turn in turns
+            for chunk in _even_chunks(step, self.per_step)
+        ]
+        self._tokens = [Tokens.of([examples[i] for i in step]) for step in steps]
         self._examples = examples
         self._objective = objective
 
@@ -101,8 +111,9 @@ class MicroBatches(Dataset[dict[str, Any]]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        chunk, turn = self._items[index]
-        return {**self._objective.collate([self._examples[i] for i in chunk]), **({"turn": turn} if turn else {})}
+        step, turn, chunk = self._items[index]
+        batch = self._objective.collate([self._examples[i] for i in chunk], self._tokens[step])
+        return {**batch, **({"turn": turn} if turn else {})}
 
 
 def train(
@@ -114,13 +125,14 @@ def train(
     folder: Path,
     inputs: Mapping[str, Any],
     overwrite: bool = False,
+    tracking: Tracking = UNTRACKED,
     report: Report,
 ) -> Outcome:
     """Train the objective's adapters in place.
 
     folder: checkpoints go here, and a run with equal inputs that was stopped goes on from them, unless overwrite says
-    to begin anew; the caller removes it once the result is published. Raises BadNumbers if a loss becomes NaN, which
-    removes the checkpoints too, or if memory runs out.
+    to begin anew; the caller removes it once the result is published. tracking: where else each step's losses go.
+    Raises BadNumbers if a loss becomes NaN, which removes the checkpoints too, or if memory runs out.
     """
     started = time.monotonic()
     steps = schedule(len(examples), recipe.budget, recipe.seed)
@@ -129,17 +141,22 @@ def train(
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = _checkpoint_of(folder, inputs)
-    with naming_memory_knobs():
+    arguments = _arguments(
+        folder, recipe, machine, objective.device, recipe.turns * len(steps), dataset.per_step, tracking
+    )
+    with naming_memory_knobs(), trackers.named(tracking):
         before = objective.measure(examples, rows)
         trainer = _Trainer(
             model=objective,
-            args=_arguments(folder, recipe, machine, objective.device, recipe.turns * len(steps), dataset.per_step),
+            args=arguments,
             train_dataset=dataset,
             data_collator=_only,
             optimizers=(_optimizer(objective, recipe), None),
-            callbacks=[_Watch(objective, recipe, report, len(steps))],
+            callbacks=trackers.callbacks(tracking, after_step=_step_of(checkpoint)),
         )
         trainer.remove_callback(PrinterCallback)
+        log = trainer.log if tracking.trackers else None
+        trainer.add_callback(_Watch(objective, recipe, report, len(steps), log))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
             after = objective.measure(examples, rows)
@@ -162,7 +179,13 @@ def train(
 
 
 def _arguments(
-    folder: Path, recipe: Recipe, machine: Machine, device: torch.device, steps: int, per_step: int
+    folder: Path,
+    recipe: Recipe,
+    machine: Machine,
+    device: torch.device,
+    steps: int,
+    per_step: int,
+    tracking: Tracking,
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
@@ -180,7 +203,8 @@ def _arguments(
         logging_nan_inf_filter=False,
         use_cpu=device.type == "cpu",
         disable_tqdm=True,
-        report_to=[],
+        report_to=[name for name in tracking.trackers if name != "tensorboard"],  # trackers makes its callback
+        run_name=tracking.run or None,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
     )
@@ -208,10 +232,21 @@ class _Trainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Clips each model's gradient, records and reports every step's losses, and marks checkpoints that are whole."""
+    """Clips each model's gradient, records and reports every step's losses, and marks checkpoints that are whole.
 
-    def __init__(self, objective: Objective, recipe: Recipe, report: Report, steps: int) -> None:
+    log: Trainer's, through which trackers get the losses.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        recipe: Recipe,
+        report: Report,
+        steps: int,
+        log: Callable[[dict[str, float]], None] | None,
+    ) -> None:
         self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
+        self._log = log
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -226,6 +261,8 @@ class _Watch(TrainerCallback):
         step, losses = state.global_step // self._recipe.turns, self._objective.pop_losses()
         _refuse_unless_finite(losses, f"at step {step} of {self._steps}")
         state.log_history.append({"step": step, **losses})
+        if self._log is not None:
+            self._log(dict(losses))
         self._report(Event("step", step=step, total=self._steps, values=losses))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -247,13 +284,18 @@ def _checkpoint_of(folder: Path, inputs: Mapping[str, Any]) -> str | None:
         shutil.rmtree(folder, ignore_errors=True)
         files.write(marker, wanted)
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    newest = max(whole, key=_step_of, default=None)
     return None if newest is None else str(newest)
 
 
+def _step_of(checkpoint: Path | str | None) -> int:
+    """How many of Trainer's steps were done when it was written; 0 for none."""
+    return int(str(checkpoint).rpartition("-")[2]) if checkpoint else 0
+
+
 def _steps(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of _Watch, without Trainer's own summary."""
-    return [entry for entry in history if "train_runtime" not in entry]
+    """The records of _Watch, without those of Trainer's log, which names the epoch in each."""
+    return [entry for entry in history if "epoch" not in entry]
 
 
 def _even_chunks(items: list[int], count: int) -> list[list[int]]:

@@ -63,7 +63,7 @@ def _centralized(workspace: Workspace) -> dict[str, Any]:
 
 def _rows(path: Path) -> int:
     require(path, f"{path.name} is not there", "fedcollm prepare, or put the rows there")
-    return len(read_rows(path)[0])
+    return len(read_rows(path, unlabelled=True)[0])
 
 
 def check(parent: Workspace, changes: Changes) -> None:
@@ -160,7 +160,8 @@ def _pool(parent: Workspace) -> bytes:
     if absent:
         message = f"centralized needs every party's data on this machine; {parent.shown(absent[0])} is not here"
         raise UsageProblem(message, where=absent[0], mend="leave it out: it simulates what the parties would not do")
-    return b"".join(rows_bytes(read_rows(place)[0]) for place in places)
+    rows = [row for place in places for row in read_rows(place, unlabelled=place == parent.auxiliary_data)[0]]
+    return rows_bytes(row for row in rows if row.completion is not None)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -202,6 +202,11 @@ class Workspace:
         """Checkpoints of a training stage that has not ended yet; gone when it has."""
         return self.log(stage, round, client).with_name(f".{stage}")
 
+    def tensorboard(self, stage: str, round: int, client: int | None = None) -> Path:
+        """TensorBoard's files of one run of a stage, beside those of other rounds."""
+        party = self.log(stage, round, client).parents[1]
+        return party / "tensorboard" / f"round-{round:04d}-{stage}"
+
     def result(self, round: int | None, subject: str) -> Path:
         """lm-eval's scores of one model: "slm", "llm" or "client-2"; without a round, of the base alone."""
         folder = "zero-shot" if round is None else f"round-{round:04d}"

@@ -64,7 +64,7 @@ def ours(examples: list[Example], roles: Sequence[Role], *, autocast: bool) -> a
     losses: dict[tuple[Role, ...], Losses] = {
         ("slm", "llm"): mutual_losses(SETTINGS),
         ("slm",): task_loss,
-        ("llm",): lambda logits, labels, tokens: {"llm_ft": cross_entropy(logits["llm"], labels, tokens)},
+        ("llm",): lambda logits, labels, tokens: {"llm_ft": cross_entropy(logits["llm"], labels, tokens.labelled)},
     }
     names = ("slm_ft", "slm_kd", "llm_ft", "llm_kd")
     recipe = training.Recipe(

@@ -118,7 +118,7 @@ BAD_DATA = {
     "no JSON": (GOOD + GOOD + "red\n", "line 3 of train.jsonl: not JSON"),
     "a list": (GOOD + "[1]\n", "line 2 of train.jsonl: a list"),
     "no prompt": (GOOD + '{"completion": "red"}\n', "line 2 of train.jsonl: no prompt"),
-    "no completion": ('{"prompt": "Q"}\n', "line 1 of train.jsonl: no completion"),
+    "no completion": ('{"prompt": "Q", "answer": "x"}\n', "line 1 of train.jsonl: no completion"),
     "a number for a prompt": (GOOD + '{"prompt": 1, "completion": "x"}\n', "line 2 of train.jsonl: prompt is not text"),
     "a blank completion": ('{"prompt": "Q", "completion": " "}\n', "line 1 of train.jsonl: completion is not text, or"),
     "a row longer than the context": (GOOD + LONG, "line 2 of train.jsonl has 65 tokens; max_length is 512, the model"),

@@ -179,3 +179,38 @@ def test_a_model_that_attends_through_a_window_is_never_packed(window: int | Non
         num_key_value_heads=2, max_position_embeddings=64, sliding_window=window,
     )  # fmt: skip
     assert packs(MistralForCausalLM(config)) is expected
+
+
+# --- unlabelled rows
+
+UNLABELLED = Example(ROWS[2].input_ids, len(ROWS[2].input_ids))
+MIXED = [ROWS[0], UNLABELLED, ROWS[4], Example([7], 1), ROWS[1]]
+MIXTURES = pytest.mark.parametrize(
+    "rows", [MIXED, [UNLABELLED], [UNLABELLED, Example([7], 1)], MIXED[::-1]], ids=["mixed", "one", "two", "reversed"]
+)
+
+
+@FAMILIES
+@LAYOUTS
+@MIXTURES
+def test_an_unlabelled_row_gives_the_logits_of_what_follows_it_in_its_place(
+    family: Family, layout: Any, rows: list[Example]
+) -> None:
+    model = tiny_model(family)
+    alone = [
+        model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_tokens - 1 :][: max(row.answer_tokens, 1)]
+        for row in rows
+    ]
+    torch.testing.assert_close(answer_logits(model, layout(rows)), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@LAYOUTS
+def test_an_unlabelled_row_has_no_label_in_its_place(layout: Any) -> None:
+    rows = [Example([10, 11, 12], 3), Example([20, 21, 22], 1), Example([30], 1)]
+    assert layout(rows)["labels"].tolist() == [-100, 21, 22, -100]
+
+
+def test_the_position_of_an_unlabelled_row_is_its_last() -> None:
+    rows = [Example([5, 6, 7], 1), Example([8, 9], 2)]
+    assert packed(rows)["answers"].tolist() == [0, 1, 4]  # before 6 and 7; and 9, the last of its own row
+    assert padded(rows)["answers"].int().tolist() == [[1, 1, 0], [0, 0, 1]]  # of the last 2 + 1 columns

@@ -14,13 +14,14 @@ from builders import examples, tuned
 from stages.parts.config import Distillation
 from stages.parts.errors import BadNumbers
 from stages.parts.models import Tuned
-from stages.parts.objective import LOSS_SAMPLE, Objective, mutual_losses, task_loss
+from stages.parts.objective import LOSS_SAMPLE, Objective, Tokens, mutual_losses, task_loss
 from stages.parts.rows import Example
 from stages.parts.training import MicroBatches
 
 ROLES = pytest.mark.parametrize("role", ["slm", "llm"])
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2)])
-TOKENS = sum(row.answer_tokens for row in ROWS)
+ANSWERS = sum(row.answer_tokens for row in ROWS)
+TOKENS = Tokens.of(ROWS)
 WEIGHTS = {"slm_ft": 1.0, "slm_kd": 1.0, "llm_ft": 1.0, "llm_kd": 1.0}
 
 
@@ -72,14 +73,14 @@ def test_the_server_minimises_equation_six(
     found = objective(**objective.collate(ROWS))["loss"]
     g, f = (logits_by_hand(one, ROWS) for one in pair)
     p, q = (F.softmax(x / temperature, -1) for x in (f, g))
-    kl_g = temperature**2 * (p * (p / q).log()).sum() / TOKENS  # L_KD of the SLM: from f to g
-    kl_f = temperature**2 * (q * (q / p).log()).sum() / TOKENS  # and of the LLM: from g to f
+    kl_g = temperature**2 * (p * (p / q).log()).sum() / ANSWERS  # L_KD of the SLM: from f to g
+    kl_f = temperature**2 * (q * (q / p).log()).sum() / ANSWERS  # and of the LLM: from g to f
     task = F.cross_entropy(g, answers(ROWS)) + F.cross_entropy(f, answers(ROWS))
     torch.testing.assert_close(found, task + lambda_slm * kl_g + lambda_llm * kl_f, rtol=1e-4, atol=1e-5)
 
 
 @ROLES
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen-shannon"])
 def test_the_gradient_of_kl_is_not_zero_and_reaches_exactly_one_model(
     pair: tuple[Tuned, Tuned], role: str, divergence: str
 ) -> None:
@@ -102,7 +103,7 @@ def test_no_gradient_reaches_the_frozen_bases(pair: tuple[Tuned, Tuned]) -> None
 def test_in_its_turn_a_model_gets_the_gradient_of_the_simultaneous_order_and_the_other_none(
     pair: tuple[Tuned, Tuned], role: str
 ) -> None:
-    objective, batch = mutual(pair), None
+    objective = mutual(pair)
     batch = objective.collate(ROWS)
     objective(**batch)["loss"].backward()
     expected = gradients(objective, role)
@@ -133,9 +134,8 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_whole(pair: tuple[Tuned
     micro = MicroBatches([step], ROWS, rows, objective, alternating=False)
     items = [micro[i] for i in range(len(micro))]
     assert len(items) == micro.per_step > 1
-    tokens = torch.tensor(sum(item["labels"].numel() for item in items))
     for item in items:  # unequal answers: a mean of means would be another number
-        objective(**item, num_items_in_batch=tokens)["loss"].backward()
+        objective(**item)["loss"].backward()
     for role, expected in whole.items():
         torch.testing.assert_close(gradients(objective, role), expected, rtol=1e-4, atol=1e-6)
     assert objective.pop_losses() == pytest.approx(losses, rel=1e-5)
@@ -215,3 +215,79 @@ def test_the_state_of_other_models_is_refused(pair: tuple[Tuned, Tuned]) -> None
     with pytest.raises(BadNumbers, match="another model") as caught:
         mutual(pair).load_state_dict(Objective(pair[:1], task_loss, {"slm_ft": 1.0}).state_dict())
     assert "--overwrite" in str(caught.value.mend)
+
+
+# --- unlabelled rows
+
+UNLABELLED = [Example(row.input_ids, len(row.input_ids)) for row in examples([(4, 0), (8, 0), (1, 0)], seed=1)]
+MIXED = [ROWS[0], UNLABELLED[0], ROWS[2], ROWS[4], UNLABELLED[1], UNLABELLED[2], ROWS[1]]
+
+
+def distilled_by_hand(student: Tuned, teacher: Tuned, rows: list[Example]) -> Tensor:
+    """KL(teacher || student) summed over the positions before each answer token, or at the end of the prompt."""
+    found = torch.zeros(())
+    for row in rows:
+        kept = slice(row.prompt_tokens - 1, -1 if row.answer_tokens else None)
+        z, t = (one.model(input_ids=torch.tensor([row.input_ids])).logits[0, kept] for one in (student, teacher))
+        p = F.softmax(t, -1).detach()
+        found = found + (p * (p.log() - F.log_softmax(z, -1))).sum()
+    return found
+
+
+def test_cross_entropy_is_over_labelled_tokens_and_distillation_over_unlabelled_positions_too(
+    pair: tuple[Tuned, Tuned],
+) -> None:
+    labelled = [row for row in MIXED if row.answer_tokens]
+    objective = mutual(pair)
+    found = objective.parts(objective.collate(MIXED), Tokens.of(MIXED))
+    assert Tokens.of(MIXED) == (13, 16)  # 2 + 4 + 6 + 1 answer tokens; three positions more
+    for student, teacher in (pair, pair[::-1]):
+        ft = F.cross_entropy(logits_by_hand(student, labelled), answers(labelled))
+        kd = distilled_by_hand(student, teacher, MIXED) / 16
+        torch.testing.assert_close(found[f"{student.role}_ft"], ft, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[f"{student.role}_kd"], kd, rtol=1e-4, atol=1e-5)
+
+
+@ROLES
+def test_without_any_label_a_model_learns_from_the_other_alone(pair: tuple[Tuned, Tuned], role: str) -> None:
+    objective = mutual(pair)
+    objective(**objective.collate(UNLABELLED))["loss"].backward()
+    found, losses = gradients(objective, role), objective.pop_losses()
+    assert (losses["slm_ft"], losses["llm_ft"]) == (0, 0)
+    objective.zero_grad()
+    student, teacher = pair if role == "slm" else pair[::-1]
+    (distilled_by_hand(student, teacher, UNLABELLED) / 3).backward()
+    assert size(found) > 1e-3
+    torch.testing.assert_close(found, gradients(objective, role), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("step", [MIXED, UNLABELLED], ids=["mixed", "unlabelled"])
+def test_a_step_with_unlabelled_rows_is_the_same_in_micro_batches(
+    pair: tuple[Tuned, Tuned], rows: int, step: list[Example]
+) -> None:
+    # Some micro-batches have no label at all, others nothing else.
+    objective = mutual(pair)
+    objective(**objective.collate(step))["loss"].backward()
+    expected = {role: gradients(objective, role) for role in ("slm", "llm")}
+    losses = objective.pop_losses()
+    objective.zero_grad()
+    micro = MicroBatches([list(range(len(step)))], step, rows, objective, alternating=False)
+    for i in range(len(micro)):
+        objective(**micro[i])["loss"].backward()
+    for role, gradient in expected.items():
+        torch.testing.assert_close(gradients(objective, role), gradient, rtol=1e-4, atol=1e-6)
+    assert objective.pop_losses() == pytest.approx(losses, rel=1e-5)
+    assert objective.measure(step, rows) == pytest.approx(losses, rel=1e-4)
+
+
+@ROLES
+def test_confidence_is_each_teachers_own(pair: tuple[Tuned, Tuned], role: str) -> None:
+    student, teacher = pair if role == "slm" else pair[::-1]
+    sureness = F.softmax(logits_by_hand(teacher, ROWS), -1).amax(-1)
+    threshold = float(sureness.detach().median()) + 1e-4
+    p, q = (F.softmax(logits_by_hand(one, ROWS), -1) for one in (teacher, student))
+    expected = (p * (p / q).log()).sum(-1)[sureness >= threshold].sum() / ANSWERS
+    objective = mutual(pair, min_confidence=threshold)
+    found = objective.parts(objective.collate(ROWS), TOKENS)[f"{role}_kd"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ import pytest
 
 from builders import SHARED_DATA, rows, tiny_model, write_rows
 from stages.parts.errors import Damaged, NotReady
-from stages.parts.rows import Example, Row, encode, encode_row, read_rows, rows_bytes
+from stages.parts.rows import Example, Row, encode, encode_row, read_rows, rows_bytes, warn_of_unspaced
 
 GOOD = '{"prompt": "Q", "completion": " A"}'
 TOKENIZERS = {"gpt2": SHARED_DATA / "tokenizers/gpt2", "llama (adds <s>)": SHARED_DATA / "models/stories3M"}
@@ -210,3 +210,63 @@ def test_reading_a_row_is_reading_its_json(tmp_path: Path) -> None:
     row = rows(1)[0]
     path = write_rows(tmp_path / "new" / "x.jsonl", [row])
     assert [json.loads(line) for line in rows_bytes(read_rows(path)[0]).splitlines()] == [row]
+
+
+# --- unlabelled rows
+
+
+def test_rows_without_a_completion_are_read_where_that_is_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "auxiliary.jsonl"
+    path.write_text(f'{GOOD}\n{{"prompt": "Q :"}}\n{{"prompt": "R :", "source": "s", "label": 2}}\n')
+    found, _ = read_rows(path, unlabelled=True)
+    assert found[1:] == [Row("Q :", None), Row("R :", None, "2", "s")]
+    assert found[0].completion is not None
+    with pytest.raises(Damaged, match=r"line 2 of auxiliary\.jsonl: no completion"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"prompt": "Q", "Completion": "A"}', "no completion"),  # a name misspelt is no unlabelled row
+        ('{"prompt": "Q", "completion": ""}', "completion is not text, or is empty"),
+        ('{"prompt": "Q", "completion": null}', "completion is not text, or is empty"),
+        ('{"prompt": " "}', "prompt is not text, or is empty"),
+        ("{}", "no prompt"),
+    ],
+)
+def test_what_is_neither_labelled_nor_unlabelled_is_refused_naming_both(tmp_path: Path, line: str, found: str) -> None:
+    path = tmp_path / "auxiliary.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n")
+    with pytest.raises(Damaged, match=rf"^line 2 of auxiliary\.jsonl: {found}") as caught:
+        read_rows(path, unlabelled=True)
+    assert '{"prompt": "...", "completion": "..."}, both not empty, or {"prompt": "..."} alone' in caught.value.message
+
+
+def test_unlabelled_rows_survive_writing_and_reading(tmp_path: Path) -> None:
+    made = [Row("Q", " a"), Row("R ", None)]
+    (tmp_path / "x.jsonl").write_bytes(rows_bytes(made))
+    assert read_rows(tmp_path / "x.jsonl", unlabelled=True)[0] == made
+    assert rows_bytes(made).splitlines()[1] == b'{"prompt": "R "}'
+
+
+def test_an_unlabelled_row_is_its_prompt_as_a_labelled_row_has_it(harness: Any) -> None:
+    for prompt, completion in PAIRS:
+        context, _ = harness._encode_pair(prompt, completion)
+        found = encode_row(Row(prompt, None), harness.tokenizer)
+        assert found == Example(context, len(context)), prompt
+        assert (found.answer_tokens, found.distilled_positions) == (0, 1)
+
+
+def test_an_unlabelled_row_must_fit_too() -> None:
+    with pytest.raises(Damaged, match=r"line 1 of x\.jsonl has 7 tokens"):
+        encoded([Row("Q??????", None)])
+    assert encoded([Row("Q?????", None)]) == [Example([ord(letter) for letter in "Q?????"], 6)]
+
+
+def test_completions_without_a_space_are_counted_among_the_labelled_rows_alone() -> None:
+    told: list[str] = []
+    warn_of_unspaced([Row("Q", "a"), Row("Q", " a"), Row("Q", None)], lambda event: told.append(event.text))
+    assert told == ["1 of 2 completions begin without a space after their prompt"]
+    warn_of_unspaced([Row("Q", None)], lambda event: told.append(event.text))
+    assert len(told) == 1

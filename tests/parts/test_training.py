@@ -22,9 +22,12 @@ from stages.parts.errors import BadNumbers
 from stages.parts.events import Event, ignore
 from stages.parts.models import Tuned
 from stages.parts.objective import Objective, mutual_losses
+from stages.parts.rows import Example
 from stages.parts.training import Outcome, Recipe, schedule, train
 
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2), (2, 2)])
+UNLABELLED = [Example(row.input_ids, len(row.input_ids)) for row in ROWS]
+MIXED = [row if i % 3 else UNLABELLED[i] for i, row in enumerate(ROWS)]
 RATE = 0.01
 Pair = tuple[Tuned, Tuned]
 
@@ -67,7 +70,7 @@ def do(tmp_path: Path) -> Callable[..., Outcome]:
     def call(pair: Pair | Objective, plan: Recipe, **changed: Any) -> Outcome:
         objective = pair if isinstance(pair, Objective) else objective_of(pair)
         given = {"machine": Machine(), "folder": tmp_path / str(next(numbers)), "inputs": {}, "report": ignore}
-        return train(objective, ROWS, plan, **(given | changed))
+        return train(objective, changed.pop("examples", ROWS), plan, **(given | changed))
 
     return call
 
@@ -198,12 +201,13 @@ def test_a_clip_bounds_the_gradient_of_its_own_model_and_no_other(
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("rows", [ROWS, MIXED, UNLABELLED], ids=["labelled", "mixed", "unlabelled"])
 def test_micro_batches_change_nothing_but_memory(
-    do: Callable[..., Outcome], snapshots: list[dict[str, Any]], micro_batch: int
+    do: Callable[..., Outcome], snapshots: list[dict[str, Any]], micro_batch: int, rows: list[Example]
 ) -> None:
     whole, parts = fresh_pair(), fresh_pair()
-    expected = do(whole, recipe(steps=2))
-    found = do(parts, recipe(steps=2), machine=Machine(micro_batch=micro_batch))
+    expected = do(whole, recipe(steps=2), examples=rows)
+    found = do(parts, recipe(steps=2), examples=rows, machine=Machine(micro_batch=micro_batch))
     assert snapshots[2:] == [pytest.approx(step, rel=1e-4) for step in snapshots[:2]]
     assert_same(taken(parts), taken(whole), atol=RATE / 100)
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-3)

@@ -98,10 +98,12 @@ def test_no_two_things_share_a_place_and_only_exchange_is_carried(workspace: Wor
         carried.append(workspace.broadcast(round))
         private += [workspace.aggregate(round), workspace.slm(round), workspace.llm(round)]
         for stage in ("aggregate", "co-distill"):
-            private += [workspace.log(stage, round), workspace.unfinished(stage, round)]
+            private += [f(stage, round) for f in (workspace.log, workspace.unfinished, workspace.tensorboard)]
         for client in workspace.clients:
             carried.append(workspace.client_update(round, client))
-            private += [f("client-train", round, client) for f in (workspace.log, workspace.unfinished)]
+            private += [
+                f("client-train", round, client) for f in (workspace.log, workspace.unfinished, workspace.tensorboard)
+            ]
     results = [workspace.result(r, subject) for r in (None, 1, 2) for subject in ("slm", "llm", "client-1")]
     places = [*private, *carried, *results]
     assert len(set(places)) == len(places)

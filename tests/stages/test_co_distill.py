@@ -15,8 +15,9 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builders import adapters, edit, sign
+from builders import adapters, edit, sign, write_rows
 from stages.co_distill import co_distill
+from stages.parts.errors import UsageProblem
 from stages.parts.manifest import Manifest
 from stages.parts.workspace import Workspace
 
@@ -136,7 +137,15 @@ def test_alternating_lets_the_llm_learn_from_the_slm_that_has_just_learned(finis
 
 
 @pytest.mark.parametrize(
-    "setting", ['divergence = "reverse"', "temperature = 2.0", "lambda_slm = 0.0", "lambda_llm = 0.0"]
+    "setting",
+    [
+        'divergence = "reverse"',
+        'divergence = "jensen-shannon"',
+        "min_confidence = 0.05",  # random weights, 28 words: the likeliest has a little more than 1/28
+        "temperature = 2.0",
+        "lambda_slm = 0.0",
+        "lambda_llm = 0.0",
+    ],
 )
 def test_each_setting_of_the_losses_changes_the_adapters(setting: str, finished: Path) -> None:
     before = adapters(finished)
@@ -159,3 +168,54 @@ def test_without_distillation_each_model_learns_from_the_data_alone(finished: Pa
     # The temperature is in the distillation terms only; with their weights at zero it moves nothing.
     for role in ("slm", "llm"):
         assert adapters(finished)[weights(role)] == alone[weights(role)]
+
+
+# --- unlabelled rows
+
+
+def unlabel(folder: Path, *, keep: int) -> list[dict[str, str]]:
+    """Take the completions from all auxiliary rows but the first so many. Returns the rows as they were."""
+    data = folder / "private/server/auxiliary.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    write_rows(data, rows[:keep] + [{"prompt": row["prompt"]} for row in rows[keep:]])
+    return rows
+
+
+@pytest.mark.parametrize("keep", [4, 0])
+def test_unlabelled_rows_teach_by_distillation_alone(keep: int, finished: Path) -> None:
+    rows = unlabel(finished, keep=keep)
+    told: list[str] = []
+    manifest = co_distill(Workspace(finished), round=1, overwrite=True, report=lambda event: told.append(event.text))
+    assert f"{12 - keep} of 12 auxiliary rows are unlabelled: distillation alone" in told
+    # Every completion is one token, and so the position after each prompt is where it was.
+    slm, labels = answer_logits(finished / "models/slm", finished / f"{SERVER}1/slm", rows)
+    llm, _ = answer_logits(finished / "models/llm", finished / f"{SERVER}1/llm", rows)
+    log_slm, log_llm = slm.log_softmax(-1), llm.log_softmax(-1)
+    expected = {
+        "slm_ft": F.cross_entropy(slm[:keep], labels[:keep]) if keep else 0.0,
+        "slm_kd": F.kl_div(log_slm, log_llm, log_target=True, reduction="batchmean"),
+        "llm_ft": F.cross_entropy(llm[:keep], labels[:keep]) if keep else 0.0,
+        "llm_kd": F.kl_div(log_llm, log_slm, log_target=True, reduction="batchmean"),
+    }
+    for name, value in expected.items():
+        assert math.isclose(manifest.metrics[f"{name}_after"], float(value), rel_tol=1e-4), name
+    assert manifest.metrics["slm_kd_after"] < manifest.metrics["slm_kd_before"]
+    assert keep <= manifest.tokens <= 2 * keep  # five steps of four rows see each of twelve once or twice
+    steps = [json.loads(line) for line in (finished / f"{SERVER}1/co-distill.jsonl").read_text().splitlines()][1:-1]
+    assert all(math.isfinite(line[name]) for line in steps for name in LOSSES)
+
+
+@pytest.mark.parametrize("role", ["slm", "llm"])
+def test_a_model_that_nothing_would_teach_is_refused_before_a_model_is_loaded(role: str, finished: Path) -> None:
+    unlabel(finished, keep=0)
+    (finished / "models").unlink()
+    with pytest.raises(UsageProblem, match=f"nothing would teach the {role.upper()}: no auxiliary row") as caught:
+        distilled(finished, f"lambda_{role} = 0.0")
+    assert f"distillation.lambda_{role}" in str(caught.value.mend)
+    assert caught.value.where == finished / "private/server/auxiliary.jsonl"
+
+
+def test_one_label_is_enough_to_learn_without_distillation(finished: Path) -> None:
+    unlabel(finished, keep=1)
+    manifest = distilled(finished, "lambda_slm = 0.0")
+    assert manifest.metrics["slm_ft_after"] < manifest.metrics["slm_ft_before"]

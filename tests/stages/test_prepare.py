@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from builders import COLOURS, Outcome, published, write_rows
+from builders import COLOURS, Outcome, edit, published, write_rows
 from stages.parts.workspace import Workspace
 from stages.prepare import prepare
 
@@ -180,3 +180,34 @@ def test_what_cannot_be_split_is_said(
     assert told in outcome.err
     assert "mend  " in outcome.err
     assert published(bare) == {}
+
+
+@pytest.mark.parametrize(("share", "unlabelled"), [(0.0, 0), (0.3, 3), (0.9, 9)])
+def test_that_share_of_the_auxiliary_rows_and_of_no_others_loses_its_answers(
+    share: float, unlabelled: int, bare: Path
+) -> None:
+    prepare(with_data(bare, 'tasks = ["colours"]'))
+    before = dealt(bare)
+    toml = bare / "fedcollm.toml"
+    toml.write_text(f"{toml.read_text()}unlabelled_share = {share}\n")  # [data] stands last
+    summary = prepare(Workspace(bare), overwrite=True)
+    after = dealt(bare)
+    assert {party: after[party] for party in PARTIES[:3]} == {party: before[party] for party in PARTIES[:3]}
+    assert [row["prompt"] for row in after["server"]] == [row["prompt"] for row in before["server"]]
+    assert sum(set(row) == {"prompt"} for row in after["server"]) == unlabelled  # of ten
+    assert all(row in before["server"] for row in after["server"] if "completion" in row)
+    assert summary["auxiliary"] == {"labelled": 10 - unlabelled, "unlabelled": unlabelled}
+    assert summary["parties"]["server"]["labels"].get("", 0) == unlabelled
+    assert summary["parties"]["server"]["rows"] == 10
+
+
+def test_which_answers_are_taken_is_drawn_from_the_federations_seed(bare: Path) -> None:
+    write_questions(bare / "data/train.jsonl", list(range(200)))
+    prepare(with_data(bare, 'tasks = ["colours"]\nunlabelled_share = 0.5'))
+    places = {7: [len(row) for row in dealt(bare)["server"]]}
+    prepare(Workspace(bare), overwrite=True)
+    assert [len(row) for row in dealt(bare)["server"]] == places[7]
+    edit(bare / "fedcollm.toml", "seed = 7", "seed = 8")
+    prepare(Workspace(bare), overwrite=True)
+    assert [len(row) for row in dealt(bare)["server"]] != places[7]
+    assert sum(places[7]) == 50 + 25  # of fifty rows every second has a completion
