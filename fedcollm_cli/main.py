@@ -236,9 +236,6 @@ def evaluate(
         if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
             mend = "fedcollm evaluate --round 1 --model slm; for a base alone, --zero-shot with --model slm or llm"
             raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
-        if client and model != "slm":
-            mend = f"fedcollm evaluate --round {round} --client {client}, or --model {model}"
-            raise UsageProblem("a client has an SLM only: --client and --model exclude each other", mend=mend)
         result = stage(
             opened.workspace, model=model, round=round, client=client, overwrite=overwrite, report=opened.console.report
         )

@@ -1,6 +1,6 @@
 """The nouns. Each part imports only parts that stand before it here.
 
-plain: errors, events, quiet, config, files, workspace, manifest, rows
+plain: errors, events, quiet, config, files, workspace, manifest, subjects, rows
 with NumPy: adapter_files, aggregators, partition
 with torch: losses, batches, adapters, models, objective, training; with lm-eval: tasks, scoring
 the demo's: world, tiny_models

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.parts import adapters, batches, quiet
+from stages.parts.adapter_files import read_adapter
 from stages.parts.config import Model
 from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
-from stages.parts.manifest import BaseIdentity
+from stages.parts.manifest import Artefact, BaseIdentity
 from stages.parts.workspace import AGREEMENT, Workspace
 
 Role = Literal["slm", "llm"]
@@ -95,6 +96,13 @@ class Models:
                 )
                 mend = f"use the same {role}.model and revision everywhere; see models.{role} in machine.toml"
                 raise Refused(message, where=self._workspace.root, mend=mend)
+        return tuned
+
+    def with_adapter(self, role: Role, artefact: Artefact) -> Tuned:
+        """The SLM or the LLM with this adapter in it. Raises as expect and read_adapter do."""
+        tuned = self.expect(role, artefact.manifest.base, self._workspace.shown(artefact.path))
+        lora = self._workspace.agreement.model_of(role).lora
+        adapters.put(tuned.model, read_adapter(artefact, adapters.layout(tuned.model), lora))
         return tuned
 
     def _dtype(self, role: Role) -> torch.dtype:
