@@ -13,6 +13,7 @@ import typer
 
 from fedcollm_cli import __version__, views
 from fedcollm_cli.console import Console
+from fedcollm_cli.exporting import export
 from fedcollm_cli.session import (
     ClientOption,
     DeviceOption,
@@ -268,6 +269,9 @@ def run(
             opened.workspace, rounds=_rounds(rounds), scores=scores, overwrite=overwrite, report=opened.console.report
         )
         opened.console.result(results, views.scores(results) if results else "done")
+
+
+app.command()(export)
 
 
 def _rounds(text: str | None) -> range | None:

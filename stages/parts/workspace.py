@@ -18,6 +18,8 @@ MACHINE = "machine.toml"
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CARD = "README.md"
+EXPORT = "export.json"
 LARGEST_TOML_BYTES = 1 << 20
 
 
@@ -182,6 +184,10 @@ class Workspace:
         """lm-eval's scores of one model: "slm", "llm" or "client-2"; without a round, of the base alone."""
         folder = "zero-shot" if round is None else f"round-{round:04d}"
         return self.root / "results" / folder / f"{subject}.json"
+
+    def export(self, round: int, subject: str, *, merged: bool) -> Path:
+        """One model in the form that others load: an adapter for PEFT, or merged weights."""
+        return self.root / "exports" / f"{subject}-round-{round:04d}{'-merged' if merged else ''}"
 
     # --- helpers of more than one stage
 
