@@ -135,7 +135,7 @@ def published(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         is_hidden = path.suffix == ".lock" or any(part.startswith(".") for part in name.parts)
-        if name.parts[0] in ("exchange", "private", "results") and path.is_file() and not is_hidden:
+        if name.parts[0] in ("exchange", "private", "results", "exports") and path.is_file() and not is_hidden:
             found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

@@ -67,7 +67,7 @@ def write_merged(draft: Path, tuned: Tuned, base: Path) -> None:
     settings = draft / "tokenizer_config.json"
     kept = {key: value for key, value in json.loads(settings.read_bytes()).items() if key not in ABOUT_THIS_MACHINE}
     settings.write_bytes(files.json_bytes(kept))
-    for path in draft.iterdir():
+    for path in draft.glob("*.safetensors"):
         path.chmod(settings.stat().st_mode)  # safetensors lets none but the owner read what it writes
 
 
@@ -109,15 +109,11 @@ def check_logits(found: PeftModel | PreTrainedModel, expected: Reference, dtype:
     scale = max(float(one.abs().max()) for one in expected.tuned)
     stored = str(dtype).removeprefix("torch.")
     if not error <= TOLERANCE[dtype] * scale:
-        message = (
-            f"the export's logits are not those of base and adapter: off by {error:.3g}, the largest is {scale:.3g}"
-        )
+        message = f"the export's logits are not those of base and adapter: off by {error:.3g}, largest {scale:.3g}"
         mend = "check the versions of peft and transformers; export the adapter, without --merged"
         raise BadNumbers(message, mend=mend)
     if not error < change / 2:
-        message = (
-            f"merged weights in {stored} do not keep what was tuned: logits off by {error:.3g}, moved by {change:.3g}"
-        )
+        message = f"{stored} does not keep what was tuned: logits off by {error:.3g}, moved by {change:.3g}"
         raise BadNumbers(message, mend="export the adapter, without --merged: it stays float32")
     return {"error": error, "change": change, "scale": scale}
 

@@ -1,0 +1,368 @@
+"""export: what others load has the logits of base and adapter; nothing in it is about this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from peft import LoraModel, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from builders import Family, Outcome, drafts, edit, make_workspace, sign, tiny_model
+from stages.broadcast import broadcast
+from stages.client_train import client_train
+from stages.evaluate import evaluate
+from stages.export import export
+from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused, UsageProblem
+from stages.parts.workspace import Workspace
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TEXT = "Q : what colour is the big square 1 ? A : red"
+
+SUBJECTS = {
+    "slm": ("slm", "private/server/round-0002/slm", {}),
+    "llm": ("llm", "private/server/round-0002/llm", {"model": "llm"}),
+    "aggregate": ("slm", "private/server/round-0002/aggregate", {"model": "aggregate"}),
+    "client-2": ("slm", "exchange/round-0002/client-2", {"client": 2}),
+}
+
+
+@torch.no_grad()
+def logits(model: Any, folder: Path) -> torch.Tensor:
+    """Of a text after the tokenizer that lies in folder."""
+    ids = AutoTokenizer.from_pretrained(folder).encode(TEXT)
+    found: torch.Tensor = model.eval()(torch.tensor([ids])).logits
+    return found
+
+
+def load(base: Path, adapter: Path | None = None) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter) if adapter else model
+
+
+def trained(
+    folder: Path, base_models: Path, family: Family, dtype: torch.dtype = torch.float32, slm: str = "models/slm"
+) -> Workspace:
+    """A workspace whose SLM is of another architecture and precision, after client 1's training of round 1.
+
+    slm: its name in the agreement; machine.toml says where it lies.
+    """
+    make_workspace(folder, base_models)
+    (folder / "models").unlink()
+    shutil.copytree(base_models, folder / "models")
+    shutil.rmtree(folder / "models/slm")
+    tokenizer = AutoTokenizer.from_pretrained(base_models / "slm")
+    tiny_model(family, vocabulary=len(tokenizer)).to(dtype).save_pretrained(folder / "models/slm")
+    tokenizer.save_pretrained(folder / "models/slm")
+    edit(folder / "fedcollm.toml", '"models/slm"', f'"{slm}"')
+    if slm != "models/slm":
+        (folder / "machine.toml").write_text('[models]\nslm = "models/slm"\n')
+    workspace = Workspace(folder)
+    broadcast(workspace, round=1)
+    client_train(workspace, client=1, round=1)
+    return workspace
+
+
+def scale(adapter: Path, factor: float) -> None:
+    """Scale what an adapter adds, and sign it."""
+    tensors = safetensors.torch.load_file(adapter / WEIGHTS)
+    scaled = {name: tensor * (factor if "lora_B" in name else 1) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(scaled, adapter / WEIGHTS, metadata={"format": "pt"})
+    sign(adapter)
+
+
+# --- what others load
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_an_exported_adapter_loads_in_peft_as_the_tuned_model(subject: str, finished: Path) -> None:
+    role, adapter, words = SUBJECTS[subject]
+    export(Workspace(finished), round=2, **words)
+    base, folder = finished / "models" / role, finished / f"exports/{subject}-round-0002"
+    found = logits(load(base, folder), base)
+    assert torch.equal(found, logits(load(base, finished / adapter), base))
+    assert not torch.allclose(found, logits(load(base), base), atol=1e-3)
+    assert (folder / WEIGHTS).read_bytes() == (finished / adapter / WEIGHTS).read_bytes()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {WEIGHTS, CONFIG, "README.md", "export.json"}
+
+
+@pytest.mark.parametrize("subject", ["llm", "client-2"])
+def test_a_merged_export_loads_in_transformers_as_the_tuned_model(subject: str, finished: Path) -> None:
+    role, adapter, words = SUBJECTS[subject]
+    made = export(Workspace(finished), round=2, merged=True, **words)
+    base, folder = finished / "models" / role, finished / f"exports/{subject}-round-0002-merged"
+    found = logits(load(folder), folder)
+    torch.testing.assert_close(found, logits(load(base, finished / adapter), base), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, logits(load(base), base), atol=1e-3)
+    assert made["proof"]["error"] < 1e-5 < 1e-3 < made["proof"]["change"]
+    assert not (folder / CONFIG).exists()
+
+
+def test_a_merged_weight_is_w_plus_alpha_over_r_times_b_a(finished: Path) -> None:
+    export(Workspace(finished), model="slm", round=2, merged=True)
+    adapter = safetensors.torch.load_file(finished / "private/server/round-0002/slm" / WEIGHTS)
+    name = "transformer.h.0.attn.c_attn"
+    a, b = (adapter[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+    merged = safetensors.torch.load_file(finished / "exports/slm-round-0002-merged/model.safetensors")
+    base = safetensors.torch.load_file(finished / "models/slm/model.safetensors")
+    expected = base[f"{name}.weight"] + (8 / 4) * (b @ a).T  # alpha 8, r 4; GPT-2's Conv1D holds W transposed
+    torch.testing.assert_close(merged[f"{name}.weight"], expected)
+    others = base.keys() - {f"{name}.weight"}
+    assert merged.keys() == base.keys()
+    assert all(torch.equal(merged[other], base[other]) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("gpt2", torch.float16),
+        ("opt", torch.float32),
+        ("opt", torch.float16),
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_merged_model_keeps_the_base_s_precision_ties_and_settings(
+    family: Family, dtype: torch.dtype, tmp_path: Path, base_models: Path
+) -> None:
+    workspace = trained(tmp_path / "study", base_models, family, dtype)
+    made = export(workspace, round=1, client=1, merged=True)
+    base, folder = tmp_path / "study/models/slm", tmp_path / "study/exports/client-1-round-0001-merged"
+    expected = logits(load(base, tmp_path / "study/exchange/round-0001/client-1"), base)
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    assert (logits(load(folder), folder) - expected).abs().max() <= tolerance * expected.abs().max()
+
+    assert made["proof"]["stored_dtype"] == str(dtype).removeprefix("torch.")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == dtype
+    is_tied = family != "llama"
+    loaded = load(folder)
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == is_tied
+    assert ("lm_head.weight" in weights) == (not is_tied)
+    assert AutoConfig.from_pretrained(folder).to_dict() == AutoConfig.from_pretrained(base).to_dict() | {
+        "_name_or_path": str(folder)
+    }
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {(folder / "README.md").stat().st_mode & 0o777}
+
+
+def test_lm_eval_scores_an_export_as_evaluate_does(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = Workspace(finished)
+    export(workspace, model="llm", round=2)
+    export(workspace, model="llm", round=2, merged=True)
+    ours = evaluate(workspace, model="llm", round=2)["tasks"]["colours"]["metrics"]["acc"]
+    monkeypatch.chdir(finished)  # the task's data files are named from there
+
+    def lm_eval(arguments: str) -> tuple[float, list[float]]:
+        """Accuracy, and the log-likelihood of every choice."""
+        found = simple_evaluate(
+            model="hf",
+            model_args=f"{arguments},dtype=float32",
+            device="cpu",
+            tasks=["colours"],
+            task_manager=TaskManager(include_path="tasks", include_defaults=False),
+        )
+        assert found is not None
+        said = [choice[0][0] for sample in found["samples"]["colours"] for choice in sample["resps"]]
+        return found["results"]["colours"]["acc,none"], said
+
+    _, base_said = lm_eval("pretrained=models/llm")
+    accuracy, said = lm_eval("pretrained=models/llm,peft=exports/llm-round-0002")
+    merged_accuracy, merged_said = lm_eval("pretrained=exports/llm-round-0002-merged")
+    assert accuracy == merged_accuracy == ours
+    assert said == pytest.approx(merged_said, rel=1e-4)
+    assert max(abs(tuned - base) for tuned, base in zip(said, base_said, strict=True)) > 0.01
+
+
+# --- what is not published
+
+
+def test_merged_weights_too_coarse_for_what_was_tuned_are_not_published(tmp_path: Path, base_models: Path) -> None:
+    workspace = trained(tmp_path / "study", base_models, "llama", torch.bfloat16)
+    scale(tmp_path / "study/exchange/round-0001/client-1", 1e-4)
+    with pytest.raises(BadNumbers, match="bfloat16 does not keep what was tuned") as caught:
+        export(workspace, round=1, client=1, merged=True)
+    assert "without --merged" in str(caught.value.mend)
+    assert list((tmp_path / "study/exports").iterdir()) == []
+    export(workspace, round=1, client=1)
+
+
+def test_a_merge_that_forgets_the_adapter_is_not_published(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda model: model.unload())
+    with pytest.raises(BadNumbers, match="logits are not those of base and adapter"):
+        export(Workspace(finished), round=2, merged=True)
+    assert list((finished / "exports").iterdir()) == []
+
+
+def test_an_adapter_that_changes_nothing_is_not_published(finished: Path) -> None:
+    scale(finished / "private/server/round-0002/slm", 0)
+    with pytest.raises(BadNumbers, match="its logits are the base's"):
+        export(Workspace(finished), round=2)
+    assert list((finished / "exports").iterdir()) == []
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_an_interrupted_export_leaves_what_was_there(
+    replacing: bool, finished: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("export", "--round", 2, "--merged", "-w", finished)
+    folder = finished / "exports/slm-round-0002-merged"
+    if replacing:
+        assert fedcollm(*words).code == 0
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*")}
+
+    def interrupted(*_: object, **__: object) -> None:
+        assert drafts(finished)[0].joinpath("model.safetensors").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", interrupted)
+    outcome = fedcollm(*words, "--overwrite")
+    assert outcome.code == 75
+    assert drafts(finished) == []
+    assert folder.exists() == replacing
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "message", "mend"),
+    [
+        ({"round": 9}, UsageProblem, "no round 9", "rounds"),
+        ({"round": 1, "client": 9}, UsageProblem, "no client 9", "clients"),
+        ({"round": 1, "client": 2, "model": "llm"}, UsageProblem, "exclude each other", "--client 2 alone"),
+        ({"round": 1, "model": "llm"}, NotReady, "no adapter at private/server/round-0001/llm", "fedcollm co-distill"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_is_not_there_is_named(
+    words: dict[str, Any], kind: type[Exception], message: str, mend: str, workspace_folder: Path
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        export(Workspace(workspace_folder), **words)
+    assert mend in str(getattr(caught.value, "mend", ""))
+
+
+# --- the same again
+
+
+def test_the_same_again_is_already_done_and_another_adapter_is_refused_until_overwrite(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    words = ("export", "--round", 2, "-w", finished)
+    record = finished / "exports/slm-round-0002/export.json"
+    first = fedcollm(*words, "--json")
+    assert first.code == 0
+    before = record.stat().st_mtime_ns
+    again = fedcollm(*words, "--json")
+    assert "already done" in again.err
+    assert again.out == first.out
+    assert record.stat().st_mtime_ns == before
+
+    scale(finished / "private/server/round-0002/slm", 2)
+    refused = fedcollm(*words)
+    assert refused.code == 5
+    assert "changed since: adapter, manifest, model_card" in refused.err
+    assert "--overwrite" in refused.err
+    assert fedcollm(*words, "--overwrite").out == "exports/slm-round-0002\n"
+    weights = (finished / "private/server/round-0002/slm" / WEIGHTS).read_bytes()
+    assert json.loads(record.read_text())["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert "already done" in fedcollm(*words).err
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"short")], ids=["removed", "cut short"])
+def test_a_damaged_export_is_not_called_done(harm: Callable[[Path], object], finished: Path) -> None:
+    export(Workspace(finished), round=2)
+    harm(finished / "exports/slm-round-0002" / WEIGHTS)
+    with pytest.raises(Damaged, match=f"{WEIGHTS} of an earlier export is missing or was changed") as caught:
+        export(Workspace(finished), round=2)
+    assert "--overwrite" in str(caught.value.mend)
+    export(Workspace(finished), round=2, overwrite=True)
+    assert load(finished / "models/slm", finished / "exports/slm-round-0002")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_not_an_export_is_never_replaced(overwrite: bool, finished: Path) -> None:
+    with pytest.raises(Refused, match="is there already and is not an export") as caught:
+        export(Workspace(finished), round=2, folder=finished / "private", overwrite=overwrite)
+    assert "--to" in str(caught.value.mend)
+    assert (finished / "private/server").exists()
+
+
+def test_an_export_goes_to_another_folder(
+    finished: Path, tmp_path: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    outcome = fedcollm("export", "--round", 2, "--to", "out", "-w", finished)
+    assert (outcome.code, outcome.out) == (0, "out\n")
+    assert (tmp_path / "out" / WEIGHTS).exists()
+    assert not (finished / "exports").exists()
+
+
+# --- what is said of it
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_nothing_in_an_export_names_this_machine(merged: bool, tmp_path: Path, base_models: Path) -> None:
+    workspace = trained(tmp_path / "study", base_models, "gpt2", slm=str(tmp_path / "study/models/../models/slm"))
+    evaluate(workspace, client=1, round=1)
+    export(workspace, round=1, client=1, merged=merged)
+    folder = workspace.export(1, "client-1", merged=merged)
+    for path in folder.iterdir():
+        text = path.read_bytes().decode(errors="replace")
+        names = (str(tmp_path), "/study", str(Path.home()), "/home/", socket.gethostname())
+        assert [name for name in names if re.search(rf"{re.escape(name)}\b", text)] == [], path
+        assert "local_files_only" not in text
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_base_on_a_hub_is_named_with_its_revision(merged: bool, tmp_path: Path, base_models: Path) -> None:
+    workspace = trained(tmp_path / "study", base_models, "gpt2", slm='someone/tiny-slm"\nrevision = "abc')
+    export(workspace, round=1, client=1, merged=merged)
+    folder = workspace.export(1, "client-1", merged=merged)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "someone/tiny-slm"
+    assert card.data.library_name == ("transformers" if merged else "peft")
+    assert card.data.license is None
+    if not merged:
+        config = json.loads((folder / CONFIG).read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny-slm", "abc")
+        assert 'from_pretrained("someone/tiny-slm", revision="abc")' in card.text
+
+
+def test_a_base_in_a_folder_is_not_named(finished: Path) -> None:
+    export(Workspace(finished), round=2)
+    folder = finished / "exports/slm-round-0002"
+    assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] is None
+    assert ModelCard.load(folder / "README.md").data.base_model is None
+    assert "models/slm" not in (folder / "README.md").read_text()
+
+
+def test_the_code_of_a_card_loads_the_export(finished: Path) -> None:
+    for merged in (False, True):
+        export(Workspace(finished), round=2, merged=merged)
+        folder = Workspace(finished).export(2, "slm", merged=merged)
+        code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        code = code.replace("path/to/this/folder", str(folder)).replace(
+            "path/to/the/base", str(finished / "models/slm")
+        )
+        names: dict[str, Any] = {}
+        exec(code, names)
+        base = finished / "models/slm"
+        expected = logits(load(base, finished / "private/server/round-0002/slm"), base)
+        torch.testing.assert_close(logits(names["model"], base), expected, rtol=1e-4, atol=1e-5)
+        assert names["tokenizer"].encode(TEXT) == AutoTokenizer.from_pretrained(base).encode(TEXT)
