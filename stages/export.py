@@ -145,6 +145,7 @@ def _write_and_prove(
         expected = exports.reference(tuned)
         if merged:
             exports.write_merged(draft, tuned, base)
+            exports.copy_tokenizer(draft, base)
         del models, tuned
         gc.collect()  # modules refer to each other in circles
         found = exports.load_merged(draft, device) if merged else exports.load_adapter(draft, base, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from stages.parts import adapters, files, quiet
+from stages.parts import adapters, quiet
 from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.models import PROBE_TEXTS, Tuned, tokenizer_sha256
 
@@ -26,8 +27,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far logits may be off, as a share of the largest one. Merging in float32 rounds, about 1e-6 of it; in 16 bits
 every merged weight is stored with an error of up to 2^-11 (float16) or 2^-8 (bfloat16) of itself, layer after layer."""
 
-ABOUT_THIS_MACHINE = ("name_or_path", "is_local", "local_files_only")
-"""What transformers may leave in tokenizer_config.json of where and how the tokenizer was loaded."""
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template*"),
+)
+ABOUT_A_MACHINE = ("name_or_path", "is_local", "local_files_only")
+"""What transformers may have left in tokenizer_config.json of where and how a tokenizer was loaded."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def stored_dtype(base: Path) -> torch.dtype:
 
 
 def write_merged(draft: Path, tuned: Tuned, base: Path) -> None:
-    """Write W + (alpha / r) B A for every W with an adapter, and the tokenizer; tuned cannot be used afterwards.
+    """Write W + (alpha / r) B A for every W with an adapter; tuned cannot be used afterwards.
 
     Added in float32, then stored in the base's own precision. Configuration and generation settings are the base's.
     """
@@ -63,12 +68,20 @@ def write_merged(draft: Path, tuned: Tuned, base: Path) -> None:
     model.config = AutoConfig.from_pretrained(base)  # the loaded one was changed for training
     with quiet.libraries(), _naming_storage_faults(draft):
         model.to(stored_dtype(base)).save_pretrained(draft)
-        tuned.tokenizer.save_pretrained(draft)
-    settings = draft / "tokenizer_config.json"
-    kept = {key: value for key, value in json.loads(settings.read_bytes()).items() if key not in ABOUT_THIS_MACHINE}
-    settings.write_bytes(files.json_bytes(kept))
     for path in draft.glob("*.safetensors"):
-        path.chmod(settings.stat().st_mode)  # safetensors lets none but the owner read what it writes
+        path.chmod((draft / "config.json").stat().st_mode)  # safetensors lets none but the owner read what it writes
+
+
+def copy_tokenizer(draft: Path, base: Path) -> None:
+    """The base's own files: one that transformers writes anew cannot be read by its earlier versions."""
+    for path in (path for pattern in TOKENIZER_FILES for path in base.glob(pattern)):
+        if path.is_file():
+            shutil.copyfile(path, draft / path.name)
+    settings = draft / "tokenizer_config.json"
+    if settings.exists():
+        found = json.loads(settings.read_bytes())
+        kept = {key: value for key, value in found.items() if key not in ABOUT_A_MACHINE}
+        settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -128,4 +141,4 @@ def check_tokenizer(draft: Path, expected_sha256: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(draft)
     if tokenizer_sha256(tokenizer) != expected_sha256:
         mend = "check the version of transformers; export the adapter, without --merged"
-        raise BadNumbers("the tokenizer did not survive being written", where=draft, mend=mend)
+        raise BadNumbers("the export's tokenizer is not the base's", where=draft, mend=mend)

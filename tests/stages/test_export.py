@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from peft import LoraModel, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from builders import Family, Outcome, drafts, edit, make_workspace, sign, tiny_model
 from stages.broadcast import broadcast
@@ -110,6 +109,8 @@ def test_a_merged_export_loads_in_transformers_as_the_tuned_model(subject: str, 
     assert not torch.allclose(found, logits(load(base), base), atol=1e-3)
     assert made["proof"]["error"] < 1e-5 < 1e-3 < made["proof"]["change"]
     assert not (folder / CONFIG).exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((folder / name).read_text()) == json.loads((base / name).read_text())
 
 
 def test_a_merged_weight_is_w_plus_alpha_over_r_times_b_a(finished: Path) -> None:
@@ -226,11 +227,14 @@ def test_an_interrupted_export_leaves_what_was_there(
         assert fedcollm(*words).code == 0
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*")}
 
-    def interrupted(*_: object, **__: object) -> None:
-        assert drafts(finished)[0].joinpath("model.safetensors").exists()
+    save = PreTrainedModel.save_pretrained
+
+    def interrupted(model: Any, draft: Path) -> None:
+        save(model, draft)
+        assert (draft / "model.safetensors").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", interrupted)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
     outcome = fedcollm(*words, "--overwrite")
     assert outcome.code == 75
     assert drafts(finished) == []
@@ -319,6 +323,8 @@ def test_an_export_goes_to_another_folder(
 @pytest.mark.parametrize("merged", [False, True])
 def test_nothing_in_an_export_names_this_machine(merged: bool, tmp_path: Path, base_models: Path) -> None:
     workspace = trained(tmp_path / "study", base_models, "gpt2", slm=str(tmp_path / "study/models/../models/slm"))
+    settings = tmp_path / "study/models/slm/tokenizer_config.json"  # where transformers used to leave a path
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"name_or_path": str(tmp_path)}))
     evaluate(workspace, client=1, round=1)
     export(workspace, round=1, client=1, merged=merged)
     folder = workspace.export(1, "client-1", merged=merged)
