@@ -142,7 +142,8 @@ def publishing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(draft, ignore_errors=True)  # of a killed process that had the number of this one
     try:
         draft.mkdir()
-        yield draft
+        with _naming(draft):  # libraries that write into it may not say which file
+            yield draft
         for path in sorted(draft.rglob("*")):
             _sync(path)
         _sync(draft)
