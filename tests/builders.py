@@ -160,6 +160,17 @@ def sign(adapter: Path, **claims: object) -> None:
     path.write_text(json.dumps(manifest))
 
 
+def scale(adapter: Path, factor: float) -> None:
+    """Multiply what an adapter adds, and sign it."""
+    import safetensors.numpy
+
+    weights = adapter / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    scaled = {name: tensor * (factor if "lora_B" in name else 1) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(scaled, weights, metadata={"format": "pt"})
+    sign(adapter)
+
+
 # --- in memory
 
 Family = Literal["gpt2", "opt", "llama"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,14 @@ from huggingface_hub import ModelCard
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from peft import LoraModel, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from builders import Family, Outcome, drafts, edit, make_workspace, sign, tiny_model
+from builders import Family, edit, make_workspace, scale, tiny_model
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.evaluate import evaluate
 from stages.export import export
-from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused, UsageProblem
+from stages.parts.errors import BadNumbers, NotReady, UsageProblem
 from stages.parts.workspace import Workspace
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -73,14 +71,6 @@ def trained(
     broadcast(workspace, round=1)
     client_train(workspace, client=1, round=1)
     return workspace
-
-
-def scale(adapter: Path, factor: float) -> None:
-    """Scale what an adapter adds, and sign it."""
-    tensors = safetensors.torch.load_file(adapter / WEIGHTS)
-    scaled = {name: tensor * (factor if "lora_B" in name else 1) for name, tensor in tensors.items()}
-    safetensors.torch.save_file(scaled, adapter / WEIGHTS, metadata={"format": "pt"})
-    sign(adapter)
 
 
 # --- what others load
@@ -217,31 +207,6 @@ def test_an_adapter_that_changes_nothing_is_not_published(finished: Path) -> Non
     assert list((finished / "exports").iterdir()) == []
 
 
-@pytest.mark.parametrize("replacing", [False, True])
-def test_an_interrupted_export_leaves_what_was_there(
-    replacing: bool, finished: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ("export", "--round", 2, "--merged", "-w", finished)
-    folder = finished / "exports/slm-round-0002-merged"
-    if replacing:
-        assert fedcollm(*words).code == 0
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*")}
-
-    save = PreTrainedModel.save_pretrained
-
-    def interrupted(model: Any, draft: Path) -> None:
-        save(model, draft)
-        assert (draft / "model.safetensors").exists()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
-    outcome = fedcollm(*words, "--overwrite")
-    assert outcome.code == 75
-    assert drafts(finished) == []
-    assert folder.exists() == replacing
-    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*")} == before
-
-
 @pytest.mark.parametrize(
     ("words", "kind", "message", "mend"),
     [
@@ -258,63 +223,6 @@ def test_what_is_not_there_is_named(
     with pytest.raises(kind, match=message) as caught:
         export(Workspace(workspace_folder), **words)
     assert mend in str(getattr(caught.value, "mend", ""))
-
-
-# --- the same again
-
-
-def test_the_same_again_is_already_done_and_another_adapter_is_refused_until_overwrite(
-    finished: Path, fedcollm: Callable[..., Outcome]
-) -> None:
-    words = ("export", "--round", 2, "-w", finished)
-    record = finished / "exports/slm-round-0002/export.json"
-    first = fedcollm(*words, "--json")
-    assert first.code == 0
-    before = record.stat().st_mtime_ns
-    again = fedcollm(*words, "--json")
-    assert "already done" in again.err
-    assert again.out == first.out
-    assert record.stat().st_mtime_ns == before
-
-    scale(finished / "private/server/round-0002/slm", 2)
-    refused = fedcollm(*words)
-    assert refused.code == 5
-    assert "changed since: adapter, manifest, model_card" in refused.err
-    assert "--overwrite" in refused.err
-    assert fedcollm(*words, "--overwrite").out == "exports/slm-round-0002\n"
-    weights = (finished / "private/server/round-0002/slm" / WEIGHTS).read_bytes()
-    assert json.loads(record.read_text())["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
-    assert "already done" in fedcollm(*words).err
-
-
-@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"short")], ids=["removed", "cut short"])
-def test_a_damaged_export_is_not_called_done(harm: Callable[[Path], object], finished: Path) -> None:
-    export(Workspace(finished), round=2)
-    harm(finished / "exports/slm-round-0002" / WEIGHTS)
-    with pytest.raises(Damaged, match=f"{WEIGHTS} of an earlier export is missing or was changed") as caught:
-        export(Workspace(finished), round=2)
-    assert "--overwrite" in str(caught.value.mend)
-    export(Workspace(finished), round=2, overwrite=True)
-    assert load(finished / "models/slm", finished / "exports/slm-round-0002")
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_not_an_export_is_never_replaced(overwrite: bool, finished: Path) -> None:
-    with pytest.raises(Refused, match="is there already and is not an export") as caught:
-        export(Workspace(finished), round=2, folder=finished / "private", overwrite=overwrite)
-    assert "--to" in str(caught.value.mend)
-    assert (finished / "private/server").exists()
-
-
-def test_an_export_goes_to_another_folder(
-    finished: Path, tmp_path: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "out").mkdir()
-    monkeypatch.chdir(tmp_path)
-    outcome = fedcollm("export", "--round", 2, "--to", "out", "-w", finished)
-    assert (outcome.code, outcome.out) == (0, "out\n")
-    assert (tmp_path / "out" / WEIGHTS).exists()
-    assert not (finished / "exports").exists()
 
 
 # --- what is said of it
