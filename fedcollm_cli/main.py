@@ -13,6 +13,7 @@ import typer
 
 from fedcollm_cli import __version__, comparing, views
 from fedcollm_cli.console import Console
+from fedcollm_cli.exporting import export
 from fedcollm_cli.session import (
     ClientOption,
     DeviceOption,
@@ -236,9 +237,6 @@ def evaluate(
         if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
             mend = "fedcollm evaluate --round 1 --model slm; for a base alone, --zero-shot with --model slm or llm"
             raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
-        if client and model != "slm":
-            mend = f"fedcollm evaluate --round {round} --client {client}, or --model {model}"
-            raise UsageProblem("a client has an SLM only: --client and --model exclude each other", mend=mend)
         result = stage(
             opened.workspace, model=model, round=round, client=client, overwrite=overwrite, report=opened.console.report
         )
@@ -284,6 +282,9 @@ def run(
             report=opened.console.report,
         )
         opened.console.result(results, views.scores(results) if results else "done")
+
+
+app.command()(export)
 
 
 def _rounds(text: str | None) -> range | None:

@@ -7,18 +7,17 @@ same names; of the bases alone, results/zero-shot/{slm,llm}.json.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stages.parts import files
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Artefact, BaseIdentity, check_belongs, read_artefact, versions
-from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace, require
+from stages.parts.manifest import Artefact, BaseIdentity, versions
+from stages.parts.subjects import Subject, adapter_of, subject_of
+from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace
 
 if TYPE_CHECKING:
-    from stages.parts.models import Models, Role, Tuned
-
-Subject = Literal["slm", "llm", "aggregate"]
+    from stages.parts.models import Models, Role
 
 DATA_FILE = rb"[\w./~-]+\.(?:jsonl?|csv|parquet|arrow|txt)\b"
 """What looks like a local data file in a task file, in whatever way the file is written."""
@@ -40,11 +39,11 @@ def evaluate(
     client's own SLM instead. Without a round, the base alone. Before scoring, the adapter is proven to be in the model
     and to change its logits.
     """
-    subject: str = model if client is None else f"client-{client}"
+    subject = subject_of(model, client)
     role: Role = "llm" if subject == "llm" else "slm"
     name = subject if round is None else f"{subject}, round {round}"
     report(Event("stage", f"evaluate {name}"))
-    adapter = None if round is None else _adapter(workspace, model, round, client)
+    adapter = None if round is None else adapter_of(workspace, model, round, client)
     if adapter is None:
         from stages.parts.models import Models
 
@@ -64,22 +63,6 @@ def evaluate(
     for task, scores in result["tasks"].items():
         report(Event("note", f"{task}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())))
     return result
-
-
-def _adapter(workspace: Workspace, model: Subject, round: int, client: int | None) -> Artefact:
-    workspace.check_round(round)
-    if client is not None:
-        workspace.check_client(client)
-        folder, stage = workspace.client_update(round, client), "client-train"
-        made_by = f"fedcollm client-train --client {client} --round {round}"
-    else:
-        place = {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[model]
-        folder, stage = place(round), "aggregate" if model == "aggregate" else "co-distill"
-        made_by = f"fedcollm {stage} --round {round}"
-    require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
-    artefact = read_artefact(folder)
-    check_belongs(artefact, workspace, stage=stage, round=round, client=client)
-    return artefact
 
 
 def _what(
@@ -129,7 +112,8 @@ def _score(
 
     settings = workspace.agreement.evaluation
     loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks)
-    tuned = _tuned(workspace, role, adapter, models or Models(workspace))
+    models = models or Models(workspace)
+    tuned = models.get(role) if adapter is None else models.with_adapter(role, adapter)
     scores = scoring.score(
         tuned,
         loaded,
@@ -143,14 +127,3 @@ def _score(
         "versions": versions(),
         "tasks": scores,
     }
-
-
-def _tuned(workspace: Workspace, role: Role, adapter: Artefact | None, models: Models) -> Tuned:
-    from stages.parts import adapter_files, adapters
-
-    if adapter is None:
-        return models.get(role)
-    tuned = models.expect(role, adapter.manifest.base, workspace.shown(adapter.path))
-    lora = workspace.agreement.model_of(role).lora
-    adapters.put(tuned.model, adapter_files.read_adapter(adapter, adapters.layout(tuned.model), lora))
-    return tuned

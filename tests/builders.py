@@ -135,7 +135,7 @@ def published(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         is_hidden = path.suffix == ".lock" or any(part.startswith(".") for part in name.parts)
-        if name.parts[0] in ("exchange", "private", "results") and path.is_file() and not is_hidden:
+        if name.parts[0] in ("exchange", "private", "results", "exports") and path.is_file() and not is_hidden:
             found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
@@ -158,6 +158,17 @@ def sign(adapter: Path, **claims: object) -> None:
         content = (adapter / name).read_bytes()
         entry |= {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
     path.write_text(json.dumps(manifest))
+
+
+def scale(adapter: Path, factor: float) -> None:
+    """Multiply what an adapter adds, and sign it."""
+    import safetensors.numpy
+
+    weights = adapter / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    scaled = {name: tensor * (factor if "lora_B" in name else 1) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(scaled, weights, metadata={"format": "pt"})
+    sign(adapter)
 
 
 # --- in memory

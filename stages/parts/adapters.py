@@ -130,15 +130,20 @@ def check_trained(before: Tensors, after: Tensors) -> dict[str, float]:
 
 
 @torch.no_grad()
-def check_acts(model: PeftModel, token_ids: list[int]) -> float:
-    """Prove that the adapter changes the logits. Returns the largest change; raises BadNumbers if it is none."""
+def logits(model: PeftModel | PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    """What the model says to one text, without dropout: [length, vocabulary], float32, on the CPU."""
     was_training = model.training
     model.eval()
-    ids = torch.tensor([token_ids], device=model.device)
-    with_adapter = model(input_ids=ids).logits.float()
-    with model.disable_adapter():
-        without = model(input_ids=ids).logits.float()
+    found: torch.Tensor = model(input_ids=torch.tensor([token_ids], device=model.device)).logits[0]
     model.train(was_training)
+    return found.float().cpu()
+
+
+def check_acts(model: PeftModel, token_ids: list[int]) -> float:
+    """Prove that the adapter changes the logits. Returns the largest change; raises BadNumbers if it is none."""
+    with_adapter = logits(model, token_ids)
+    with model.disable_adapter():
+        without = logits(model, token_ids)
     change = float((with_adapter - without).abs().max())
     if not change > 0:
         raise BadNumbers("the adapter does not change the model: its logits are the base's", mend="train it first")

@@ -110,19 +110,28 @@ def write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        _write_synced(draft, content)
+        _write(draft, content)
+        _sync(draft)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def publish(folder: Path, contents: dict[str, bytes]) -> None:
-    """Make folder hold exactly these files, atomically; an earlier folder of that name is replaced.
+    """Make folder hold exactly these files, atomically; an earlier folder of that name is replaced."""
+    with publishing(folder) as draft:
+        for name, content in contents.items():
+            _write(draft / name, content)
 
-    The files are written beside the place, in the given order, synced, and renamed into it: that the folder exists
-    means that it is whole.
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """A draft to write files into, which becomes folder when the block ends; an earlier folder is replaced.
+
+    The draft lies beside the place; it is synced and renamed into it: that the folder exists means that it is whole.
+    If anything fails before that, the place is as it was and the draft is gone.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):  # by a process that was killed
@@ -133,9 +142,11 @@ def publish(folder: Path, contents: dict[str, bytes]) -> None:
     shutil.rmtree(draft, ignore_errors=True)  # of a killed process that had the number of this one
     try:
         draft.mkdir()
-        for name, content in contents.items():
-            _write_synced(draft / name, content)
-        _sync_folder(draft)
+        with _naming(draft):  # libraries that write into it may not say which file
+            yield draft
+        for path in sorted(draft.rglob("*")):
+            _sync(path)
+        _sync(draft)
         if os.path.lexists(folder):
             _remove(replaced)
             folder.rename(replaced)
@@ -145,7 +156,7 @@ def publish(folder: Path, contents: dict[str, bytes]) -> None:
             if os.path.lexists(replaced):
                 replaced.rename(folder)
             raise
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         if os.path.lexists(folder):
@@ -188,20 +199,26 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> None:
+    with _naming(path):
+        path.write_bytes(content)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file's content, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with _naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in an OSError which file it is about, which a failed write or sync does not."""
+    try:
+        yield
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.parts import adapters, batches, quiet
+from stages.parts.adapter_files import read_adapter
 from stages.parts.config import Model
 from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
-from stages.parts.manifest import BaseIdentity
+from stages.parts.manifest import Artefact, BaseIdentity
 from stages.parts.workspace import AGREEMENT, Workspace
 
 Role = Literal["slm", "llm"]
@@ -116,6 +117,13 @@ class Models:
                 raise Refused(message, where=self._workspace.root, mend=mend)
         return tuned
 
+    def with_adapter(self, role: Role, artefact: Artefact) -> Tuned:
+        """The SLM or the LLM with this adapter in it. Raises as expect and read_adapter do."""
+        tuned = self.expect(role, artefact.manifest.base, self._workspace.shown(artefact.path))
+        lora = self._workspace.agreement.model_of(role).lora
+        adapters.put(tuned.model, read_adapter(artefact, adapters.layout(tuned.model), lora))
+        return tuned
+
     def _dtype(self, role: Role) -> torch.dtype:
         wanted = self._workspace.machine.dtype or self._workspace.agreement.model_of(role).dtype
         if wanted == "auto":
@@ -192,14 +200,18 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 def identify(folder: Path, tokenizer: Any) -> BaseIdentity:
     """A base model's identity by content: every tensor's name, type, shape and bytes, whatever files they lie in."""
     architecture = str(json.loads((folder / "config.json").read_text()).get("model_type", "unknown"))
-    encodings = [tokenizer.encode(text) for text in PROBE_TEXTS]
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    tokens = json.dumps([vocabulary, encodings]).encode()
     return BaseIdentity(
         architecture=architecture,
         weights_sha256=_weights_sha256(folder),
-        tokenizer_sha256=hashlib.sha256(tokens).hexdigest(),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
     )
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """A tokenizer's identity by content: its vocabulary in order, and how it splits the probe texts."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    encodings = [tokenizer.encode(text) for text in PROBE_TEXTS]
+    return hashlib.sha256(json.dumps([vocabulary, encodings]).encode()).hexdigest()
 
 
 def _weights_sha256(folder: Path) -> str:
@@ -242,17 +254,19 @@ def _vocabulary_rows(tuned: Tuned) -> int:
     return int(tuned.model.get_output_embeddings().weight.shape[0])
 
 
+MEMORY_KNOBS = (
+    "set micro_batch = 1 (or a small number) and gradient_checkpointing = true in machine.toml, "
+    "give --dtype bfloat16, or agree on a smaller max_length or evaluation.batch_size"
+)
+
+
 @contextlib.contextmanager
-def naming_memory_knobs() -> Iterator[None]:
-    """Turn running out of memory into BadNumbers that names the settings that need less."""
+def naming_memory_knobs(mend: str = MEMORY_KNOBS) -> Iterator[None]:
+    """Turn running out of memory into BadNumbers that names what needs less."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
         text = str(error) or type(error).__name__
         if isinstance(error, RuntimeError) and not any(phrase in text for phrase in OUT_OF_MEMORY_PHRASES):
             raise
-        mend = (
-            "set micro_batch = 1 (or a small number) and gradient_checkpointing = true in machine.toml, "
-            "give --dtype bfloat16, or agree on a smaller max_length or evaluation.batch_size"
-        )
         raise BadNumbers(f"out of memory: {text.splitlines()[0]}", mend=mend) from error

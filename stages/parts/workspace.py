@@ -20,6 +20,8 @@ MACHINE = "machine.toml"
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CARD = "README.md"
+EXPORT = "export.json"
 LARGEST_TOML_BYTES = 1 << 20
 
 
@@ -225,6 +227,10 @@ class Workspace:
     def sweep_point(self, name: str) -> Path:
         """The same federation with other settings, which name it."""
         return self.root / "sweeps" / name
+
+    def export(self, round: int, subject: str, *, merged: bool) -> Path:
+        """One model in the form that others load: an adapter for PEFT, or merged weights."""
+        return self.root / "exports" / f"{subject}-round-{round:04d}{'-merged' if merged else ''}"
 
     # --- helpers of more than one stage
 

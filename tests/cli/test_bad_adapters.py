@@ -214,6 +214,9 @@ READERS = [
     (f"{SERVER}2/slm", "evaluate --round 2 --model slm"),
     (f"{SERVER}2/llm", "evaluate --round 2 --model llm"),
     (f"{EXCHANGE}2/client-1", "evaluate --round 2 --client 1"),
+    (f"{SERVER}2/slm", "export --round 2 --model slm"),
+    (f"{SERVER}2/llm", "export --round 2 --model llm --merged"),
+    (f"{EXCHANGE}2/client-1", "export --round 2 --client 1"),
 ]
 
 

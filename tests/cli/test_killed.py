@@ -127,6 +127,19 @@ def test_a_disk_that_fills_while_an_adapter_is_published_leaves_no_half_of_it(fi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("file_bytes", [100, 2_000], ids=["config", "weights"])
+def test_a_disk_that_fills_while_a_model_is_exported_leaves_no_half_of_it(file_bytes: int, finished: Path) -> None:
+    before = published(finished)
+    code, said = start("export", "--round", 2, "--merged", "-w", finished, file_bytes=file_bytes).end()
+    assert code == 8, said
+    assert "Traceback" not in said
+    assert f"\n  in    {finished}/exports/" in said, said
+    assert "mend  free some space and give the same command again" in said
+    assert published(finished) == before
+    assert drafts(finished) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory_mib", "batch_size"), [(0, 4), (64, 50_000)], ids=["loading", "training"])
 def test_out_of_memory_exits_6_and_names_the_settings_that_need_less(
     memory_mib: int, batch_size: int, finished: Path

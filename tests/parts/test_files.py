@@ -48,6 +48,31 @@ def test_a_published_folder_holds_exactly_its_files(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["place"]
 
 
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_draft_becomes_the_folder_only_when_its_block_ends(tmp_path: Path, replacing: bool) -> None:
+    folder = tmp_path / "place"
+    if replacing:
+        files.publish(folder, OLD)
+
+    def interrupted() -> None:
+        with files.publishing(folder) as draft:
+            (draft / "a").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert folder.exists() == replacing
+    assert not replacing or contents(folder) == OLD
+    assert drafts(tmp_path) == []
+    with files.publishing(folder) as draft:
+        (draft / "below").mkdir()
+        (draft / "below" / "a").write_bytes(b"whole")
+        assert folder.exists() == replacing
+    assert [path.name for path in folder.iterdir()] == ["below"]
+    assert (folder / "below" / "a").read_bytes() == b"whole"
+    assert drafts(tmp_path) == []
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
 def test_whatever_stands_in_the_place_is_replaced_and_nothing_beyond_a_link_is_touched(
     tmp_path: Path, kind: str

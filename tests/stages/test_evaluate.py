@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.numpy
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builders import COLOURS, WORDS, Outcome, edit, sign
+from builders import COLOURS, WORDS, Outcome, edit, scale, sign
 from stages.evaluate import evaluate
 from stages.parts.workspace import Workspace
 
@@ -49,11 +48,7 @@ def scored(finished: Path) -> Path:
         questions.append({"question": " ".join(words[:6]), "choices": words[6:], "answer": draw.randrange(3)})
     (finished / "data/test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     for manifest in finished.rglob("round-*/*/manifest.json"):
-        weights = manifest.with_name("adapter_model.safetensors")
-        tensors = safetensors.numpy.load_file(weights)
-        louder = {name: tensor * (50 if "lora_B" in name else 1) for name, tensor in tensors.items()}
-        safetensors.numpy.save_file(louder, weights, metadata={"format": "pt"})
-        sign(manifest.parent)
+        scale(manifest.parent, 50)
     return finished
 
 

@@ -1,0 +1,166 @@
+"""export: one model in the form that others load, a PEFT folder or merged weights, with a model card.
+
+Reads the adapter that `evaluate` reads, and for the card results/ and private/split.json where they are there.
+Writes exports/NAME-round-t or another folder; export.json in it says what it was made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.parts import files
+from stages.parts.errors import Damaged, Refused
+from stages.parts.events import Event, Report, ignore
+from stages.parts.manifest import Artefact, versions
+from stages.parts.model_card import model_card
+from stages.parts.subjects import Subject, adapter_of, subject_of
+from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MODEL_CARD, Workspace
+
+if TYPE_CHECKING:
+    from stages.parts.models import Role
+
+FORMAT = "fedcollm-export/1"
+
+
+def export(
+    workspace: Workspace,
+    *,
+    model: Subject = "slm",
+    round: int,
+    client: int | None = None,
+    merged: bool = False,
+    folder: Path | None = None,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> dict[str, Any]:
+    """Write one model as others load it. Returns what export.json says.
+
+    model, client: as evaluate has them. merged: whole weights instead of an adapter. folder: instead of the place in
+    exports/. Before it is published, the export is loaded back and proven to have the logits of base and adapter, and
+    not those of the base; BadNumbers otherwise.
+    """
+    subject = subject_of(model, client)
+    report(Event("stage", f"export {subject}, round {round}{', merged' if merged else ''}"))
+    adapter = adapter_of(workspace, model, round, client)
+    role: Role = "llm" if subject == "llm" else "slm"
+    base_model = _hub_id(workspace, role)
+    revision = workspace.agreement.model_of(role).revision if base_model else None
+    card = model_card(workspace, adapter, subject, merged=merged, base_model=base_model, revision=revision).encode()
+    what = {
+        "format": FORMAT,
+        "federation": adapter.manifest.federation,
+        "subject": subject,
+        "round": round,
+        "merged": merged,
+        "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256,
+        "manifest_sha256": adapter.sha256,
+        "agreement_sha256": workspace.agreement_sha256,
+        "base": adapter.manifest.base.model_dump() | {"model": base_model, "revision": revision},
+        "model_card_sha256": files.sha256(card),
+    }
+    target = folder or workspace.export(round, subject, merged=merged)
+    if done := _already_made(target, what, workspace.shown(target), overwrite=overwrite):
+        report(Event("note", "already done"))
+        return done
+    with files.publishing(target) as draft:
+        if not merged:
+            _write_adapter(draft, adapter, base_model, revision)
+        proof = _write_and_prove(draft, workspace, role, adapter, merged=merged)
+        (draft / MODEL_CARD).write_bytes(card)
+        made = what | {"proof": proof, "files": _digests(draft), "versions": versions()}
+        (draft / EXPORT).write_bytes(files.json_bytes(made))
+    words = f"off by {proof['error']:.2g} at most, where the adapter moves them by {proof['change']:.2g}"
+    report(Event("note", f"loaded back, its logits are those of base and adapter: {words}"))
+    return made
+
+
+def _hub_id(workspace: Workspace, role: Role) -> str | None:
+    """The base's name on a hub, or None if the agreement names a folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    name = workspace.agreement.model_of(role).model
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if workspace.local(name).is_dir() else name
+
+
+def _already_made(target: Path, what: dict[str, Any], shown: str, *, overwrite: bool) -> dict[str, Any] | None:
+    """What export.json of a whole export of the same inputs says, or None: make it.
+
+    Raises Refused for an export of other inputs, and, whatever overwrite says, for a folder that is not an export.
+    """
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return None
+    if not (target / EXPORT).is_file():
+        mend = "name another folder with --to, or move that one away"
+        raise Refused(f"{shown} is there already and is not an export", where=target, mend=mend)
+    if overwrite:
+        return None
+    earlier, _ = files.read_json(target / EXPORT)
+    mend = "give the command again with --overwrite to replace it"
+    if changed := [key.removesuffix("_sha256") for key in what if earlier.get(key) != what[key]]:
+        message = f"{shown} was exported from other inputs; changed since: {', '.join(changed)}"
+        raise Refused(message, where=target, mend=mend)
+    for name, entry in earlier["files"].items():
+        path = target / name
+        if not path.is_file() or path.stat().st_size != entry["size_bytes"]:
+            raise Damaged(f"{name} of an earlier export is missing or was changed", where=path, mend=mend)
+    return earlier
+
+
+def _write_adapter(draft: Path, adapter: Artefact, base_model: str | None, revision: str | None) -> None:
+    """The exchanged files, the base named where it has a name; the weights byte for byte."""
+    config = files.parse_json(adapter.contents[ADAPTER_CONFIG])
+    config |= {"base_model_name_or_path": base_model, "revision": revision}
+    (draft / ADAPTER_CONFIG).write_bytes(files.json_bytes(config))
+    (draft / ADAPTER_WEIGHTS).write_bytes(adapter.contents[ADAPTER_WEIGHTS])
+
+
+def _write_and_prove(
+    draft: Path, workspace: Workspace, role: Role, adapter: Artefact, *, merged: bool
+) -> dict[str, Any]:
+    """Write merged weights, or take the adapter that was written; then load the draft back. Returns the proof.
+
+    In float32 whatever the settings say; of the two models that are compared only one is in memory at a time.
+    """
+    import torch
+
+    from stages.parts import exports
+    from stages.parts.models import Models, naming_memory_knobs
+
+    in_float32 = dataclasses.replace(workspace, flags=workspace.flags.model_copy(update={"dtype": "float32"}))
+    with naming_memory_knobs("export on a machine with more memory, or with --device cpu: it computes in float32"):
+        models = Models(in_float32)
+        device = models.device
+        tuned = models.with_adapter(role, adapter)
+        base = Path(tuned.tokenizer.name_or_path)
+        expected = exports.reference(tuned)
+        if merged:
+            exports.write_merged(draft, tuned, base)
+            exports.copy_tokenizer(draft, base)
+        del models, tuned
+        gc.collect()  # modules refer to each other in circles
+        found = exports.load_merged(draft, device) if merged else exports.load_adapter(draft, base, device)
+        dtype = exports.stored_dtype(base) if merged else torch.float32
+        proof = exports.check_logits(found, expected, dtype)
+    if merged:
+        exports.check_tokenizer(draft, adapter.manifest.base.tokenizer_sha256)
+    return proof | {"stored_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _digests(draft: Path) -> dict[str, dict[str, Any]]:
+    """sha256 and size of every file, read in pieces: merged weights are large."""
+    found = {}
+    for path in sorted(path for path in draft.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(draft).as_posix()] = {"sha256": digest, "size_bytes": path.stat().st_size}
+    return found

@@ -1,0 +1,39 @@
+"""Which model a command is about: the SLM, the LLM or the average at the server, or one client's SLM, after a round."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from stages.parts.errors import UsageProblem
+from stages.parts.manifest import Artefact, check_belongs, read_artefact
+from stages.parts.workspace import Workspace, require
+
+Subject = Literal["slm", "llm", "aggregate"]
+"""The server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it."""
+
+
+def subject_of(model: Subject, client: int | None) -> str:
+    """The subject's name on disk: "slm", "llm", "aggregate", or "client-2". A client has an SLM only."""
+    if client is None:
+        return model
+    if model != "slm":
+        mend = f"give --client {client} alone, or --model {model}"
+        raise UsageProblem("a client has an SLM only: --client and --model exclude each other", mend=mend)
+    return f"client-{client}"
+
+
+def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | None) -> Artefact:
+    """The subject's adapter after a round, every byte checked. Raises as read_artefact and check_belongs do."""
+    workspace.check_round(round)
+    if client is not None:
+        workspace.check_client(client)
+        folder, stage = workspace.client_update(round, client), "client-train"
+        made_by = f"fedcollm client-train --client {client} --round {round}"
+    else:
+        place = {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[model]
+        folder, stage = place(round), "aggregate" if model == "aggregate" else "co-distill"
+        made_by = f"fedcollm {stage} --round {round}"
+    require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
+    artefact = read_artefact(folder)
+    check_belongs(artefact, workspace, stage=stage, round=round, client=client)
+    return artefact
