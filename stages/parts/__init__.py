@@ -1,7 +1,7 @@
 """The nouns. Each part imports only parts that stand before it here.
 
-plain: errors, events, quiet, config, files, workspace, manifest, rows
+plain: errors, events, quiet, paper, config, files, workspace, manifest, ledger, bases, rows
 with NumPy: adapter_files, aggregators, partition
-with torch: losses, batches, adapters, models, objective, training; with lm-eval: tasks, scoring
+with torch: losses, batches, adapters, models, objective, shapes, memory, training; with lm-eval: tasks, scoring
 the demo's: world, tiny_models
 """
