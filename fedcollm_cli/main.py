@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedcollm_cli import __version__, views
+from fedcollm_cli import __version__, planning, views
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import (
     ClientOption,
@@ -109,6 +109,11 @@ def prepare(
         summary = stage(opened.workspace, overwrite=overwrite, report=opened.console.report)
         path = opened.workspace.shown(opened.workspace.split)
         opened.console.result({"path": path, **summary}, views.split(summary))
+
+
+app.command()(planning.plan)
+app.command()(planning.prefetch)
+app.command()(planning.comm_cost)
 
 
 @app.command()

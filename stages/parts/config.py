@@ -7,6 +7,7 @@ are named at once. Absence means off; there is no -1. `workspace_template/fedcol
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -75,6 +76,10 @@ class Budget(Settings):
     def rows_per_step(self) -> int:
         """Rows that one optimiser step sees."""
         return self.batch_size * self.gradient_accumulation
+
+    def steps_for(self, examples: int) -> int:
+        """Optimiser steps of one run of the stage on so many examples."""
+        return self.steps or math.ceil((self.epochs or 1.0) * examples / self.rows_per_step)
 
 
 class ClientTraining(Budget):

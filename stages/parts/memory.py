@@ -48,20 +48,25 @@ def training_step(
     answers: int,
     device: torch.device,
     autocast: Mapping[str, bool],
+    turn: str | None = None,
 ) -> Step:
-    """The memory of one forward and backward pass over rows of this length, each with so many answer tokens."""
+    """The memory of one forward and backward pass over rows of this length, each with so many answer tokens.
+
+    turn: as in Objective.parts, gradients reach that model alone.
+    """
 
     def forward() -> tuple[int, int, Tensor]:
         labels = torch.ones(rows * answers, dtype=torch.long, device=device)
         with _kept(own) as kept:
-            logits = {
-                role: _answer_logits(shape.model.train(), rows, length, answers, device, autocast[role])
-                for role, shape in models.items()
-            }
+            logits = {}
+            for role, shape in models.items():
+                with torch.set_grad_enabled(turn in (None, role)):
+                    logits[role] = _answer_logits(shape.model.train(), rows, length, answers, device, autocast[role])
             activations = kept({})
             of_answers = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in logits.values()}
             parts = losses(logits, labels, labels.numel())
-            return activations, kept(of_answers) - activations, torch.stack(list(parts.values())).sum()
+            learnt = [loss for name, loss in parts.items() if name[:3] == (turn or name[:3])]
+            return activations, kept(of_answers) - activations, torch.stack(learnt).sum()
 
     with FakeTensorMode():
         states = {role: _state(shape.model, device) for role, shape in models.items()}
@@ -75,7 +80,7 @@ def training_step(
             peak = stack.enter_context(_Peak(own))
             activations, logits, loss = forward()
             torch.autograd.backward(loss)
-    gradients = sum(FLOAT32_BYTES * shape.adapter_parameters for shape in models.values())
+    gradients = sum(FLOAT32_BYTES * shape.adapter_parameters for role, shape in models.items() if turn in (None, role))
     return Step(activations, logits, max(0, peak.bytes - activations - logits - gradients))
 
 

@@ -21,6 +21,7 @@ from stages.parts.models import Role
 from stages.parts.workspace import AGREEMENT, Workspace
 
 FLOAT32_BYTES = 4
+DTYPE_BYTES = {"float32": FLOAT32_BYTES, "float16": 2, "bfloat16": 2}
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHIPPED = "shipped with fedcollm"
 
