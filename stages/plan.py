@@ -213,13 +213,13 @@ def _of_training(wanted: Mapping[Role, Shape], step: Step) -> dict[str, int]:
 
 
 def _aggregate(here: _Here) -> StagePlan:
-    """Two updates as bytes and one as tensors, and sums in float64, whatever the number of clients."""
+    """The broadcast and two updates as bytes, one more being parsed into tensors; sums in float64. Never all clients."""
     from stages.parts import shapes
 
     takes = {}
     if "slm" in here.shapes:
         values = shapes.FLOAT32_BYTES * here.shapes["slm"].adapter_parameters
-        takes = {"adapters": 3 * values, "sums": 2 * values}
+        takes = {"adapters": 5 * values, "sums": 2 * values}
     return StagePlan("aggregate", "server", memory=takes)
 
 

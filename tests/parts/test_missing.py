@@ -32,12 +32,8 @@ def test_a_local_model_is_put_where_the_settings_say(workspace_folder: Path) -> 
     (workspace_folder / "models" / "llm").mkdir(parents=True)
     edit(workspace_folder / "fedcollm.toml", '"models/slm"', '"./models/slm"')
     assert missing(Workspace(workspace_folder)) == [
-        Missing(
-            "the SLM ./models/slm, of every party", "put it into models/slm, or set models.slm in machine.toml"
-        ),
-        Missing(
-            "the LLM models/llm, of the server alone", "put it into models/llm, or set models.llm in machine.toml"
-        ),
+        Missing("the SLM ./models/slm, of every party", "put it into models/slm, or set models.slm in machine.toml"),
+        Missing("the LLM models/llm, of the server alone", "put it into models/llm, or set models.llm in machine.toml"),
     ]
 
 

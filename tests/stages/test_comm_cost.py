@@ -24,9 +24,7 @@ def test_what_one_sends_others_receive_to_the_byte(finished: Path) -> None:
         assert server.sent_bytes == 3 * bytes_of(folder / "broadcast") == sum(one.received_bytes for one in clients)
         assert [one.sent_bytes for one in clients] == [bytes_of(folder / f"client-{k}") for k in (1, 2, 3)]
         assert server.received_bytes == sum(one.sent_bytes for one in clients)
-    assert sum(one.sent_bytes for one in found.totals) == sum(
-        one.size_bytes for one in transfers(Workspace(finished))
-    )
+    assert sum(one.sent_bytes for one in found.totals) == sum(one.size_bytes for one in transfers(Workspace(finished)))
     assert [one.party for one in found.totals] == ["server", "client-1", "client-2", "client-3"]
 
 
