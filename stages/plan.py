@@ -213,7 +213,7 @@ def _of_training(wanted: Mapping[Role, Shape], step: Step) -> dict[str, int]:
 
 
 def _aggregate(here: _Here) -> StagePlan:
-    """The broadcast and two updates as bytes, one more being parsed into tensors; sums in float64. Never all clients."""
+    """The broadcast and two updates as bytes, one more twice while it is parsed; sums in float64. Never all clients."""
     from stages.parts import shapes
 
     takes = {}
