@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedcollm_cli import __version__, comparing, views
+from fedcollm_cli import __version__, comparing, planning, views
 from fedcollm_cli.console import Console
 from fedcollm_cli.exporting import export
 from fedcollm_cli.session import (
@@ -64,6 +64,9 @@ def top(
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     template: Annotated[str, typer.Option(help="demo, blank, or the paper's settings s1, s2, s3.")] = "blank",
+    task: Annotated[
+        list[str] | None, typer.Option(help="An lm-eval task to train and score on; repeatable. Default: arc_easy.")
+    ] = None,
     clients: Annotated[int, typer.Option(min=1, help="K, the number of clients (the demo has four).")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="T, the number of rounds (the demo has two).")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="The federation's seed.")] = 1,
@@ -73,7 +76,8 @@ def init(
     """Make a new workspace from a template.
 
     Writes fedcollm.toml with every key explained, machine.toml, README.md, run_rounds.sh and task files. s1: GPT-2 with
-    GPT-2-large. s2: OPT-1.3B with OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B.
+    GPT-2-large. s2: OPT-1.3B with OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B. The paper has a federation for each
+    of its tasks: commonsense_qa, openbookqa, arc_challenge, arc_easy.
 
     Example: fedcollm init study --template s1
     """
@@ -81,7 +85,7 @@ def init(
     with guarded(console):
         from stages.init import init as stage
 
-        workspace = stage(folder, template=template, seed=seed, clients=clients, rounds=rounds)
+        workspace = stage(folder, template=template, tasks=task or [], seed=seed, clients=clients, rounds=rounds)
         console.result({"path": str(workspace.root)}, f"{folder}")
 
 
@@ -106,6 +110,11 @@ def prepare(
         summary = stage(opened.workspace, overwrite=overwrite, report=opened.console.report)
         path = opened.workspace.shown(opened.workspace.split)
         opened.console.result({"path": path, **summary}, views.split(summary))
+
+
+app.command()(planning.plan)
+app.command()(planning.prefetch)
+app.command()(planning.comm_cost)
 
 
 @app.command()

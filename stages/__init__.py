@@ -8,6 +8,8 @@
     (4.1)  evaluate      one adapter, an lm-eval task                    results/round-t/*.json
 
 Around them: init makes a workspace, prepare divides a public dataset, run does every step in one process, status says
-what is there, export writes a model as others load it, demo shows it all in a world of its own. Stages meet only on
-disk; `parts` are the nouns they use.
+what is there, demo shows it all in a world of its own. Before them, plan says what all this will take and what is
+missing here, and prefetch fetches it. After them, compare sets every method side by side, sweep varies settings,
+comm_cost counts what travels, export writes a model as others load it. Stages meet only on disk; `parts` are the nouns
+they use.
 """

@@ -6,40 +6,38 @@ Writes fedcollm.toml, machine.toml, README.md, run_rounds.sh and tasks/ into a n
 from __future__ import annotations
 
 import importlib.resources
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from stages.parts import files
 from stages.parts.config import Agreement, parse
 from stages.parts.errors import Refused, UsageProblem
+from stages.parts.paper import PRESETS
 from stages.parts.workspace import AGREEMENT, Workspace
 
-
-@dataclass(frozen=True)
-class Preset:
-    """A pair of base models and the LoRA shapes for them."""
-
-    slm: str
-    llm: str
-    rank: int
-    target_modules: str
-
-
-PRESETS = {
-    "blank": Preset("gpt2", "gpt2-large", 8, "[]"),
-    # The paper's three settings; these shapes give exactly the transmitted parameters of its Table 3.
-    "s1": Preset("gpt2", "gpt2-large", 8, '["c_attn"]'),
-    "s2": Preset("facebook/opt-1.3b", "facebook/opt-6.7b", 16, '["q_proj", "v_proj"]'),
-    "s3": Preset("princeton-nlp/Sheared-LLaMA-1.3B", "meta-llama/Llama-2-7b-hf", 16, '["q_proj", "v_proj"]'),
-}
 TEMPLATES = ("demo", *PRESETS)
+TASKS = ("arc_easy",)
+"""The templates' task, but for the demo's."""
 
 
-def init(folder: Path, *, template: str = "blank", seed: int = 1, clients: int = 4, rounds: int = 5) -> Workspace:
-    """Make folder a workspace. Raises UsageProblem for an unknown template, Refused rather than replace a file."""
-    if template not in TEMPLATES:
-        raise UsageProblem(f"no template {template!r}", mend=f"there are: {', '.join(TEMPLATES)}")
+def init(
+    folder: Path,
+    *,
+    template: str = "blank",
+    tasks: Sequence[str] = (),
+    seed: int = 1,
+    clients: int = 4,
+    rounds: int = 5,
+) -> Workspace:
+    """Make folder a workspace.
+
+    tasks: lm-eval tasks to train and score on, instead of the template's; their names are looked up by `prepare`.
+    Raises UsageProblem for an unknown template or what is no name, Refused rather than replace a file.
+    """
+    _check(template, tasks)
     if (folder / AGREEMENT).exists():
         raise Refused("there is a workspace already", where=folder / AGREEMENT, mend="choose another folder")
     source = importlib.resources.files("workspace_template")
@@ -50,7 +48,7 @@ def init(folder: Path, *, template: str = "blank", seed: int = 1, clients: int =
         preset = PRESETS[template]
         contents = {name: data for name, data in _contents(source, "").items() if not name.startswith("demo/")}
         values |= {"slm": preset.slm, "llm": preset.llm, "rank": str(preset.rank), "alpha": str(2 * preset.rank)}
-        values |= {"target_modules": preset.target_modules}
+        values |= {"target_modules": json.dumps(preset.target_modules), "tasks": json.dumps(list(tasks or TASKS))}
     contents[AGREEMENT] = _filled(contents[AGREEMENT].decode(), values).encode()
     parse(Agreement, contents[AGREEMENT], folder / AGREEMENT)
     for name, content in contents.items():
@@ -62,6 +60,18 @@ def init(folder: Path, *, template: str = "blank", seed: int = 1, clients: int =
         if name.endswith(".sh"):
             (folder / name).chmod(0o755)
     return Workspace(folder)
+
+
+def _check(template: str, tasks: Sequence[str]) -> None:
+    if template not in TEMPLATES:
+        raise UsageProblem(f"no template {template!r}", mend=f"there are: {', '.join(TEMPLATES)}")
+    if tasks and template == "demo":
+        mend = "leave --task out, or take another template"
+        raise UsageProblem("the demo has tasks of its own", mend=mend)
+    for name in tasks:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name):
+            mend = "such as --task arc_easy: letters, digits and _ . + - ; several tasks are several --task"
+            raise UsageProblem(f"{name!r} is not a task's name", mend=mend)
 
 
 def _name(folder: Path) -> str:

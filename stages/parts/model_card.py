@@ -26,11 +26,13 @@ LOSSES = {
 }
 
 
-FEDAVG = "clients tune LoRA adapters of a small language model on data that stay where they are, a server averages them"
+FEDAVG = "clients tune LoRA adapters of a small language model on data that stay where they are; a server averages them"
 METHODS: dict[Method, str] = {
-    "fedcollm": f"FedCoLLM (https://arxiv.org/abs/2411.11707): {FEDAVG} and lets small and large model teach each other.",
+    "fedcollm": f"FedCoLLM (https://arxiv.org/abs/2411.11707): {FEDAVG} and lets small and large model teach each "
+    "other.",
     "fedavg": f"FedAvg, a baseline of FedCoLLM: {FEDAVG}.",
-    "fedavg-aux": f"a baseline of FedCoLLM: {FEDAVG} and tunes small and large model on data of its own, each by itself.",
+    "fedavg-aux": f"a baseline of FedCoLLM: {FEDAVG} and tunes small and large model on data of its own, each by "
+    "itself.",
     "standalone": "a baseline of FedCoLLM: no adapter is averaged, each client goes on with its own.",
     "centralized": "a baseline of FedCoLLM that no federation could have: one party with everyone's data.",
 }

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.parts import adapters, batches, quiet
+from stages.parts import adapters, bases, batches, quiet
 from stages.parts.adapter_files import read_adapter
-from stages.parts.config import Model
-from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
+from stages.parts.config import Machine
+from stages.parts.errors import BadNumbers, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
 from stages.parts.workspace import AGREEMENT, Workspace
 
@@ -78,7 +76,7 @@ class Models:
         self._workspace = workspace
         self._roles: dict[Role, Tuned] = {}
         self._loaded: dict[tuple[object, ...], Tuned] = {}
-        self.device = _device(workspace.machine.device)
+        self.device = device_of(workspace.machine)
 
     def of(self, workspace: Workspace) -> Models:
         """The models of another workspace on this machine."""
@@ -89,18 +87,13 @@ class Models:
     def get(self, role: Role) -> Tuned:
         """The SLM or the LLM with an adapter of the agreed shape (whatever values it last had)."""
         if role not in self._roles:
-            settings, machine = self._workspace.agreement.model_of(role), self._workspace.machine
-            folder, compute = self._folder(role, settings), self._dtype(role)
-            key = (
-                folder.resolve(),
-                compute,
-                settings.lora.model_dump_json(),
-                self.device,
-                machine.gradient_checkpointing,
-            )
+            workspace = self._workspace
+            lora, checkpointing = workspace.agreement.model_of(role).lora, workspace.machine.gradient_checkpointing
+            folder, precisions = bases.folder(workspace, role), precision(workspace, role, self.device)
+            key = (folder.resolve(), precisions, lora.model_dump_json(), self.device, checkpointing)
             if key not in self._loaded:
                 with naming_memory_knobs():
-                    self._loaded[key] = self._load(role, folder, compute)
+                    self._loaded[key] = self._load(role, folder, precisions)
             self._roles[role] = replace(self._loaded[key], role=role)
         return self._roles[role]
 
@@ -124,16 +117,9 @@ class Models:
         adapters.put(tuned.model, read_adapter(artefact, adapters.layout(tuned.model), lora))
         return tuned
 
-    def _dtype(self, role: Role) -> torch.dtype:
-        wanted = self._workspace.machine.dtype or self._workspace.agreement.model_of(role).dtype
-        if wanted == "auto":
-            return torch.bfloat16 if _has_fast_bfloat16(self.device) else torch.float32
-        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-
-    def _load(self, role: Role, folder: Path, compute: torch.dtype) -> Tuned:
+    def _load(self, role: Role, folder: Path, precisions: tuple[torch.dtype, torch.dtype]) -> Tuned:
         settings = self._workspace.agreement.model_of(role)
-        # bfloat16 weights are faster on a GPU; on a CPU float32 weights under autocast are, and serve evaluation too.
-        dtype = compute if self.device.type == "cuda" else torch.float32
+        compute, dtype = precisions
         try:
             with quiet.libraries():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -156,39 +142,26 @@ class Models:
             autocast=compute == torch.bfloat16,
         )
 
-    def _folder(self, role: Role, settings: Model) -> Path:
-        """Where the base lies: machine.toml's own path, the workspace, or the hub's cache (fetched if need be)."""
-        override = getattr(self._workspace.machine.models, role)
-        local = self._workspace.local(override or settings.model)
-        if local.is_dir():
-            return local
-        if override or settings.model.startswith((".", "/", "~")):
-            mend = f"put the model there, or set models.{role} in machine.toml"
-            raise NotReady(f"the {role.upper()}'s folder is not there", where=local, mend=mend)
-        patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
-        try:
-            folder = Path(
-                snapshot_download(
-                    settings.model, revision=settings.revision, allow_patterns=[*patterns, "*.safetensors"]
-                )
-            )
-            if not any(folder.glob("*.safetensors")):
-                snapshot_download(settings.model, revision=settings.revision, allow_patterns=[*patterns, "*.bin"])
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-            mend = f"fetch it where there is a network, or set models.{role} in machine.toml to a local folder"
-            raise NotReady(
-                f"the {role.upper()} {settings.model} is neither here nor on the hub: {error}", mend=mend
-            ) from error
-        return folder
 
-
-def _device(wanted: str) -> torch.device:
+def device_of(machine: Machine) -> torch.device:
+    """The device that a machine's settings ask for. Raises UsageProblem if it has none such."""
+    wanted = machine.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     kind = wanted.partition(":")[0]  # the command line shows CUDA the one GPU that was chosen
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UsageProblem(f"there is no device {wanted} here", mend="give --device cpu, or auto")
     return torch.device(kind)
+
+
+def precision(workspace: Workspace, role: Role, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """The types that a base model computes in and is kept in."""
+    wanted = workspace.machine.dtype or workspace.agreement.model_of(role).dtype
+    if wanted == "auto":
+        wanted = "bfloat16" if _has_fast_bfloat16(device) else "float32"
+    compute = torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    # bfloat16 weights are faster on a GPU; on a CPU float32 weights under autocast are, and serve evaluation too.
+    return compute, compute if device.type == "cuda" else torch.float32
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:

@@ -121,7 +121,10 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
             f"the data of task {name} is not there: {error}", where=where, mend="check data_files in its task file"
         ) from error
     except (ConnectionError, OSError) as error:
-        mend = "fetch it on a machine with a network, or point its task file at local files (see the workspace README)"
+        mend = (
+            "`fedcollm prefetch` where there is a network, "
+            "or point its task file at local files (see the workspace README)"
+        )
         raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", where=where, mend=mend) from error
     except Exception as error:  # whatever a mistake in a task file makes lm-eval, datasets or jinja raise
         raise _mistaken(name, error, where) from error

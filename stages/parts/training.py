@@ -77,8 +77,7 @@ def schedule(examples: int, budget: Budget, seed: int) -> list[list[int]]:
 
     Shuffled passes one after the other, cut into steps of equal size; the last is filled from one more pass.
     """
-    rows = budget.rows_per_step
-    steps = budget.steps_for(examples)
+    rows, steps = budget.rows_per_step, budget.steps_for(examples)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < steps * rows:

@@ -20,7 +20,7 @@ from stages.parts.workspace import Workspace
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 READS = set(COMMANDS) - {"init", "demo"}
-WRITES = set(COMMANDS) - {"status", "demo", "compare"}
+WRITES = set(COMMANDS) - {"status", "demo", "compare", "plan", "comm-cost"}
 STAGES = {
     "broadcast": ("broadcast --round 1", "exchange/round-0001/broadcast"),
     "client-train": ("client-train --client 2 --round 1", "exchange/round-0001/client-2"),

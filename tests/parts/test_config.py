@@ -12,9 +12,10 @@ import pytest
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from builders import AGREEMENT, ROOT
-from stages.init import PRESETS, init
+from stages.init import init
 from stages.parts.config import Agreement, Machine, Settings, parse
 from stages.parts.errors import UsageProblem
+from stages.parts.paper import PRESETS
 
 TEMPLATE = ROOT / "workspace_template"
 KINDS: dict[str, type[Settings]] = {"fedcollm.toml": Agreement, "machine.toml": Machine}

@@ -23,7 +23,8 @@ CHAINS = {"run", "demo", "compare", "sweep"}
 
 def floors() -> dict[str, list[str]]:
     """The parts in the order of the docstring of stages.parts, by floor."""
-    found = re.findall(r"(plain|with NumPy|with torch|with lm-eval|the demo's): ([\w, ]+)", stages.parts.__doc__ or "")
+    text = re.sub(r",\n +", ", ", stages.parts.__doc__ or "")
+    found = re.findall(r"(plain|with NumPy|with torch|with lm-eval|the demo's): ([\w, ]+)", text)
     return {floor: names.split(", ") for floor, names in found}
 
 

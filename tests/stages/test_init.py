@@ -95,3 +95,27 @@ def test_an_unknown_template_is_refused_naming_those_there_are(
     assert "no template 's4'" in outcome.err
     assert "demo, blank, s1, s2, s3" in outcome.err
     assert not (tmp_path / "study").exists()
+
+
+def test_tasks_that_are_asked_for_are_trained_and_scored(tmp_path: Path, fedcollm: Callable[..., Outcome]) -> None:
+    assert fedcollm("init", tmp_path / "one", "--template", "s1", "--task", "openbookqa").code == 0
+    agreement = Workspace(tmp_path / "one").agreement
+    assert (agreement.data.tasks, agreement.evaluation.tasks) == (["openbookqa"], ["openbookqa"])
+    two = init(tmp_path / "two", tasks=["arc_easy", "commonsense_qa"]).agreement
+    assert two.data.tasks == two.evaluation.tasks == ["arc_easy", "commonsense_qa"]
+
+
+@pytest.mark.parametrize("name", ["", "arc easy", 'arc"', "tasks/arc_easy.yaml", "-x"])
+def test_what_is_no_name_of_a_task_is_refused(name: str, tmp_path: Path, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm("init", tmp_path / "study", f"--task={name}")
+    assert outcome.code == 2
+    assert f"{name!r} is not a task's name" in outcome.err
+    assert "such as --task arc_easy" in outcome.err
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_demo_takes_no_other_tasks(tmp_path: Path, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm("init", tmp_path / "study", "--template", "demo", "--task", "arc_easy")
+    assert outcome.code == 2
+    assert "the demo has tasks of its own" in outcome.err
+    assert "leave --task out" in outcome.err

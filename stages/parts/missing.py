@@ -1,0 +1,62 @@
+"""What a workspace names and this machine does not have: models, data, tasks' datasets, each with what mends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stages.parts import bases, tasks
+from stages.parts.errors import Problem
+from stages.parts.workspace import AGREEMENT, Workspace
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What is not here, and the command or the act that mends it."""
+
+    what: str
+    mend: str
+
+
+def missing(workspace: Workspace) -> list[Missing]:
+    """All of it; the hub is not asked. Data of other parties are not missing where one party's are here."""
+    return [
+        *_model(workspace, "slm", "of every party"),
+        *_model(workspace, "llm", "of the server alone"),
+        *_data(workspace),
+        *_tasks(workspace),
+    ]
+
+
+def _model(workspace: Workspace, role: Literal["slm", "llm"], whose: str) -> list[Missing]:
+    if bases.whole_folder(workspace, role):
+        return []
+    what = f"the {role.upper()} {workspace.agreement.model_of(role).model}, {whose}"
+    if own := bases.own_folder(workspace, role):
+        return [Missing(what, f"put it into {workspace.shown(own)}, or set models.{role} in machine.toml")]
+    return [Missing(what, f"fedcollm prefetch --model {role}")]
+
+
+def _data(workspace: Workspace) -> list[Missing]:
+    parties = [workspace.auxiliary_data, *(workspace.client_data(k) for k in workspace.clients)]
+    if any(path.exists() for path in parties):
+        return []
+    data = workspace.agreement.data
+    if not (data.tasks or data.files):
+        mend = f"put JSONL rows into {workspace.shown(parties[1])} and so on, or name tasks in [data] of {AGREEMENT}"
+        return [Missing("training data", mend)]
+    absent = [name for name in data.files if not workspace.local(name).exists()]
+    if absent:
+        return [Missing(f"the data file {name}", f"correct data.files in {AGREEMENT}") for name in absent]
+    return [Missing("training data", "fedcollm prepare")]
+
+
+def _tasks(workspace: Workspace) -> list[Missing]:
+    found = []
+    for name in dict.fromkeys([*workspace.agreement.data.tasks, *workspace.agreement.evaluation.tasks]):
+        try:
+            with bases.offline():
+                tasks.load(workspace, [name])
+        except Problem as problem:
+            found.append(Missing(problem.message.splitlines()[0], problem.mend or ""))
+    return found

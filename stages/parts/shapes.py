@@ -1,0 +1,128 @@
+"""Base models with their adapters in form only: parameters and bytes, counted on the meta device, no weights read."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stages.parts import adapters, bases, paper, quiet
+from stages.parts.adapter_files import Layout
+from stages.parts.config import Lora, Model
+from stages.parts.errors import NotReady, UsageProblem
+from stages.parts.models import Role
+from stages.parts.workspace import AGREEMENT, Workspace
+
+FLOAT32_BYTES = 4
+DTYPE_BYTES = {"float32": FLOAT32_BYTES, "float16": 2, "bfloat16": 2}
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SHIPPED = "shipped with fedcollm"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A base model with its adapter, in form only.
+
+    stored_dtype: of the weights as they were published, where that is known. came_from: where its configuration lies.
+    """
+
+    model: PeftModel
+    parameters: int
+    layout: Layout
+    stored_dtype: str | None
+    came_from: str
+
+    @property
+    def adapter_parameters(self) -> int:
+        """What travels, or is trained."""
+        return adapters.count(self.model)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model takes, in tokens."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+def of_workspace(workspace: Workspace, role: Role, dtype: torch.dtype = torch.float32) -> Shape:
+    """The agreed model, by the configuration that is here, or else the shipped one of a base model of the paper.
+
+    Raises NotReady where there is neither.
+    """
+    settings = workspace.agreement.model_of(role)
+    shipped = None if bases.own_folder(workspace, role) else paper.checkpoints().get(settings.model)
+    if found := bases.configuration(workspace, role):
+        try:
+            config = AutoConfig.from_pretrained(found)
+        except (OSError, ValueError) as error:
+            message = f"the {role.upper()}'s configuration cannot be read: {error}"
+            raise UsageProblem(message, where=found, mend=f"check {role}.model in fedcollm.toml") from error
+        stored = _stored_dtype(found, config) or (shipped.stored_dtype if shipped else None)
+        came_from = workspace.shown(found / "config.json")
+    elif shipped:
+        config, stored, came_from = AutoConfig.for_model(**shipped.config), shipped.stored_dtype, SHIPPED
+    else:
+        mend = f"`fedcollm prefetch --model {role}` where there is a network, or set models.{role} in machine.toml"
+        raise NotReady(f"the configuration of the {role.upper()} {settings.model} is not here", mend=mend)
+    return _shape(config, settings, stored, came_from, dtype, workspace)
+
+
+def _stored_dtype(folder: Path, config: Any) -> str | None:
+    """The type of the largest tensor of the weights, if they are here as safetensors; else what the configuration says.
+
+    Weights are not read, only the header that describes them.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (not a dict)
+            largest = max(slices, key=lambda one: math.prod(one.get_shape()))
+            return DTYPE_NAMES.get(largest.get_dtype())
+    said = config.dtype
+    return None if said is None else str(said).removeprefix("torch.")
+
+
+def of_paper(setting: str, role: Role) -> Shape:
+    """A base model of the paper with the adapter of its setting: s1, s2 or s3."""
+    preset = paper.SETTINGS[setting]
+    checkpoint = paper.checkpoints()[preset.slm if role == "slm" else preset.llm]
+    lora = Lora(r=preset.rank, alpha=2 * preset.rank, target_modules=list(preset.target_modules))
+    settings = Model(model=checkpoint.model, lora=lora)
+    config = AutoConfig.for_model(**checkpoint.config)
+    return _shape(config, settings, checkpoint.stored_dtype, SHIPPED, torch.float32, None)
+
+
+def _shape(
+    config: Any, settings: Model, stored: str | None, came_from: str, dtype: torch.dtype, workspace: Workspace | None
+) -> Shape:
+    with torch.device("meta"), quiet.libraries():
+        base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    base.config.use_cache = False
+    if workspace and workspace.machine.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    with torch.device("meta"):
+        model = adapters.attach(base, settings, where=workspace.root / AGREEMENT if workspace else None)
+    return Shape(model, parameters, adapters.layout(model), stored, came_from)
+
+
+def weight_bytes(shape: Shape) -> int:
+    """The base's weights as they are held in memory; the adapter not counted."""
+    adapter = sum(parameter.nbytes for parameter in shape.model.parameters() if parameter.requires_grad)
+    return sum(parameter.nbytes for parameter in shape.model.parameters()) - adapter
+
+
+def file_bytes(layout: Layout) -> int:
+    """The size of adapter_model.safetensors: a length of 8 bytes, a header padded to 8, and float32 values."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(layout):
+        start, end = end, end + FLOAT32_BYTES * torch.Size(layout[name]).numel()
+        header[name] = {"dtype": "F32", "shape": list(layout[name]), "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + end

@@ -1,0 +1,335 @@
+"""plan: what each stage will take on this machine, and what is missing here, before anything is loaded or fetched.
+
+Reads the settings, the configurations of the base models, and the rows and tokenizer if they are here; asks no hub.
+Writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stages.parts import bases
+from stages.parts.config import Budget, Distillation
+from stages.parts.errors import NotReady, UsageProblem
+from stages.parts.rows import encode_row, read_rows
+from stages.parts.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.parts.memory import Step
+    from stages.parts.missing import Missing
+    from stages.parts.objective import Losses
+    from stages.parts.shapes import Shape
+
+Role = Literal["slm", "llm"]
+ROLES: tuple[Role, ...] = ("slm", "llm")
+
+ANSWER_TOKENS = 16
+"""Of a row, where neither rows nor a tokenizer are here to tell; few answers of the paper's four tasks are longer."""
+CHECKPOINTS = 2
+"""How many a training stage keeps at most while it runs."""
+ADAM_BYTES = 8
+"""Of AdamW's two float32 averages, for each parameter that is trained."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model of the agreement. came_from: where its configuration lies; stored_bytes: on disk, if known."""
+
+    role: Role
+    model: str
+    parameters: int
+    adapter_parameters: int
+    adapter_bytes: int
+    stored_bytes: int | None
+    came_from: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One run of a stage: where, on how many rows in how many steps, its largest batch, its memory in bytes.
+
+    rows, steps: the fewest and the most of all clients; None if unknown. length, answers: tokens of a row and of its
+    answer. memory: bytes by part; empty where a model's configuration is not here.
+    """
+
+    name: str
+    party: str
+    rows: tuple[int, int] | None = None
+    steps: tuple[int, int] | None = None
+    batch: int | None = None
+    length: int | None = None
+    answers: int | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole federation.
+
+    sent: bytes that a client, and the server, sends in a round; each receives as many. disk: bytes by part, of all
+    rounds and parties in one folder.
+    """
+
+    device: str
+    clients: int
+    rounds: int
+    models: list[BaseModel]
+    stages: list[StagePlan]
+    sent: Mapping[str, int]
+    disk: Mapping[str, int]
+    missing: list[Missing]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of parties' rows: the fewest and the most of a party, and the longest row and answer, in tokens."""
+
+    fewest: int
+    most: int
+    length: int | None
+    answers: int | None
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What is known on this machine; length: of a row, if that was asked for."""
+
+    workspace: Workspace
+    device: torch.device
+    shapes: Mapping[Role, Shape]
+    length: int | None
+
+
+def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
+    """What lies ahead. length: plan for rows of so many tokens, instead of the longest row here or max_length.
+
+    Raises UsageProblem where the settings ask for what cannot be: a device, target modules, a configuration.
+    """
+    from stages.parts import models, shapes
+    from stages.parts.missing import missing
+
+    device = models.device_of(workspace.machine)
+    found: dict[Role, Shape] = {}
+    for role in ROLES:
+        kept_in = models.precision(workspace, role, device)[1]
+        try:
+            found[role] = shapes.of_workspace(workspace, role, kept_in)
+        except NotReady:
+            continue  # it is among the missing
+    here = _Here(workspace, device, found, length)
+    if length is not None and not 2 <= length <= _context(here):
+        message = f"rows of {length} tokens: a row has 2 at least, and these models take {_context(here)}"
+        raise UsageProblem(message, mend="give another --length, or leave it out")
+    tokenizer = _tokenizer(workspace)
+    clients = _rows([workspace.client_data(k) for k in workspace.clients], tokenizer)
+    auxiliary = _rows([workspace.auxiliary_data], tokenizer)
+    stages = [_client_train(here, clients), _aggregate(here), _co_distill(here, auxiliary)]
+    return Plan(
+        str(device),
+        len(workspace.clients),
+        workspace.agreement.federation.rounds,
+        [_base_model(here, role) for role in found],
+        [*stages, *(_evaluate(here, role, clients or auxiliary) for role in ROLES)],
+        _sent(here),
+        _disk(here),
+        missing(workspace),
+    )
+
+
+# --- the stages
+
+
+def _client_train(here: _Here, rows: _Rows | None) -> StagePlan:
+    from stages.parts.objective import task_loss
+
+    return _training("client-train", "each client", here, here.workspace.agreement.client_training, rows, task_loss)
+
+
+def _co_distill(here: _Here, rows: _Rows | None) -> StagePlan:
+    from stages.parts.objective import mutual_losses
+
+    budget = here.workspace.agreement.distillation
+    return _training("co-distill", "server", here, budget, rows, mutual_losses(budget))
+
+
+def _training(name: str, party: str, here: _Here, budget: Budget, rows: _Rows | None, losses: Losses) -> StagePlan:
+    """A training stage: with the settings of distillation, of both models."""
+    is_mutual = isinstance(budget, Distillation)
+    wanted = {role: shape for role, shape in here.shapes.items() if is_mutual or role == "slm"}
+    tokens = _length(here, budget, rows)
+    answers = min((rows and rows.answers) or ANSWER_TOKENS, tokens - 1)
+    batch = min(budget.batch_size, here.workspace.machine.micro_batch or budget.batch_size)
+    takes: dict[str, int] = {}
+    if len(wanted) == (2 if is_mutual else 1):
+        turns = ROLES if isinstance(budget, Distillation) and budget.order == "alternating" else (None,)
+        sized = {"rows": batch, "length": tokens, "answers": answers}
+        steps = [_step(here, wanted, losses, sized, turn) for turn in turns]
+        takes = _of_training(wanted, max(steps, key=lambda step: step.activations + step.logits + step.transient))
+    counted = (rows.fewest, rows.most) if rows else None
+    fewest, most = counted or ((1, 1) if budget.steps else (None, None))  # a budget in steps is the same for any rows
+    steps_of = (budget.steps_for(fewest), budget.steps_for(most)) if fewest and most else None
+    return StagePlan(name, party, counted, steps_of, batch, tokens, answers, takes)
+
+
+def _step(
+    here: _Here, wanted: Mapping[Role, Shape], losses: Losses, sized: Mapping[str, int], turn: Role | None
+) -> Step:
+    import torch
+
+    from stages.parts import memory, models
+
+    computes = {role: models.precision(here.workspace, role, here.device)[0] for role in wanted}
+    return memory.training_step(
+        {str(role): shape for role, shape in wanted.items()},
+        losses,
+        rows=sized["rows"],
+        length=sized["length"],
+        answers=sized["answers"],
+        device=_counted_on(here.device),
+        autocast={role: dtype == torch.bfloat16 for role, dtype in computes.items()},
+        turn=turn,
+    )
+
+
+def _of_training(wanted: Mapping[Role, Shape], step: Step) -> dict[str, int]:
+    from stages.parts import shapes
+
+    trained = sum(shape.adapter_parameters for shape in wanted.values())
+    return {
+        "weights": sum(shapes.weight_bytes(shape) for shape in wanted.values()),
+        "adapters": shapes.FLOAT32_BYTES * trained,
+        "gradients": shapes.FLOAT32_BYTES * trained,
+        "optimiser": ADAM_BYTES * trained,
+        "activations": step.activations,
+        "logits": step.logits,
+        "transient": step.transient,
+    }
+
+
+def _aggregate(here: _Here) -> StagePlan:
+    """The broadcast and two updates as bytes, one more twice while it is parsed; sums in float64. Never all clients."""
+    from stages.parts import shapes
+
+    takes = {}
+    if "slm" in here.shapes:
+        values = shapes.FLOAT32_BYTES * here.shapes["slm"].adapter_parameters
+        takes = {"adapters": 5 * values, "sums": 2 * values}
+    return StagePlan("aggregate", "server", memory=takes)
+
+
+def _evaluate(here: _Here, role: Role, rows: _Rows | None) -> StagePlan:
+    from stages.parts import memory, shapes
+
+    batch = here.workspace.agreement.evaluation.batch_size
+    tokens = _length(here, here.workspace.agreement.client_training, rows)
+    takes = {}
+    if shape := here.shapes.get(role):
+        step = memory.scoring_step(shape, rows=batch, length=tokens, device=_counted_on(here.device))
+        takes = {
+            "weights": shapes.weight_bytes(shape),
+            "adapters": shapes.FLOAT32_BYTES * shape.adapter_parameters,
+            "logits": step.logits,
+            "transient": step.transient,
+        }
+    party = "server" if role == "llm" else "server, clients"
+    return StagePlan(f"evaluate {role}", party, batch=batch, length=tokens, memory=takes)
+
+
+def _counted_on(device: torch.device) -> torch.device:
+    """Where fake tensors pretend to be: torch has no such kernels for Apple's GPUs."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+# --- rows
+
+
+def _tokenizer(workspace: Workspace) -> Any:
+    """The SLM's tokenizer, or None where it is not here."""
+    from transformers import AutoTokenizer
+
+    from stages.parts import quiet
+
+    folder = bases.configuration(workspace, "slm")
+    if folder is None:
+        return None
+    try:
+        with quiet.libraries():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def _rows(paths: list[Path], tokenizer: Any) -> _Rows | None:
+    """What is known of these parties' rows; None if none of them has rows here."""
+    found = [read_rows(path)[0] for path in paths if path.exists()]
+    if not found:
+        return None
+    counts = [len(rows) for rows in found]
+    if tokenizer is None:
+        return _Rows(min(counts), max(counts), None, None)
+    examples = [encode_row(row, tokenizer) for rows in found for row in rows]
+    longest, answer = max(len(one.input_ids) for one in examples), max(one.answer_tokens for one in examples)
+    return _Rows(min(counts), max(counts), longest, answer)
+
+
+def _length(here: _Here, budget: Budget, rows: _Rows | None) -> int:
+    """Tokens of a row: as asked, or of the longest row here, or max_length; never more than is trained on."""
+    most = min(budget.max_length, _context(here))
+    return here.length or max(2, min(most, (rows and rows.length) or most))
+
+
+def _context(here: _Here) -> int:
+    return min((shape.context for shape in here.shapes.values()), default=1 << 30)
+
+
+# --- what travels, what stays
+
+
+def _base_model(here: _Here, role: Role) -> BaseModel:
+    from stages.parts import models, shapes
+
+    shape = here.shapes[role]
+    stored = shapes.DTYPE_BYTES.get(shape.stored_dtype or "")
+    return BaseModel(
+        role,
+        here.workspace.agreement.model_of(role).model,
+        shape.parameters,
+        shape.adapter_parameters,
+        shapes.file_bytes(shape.layout),
+        stored * shape.parameters if stored else None,
+        shape.came_from,
+        str(models.precision(here.workspace, role, here.device)[0]).removeprefix("torch."),
+    )
+
+
+def _sent(here: _Here) -> dict[str, int]:
+    from stages.parts import shapes
+
+    if "slm" not in here.shapes:
+        return {}
+    size_bytes = shapes.file_bytes(here.shapes["slm"].layout)
+    return {"client": size_bytes, "server": len(here.workspace.clients) * size_bytes}
+
+
+def _disk(here: _Here) -> dict[str, int]:
+    """exchange: a broadcast and K updates a round. server: aggregate, slm, llm. checkpoints: while co-distill runs."""
+    from stages.parts import shapes
+
+    if len(here.shapes) < len(ROLES):
+        return {}
+    slm, llm = (shapes.file_bytes(here.shapes[role].layout) for role in ROLES)
+    federation = here.workspace.agreement.federation
+    trained = sum(shape.adapter_parameters for shape in here.shapes.values())
+    return {
+        "exchange": federation.rounds * (1 + federation.clients) * slm,
+        "server": federation.rounds * (2 * slm + llm),
+        "checkpoints": CHECKPOINTS * (shapes.FLOAT32_BYTES + ADAM_BYTES) * trained,
+    }

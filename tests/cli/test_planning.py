@@ -1,0 +1,143 @@
+"""plan, prefetch and comm-cost as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from builders import Outcome, edit, published
+from fedcollm_cli.planning import shown
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_182_680, "1.18 MB"), (999_600, "1 MB"), (26_953_662_464, "27 GB")],
+)
+def test_bytes_are_shown_in_decimal_units(size: int, text: str) -> None:
+    assert shown(size) == text
+
+
+def cells(text: str, label: str) -> list[str]:
+    """The cells of the one row of a table that begins with this label."""
+    (line,) = [line for line in text.splitlines() if line.strip("│ ").startswith(label)]
+    return [cell.strip() for cell in line.strip().strip("│").split("│")][1:]
+
+
+def test_plan_tells_steps_memory_bytes_and_what_is_missing(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    (workspace_folder / "data/test.jsonl").unlink()
+    before = published(workspace_folder)
+    outcome = fedcollm("plan", "-w", workspace_folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert cells(outcome.out, "client-train")[:3] == ["each client", "12", "6"]
+    assert len(cells(outcome.out, "activations")) == 5
+    size = json.loads(fedcollm("plan", "--json", "-w", workspace_folder).out)["sent"]["client"]
+    assert f"each client receives {shown(size)} and sends {shown(size)}" in outcome.out
+    assert "missing here: the data of task colours is not there" in " ".join(outcome.out.split())
+    assert "mend  check data_files in its task file" in outcome.out
+    assert "not counted: the libraries" in outcome.out
+    assert published(workspace_folder) == before
+
+
+def test_plan_as_json_has_the_same_in_numbers(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    found = json.loads(fedcollm("plan", "--json", "--dtype", "bfloat16", "--length", 20, "-w", workspace_folder).out)
+    assert found["missing"] == []
+    assert [one["dtype"] for one in found["models"]] == ["bfloat16", "bfloat16"]
+    assert found["stages"][0]["length"] == 20
+    assert set(found["stages"][0]["memory"]) >= {"weights", "adapters", "optimiser", "activations", "logits"}
+
+
+def test_plan_says_that_nothing_is_missing(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    assert "nothing is missing here" in fedcollm("plan", "-w", workspace_folder).out
+
+
+def test_prefetch_says_what_was_here(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm("prefetch", "-w", workspace_folder)
+    assert outcome.out.splitlines() == [f"{name}: was here already" for name in ("models/slm", "models/llm", "colours")]
+    assert json.loads(fedcollm("prefetch", "--model", "slm", "--no-tasks", "--json", "-w", workspace_folder).out) == [
+        {"name": "models/slm", "was_here": True, "where": "models/slm"}
+    ]
+
+
+def test_prefetch_without_a_network_exits_3(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    edit(workspace_folder / "fedcollm.toml", '"models/slm"', '"nobody/nothing"')
+    outcome = fedcollm("prefetch", "-w", workspace_folder)
+    assert outcome.code == 3
+    assert "the SLM nobody/nothing is neither here nor on the hub" in outcome.err
+    assert "mend  `fedcollm prefetch --model slm` where there is a network" in outcome.err
+
+
+def test_comm_cost_has_a_row_for_each_round_and_party_and_their_sums(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("comm-cost", "-w", finished)
+    assert outcome.code == 0
+    lines = [line.strip("│ ").split() for line in outcome.out.splitlines() if "client-2" in line]
+    assert [line[0] for line in lines] == ["1", "2", "all"]
+    found = json.loads(fedcollm("comm-cost", "--json", "-w", finished).out)
+    total = next(one for one in found["totals"] if one["party"] == "client-2")
+    assert f"{total['sent_bytes']:,}" in lines[2]
+    assert total["sent_bytes"] == sum(
+        path.stat().st_size for path in (finished / "exchange").glob("round-*/client-2/*")
+    )
+
+
+def test_many_clients_are_summed_up(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    edit(finished / "fedcollm.toml", "clients = 3", "clients = 9")
+    outcome = fedcollm("comm-cost", "-w", finished)
+    broadcast = sum(path.stat().st_size for path in (finished / "exchange/round-0001/broadcast").iterdir())
+    assert "client-2" not in outcome.out
+    (line,) = [line for line in outcome.out.splitlines() if "9 clients" in line and line.strip("│ ").startswith("1")]
+    assert f"{9 * broadcast:,}" in line
+
+
+def test_before_the_first_round_comm_cost_says_what_a_round_will_send(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("comm-cost", "-w", workspace_folder)
+    assert outcome.code == 0
+    assert "nothing has travelled yet" in outcome.out
+    assert cells(outcome.out, "sent, parameters") == ["256"]
+    one_way, both = (cells(outcome.out, f"{way}, bytes")[0].replace(",", "") for way in ("one way", "there and back"))
+    assert int(both) == 2 * int(one_way)
+
+
+def test_table_3_needs_no_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fedcollm: Callable[..., Outcome]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = fedcollm("comm-cost", "--preset", "all")
+    assert outcome.code == 0
+    assert cells(outcome.out, "sent, parameters") == ["294,912", "3,145,728", "3,145,728"]
+    assert cells(outcome.out, "sent, %") == ["0.24", "0.24", "0.23"]
+    (one,) = json.loads(fedcollm("comm-cost", "--preset", "s3", "--json").out)
+    assert one["paper"]["percent"] == round(one["percent"], 2) == 0.23
+    assert fedcollm("comm-cost").code == 2
+
+
+def test_a_preset_and_a_workspace_exclude_each_other(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm("comm-cost", "--preset", "s1", "-w", workspace_folder)
+    assert outcome.code == 2
+    assert "leave --preset out" in outcome.err
+
+
+def test_a_damaged_manifest_is_named(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    (finished / "exchange/round-0001/client-1/manifest.json").write_text("{")
+    outcome = fedcollm("comm-cost", "-w", finished)
+    assert outcome.code == 4
+    assert "manifest.json is not valid JSON" in outcome.err
+
+
+def test_comm_cost_of_a_client_needs_no_data_and_no_weights(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    shutil.rmtree(finished / "private")
+    models = finished / "models"
+    config = (models / "slm" / "config.json").read_text()
+    models.unlink()
+    (models / "slm").mkdir(parents=True)
+    (models / "slm" / "config.json").write_text(config)
+    assert fedcollm("comm-cost", "-w", finished).code == 0
