@@ -24,6 +24,8 @@ def split(summary: dict[str, Any]) -> Table:
     dropped, in_test = summary["duplicates_dropped"], summary["also_in_test"]
     checked = "not compared with a test set" if in_test is None else f"{in_test} prompts are also in test"
     caption = f"{summary['rows']} rows, {dropped} duplicates dropped; {checked}"
+    if unlabelled := summary["auxiliary"]["unlabelled"]:
+        caption += f"; {unlabelled} of the server's rows are unlabelled"
     table = Table(title=f"split: {summary['split']}", caption=caption)
     for name in ("party", "rows", "answer labels", "sources"):
         table.add_column(name, justify="right" if name == "rows" else "left")

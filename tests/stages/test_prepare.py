@@ -201,6 +201,11 @@ def test_that_share_of_the_auxiliary_rows_and_of_no_others_loses_its_answers(
     assert summary["parties"]["server"]["rows"] == 10
 
 
+def test_the_table_tells_of_unlabelled_rows(bare: Path, fedcollm: Callable[..., Outcome]) -> None:
+    with_data(bare, 'tasks = ["colours"]\nunlabelled_share = 0.3')
+    assert "3 of the server's rows are unlabelled" in " ".join(fedcollm("prepare", "-w", bare).out.split())
+
+
 def test_which_answers_are_taken_is_drawn_from_the_federations_seed(bare: Path) -> None:
     write_questions(bare / "data/train.jsonl", list(range(200)))
     prepare(with_data(bare, 'tasks = ["colours"]\nunlabelled_share = 0.5'))
