@@ -200,6 +200,17 @@ def test_a_merge_that_forgets_the_adapter_is_not_published(finished: Path, monke
     assert list((finished / "exports").iterdir()) == []
 
 
+def test_a_tokenizer_that_arrives_otherwise_is_not_published(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapping(source: Path, target: Path) -> None:
+        text = source.read_text().replace('"red"', '"?"', 1).replace('"blue"', '"red"', 1).replace('"?"', '"blue"', 1)
+        target.write_text(text)
+
+    monkeypatch.setattr(shutil, "copyfile", swapping)
+    with pytest.raises(BadNumbers, match="the export's tokenizer is not the base's"):
+        export(Workspace(finished), round=2, merged=True)
+    assert list((finished / "exports").iterdir()) == []
+
+
 def test_an_adapter_that_changes_nothing_is_not_published(finished: Path) -> None:
     scale(finished / "private/server/round-0002/slm", 0)
     with pytest.raises(BadNumbers, match="its logits are the base's"):
