@@ -13,7 +13,7 @@ from builders import Family, tuned
 from stages.parts import adapters, batches, memory
 from stages.parts.config import Distillation
 from stages.parts.models import Tuned
-from stages.parts.objective import Losses, mutual_losses, task_loss
+from stages.parts.objective import Losses, Tokens, mutual_losses, task_loss
 from stages.parts.rows import Example
 from stages.parts.shapes import Shape
 
@@ -35,7 +35,7 @@ def loss_of(models: list[Tuned], losses: Losses, autocast: dict[str, bool]) -> t
     for one in models:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast[one.role]):
             logits[one.role] = batches.answer_logits(one.model, batch)
-    parts = losses(logits, batch["labels"], ROWS * ANSWERS)
+    parts = losses(logits, batch["labels"], Tokens(ROWS * ANSWERS, ROWS * ANSWERS))
     return torch.stack(list(parts.values())).sum(), sum(one.nbytes for one in logits.values())
 
 

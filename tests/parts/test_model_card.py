@@ -28,7 +28,7 @@ def card_of(folder: Path, model: str = "slm", *, client: int | None = None) -> s
     [
         ("slm", None, "then taught by the server's large one"),
         ("llm", None, "taught by the clients' averaged small one"),
-        ("aggregate", None, "The average of the clients' small models, before the large one has taught it"),
+        ("aggregate", None, "The average of the clients' small models. Made with FedCoLLM"),
         ("slm", 3, "The small model of client 3"),
     ],
 )
