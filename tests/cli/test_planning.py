@@ -158,12 +158,14 @@ class _Hub(BaseHTTPRequestHandler):
     """The four answers of a hub that fetching a model asks for."""
 
     folder: Path
+    asked: list[str]
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
         path, files = self.path.partition("?")[0], sorted(self.folder.iterdir())
+        self.asked.append(path)
         headers, status, content = {}, 200, b""
         wanted = self.folder / path.rpartition("/")[2]
         if path.startswith("/api/models/somebody/tiny/tree"):
@@ -189,22 +191,23 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(base_models: Path) -> Iterator[str]:
-    """The address of a hub that has the tests' SLM as somebody/tiny."""
-    handler = type("Handler", (_Hub,), {"folder": base_models / "slm"})
+def hub(base_models: Path) -> Iterator[tuple[str, list[str]]]:
+    """The address of a hub that has the tests' SLM as somebody/tiny, and what it has been asked for."""
+    asked: list[str] = []
+    handler = type("Handler", (_Hub,), {"folder": base_models / "slm", "asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield f"http://127.0.0.1:{server.server_port}", asked
     server.shutdown()
     server.server_close()
 
 
 @pytest.mark.slow
 def test_a_model_is_fetched_once_and_then_found_without_a_network(
-    workspace_folder: Path, hub: str, tmp_path: Path
+    workspace_folder: Path, hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:
     edit(workspace_folder / "fedcollm.toml", '"models/slm"', '"somebody/tiny"')
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub[0], "HF_HUB_DISABLE_XET": "1"}
 
     def go(offline: str, *words: str) -> str:
         command = [sys.executable, "-m", "fedcollm_cli", *words, "-w", str(workspace_folder)]
@@ -220,7 +223,14 @@ def test_a_model_is_fetched_once_and_then_found_without_a_network(
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "fedcollm prefetch --model slm" in go("0", "plan")  # which fetches nothing itself
+    task = workspace_folder / "tasks/colours.yaml"
+    local = task.read_text()
+    edit(task, "dataset_path: json", "dataset_path: somebody/questions")
+    planned = go("0", "plan")
+    assert "fedcollm prefetch --model slm" in planned
+    assert "the dataset of task colours cannot be loaded" in planned
+    assert hub[1] == []  # it asked for nothing
+    task.write_text(local)
     assert go("0", "prefetch", "--model", "slm", "--no-tasks") == "somebody/tiny: fetched\n"
     assert go("1", "prefetch", "--model", "slm") == "somebody/tiny: was here already\ncolours: was here already\n"
     assert "nothing is missing here" in go("1", "plan")
