@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 MOST_LISTED = 8
 """How many clients a table lists one by one; more are summed up."""
 LEFT_OUT = (
-    "not counted: the libraries themselves, the allocator's slack, reading the weights at the start, lm-eval's texts; "
-    "transient is on the high side, and batches of shorter rows take less"
+    "not counted: the libraries themselves, the allocator's slack, reading the weights at the start, lm-eval's texts "
+    "and questions longer than the rows; transient is on the high side, and batches of shorter rows take less"
 )
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages.parts import bases
 from stages.parts.config import Budget, Distillation
 from stages.parts.errors import NotReady, UsageProblem
-from stages.parts.rows import encode_row, read_rows
+from stages.parts.rows import Extent, extent
 from stages.parts.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -87,16 +86,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What is known of parties' rows: the fewest and the most of a party, and the longest row and answer, in tokens."""
-
-    fewest: int
-    most: int
-    length: int | None
-    answers: int | None
-
-
-@dataclass(frozen=True)
 class _Here:
     """What is known on this machine; length: of a row, if that was asked for."""
 
@@ -127,8 +116,8 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
         message = f"rows of {length} tokens: a row has 2 at least, and these models take {_context(here)}"
         raise UsageProblem(message, mend="give another --length, or leave it out")
     tokenizer = _tokenizer(workspace)
-    clients = _rows([workspace.client_data(k) for k in workspace.clients], tokenizer)
-    auxiliary = _rows([workspace.auxiliary_data], tokenizer)
+    clients = extent([workspace.client_data(k) for k in workspace.clients], tokenizer)
+    auxiliary = extent([workspace.auxiliary_data], tokenizer)
     stages = [_client_train(here, clients), _aggregate(here), _co_distill(here, auxiliary)]
     return Plan(
         str(device),
@@ -145,25 +134,25 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
 # --- the stages
 
 
-def _client_train(here: _Here, rows: _Rows | None) -> StagePlan:
+def _client_train(here: _Here, rows: Extent | None) -> StagePlan:
     from stages.parts.objective import task_loss
 
     return _training("client-train", "each client", here, here.workspace.agreement.client_training, rows, task_loss)
 
 
-def _co_distill(here: _Here, rows: _Rows | None) -> StagePlan:
+def _co_distill(here: _Here, rows: Extent | None) -> StagePlan:
     from stages.parts.objective import mutual_losses
 
     budget = here.workspace.agreement.distillation
     return _training("co-distill", "server", here, budget, rows, mutual_losses(budget))
 
 
-def _training(name: str, party: str, here: _Here, budget: Budget, rows: _Rows | None, losses: Losses) -> StagePlan:
+def _training(name: str, party: str, here: _Here, budget: Budget, rows: Extent | None, losses: Losses) -> StagePlan:
     """A training stage: with the settings of distillation, of both models."""
     is_mutual = isinstance(budget, Distillation)
     wanted = {role: shape for role, shape in here.shapes.items() if is_mutual or role == "slm"}
     tokens = _length(here, budget, rows)
-    answers = min((rows and rows.answers) or ANSWER_TOKENS, tokens - 1)
+    answers = min((rows and rows.longest_answer) or ANSWER_TOKENS, tokens - 1)
     batch = min(budget.batch_size, here.workspace.machine.micro_batch or budget.batch_size)
     takes: dict[str, int] = {}
     if len(wanted) == (2 if is_mutual else 1):
@@ -223,7 +212,7 @@ def _aggregate(here: _Here) -> StagePlan:
     return StagePlan("aggregate", "server", memory=takes)
 
 
-def _evaluate(here: _Here, role: Role, rows: _Rows | None) -> StagePlan:
+def _evaluate(here: _Here, role: Role, rows: Extent | None) -> StagePlan:
     from stages.parts import memory, shapes
 
     batch = here.workspace.agreement.evaluation.batch_size
@@ -267,23 +256,10 @@ def _tokenizer(workspace: Workspace) -> Any:
         return None
 
 
-def _rows(paths: list[Path], tokenizer: Any) -> _Rows | None:
-    """What is known of these parties' rows; None if none of them has rows here."""
-    found = [read_rows(path)[0] for path in paths if path.exists()]
-    if not found:
-        return None
-    counts = [len(rows) for rows in found]
-    if tokenizer is None:
-        return _Rows(min(counts), max(counts), None, None)
-    examples = [encode_row(row, tokenizer) for rows in found for row in rows]
-    longest, answer = max(len(one.input_ids) for one in examples), max(one.answer_tokens for one in examples)
-    return _Rows(min(counts), max(counts), longest, answer)
-
-
-def _length(here: _Here, budget: Budget, rows: _Rows | None) -> int:
+def _length(here: _Here, budget: Budget, rows: Extent | None) -> int:
     """Tokens of a row: as asked, or of the longest row here, or max_length; never more than is trained on."""
     most = min(budget.max_length, _context(here))
-    return here.length or max(2, min(most, (rows and rows.length) or most))
+    return here.length or max(2, min(most, (rows and rows.longest) or most))
 
 
 def _context(here: _Here) -> int:

@@ -2,8 +2,8 @@
 
 The step runs on fake tensors: every operation of the models and of the losses takes place in form only, so that what
 autograd keeps for the backward pass, and the most that lives at once, can be added up for any architecture, precision
-and batch, with no formula of our own. Backward kernels differ a little in what they need in passing: `transient` is on
-the high side.
+and batch, with no formula of our own. What autograd keeps includes the bfloat16 copies of the frozen weights that
+autocast makes on a CPU. Backward kernels differ a little in what they need in passing: `transient` is on the high side.
 """
 
 from __future__ import annotations

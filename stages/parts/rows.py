@@ -167,3 +167,26 @@ def encode_row(row: Row, tokenizer: Tokenizer) -> Example:
     whole = tokenizer.encode(row.prompt + row.completion, add_special_tokens=not is_spelled_out)
     # A tokenizer may merge across the border; the answer then starts where the prompt's own tokens end.
     return Example(whole, min(len(context), len(whole) - 1))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How many rows parties have, the fewest and the most, and the longest row and answer in tokens, if known."""
+
+    fewest: int
+    most: int
+    longest: int | None = None
+    longest_answer: int | None = None
+
+
+def extent(paths: Iterable[Path], tokenizer: Tokenizer | None) -> Extent | None:
+    """The extent of the files that are there; None if there is none of them. Raises Damaged as read_rows does."""
+    found = [read_rows(path)[0] for path in paths if path.exists()]
+    if not found:
+        return None
+    fewest, most = min(map(len, found)), max(map(len, found))
+    if tokenizer is None:
+        return Extent(fewest, most)
+    examples = [encode_row(row, tokenizer) for rows in found for row in rows]
+    longest = max(len(example.input_ids) for example in examples)
+    return Extent(fewest, most, longest, max(example.answer_tokens for example in examples))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from builders import Outcome, edit, published
+from builders import ROOT, Outcome, edit, published
 from fedcollm_cli.planning import shown
 
 
@@ -141,3 +147,90 @@ def test_comm_cost_of_a_client_needs_no_data_and_no_weights(finished: Path, fedc
     (models / "slm").mkdir(parents=True)
     (models / "slm" / "config.json").write_text(config)
     assert fedcollm("comm-cost", "-w", finished).code == 0
+
+
+# --- a hub of one model, on this machine
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The four answers of a hub that fetching a model asks for."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path, files = self.path.partition("?")[0], sorted(self.folder.iterdir())
+        self.asked.append(path)
+        headers, status, content = {}, 200, b""
+        wanted = self.folder / path.rpartition("/")[2]
+        if path.startswith("/api/models/somebody/tiny/tree"):
+            entries = [{"type": "file", "path": one.name, "size": one.stat().st_size, "oid": one.name} for one in files]
+            content = json.dumps(entries).encode()
+        elif path.startswith("/api/models/somebody/tiny"):
+            siblings = [{"rfilename": one.name} for one in files]
+            content = json.dumps({"id": "somebody/tiny", "sha": COMMIT, "siblings": siblings}).encode()
+        elif path.startswith("/somebody/tiny/resolve/") and wanted in files:
+            content = wanted.read_bytes()
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        else:
+            status = 404
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(base_models: Path) -> Iterator[tuple[str, list[str]]]:
+    """The address of a hub that has the tests' SLM as somebody/tiny, and what it has been asked for."""
+    asked: list[str] = []
+    handler = type("Handler", (_Hub,), {"folder": base_models / "slm", "asked": asked})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_a_model_is_fetched_once_and_then_found_without_a_network(
+    workspace_folder: Path, hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    edit(workspace_folder / "fedcollm.toml", '"models/slm"', '"somebody/tiny"')
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub[0], "HF_HUB_DISABLE_XET": "1"}
+
+    def go(offline: str, *words: str) -> str:
+        command = [sys.executable, "-m", "fedcollm_cli", *words, "-w", str(workspace_folder)]
+        done = subprocess.run(
+            command,
+            env=environment | {"HF_HUB_OFFLINE": offline},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    task = workspace_folder / "tasks/colours.yaml"
+    local = task.read_text()
+    edit(task, "dataset_path: json", "dataset_path: somebody/questions")
+    planned = go("0", "plan")
+    assert "fedcollm prefetch --model slm" in planned
+    assert "the dataset of task colours cannot be loaded" in planned
+    assert hub[1] == []  # it asked for nothing
+    task.write_text(local)
+    assert go("0", "prefetch", "--model", "slm", "--no-tasks") == "somebody/tiny: fetched\n"
+    assert go("1", "prefetch", "--model", "slm") == "somebody/tiny: was here already\ncolours: was here already\n"
+    assert "nothing is missing here" in go("1", "plan")

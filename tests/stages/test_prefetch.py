@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_a_dataset_that_cannot_be_fetched_is_named(workspace_folder: Path) -> No
 def test_a_folder_without_weights_is_not_taken_for_a_model(workspace_folder: Path, base_models: Path) -> None:
     (workspace_folder / "models").unlink()
     (workspace_folder / "models" / "slm").mkdir(parents=True)
+    shutil.copy(base_models / "slm" / "config.json", workspace_folder / "models" / "slm")
     with pytest.raises(NotReady, match="the SLM models/slm is here without its weights") as caught:
         prefetch(Workspace(workspace_folder), model="slm")
     assert caught.value.where == workspace_folder / "models" / "slm"
