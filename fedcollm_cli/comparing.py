@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -30,6 +31,7 @@ TITLES = {
     "clients": "the clients' own SLMs, mean of {clients} (the paper's Table 2)",
     "slm": "the server's SLM, which the clients would go on with",
 }
+SHORT = {"llm": "the LLM", "clients": "clients' own SLMs", "slm": "the server's SLM"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class Sheet:
 
     def drawn(self) -> Table:
         """For a terminal."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for number, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if number == 0 else "right")
+            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -198,40 +200,48 @@ def _accuracy(found: dict[str, Any]) -> str:
 
 
 def _differences(found: dict[str, Any]) -> Sheet:
-    lines = []
-    for name, rows in found["differences"].items():
-        for row, by_task in rows.items():
-            for task in _tasks(rows)[-1:]:
-                lines.append([f"{name}: FedCoLLM - {LABELS[row]}", *_difference(by_task[task])])
-    return Sheet("paired differences, points", ["difference", "mean ± error over seeds", "95 % interval", ""], lines)
+    """FedCoLLM minus each other method, over all questions: a column for each table."""
+    tables = found["differences"]
+    others = [row for row in LABELS if any(row in rows for rows in tables.values())]
+    lines = [
+        [LABELS[row], *(_difference(_overall(tables[name][row])) if row in tables[name] else "-" for name in tables)]
+        for row in others
+    ]
+    title = "FedCoLLM minus the other methods, points [95 % interval; * where it excludes zero]"
+    return Sheet(title, ["minus", *(SHORT[name] for name in tables)], lines)
 
 
-def _difference(found: dict[str, Any]) -> list[str]:
-    mean = 100 * found["mean"]
-    if found["half_width"] is None:
-        return [f"{mean:+.1f}", "unknown: one seed", ""]
-    half = 100 * found["half_width"]
-    reading = ("higher" if mean > 0 else "lower") if found["is_supported"] else "no difference shown"
-    return [f"{mean:+.1f} ± {100 * found['seeds_error']:.1f}", f"{mean - half:+.1f} to {mean + half:+.1f}", reading]
+def _overall(by_task: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = by_task[_tasks({"": by_task})[-1]]
+    return found
+
+
+def _difference(found: dict[str, Any]) -> str:
+    mean, half = 100 * found["mean"], found["half_width"]
+    if half is None:
+        return f"{mean:+.1f} (one seed)"
+    return f"{mean:+.1f} [{mean - 100 * half:.1f}, {mean + 100 * half:.1f}]{'*' if found['is_supported'] else ''}"
+
+
+def _bought(found: dict[str, Any]) -> str:
+    reading = "" if found["is_supported"] else ", not beyond its error bars"
+    return f"{100 * found['mean']:+.1f}{reading}"
 
 
 def _budgets(found: dict[str, Any]) -> Sheet:
     rows = []
     for method, parties in found["budgets"].items():
         clients = [done for party, done in parties.items() if party != "server"]
-        rows.append(
-            [LABELS[method], str(len(clients)), *(_range(clients, key) for key in ("steps", "examples", "tokens"))]
-        )
-        rows[-1] += [
-            str(parties["server"][key]) if "server" in parties else "-" for key in ("steps", "examples", "tokens")
-        ]
-    columns = [f"{party}: {key}" for party in ("each", "server") for key in ("steps", "examples", "tokens")]
-    return Sheet(f"what training took, {found['rounds']} rounds", ["method", "clients", *columns], rows)
+        server = [parties["server"]] if "server" in parties else []
+        each = [_range(clients, key) for key in ("steps", "examples", "tokens")]
+        rows.append([LABELS[method], *each, *(_range(server, key) for key in ("steps", "examples", "tokens"))])
+    columns = [f"{party} {key}" for party in ("client", "server") for key in ("steps", "examples", "tokens")]
+    return Sheet(f"what training took of each party, {found['rounds']} rounds together", ["method", *columns], rows)
 
 
 def _range(clients: Sequence[dict[str, int]], key: str) -> str:
     values = sorted({client[key] for client in clients})
-    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
+    return "-".join(map(str, dict.fromkeys([values[0], values[-1]]))) if values else "-"
 
 
 def notes(found: dict[str, Any]) -> list[str]:
@@ -246,9 +256,10 @@ def notes(found: dict[str, Any]) -> list[str]:
         + f"; {by_task[task]['questions']} questions, themselves a sample: ± {100 * by_task[task]['binomial']:.1f}",
     ]
     if "fedavg-aux" in found["tables"]["slm"]:
-        lines.append(
-            "FedAvg + D^a: the server trains both models on the auxiliary data without distillation (lambda = 0)"
-        )
+        lines.append("FedAvg + D^a: the server trains both models on the auxiliary data, without distillation")
+    if bought := {name: rows["fedavg-aux"] for name, rows in found["differences"].items() if "fedavg-aux" in rows}:
+        words = [f"{SHORT[name]} {_bought(_overall(by_task))}" for name, by_task in bought.items()]
+        lines.append(f"what distillation bought beyond that, in points: {'; '.join(words)}")
     if found["paper"]:
         lines.append(f"paper: setting {found['paper']['setting']}; {found['paper']['source']}")
     if found["absent"]:
