@@ -53,6 +53,7 @@ def compare(
     for runs in study.runs.values():
         budgets.check_equal(runs)
     measured = {table: _measured(study, table, metric) for table in evidence.ROWS}
+    tables = {table: _estimates(scores) for table, scores in measured.items()}
     return {
         "metric": metric,
         "seeds": study.seeds,
@@ -60,8 +61,8 @@ def compare(
         "absent": [method for method in evidence.METHODS if method not in study.methods],
         "clients": workspace.agreement.federation.clients,
         "rounds": workspace.agreement.federation.rounds,
-        "paper": _paper(paper, measured) if paper else None,
-        "tables": {table: _estimates(scores) for table, scores in measured.items()},
+        "paper": _paper(paper, tables) if paper else None,
+        "tables": tables,
         "differences": {table: _differences(scores) for table, scores in measured.items()},
         "budgets": _budgets(study),
     }
@@ -90,38 +91,51 @@ def run_all(
             run(own, method=method, models=models.of(own), report=report)
 
 
-def _measured(study: Study, table: Table, metric: str) -> dict[Row, Scores]:
-    """Every row of a table that the study has, with all tasks' questions together under ALL."""
+def _measured(study: Study, table: Table, metric: str) -> dict[Row, dict[str, Scores]]:
+    """Every row of a table that the study has, by subject, with all tasks' questions together under ALL."""
     from stages.parts import evidence
 
     rows = [row for row in evidence.ROWS[table] if row == "zero-shot" or row in study.methods]
     found = {row: evidence.scores(study, table, row, metric) for row in rows}
-    return {row: by_task | {ALL: np.concatenate(list(by_task.values()), axis=1)} for row, by_task in found.items()}
+    return {
+        row: {
+            subject: by_task | {ALL: np.concatenate(list(by_task.values()), axis=1)}
+            for subject, by_task in by_subject.items()
+        }
+        for row, by_subject in found.items()
+    }
 
 
-def _estimates(measured: dict[Row, Scores]) -> dict[str, Any]:
+def _estimates(measured: dict[Row, dict[str, Scores]]) -> dict[str, Any]:
+    """By row and task, over the mean of the subjects; and each subject's mean."""
+    from stages.parts.evidence import mean_of
     from stages.parts.statistics import estimate
 
     return {
         row: {
-            task: asdict(estimate(scores)) | {"by_seed": scores.mean(axis=1).tolist(), "questions": scores.shape[1]}
-            for task, scores in by_task.items()
+            task: asdict(estimate(scores))
+            | {
+                "by_seed": scores.mean(axis=1).tolist(),
+                "by_subject": {subject: float(found[task].mean()) for subject, found in by_subject.items()},
+                "questions": scores.shape[1],
+            }
+            for task, scores in mean_of(by_subject).items()
         }
-        for row, by_task in measured.items()
+        for row, by_subject in measured.items()
     }
 
 
-def _differences(measured: dict[Row, Scores]) -> dict[str, Any]:
+def _differences(measured: dict[Row, dict[str, Scores]]) -> dict[str, Any]:
     """FedCoLLM minus each other row, and whether the error bars support a difference."""
+    from stages.parts.evidence import mean_of
     from stages.parts.statistics import difference
 
-    if "fedcollm" not in measured:
+    means = {row: mean_of(by_subject) for row, by_subject in measured.items()}
+    own = means.pop("fedcollm", None)
+    if own is None:
         return {}
-    own = measured["fedcollm"]
     differences = {
-        row: {task: difference(own[task], scores) for task, scores in by_task.items()}
-        for row, by_task in measured.items()
-        if row != "fedcollm"
+        row: {task: difference(own[task], scores) for task, scores in by_task.items()} for row, by_task in means.items()
     }
     return {
         row: {task: asdict(found) | {"is_supported": found.is_supported} for task, found in by_task.items()}
@@ -137,24 +151,25 @@ def _budgets(study: Study) -> dict[str, Any]:
     return {method: {party: asdict(done) for party, done in spent(runs[method]).items()} for method in study.methods}
 
 
-def _paper(setting: str, measured: dict[Table, dict[Row, Scores]]) -> dict[str, Any]:
+def _paper(setting: str, tables: dict[Table, dict[str, Any]]) -> dict[str, Any]:
     """What the paper reports for the tasks that are here, in %, by table and row."""
     from stages.parts import paper
 
     known = paper.tables()["accuracy"]["llm"]
-    tasks = [task for task in measured["slm"]["zero-shot"] if task in known]
+    here = [task for task in tables["slm"]["zero-shot"] if task != ALL]
+    tasks = [task for task in here if task in known]
     if not tasks:
-        message = f"the paper has no task of this workspace: {', '.join(measured['slm']['zero-shot'])}"
+        message = f"the paper has no task of this workspace: {', '.join(here)}"
         raise UsageProblem(message, mend=f"the paper's are: {', '.join(known)}")
-    tables: dict[Table, Literal["llm", "slm"]] = {"llm": "llm", "clients": "slm"}
+    models: dict[Table, Literal["llm", "slm"]] = {"llm": "llm", "clients": "slm"}
     return {
         "setting": setting,
         "source": paper.tables()["source"],
         "tables": {
             table: {
                 row: {task: found for task in tasks if (found := paper.accuracy(setting, model, row, task)) is not None}
-                for row in measured[table]
+                for row in tables[table]
             }
-            for table, model in tables.items()
+            for table, model in models.items()
         },
     }

@@ -114,9 +114,8 @@ def _scores(study: Study, metric: str) -> dict[str, Any]:
 
     method = study.methods[0]
     tables: list[Table] = [table for table, rows in evidence.ROWS.items() if method in rows]
-    arrays = {
-        table: np.concatenate(list(evidence.scores(study, table, method, metric).values()), axis=1) for table in tables
-    }
+    means = {table: evidence.mean_of(evidence.scores(study, table, method, metric)) for table in tables}
+    arrays = {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
     return {"arrays": arrays, "scores": {table: asdict(estimate(found)) for table, found in arrays.items()}}
 
 

@@ -6,7 +6,8 @@ last round, of the agreement as it is now, of the adapter that is there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -58,7 +59,8 @@ class Study:
 def begun(workspace: Workspace) -> tuple[list[int], list[Method]]:
     """The seeds and methods that there is anything of."""
     own = workspace.agreement.federation
-    seeds = [own.seed, *(int(path.name.partition("-")[2]) for path in workspace.replica(0).parent.glob("seed-*"))]
+    names = [re.fullmatch(r"seed-(\d+)", path.name) for path in workspace.replica(0).parent.glob("*")]
+    seeds = [own.seed, *(int(found[1]) for found in names if found)]
     homes = [workspace.root, *(workspace.replica(seed) for seed in seeds)]
     methods = {path.parent.name for home in homes for path in home.glob(f"baselines/*/{AGREEMENT}")} | {own.method}
     return sorted(set(seeds)), [method for method in METHODS if method in methods]
@@ -87,27 +89,30 @@ def _run(method: Method, own: Workspace, root: Workspace) -> str:
     return f"fedcollm run --method {method}{inside}"
 
 
-def scores(study: Study, table: Table, row: Row, metric: str) -> Scores:
-    """The scores of one row of one table, by task. Zero-shot scores know no seed: [1, questions].
+def scores(study: Study, table: Table, row: Row, metric: str) -> dict[str, Scores]:
+    """The scores of one row of one table, by subject: "llm", or "client-1", "client-2", and so on.
 
-    Raises NotReady, with the command that makes it, for a result that is not there, UsageProblem for a metric that is
-    not a matter of right or wrong.
+    Zero-shot scores know no seed: [1, questions]. Raises NotReady, with the command that makes it, for a result that is
+    not there, UsageProblem for a metric that is not a matter of right or wrong.
     """
     if row == "zero-shot":
-        results = [[_result(study, study.root, None, "llm" if table == "llm" else "slm")]]
-    else:
-        results = [
-            [
-                _result(study, runs[row], runs[row].agreement.federation.rounds, subject)
-                for subject in _subjects(table, row, runs[row])
-            ]
-            for runs in study.runs.values()
-        ]
-    tasks = results[0][0]["tasks"]
+        subject = "llm" if table == "llm" else "slm"
+        return {subject: _scores([_result(study, study.root, None, subject)], metric)}
+    runs = [of_seed[row] for of_seed in study.runs.values()]
     return {
-        task: np.stack([np.mean([_correct(one, task, metric) for one in of_seed], axis=0) for of_seed in results])
-        for task in tasks
+        subject: _scores([_result(study, one, one.agreement.federation.rounds, subject) for one in runs], metric)
+        for subject in _subjects(table, row, runs[0])
     }
+
+
+def mean_of(by_subject: Mapping[str, Scores]) -> Scores:
+    """The mean over subjects, question by question: the paper's Table 2 is a mean over clients."""
+    first = next(iter(by_subject.values()))
+    return {task: np.mean([found[task] for found in by_subject.values()], axis=0) for task in first}
+
+
+def _scores(of_seeds: Sequence[dict[str, Any]], metric: str) -> Scores:
+    return {task: np.stack([_correct(one, task, metric) for one in of_seeds]) for task in of_seeds[0]["tasks"]}
 
 
 def _subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
