@@ -325,7 +325,7 @@ def status(
         from stages.status import status as stage
 
         found = stage(opened.workspace, verify=verify)
-        opened.console.result(views.status_value(found), views.status(found, workspace))
+        opened.console.result(views.status_value(found, workspace), views.status(found, workspace))
 
 
 @app.command()

@@ -101,9 +101,11 @@ def _summary(clients: list[Any]) -> str:
     return "; ".join(parts)
 
 
-def status_value(found: Status) -> dict[str, Any]:
+def status_value(found: Status, workspace: Path | None) -> dict[str, Any]:
     """The same for machines."""
-    return asdict(found)
+    from stages.status import with_workspace
+
+    return asdict(found) | {"next_command": with_workspace(found.next_command, workspace)}
 
 
 def demo(measured: dict[str, Any]) -> Group:

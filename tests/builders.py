@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -122,6 +124,31 @@ def make_workspace(folder: Path, base_models: Path) -> Path:
     return folder
 
 
+QUESTIONS = 20
+
+
+def make_study(folder: Path, base_models: Path) -> Path:
+    """A workspace to compare methods in: two clients with unequal data, counted in epochs, and questions on which even
+    a little training changes answers."""
+    make_workspace(folder, base_models)
+    toml = folder / "fedcollm.toml"
+    edit(toml, "clients = 3", "clients = 2")
+    edit(toml, "steps = 6", "epochs = 1.0")
+    edit(toml, "steps = 5", "epochs = 1.0")
+    toml.write_text(toml.read_text().replace("1e-2", "0.3"))
+    shutil.rmtree(folder / "private/client-3")
+    write_rows(folder / "private/client-1/train.jsonl", rows(11))
+    write_rows(folder / "private/client-2/train.jsonl", rows(5, start=20))
+    write_rows(folder / "private/server/auxiliary.jsonl", rows(7, start=30))
+    draw = random.Random(1)
+    asked = []
+    for _ in range(QUESTIONS):
+        words = draw.sample(WORDS, 9)
+        asked.append({"question": " ".join(words[:6]), "choices": words[6:], "answer": draw.randrange(3)})
+    (folder / "data/test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
+    return folder
+
+
 def edit(path: Path, old: str, new: str) -> None:
     """Replace a text that stands in a file exactly once."""
     text = path.read_text()
@@ -221,8 +248,6 @@ def random_adapter(layout: Layout, *, seed: int, scale: float = 0.1) -> Tensors:
 
 def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int = 0) -> list[Example]:
     """Rows of random tokens, each of so many prompt tokens and so many answer tokens."""
-    import random
-
     from stages.parts.rows import Example
 
     draw = random.Random(seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import WORDS, Outcome, make_workspace
+from builders import WORDS, Outcome, make_study, make_workspace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -78,6 +78,27 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -
     folder = make_workspace(tmp_path_factory.mktemp("finished") / "study", base_models)
     run(Workspace(folder), scores=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def studied_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
+    """A workspace with every method from the seeds 7 and 8, scored; made once, by what `compare --seeds 7,8` runs."""
+    import stages.parts.scoring
+    import stages.parts.training  # noqa: F401
+    from stages.compare import run_all
+    from stages.parts.evidence import METHODS
+    from stages.parts.workspace import Workspace
+
+    gc.freeze()
+    folder = make_study(tmp_path_factory.mktemp("studied") / "study", base_models)
+    run_all(Workspace(folder), seeds=[7, 8], methods=METHODS)
+    return folder
+
+
+@pytest.fixture
+def studied(studied_once: Path, tmp_path: Path) -> Path:
+    """Such a study of one's own."""
+    return shutil.copytree(studied_once, tmp_path / "study", symlinks=True)
 
 
 @pytest.fixture

@@ -31,8 +31,9 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
         made_by = f"fedcollm client-train --client {client} --round {round}"
     else:
         place = {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[model]
-        folder, stage = place(round), "aggregate" if model == "aggregate" else "co-distill"
-        made_by = f"fedcollm {stage} --round {round}"
+        step: Literal["aggregate", "co-distill"] = "aggregate" if model == "aggregate" else "co-distill"
+        workspace.check_step(step, round)
+        folder, stage, made_by = place(round), step, f"fedcollm {step} --round {round}"
     require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
     artefact = read_artefact(folder)
     check_belongs(artefact, workspace, stage=stage, round=round, client=client)

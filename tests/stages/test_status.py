@@ -141,7 +141,7 @@ def test_json_says_the_same_for_machines(answered: Path, fedcollm: Callable[...,
     first, second = found["rounds"]
     assert [step["condition"] for step in first["steps"]] == ["done"] * 4 + ["missing"] * 3
     assert [step["condition"] for step in second["steps"]] == ["missing"] * 7
-    assert found["next_command"] == "fedcollm aggregate --round 1"
+    assert found["next_command"] == f"fedcollm aggregate --round 1 --workspace {answered}"
 
 
 @pytest.mark.parametrize("words", [(), ("--verify",), ("--json",)])
