@@ -1,7 +1,6 @@
 """One way to train adapters, for clients and server alike: an objective, a schedule of rows, and Trainer.
 
-The order of the data is a list made beforehand from a seed, so that it does not depend on the process, and a stage that
-was killed goes on from its last checkpoint with the same rows in the same order.
+A stage that was killed goes on from its last checkpoint with the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.parts import files, quiet, trackers
@@ -25,8 +23,9 @@ from stages.parts.config import Budget, Machine
 from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import naming_memory_knobs
-from stages.parts.objective import Objective, Tokens
+from stages.parts.objective import Objective
 from stages.parts.rows import Example
+from stages.parts.schedule import MicroBatches, schedule
 from stages.parts.trackers import UNTRACKED, Tracking
 
 INPUTS, COMPLETE = "inputs.json", "complete"
@@ -70,49 +69,6 @@ class Outcome:
         return "  ".join(
             f"{name} {self.metrics[f'{name}_before']:.4g} -> {self.metrics[f'{name}_after']:.4g}" for name in names
         )
-
-
-def schedule(examples: int, budget: Budget, seed: int) -> list[list[int]]:
-    """Which examples each optimiser step sees, [steps][rows_per_step] indices.
-
-    Shuffled passes one after the other, cut into steps of equal size; the last is filled from one more pass.
-    """
-    rows, steps = budget.rows_per_step, budget.steps_for(examples)
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < steps * rows:
-        order += torch.randperm(examples, generator=generator).tolist()
-    return [order[start * rows : (start + 1) * rows] for start in range(steps)]
-
-
-class MicroBatches(Dataset[dict[str, Any]]):
-    """A schedule as Trainer's dataset: micro-batch after micro-batch, the same number for every step.
-
-    Each carries the Tokens of its whole step, which alone can say what share of the step's loss is its own.
-    """
-
-    def __init__(
-        self, steps: list[list[int]], examples: Sequence[Example], rows: int, objective: Objective, alternating: bool
-    ) -> None:
-        self.per_step = math.ceil(len(steps[0]) / rows)
-        turns = ("slm", "llm") if alternating else (None,)
-        self._items = [
-            (number, turn, chunk)
-            for number, step in enumerate(steps)
-            for turn in turns
-            for chunk in _even_chunks(step, self.per_step)
-        ]
-        self._tokens = [Tokens.of([examples[i] for i in step]) for step in steps]
-        self._examples = examples
-        self._objective = objective
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        step, turn, chunk = self._items[index]
-        batch = self._objective.collate([self._examples[i] for i in chunk], self._tokens[step])
-        return {**batch, **({"turn": turn} if turn else {})}
 
 
 def train(
@@ -295,11 +251,6 @@ def _step_of(checkpoint: Path | str | None) -> int:
 def _steps(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of _Watch, without those of Trainer's log, which names the epoch in each."""
     return [entry for entry in history if "epoch" not in entry]
-
-
-def _even_chunks(items: list[int], count: int) -> list[list[int]]:
-    bounds = [round(i * len(items) / count) for i in range(count + 1)]
-    return [items[bounds[i] : bounds[i + 1]] for i in range(count)]
 
 
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from stages.parts import training
+from stages.parts import schedule, training
 from stages.parts.config import ClientTraining, Machine
 from stages.parts.objective import Objective, task_loss
 from stages.parts.rows import Example
@@ -26,7 +26,7 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     if not arc.available():
         return [("skipped: the real data is not beside the checkout", "-", "-")]
     examples = arc.examples(256)
-    plan = training.schedule(len(examples), ClientTraining(steps=STEPS, batch_size=arc.BATCH), seed=1)
+    plan = schedule.schedule(len(examples), ClientTraining(steps=STEPS, batch_size=arc.BATCH), seed=1)
     runs = {
         "plain": lambda: plain(examples, plan),
         "float32": lambda: ours(examples, autocast=False),

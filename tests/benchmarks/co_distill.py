@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 
-from stages.parts import training
+from stages.parts import schedule, training
 from stages.parts.config import Distillation, Machine
 from stages.parts.losses import cross_entropy
 from stages.parts.models import Role, Tuned
@@ -27,7 +27,7 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     if not arc.available():
         return [("skipped: the real data is not beside the checkout", "-", "-")]
     examples = arc.examples(128)
-    plan = training.schedule(len(examples), SETTINGS, seed=1)
+    plan = schedule.schedule(len(examples), SETTINGS, seed=1)
     both: Sequence[Role] = ("slm", "llm")
     clocks = arc.in_turn(
         repeats,

@@ -16,7 +16,7 @@ from stages.parts.errors import BadNumbers
 from stages.parts.models import Tuned
 from stages.parts.objective import LOSS_SAMPLE, Objective, Tokens, mutual_losses, task_loss
 from stages.parts.rows import Example
-from stages.parts.training import MicroBatches
+from stages.parts.schedule import MicroBatches
 
 ROLES = pytest.mark.parametrize("role", ["slm", "llm"])
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2)])

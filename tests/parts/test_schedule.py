@@ -1,4 +1,4 @@
-"""training.schedule: which rows each optimiser step sees."""
+"""schedule: which rows each optimiser step sees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.parts.config import Distillation
-from stages.parts.training import schedule
+from stages.parts.schedule import schedule
 
 
 @pytest.mark.parametrize(("count", "batch_size", "accumulation"), [(12, 4, 1), (12, 2, 3), (7, 7, 1), (6, 1, 2)])

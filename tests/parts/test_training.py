@@ -23,7 +23,8 @@ from stages.parts.events import Event, ignore
 from stages.parts.models import Tuned
 from stages.parts.objective import Objective, mutual_losses
 from stages.parts.rows import Example
-from stages.parts.training import Outcome, Recipe, schedule, train
+from stages.parts.schedule import schedule
+from stages.parts.training import Outcome, Recipe, train
 
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2), (2, 2)])
 UNLABELLED = [Example(row.input_ids, len(row.input_ids)) for row in ROWS]

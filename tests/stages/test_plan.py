@@ -14,7 +14,7 @@ from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.init import init
-from stages.parts import training
+from stages.parts import schedule
 from stages.parts.errors import UsageProblem
 from stages.parts.manifest import read_manifest
 from stages.parts.rows import encode_row, read_rows
@@ -47,7 +47,7 @@ def test_epochs_over_the_rows_here_give_the_steps_that_training_schedules(worksp
     # 12 and 31 rows, 4 a step: ceil(2.5 * 12 / 4) = 8, ceil(2.5 * 31 / 4) = 20.
     assert (stage.rows, stage.steps) == ((12, 31), (8, 20))
     for count, steps in zip((12, 31), (8, 20), strict=True):
-        assert len(training.schedule(count, workspace.agreement.client_training, seed=1)) == steps
+        assert len(schedule.schedule(count, workspace.agreement.client_training, seed=1)) == steps
 
 
 def test_without_rows_epochs_tell_no_steps_but_a_number_of_steps_does(workspace_folder: Path) -> None:
