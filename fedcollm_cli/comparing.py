@@ -209,7 +209,7 @@ def _differences(found: dict[str, Any]) -> Sheet:
 def _difference(found: dict[str, Any]) -> list[str]:
     mean = 100 * found["mean"]
     if found["half_width"] is None:
-        return [f"{mean:+.1f}", "unknown: one seed", ""]
+        return [f"{mean:+.1f}", "unknown: one " + ("seed" if found["seeds_error"] is None else "question"), ""]
     half = 100 * found["half_width"]
     reading = ("higher" if mean > 0 else "lower") if found["is_supported"] else "no difference shown"
     return [f"{mean:+.1f} ± {100 * found['seeds_error']:.1f}", f"{mean - half:+.1f} to {mean + half:+.1f}", reading]
