@@ -219,7 +219,7 @@ def _overall(by_task: dict[str, Any]) -> dict[str, Any]:
 def _difference(found: dict[str, Any]) -> str:
     mean, half = 100 * found["mean"], found["half_width"]
     if half is None:
-        return f"{mean:+.1f} (one seed)"
+        return f"{mean:+.1f} (one {'seed' if found['seeds_error'] is None else 'question'})"
     return f"{mean:+.1f} [{mean - 100 * half:.1f}, {mean + 100 * half:.1f}]{'*' if found['is_supported'] else ''}"
 
 

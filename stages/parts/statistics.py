@@ -33,12 +33,12 @@ class Difference:
     """A paired difference of two accuracies: same seeds, same questions.
 
     seeds_error, questions_error: standard errors over each; half_width: of the 95 % interval that holds both, with
-    Student's t for the seeds. None where one seed leaves it unknown, and then nothing is supported.
+    Student's t for the seeds. None where one seed, or one question, leaves it unknown; then nothing is supported.
     """
 
     mean: float
     seeds_error: float | None
-    questions_error: float
+    questions_error: float | None
     half_width: float | None
 
     @property
@@ -63,10 +63,10 @@ def difference(scores: np.ndarray, others: np.ndarray) -> Difference:
     """
     each = scores - others
     seeds, questions = each.shape
-    questions_error = float(each.mean(axis=0).std(ddof=1) / sqrt(questions)) if questions > 1 else 0.0
-    if seeds == 1:
-        return Difference(float(each.mean()), None, questions_error, None)
-    seeds_error = float(each.mean(axis=1).std(ddof=1) / sqrt(seeds))
-    tail = (1 + CONFIDENCE) / 2
-    half_width = sqrt((stdtrit(seeds - 1, tail) * seeds_error) ** 2 + (ndtri(tail) * questions_error) ** 2)
-    return Difference(float(each.mean()), seeds_error, questions_error, float(half_width))
+    seeds_error = float(each.mean(axis=1).std(ddof=1) / sqrt(seeds)) if seeds > 1 else None
+    questions_error = float(each.mean(axis=0).std(ddof=1) / sqrt(questions)) if questions > 1 else None
+    half_width = None
+    if seeds_error is not None and questions_error is not None:
+        tail = (1 + CONFIDENCE) / 2
+        half_width = float(sqrt((stdtrit(seeds - 1, tail) * seeds_error) ** 2 + (ndtri(tail) * questions_error) ** 2))
+    return Difference(float(each.mean()), seeds_error, questions_error, half_width)
