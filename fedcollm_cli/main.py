@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedcollm_cli import __version__, comparing, views
+from fedcollm_cli import __version__, comparing, reporting, views
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import (
     ClientOption,
@@ -342,3 +342,4 @@ def demo(
 
 
 app.command()(comparing.compare)
+app.command()(reporting.report)

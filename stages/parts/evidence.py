@@ -110,6 +110,15 @@ def scores(study: Study, table: Table, row: Row, metric: str) -> Scores:
     }
 
 
+def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:
+    """0 or 1 for each question of all tasks, by one model of the study; None where what lies there was not scored."""
+    try:
+        result = _result(study, workspace, round, subject)
+    except (NotReady, Refused):
+        return None
+    return np.concatenate([_correct(result, task, metric) for task in result["tasks"]])
+
+
 def _subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
     if table == "clients" or row == "centralized":
         return [f"client-{client}" for client in workspace.clients]
