@@ -80,17 +80,19 @@ def write_report(
 
 def _compared(workspace: Workspace, metric: str) -> dict[str, Any] | str:
     """What compare finds, or why it refuses."""
+    from stages.parts.figures import in_sentences
+
     try:
         return compare(workspace, metric=metric)
     except Problem as problem:
-        return f"{problem.message}. To mend it: {problem.mend}" if problem.mend else problem.message
+        return in_sentences(problem)
 
 
 def _words(
     workspace: Workspace, charts: list[Chart], compared: dict[str, Any] | str, in_words: InWords
 ) -> dict[str, Any]:
     """Everything on the page but the charts."""
-    from stages.parts.page import settings_shown
+    from stages.parts.page import without_folders
 
     tables, notes = ([], []) if isinstance(compared, str) else in_words(compared)
     differences = {} if isinstance(compared, str) else compared["differences"]
@@ -100,11 +102,11 @@ def _words(
         "measured": _measured(workspace),
         "headline": [one for one in headlines if one],
         "summary": _summary(charts, compared),
-        "refusal": compared if isinstance(compared, str) else "",
+        "refusal": without_folders(compared) if isinstance(compared, str) else "",
         "tables": tables,
         "notes": notes,
         "settings_name": AGREEMENT,
-        "settings": settings_shown((workspace.root / AGREEMENT).read_text()),
+        "settings": without_folders((workspace.root / AGREEMENT).read_text()),
         "provenance": _provenance(workspace),
     }
 
@@ -124,7 +126,7 @@ def _measured(workspace: Workspace) -> str:
     )
 
 
-def _headline(chart: Chart, workspace: Workspace, differences: dict[str, Any]) -> dict[str, str] | None:
+def _headline(chart: Chart, workspace: Workspace, differences: dict[str, Any]) -> dict[str, Any] | None:
     """The last accuracy of one model by the workspace's own method, and what the error bars let one say of it."""
     from stages.parts.paper import LABELS
 
@@ -143,7 +145,7 @@ def _headline(chart: Chart, workspace: Workspace, differences: dict[str, Any]) -
     return {
         "title": f"{chart.title}, round {last['round']}",
         "value": f"{last['accuracy_percent']:.1f} ± {last['error_points']:.1f}",
-        "reading": "; ".join([*base, *verdicts]),
+        "readings": [*base, *verdicts],
     }
 
 

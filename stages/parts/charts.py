@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +46,7 @@ STYLES = (
     Style("#008F68", (9, 3), "diamond"),
     Style("#808080", (4, 4), "cross"),
 )
-PLAIN = Style("currentColor", (1, 0), "stroke")
+PLAIN = Style("currentColor", (1, 0), "triangle-right")
 
 CONFIG: Spec = {
     "aria": False,  # the page's <figure> says what there is to say
@@ -57,7 +56,7 @@ CONFIG: Spec = {
     | {"gridOpacity": 0.15, "domainOpacity": 0.5, "tickOpacity": 0.5, "titleFontWeight": "normal"}
     | {"labelFontSize": 11, "titleFontSize": 11, "titlePadding": 6, "labelOverlap": "greedy", "labelLimit": 150},
     "legend": {"orient": "top", "title": None, "labelColor": "currentColor", "labelFontSize": 11, "labelLimit": 140}
-    | {"columns": 3, "columnPadding": 12, "symbolStrokeWidth": 2, "symbolSize": 70, "symbolOpacity": 1},
+    | {"columnPadding": 12, "symbolStrokeWidth": 2, "symbolSize": 70},
     "text": {"color": "currentColor", "fontSize": 11},
 }
 
@@ -78,7 +77,8 @@ class Chart:
 
         whole = {"width": WIDTH, "height": HEIGHT, "background": None, "config": CONFIG} | self.spec
         whole["autosize"] = {"type": "fit-x", "contains": "padding"}
-        return unique_ids(vl_convert.vegalite_to_svg(whole, allowed_base_urls=[]), self.name)
+        svg: str = vl_convert.vegalite_to_svg(whole, allowed_base_urls=[])
+        return svg
 
     def csv(self) -> str:
         """The rows, a line each."""
@@ -87,13 +87,6 @@ class Chart:
         writer.writeheader()
         writer.writerows(self.rows)
         return out.getvalue()
-
-
-def unique_ids(svg: str, name: str) -> str:
-    """The drawing with its ids numbered by its own name: the library counts through all drawings of a process."""
-    for number, found in enumerate(re.findall(r'\bid="([^"]+)"', svg), 1):
-        svg = re.sub(rf'((?:id="|url\(#|href="#)){re.escape(found)}(?=["\)])', rf"\1{name}-{number}", svg)
-    return svg
 
 
 def lines(
@@ -122,10 +115,12 @@ def lines(
         del encoding["y"]
         return {"data": {"values": rows}, "encoding": encoding, "layer": _range(y, titles[1], points)}
     chosen = styles or dict(zip(names, STYLES, strict=False))
-    encoding |= _appearance(series, {name: style for name, style in chosen.items() if name in names})
-    layer: list[Spec] = [{"mark": {"type": "line", "strokeWidth": 2 if points else 1.5}}]
+    encoding |= _appearance(series, {name: style for name, style in chosen.items() if name in names}, points)
+    shape = encoding.pop("shape")
+    layer: list[Spec] = [{"mark": {"type": "line", "strokeWidth": 2 if points else 1.4}}]
     if points:
-        layer.append({"mark": {"type": "point", "filled": True, "opacity": 1, "size": 45}})
+        point = {"type": "point", "filled": True, "opacity": 1, "size": 45}
+        layer.append({"mark": point, "encoding": {"shape": shape}})
     return {"data": {"values": rows}, "encoding": encoding, "layer": layer}
 
 
@@ -164,7 +159,6 @@ def lines_with_errors(
         "encoding": {"y": {"field": "low", "type": "quantitative", "title": titles[1]}, "y2": {"field": "high"}}
         | {"strokeDash": {"value": [1, 0]}},
     }
-    point["mark"]["strokeWidth"] = 2
     spec["layer"] = [line, bar, point]
     return spec
 
@@ -223,11 +217,18 @@ def bars(rows: Sequence[Row], *, x: str, y: str, series: str, titles: tuple[str,
 def lying_bars(rows: Sequence[Row], *, x: str, y: str, title: str, label: str) -> Spec:
     """A bar for each row from the left, with the row's own label at its end."""
     names = [row[y] for row in rows]
+    room_for_label = {"domain": [0, 1.5 * max(row[x] for row in rows)]}
     return {
         "data": {"values": rows},
         "height": 26 * len(rows),
         "encoding": {
-            "x": {"field": x, "type": "quantitative", "title": title, "axis": {"tickCount": 4}},
+            "x": {
+                "field": x,
+                "type": "quantitative",
+                "title": title,
+                "scale": room_for_label,
+                "axis": {"tickCount": 4},
+            },
             "y": {"field": y, "type": "nominal", "title": None, "sort": names},
         },
         "layer": [
@@ -245,12 +246,15 @@ def _whole_numbers(rows: Sequence[Row], x: str) -> Spec:
     return {"tickMinStep": 1, "format": "d", "grid": False} | ({"values": found} if len(found) <= 10 else {})
 
 
-def _appearance(series: str, styles: Mapping[str, Style]) -> Spec:
+def _appearance(series: str, styles: Mapping[str, Style], points: bool) -> Spec:
     """Colour, dash and shape by series, on scales alike, so that they share one legend."""
     names = list(styles)
 
+    fits_one_line = sum(5.5 * len(name) + 28 for name in names) < WIDTH - 30
+    legend = {"columns": len(names) if fits_one_line else 3} | ({"symbolStrokeWidth": 0} if points else {})
+
     def scale(values: list[Any]) -> Spec:
-        return {"field": series, "type": "nominal", "scale": {"domain": names, "range": values}, "title": None}
+        return {"field": series, "type": "nominal", "scale": {"domain": names, "range": values}, "legend": legend}
 
     return {
         "color": scale([style.colour for style in styles.values()]),

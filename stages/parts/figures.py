@@ -55,11 +55,16 @@ def draw(figure: Figure, workspace: Workspace) -> Chart | Absent:
     try:
         rows = figure.rows(workspace)
     except Problem as problem:
-        reason = f"{problem.message}. To mend it: {problem.mend}" if problem.mend else problem.message
-        return Absent(figure.name, figure.title, reason)
+        return Absent(figure.name, figure.title, in_sentences(problem))
     if not rows:
         return Absent(figure.name, figure.title, figure.nothing)
     return Chart(figure.name, figure.title, figure.caption(rows), rows, figure.spec(rows))
+
+
+def in_sentences(problem: Problem) -> str:
+    """What is wrong and what mends it, to stand where a chart or a table would."""
+    mend = f" To mend it: {problem.mend}." if problem.mend else ""
+    return f"{problem.message[:1].upper()}{problem.message[1:]}.{mend}"
 
 
 def figures(metric: str) -> list[Figure]:
@@ -68,10 +73,10 @@ def figures(metric: str) -> list[Figure]:
         *(_accuracy(model, metric) for model in MODELS),
         _client_losses(),
         *(_distillation(model) for model in ("slm", "llm")),
-        _traffic(),
         _cross_terms(),
         *_drifts(),
         *_splits(),
+        _traffic(),
         _times(),
     ]
 
@@ -159,12 +164,12 @@ def _traffic() -> Figure:
     def caption(rows: list[Row]) -> str:
         total = sum(row["bytes"] for row in rows)
         return (
-            f"{total / 1e6:,.2f} MB in all, in adapters of {rows[0]['parameters']:,} numbers each. "
-            "A broadcast is counted once for each client."
+            f"{total / 1e6:,.2f} MB in all, in adapters of {rows[0]['parameters']:,} numbers each; "
+            "a broadcast is counted once for each client."
         )
 
     return Figure(
-        "traffic",
+        "costs",
         "bytes",
         "Bytes per round",
         rows,
@@ -266,7 +271,7 @@ def _times() -> Figure:
         return charts.lying_bars(shown, x="seconds", y="stage", title="seconds", label="label")
 
     return Figure(
-        "time",
+        "costs",
         "wall-time",
         "Wall time per stage",
         findings.wall_times,

@@ -17,10 +17,9 @@ TEMPLATE = "report.html.jinja"
 SECTIONS = {
     "accuracy": "Accuracy over rounds",
     "losses": "Losses inside each stage",
-    "traffic": "What travels",
     "averaging": "What averaging meets",
     "data": "Data split",
-    "time": "Wall time",
+    "costs": "Traffic and time",
 }
 
 
@@ -36,7 +35,11 @@ def render(drawn: Iterable[tuple[str, Chart | Absent]], words: Mapping[str, Any]
             "id": section,
             "title": title,
             "charts": [_embedded(one) for place, one in placed if place == section and isinstance(one, Chart)],
-            "absent": [one for place, one in placed if place == section and isinstance(one, Absent)],
+            "absent": [
+                {"title": one.title, "reason": without_folders(one.reason)}
+                for place, one in placed
+                if place == section and isinstance(one, Absent)
+            ],
         }
         for section, title in SECTIONS.items()
     ]
@@ -56,6 +59,7 @@ def _embedded(chart: Chart) -> dict[str, Any]:
     }
 
 
-def settings_shown(text: str) -> str:
-    """Settings without the folders of this machine: of a quoted absolute path the last name is left."""
-    return re.sub(r"""(["'])((?:/|~)[^"'\n]*)\1""", lambda found: found[1] + shortened(found[2]) + found[1], text)
+def without_folders(text: str) -> str:
+    """A text without the folders of this machine: of every absolute path only the last name is left."""
+    text = re.sub(r"""(["'])((?:/|~)[^"'\n]*)\1""", lambda found: found[1] + shortened(found[2]) + found[1], text)
+    return re.sub(r"(?<![\w.:~/-])~?(?:/[\w.@+-]+)+/?", lambda found: shortened(found[0]), text)
