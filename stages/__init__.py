@@ -8,5 +8,6 @@
     (4.1)  evaluate      one adapter, an lm-eval task                    results/round-t/*.json
 
 Around them: init makes a workspace, prepare divides a public dataset, run does every step in one process, status says
-what is there, demo shows it all in a world of its own. Stages meet only on disk; `parts` are the nouns they use.
+what is there, compare and report show what came of it, demo shows it all in a world of its own. Stages meet only on
+disk; `parts` are the nouns they use.
 """

@@ -69,14 +69,15 @@ DRAWN = """() => [...document.querySelectorAll('figure')].map(figure => {
   const svg = figure.querySelector('svg'), box = svg.getBoundingClientRect();
   const inside = e => { const b = e.getBoundingClientRect();
     return b.left >= box.left - 1 && b.right <= box.right + 1 && b.top >= box.top - 1 && b.bottom <= box.bottom + 1; };
-  const texts = [...svg.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);
+  const shown = [...svg.querySelectorAll('text')].filter(e => e.getAttribute('opacity') !== '0');
+  const texts = shown.map(e => [e.textContent, e.getBoundingClientRect()]);
   const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
     && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2;
   const overlapping = texts.flatMap(([a, x], i) =>
     texts.slice(i + 1).filter(([, y]) => meet(x, y)).map(([b]) => [a, b]));
   const marks = [...svg.querySelectorAll('.role-mark path, .role-mark line, .role-mark rect')];
   return {name: figure.id, width: box.width, height: box.height, page: figure.getBoundingClientRect().width,
-          outside: [...marks, ...svg.querySelectorAll('text')].filter(e => !inside(e)).map(e => e.outerHTML),
+          outside: [...marks, ...shown].filter(e => !inside(e)).map(e => e.outerHTML),
           marks: marks.length, overlapping};
 })"""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ FONT = "Arial, Helvetica, sans-serif"
 
 MOST_SERIES = 5
 """More lines than these are drawn as their mean and range."""
+MOST_LARGE_POINTS = 12
+"""Longer lines have small points."""
 MOST_COLUMNS = 8
 """A grid's columns beyond these have no numbers printed in their cells."""
 MOST_LABELLED = 40
@@ -54,7 +56,14 @@ CONFIG: Spec = {
     "view": {"stroke": None},
     "axis": dict.fromkeys(["labelColor", "titleColor", "gridColor", "domainColor", "tickColor"], "currentColor")
     | {"gridOpacity": 0.15, "domainOpacity": 0.5, "tickOpacity": 0.5, "titleFontWeight": "normal"}
-    | {"labelFontSize": 11, "titleFontSize": 11, "titlePadding": 6, "labelOverlap": "greedy", "labelLimit": 150},
+    | {
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titlePadding": 6,
+        "labelOverlap": "greedy",
+        "labelSeparation": 5,
+        "labelLimit": 150,
+    },
     "legend": {"orient": "top", "title": None, "labelColor": "currentColor", "labelFontSize": 11, "labelLimit": 140}
     | {"columnPadding": 12, "symbolStrokeWidth": 2, "symbolSize": 70},
     "text": {"color": "currentColor", "fontSize": 11},
@@ -119,7 +128,8 @@ def lines(
     shape = encoding.pop("shape")
     layer: list[Spec] = [{"mark": {"type": "line", "strokeWidth": 2 if points else 1.4}}]
     if points:
-        point = {"type": "point", "filled": True, "opacity": 1, "size": 45}
+        is_dense = len({row[x] for row in rows}) > MOST_LARGE_POINTS
+        point = {"type": "point", "filled": True, "opacity": 1, "size": 16 if is_dense else 45}
         layer.append({"mark": point, "encoding": {"shape": shape}})
     return {"data": {"values": rows}, "encoding": encoding, "layer": layer}
 
@@ -171,23 +181,30 @@ def grid(rows: Sequence[Row], *, x: str, y: str, value: str, titles: tuple[str, 
     columns, lines_ = list(dict.fromkeys(row[x] for row in rows)), list(dict.fromkeys(row[y] for row in rows))
     height = min(20, TALLEST / len(lines_))
     encoding: Spec = {
-        "x": {"field": x, "type": "ordinal", "title": titles[0], "sort": columns, "axis": {"labelAngle": 0}},
+        "x": {"field": x, "type": "ordinal", "title": titles[0], "sort": columns},
         "y": {"field": y, "type": "ordinal", "title": titles[1], "sort": lines_},
     }
+    if len(columns) <= MOST_COLUMNS:  # every column has its name, aslant where that is long
+        is_narrow = _text_width(columns) > (WIDTH - _text_width(lines_)) / len(columns)
+        encoding["x"]["axis"] = {"labelAngle": -40 if is_narrow else 0, "labelOverlap": False}
+    else:
+        encoding["x"]["axis"] = {"labelAngle": 0}
     for axis in encoding.values():
         axis["axis"] = axis.get("axis", {}) | {"domain": False, "ticks": False, "labelPadding": 4}
-    fullness = {"field": value, "type": "quantitative", "scale": {"range": [0.06, 0.6], "zero": True}, "legend": None}
-    cell: Spec = {
-        "mark": {"type": "rect", "fill": STYLES[0].colour, "stroke": "currentColor", "strokeOpacity": 0.25},
-        "encoding": {"fillOpacity": fullness},
-    }
+    has_room = len(columns) <= MOST_COLUMNS and len(lines_) <= MOST_LABELLED
+    fullness: Spec = {"field": value, "type": "quantitative", "scale": {"range": [0.06, 0.6], "zero": True}}
+    mark: Spec = {"type": "rect", "fill": STYLES[0].colour}
+    if has_room:
+        mark |= {"stroke": "currentColor", "strokeOpacity": 0.25}
+        cell = {"mark": mark, "encoding": {"fillOpacity": fullness | {"legend": None}}}
+    else:
+        legend = {"symbolType": "square", "symbolFillColor": STYLES[0].colour, "symbolStrokeWidth": 0}
+        fullness |= {"scale": {"range": [0, 1], "zero": True}, "legend": legend | {"format": form, "tickCount": 4}}
+        cell = {"mark": mark, "encoding": {"opacity": fullness}}
     numbers: Spec = {
         "mark": {"type": "text"},
         "encoding": {"text": {"field": value, "type": "quantitative", "format": form}},
     }
-    has_room = len(columns) <= MOST_COLUMNS and len(lines_) <= MOST_LABELLED
-    if not has_room:
-        fullness["legend"] = {"gradientLength": 150, "format": form, "gradientThickness": 8, "tickCount": 2}
     return {
         "data": {"values": rows},
         "height": max(40, height * len(lines_)),
@@ -217,7 +234,9 @@ def bars(rows: Sequence[Row], *, x: str, y: str, series: str, titles: tuple[str,
 def lying_bars(rows: Sequence[Row], *, x: str, y: str, title: str, label: str) -> Spec:
     """A bar for each row from the left, with the row's own label at its end."""
     names = [row[y] for row in rows]
-    room_for_label = {"domain": [0, 1.5 * max(row[x] for row in rows)]}
+    plot = WIDTH - _text_width(names) - 20
+    room = plot / (plot - _text_width(row[label] for row in rows) - 10)
+    scale = {"domain": [0, room * max(row[x] for row in rows)]}
     return {
         "data": {"values": rows},
         "height": 26 * len(rows),
@@ -226,7 +245,7 @@ def lying_bars(rows: Sequence[Row], *, x: str, y: str, title: str, label: str) -
                 "field": x,
                 "type": "quantitative",
                 "title": title,
-                "scale": room_for_label,
+                "scale": scale,
                 "axis": {"tickCount": 4},
             },
             "y": {"field": y, "type": "nominal", "title": None, "sort": names},
@@ -239,6 +258,11 @@ def lying_bars(rows: Sequence[Row], *, x: str, y: str, title: str, label: str) -
             },
         ],
     }
+
+
+def _text_width(texts: Iterable[Any]) -> float:
+    """About as many pixels as the longest of these takes."""
+    return 6.0 * max(len(str(text)) for text in texts)
 
 
 def _whole_numbers(rows: Sequence[Row], x: str) -> Spec:

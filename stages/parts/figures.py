@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from stages.parts import charts, findings
@@ -21,6 +22,9 @@ STYLE_OF = dict(
         strict=True,
     )
 )
+MOST_PARTED = 10
+MOST_DRAWN = {"round": 20, "party": 60}
+"""A grid with more columns or lines shows some of them, evenly chosen."""
 MODELS = {
     "llm": "The server's LLM",
     "slm": "The server's SLM",
@@ -143,13 +147,19 @@ def _distillation(model: str) -> Figure:
 
 def _loss_lines(rows: list[Row], series: str) -> Spec:
     titles = ("step, counted over all rounds", "nats a token")
-    return charts.lines(rows, x="step", y="loss", series=series, titles=titles, points=False, part="round")
+    part = "round" if _parts_rounds(rows) else None
+    return charts.lines(rows, x="step", y="loss", series=series, titles=titles, points=False, part=part)
+
+
+def _parts_rounds(rows: Sequence[Row]) -> bool:
+    """Whether lines end with their rounds: not where a round is but a few points."""
+    return len({row["round"] for row in rows}) <= MOST_PARTED
 
 
 def _points(rows: list[Row]) -> str:
     steps = max(row["steps"] for row in rows)
     each = "Every step is shown" if steps == 1 else f"A point is the mean of {steps} steps"
-    return f"{each}; a line ends with its round."
+    return f"{each}; a line ends with its round." if _parts_rounds(rows) else f"{each}."
 
 
 def _of_many(rows: Sequence[Row], series: str) -> str:
@@ -158,9 +168,6 @@ def _of_many(rows: Sequence[Row], series: str) -> str:
 
 
 def _traffic() -> Figure:
-    def rows(workspace: Workspace) -> list[Row]:
-        return [row | {"kilobytes": row["bytes"] / 1000} for row in findings.traffic(workspace)]
-
     def caption(rows: list[Row]) -> str:
         total = sum(row["bytes"] for row in rows)
         return (
@@ -172,25 +179,37 @@ def _traffic() -> Figure:
         "costs",
         "bytes",
         "Bytes per round",
-        rows,
-        lambda rows: charts.bars(rows, x="round", y="kilobytes", series="direction", titles=("round", "kB")),
+        findings.traffic,
+        lambda rows: charts.bars(rows, x="round", y="bytes", series="direction", titles=("round", "bytes")),
         caption,
         "Nothing has been exchanged yet.",
     )
 
 
 def _cross_terms() -> Figure:
-    return Figure(
-        "averaging",
-        "cross-term",
-        "Cross term per layer",
-        findings.cross_terms,
-        functools.partial(
-            charts.grid, x="round", y="layer", value="cross_term_percent", titles=("round", ""), form=".1f"
-        ),
-        lambda _: "‖mean(BA) − mean(B)mean(A)‖ / ‖mean(BA)‖ in %: what is lost by averaging A and B apart.",
-        "There is no aggregate on this machine: the server has it, if the method averages.",
-    )
+    def spec(rows: list[Row]) -> Spec:
+        drawn = _some(rows, "round")
+        return charts.grid(drawn, x="round", y="layer", value="cross_term_percent", titles=("round", ""), form=".1f")
+
+    def caption(rows: list[Row]) -> str:
+        formula = "‖mean(BA) − mean(B)mean(A)‖ / ‖mean(BA)‖"
+        return f"{formula} in %: what is lost by averaging A and B apart.{_of_some(rows, 'round')}"
+
+    nothing = "There is no aggregate on this machine: the server has it, if the method averages."
+    return Figure("averaging", "cross-term", "Cross term per layer", findings.cross_terms, spec, caption, nothing)
+
+
+def _some(rows: list[Row], key: str) -> list[Row]:
+    """Only so many rounds or parties as a grid has room for, evenly chosen, the last among them."""
+    values = list(dict.fromkeys(row[key] for row in rows))
+    step = ceil(len(values) / MOST_DRAWN[key])
+    kept = set(values[::-1][::step])
+    return [row for row in rows if row[key] in kept]
+
+
+def _of_some(rows: list[Row], key: str) -> str:
+    every, drawn = ({row[key] for row in some} for some in (rows, _some(rows, key)))
+    return f" {len(drawn)} of {len(every)} are drawn; the data has all." if len(drawn) < len(every) else ""
 
 
 def _drifts() -> list[Figure]:
@@ -229,7 +248,9 @@ def _splits() -> list[Figure]:
             return _most_common(findings.data_split(workspace, by), name)
 
         def spec(rows: list[Row]) -> Spec:
-            return charts.grid(rows, x=name, y="party", value="rows", titles=(f"{name} of the rows", ""), form="d")
+            return charts.grid(
+                _some(rows, "party"), x=name, y="party", value="rows", titles=(f"{name} of the rows", ""), form="d"
+            )
 
         return Figure(
             "data",
@@ -237,7 +258,10 @@ def _splits() -> list[Figure]:
             f"Rows per party and {name}",
             rows,
             spec,
-            lambda rows: f"{sum(row['rows'] for row in rows):,} rows; the server's are the auxiliary data.",
+            lambda rows: (
+                f"{sum(row['rows'] for row in rows):,} rows; the server's are the auxiliary data."
+                f"{_of_some(rows, 'party')}"
+            ),
             "The data was not dealt by prepare here: each party has its own, which is not opened for this page.",
         )
 
@@ -265,7 +289,7 @@ def _times() -> Figure:
         for row in rows:
             totals.setdefault(row["stage"], []).append(row["seconds"])
         shown: list[dict[str, Any]] = [
-            {"stage": stage, "seconds": sum(each), "label": f"{sum(each):,.2f} s in {len(each)}"}
+            {"stage": stage, "seconds": sum(each), "label": f"{sum(each):,.2f} s, {len(each)} runs"}
             for stage, each in totals.items()
         ]
         return charts.lying_bars(shown, x="seconds", y="stage", title="seconds", label="label")
@@ -276,6 +300,6 @@ def _times() -> Figure:
         "Wall time per stage",
         findings.wall_times,
         spec,
-        lambda rows: f"Sums over {len(rows)} runs on this machine, from the private logs; models are loaded besides.",
+        lambda _: "Sums over rounds and parties, from this machine's private logs. Loading of models is not counted.",
         "No stage has left a log on this machine.",
     )

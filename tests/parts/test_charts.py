@@ -95,6 +95,7 @@ def test_a_grid_of_many_layers_and_rounds_stays_on_the_page_without_numbers() ->
     assert len(marks(drawn, "rect")) == 128 * 30
     assert marks(drawn, "text") == []
     assert float(ElementTree.fromstring(drawn.svg()).get("height", "0")) < 1.2 * charts.TALLEST
+    assert "role-legend" in drawn.svg()  # which says what the numbers do elsewhere
 
 
 def test_bars_stand_side_by_side_one_for_each_row_and_the_second_is_hollow() -> None:
