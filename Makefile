@@ -5,7 +5,8 @@ BIN := .venv/bin
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . pytest pytest-xdist ruff mypy tensorboard
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . \
+		pytest pytest-xdist ruff mypy tensorboard playwright
 	touch $@
 
 demo: .venv/installed

@@ -17,15 +17,8 @@ from rich.table import Table
 from fedcollm_cli.session import DeviceOption, DtypeOption, JsonOption, QuietOption, WorkspaceOption, session
 from stages.parts.config import Method
 from stages.parts.errors import UsageProblem
+from stages.parts.paper import LABELS
 
-LABELS = {
-    "zero-shot": "Zero-Shot",
-    "standalone": "Standalone",
-    "fedavg": "FedAvg",
-    "fedavg-aux": "FedAvg + D^a",
-    "centralized": "Centralized",
-    "fedcollm": "FedCoLLM",
-}
 TITLES = {
     "llm": "the server's LLM (the paper's Table 1)",
     "clients": "the clients' own SLMs, mean of {clients} (the paper's Table 2)",

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedcollm_cli import __version__, comparing, planning, views
+from fedcollm_cli import __version__, comparing, planning, reporting, views
 from fedcollm_cli.console import Console
 from fedcollm_cli.exporting import export
 from fedcollm_cli.session import (
@@ -351,5 +351,5 @@ def demo(
         console.result(measured, views.demo(measured))
 
 
-for command in (comparing.compare, comparing.sweep):
+for command in (comparing.compare, comparing.sweep, reporting.report):
     app.command()(command)

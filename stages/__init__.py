@@ -9,7 +9,7 @@
 
 Around them: init makes a workspace, prepare divides a public dataset, run does every step in one process, status says
 what is there, demo shows it all in a world of its own. Before them, plan says what all this will take and what is
-missing here, and prefetch fetches it. After them, compare sets every method side by side, sweep varies settings,
-comm_cost counts what travels, export writes a model as others load it. Stages meet only on disk; `parts` are the nouns
-they use.
+missing here, and prefetch fetches it. After them, compare sets every method side by side, report draws it, sweep varies
+settings, comm_cost counts what travels, export writes a model as others load it. Stages meet only on disk; `parts` are
+the nouns they use.
 """

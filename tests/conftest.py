@@ -107,6 +107,20 @@ def finished(finished_once: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished_once, tmp_path / "study", symlinks=True)
 
 
+@pytest.fixture(scope="session")
+def reported_once(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished workspace with scores, FedAvg beside it, and a report; made once, to be read only."""
+    from fedcollm_cli.main import app
+    from stages.parts.workspace import Workspace
+    from stages.run import run
+
+    folder = shutil.copytree(finished_once, tmp_path_factory.mktemp("reported") / "study", symlinks=True)
+    run(Workspace(folder))
+    run(Workspace(folder), method="fedavg")
+    app(["report", "--quiet", "--workspace", str(folder)], standalone_mode=False)
+    return folder
+
+
 @pytest.fixture
 def answered(finished: Path) -> Path:
     """A workspace in which every client has answered in round 1 and the server has not looked at it yet."""

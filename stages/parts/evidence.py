@@ -115,6 +115,15 @@ def _scores(of_seeds: Sequence[dict[str, Any]], metric: str) -> Scores:
     return {task: np.stack([_correct(one, task, metric) for one in of_seeds]) for task in of_seeds[0]["tasks"]}
 
 
+def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:
+    """0 or 1 for each question of all tasks, by one model of the study; None where what lies there was not scored."""
+    try:
+        result = _result(study, workspace, round, subject)
+    except (NotReady, Refused):
+        return None
+    return np.concatenate([_correct(result, task, metric) for task in result["tasks"]])
+
+
 def _subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
     if table == "clients" or row == "centralized":
         return [f"client-{client}" for client in workspace.clients]

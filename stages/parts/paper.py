@@ -14,6 +14,16 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from typing import Any
 
+LABELS = {
+    "zero-shot": "Zero-Shot",
+    "standalone": "Standalone",
+    "fedavg": "FedAvg",
+    "fedavg-aux": "FedAvg + D^a",
+    "centralized": "Centralized",
+    "fedcollm": "FedCoLLM",
+}
+"""What its tables call the methods; fedavg-aux, which they do not have, is named alike."""
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -214,6 +214,11 @@ class Workspace:
         folder = "zero-shot" if round is None else f"round-{round:04d}"
         return self.root / "results" / folder / f"{subject}.json"
 
+    @property
+    def report(self) -> Path:
+        """The page that shows all of it, and its charts' data as CSV."""
+        return self.root / "results" / "report"
+
     # --- workspaces derived from this one
 
     def baseline(self, method: str) -> Path:

@@ -16,15 +16,16 @@ import stages.parts
 from builders import AGREEMENT, ROOT
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
+DRAWING = {"vl_convert", "jinja2"}
 PARTS = sorted(path.stem for path in (ROOT / "stages" / "parts").glob("*.py") if path.stem != "__init__")
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-CHAINS = {"run", "demo", "compare", "sweep"}
+CHAINS = {"run", "demo", "compare", "sweep", "report"}
 
 
 def floors() -> dict[str, list[str]]:
     """The parts in the order of the docstring of stages.parts, by floor."""
     text = re.sub(r",\n +", ", ", stages.parts.__doc__ or "")
-    found = re.findall(r"(plain|with NumPy|with torch|with lm-eval|the demo's): ([\w, ]+)", text)
+    found = re.findall(r"(plain|with NumPy|the report's|with torch|with lm-eval|the demo's): ([\w, ]+)", text)
     return {floor: names.split(", ") for floor, names in found}
 
 
@@ -94,7 +95,9 @@ def test_the_command_line_knows_of_no_library_that_stages_stand_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("floor", "forbidden"), [("plain", HEAVY | {"numpy", "safetensors"}), ("with NumPy", HEAVY)], ids=["plain", "NumPy"]
+    ("floor", "forbidden"),
+    [("plain", HEAVY | {"numpy", "safetensors"}), ("with NumPy", HEAVY), ("the report's", HEAVY | DRAWING)],
+    ids=["plain", "NumPy", "report"],
 )
 def test_the_lower_floors_load_nothing_heavy(floor: str, forbidden: set[str]) -> None:
     code = "\n".join(f"import stages.parts.{name}" for name in floors()[floor])
