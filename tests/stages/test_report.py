@@ -38,7 +38,7 @@ def test_the_page_has_every_chart_table_and_setting(reported_once: Path) -> None
     assert page.count("<svg") == len(names)
     text = text_of(page)
     assert "FedCoLLM, beside FedAvg: 3 clients, 2 rounds, seed 7." in text
-    assert "paired differences, points" in text
+    assert "FedCoLLM minus the other methods, points" in text
     assert "[client_training] steps = 6" in text
     assert "From one seed no difference between methods can be claimed" in text
 
