@@ -6,7 +6,7 @@ Writes results/report: index.html and a CSV file for each chart, nothing of whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.compare import ALL, compare
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from stages.parts.figures import Absent
 
 PAGE = "index.html"
+MOST_CLIENTS_NAMED = 8
+"""Of more clients the digests are left out: the aggregate's manifest has them."""
 
 
 class Words(Protocol):
@@ -135,18 +137,24 @@ def _headline(chart: Chart, workspace: Workspace, differences: dict[str, Any]) -
         return None
     last = own[-1]
     base = [f"base alone {row['accuracy_percent']:.1f} %" for row in chart.rows if row["round"] == 0]
+    return {
+        "title": f"{chart.title}, round {last['round']}",
+        "value": f"{last['accuracy_percent']:.1f} ± {last['error_points']:.1f}",
+        "readings": base + verdicts(differences.get(chart.name.removeprefix("accuracy-"), {})),
+    }
+
+
+def verdicts(differences: Mapping[str, Any]) -> list[str]:
+    """What compare's differences of one table let one say; of one seed, nothing."""
+    from stages.parts.paper import LABELS
+
     readings: dict[str, list[str]] = {"higher than": [], "lower than": [], "no difference shown from": []}
-    for other, by_task in differences.get(chart.name.removeprefix("accuracy-"), {}).items():
+    for other, by_task in differences.items():
         found = by_task[ALL]
         sign = "higher than" if found["mean"] > 0 else "lower than"
         if found["half_width"] is not None:
             readings[sign if found["is_supported"] else "no difference shown from"].append(LABELS[other])
-    verdicts = [f"{reading} {_listed(names)}" for reading, names in readings.items() if names]
-    return {
-        "title": f"{chart.title}, round {last['round']}",
-        "value": f"{last['accuracy_percent']:.1f} ± {last['error_points']:.1f}",
-        "readings": [*base, *verdicts],
-    }
+    return [f"{reading} {_listed(names)}" for reading, names in readings.items() if names]
 
 
 def _summary(charts: list[Chart], compared: dict[str, Any] | str) -> str:
@@ -156,7 +164,7 @@ def _summary(charts: list[Chart], compared: dict[str, Any] | str) -> str:
         return "Nothing has been scored yet: fedcollm run scores every round, fedcollm evaluate a single one."
     of = f"Shares of right answers to {scored[0]['questions']} questions"
     if isinstance(compared, str):
-        return f"{of}. Methods are not compared here; the tables say why."
+        return f"{of}; what ± is, each chart says. Methods are not compared here; the tables say why."
     if len(compared["seeds"]) == 1:
         return (
             f"{of}; ± is the questions' binomial standard error. From one seed no difference between methods can be "
@@ -185,7 +193,11 @@ def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
             pairs += [(f"{role.upper()} base, {manifest.base.architecture}", manifest.base.weights_sha256)]
             pairs += [(f"{role.upper()} tokenizer", manifest.base.tokenizer_sha256)]
     newest = max((manifest.round for manifest, _ in last.values()), default=0)
-    pairs += [(f"{place}, manifest", digest) for place, (manifest, digest) in last.items() if manifest.round == newest]
+    pairs += [
+        (f"{place}, manifest", digest)
+        for place, (manifest, digest) in last.items()
+        if manifest.round == newest and (manifest.client is None or len(workspace.clients) <= MOST_CLIENTS_NAMED)
+    ]
     versions: dict[str, set[str]] = {}
     for manifest, _ in last.values():
         for library, version in manifest.versions.items():

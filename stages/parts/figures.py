@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from stages.parts import charts, findings
+from stages.parts import bars, curves, findings
 from stages.parts.charts import PLAIN, STYLES, Chart, Row, Spec
 from stages.parts.drift import drift
 from stages.parts.errors import Problem
@@ -91,7 +91,7 @@ def _accuracy(model: str, metric: str) -> Figure:
         return [row | {"method": LABELS[row["method"]]} for row in found] if any(row["round"] for row in found) else []
 
     def spec(rows: list[Row]) -> Spec:
-        return charts.lines_with_errors(
+        return curves.lines_with_errors(
             rows,
             x="round",
             y="accuracy_percent",
@@ -107,11 +107,11 @@ def _accuracy(model: str, metric: str) -> Figure:
         over_seeds = f"Bars: the standard deviation over {seeds} seeds"
         over_questions = f"the binomial standard error of {rows[0]['questions']} questions"
         of = {row["error_of"] for row in rows if row["round"]}
-        bars = {
+        which = {
             frozenset({"seeds"}): f"{over_seeds}; at round 0, {over_questions}.",
             frozenset({"questions"}): f"One seed: bars are {over_questions}.",
         }.get(frozenset(of), f"{over_seeds}; where there is one seed, and at round 0, {over_questions}.")
-        return f"Share of right answers after each round that was scored. {bars}"
+        return f"Share of right answers after each round that was scored. {which}"
 
     nothing = "None of its rounds has been scored: fedcollm run scores every round, fedcollm evaluate a single one."
     return Figure("accuracy", f"accuracy-{model}", MODELS[model], rows, spec, caption, nothing)
@@ -148,7 +148,7 @@ def _distillation(model: str) -> Figure:
 def _loss_lines(rows: list[Row], series: str) -> Spec:
     titles = ("step, counted over all rounds", "nats a token")
     part = "round" if _parts_rounds(rows) else None
-    return charts.lines(rows, x="step", y="loss", series=series, titles=titles, points=False, part=part)
+    return curves.lines(rows, x="step", y="loss", series=series, titles=titles, points=False, part=part)
 
 
 def _parts_rounds(rows: Sequence[Row]) -> bool:
@@ -164,7 +164,7 @@ def _points(rows: list[Row]) -> str:
 
 def _of_many(rows: Sequence[Row], series: str) -> str:
     count = len({row[series] for row in rows})
-    return f" Line: the mean of {count} clients; band: lowest to highest." if count > charts.MOST_SERIES else ""
+    return f" Line: the mean of {count} clients; band: lowest to highest." if count > curves.MOST_SERIES else ""
 
 
 def _traffic() -> Figure:
@@ -180,7 +180,7 @@ def _traffic() -> Figure:
         "bytes",
         "Bytes per round",
         findings.traffic,
-        lambda rows: charts.bars(rows, x="round", y="bytes", series="direction", titles=("round", "bytes")),
+        lambda rows: bars.bars(rows, x="round", y="bytes", series="direction", titles=("round", "bytes")),
         caption,
         "Nothing has been exchanged yet.",
     )
@@ -189,7 +189,7 @@ def _traffic() -> Figure:
 def _cross_terms() -> Figure:
     def spec(rows: list[Row]) -> Spec:
         drawn = _some(rows, "round")
-        return charts.grid(drawn, x="round", y="layer", value="cross_term_percent", titles=("round", ""), form=".1f")
+        return bars.grid(drawn, x="round", y="layer", value="cross_term_percent", titles=("round", ""), form=".1f")
 
     def caption(rows: list[Row]) -> str:
         formula = "‖mean(BA) − mean(B)mean(A)‖ / ‖mean(BA)‖"
@@ -227,7 +227,7 @@ def _drifts() -> list[Figure]:
             f"drift-{key}",
             title,
             rows,
-            lambda rows: charts.lines(rows, x="round", y=key, series="client", titles=("round", key)),
+            lambda rows: curves.lines(rows, x="round", y=key, series="client", titles=("round", key)),
             lambda rows: f"{caption}{_of_many(rows, 'client')}",
             "No client's update is here together with the broadcast that it began from.",
         )
@@ -248,7 +248,7 @@ def _splits() -> list[Figure]:
             return _most_common(findings.data_split(workspace, by), name)
 
         def spec(rows: list[Row]) -> Spec:
-            return charts.grid(
+            return bars.grid(
                 _some(rows, "party"), x=name, y="party", value="rows", titles=(f"{name} of the rows", ""), form="d"
             )
 
@@ -273,9 +273,9 @@ def _most_common(rows: list[Row], name: str) -> list[Row]:
     totals: dict[str, int] = {}
     for row in rows:
         totals[row[name]] = totals.get(row[name], 0) + row["rows"]
-    if len(totals) <= charts.MOST_COLUMNS:
+    if len(totals) <= bars.MOST_COLUMNS:
         return rows
-    kept = sorted(totals, key=lambda one: -totals[one])[: charts.MOST_COLUMNS - 1]
+    kept = sorted(totals, key=lambda one: -totals[one])[: bars.MOST_COLUMNS - 1]
     merged: dict[tuple[str, str], Row] = {}
     for row in sorted(rows, key=lambda row: row[name] not in kept):
         shown = row[name] if row[name] in kept else "others"
@@ -292,7 +292,7 @@ def _times() -> Figure:
             {"stage": stage, "seconds": sum(each), "label": f"{sum(each):,.2f} s, {len(each)} runs"}
             for stage, each in totals.items()
         ]
-        return charts.lying_bars(shown, x="seconds", y="stage", title="seconds", label="label")
+        return bars.lying_bars(shown, x="seconds", y="stage", title="seconds", label="label")
 
     return Figure(
         "costs",

@@ -6,6 +6,7 @@ A row is a dict of numbers and short words; no path, no training row. What is no
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -195,12 +196,17 @@ def data_split(workspace: Workspace, by: str) -> list[Row]:
     if not workspace.split.exists():
         return []
     parties = read_json(workspace.split)[0]["parties"]
-    names = sorted({name for found in parties.values() for name in found[by]})
+    names = sorted({name for found in parties.values() for name in found[by]}, key=_counted)
     return [
         {"party": party, by.removesuffix("s"): shortened(name) or "-", "rows": found[by].get(name, 0)}
-        for party, found in parties.items()
+        for party, found in sorted(parties.items(), key=lambda item: _counted(item[0]))
         for name in names
     ]
+
+
+def _counted(name: str) -> list[str | int]:
+    """A key that puts client-2 before client-10."""
+    return [int(word) if word.isdecimal() else word for word in re.split(r"([0-9]+)", name)]
 
 
 def shortened(name: str) -> str:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stages.parts import charts
+from stages.parts import bars, charts, curves
 from stages.parts.charts import STYLES, Chart
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -38,7 +38,7 @@ def curve(names: int, rounds: int) -> list[dict[str, Any]]:
 
 def test_a_line_for_each_series_and_a_point_for_each_row() -> None:
     rows = curve(3, 4)
-    drawn = chart(rows, charts.lines(rows, x="round", y="value", series="client", titles=("round", "value")))
+    drawn = chart(rows, curves.lines(rows, x="round", y="value", series="client", titles=("round", "value")))
     assert len(marks(drawn, "line")) == 3
     assert len(marks(drawn, "symbol")) == 12
     assert len({mark.get("stroke-dasharray") for mark in marks(drawn, "line")}) == 3
@@ -47,7 +47,7 @@ def test_a_line_for_each_series_and_a_point_for_each_row() -> None:
 
 def test_a_line_ends_with_its_part() -> None:
     rows = curve(2, 4)
-    spec = charts.lines(
+    spec = curves.lines(
         rows, x="round", y="value", series="client", titles=("", ""), points=False, part="round"
     )  # each round has one point
     assert len(marks(chart(rows, spec), "line")) == 8
@@ -56,7 +56,7 @@ def test_a_line_ends_with_its_part() -> None:
 
 def test_more_series_than_can_be_told_apart_are_drawn_as_their_mean_and_range() -> None:
     rows = curve(6, 4)
-    drawn = chart(rows, charts.lines(rows, x="round", y="value", series="client", titles=("", "")))
+    drawn = chart(rows, curves.lines(rows, x="round", y="value", series="client", titles=("", "")))
     assert len(marks(drawn, "line")) == 1
     assert len(marks(drawn, "area")) == 1
     assert len(marks(drawn, "symbol")) == 4
@@ -68,7 +68,7 @@ def test_an_error_bar_for_each_row_and_every_line_begins_at_the_start() -> None:
         {"method": name, "round": t, "value": 40.0 + 5 * t, "error": 1.0} for name in ("one", "other") for t in (1, 2)
     ]
     styles = dict(zip(("one", "other", "base"), STYLES, strict=False))
-    spec = charts.lines_with_errors(
+    spec = curves.lines_with_errors(
         rows, x="round", y="value", error="error", series="method", start="base", titles=("", ""), styles=styles
     )
     drawn = chart(rows, spec)
@@ -84,43 +84,43 @@ def test_an_error_bar_for_each_row_and_every_line_begins_at_the_start() -> None:
 
 def test_a_cell_and_a_number_for_each_row_of_a_grid_while_there_is_room() -> None:
     rows = [{"layer": f"h.{i}", "round": t, "value": float(i)} for i in range(12) for t in range(1, 5)]
-    drawn = chart(rows, charts.grid(rows, x="round", y="layer", value="value", titles=("", ""), form=".1f"))
+    drawn = chart(rows, bars.grid(rows, x="round", y="layer", value="value", titles=("", ""), form=".1f"))
     assert len(marks(drawn, "rect")) == 48
     assert [mark.text for mark in marks(drawn, "text")][:5] == ["0.0", "0.0", "0.0", "0.0", "1.0"]
 
 
 def test_a_grid_of_many_layers_and_rounds_stays_on_the_page_without_numbers() -> None:
     rows = [{"layer": f"h.{i}", "round": t, "value": float(i)} for i in range(128) for t in range(1, 31)]
-    drawn = chart(rows, charts.grid(rows, x="round", y="layer", value="value", titles=("", ""), form=".1f"))
+    drawn = chart(rows, bars.grid(rows, x="round", y="layer", value="value", titles=("", ""), form=".1f"))
     assert len(marks(drawn, "rect")) == 128 * 30
     assert marks(drawn, "text") == []
-    assert float(ElementTree.fromstring(drawn.svg()).get("height", "0")) < 1.2 * charts.TALLEST
+    assert float(ElementTree.fromstring(drawn.svg()).get("height", "0")) < 1.2 * bars.TALLEST
     assert "role-legend" in drawn.svg()  # which says what the numbers do elsewhere
 
 
 def test_bars_stand_side_by_side_one_for_each_row_and_the_second_is_hollow() -> None:
     rows = [{"round": t, "way": way, "bytes": 5} for t in (1, 2, 3) for way in ("out", "back")]
-    drawn = chart(rows, charts.bars(rows, x="round", y="bytes", series="way", titles=("", "")))
+    drawn = chart(rows, bars.bars(rows, x="round", y="bytes", series="way", titles=("", "")))
     assert len(marks(drawn, "rect")) == 6
     assert len({mark.get("fill-opacity") for mark in marks(drawn, "rect")}) == 2
 
 
 def test_lying_bars_carry_their_labels() -> None:
     rows = [{"stage": "long", "seconds": 9.0, "label": "9 s"}, {"stage": "short", "seconds": 0.01, "label": "10 ms"}]
-    drawn = chart(rows, charts.lying_bars(rows, x="seconds", y="stage", title="seconds", label="label"))
+    drawn = chart(rows, bars.lying_bars(rows, x="seconds", y="stage", title="seconds", label="label"))
     assert len(marks(drawn, "rect")) == 2
     assert [mark.text for mark in marks(drawn, "text")] == ["9 s", "10 ms"]
 
 
 def test_a_value_that_is_not_known_is_left_out() -> None:
     rows = [*curve(1, 3), {"client": "client 0", "round": 4, "value": None}]
-    drawn = chart(rows, charts.lines(rows, x="round", y="value", series="client", titles=("", "")))
+    drawn = chart(rows, curves.lines(rows, x="round", y="value", series="client", titles=("", "")))
     assert len(marks(drawn, "symbol")) == 3
 
 
 def test_a_drawing_repeated_is_the_same_and_holds_no_script_and_no_address() -> None:
     rows = [{"layer": f"h.{i}", "round": t, "value": float(i)} for i in range(9) for t in range(20)]
-    drawn = chart(rows, charts.grid(rows, x="round", y="layer", value="value", titles=("", ""), form=".1f"))
+    drawn = chart(rows, bars.grid(rows, x="round", y="layer", value="value", titles=("", ""), form=".1f"))
     first = drawn.svg()
     assert drawn.svg() == first
     assert ' id="' not in first  # the library counts ids through a process, and they would meet in the page
@@ -133,7 +133,7 @@ def test_a_drawing_repeated_is_the_same_and_holds_no_script_and_no_address() -> 
 
 def test_names_from_outside_are_escaped() -> None:
     rows = [{"client": "<script>alert(1)</script>", "round": 1, "value": 1.0}]
-    drawn = chart(rows, charts.lines(rows, x="round", y="value", series="client", titles=("", "")))
+    drawn = chart(rows, curves.lines(rows, x="round", y="value", series="client", titles=("", "")))
     assert "<script" not in drawn.svg()
 
 

@@ -13,6 +13,7 @@ from html import unescape
 from pathlib import Path
 
 from builders import Outcome, edit
+from stages.report import verdicts
 
 Fedcollm = Callable[..., Outcome]
 
@@ -137,3 +138,22 @@ def test_a_metric_that_was_not_measured_is_named_with_those_that_were(
     folder = shutil.copytree(reported_once, tmp_path / "study", symlinks=True)
     written = json.loads(fedcollm("report", "-w", folder, "--metric", "acc_norm", "--json").out)
     assert "--metric with one of its metrics: acc" in written["left_out"]["accuracy-slm"]
+
+
+def test_a_difference_is_named_only_where_the_error_bars_support_it() -> None:
+    def found(mean: float, half_width: float | None) -> dict[str, object]:
+        supported = half_width is not None and abs(mean) > half_width
+        return {"all": {"mean": mean, "half_width": half_width, "is_supported": supported}}
+
+    differences = {
+        "zero-shot": found(0.25, 0.1),
+        "standalone": found(0.2, 0.1),
+        "fedavg": found(0.1, 0.15),
+        "centralized": found(-0.05, 0.01),
+    }
+    assert verdicts(differences) == [
+        "higher than Zero-Shot and Standalone",
+        "lower than Centralized",
+        "no difference shown from FedAvg",
+    ]
+    assert verdicts({"fedavg": found(0.5, None)}) == []
