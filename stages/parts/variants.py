@@ -123,6 +123,8 @@ def _set(table: Any, key: list[str], value: Any) -> None:
     """Set one key, making the tables it stands in; None takes it out, which means off."""
     for name in key[:-1]:
         table = table.setdefault(name, tomlkit.table())
+        if not isinstance(table, dict):
+            raise UsageProblem(f"there is no setting {'.'.join(key)}: {name} has no keys", mend=f"leave .{key[-1]} out")
     if isinstance(value, dict):
         table.pop(key[-1], None)
         for name, item in value.items():

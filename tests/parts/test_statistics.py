@@ -35,9 +35,7 @@ def test_a_difference_by_hand() -> None:
     assert found.questions_error == pytest.approx(sqrt(squares / 4))
     # Student's t with one degree of freedom is 12.706, the normal quantile 1.960.
     width = sqrt((12.7062 * 0.125) ** 2 + (1.95996 * found.questions_error) ** 2)
-    assert found.half_width == pytest.approx(
-        sqrt((12.7062 * 0.125) ** 2 + (1.95996 * found.questions_error) ** 2), 1e-5
-    )
+    assert found.half_width == pytest.approx(width, 1e-5)
     assert not found.is_supported
 
 
