@@ -95,8 +95,9 @@ def make_variant(
     """
     if (folder / AGREEMENT).exists() and not overwrite:
         open_variant(parent, folder, changes, made_by=made_by)
+    agreement = _agreement(parent, changes)
     files.write(folder / MACHINE, _machine(parent, folder, changes))
-    files.write(folder / AGREEMENT, _agreement(parent, changes))
+    files.write(folder / AGREEMENT, agreement)
     variant = Workspace(folder, parent.flags)
     if not deals_anew(parent, changes):
         _share_data(parent, variant)
