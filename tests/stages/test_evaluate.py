@@ -115,9 +115,9 @@ def test_accuracy_is_what_the_lm_eval_command_prints_for_the_same_folder(scored:
     found = evaluate(Workspace(scored), model="slm", round=2)["tasks"]["colours"]
     ours = found["metrics"]
     arguments = f"pretrained={scored / 'models/slm'},peft={adapter},dtype=float32"
-    words = f"--tasks colours --include_path tasks --batch_size 8 --device cpu --output_path {tmp_path / 'out'} --log_samples"
+    words = f"--tasks colours --include_path tasks --batch_size 8 --device cpu --output_path {tmp_path / 'out'}"
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, *words.split()],
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, *words.split(), "--log_samples"],
         cwd=scored,  # the task's data files are named from there
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
