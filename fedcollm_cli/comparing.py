@@ -63,6 +63,9 @@ def compare(
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
     collect: Annotated[bool, typer.Option("--collect", help="With --seeds: run nothing, read what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --seeds: run everything again, as the settings are now.")
+    ] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout: a line for each row, task and seed.")] = False,
     workspace: WorkspaceOption = None,
@@ -85,6 +88,9 @@ def compare(
 
         if as_json + as_markdown + as_csv > 1:
             raise UsageProblem("--json, --markdown and --csv exclude each other", mend="give one of them")
+        if overwrite and (collect or seeds is None):
+            mend = "fedcollm compare --seeds 1,2,3 --overwrite"
+            raise UsageProblem("--overwrite is for what --seeds runs", mend=mend)
         found = stage(
             opened.workspace,
             seeds=_seeds(seeds),
@@ -92,6 +98,7 @@ def compare(
             paper=paper,
             metric=metric,
             collect=collect,
+            overwrite=overwrite,
             report=opened.console.report,
         )
         if as_csv:
@@ -109,6 +116,9 @@ def sweep(
     metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
     workspace: WorkspaceOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Run everything again, as the settings are now.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = None,
@@ -126,8 +136,11 @@ def sweep(
         from stages.sweep import parse_setting
         from stages.sweep import sweep as stage
 
-        grid = dict(parse_setting(text) for text in set_ or [])
-        found = stage(opened.workspace, grid=grid, metric=metric, report=opened.console.report)
+        settings = [parse_setting(text) for text in set_ or []]
+        grid = dict(settings)
+        if len(grid) < len(settings):
+            raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
+        found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
         sheet = _swept(found)
         opened.console.result(found, sheet.markdown() if as_markdown else sheet.drawn())
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from stages.evaluate import evaluate
 from stages.parts.config import Method
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report, ignore
@@ -34,6 +35,7 @@ def compare(
     paper: str | None = None,
     metric: str = "acc",
     collect: bool = False,
+    overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
 ) -> dict[str, Any]:
@@ -48,10 +50,11 @@ def compare(
     begun_seeds, begun_methods = evidence.begun(workspace)
     methods = list(methods or (evidence.METHODS if seeds else begun_methods))
     if seeds and not collect:
-        run_all(workspace, seeds=seeds, methods=methods, models=models, report=report)
+        run_all(workspace, seeds=seeds, methods=methods, overwrite=overwrite, models=models, report=report)
     study = evidence.open_study(workspace, seeds or begun_seeds, methods)
+    evidence.check_finished(study)
     for runs in study.runs.values():
-        budgets.check_equal(runs)
+        budgets.check_equal(runs, study.run_again)
     measured = {table: _measured(study, table, metric) for table in evidence.ROWS}
     tables = {table: _estimates(scores) for table, scores in measured.items()}
     return {
@@ -73,22 +76,26 @@ def run_all(
     *,
     seeds: Sequence[int],
     methods: Sequence[Method],
+    overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
 ) -> None:
-    """Run every method from every seed, as far as that is not done."""
+    """Run every method from every seed, as far as that is not done; and score the bases."""
     from stages.parts import variants
     from stages.parts.models import Models
 
     models = models or Models(workspace)
+    for role in ("slm", "llm"):
+        evaluate(workspace, model=role, models=models, report=report)
     for seed in seeds:
         own = workspace
         if seed != workspace.agreement.federation.seed:
-            made_by = f"fedcollm compare --seeds {seed}"
-            own = derived(workspace, *variants.replica(workspace, seed), made_by=made_by, report=report)
+            made_by = f"fedcollm compare --seeds {','.join(map(str, seeds))}"
+            replica = variants.replica(workspace, seed)
+            own = derived(workspace, *replica, made_by=made_by, overwrite=overwrite, report=report)
         for method in methods:
             report(Event("round", f"{method}, seed {seed}"))
-            run(own, method=method, models=models.of(own), report=report)
+            run(own, method=method, overwrite=overwrite, models=models.of(own), report=report)
 
 
 def _measured(study: Study, table: Table, metric: str) -> dict[Row, dict[str, Scores]]:

@@ -6,7 +6,6 @@ same names; of the bases alone, results/zero-shot/{slm,llm}.json.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from stages.parts import files
@@ -18,9 +17,6 @@ from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace
 
 if TYPE_CHECKING:
     from stages.parts.models import Models, Role
-
-DATA_FILE = rb"[\w./~-]+\.(?:jsonl?|csv|parquet|arrow|txt)\b"
-"""What looks like a local data file in a task file, in whatever way the file is written."""
 
 
 def evaluate(
@@ -88,20 +84,11 @@ def _what(
         "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256 if adapter else None,
         "manifest_sha256": adapter.sha256 if adapter else None,
         "base": base.model_dump(),
-        "tasks_sha256": _tasks_sha256(workspace),
+        "tasks_sha256": workspace.tasks_sha256(),
         "dtype": workspace.machine.dtype or workspace.agreement.model_of(role).dtype,
         "limit": settings.limit,
         "batch_size": settings.batch_size,
     }
-
-
-def _tasks_sha256(workspace: Workspace) -> str:
-    """The digest of the workspace's task files and of the local data they name: other ones give other scores."""
-    texts = {path: path.read_bytes() for path in sorted(workspace.tasks.rglob("*")) if path.is_file()}
-    named = {name.decode() for text in texts.values() for name in re.findall(DATA_FILE, text)}
-    data = [workspace.local(name) for name in sorted(named)]
-    contents = [*texts.values(), *(path.read_bytes() for path in data if path.is_file())]
-    return files.sha256(b"".join(files.sha256(content).encode() for content in contents))
 
 
 def _score(

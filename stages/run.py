@@ -68,7 +68,7 @@ def run(
         elif scores and federation.averages:
             results += [score(model="aggregate", round=round)]
         if scores and (round == rounds[-1] or not federation.averages):
-            results += [score(round=round, client=client) for client in workspace.clients]
+            results += [score(round=round, client=client) for client in workspace.client_updates(round)]
     return results
 
 
@@ -96,7 +96,7 @@ def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, re
     federation = workspace.agreement.federation
     if federation.averages or round == 1:
         broadcast(workspace, round=round, overwrite=overwrite, models=models, report=report)
-    for client in _here(workspace, round):
+    for client in _here(workspace, round, overwrite):
         client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
     if federation.averages:
         aggregate(workspace, round=round, overwrite=overwrite, report=report)
@@ -104,14 +104,14 @@ def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, re
         co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
 
 
-def _here(workspace: Workspace, round: int) -> list[int]:
+def _here(workspace: Workspace, round: int, overwrite: bool) -> list[int]:
     """The clients to train on this machine in a round.
 
     Not those whose update came from elsewhere, as at a real server; nor, where a quorum is enough, those without data
-    here, or those that a finished average did without.
+    here, or those that a finished average did without, unless that is to be made again.
     """
     clients = list(workspace.clients)
-    if workspace.aggregate(round).exists():
+    if workspace.aggregate(round).exists() and not overwrite:
         averaged = read_manifest(workspace.aggregate(round))[0].parents
         clients = [client for client in clients if f"client-{client}" in averaged]
     may_be_absent = workspace.agreement.aggregation.min_clients is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,6 +37,7 @@ def sweep(
     *,
     grid: Mapping[str, Sequence[Any]],
     metric: str = "acc",
+    overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
 ) -> dict[str, Any]:
@@ -47,7 +49,8 @@ def sweep(
     from stages.parts import variants
     from stages.parts.models import Models
 
-    points = _points(grid)
+    points = _points(workspace, grid)
+    made_by = shlex.join(["fedcollm", "sweep", *(word for key in grid for word in ("--set", _words(key, grid[key])))])
     for settings in points:
         variants.check(workspace, settings)
     models = models or Models(workspace)
@@ -55,10 +58,10 @@ def sweep(
     for number, settings in enumerate(points, 1):
         name = point_name(settings)
         report(Event("round", f"{number} of {len(points)}: {name}"))
-        made_by = "fedcollm sweep"
         place = workspace.sweep_point(name)
-        workspaces.append(derived(workspace, place, settings, made_by=made_by, report=report))
-        run(workspaces[-1], models=models.of(workspaces[-1]), report=report)
+        point = derived(workspace, place, settings, made_by=made_by, overwrite=overwrite, report=report)
+        run(point, overwrite=overwrite, models=models.of(point), report=report)
+        workspaces.append(point)
     return {
         "metric": metric,
         "axes": [key for key in grid if key != SEED],
@@ -66,10 +69,14 @@ def sweep(
     }
 
 
-def _points(grid: Mapping[str, Sequence[Any]]) -> list[Settings]:
+def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    evaluation = workspace.agreement.evaluation
     for key, values in grid.items():
         if key in FIXED:
             raise UsageProblem(f"{key} is not for a sweep", mend=FIXED[key])
+        if key.startswith("evaluation.") or (key == "data.tasks" and not evaluation.tasks):
+            message = f"{key} decides the questions, and scores on different ones cannot be compared"
+            raise UsageProblem(message, mend=f"leave {key} out; other questions need a workspace of their own")
         if not values:
             raise UsageProblem(f"no value for {key}", mend=f"such as --set {key}=1,2")
     if not grid:
@@ -124,6 +131,11 @@ def _differences(arrays: dict[Table, Any], first: dict[Table, Any]) -> dict[str,
 
     found = {table: difference(scores, first[table]) for table, scores in arrays.items()}
     return {table: asdict(one) | {"is_supported": one.is_supported} for table, one in found.items()}
+
+
+def _words(key: str, values: Sequence[Any]) -> str:
+    """What parse_setting reads."""
+    return f"{key}={','.join(str(value) for value in values)}"
 
 
 def parse_setting(text: str) -> tuple[str, list[Any]]:

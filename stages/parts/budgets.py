@@ -6,7 +6,7 @@ every LLM is tuned for as many steps and examples as co-distill takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from stages.parts.config import Method
@@ -42,7 +42,11 @@ def spent(workspace: Workspace) -> dict[str, Spent]:
     return found
 
 
-def check_equal(by_method: Mapping[Method, Workspace]) -> None:
+RunAgain = Callable[[Workspace], str]
+"""The command that makes a workspace's federation again."""
+
+
+def check_equal(by_method: Mapping[Method, Workspace], run_again: RunAgain) -> None:
     """Raise BadNumbers, naming the method and the party, unless each was given as much as by the first method.
 
     Clients' local training: by every method but centralized. The LLM's: co-distill's and centralized's, in steps and
@@ -54,17 +58,19 @@ def check_equal(by_method: Mapping[Method, Workspace]) -> None:
         for method, ledger in ledgers.items()
         if method != "centralized"
     }
-    _check(clients, by_method)
+    _check(clients, by_method, run_again)
     trained: dict[Method, str] = {"centralized": "client-1", "fedcollm": "server", "fedavg-aux": "server"}
     llm: dict[Method, dict[str, Spent]] = {
         method: {"the LLM": Spent(ledger[trained[method]].steps, ledger[trained[method]].examples)}
         for method, ledger in ledgers.items()
         if trained.get(method) in ledger
     }
-    _check(llm, by_method)
+    _check(llm, by_method, run_again)
 
 
-def _check(ledgers: Mapping[Method, Mapping[str, Spent]], by_method: Mapping[Method, Workspace]) -> None:
+def _check(
+    ledgers: Mapping[Method, Mapping[str, Spent]], by_method: Mapping[Method, Workspace], run_again: RunAgain
+) -> None:
     reference = next(iter(ledgers), None)
     for method, ledger in ledgers.items():
         assert reference is not None
@@ -73,5 +79,6 @@ def _check(ledgers: Mapping[Method, Mapping[str, Spent]], by_method: Mapping[Met
             found, wanted = ledger.get(party, Spent()), expected.get(party, Spent())
             if found != wanted:
                 message = f"budgets differ: {method} gave {party} {found}; {reference} gave it {wanted}"
-                mend = f"fedcollm run --method {method} --overwrite, or leave {method} out with --methods"
-                raise BadNumbers(message, where=by_method[method].root, mend=mend)
+                lesser = by_method[method if found.examples < wanted.examples else reference]
+                mend = f"{run_again(lesser)}; or leave one of them out with --methods"
+                raise BadNumbers(message, where=lesser.root, mend=mend)

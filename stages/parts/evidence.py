@@ -6,7 +6,6 @@ last round, of the agreement as it is now, of the adapter that is there.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,14 @@ class Study:
     root: Workspace
     runs: dict[int, dict[Method, Workspace]]
 
+    def inside(self, workspace: Workspace) -> str:
+        """What a command given at the root needs to work in another of the study's workspaces."""
+        return "" if workspace.root == self.root.root else f" --workspace {self.root.shown(workspace.root)}"
+
+    def run_again(self, workspace: Workspace) -> str:
+        """The command that makes one of its federations again."""
+        return f"fedcollm run{self.inside(workspace)} --overwrite"
+
     @property
     def seeds(self) -> list[int]:
         """In ascending order."""
@@ -59,8 +66,9 @@ class Study:
 def begun(workspace: Workspace) -> tuple[list[int], list[Method]]:
     """The seeds and methods that there is anything of."""
     own = workspace.agreement.federation
-    names = [re.fullmatch(r"seed-(\d+)", path.name) for path in workspace.replica(0).parent.glob("*")]
-    seeds = [own.seed, *(int(found[1]) for found in names if found)]
+    replicas = workspace.replica(0).parent.glob(f"seed-*/{AGREEMENT}")
+    names = [path.parent.name.removeprefix("seed-") for path in replicas]
+    seeds = [own.seed, *(int(name) for name in names if name.isdecimal())]
     homes = [workspace.root, *(workspace.replica(seed) for seed in seeds)]
     methods = {path.parent.name for home in homes for path in home.glob(f"baselines/*/{AGREEMENT}")} | {own.method}
     return sorted(set(seeds)), [method for method in METHODS if method in methods]
@@ -87,6 +95,34 @@ def _of_method(own: Workspace, method: Method, root: Workspace) -> Workspace:
 def _run(method: Method, own: Workspace, root: Workspace) -> str:
     inside = "" if own.root == root.root else f" --workspace {root.shown(own.root)}"
     return f"fedcollm run --method {method}{inside}"
+
+
+def check_finished(study: Study) -> None:
+    """Raise NotReady for a federation that has not come to its end, Refused for one of other data than lies there."""
+    for workspace in (workspace for runs in study.runs.values() for workspace in runs.values()):
+        for round in range(1, workspace.agreement.federation.rounds + 1):
+            absent = [place for place in _made_in(workspace, round) if not place.exists()]
+            if absent:
+                message = f"a federation is not finished: {study.root.shown(absent[0])} is not there"
+                raise NotReady(message, where=absent[0], mend=f"fedcollm run{study.inside(workspace)}")
+            _check_data(study, workspace, round)
+
+
+def _check_data(study: Study, workspace: Workspace, round: int) -> None:
+    """Raise Refused where the private logs say that a party was trained on other rows than lie there."""
+    logs = {workspace.client_data(k): workspace.log("client-train", round, k) for k in workspace.clients}
+    logs[workspace.auxiliary_data] = workspace.log("co-distill", round)
+    for data, log in logs.items():
+        if data.exists() and log.exists() and files.logged_inputs(log).get("data") != files.sha256(data.read_bytes()):
+            message = f"{study.root.shown(data)} is not what was trained on in round {round}"
+            raise Refused(message, where=data, mend=f"put those rows back, or {study.run_again(workspace)}")
+
+
+def _made_in(workspace: Workspace, round: int) -> list[Path]:
+    """What a round ends with."""
+    if not workspace.agreement.federation.averages:
+        return [workspace.client_update(round, client) for client in workspace.clients]
+    return [workspace.round_result(round), *([workspace.llm(round)] if workspace.agreement.federation.distils else [])]
 
 
 def scores(study: Study, table: Table, row: Row, metric: str) -> dict[str, Scores]:
@@ -126,7 +162,8 @@ def answers(study: Study, workspace: Workspace, round: int | None, subject: str,
 
 def _subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
     if table == "clients" or row == "centralized":
-        return [f"client-{client}" for client in workspace.clients]
+        last = workspace.agreement.federation.rounds
+        return [f"client-{client}" for client in workspace.client_updates(last)]
     return ["aggregate" if table == "slm" and row == "fedavg" else table]
 
 
@@ -139,7 +176,13 @@ def _result(study: Study, workspace: Workspace, round: int | None, subject: str)
     result, _ = files.read_json(path)
     if result.get("agreement_sha256") != workspace.agreement_sha256:
         message = f"{study.root.shown(path)} is a result of another agreement"
-        raise Refused(message, where=path, mend=f"undo the edit of {AGREEMENT}, or {mend} --overwrite")
+        raise Refused(message, where=path, mend=f"undo the edit of {AGREEMENT}, or {study.run_again(workspace)}")
+    if result.get("tasks_sha256") != workspace.tasks_sha256():
+        message = f"{study.root.shown(path)} is of other questions: a task or its data has changed since"
+        raise Refused(message, where=path, mend=mend)
+    if any("correct" not in one for one in result["tasks"].values()):
+        message = f"{study.root.shown(path)}, of an earlier version, does not say which questions were right"
+        raise Refused(message, where=path, mend=f"{mend} --overwrite")
     if round is not None:
         _check_current(study, _folder(workspace, round, subject), result, path, mend)
     return result
@@ -160,7 +203,7 @@ def _folder(workspace: Workspace, round: int, subject: str) -> Path:
 
 def _evaluate(study: Study, workspace: Workspace, round: int | None, subject: str) -> str:
     """The command that makes a result; of a federation that is only half done, the one that goes on with it."""
-    inside = "" if workspace.root == study.root.root else f" --workspace {study.root.shown(workspace.root)}"
+    inside = study.inside(workspace)
     if round is None:
         return f"fedcollm evaluate --zero-shot --model {subject}{inside}"
     if not _folder(workspace, round, subject).exists():
@@ -171,9 +214,9 @@ def _evaluate(study: Study, workspace: Workspace, round: int | None, subject: st
 
 def _correct(result: dict[str, Any], task: str, metric: str) -> np.ndarray:
     """0 or 1 for each question."""
-    found = result["tasks"].get(task, {}).get("correct", {})
+    found = result["tasks"][task]["correct"]
     if metric not in found:
-        known = ", ".join(found) or "none; of an earlier version: evaluate again with --overwrite"
+        known = ", ".join(found) or "none is a matter of right or wrong"
         message = f"the result of {result['subject']} does not say which questions of {task} were right by {metric}"
         raise UsageProblem(message, mend=f"--metric with one of its metrics: {known}")
     return np.frombuffer(found[metric].encode(), dtype=np.uint8) - ord("0")

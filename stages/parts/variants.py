@@ -95,8 +95,9 @@ def make_variant(
     """
     if (folder / AGREEMENT).exists() and not overwrite:
         open_variant(parent, folder, changes, made_by=made_by)
+    agreement = _agreement(parent, changes)
     files.write(folder / MACHINE, _machine(parent, folder, changes))
-    files.write(folder / AGREEMENT, _agreement(parent, changes))
+    files.write(folder / AGREEMENT, agreement)
     variant = Workspace(folder, parent.flags)
     if not deals_anew(parent, changes):
         _share_data(parent, variant)
@@ -123,6 +124,8 @@ def _set(table: Any, key: list[str], value: Any) -> None:
     """Set one key, making the tables it stands in; None takes it out, which means off."""
     for name in key[:-1]:
         table = table.setdefault(name, tomlkit.table())
+        if not isinstance(table, dict):
+            raise UsageProblem(f"there is no setting {'.'.join(key)}: {name} has no keys", mend=f"leave .{key[-1]} out")
     if isinstance(value, dict):
         table.pop(key[-1], None)
         for name, item in value.items():

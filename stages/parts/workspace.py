@@ -24,6 +24,9 @@ MODEL_CARD = "README.md"
 EXPORT = "export.json"
 LARGEST_TOML_BYTES = 1 << 20
 
+DATA_FILE = rb"[\w./~-]+\.(?:jsonl?|csv|parquet|arrow|txt)\b"
+"""What looks like a local data file in a task file, in whatever way the file is written."""
+
 
 class MachineFlags(Settings):
     """What a command's own flags change of machine.toml."""
@@ -130,6 +133,14 @@ class Workspace:
     def tasks(self) -> Path:
         """lm-eval task files of this federation."""
         return self.home / "tasks"
+
+    def tasks_sha256(self) -> str:
+        """The digest of the task files and of the local data they name: other ones give other scores."""
+        texts = {path: path.read_bytes() for path in sorted(self.tasks.rglob("*")) if path.is_file()}
+        named = {name.decode() for text in texts.values() for name in re.findall(DATA_FILE, text)}
+        data = [self.local(name) for name in sorted(named)]
+        contents = [*texts.values(), *(path.read_bytes() for path in data if path.is_file())]
+        return files.sha256(b"".join(files.sha256(content).encode() for content in contents))
 
     @property
     def private(self) -> Path:

@@ -34,9 +34,8 @@ def test_a_difference_by_hand() -> None:
     squares = (0.375**2 + 0.125**2 + 0.625**2 + 0.375**2) / 3
     assert found.questions_error == pytest.approx(sqrt(squares / 4))
     # Student's t with one degree of freedom is 12.706, the normal quantile 1.960.
-    assert found.half_width == pytest.approx(
-        sqrt((12.7062 * 0.125) ** 2 + (1.95996 * found.questions_error) ** 2), 1e-5
-    )
+    width = sqrt((12.7062 * 0.125) ** 2 + (1.95996 * found.questions_error) ** 2)
+    assert found.half_width == pytest.approx(width, 1e-5)
     assert not found.is_supported
 
 

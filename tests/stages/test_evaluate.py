@@ -107,11 +107,12 @@ def test_those_accuracies_differ_so_that_an_adapter_left_out_would_show(scored: 
 @pytest.mark.slow
 def test_accuracy_is_what_the_lm_eval_command_prints_for_the_same_folder(scored: Path, tmp_path: Path) -> None:
     adapter = scored / "private/server/round-0002/slm"
-    ours = evaluate(Workspace(scored), model="slm", round=2)["tasks"]["colours"]["metrics"]
+    found = evaluate(Workspace(scored), model="slm", round=2)["tasks"]["colours"]
+    ours = found["metrics"]
     arguments = f"pretrained={scored / 'models/slm'},peft={adapter},dtype=float32"
     words = f"--tasks colours --include_path tasks --batch_size 8 --device cpu --output_path {tmp_path / 'out'}"
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, *words.split()],
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, *words.split(), "--log_samples"],
         cwd=scored,  # the task's data files are named from there
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -126,6 +127,10 @@ def test_accuracy_is_what_the_lm_eval_command_prints_for_the_same_folder(scored:
     assert ours["acc_stderr"] == theirs["acc_stderr,none"]
     (row,) = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|colours")]
     assert f"{ours['acc']:.4f}" == f"{float(row[7]):.4f}"
+    (logged,) = (tmp_path / "out").rglob("samples_colours_*.jsonl")
+    samples = sorted(map(json.loads, logged.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    assert found["correct"]["acc"] == "".join(str(int(sample["acc"])) for sample in samples)
+    assert set(found["correct"]["acc"]) == {"0", "1"}
 
 
 def test_an_adapter_that_changes_nothing_is_not_scored(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
