@@ -1,53 +1,16 @@
-"""compare and sweep: their options, and their results as tables, Markdown and CSV."""
+"""The commands that set federations side by side: compare and sweep."""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
 
+from fedcollm_cli import sheets
 from fedcollm_cli.session import DeviceOption, DtypeOption, JsonOption, QuietOption, WorkspaceOption, session
 from stages.parts.config import Method
 from stages.parts.errors import UsageProblem
-from stages.parts.paper import LABELS
-
-TITLES = {
-    "llm": "the server's LLM (the paper's Table 1)",
-    "clients": "the clients' own SLMs, mean of {clients} (the paper's Table 2)",
-    "slm": "the server's SLM, which the clients would go on with",
-}
-SHORT = {"llm": "the LLM", "clients": "clients' own SLMs", "slm": "the server's SLM"}
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table in words: drawn on a terminal, or written as Markdown."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-
-    def drawn(self) -> Table:
-        """For a terminal."""
-        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-        for number, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        """For a README or a paper's draft."""
-        lines = [self.columns, ["---", *("---:" for _ in self.columns[1:])], *self.rows]
-        return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def compare(
@@ -102,11 +65,13 @@ def compare(
             report=opened.console.report,
         )
         if as_csv:
-            opened.console.result(found, as_lines(found))
+            opened.console.result(found, sheets.as_lines(found))
         elif as_markdown:
-            opened.console.result(found, "\n\n".join([*(sheet.markdown() for sheet in sheets(found)), *notes(found)]))
+            opened.console.result(
+                found, "\n\n".join([*(sheet.markdown() for sheet in sheets.sheets(found)), *sheets.notes(found)])
+            )
         else:
-            opened.console.result(found, comparison(found))
+            opened.console.result(found, sheets.comparison(found))
 
 
 def sweep(
@@ -141,7 +106,7 @@ def sweep(
         if len(grid) < len(settings):
             raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
         found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
-        sheet = _swept(found)
+        sheet = sheets.swept(found)
         opened.console.result(found, sheet.markdown() if as_markdown else sheet.drawn())
 
 
@@ -161,156 +126,3 @@ def _methods(text: str | None) -> list[Method] | None:
     if unknown:
         raise UsageProblem(f"there is no method {unknown[0]!r}", mend=f"there are: {', '.join(known)}")
     return [method for method in known if method in text.split(",")]
-
-
-def comparison(found: dict[str, Any]) -> Group:
-    """All tables, and what they rest on."""
-    return Group(*(sheet.drawn() for sheet in sheets(found)), *notes(found))
-
-
-def sheets(found: dict[str, Any]) -> list[Sheet]:
-    """Tables 1 and 2, the server's SLM, the differences, the budgets."""
-    tables = [_accuracies(found, name) for name in found["tables"]]
-    return [*tables, *([_differences(found)] if any(found["differences"].values()) else []), _budgets(found)]
-
-
-def _accuracies(found: dict[str, Any], name: str) -> Sheet:
-    rows = found["tables"][name]
-    tasks = _tasks(rows)
-    reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
-    in_paper = [task for task in tasks if any(task in row for row in reported.values())]
-    title = TITLES[name].format(clients=found["clients"])
-    return Sheet(
-        f"{title}: {found['metric']} in %",
-        ["method", *tasks, *(f"{task}, paper" for task in in_paper)],
-        [
-            [
-                LABELS[row],
-                *(_accuracy(by_task[task]) for task in tasks),
-                *(str(reported[row].get(task, "-")) for task in in_paper),
-            ]
-            for row, by_task in rows.items()
-        ],
-    )
-
-
-def _tasks(rows: dict[str, Any]) -> list[str]:
-    """The tasks' columns; that of all together only where there are several."""
-    tasks = list(next(iter(rows.values())))
-    return tasks if len(tasks) > 2 else tasks[:1]
-
-
-def _accuracy(found: dict[str, Any]) -> str:
-    deviation = found["deviation"]
-    return f"{100 * found['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
-
-
-def _differences(found: dict[str, Any]) -> Sheet:
-    """FedCoLLM minus each other method, over all questions: a column for each table."""
-    tables = found["differences"]
-    others = [row for row in LABELS if any(row in rows for rows in tables.values())]
-    lines = [
-        [LABELS[row], *(_difference(_overall(tables[name][row])) if row in tables[name] else "-" for name in tables)]
-        for row in others
-    ]
-    title = "FedCoLLM minus the other methods, points [95 % interval; * where it excludes zero]"
-    return Sheet(title, ["minus", *(SHORT[name] for name in tables)], lines)
-
-
-def _overall(by_task: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = by_task[_tasks({"": by_task})[-1]]
-    return found
-
-
-def _difference(found: dict[str, Any]) -> str:
-    mean, half = 100 * found["mean"], found["half_width"]
-    if half is None:
-        return f"{mean:+.1f} (one {'seed' if found['seeds_error'] is None else 'question'})"
-    return f"{mean:+.1f} [{mean - 100 * half:.1f}, {mean + 100 * half:.1f}]{'*' if found['is_supported'] else ''}"
-
-
-def _bought(found: dict[str, Any]) -> str:
-    reading = "" if found["is_supported"] else ", not beyond its error bars"
-    return f"{100 * found['mean']:+.1f}{reading}"
-
-
-def _budgets(found: dict[str, Any]) -> Sheet:
-    rows = []
-    for method, parties in found["budgets"].items():
-        clients = [done for party, done in parties.items() if party != "server"]
-        server = [parties["server"]] if "server" in parties else []
-        each = [_range(clients, key) for key in ("steps", "examples", "tokens")]
-        rows.append([LABELS[method], *each, *(_range(server, key) for key in ("steps", "examples", "tokens"))])
-    columns = [f"{party} {key}" for party in ("client", "server") for key in ("steps", "examples", "tokens")]
-    return Sheet(f"what training took of each party, {found['rounds']} rounds together", ["method", *columns], rows)
-
-
-def _range(clients: Sequence[dict[str, int]], key: str) -> str:
-    values = sorted({client[key] for client in clients})
-    return "-".join(map(str, dict.fromkeys([values[0], values[-1]]))) if values else "-"
-
-
-def notes(found: dict[str, Any]) -> list[str]:
-    """What the tables rest on."""
-    _, by_task = next(iter(found["tables"]["slm"].items()))
-    task = _tasks(found["tables"]["slm"])[-1]
-    seeds = ", ".join(map(str, found["seeds"]))
-    several = len(found["seeds"]) > 1
-    lines = [
-        f"seed{'s' if several else ''} {seeds}"
-        + ("; ± is the standard deviation over seeds" if several else ": no error bar")
-        + f"; {by_task[task]['questions']} questions, themselves a sample: ± {100 * by_task[task]['binomial']:.1f}",
-    ]
-    if "fedavg-aux" in found["tables"]["slm"]:
-        lines.append("FedAvg + D^a: the server trains both models on the auxiliary data, without distillation")
-    if bought := {name: rows["fedavg-aux"] for name, rows in found["differences"].items() if "fedavg-aux" in rows}:
-        words = [f"{SHORT[name]} {_bought(_overall(by_task))}" for name, by_task in bought.items()]
-        lines.append(f"what distillation bought beyond that, in points: {'; '.join(words)}")
-    if found["paper"]:
-        lines.append(f"paper: setting {found['paper']['setting']}; {found['paper']['source']}")
-    if found["absent"]:
-        lines.append("not run: " + "; ".join(f"fedcollm run --method {method}" for method in found["absent"]))
-    return lines
-
-
-def as_lines(found: dict[str, Any]) -> str:
-    """CSV: a line for each table, method, task and seed."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["table", "method", "task", "seed", "questions", found["metric"], "paper"])
-    for name, rows in found["tables"].items():
-        reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
-        for row, by_task in rows.items():
-            for task, one in by_task.items():
-                seeds = found["seeds"] if row != "zero-shot" else [""]
-                for seed, value in zip(seeds, one["by_seed"], strict=True):
-                    figure = reported.get(row, {}).get(task, "")
-                    writer.writerow([name, row, task, seed, one["questions"], f"{value:.6f}", figure])
-    return out.getvalue().rstrip("\n")
-
-
-def _swept(found: dict[str, Any]) -> Sheet:
-    rows = []
-    for row in found["rows"]:
-        words = [str(row["settings"][key]) for key in found["axes"]]
-        for table, score in row["scores"].items():
-            words.append(_accuracy(score))
-            words.append(_against_first(row.get("minus_first", {}).get(table)))
-        rows.append(words)
-    tables = list(found["rows"][0]["scores"])
-    seeds = ", ".join(map(str, found["seeds"]))
-    title = (
-        f"{found['metric']} in %, mean ± deviation over seeds {seeds}"
-        if len(found["seeds"]) > 1
-        else f"{found['metric']} in %"
-    )
-    headings = [heading for table in tables for heading in (table, "minus the first")]
-    return Sheet(title, [*(key.rpartition(".")[2] for key in found["axes"]), *headings], rows)
-
-
-def _against_first(found: dict[str, Any] | None) -> str:
-    """The difference with its 95 % interval; a star where that supports it."""
-    if found is None:
-        return ""
-    mean, half = 100 * found["mean"], found["half_width"]
-    return f"{mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}{'*' if found['is_supported'] else ''}")

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fedcollm_cli.comparing import notes, sheets
 from fedcollm_cli.session import JsonOption, QuietOption, WorkspaceOption, session
+from fedcollm_cli.sheets import notes, sheets
 
 
 def report(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table
 
-from fedcollm_cli.comparing import comparison
+from fedcollm_cli.sheets import comparison
 
 if TYPE_CHECKING:
     from stages.status import Status
