@@ -79,6 +79,7 @@ def test_an_error_bar_for_each_row_and_every_line_begins_at_the_start() -> None:
     assert [line.count("L") for line in lines] == [2, 2]  # the start, and two rounds
     assert len({line.partition("L")[0] for line in lines}) == 1
     heights = [abs(float(mark.get("y2", "0"))) for mark in marks(drawn, "rule")]
+    assert min(heights) > 5
     assert max(heights) == pytest.approx(2 * min(heights), rel=0.02)  # errors of 2 and of 1
 
 

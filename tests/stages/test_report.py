@@ -89,6 +89,14 @@ def test_without_anything_it_says_what_to_do_first(fedcollm: Fedcollm, workspace
     assert not (workspace_folder / "results").exists()
 
 
+def test_a_data_split_alone_is_nothing_to_report(fedcollm: Fedcollm, workspace_folder: Path) -> None:
+    split = {"parties": {"client-1": {"labels": {"0": 3}, "sources": {"colours": 3}}}}
+    (workspace_folder / "private" / "split.json").write_text(json.dumps(split))
+    outcome = fedcollm("report", "-w", workspace_folder)
+    assert outcome.code == 3
+    assert "nothing to report yet" in outcome.err
+
+
 def test_what_was_not_scored_is_left_out_with_the_command_that_scores_it(fedcollm: Fedcollm, finished: Path) -> None:
     written = json.loads(fedcollm("report", "-w", finished, "--json").out)
     assert {"accuracy-llm", "tables"} <= set(written["left_out"])
