@@ -67,9 +67,7 @@ def compare(
         if as_csv:
             opened.console.result(found, sheets.as_lines(found))
         elif as_markdown:
-            opened.console.result(
-                found, "\n\n".join([*(sheet.markdown() for sheet in sheets.sheets(found)), *sheets.notes(found)])
-            )
+            opened.console.result(found, sheets.as_markdown(found))
         else:
             opened.console.result(found, sheets.comparison(found))
 
@@ -89,9 +87,9 @@ def sweep(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Run the federation once for every combination of some settings.
+    """Run an ablation: every combination of some settings.
 
-    For ablations. Reads this workspace's models, tasks and data. Writes a workspace for each combination into sweeps/
+    Reads this workspace's models, tasks and data. Writes a workspace for each combination into sweeps/
     and prints one table, each row with its difference from the first. With federation.seed among the settings, means
     over seeds and 95 % intervals. What is done is passed over.
 

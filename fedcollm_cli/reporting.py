@@ -27,9 +27,10 @@ def report(
     with session(workspace, as_json=as_json, quiet=quiet) as opened:
         from stages.report import write_report
 
-        written = write_report(opened.workspace, in_words=_in_words, metric=metric, report=opened.console.report)
+        written = write_report(opened.workspace, in_words=in_words, metric=metric, report=opened.console.report)
         opened.console.result(written, str(written["path"]))
 
 
-def _in_words(found: dict[str, Any]) -> tuple[list[Any], list[str]]:
+def in_words(found: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    """What compare found, as tables in words and the notes below them."""
     return sheets(found), notes(found)

@@ -50,6 +50,11 @@ def comparison(found: dict[str, Any]) -> Group:
     return Group(*(sheet.drawn() for sheet in sheets(found)), *notes(found))
 
 
+def as_markdown(found: dict[str, Any]) -> str:
+    """The same, to be pasted."""
+    return "\n\n".join([*(sheet.markdown() for sheet in sheets(found)), *notes(found)])
+
+
 def sheets(found: dict[str, Any]) -> list[Sheet]:
     """Tables 1 and 2, the server's SLM, the differences, the budgets."""
     tables = [_accuracies(found, name) for name in found["tables"]]
@@ -172,6 +177,7 @@ def as_lines(found: dict[str, Any]) -> str:
 
 
 def swept(found: dict[str, Any]) -> Sheet:
+    """A row for each combination of settings, each model's score beside its difference from the first row's."""
     rows = []
     for row in found["rows"]:
         words = [str(row["settings"][key]) for key in found["axes"]]

@@ -9,6 +9,7 @@ import typer
 
 from fedcollm_cli import views
 from fedcollm_cli.console import Console
+from fedcollm_cli.reporting import in_words
 from fedcollm_cli.session import (
     JsonOption,
     OverwriteOption,
@@ -78,8 +79,8 @@ def demo(
     """Show a whole federation in minutes.
 
     With models and data made on the spot; nothing is downloaded. Builds a small closed world of questions and two
-    tiny base models, runs the federation by the same stages, scores it by lm-eval and prints what each step bought.
-    The base models are kept in the folder and built once.
+    tiny base models, runs every method by the same stages, scores them by lm-eval, compares them and writes a report.
+    What is done is kept in the folder and passed over the next time.
 
     Example: fedcollm demo
     """
@@ -88,5 +89,5 @@ def demo(
         from stages.demo import demo as stage
 
         show_one_gpu("auto")
-        measured = stage(folder, report=console.report)
+        measured = stage(folder, in_words=in_words, report=console.report)
         console.result(measured, views.demo(measured))

@@ -17,13 +17,14 @@ from stages.parts.events import Event, Report, ignore
 from stages.parts.workspace import AGREEMENT, Workspace
 from stages.parts.world import World, build_world, write_world
 from stages.prepare import prepare
+from stages.report import InWords, write_report
 
 WORLD_SEED = 11
 SEEDS = (1, 2)
 
 
-def demo(folder: Path, *, seeds: Sequence[int] = SEEDS, report: Report = ignore) -> dict[str, Any]:
-    """Run every method from each seed and compare them. Returns the comparison, and what the world allows.
+def demo(folder: Path, *, in_words: InWords, seeds: Sequence[int] = SEEDS, report: Report = ignore) -> dict[str, Any]:
+    """Run every method from each seed, compare them and write the report. Returns the comparison and the places.
 
     What is there already is used again: base models, and every step that is done.
     """
@@ -40,6 +41,7 @@ def demo(folder: Path, *, seeds: Sequence[int] = SEEDS, report: Report = ignore)
         "comparison": compared,
         "rule_accuracy": world.rule_accuracy["test"],
         "workspace": str(study),
+        "report": str(study / write_report(workspace, in_words=in_words, report=report)["path"]),
         "models": str(folder / "models"),
     }
 
