@@ -64,18 +64,23 @@ def test_lines_of_losses_end_with_their_round_while_rounds_are_few(
     assert ("a line ends with its round" in found.caption) == ends
 
 
+def write_result(workspace: Workspace, round: int | None) -> None:
+    """A result of the LLM as evaluate leaves it, two of four questions right."""
+    belongs = {"agreement_sha256": workspace.agreement_sha256, "tasks_sha256": workspace.tasks_sha256()}
+    value = {"tasks": {"colours": {"correct": {"acc": "1100"}}}, **belongs}
+    files.write(workspace.result(round, "llm"), files.json_bytes(value))
+
+
 def test_the_caption_of_accuracies_says_what_the_bars_are(workspace_folder: Path) -> None:
     workspace = Workspace(workspace_folder)
-    correct = {"tasks": {"colours": {"correct": {"acc": "1100"}}}, "agreement_sha256": workspace.agreement_sha256}
-    files.write(workspace.result(1, "llm"), files.json_bytes(correct))
+    write_result(workspace, 1)
     found = chart("accuracy-llm", workspace_folder)
     assert "One seed: bars are the binomial standard error of 4 questions." in found.caption
 
 
 def test_a_base_alone_is_no_accuracy_over_rounds(workspace_folder: Path) -> None:
     workspace = Workspace(workspace_folder)
-    correct = {"tasks": {"colours": {"correct": {"acc": "1100"}}}, "agreement_sha256": workspace.agreement_sha256}
-    files.write(workspace.result(None, "llm"), files.json_bytes(correct))
+    write_result(workspace, None)
     found = drawn("accuracy-llm", workspace_folder)
     assert isinstance(found, Absent)
     assert "fedcollm run" in found.reason

@@ -18,7 +18,8 @@ from stages.parts.workspace import Workspace
 def write_result(workspace: Workspace, round: int | None, subject: str, right: str) -> None:
     """A result as evaluate leaves it, with these questions right."""
     tasks = {"colours": {"correct": {"acc": right}}}
-    value = {"subject": subject, "agreement_sha256": workspace.agreement_sha256, "tasks": tasks}
+    belongs = {"agreement_sha256": workspace.agreement_sha256, "tasks_sha256": workspace.tasks_sha256()}
+    value = {"subject": subject, "tasks": tasks, **belongs}
     files.write(workspace.result(round, subject), files.json_bytes(value))
 
 

@@ -1,0 +1,220 @@
+"""compare refuses what cannot be compared, and the command that it names mends it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders import Outcome, edit, make_study, rows, write_rows
+from stages.parts.budgets import spent
+from stages.parts.workspace import Workspace
+from stages.run import run
+
+
+@pytest.fixture
+def refuses(studied: Path, fedcollm: Callable[..., Outcome]) -> Callable[..., str]:
+    """refuses(code, mend, words...): compare fails with that code, and the mend is a command that works."""
+
+    def call(code: int, mend: str, *words: str) -> str:
+        outcome = fedcollm("compare", *words, "-w", studied)
+        assert outcome.code == code, outcome.err
+        assert f"  mend  {mend}" in outcome.err, outcome.err
+        assert outcome.out == ""
+        return outcome.err
+
+    return call
+
+
+def give(folder: Path, command: str, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    outcome = fedcollm(*command.split()[1:])
+    assert outcome.code == 0, outcome.err
+    outcome = fedcollm("compare")
+    assert outcome.code == 0, outcome.err
+
+
+def test_seeds_that_have_not_been_run_are_named(refuses: Callable[..., str]) -> None:
+    said = refuses(3, "fedcollm compare --seeds 7,9", "--seeds", "7,9", "--collect")
+    assert "seeds/seed-9 is not there" in said
+
+
+def test_a_method_that_has_not_been_run_is_named(
+    studied: Path, refuses: Callable[..., str], fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(studied / "seeds/seed-8/baselines/standalone")
+    mend = "fedcollm run --method standalone --workspace seeds/seed-8"
+    assert "baselines/standalone is not there" in refuses(3, mend)
+    give(studied, mend, fedcollm, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("home", "gone"),
+    [
+        ("", "private/server/round-0002"),
+        ("baselines/fedavg", "private/server/round-0002"),
+        ("baselines/fedavg-aux", "private/server/round-0002"),
+        ("baselines/standalone", "exchange/round-0002/client-2"),
+        ("seeds/seed-8/baselines/centralized", "exchange/round-0002"),
+    ],
+)
+def test_a_half_finished_federation_is_gone_on_with(
+    home: str,
+    gone: str,
+    studied: Path,
+    refuses: Callable[..., str],
+    fedcollm: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.rmtree(studied / home / gone)
+    mend = "fedcollm run" + (f" --workspace {home}" if home else "")
+    assert "a federation is not finished: " in refuses(3, mend)
+    give(studied, mend, fedcollm, monkeypatch)
+
+
+def test_a_client_that_missed_a_round_makes_budgets_differ(
+    tmp_path: Path, base_models: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_study(tmp_path / "study", base_models)
+    toml = folder / "fedcollm.toml"
+    toml.write_text(toml.read_text() + "\n[aggregation]\nmin_clients = 1\n")
+    run(Workspace(folder))
+    data = folder / "private/client-2/train.jsonl"
+    kept = data.rename(tmp_path / "kept")
+    run(Workspace(folder), method="fedavg", rounds=range(1, 2))
+    shutil.copy(kept, data)
+    # Client 2 is back in round 2, which goes on from an average that did without it.
+    run(Workspace(folder), method="fedavg")
+    outcome = fedcollm("compare", "-w", folder)
+    assert outcome.code == 6
+    assert "fedavg gave client-2 2 steps, 8 examples, 8 tokens; fedcollm gave it 4 steps, 16 examples" in outcome.err
+    mend = "fedcollm run --workspace baselines/fedavg --overwrite"
+    assert f"  mend  {mend}; or leave one of them out with --methods" in outcome.err
+    assert fedcollm("compare", "--methods", "fedcollm", "-w", folder).code == 0
+    give(folder, mend, fedcollm, monkeypatch)
+    ledger = spent(Workspace(folder / "baselines/fedavg"))
+    assert ledger == {party: done for party, done in spent(Workspace(folder)).items() if party != "server"}
+
+
+def test_an_llm_that_was_trained_longer_is_not_compared(studied: Path, refuses: Callable[..., str]) -> None:
+    for round in (1, 2):
+        path = studied / f"baselines/fedavg-aux/private/server/round-{round:04d}/llm/manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 9, "examples": 36}))
+    said = refuses(6, "fedcollm run --overwrite; or leave one of them out with --methods")
+    assert "budgets differ: fedavg-aux gave the LLM 18 steps, 72 examples" in said
+
+
+def test_an_agreement_that_was_edited_since_is_refused_until_it_is_undone(
+    studied: Path, refuses: Callable[..., str], fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(studied / "fedcollm.toml", 'name = "tiny"', 'name = "tinier"')
+    either = "undo the edit of fedcollm.toml, or "
+    refuses(5, f"{either}fedcollm run --method fedavg --overwrite")
+    refuses(5, f"{either}fedcollm compare --seeds 8 --overwrite", "--seeds", "8", "--collect")
+    edit(studied / "fedcollm.toml", 'name = "tinier"', 'name = "tiny"')
+    assert fedcollm("compare", "-w", studied).code == 0
+
+
+def test_an_agreement_that_was_edited_since_is_run_anew_with_overwrite(
+    studied: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(studied / "fedcollm.toml", "learning_rate = 0.3\n\n[dist", "learning_rate = 0.4\n\n[dist")
+    words = ("compare", "--seeds", "7,8", "--methods", "fedcollm,standalone", "--json", "-w", studied)
+    assert fedcollm(*words).code == 5
+    outcome = fedcollm(*words, "--overwrite")
+    assert outcome.code == 0, outcome.err
+    assert Workspace(studied / "seeds/seed-8/baselines/standalone").agreement.client_training.learning_rate == 0.4
+    assert json.loads(fedcollm(*words, "--collect").out) == json.loads(outcome.out)
+
+
+@pytest.mark.parametrize("words", [(), ("--seeds", "7", "--collect")])
+def test_overwrite_without_anything_to_run_is_refused(
+    words: tuple[str, ...], studied_once: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("compare", *words, "--overwrite", "-w", studied_once)
+    assert outcome.code == 2
+    assert "mend  fedcollm compare --seeds 1,2,3 --overwrite" in outcome.err
+
+
+def test_a_result_of_another_agreement_is_refused(studied: Path, refuses: Callable[..., str]) -> None:
+    path = studied / "baselines/standalone/results/round-0002/client-2.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"agreement_sha256": "0" * 64}))
+    mend = "undo the edit of fedcollm.toml, or fedcollm run --workspace baselines/standalone --overwrite"
+    assert f"{path.relative_to(studied)} is a result of another agreement" in refuses(5, mend)
+
+
+def test_a_result_of_an_adapter_that_was_made_again_is_refused(
+    studied: Path, refuses: Callable[..., str], fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = studied / "baselines/fedavg-aux/private/server/round-0002/llm/manifest.json"
+    place.write_text(place.read_text() + "\n")
+    mend = "fedcollm evaluate --round 2 --model llm --workspace baselines/fedavg-aux"
+    assert "is of another adapter than baselines/fedavg-aux/private/server/round-0002/llm is now" in refuses(5, mend)
+    give(studied, mend, fedcollm, monkeypatch)
+
+
+def test_a_result_of_an_earlier_version_is_made_again(
+    studied: Path, refuses: Callable[..., str], fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = studied / "baselines/fedavg/results/round-0002/client-1.json"
+    value = json.loads(path.read_text())
+    del value["tasks"]["colours"]["correct"]
+    path.write_text(json.dumps(value))
+    mend = "fedcollm evaluate --round 2 --client 1 --workspace baselines/fedavg --overwrite"
+    assert "does not say which questions were right" in refuses(5, mend)
+    give(studied, mend, fedcollm, monkeypatch)
+
+
+def test_a_result_of_other_questions_is_made_again(studied: Path, refuses: Callable[..., str]) -> None:
+    questions = studied / "data/test.jsonl"
+    questions.write_text("\n".join(questions.read_text().splitlines()[:15]) + "\n")
+    said = refuses(5, "fedcollm evaluate --zero-shot --model llm")
+    assert "results/zero-shot/llm.json is of other questions" in said
+
+
+def test_rows_that_were_changed_since_training_are_refused(studied: Path, refuses: Callable[..., str]) -> None:
+    data = studied / "private/client-2/train.jsonl"
+    data.unlink()
+    write_rows(data, rows(5))
+    said = refuses(5, "put those rows back, or fedcollm run --overwrite")
+    assert "private/client-2/train.jsonl is not what was trained on in round 1" in said
+
+
+def test_a_metric_that_is_not_right_or_wrong_is_named_with_those_that_are(refuses: Callable[..., str]) -> None:
+    said = refuses(2, "--metric with one of its metrics: acc", "--metric", "f1")
+    assert "does not say which questions of colours were right by f1" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "mend"),
+    [
+        (("--seeds", "1;2"), "--seeds '1;2' is not a list of seeds", "such as --seeds 1,2,3"),
+        (("--seeds", ""), "--seeds '' is not a list of seeds", "such as --seeds 1,2,3"),
+        (("--methods", "fedavg,fedprox"), "there is no method 'fedprox'", "there are: fedcollm, fedavg, fedavg-aux"),
+    ],
+)
+def test_lists_that_are_none_are_refused(words: tuple[str, ...], message: str, mend: str, refuses: Any) -> None:
+    assert message in refuses(2, mend, *words)
+
+
+def test_a_folder_that_is_no_seed_is_passed_over(studied: Path, fedcollm: Callable[..., Outcome]) -> None:
+    shutil.copytree(studied / "seeds/seed-8", studied / "seeds/seed-old", symlinks=True)
+    (studied / "seeds/seed-9").mkdir()
+    outcome = fedcollm("compare", "--json", "-w", studied)
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["seeds"] == [7, 8]
+
+
+def test_centralized_needs_every_partys_data_here(studied: Path, fedcollm: Callable[..., Outcome]) -> None:
+    shutil.rmtree(studied / "baselines/centralized")
+    (studied / "private/client-2/train.jsonl").unlink()
+    outcome = fedcollm("run", "--method", "centralized", "-w", studied)
+    assert outcome.code == 2
+    assert (
+        "centralized needs every party's data on this machine; private/client-2/train.jsonl is not here" in outcome.err
+    )
+    assert "leave it out" in outcome.err
