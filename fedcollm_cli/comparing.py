@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Literal, get_args
 
 import typer
+from rich.console import Group
 
 from fedcollm_cli import sheets
 from fedcollm_cli.session import DeviceOption, DtypeOption, JsonOption, QuietOption, WorkspaceOption, session
@@ -89,9 +90,9 @@ def sweep(
 ) -> None:
     """Run an ablation: every combination of some settings.
 
-    Reads this workspace's models, tasks and data. Writes a workspace for each combination into sweeps/
-    and prints one table, each row with its difference from the first. With federation.seed among the settings, means
-    over seeds and 95 % intervals. What is done is passed over.
+    Reads this workspace's models, tasks and data. Writes a workspace for each combination into sweeps/, and prints
+    their scores and each one's difference from the first. With federation.seed among the settings, means over seeds
+    and 95 % intervals. What is done is passed over.
 
     Example: fedcollm sweep --set distillation.lambda_slm=0,0.5,1 --set federation.seed=1,2,3
     """
@@ -104,8 +105,9 @@ def sweep(
         if len(grid) < len(settings):
             raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
         found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
-        sheet = sheets.swept(found)
-        opened.console.result(found, sheet.markdown() if as_markdown else sheet.drawn())
+        swept = sheets.swept(found)
+        as_text = "\n\n".join(sheet.markdown() for sheet in swept)
+        opened.console.result(found, as_text if as_markdown else Group(*(sheet.drawn() for sheet in swept)))
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -19,6 +19,7 @@ TITLES = {
     "clients": "the clients' own SLMs, mean of {clients} (the paper's Table 2)",
     "slm": "the server's SLM, which the clients would go on with",
 }
+POINTS = "points [95 % interval; * where it excludes zero]"
 SHORT = {"llm": "the LLM", "clients": "clients' own SLMs", "slm": "the server's SLM"}
 
 
@@ -100,7 +101,7 @@ def _differences(found: dict[str, Any]) -> Sheet:
         [LABELS[row], *(_difference(_overall(tables[name][row])) if row in tables[name] else "-" for name in tables)]
         for row in others
     ]
-    title = "FedCoLLM minus the other methods, points [95 % interval; * where it excludes zero]"
+    title = f"FedCoLLM minus the other methods, {POINTS}"
     return Sheet(title, ["minus", *(SHORT[name] for name in tables)], lines)
 
 
@@ -176,29 +177,20 @@ def as_lines(found: dict[str, Any]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def swept(found: dict[str, Any]) -> Sheet:
-    """A row for each combination of settings, each model's score beside its difference from the first row's."""
-    rows = []
-    for row in found["rows"]:
-        words = [str(row["settings"][key]) for key in found["axes"]]
-        for table, score in row["scores"].items():
-            words.append(_accuracy(score))
-            words.append(_against_first(row.get("minus_first", {}).get(table)))
-        rows.append(words)
+def swept(found: dict[str, Any]) -> list[Sheet]:
+    """A row for each combination of settings: the models' scores, and their differences from the first row's."""
+    axes = [key.rpartition(".")[2] for key in found["axes"]]
+    values = [[str(row["settings"][key]) for key in found["axes"]] for row in found["rows"]]
     tables = list(found["rows"][0]["scores"])
-    seeds = ", ".join(map(str, found["seeds"]))
-    title = (
-        f"{found['metric']} in %, mean ± deviation over seeds {seeds}"
-        if len(found["seeds"]) > 1
-        else f"{found['metric']} in %"
-    )
-    headings = [heading for table in tables for heading in (table, "minus the first")]
-    return Sheet(title, [*(key.rpartition(".")[2] for key in found["axes"]), *headings], rows)
+    columns = [*axes, *(SHORT[table] for table in tables)]
+    scores = [[_accuracy(row["scores"][table]) for table in tables] for row in found["rows"]]
+    minus = [[_difference(row["minus_first"][table]) for table in tables] for row in found["rows"][1:]]
+    seeds = f"seed{'s' if len(found['seeds']) > 1 else ''} {', '.join(map(str, found['seeds']))}"
+    return [
+        Sheet(f"{found['metric']} in %, {seeds}", columns, _joined(values, scores)),
+        *([Sheet(f"minus the first row, {POINTS}", columns, _joined(values[1:], minus))] if minus else []),
+    ]
 
 
-def _against_first(found: dict[str, Any] | None) -> str:
-    """The difference with its 95 % interval; a star where that supports it."""
-    if found is None:
-        return ""
-    mean, half = 100 * found["mean"], found["half_width"]
-    return f"{mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}{'*' if found['is_supported'] else ''}")
+def _joined(lefts: list[list[str]], rights: list[list[str]]) -> list[list[str]]:
+    return [[*left, *right] for left, right in zip(lefts, rights, strict=True)]

@@ -84,6 +84,8 @@ def run_all(
     from stages.parts import variants
     from stages.parts.models import Models
 
+    for method in set(methods) - {workspace.agreement.federation.method}:
+        variants.baseline(workspace, method)  # what this workspace cannot have is refused before hours of work
     models = models or Models(workspace)
     for role in ("slm", "llm"):
         evaluate(workspace, model=role, models=models, report=report)

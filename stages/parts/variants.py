@@ -18,7 +18,7 @@ from stages.parts import files
 from stages.parts.config import Agreement, Budget, Method, parse
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.rows import read_rows, rows_bytes
-from stages.parts.workspace import AGREEMENT, MACHINE, Workspace, require
+from stages.parts.workspace import AGREEMENT, MACHINE, Workspace
 
 DERIVED = (
     "# Derived from another fedcollm.toml: `diff` shows the few keys that differ. Made again by the same command.\n"
@@ -32,7 +32,14 @@ DEALT_BY = ("federation.seed", "federation.clients", "data.")
 
 
 def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
-    """Where another method on this workspace's data lives, and the settings that it changes."""
+    """Where another method on this workspace's data lives, and the settings that it changes.
+
+    Raises NotReady or UsageProblem where this workspace cannot have it: centralized needs every party's data here.
+    """
+    settings = workspace.agreement.distillation
+    if method == "fedcollm" and not (settings.lambda_slm or settings.lambda_llm):
+        mend = "set distillation.lambda_slm or lambda_llm in a study of its own, or leave it out with --methods"
+        raise UsageProblem("fedcollm without distillation is fedavg-aux: both lambdas are 0 here", mend=mend)
     return workspace.baseline(method), {"federation.method": method} | {
         "fedavg-aux": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
         "centralized": _centralized(workspace) if method == "centralized" else {},
@@ -51,19 +58,22 @@ def _centralized(workspace: Workspace) -> dict[str, Any]:
     """
     agreement = workspace.agreement
     settings = agreement.distillation
-    training = {key: getattr(settings, key) for key in Budget.model_fields if key not in ("epochs", "steps")}
-    training |= {"learning_rate": settings.llm_learning_rate, "max_grad_norm": settings.llm_max_grad_norm}
-    training |= {"epochs": None, "steps": settings.steps_for(_rows(workspace.auxiliary_data))}
+    for place in _all_data(workspace):
+        if not place.exists():
+            message = f"centralized needs every party's data on this machine; {workspace.shown(place)} is not here"
+            raise UsageProblem(message, where=place, mend="leave it out: it simulates what the parties would not do")
+    rows, _ = read_rows(workspace.auxiliary_data, unlabelled=True)
+    training = {key: getattr(settings, key) for key in Budget.model_fields} | {
+        "epochs": None,
+        "steps": settings.steps_for(len(rows)),
+        "learning_rate": settings.llm_learning_rate,
+        "max_grad_norm": settings.llm_max_grad_norm,
+    }
     return {
         "federation.clients": 1,
         "aggregation.min_clients": None,
         "slm": agreement.llm.model_dump(),
     } | {f"client_training.{key}": value for key, value in training.items()}
-
-
-def _rows(path: Path) -> int:
-    require(path, f"{path.name} is not there", "fedcollm prepare, or put the rows there")
-    return len(read_rows(path, unlabelled=True)[0])
 
 
 def check(parent: Workspace, changes: Changes) -> None:
@@ -158,13 +168,13 @@ def _share_data(parent: Workspace, variant: Workspace) -> None:
 
 
 def _pool(parent: Workspace) -> bytes:
-    places = [*map(parent.client_data, parent.clients), parent.auxiliary_data]
-    absent = [place for place in places if not place.exists()]
-    if absent:
-        message = f"centralized needs every party's data on this machine; {parent.shown(absent[0])} is not here"
-        raise UsageProblem(message, where=absent[0], mend="leave it out: it simulates what the parties would not do")
-    rows = [row for place in places for row in read_rows(place, unlabelled=place == parent.auxiliary_data)[0]]
+    """Every party's rows with an answer: unlabelled ones serve distillation alone."""
+    rows = [row for place in _all_data(parent) for row in read_rows(place, unlabelled=True)[0]]
     return rows_bytes(row for row in rows if row.completion is not None)
+
+
+def _all_data(workspace: Workspace) -> list[Path]:
+    return [*map(workspace.client_data, workspace.clients), workspace.auxiliary_data]
 
 
 def _link(source: Path, target: Path) -> None:

@@ -138,8 +138,8 @@ def test_a_sweep_that_was_stopped_makes_what_is_missing(swept_once: Path, fedcol
     outcome = fedcollm(*WORDS, swept_once, "--markdown")
     assert outcome.code == 0, outcome.err
     assert update.read_bytes() == before
-    first, second = (line for line in outcome.out.splitlines() if line.startswith(("| 0.0", "| 4.0")))
-    assert first.count("|") == second.count("|")
+    rows = [line.split("|")[1].strip() for line in outcome.out.splitlines() if line.startswith(("| 0.0", "| 4.0"))]
+    assert rows == ["0.0", "4.0", "4.0"], "the scores of both, and the second's difference from the first"
 
 
 def test_an_edit_of_the_parent_is_refused_with_the_command_that_sweeps_anew(
