@@ -162,18 +162,20 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 
 def as_lines(found: dict[str, Any]) -> str:
-    """CSV: a line for each table, method, task and seed."""
+    """CSV: a line for each table, method, task, seed and model; "mean" is that of several clients' models."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["table", "method", "task", "seed", "questions", found["metric"], "paper"])
+    writer.writerow(["table", "method", "task", "seed", "model", "questions", found["metric"], "paper"])
     for name, rows in found["tables"].items():
         reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
         for row, by_task in rows.items():
+            seeds = found["seeds"] if row != "zero-shot" else [""]
             for task, one in by_task.items():
-                seeds = found["seeds"] if row != "zero-shot" else [""]
-                for seed, value in zip(seeds, one["by_seed"], strict=True):
-                    figure = reported.get(row, {}).get(task, "")
-                    writer.writerow([name, row, task, seed, one["questions"], f"{value:.6f}", figure])
+                models = one["by_subject"] | ({"mean": one["by_seed"]} if len(one["by_subject"]) > 1 else {})
+                for model, by_seed in models.items():
+                    figure = reported.get(row, {}).get(task, "") if model in ("llm", "slm", "mean") else ""
+                    for seed, value in zip(seeds, by_seed, strict=True):
+                        writer.writerow([name, row, task, seed, model, one["questions"], f"{value:.6f}", figure])
     return out.getvalue().rstrip("\n")
 
 

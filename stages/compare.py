@@ -116,7 +116,7 @@ def _measured(study: Study, table: Table, metric: str) -> dict[Row, dict[str, Sc
 
 
 def _estimates(measured: dict[Row, dict[str, Scores]]) -> dict[str, Any]:
-    """By row and task, over the mean of the subjects; and each subject's mean."""
+    """By row and task: the mean of the subjects, by seed and over seeds; and each subject by seed."""
     from stages.parts.evidence import mean_of
     from stages.parts.statistics import estimate
 
@@ -125,7 +125,7 @@ def _estimates(measured: dict[Row, dict[str, Scores]]) -> dict[str, Any]:
             task: asdict(estimate(scores))
             | {
                 "by_seed": scores.mean(axis=1).tolist(),
-                "by_subject": {subject: float(found[task].mean()) for subject, found in by_subject.items()},
+                "by_subject": {subject: found[task].mean(axis=1).tolist() for subject, found in by_subject.items()},
                 "questions": scores.shape[1],
             }
             for task, scores in mean_of(by_subject).items()

@@ -175,14 +175,17 @@ def test_json_csv_and_markdown_say_the_same(
     assert found == json.loads(json.dumps(compared))
     lines = list(csv.DictReader(io.StringIO(fedcollm("compare", "--csv", "-w", studied_once).out)))
     by_seed = {
-        (table, row, task): one["by_seed"]
+        (table, row, task, model): values
         for table, rows in found["tables"].items()
         for row, by_task in rows.items()
         for task, one in by_task.items()
+        for model, values in [*one["by_subject"].items(), ("mean", one["by_seed"])]
+        if model != "mean" or len(one["by_subject"]) > 1
     }
-    told: dict[tuple[str, str, str], list[float]] = {}
+    assert ("clients", "fedavg", "colours", "client-2") in by_seed
+    told: dict[tuple[str, ...], list[float]] = {}
     for line in lines:
-        told.setdefault((line["table"], line["method"], line["task"]), []).append(float(line["acc"]))
+        told.setdefault(tuple(line[key] for key in ("table", "method", "task", "model")), []).append(float(line["acc"]))
         assert line["seed"] in (("",) if line["method"] == "zero-shot" else ("7", "8"))
         assert int(line["questions"]) == QUESTIONS
     assert told == {key: pytest.approx(values, abs=1e-6) for key, values in by_seed.items()}
