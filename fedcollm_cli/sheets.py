@@ -173,7 +173,7 @@ def as_lines(found: dict[str, Any]) -> str:
             for task, one in by_task.items():
                 models = one["by_subject"] | ({"mean": one["by_seed"]} if len(one["by_subject"]) > 1 else {})
                 for model, by_seed in models.items():
-                    figure = reported.get(row, {}).get(task, "") if model in ("llm", "slm", "mean") else ""
+                    figure = reported.get(row, {}).get(task, "") if model == next(reversed(models)) else ""
                     for seed, value in zip(seeds, by_seed, strict=True):
                         writer.writerow([name, row, task, seed, model, one["questions"], f"{value:.6f}", figure])
     return out.getvalue().rstrip("\n")
