@@ -31,14 +31,14 @@ class Sheet:
     columns: list[str]
     rows: list[list[str]]
 
-    def drawn(self) -> Table:
+    def drawn(self) -> Group:
         """For a terminal."""
-        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for number, name in enumerate(self.columns):
             table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in self.rows:
             table.add_row(*row)
-        return table
+        return Group(self.title, table)
 
     def markdown(self) -> str:
         """For a README or a paper's draft."""

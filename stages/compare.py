@@ -14,16 +14,17 @@ import numpy as np
 
 from stages.evaluate import evaluate
 from stages.parts.config import Method
-from stages.parts.errors import UsageProblem
+from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.workspace import Workspace
 from stages.run import derived, run
+from stages.status import status
 
 if TYPE_CHECKING:
     from stages.parts.evidence import Row, Scores, Study, Table
     from stages.parts.models import Models
 
-ALL = "all"
+ALL = "all tasks"
 """The column of all questions of all tasks together."""
 
 
@@ -56,6 +57,7 @@ def compare(
     for runs in study.runs.values():
         budgets.check_equal(runs, study.run_again)
     measured = {table: _measured(study, table, metric) for table in evidence.ROWS}
+    _check_sound(study)
     tables = {table: _estimates(scores) for table, scores in measured.items()}
     return {
         "metric": metric,
@@ -98,6 +100,17 @@ def run_all(
         for method in methods:
             report(Event("round", f"{method}, seed {seed}"))
             run(own, method=method, overwrite=overwrite, models=models.of(own), report=report)
+
+
+def _check_sound(study: Study) -> None:
+    """Raise Refused for a federation in which an adapter was made again and what follows from it was not."""
+    for workspace in (workspace for runs in study.runs.values() for workspace in runs.values()):
+        for round in status(workspace).rounds:
+            for step in round.steps:
+                if step.condition in ("stale", "damaged"):
+                    message = f"{step.name} of round {round.number} is {step.condition}: {step.reason}"
+                    where = study.root.shown(workspace.root)
+                    raise Refused(message, where=where, mend=study.run_again(workspace))
 
 
 def _measured(study: Study, table: Table, metric: str) -> dict[Row, dict[str, Scores]]:

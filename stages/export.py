@@ -99,12 +99,16 @@ def _already_made(target: Path, what: dict[str, Any], shown: str, *, overwrite: 
     """
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return None
-    if not (target / EXPORT).is_file():
-        mend = "name another folder with --to, or move that one away"
-        raise Refused(f"{shown} is there already and is not an export", where=target, mend=mend)
+    elsewhere = "name another folder with --to, or move that one away"
+    earlier = files.read_json(target / EXPORT)[0] if (target / EXPORT).is_file() else {}
+    if earlier.get("format") != FORMAT:
+        raise Refused(f"{shown} is there already and is not an export", where=target, mend=elsewhere)
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    if strangers := sorted(found - earlier["files"].keys() - {EXPORT}):
+        message = f"{shown} holds {strangers[0]}, which no export made"
+        raise Refused(message, where=target / strangers[0], mend=elsewhere)
     if overwrite:
         return None
-    earlier, _ = files.read_json(target / EXPORT)
     mend = "give the command again with --overwrite to replace it"
     if changed := [key.removesuffix("_sha256") for key in what if earlier.get(key) != what[key]]:
         message = f"{shown} was exported from other inputs; changed since: {', '.join(changed)}"

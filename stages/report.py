@@ -94,6 +94,8 @@ def _words(
     workspace: Workspace, charts: list[Chart], compared: dict[str, Any] | str, in_words: InWords
 ) -> dict[str, Any]:
     """Everything on the page but the charts."""
+    import tomlkit
+
     from stages.parts.page import without_folders
 
     tables, notes = ([], []) if isinstance(compared, str) else in_words(compared)
@@ -108,7 +110,7 @@ def _words(
         "tables": tables,
         "notes": notes,
         "settings_name": AGREEMENT,
-        "settings": without_folders((workspace.root / AGREEMENT).read_text()),
+        "settings": without_folders(tomlkit.dumps(workspace.agreement.model_dump(exclude_none=True))),
         "provenance": _provenance(workspace),
     }
 

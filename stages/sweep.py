@@ -10,6 +10,7 @@ import itertools
 import re
 import shlex
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,10 @@ def sweep(
     from stages.parts.models import Models
 
     points = _points(workspace, grid)
+    dealt = [key for key in grid if key.startswith("data.") and key != "data.too_long"]
+    if dealt and not workspace.split.exists():
+        mend = "fedcollm prepare, if [data] says from what; rows that the parties brought are not dealt"
+        raise UsageProblem(f"{dealt[0]} changes nothing here: prepare has not dealt the rows", mend=mend)
     made_by = shlex.join(["fedcollm", "sweep", *(word for key in grid for word in ("--set", _words(key, grid[key])))])
     for settings in points:
         variants.check(workspace, settings)
@@ -81,7 +86,12 @@ def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Set
             raise UsageProblem(f"no value for {key}", mend=f"such as --set {key}=1,2")
     if not grid:
         raise UsageProblem("nothing to vary", mend="such as --set distillation.lambda_slm=0,0.5,1")
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    names = Counter(map(point_name, points))
+    if twice := [name for name, count in names.items() if count > 1]:
+        mend = "sweep over one of them at a time, or leave out what is said twice"
+        raise UsageProblem(f"two combinations would have the same folder: sweeps/{twice[0]}", mend=mend)
+    return points
 
 
 def point_name(settings: Settings) -> str:

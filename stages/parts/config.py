@@ -168,6 +168,12 @@ class Agreement(Settings):
             raise ValueError("method fedavg-aux has no distillation: set distillation.lambda_slm and lambda_llm to 0.0")
         return self
 
+    @model_validator(mode="after")
+    def _centralized_is_one_party_with_the_llm(self) -> Agreement:
+        if self.federation.method == "centralized" and (self.federation.clients > 1 or self.slm != self.llm):
+            raise ValueError("method centralized is one client that tunes the LLM: `fedcollm run --method centralized`")
+        return self
+
     def model_of(self, role: str) -> Model:
         """The settings of the model that plays this role, "slm" or "llm"."""
         return {"slm": self.slm, "llm": self.llm}[role]

@@ -6,22 +6,23 @@ last round, of the agreement as it is now, of the adapter that is there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from stages.parts import files
 from stages.parts.config import Method
 from stages.parts.errors import NotReady, Refused, UsageProblem
-from stages.parts.manifest import read_manifest
-from stages.parts.variants import baseline, open_variant, replica
+from stages.parts.manifest import Manifest, read_manifest
+from stages.parts.variants import Changes, baseline, check_data, open_variant, replica
 from stages.parts.workspace import AGREEMENT, Workspace
 
 Table = Literal["llm", "clients", "slm"]
 Row = Literal["zero-shot", "standalone", "fedavg", "fedavg-aux", "centralized", "fedcollm"]
+Role = Literal["slm", "llm"]
 Scores = dict[str, np.ndarray]
 """By task: [seeds, questions], the share of right answers to each question: 0 or 1, or a mean over clients."""
 
@@ -37,12 +38,27 @@ ROWS: dict[Table, tuple[Row, ...]] = {
 }
 
 
+class Derived(NamedTuple):
+    """A workspace derived from another, and the command that makes it."""
+
+    parent: Workspace
+    folder: Path
+    changes: Changes
+    made_by: str
+
+
 @dataclass(frozen=True)
 class Study:
     """One workspace for each seed and method."""
 
     root: Workspace
     runs: dict[int, dict[Method, Workspace]]
+    derived: list[Derived] = field(default_factory=list)
+
+    def open(self, one: Derived) -> Workspace:
+        """One of its derived workspaces. Raises NotReady or Refused, with the command that mends it."""
+        self.derived.append(one)
+        return open_variant(one.parent, one.folder, one.changes, made_by=one.made_by)
 
     def inside(self, workspace: Workspace) -> str:
         """What a command given at the root needs to work in another of the study's workspaces."""
@@ -76,25 +92,21 @@ def begun(workspace: Workspace) -> tuple[list[int], list[Method]]:
 
 def open_study(workspace: Workspace, seeds: Sequence[int], methods: Sequence[Method]) -> Study:
     """The workspaces of these seeds and methods. Raises NotReady or Refused, with the command that mends it."""
-    runs: dict[int, dict[Method, Workspace]] = {}
+    study = Study(workspace, {})
     for seed in seeds:
         own = workspace
         if seed != workspace.agreement.federation.seed:
             made_by = f"fedcollm compare --seeds {','.join(map(str, seeds))}"
-            own = open_variant(workspace, *replica(workspace, seed), made_by=made_by)
-        runs[seed] = {method: _of_method(own, method, workspace) for method in methods}
-    return Study(workspace, runs)
+            own = study.open(Derived(workspace, *replica(workspace, seed), made_by))
+        study.runs[seed] = {method: _of_method(study, own, method) for method in methods}
+    return study
 
 
-def _of_method(own: Workspace, method: Method, root: Workspace) -> Workspace:
+def _of_method(study: Study, own: Workspace, method: Method) -> Workspace:
     if method == own.agreement.federation.method:
         return own
-    return open_variant(own, *baseline(own, method), made_by=_run(method, own, root))
-
-
-def _run(method: Method, own: Workspace, root: Workspace) -> str:
-    inside = "" if own.root == root.root else f" --workspace {root.shown(own.root)}"
-    return f"fedcollm run --method {method}{inside}"
+    made_by = f"fedcollm run --method {method}{study.inside(own)}"
+    return study.open(Derived(own, *baseline(own, method), made_by))
 
 
 def check_finished(study: Study) -> None:
@@ -106,6 +118,39 @@ def check_finished(study: Study) -> None:
                 message = f"a federation is not finished: {study.root.shown(absent[0])} is not there"
                 raise NotReady(message, where=absent[0], mend=f"fedcollm run{study.inside(workspace)}")
             _check_data(study, workspace, round)
+    for one in study.derived:
+        check_data(one.parent, Workspace(one.folder), one.changes, made_by=one.made_by)
+    _check_alike(study)
+
+
+def _check_alike(study: Study) -> None:
+    """Raise Refused unless all SLMs, and all LLMs, were tuned from one base in one precision, and that base scored."""
+    first: dict[Role, Manifest] = {}
+    for workspace in (workspace for runs in study.runs.values() for workspace in runs.values()):
+        for role, place in _tuned(workspace):
+            manifest, _ = read_manifest(place)
+            other = first.setdefault(role, manifest)
+            if (manifest.base, manifest.dtype) != (other.base, other.dtype):
+                message = f"{study.root.shown(place)} was tuned from another base or in another precision than the rest"
+                raise Refused(message, where=place, mend=study.run_again(workspace))
+    for role, manifest in first.items():
+        path = study.root.result(None, role)
+        if path.exists() and files.read_json(path)[0].get("base") != manifest.base.model_dump():
+            message = f"{study.root.shown(path)} is of another base model than was tuned"
+            raise Refused(message, where=path, mend=f"fedcollm evaluate --zero-shot --model {role} --overwrite")
+
+
+def _tuned(workspace: Workspace) -> Iterator[tuple[Role, Path]]:
+    """Each adapter that the last round trained, and of which model it is."""
+    federation = workspace.agreement.federation
+    for place in workspace.client_updates(federation.rounds).values():
+        yield _role(workspace, place.name), place
+    if federation.distils:
+        yield "llm", workspace.llm(federation.rounds)
+
+
+def _role(workspace: Workspace, subject: str) -> Role:
+    return "llm" if subject == "llm" or workspace.agreement.federation.method == "centralized" else "slm"
 
 
 def _check_data(study: Study, workspace: Workspace, round: int) -> None:
@@ -185,6 +230,10 @@ def _result(study: Study, workspace: Workspace, round: int | None, subject: str)
         raise Refused(message, where=path, mend=f"{mend} --overwrite")
     if round is not None:
         _check_current(study, _folder(workspace, round, subject), result, path, mend)
+        base = study.root.result(None, _role(workspace, subject))
+        if base.exists() and files.read_json(base)[0].get("dtype") != result.get("dtype"):
+            message = f"{study.root.shown(path)} was scored in another precision than {study.root.shown(base)}"
+            raise Refused(message, where=path, mend=f"score both anew in one: {mend} --overwrite")
     return result
 
 

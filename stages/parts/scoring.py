@@ -110,9 +110,11 @@ def _correct(samples: list[dict[str, Any]]) -> dict[str, str]:
 
     With them two models are compared question by question, which tells far more than two means.
     """
-    samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    named = samples[0]["metrics"] if samples else []
-    values = {metric: [sample[metric] for sample in samples] for metric in named}
+    values: dict[str, list[Any]] = {}
+    for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
+        suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+        for metric in sample["metrics"]:
+            values.setdefault(f"{metric}{suffix}", []).append(sample[metric])
     return {
         metric: "".join(str(int(value)) for value in found)
         for metric, found in values.items()

@@ -17,6 +17,7 @@ import tomlkit
 from stages.parts import files
 from stages.parts.config import Agreement, Budget, Method, parse
 from stages.parts.errors import NotReady, Refused, UsageProblem
+from stages.parts.manifest import read_manifest
 from stages.parts.rows import read_rows, rows_bytes
 from stages.parts.workspace import AGREEMENT, MACHINE, Workspace
 
@@ -62,10 +63,10 @@ def _centralized(workspace: Workspace) -> dict[str, Any]:
         if not place.exists():
             message = f"centralized needs every party's data on this machine; {workspace.shown(place)} is not here"
             raise UsageProblem(message, where=place, mend="leave it out: it simulates what the parties would not do")
-    rows, _ = read_rows(workspace.auxiliary_data, unlabelled=True)
     training = {key: getattr(settings, key) for key in Budget.model_fields} | {
         "epochs": None,
-        "steps": settings.steps_for(len(rows)),
+        "steps": _steps(workspace),
+        "max_length": max(settings.max_length, agreement.client_training.max_length),
         "learning_rate": settings.llm_learning_rate,
         "max_grad_norm": settings.llm_max_grad_norm,
     }
@@ -74,6 +75,15 @@ def _centralized(workspace: Workspace) -> dict[str, Any]:
         "aggregation.min_clients": None,
         "slm": agreement.llm.model_dump(),
     } | {f"client_training.{key}": value for key, value in training.items()}
+
+
+def _steps(workspace: Workspace) -> int:
+    """Optimiser steps of co-distill in one round."""
+    settings = workspace.agreement.distillation
+    if settings.epochs and workspace.agreement.data.too_long == "skip":  # how many rows are left only training knows
+        return read_manifest(workspace.llm(1))[0].steps
+    rows, _ = read_rows(workspace.auxiliary_data, unlabelled=True)
+    return settings.steps_for(len(rows))
 
 
 def check(parent: Workspace, changes: Changes) -> None:
@@ -89,7 +99,7 @@ def open_variant(parent: Workspace, folder: Path, changes: Changes, *, made_by: 
     target = folder / AGREEMENT
     if not target.exists():
         raise NotReady(f"{parent.shown(folder)} is not there", where=folder, mend=made_by)
-    if target.read_bytes() != _agreement(parent, changes):
+    if parse(Agreement, target.read_bytes(), target) != parse(Agreement, _agreement(parent, changes), target):
         message = f"{parent.shown(folder)} is of another agreement than {parent.shown(parent.root / AGREEMENT)} is now"
         mend = f"undo the edit of {AGREEMENT}, or {made_by} --overwrite"
         raise Refused(message, where=target, mend=mend)
@@ -103,11 +113,13 @@ def make_variant(
 
     Raises Refused rather than take one of other settings, unless overwrite says to set it anew.
     """
-    if (folder / AGREEMENT).exists() and not overwrite:
+    target, agreement = folder / AGREEMENT, _agreement(parent, changes)
+    is_there = target.exists() and not overwrite
+    if is_there:
         open_variant(parent, folder, changes, made_by=made_by)
-    agreement = _agreement(parent, changes)
     files.write(folder / MACHINE, _machine(parent, folder, changes))
-    files.write(folder / AGREEMENT, agreement)
+    if not is_there:  # the same settings in another order of keys are the same agreement: its bytes stand in manifests
+        files.write(target, agreement)
     variant = Workspace(folder, parent.flags)
     if not deals_anew(parent, changes):
         _share_data(parent, variant)
@@ -118,6 +130,23 @@ def deals_anew(parent: Workspace, changes: Changes) -> bool:
     """Whether the variant needs `prepare` of its own."""
     is_dealt = parent.split.exists() and "federation.method" not in changes
     return is_dealt and any(key.startswith(DEALT_BY) for key in changes)
+
+
+def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_by: str) -> None:
+    """Raise Refused unless the variant has the parent's rows, where it does not deal them anew."""
+    if deals_anew(parent, changes):
+        return
+    expected = {variant.root / place.relative_to(parent.root): place for place in _all_data(parent)}
+    is_pooled = variant.agreement.federation.method == "centralized"
+    contents = (
+        {variant.client_data(1): _pool(parent)}
+        if is_pooled
+        else {target: place.read_bytes() for target, place in expected.items() if place.exists()}
+    )
+    for target, content in contents.items():
+        if target.exists() and target.read_bytes() != content:
+            message = f"{parent.shown(target)} has other rows than {parent.shown(parent.private)} has now"
+            raise Refused(message, where=target, mend=f"put those rows back, or {made_by} --overwrite")
 
 
 def _agreement(parent: Workspace, changes: Changes) -> bytes:

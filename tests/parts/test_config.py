@@ -229,3 +229,8 @@ def test_settings_cannot_be_changed_once_read() -> None:
 def test_rows_per_step_is_batch_size_times_accumulation() -> None:
     text = changed("batch_size = 4", "batch_size = 4\ngradient_accumulation = 3")
     assert parse(Agreement, text.encode(), PATH).client_training.rows_per_step == 12
+
+
+def test_centralized_by_hand_is_refused_unless_it_is_one_client_that_tunes_the_llm() -> None:
+    message = refusal(changed("seed = 7", 'seed = 7\nmethod = "centralized"'))
+    assert "method centralized is one client that tunes the LLM: `fedcollm run --method centralized`" in message

@@ -75,7 +75,7 @@ def test_a_row_is_the_mean_and_the_deviation_of_lm_evals_own_accuracies(
     table: str, row: str, compared: dict[str, Any], studied_once: Path
 ) -> None:
     by_seed = accuracies(studied_once, row, ROWS[table, row])
-    for task in ("colours", "all"):
+    for task in ("colours", "all tasks"):
         found = compared["tables"][table][row][task]
         assert found["by_seed"] == pytest.approx(by_seed)
         assert found["mean"] == pytest.approx(np.mean(by_seed))

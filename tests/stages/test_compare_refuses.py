@@ -150,10 +150,10 @@ def test_a_result_of_another_agreement_is_refused(studied: Path, refuses: Callab
 def test_a_result_of_an_adapter_that_was_made_again_is_refused(
     studied: Path, refuses: Callable[..., str], fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = studied / "baselines/fedavg-aux/private/server/round-0002/llm/manifest.json"
+    place = studied / "baselines/fedavg/private/server/round-0002/aggregate/manifest.json"
     place.write_text(place.read_text() + "\n")
-    mend = "fedcollm evaluate --round 2 --model llm --workspace baselines/fedavg-aux"
-    assert "is of another adapter than baselines/fedavg-aux/private/server/round-0002/llm is now" in refuses(5, mend)
+    mend = "fedcollm evaluate --round 2 --model aggregate --workspace baselines/fedavg"
+    assert "is of another adapter than baselines/fedavg/private/server/round-0002/aggregate is now" in refuses(5, mend)
     give(studied, mend, fedcollm, monkeypatch)
 
 
@@ -218,3 +218,52 @@ def test_centralized_needs_every_partys_data_here(studied: Path, fedcollm: Calla
         "centralized needs every party's data on this machine; private/client-2/train.jsonl is not here" in outcome.err
     )
     assert "leave it out" in outcome.err
+
+
+def test_a_federation_run_anew_on_other_rows_is_not_set_beside_baselines_on_the_old(
+    studied: Path, refuses: Callable[..., str]
+) -> None:
+    place = studied / "private/client-1/train.jsonl"
+    place.unlink()  # the new rows arrive under the old name: the baselines' link stays with the old ones
+    write_rows(place, rows(11, start=1))
+    run(Workspace(studied), overwrite=True)
+    said = refuses(5, "put those rows back, or fedcollm run --method fedavg --overwrite", "--seeds", "7", "--collect")
+    assert "baselines/fedavg/private/client-1/train.jsonl has other rows than private has now" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [({"dtype": "bfloat16"}, "exchange/round-0002/client-1"), ({"base": "0" * 64}, "exchange/round-0002/client-1")],
+)
+def test_models_of_another_base_or_precision_are_not_compared(
+    changes: dict[str, str], where: str, studied: Path, refuses: Callable[..., str]
+) -> None:
+    for number in (1, 2):
+        path = studied / f"baselines/standalone/exchange/round-{number:04d}/client-1/manifest.json"
+        value = json.loads(path.read_text())
+        if "base" in changes:
+            value["base"]["weights_sha256"] = changes["base"]
+        else:
+            value |= changes
+        path.write_text(json.dumps(value))
+    said = refuses(5, "fedcollm run --workspace baselines/standalone --overwrite")
+    assert f"baselines/standalone/{where} was tuned from another base or in another precision than the rest" in said
+
+
+def test_a_result_in_another_precision_is_scored_anew(studied: Path, refuses: Callable[..., str]) -> None:
+    path = studied / "baselines/fedavg/results/round-0002/client-2.json"
+    path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"', 1))
+    mend = "fedcollm evaluate --round 2 --client 2 --workspace baselines/fedavg --overwrite"
+    assert "was scored in another precision than results/zero-shot/slm.json" in refuses(
+        5, f"score both anew in one: {mend}"
+    )
+
+
+def test_what_follows_from_an_update_that_was_made_again_is_made_again(
+    studied: Path, refuses: Callable[..., str], fedcollm: Callable[..., Outcome]
+) -> None:
+    place = studied / "baselines/fedavg/exchange/round-0002/client-1/manifest.json"
+    place.write_text(place.read_text() + "\n")
+    assert fedcollm("evaluate", "--round", 2, "--client", 1, "-w", studied / "baselines/fedavg").code == 0
+    said = refuses(5, "fedcollm run --workspace baselines/fedavg --overwrite")
+    assert "aggregate of round 2 is stale: made from another client-1" in said

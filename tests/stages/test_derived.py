@@ -248,3 +248,33 @@ def test_one_that_is_not_there_is_not_ready_and_one_of_other_settings_refused(wo
         make(workspace_folder, "sweeps/x", {"federation.seed": 10})
     assert str(other.value.mend).endswith("or fedcollm test --overwrite")
     assert make(workspace_folder, "sweeps/x", {"federation.seed": 10}, overwrite=True).agreement.federation.seed == 10
+
+
+def test_the_same_settings_in_another_order_are_the_same_agreement(workspace_folder: Path) -> None:
+    child = make(workspace_folder, "sweeps/x", {"distillation.lambda_slm": 0.5})
+    toml = child.root / "fedcollm.toml"
+    edit(toml, "clients = 3\nrounds = 2", "rounds = 2\nclients = 3")
+    before = toml.read_bytes()
+    assert make(workspace_folder, "sweeps/x", {"distillation.lambda_slm": 0.5}).root == child.root
+    assert toml.read_bytes() == before, "its digest stands in manifests"
+
+
+def test_centralized_takes_rows_as_long_as_any_party_may(workspace_folder: Path) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    edit(toml, "[distillation]\n", "[distillation]\nmax_length = 20\n")
+    _, changes = variants.baseline(Workspace(workspace_folder), "centralized")
+    assert changes["client_training.max_length"] == 512
+
+
+def test_where_long_rows_are_skipped_centralized_takes_the_steps_that_co_distill_took(workspace_folder: Path) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    edit(toml, "steps = 5", "epochs = 1.0")
+    toml.write_text(toml.read_text() + '\n[data]\ntoo_long = "skip"\n')
+    long = {"prompt": "Q : " + "the " * 60 + "A :", "completion": " red"}
+    write_rows(workspace_folder / "private/server/auxiliary.jsonl", [*rows(12), *(long | {} for _ in range(8))])
+    workspace = Workspace(workspace_folder)
+    with pytest.raises(NotReady):
+        variants.baseline(workspace, "centralized")
+    run(workspace, scores=False)
+    # 12 of the 20 rows fit, 4 to a step
+    assert variants.baseline(workspace, "centralized")[1]["client_training.steps"] == 3

@@ -151,7 +151,7 @@ def test_a_metric_that_was_not_measured_is_named_with_those_that_were(
 def test_a_difference_is_named_only_where_the_error_bars_support_it() -> None:
     def found(mean: float, half_width: float | None) -> dict[str, object]:
         supported = half_width is not None and abs(mean) > half_width
-        return {"all": {"mean": mean, "half_width": half_width, "is_supported": supported}}
+        return {"all tasks": {"mean": mean, "half_width": half_width, "is_supported": supported}}
 
     differences = {
         "zero-shot": found(0.25, 0.1),

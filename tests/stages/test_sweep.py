@@ -221,3 +221,19 @@ def test_a_folder_is_named_by_what_is_set_and_by_the_table_only_where_it_must() 
     assert point_name({"slm.lora.r": 4, "federation.seed": 2}) == "r=4,seed=2"
     assert point_name({"slm.lora.r": 4, "llm.lora.r": 8}) == "slm.lora.r=4,llm.lora.r=8"
     assert point_name({"slm.model": "../models/other one"}) == "model=..-models-other-one"
+
+
+def test_two_combinations_never_share_a_folder(swept_once: Path, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm("sweep", "--set", "llm.model=a/llm,a-llm", "-w", swept_once)
+    assert outcome.code == 2
+    assert "two combinations would have the same folder: sweeps/model=a-llm" in outcome.err
+    assert not (swept_once / "sweeps/model=a-llm").exists()
+
+
+def test_the_deal_of_rows_that_prepare_has_not_dealt_is_not_for_a_sweep(
+    studied_once: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("sweep", "--set", "data.unlabelled_share=0.1,0.9", "-w", studied_once)
+    assert outcome.code == 2
+    assert "data.unlabelled_share changes nothing here: prepare has not dealt the rows" in outcome.err
+    assert not (studied_once / "sweeps").exists()
