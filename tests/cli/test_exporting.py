@@ -111,3 +111,23 @@ def test_an_export_goes_to_another_folder(
     assert (outcome.code, outcome.out) == (0, "out\n")
     assert (tmp_path / "out" / WEIGHTS).exists()
     assert not (finished / "exports").exists()
+
+
+def test_overwrite_never_replaces_a_folder_that_holds_more_than_an_export(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    words = ("export", "--round", 1, "--model", "slm", "-w", finished)
+    assert fedcollm(*words).code == 0
+    place = finished / "exports/slm-round-0001"
+    (place / "notes.txt").write_text("mine")
+    for again in (words, (*words, "--overwrite")):
+        outcome = fedcollm(*again)
+        assert outcome.code == 5
+        assert "exports/slm-round-0001 holds notes.txt, which no export made" in outcome.err
+    project = finished.parent / "project"
+    project.mkdir()
+    (project / "export.json").write_text('{"mine": 1}')
+    outcome = fedcollm(*words, "--to", project, "--overwrite")
+    assert outcome.code == 5
+    assert "is there already and is not an export" in outcome.err
+    assert [path.name for path in project.iterdir()] == ["export.json"]
