@@ -118,7 +118,12 @@ def _difference(found: dict[str, Any]) -> str:
 
 
 def _bought(found: dict[str, Any]) -> str:
-    reading = "" if found["is_supported"] else ", not beyond its error bars"
+    if found["half_width"] is None:
+        reading = " (one seed or question: no error bar)"
+    elif found["half_width"] == 0:
+        reading = " (the same answers: distillation has not reached them)"
+    else:
+        reading = "" if found["is_supported"] else ", not beyond its error bars"
     return f"{100 * found['mean']:+.1f}{reading}"
 
 

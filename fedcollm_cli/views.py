@@ -114,6 +114,7 @@ def demo(measured: dict[str, Any]) -> Group:
         f"guessing gives 25.0, knowing every rule of this world {measured['rule_accuracy']:.1f}",
         f"base models: {measured['models']}; the study: {measured['workspace']}, with baselines/ and seeds/",
         f"the report: {measured['report']}",
+        f"error bars: cd {measured['workspace']} && fedcollm compare --seeds 1,2,3",
         f"look inside: cd {measured['workspace']} && fedcollm status",
     )
     return Group(comparison(measured["comparison"]), *lines)

@@ -48,6 +48,9 @@ def compare(
     """
     from stages.parts import budgets, evidence
 
+    if workspace.is_baseline:
+        mend = f"fedcollm compare --workspace {workspace.root.parents[1]}"
+        raise UsageProblem("this is a baseline: it is compared from where it belongs", where=workspace.root, mend=mend)
     begun_seeds, begun_methods = evidence.begun(workspace)
     methods = list(methods or (evidence.METHODS if seeds else begun_methods))
     if seeds and not collect:

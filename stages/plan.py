@@ -117,7 +117,7 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
         raise UsageProblem(message, mend="give another --length, or leave it out")
     tokenizer = _tokenizer(workspace)
     clients = extent([workspace.client_data(k) for k in workspace.clients], tokenizer)
-    auxiliary = extent([workspace.auxiliary_data], tokenizer)
+    auxiliary = extent([workspace.auxiliary_data], tokenizer, unlabelled=True)
     stages = [_client_train(here, clients), _aggregate(here), _co_distill(here, auxiliary)]
     return Plan(
         str(device),

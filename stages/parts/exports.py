@@ -46,7 +46,8 @@ class Reference:
 
 def reference(tuned: Tuned) -> Reference:
     """The logits that an export must have, and those it must not have. Raises BadNumbers if they are the same."""
-    texts = [tuned.tokenizer.encode(text)[: tuned.context] for text in PROBE_TEXTS]
+    with quiet.libraries():  # which warn of texts longer than the context; they are cut
+        texts = [tuned.tokenizer.encode(text)[: tuned.context] for text in PROBE_TEXTS]
     adapters.check_acts(tuned.model, texts[0])
     with_adapter = [adapters.logits(tuned.model, text) for text in texts]
     with tuned.model.disable_adapter():

@@ -179,9 +179,9 @@ class Extent:
     longest_answer: int | None = None
 
 
-def extent(paths: Iterable[Path], tokenizer: Tokenizer | None) -> Extent | None:
+def extent(paths: Iterable[Path], tokenizer: Tokenizer | None, *, unlabelled: bool = False) -> Extent | None:
     """The extent of the files that are there; None if there is none of them. Raises Damaged as read_rows does."""
-    found = [read_rows(path)[0] for path in paths if path.exists()]
+    found = [read_rows(path, unlabelled=unlabelled)[0] for path in paths if path.exists()]
     if not found:
         return None
     fewest, most = min(map(len, found)), max(map(len, found))
@@ -189,4 +189,4 @@ def extent(paths: Iterable[Path], tokenizer: Tokenizer | None) -> Extent | None:
         return Extent(fewest, most)
     examples = [encode_row(row, tokenizer) for rows in found for row in rows]
     longest = max(len(example.input_ids) for example in examples)
-    return Extent(fewest, most, longest, max(example.answer_tokens for example in examples))
+    return Extent(fewest, most, longest, max(example.distilled_positions for example in examples))

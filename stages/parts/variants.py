@@ -35,8 +35,14 @@ DEALT_BY = ("federation.seed", "federation.clients", "data.")
 def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
     """Where another method on this workspace's data lives, and the settings that it changes.
 
-    Raises NotReady or UsageProblem where this workspace cannot have it: centralized needs every party's data here.
+    Raises NotReady or UsageProblem where this workspace cannot have it: centralized needs every party's data here, and
+    a baseline has none of its own.
     """
+    if workspace.is_baseline:
+        mend = (
+            f"fedcollm run --method {method} --workspace {os.path.relpath(workspace.root.parents[1], workspace.root)}"
+        )
+        raise UsageProblem("this is a baseline itself", where=workspace.root, mend=f"{mend}, from here")
     settings = workspace.agreement.distillation
     if method == "fedcollm" and not (settings.lambda_slm or settings.lambda_llm):
         mend = "set distillation.lambda_slm or lambda_llm in a study of its own, or leave it out with --methods"

@@ -248,6 +248,11 @@ class Workspace:
         """One model in the form that others load: an adapter for PEFT, or merged weights."""
         return self.root / "exports" / f"{subject}-round-{round:04d}{'-merged' if merged else ''}"
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this one was derived from another as its baseline: methods are run and compared from there."""
+        return self.home != self.root and self.baseline("").name == self.root.parent.name
+
     # --- helpers of more than one stage
 
     def shown(self, path: Path) -> str:

@@ -267,3 +267,16 @@ def test_what_follows_from_an_update_that_was_made_again_is_made_again(
     assert fedcollm("evaluate", "--round", 2, "--client", 1, "-w", studied / "baselines/fedavg").code == 0
     said = refuses(5, "fedcollm run --workspace baselines/fedavg --overwrite")
     assert "aggregate of round 2 is stale: made from another client-1" in said
+
+
+def test_a_baseline_has_no_baselines_and_is_compared_from_where_it_belongs(
+    studied_once: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    inside = studied_once / "baselines/fedavg"
+    outcome = fedcollm("run", "--method", "standalone", "-w", inside)
+    assert outcome.code == 2
+    assert f"mend  fedcollm run --method standalone --workspace {studied_once}" in outcome.err
+    assert not (inside / "baselines").exists()
+    outcome = fedcollm("compare", "-w", inside)
+    assert outcome.code == 2
+    assert f"mend  fedcollm compare --workspace {studied_once}" in outcome.err

@@ -187,3 +187,10 @@ def test_a_configuration_that_is_none_is_named(workspace_folder: Path) -> None:
     with pytest.raises(UsageProblem, match="the SLM's configuration cannot be read") as caught:
         plan(Workspace(workspace_folder))
     assert caught.value.mend == "check slm.model in fedcollm.toml"
+
+
+def test_unlabelled_auxiliary_rows_count_as_rows(workspace_folder: Path) -> None:
+    place = workspace_folder / "private/server/auxiliary.jsonl"
+    place.write_text(place.read_text() + '{"prompt": "Q : what colour is the big star 1 ? A :"}\n')
+    found = plan(Workspace(workspace_folder))
+    assert [one.rows for one in found.stages if one.name == "co-distill"] == [(13, 13)]
