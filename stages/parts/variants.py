@@ -39,10 +39,8 @@ def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
     a baseline has none of its own.
     """
     if workspace.is_baseline:
-        mend = (
-            f"fedcollm run --method {method} --workspace {os.path.relpath(workspace.root.parents[1], workspace.root)}"
-        )
-        raise UsageProblem("this is a baseline itself", where=workspace.root, mend=f"{mend}, from here")
+        mend = f"fedcollm run --method {method} --workspace {workspace.root.parents[1]}"
+        raise UsageProblem("this is a baseline itself", where=workspace.root, mend=mend)
     settings = workspace.agreement.distillation
     if method == "fedcollm" and not (settings.lambda_slm or settings.lambda_llm):
         mend = "set distillation.lambda_slm or lambda_llm in a study of its own, or leave it out with --methods"
