@@ -107,7 +107,7 @@ def run_all(
 
 def _check_sound(study: Study) -> None:
     """Raise Refused for a federation in which an adapter was made again and what follows from it was not."""
-    for workspace in (workspace for runs in study.runs.values() for workspace in runs.values()):
+    for workspace in study.workspaces:
         for round in status(workspace).rounds:
             for step in round.steps:
                 if step.condition in ("stale", "damaged"):
@@ -159,12 +159,9 @@ def _differences(measured: dict[Row, dict[str, Scores]]) -> dict[str, Any]:
     own = means.pop("fedcollm", None)
     if own is None:
         return {}
-    differences = {
-        row: {task: difference(own[task], scores) for task, scores in by_task.items()} for row, by_task in means.items()
-    }
     return {
-        row: {task: asdict(found) | {"is_supported": found.is_supported} for task, found in by_task.items()}
-        for row, by_task in differences.items()
+        row: {task: difference(own[task], scores).as_dict() for task, scores in by_task.items()}
+        for row, by_task in means.items()
     }
 
 

@@ -6,6 +6,7 @@ there. Another method than the agreement's runs in baselines/<method>, on the sa
 
 from __future__ import annotations
 
+import functools
 import gc
 from functools import partial
 from pathlib import Path
@@ -74,8 +75,12 @@ def run(
     return results
 
 
+@functools.cache
 def _keep_imports() -> None:
-    """Keep what is imported out of garbage collection, which Trainer asks for whenever it begins: 0.2 s each time."""
+    """Keep what is imported out of garbage collection, which Trainer asks for whenever it begins: 0.2 s each time.
+
+    Once in a process: a second time would keep the models of an earlier run for ever.
+    """
     from stages.parts import training  # noqa: F401
 
     gc.collect()

@@ -139,8 +139,7 @@ def _scores(study: Study, metric: str) -> dict[str, Any]:
 def _differences(arrays: dict[Table, Any], first: dict[Table, Any]) -> dict[str, Any]:
     from stages.parts.statistics import difference
 
-    found = {table: difference(scores, first[table]) for table, scores in arrays.items()}
-    return {table: asdict(one) | {"is_supported": one.is_supported} for table, one in found.items()}
+    return {table: difference(scores, first[table]).as_dict() for table, scores in arrays.items()}
 
 
 def _words(key: str, values: Sequence[Any]) -> str:

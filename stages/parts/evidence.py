@@ -69,6 +69,11 @@ class Study:
         return f"fedcollm run{self.inside(workspace)} --overwrite"
 
     @property
+    def workspaces(self) -> list[Workspace]:
+        """All of them."""
+        return [workspace for of_seed in self.runs.values() for workspace in of_seed.values()]
+
+    @property
     def seeds(self) -> list[int]:
         """In ascending order."""
         return sorted(self.runs)
@@ -111,7 +116,7 @@ def _of_method(study: Study, own: Workspace, method: Method) -> Workspace:
 
 def check_finished(study: Study) -> None:
     """Raise NotReady for a federation that has not come to its end, Refused for one of other data than lies there."""
-    for workspace in (workspace for runs in study.runs.values() for workspace in runs.values()):
+    for workspace in study.workspaces:
         for round in range(1, workspace.agreement.federation.rounds + 1):
             absent = [place for place in _made_in(workspace, round) if not place.exists()]
             if absent:
@@ -126,7 +131,7 @@ def check_finished(study: Study) -> None:
 def _check_alike(study: Study) -> None:
     """Raise Refused unless all SLMs, and all LLMs, were tuned from one base in one precision, and that base scored."""
     first: dict[Role, Manifest] = {}
-    for workspace in (workspace for runs in study.runs.values() for workspace in runs.values()):
+    for workspace in study.workspaces:
         for role, place in _tuned(workspace):
             manifest, _ = read_manifest(place)
             other = first.setdefault(role, manifest)

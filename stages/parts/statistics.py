@@ -7,8 +7,9 @@ in the test set. Both are estimated, and a difference counts only beyond the two
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -45,6 +46,10 @@ class Difference:
     def is_supported(self) -> bool:
         """Whether the error bars leave no doubt of its sign."""
         return self.half_width is not None and abs(self.mean) > self.half_width
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the verdict."""
+        return asdict(self) | {"is_supported": self.is_supported}
 
 
 def estimate(scores: np.ndarray) -> Estimate:
