@@ -16,7 +16,8 @@ from stages.parts.subjects import Subject, adapter_of, subject_of
 from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace
 
 if TYPE_CHECKING:
-    from stages.parts.models import Models, Role
+    from stages.parts.config import Role
+    from stages.parts.models import Models
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from stages.parts.subjects import Subject, adapter_of, subject_of
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MODEL_CARD, Workspace
 
 if TYPE_CHECKING:
-    from stages.parts.models import Role
+    from stages.parts.config import Role
 
 FORMAT = "fedcollm-export/1"
 

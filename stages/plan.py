@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stages.parts import bases
-from stages.parts.config import Budget, Distillation
+from stages.parts.config import Budget, Distillation, Role
 from stages.parts.errors import NotReady, UsageProblem
 from stages.parts.rows import Extent, extent
 from stages.parts.workspace import Workspace
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from stages.parts.objective import Losses
     from stages.parts.shapes import Shape
 
-Role = Literal["slm", "llm"]
 ROLES: tuple[Role, ...] = ("slm", "llm")
 
 ANSWER_TOKENS = 16

@@ -6,14 +6,12 @@ Reads fedcollm.toml, machine.toml and tasks/. Writes the hub's and the datasets'
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from stages.parts import bases
+from stages.parts.config import Role
 from stages.parts.errors import NotReady
 from stages.parts.events import Event, Report, ignore
 from stages.parts.workspace import Workspace
-
-Role = Literal["slm", "llm"]
 
 
 @dataclass(frozen=True)

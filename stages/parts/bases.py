@@ -6,8 +6,8 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
+from stages.parts.config import Role
 from stages.parts.errors import NotReady
 from stages.parts.workspace import Workspace
 
@@ -16,7 +16,7 @@ WEIGHTS = ("*.safetensors", "*.bin")
 """In the order of preference: pickled weights are taken only where a model has no others."""
 
 
-def folder(workspace: Workspace, role: Literal["slm", "llm"]) -> Path:
+def folder(workspace: Workspace, role: Role) -> Path:
     """The base model's folder, fetched from the hub if need be. Raises NotReady if it is not to be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -45,7 +45,7 @@ def folder(workspace: Workspace, role: Literal["slm", "llm"]) -> Path:
     return Path(found)
 
 
-def own_folder(workspace: Workspace, role: Literal["slm", "llm"]) -> Path | None:
+def own_folder(workspace: Workspace, role: Role) -> Path | None:
     """The local folder that the settings name, there or not; None if they name a model of the hub."""
     model = workspace.agreement.model_of(role).model
     override: str | None = getattr(workspace.machine.models, role)
@@ -53,19 +53,19 @@ def own_folder(workspace: Workspace, role: Literal["slm", "llm"]) -> Path | None
     return local if override or local.is_dir() or model.startswith((".", "/", "~")) else None
 
 
-def whole_folder(workspace: Workspace, role: Literal["slm", "llm"]) -> Path | None:
+def whole_folder(workspace: Workspace, role: Role) -> Path | None:
     """The base model's folder if it is here with all its weights; never asks the hub."""
     found = own_folder(workspace, role) or _cached(workspace, role)
     return found if found is not None and _has_weights(found) else None
 
 
-def configuration(workspace: Workspace, role: Literal["slm", "llm"]) -> Path | None:
+def configuration(workspace: Workspace, role: Role) -> Path | None:
     """A folder that holds at least the base model's config.json; never asks the hub."""
     found = own_folder(workspace, role) or _cached(workspace, role)
     return found if found is not None and (found / "config.json").is_file() else None
 
 
-def _cached(workspace: Workspace, role: Literal["slm", "llm"]) -> Path | None:
+def _cached(workspace: Workspace, role: Role) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from stages.parts.errors import UsageProblem
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Role = Literal["slm", "llm"]
 Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Positive = Annotated[int, Field(ge=1)]

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from stages.parts import files
-from stages.parts.config import Method
+from stages.parts.config import Method, Role
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.manifest import Manifest, read_manifest
 from stages.parts.variants import Changes, baseline, check_data, open_variant, replica
@@ -22,7 +22,6 @@ from stages.parts.workspace import AGREEMENT, Workspace
 
 Table = Literal["llm", "clients", "slm"]
 Row = Literal["zero-shot", "standalone", "fedavg", "fedavg-aux", "centralized", "fedcollm"]
-Role = Literal["slm", "llm"]
 Scores = dict[str, np.ndarray]
 """By task: [seeds, questions], the share of right answers to each question: 0 or 1, or a mean over clients."""
 

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.parts import files
-from stages.parts.config import Lora
+from stages.parts.config import Lora, Role
 from stages.parts.errors import Damaged, Refused
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Workspace
 
@@ -56,7 +56,7 @@ class Manifest(_Part):
     federation: str
     agreement_sha256: Sha256
     stage: Stage
-    role: Literal["slm", "llm"] = "slm"
+    role: Role = "slm"
     round: Annotated[int, Field(ge=1)]
     client: Annotated[int, Field(ge=1)] | None = None
     parents: dict[str, Sha256]
@@ -191,7 +191,7 @@ def publish(
     parents: dict[str, str],
     base: BaseIdentity,
     parameters: int,
-    role: Literal["slm", "llm"] = "slm",
+    role: Role = "slm",
     client: int | None = None,
     seed: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from stages.parts import bases, tasks
+from stages.parts.config import Role
 from stages.parts.errors import Problem
 from stages.parts.workspace import AGREEMENT, Workspace
 
@@ -28,7 +28,7 @@ def missing(workspace: Workspace) -> list[Missing]:
     ]
 
 
-def _model(workspace: Workspace, role: Literal["slm", "llm"], whose: str) -> list[Missing]:
+def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
     if bases.whole_folder(workspace, role):
         return []
     what = f"the {role.upper()} {workspace.agreement.model_of(role).model}, {whose}"

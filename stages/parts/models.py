@@ -17,12 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from stages.parts import adapters, bases, batches, quiet
 from stages.parts.adapter_files import read_adapter
-from stages.parts.config import Machine
+from stages.parts.config import Machine, Role
 from stages.parts.errors import BadNumbers, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
 from stages.parts.workspace import AGREEMENT, Workspace
-
-Role = Literal["slm", "llm"]
 
 PROBE_TEXTS = (
     "Question: Which of these is a mammal?\nAnswer: a whale",
@@ -57,12 +55,17 @@ class Tuned:
     @property
     def context(self) -> int:
         """The longest sequence the model takes, in tokens."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        return context_of(self.model)
 
     @property
     def hidden_size(self) -> int:
         """The width of its residual stream."""
         return int(self.model.config.get_text_config().hidden_size)
+
+
+def context_of(model: PeftModel) -> int:
+    """The longest sequence a model takes, in tokens, as its configuration says."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
 
 class Models:

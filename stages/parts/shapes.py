@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.parts import adapters, bases, paper, quiet
 from stages.parts.adapter_files import Layout
-from stages.parts.config import Lora, Model
+from stages.parts.config import Lora, Model, Role
 from stages.parts.errors import NotReady, UsageProblem
-from stages.parts.models import Role
+from stages.parts.models import context_of
 from stages.parts.workspace import AGREEMENT, Workspace
 
 FLOAT32_BYTES = 4
@@ -47,7 +47,7 @@ class Shape:
     @property
     def context(self) -> int:
         """The longest sequence the model takes, in tokens."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        return context_of(self.model)
 
 
 def of_workspace(workspace: Workspace, role: Role, dtype: torch.dtype = torch.float32) -> Shape:

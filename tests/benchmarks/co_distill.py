@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from stages.parts import schedule, training
-from stages.parts.config import Distillation, Machine
+from stages.parts.config import Distillation, Machine, Role
 from stages.parts.losses import cross_entropy
-from stages.parts.models import Role, Tuned
+from stages.parts.models import Tuned
 from stages.parts.objective import Losses, Objective, mutual_losses, task_loss
 from stages.parts.rows import Example
 from tests.benchmarks import gpt2_on_arc as arc

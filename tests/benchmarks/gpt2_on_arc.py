@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from builders import SHARED_DATA
 from stages.parts import adapters, batches
-from stages.parts.config import Lora, Model
+from stages.parts.config import Lora, Model, Role
 from stages.parts.manifest import BaseIdentity
-from stages.parts.models import Role, Tuned
+from stages.parts.models import Tuned
 from stages.parts.rows import Example, Row, encode_row
 
 BATCH, PAD = 8, 50256
