@@ -6,11 +6,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.console import Group
+from rich.console import ConsoleOptions, Group, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,8 +20,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 
+from stages.parts.checks import printable
 from stages.parts.errors import Problem
 from stages.parts.events import Event
 
@@ -29,12 +31,21 @@ PLAIN_INTERVAL_S = 10.0
 """How often a long stage says how far it is where there is no terminal to draw on."""
 
 
+class _Harmless(RichConsole):
+    """Prints no character that a terminal obeys, whatever stands in a text; its own colours and cursor stay."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
 class Console:
     """Draws events: a live view on a terminal, plain lines elsewhere, nothing when quiet. Use as a context."""
 
     def __init__(self, *, quiet: bool, as_json: bool) -> None:
-        copy = os.fdopen(os.dup(2), "w", buffering=1)  # stages silence stderr while libraries chatter
-        self._err = RichConsole(file=copy, highlight=False, soft_wrap=True)
+        # Stages silence stderr while libraries chatter. What cannot be written is shown escaped, as by Python's own.
+        copy = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        self._err = _Harmless(file=copy, highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._as_json = as_json
         self._progress: Progress | None = None
@@ -113,11 +124,11 @@ class Console:
         if self._progress:
             self._progress.stop()
         if self._as_json:
-            sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+            sys.stdout.write(json.dumps(_printable(value), indent=2, sort_keys=True) + "\n")
         elif not isinstance(text, str):
-            RichConsole(highlight=False).print(text, markup=False)
+            _Harmless(highlight=False).print(text, markup=False)
         else:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(printable(text) + "\n")
 
     def error(self, problem: Problem) -> None:
         """What happened, where, and how to mend it."""
@@ -134,6 +145,15 @@ class Console:
         if self._progress:
             self._progress.stop()
         self._err.print(text, markup=False)
+
+
+def _printable(value: Any) -> Any:
+    """A value for JSON, without what is not printable in any text of it."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _losses(values: Mapping[str, float]) -> str:

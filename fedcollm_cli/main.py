@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from fedcollm_cli import __version__, comparing, exporting, planning, reporting, rounds, starting
+from fedcollm_cli import (
+    __version__,
+    auditing,
+    carrying,
+    comparing,
+    enrolling,
+    exporting,
+    planning,
+    reporting,
+    rounds,
+    starting,
+)
 
 app = typer.Typer(
     name="fedcollm",
@@ -23,9 +34,12 @@ app = typer.Typer(
 
 COMMANDS = (
     *(starting.init, planning.plan, planning.prefetch, starting.prepare),
-    *(rounds.broadcast, rounds.client_train, rounds.aggregate, rounds.co_distill, rounds.evaluate),
-    *(rounds.run, rounds.status),
+    *(enrolling.keys, enrolling.enroll, enrolling.join),
+    *(rounds.broadcast, rounds.client_train, rounds.reveal, rounds.aggregate, rounds.co_distill, rounds.evaluate),
+    *(rounds.run, rounds.next, rounds.status),
+    *(carrying.pack, carrying.unpack),
     *(comparing.compare, comparing.sweep, reporting.report, planning.comm_cost, exporting.export),
+    *(auditing.verify, auditing.audit, auditing.diff),
     starting.demo,
 )
 """In the order of their use, as `fedcollm --help` lists them."""

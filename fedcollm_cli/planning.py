@@ -94,8 +94,8 @@ def comm_cost(
 ) -> None:
     """Count what travels, against sending the full model.
 
-    Reads the manifests in exchange/ and the SLM's configuration; loads no weights, writes nothing. With --preset, it
-    needs no workspace and counts Table 3 from configurations alone.
+    Reads the manifests in exchange/, of secure mode too, and the SLM's configuration; loads no weights, writes nothing.
+    With --preset, it needs no workspace and counts Table 3 from configurations alone.
 
     Example: fedcollm comm-cost --preset s1
     """
@@ -213,7 +213,7 @@ def _comm_cost(found: CommCost) -> Group:
 def _add(table: Table, sent: list[Sent]) -> None:
     """The rows of one round, or of the totals: the server, then the clients, summed up if they are many."""
     server, *clients = sent
-    label = "all" if server.round is None else str(server.round)
+    label = {None: "all", 0: "keys"}.get(server.round, str(server.round))
     table.add_row(label, server.party, f"{server.sent_bytes:,}", f"{server.received_bytes:,}")
     if len(clients) <= MOST_LISTED:
         for one in clients:

@@ -27,6 +27,10 @@ from stages.parts.manifest import Manifest
 
 def broadcast(
     round: RoundOption,
+    without: Annotated[
+        list[int] | None,
+        typer.Option("--without", help="Secure mode: open the round without this client; may be given several times."),
+    ] = None,
     workspace: WorkspaceOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -36,14 +40,17 @@ def broadcast(
     """Server: publish a round's adapter to all clients.
 
     Round 1 makes a fresh adapter from the federation's seed. Round t reads private/server/round-(t-1)/slm and
-    publishes it byte for byte. Writes exchange/round-t/broadcast.
+    publishes it byte for byte. Writes exchange/round-t/broadcast. Where there are keys this opens the round, and
+    --overwrite opens it again: what clients sent before no longer counts.
 
     Example: fedcollm broadcast --round 1
     """
     with session(workspace, as_json=as_json, quiet=quiet, device=device) as opened:
         from stages.broadcast import broadcast as stage
 
-        manifest = stage(opened.workspace, round=round, overwrite=overwrite, report=opened.console.report)
+        manifest = stage(
+            opened.workspace, round=round, without=without, overwrite=overwrite, report=opened.console.report
+        )
         _published(opened, opened.workspace.broadcast(round), manifest)
 
 
@@ -52,6 +59,10 @@ def client_train(
     round: RoundOption,
     workspace: WorkspaceOption = None,
     overwrite: OverwriteOption = False,
+    reset_privacy: Annotated[
+        bool,
+        typer.Option("--i-understand-reset", help="Forget what was spent of the privacy budget and count from zero."),
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = None,
@@ -63,37 +74,90 @@ def client_train(
     exchange/round-t/client-k, the one folder that goes to the server. Stopped, the same command goes on from its
     last checkpoint.
 
+    With epsilon or noise_multiplier under [privacy], training is differentially private for each row, and what it
+    spends is written to private/client-k/privacy-ledger.jsonl beforehand. Beyond the budget it ends with exit code 6.
+    --overwrite spends again.
+
     Example: fedcollm client-train --client 2 --round 1
     """
     with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
         from stages.client_train import client_train as stage
 
         manifest = stage(
-            opened.workspace, client=client, round=round, overwrite=overwrite, report=opened.console.report
+            opened.workspace,
+            client=client,
+            round=round,
+            overwrite=overwrite,
+            reset_privacy=reset_privacy,
+            report=opened.console.report,
         )
         _published(opened, opened.workspace.client_update(round, client), manifest)
 
 
 def aggregate(
     round: RoundOption,
+    gate: Annotated[
+        float | None, typer.Option("--gate", help="Keep the old adapter if the held-out loss rises by more than this.")
+    ] = None,
+    keep_old: Annotated[
+        bool, typer.Option("--keep-old", help="Give the round up: go on with its broadcast's adapter.")
+    ] = False,
     workspace: WorkspaceOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Server: average the clients' adapters.
 
     Reads exchange/round-t/broadcast and every exchange/round-t/client-k that has arrived; fewer than min_clients is
     exit code 3. Writes private/server/round-t/aggregate. The manifest tells, per layer, the cross term of averaging
-    A and B apart.
+    A and B apart; with another aggregation.rule than mean, what the rule did to whom.
 
-    Example: fedcollm aggregate --round 1
+    With --gate, or aggregation.gate, the SLM's loss on private/server/held-out.jsonl decides: if it rises by more than
+    that, in nats per answer token, what is written is the broadcast's adapter, and the round goes on. No model is
+    loaded without a gate.
+
+    In secure mode the first call closes the round, in exchange/round-t/close, and ends with exit code 3; once enough
+    clients have revealed, the second unmasks the sum. Where that cannot be done, --keep-old gives the round up.
+
+    Example: fedcollm aggregate --round 1 --gate 0.1
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
         from stages.aggregate import aggregate as stage
 
-        manifest = stage(opened.workspace, round=round, overwrite=overwrite, report=opened.console.report)
+        manifest = stage(
+            opened.workspace,
+            round=round,
+            gate=gate,
+            keep_old=keep_old,
+            overwrite=overwrite,
+            report=opened.console.report,
+        )
         _published(opened, opened.workspace.aggregate(round), manifest)
+
+
+def reveal(
+    client: ClientOption,
+    round: RoundOption,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Client: help to unmask a round's sum.
+
+    Secure mode only. Reads exchange/round-t/broadcast and exchange/round-t/close, which names the clients whose updates
+    are summed. Writes exchange/round-t/reveal-k, sealed to the server. A client reveals for one such list in a round,
+    for ever; the same command again sends the same bytes again.
+
+    Example: fedcollm reveal --client 2 --round 1
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.reveal import reveal as stage
+
+        manifest = stage(opened.workspace, client=client, round=round, report=opened.console.report)
+        _published(opened, opened.workspace.reveal(round, client), manifest)
 
 
 def co_distill(
@@ -193,6 +257,33 @@ def run(
             report=opened.console.report,
         )
         opened.console.result(results, views.scores(results) if results else "done")
+
+
+def next(
+    client: Annotated[int | None, typer.Option("--client", min=1, help="The client whose step it is.")] = None,
+    server: Annotated[bool, typer.Option("--server", help="The server's step.")] = False,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Do whatever is the next step of a party.
+
+    For cron and job scripts: one call takes one step, reads and writes what that step does, and prints its command.
+    Where nothing can be done yet it says whom it waits for, with exit code 3. What a person must decide, to join a
+    roster or to replace something, it leaves to them. Without --client and --server: of any party with data here.
+
+    Example: fedcollm next --client 2
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.next import next as stage
+
+        if client is not None and server:
+            raise UsageProblem("--client and --server are two parties", mend="give one of them")
+        party = "server" if server else None if client is None else f"client-{opened.workspace.check_client(client)}"
+        done = stage(opened.workspace, party=party, report=opened.console.report)
+        opened.console.result({"command": done}, done or "nothing is left to do")
 
 
 def status(

@@ -38,6 +38,10 @@ DtypeOption = Annotated[
 ]
 
 
+HEEDED_WITHIN_S = 5
+"""Seconds from a signal to the end of a command, cleaning up included, before it is interrupted once more."""
+
+
 @dataclass(frozen=True)
 class Session:
     """One command's workspace and console."""
@@ -49,7 +53,8 @@ class Session:
 @contextlib.contextmanager
 def guarded(console: Console) -> Iterator[None]:
     """The one place that turns what went wrong into a message and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _interrupt)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -62,9 +67,13 @@ def guarded(console: Console) -> Iterator[None]:
     except KeyboardInterrupt:
         console.say("interrupted: nothing is half written; the same command goes on from here")
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+    finally:
+        signal.alarm(0)
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """Stop, and if that is not heeded, again: Python drops an exception that meets it in a callback of a library's."""
+    signal.alarm(HEEDED_WITHIN_S)
     raise KeyboardInterrupt
 
 

@@ -58,8 +58,8 @@ def prepare(
     """Divide a public dataset among the parties.
 
     To simulate a federation. Reads the lm-eval tasks or JSONL files that [data] names. Writes
-    private/client-k/train.jsonl, private/server/auxiliary.jsonl and private/split.json. Prints rows and labels per
-    party.
+    private/client-k/train.jsonl, private/server/auxiliary.jsonl, with data.held_out_share also held-out.jsonl beside
+    it, and private/split.json. Prints rows and labels per party.
 
     Example: fedcollm prepare
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,8 @@ def split(summary: dict[str, Any]) -> Table:
     caption = f"{summary['rows']} rows, {dropped} duplicates dropped; {checked}"
     if unlabelled := summary["auxiliary"]["unlabelled"]:
         caption += f"; {unlabelled} of the server's rows are unlabelled"
+    if "held_out" in summary:
+        caption += f"; {summary['held_out']['rows']} more are held out for the gate"
     table = Table(title=f"split: {summary['split']}", caption=caption)
     for name in ("party", "rows", "answer labels", "sources"):
         table.add_column(name, justify="right" if name == "rows" else "left")
@@ -61,21 +64,26 @@ def scores(results: list[dict[str, Any]]) -> Table:
 
 
 def status(found: Status, workspace: Path | None) -> str:
-    """A line for each step of each round that has begun; the clients of a round on one line."""
+    """A line for each step of each round that has begun; what the clients of a round send on one line."""
     from stages.status import with_workspace
 
     lines = []
-    begun = [round for round in found.rounds if any(step.condition != "missing" for step in round.steps)]
+    begun = [round for round in found.rounds if any(step.condition != "missing" or step.reason for step in round.steps)]
     for round in begun:
-        clients = [step for step in round.steps if step.name.startswith("client-")]
+        by_kind = {
+            kind: [step for step in round.steps if re.fullmatch(rf"{kind}-\d+", step.name)]
+            for kind in ("client", "reveal")
+        }
         lines.append(f"round {round.number}")
         for step in round.steps:
-            if step not in clients:
-                condition = step.condition if step.here or step.condition != "missing" else "not on this machine"
+            kind = step.name.partition("-")[0]
+            if step not in by_kind.get(kind, []):
+                is_elsewhere = step.condition == "missing" and not (step.here or step.reason)
+                condition = "not on this machine" if is_elsewhere else step.condition
                 lines.append(f"  {step.name:<11}{condition}{f'  ({step.reason})' if step.reason else ''}")
-            elif step is clients[0]:
-                lines.append(f"  {'clients':<11}{_summary(clients)}")
-                lines += [f"    {one.name:<11}{one.condition}  ({one.reason})" for one in clients if one.reason]
+            elif step is by_kind[kind][0]:
+                lines.append(f"  {f'{kind}s':<11}{_summary(by_kind[kind])}")
+                lines += [f"    {one.name:<11}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason]
         if round.late:
             lines.append(f"  late, not in the aggregate: client {', '.join(map(str, round.late))}")
     if len(begun) < len(found.rounds):
@@ -95,7 +103,7 @@ def _summary(clients: list[Any]) -> str:
     """How many clients are in which condition, naming those not done."""
     parts = []
     for condition, count in Counter(step.condition for step in clients).items():
-        names = [step.name.removeprefix("client-") for step in clients if step.condition == condition]
+        names = [step.name.partition("-")[2] for step in clients if step.condition == condition]
         shown = ", ".join(names[:MOST_NAMED]) + (f" and {count - MOST_NAMED} more" if count > MOST_NAMED else "")
         parts.append(f"{count} {condition}" if condition == "done" else f"{count} {condition}: {shown}")
     return "; ".join(parts)

@@ -1,26 +1,90 @@
 """aggregate, line 13 of Algorithm 1: the server averages the clients' adapters.
 
-Reads exchange/round-t/broadcast and every exchange/round-t/client-k that has arrived.
-Writes private/server/round-t/aggregate, and the log private/server/round-t/aggregate.jsonl.
+In plain mode it reads each update; in secure mode it closes the round over those that have arrived, and, once enough
+clients have revealed, opens their sum.
+Reads exchange/round-t/broadcast and every exchange/round-t/{client-k,reveal-k} that has arrived; with a gate,
+private/server/held-out.jsonl and the SLM, which nothing else here needs.
+Writes private/server/round-t/aggregate, and the log private/server/round-t/aggregate.jsonl; in secure mode
+exchange/round-t/close first.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.parts import files
-from stages.parts.errors import NotReady, Refused
+from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact, read_manifest
+from stages.parts.manifest import (
+    KEPT_OLD,
+    Artefact,
+    Manifest,
+    Unmasking,
+    already_made,
+    check_belongs,
+    publish,
+    read_artefact,
+    read_manifest,
+)
+from stages.parts.rows import Row, read_rows
+from stages.parts.vault import SERVER
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace, require
 
+if TYPE_CHECKING:
+    from stages.parts.adapter_files import Tensors
+    from stages.parts.gate import Verdict
+    from stages.parts.models import Models
 
-def aggregate(workspace: Workspace, *, round: int, overwrite: bool = False, report: Report = ignore) -> Manifest:
-    """Average the adapters of one round and publish the result. Returns its manifest.
+MOST_CLAIMED = 1 << 40
+"""Examples, tokens or steps of one client in one round; the sum of all clients' must stay a number that is counted."""
 
+OF_FACTORS = {"median", "trimmed-mean"}
+"""Rules that act on each number of A and B by itself."""
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """What to ask of an average before it is taken: by how much it may raise the loss on these rows."""
+
+    amount: float
+    rows: list[Row]
+    data_sha256: str
+
+
+@dataclass(frozen=True)
+class _Average:
+    """An average before the gate, and what its manifest will say of it."""
+
+    tensors: Tensors
+    parents: dict[str, str]
+    examples: int = 0
+    tokens: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    unmasking: Unmasking | None = None
+
+
+def aggregate(
+    workspace: Workspace,
+    *,
+    round: int,
+    gate: float | None = None,
+    keep_old: bool = False,
+    overwrite: bool = False,
+    models: Models | None = None,
+    report: Report = ignore,
+) -> Manifest:
+    """Average the adapters of one round, by the agreement's rule, and publish the result. Returns its manifest.
+
+    gate: publish the broadcast's adapter instead, byte for byte, if the average raises the loss on the held-out rows
+    by more than this, in nats per answer token. By default the agreement's; without one no model is loaded.
+    keep_old: give the round up, whatever has arrived: publish the broadcast's adapter, so that the next one can begin.
     Raises NotReady below the quorum, naming the absent; refuses, naming the client, any update that was trained from
     another broadcast, under another agreement, on another base or in another shape.
     """
@@ -30,19 +94,125 @@ def aggregate(workspace: Workspace, *, round: int, overwrite: bool = False, repo
     source = workspace.broadcast(round)
     require(source, f"the broadcast of round {round} is not there", f"fedcollm broadcast --round {round}")
     theta = read_artefact(source)
-    check_belongs(theta, workspace, stage="broadcast", round=round)
-    updates = _present(workspace, round, report)
-    parents = {"broadcast": theta.sha256} | {f"client-{k}": read_manifest(path)[1] for k, path in updates.items()}
-    target = workspace.aggregate(round)
-    if done := already_made(target, workspace, parents, overwrite=overwrite):
+    check_belongs(theta, workspace, reader=SERVER, stage="broadcast", round=round)
+    gated = _gate(workspace, gate)
+    with files.held(workspace.log("aggregate", round).with_suffix(".lock")):
+        if keep_old:
+            return _keep_old(workspace, theta, overwrite, report)
+        return _aggregate(workspace, theta, gated, overwrite, models, report)
+
+
+def _aggregate(
+    workspace: Workspace,
+    theta: Artefact,
+    gated: _Gate | None,
+    overwrite: bool,
+    models: Models | None,
+    report: Report,
+) -> Manifest:
+    round = theta.manifest.round
+    is_secure = workspace.agreement.aggregation.is_secure
+    updates, closed = (
+        ({}, _close(workspace, theta, overwrite, report)) if is_secure else (_present(workspace, theta, report), None)
+    )
+    if closed:
+        parents = closed.manifest.parents | {"close": closed.sha256}
+    else:
+        parents = {"broadcast": theta.sha256} | {f"client-{k}": read_manifest(path)[1] for k, path in updates.items()}
+    if done := _already_made(workspace, round, parents, gated, overwrite):
         report(Event("note", "already done"))
         return done
-    return _average(workspace, round, theta, updates, parents, report)
+    started = time.monotonic()
+    if closed:
+        average = _unmask(workspace, theta, closed, parents, report)
+    else:
+        average = _average(workspace, round, theta, updates, parents, report)
+    return _publish(workspace, theta, average, gated, models, started, report)
 
 
-def _present(workspace: Workspace, round: int, report: Report) -> dict[int, Path]:
-    """The updates that have arrived, if they are enough."""
-    updates = workspace.client_updates(round)
+def _keep_old(workspace: Workspace, theta: Artefact, overwrite: bool, report: Report) -> Manifest:
+    """What the server begins the next round with where this one has come to nothing."""
+    round, parents = theta.manifest.round, {"broadcast": theta.sha256}
+    if done := already_made(workspace.aggregate(round), workspace, parents, overwrite=overwrite):
+        report(Event("note", "already done"))
+        return done
+    report(Event("warning", f"round {round} is given up: its aggregate is the broadcast's adapter"))
+    return publish(
+        workspace.aggregate(round),
+        theta.contents,
+        workspace,
+        stage="aggregate",
+        round=round,
+        attempt=theta.manifest.attempt,
+        parents=parents,
+        base=theta.manifest.base,
+        parameters=theta.manifest.parameters,
+        metrics={KEPT_OLD: 1.0},
+    )
+
+
+def _close(workspace: Workspace, theta: Artefact, overwrite: bool, report: Report) -> Artefact:
+    """Secure mode: whose updates are summed, decided once."""
+    from stages.parts import sums
+
+    closed = sums.close(workspace, theta, report, overwrite=overwrite)
+    for client in sums.late(workspace, closed):
+        report(Event("warning", f"client {client}'s update came after the close: it is left out, and stays masked"))
+    return closed
+
+
+def _unmask(
+    workspace: Workspace, theta: Artefact, closed: Artefact, parents: dict[str, str], report: Report
+) -> _Average:
+    """Secure mode: the survivors' sum, and nothing of each of them."""
+    from stages.parts import sums
+
+    found = sums.open_sum(workspace, theta, closed, report)
+    for warning in found.warnings:
+        report(Event("warning", warning))
+    return _Average(found.average, parents, unmasking=found.unmasking)
+
+
+def _gate(workspace: Workspace, amount: float | None) -> _Gate | None:
+    """The gate that is asked for, if any, with its rows."""
+    amount = workspace.agreement.aggregation.gate if amount is None else amount
+    if amount is None:
+        return None
+    if not 0 <= amount < math.inf:
+        raise UsageProblem(f"a gate of {amount} is no amount of loss", mend="give a number such as --gate 0.1")
+    mend = "put JSONL rows there that nobody trains on, or set data.held_out_share and `fedcollm prepare`"
+    require(workspace.held_out_data, "the gate needs held-out rows, and there are none", mend)
+    return _Gate(amount, *read_rows(workspace.held_out_data))
+
+
+def _already_made(
+    workspace: Workspace, round: int, parents: dict[str, str], gated: _Gate | None, overwrite: bool
+) -> Manifest | None:
+    """The manifest of an aggregate of these updates, if it is there. Raises Refused for one that passed another gate.
+
+    Whoever asks for no gate takes it with the one it has.
+    """
+    target = workspace.aggregate(round)
+    done = already_made(target, workspace, parents, overwrite=overwrite)
+    if done is None or gated is None:
+        return done
+    logged = files.logged_inputs(workspace.log("aggregate", round)).get("held-out")
+    changed = ["the gate"] if done.metrics.get("gate") != gated.amount else []
+    changed += ["the held-out rows"] if logged not in (None, gated.data_sha256) else []
+    if changed:
+        message = f"{workspace.shown(target)} was made otherwise; changed since: {', '.join(changed)}"
+        raise Refused(message, where=target, mend="give the command again with --overwrite to replace it")
+    return done
+
+
+def _present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int, Path]:
+    """The updates that have arrived, if they are enough; those of an earlier attempt at the round do not count."""
+    round, updates = theta.manifest.round, workspace.client_updates(theta.manifest.round)
+    if theta.manifest.attempt:
+        earlier = [k for k, path in updates.items() if read_manifest(path)[0].attempt < theta.manifest.attempt]
+        for client in earlier:
+            report(Event("warning", f"client {client}'s update is of an earlier attempt at this round"))
+            del updates[client]
     absent = [k for k in workspace.clients if k not in updates]
     needed = workspace.agreement.aggregation.min_clients or len(workspace.clients)
     names = ", ".join(map(str, absent))
@@ -58,66 +228,109 @@ def _present(workspace: Workspace, round: int, report: Report) -> dict[int, Path
 
 
 def _average(
-    workspace: Workspace, round: int, theta: Artefact, updates: dict[int, Path], parents: dict[str, str], report: Report
-) -> Manifest:
+    workspace: Workspace,
+    round: int,
+    theta: Artefact,
+    updates: dict[int, Path],
+    parents: dict[str, str],
+    report: Report,
+) -> _Average:
+    """Plain mode: every update is read, and combined by the agreement's rule."""
     from threadpoolctl import threadpool_limits
 
     from stages.parts import adapter_files
-    from stages.parts.aggregators import WEIGHTINGS, Mean
+    from stages.parts.aggregators import WEIGHTINGS, aggregator
 
-    started = time.monotonic()
-    lora = workspace.agreement.slm.lora
-    layout = adapter_files.layout_of(adapter_files.read_adapter(theta, None, lora))
-    weight_of = WEIGHTINGS[workspace.agreement.aggregation.weighting]
-    mean, examples, tokens = Mean(), 0, 0
+    settings, lora = workspace.agreement.aggregation, workspace.agreement.slm.lora
+    old = adapter_files.read_adapter(theta, None, lora)
+    layout, weight_of = adapter_files.layout_of(old), WEIGHTINGS[settings.weighting]
+    combined, examples, tokens = aggregator(settings, old), 0, 0
+    del old  # rules that measure updates against it keep it
+    if settings.rule in OF_FACTORS:
+        report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
     with threadpool_limits(1, "blas"):
-        for number, (client, update) in enumerate(_each(updates), 1):
+        limit_bytes = adapter_files.largest_bytes(theta.manifest.parameters)
+        for number, (client, update) in enumerate(_each(updates, limit_bytes), 1):
             _check_update(workspace, update, client, round, theta)
             parents[f"client-{client}"] = update.sha256  # what was read now, should it have been replaced meanwhile
-            mean.add(adapter_files.read_adapter(update, layout, lora), weight_of(update.manifest.examples))
+            combined.add(adapter_files.read_adapter(update, layout, lora), weight_of(update.manifest.examples))
             examples, tokens = examples + update.manifest.examples, tokens + update.manifest.tokens
             report(Event("step", f"client {client}", step=number, total=len(updates)))
-        cross_terms = mean.cross_terms()
+        average = combined.result()
+        metrics = combined.metrics(list(updates))
 
-    average = mean.result()
-    adapter_files.check_finite(average, "the average")
-    contents = {
-        ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG],
-        ADAPTER_WEIGHTS: adapter_files.weights_bytes(average),
-    }
+    return _Average(average, parents, examples, tokens, metrics)
+
+
+def _publish(
+    workspace: Workspace,
+    theta: Artefact,
+    average: _Average,
+    gated: _Gate | None,
+    models: Models | None,
+    started: float,
+    report: Report,
+) -> Manifest:
+    """Publish the average, or, where the gate keeps it out, the broadcast's adapter."""
+    from stages.parts import adapter_files
+
+    adapter_files.check_finite(average.tensors, "the average")
+    round, metrics = theta.manifest.round, average.metrics
+    weights, inputs = adapter_files.weights_bytes(average.tensors), dict(average.parents)
+    if gated:
+        verdict = _pass(workspace, theta, average.tensors, gated, models, report)
+        weights = theta.contents[ADAPTER_WEIGHTS] if verdict.keeps_old else weights
+        metrics, inputs = metrics | verdict.metrics, inputs | {"held-out": gated.data_sha256}
     manifest = publish(
         workspace.aggregate(round),
-        contents,
+        {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights},
         workspace,
         stage="aggregate",
         round=round,
-        parents=parents,
+        attempt=theta.manifest.attempt,
+        parents=average.parents,
         base=theta.manifest.base,
         parameters=theta.manifest.parameters,
-        examples=examples,
-        tokens=tokens,
-        metrics={f"cross_term/{layer}": term for layer, term in cross_terms.items()},
+        examples=average.examples,
+        tokens=average.tokens,
+        metrics=metrics,
+        unmasking=average.unmasking,
     )
-    files.write_log(workspace.log("aggregate", round), [{"inputs": parents}, {"wall_s": time.monotonic() - started}])
+    files.write_log(workspace.log("aggregate", round), [{"inputs": inputs}, {"wall_s": time.monotonic() - started}])
     return manifest
 
 
-def _each(updates: dict[int, Path]) -> Iterator[tuple[int, Artefact]]:
+def _pass(
+    workspace: Workspace, theta: Artefact, average: Tensors, gated: _Gate, models: Models | None, report: Report
+) -> Verdict:
+    """Put the average to the gate."""
+    from stages.parts.gate import gate
+    from stages.parts.models import Models
+
+    models = models or Models(workspace)
+    return gate(workspace, theta, average, gated.rows, amount=gated.amount, models=models, report=report)
+
+
+def _each(updates: dict[int, Path], limit_bytes: int) -> Iterator[tuple[int, Artefact]]:
     """The artefacts one by one, the next being read and hashed while the last is added: two in memory, however many."""
     with ThreadPoolExecutor(max_workers=1) as reader:
         paths = list(updates.items())
-        upcoming = reader.submit(read_artefact, paths[0][1])
+        read = partial(read_artefact, limit_bytes=limit_bytes)
+        upcoming = reader.submit(read, paths[0][1])
         for number, (client, _) in enumerate(paths):
             artefact = upcoming.result()
             if number + 1 < len(paths):
-                upcoming = reader.submit(read_artefact, paths[number + 1][1])
+                upcoming = reader.submit(read, paths[number + 1][1])
             yield client, artefact
 
 
 def _check_update(workspace: Workspace, update: Artefact, client: int, round: int, theta: Artefact) -> None:
     """Raise Refused unless this client trained it in this round from this broadcast on this base."""
-    check_belongs(update, workspace, stage="client-train", round=round, client=client)
+    check_belongs(update, workspace, reader=SERVER, stage="client-train", round=round, client=client)
     again = f"fedcollm client-train --client {client} --round {round} --overwrite, on client {client}'s machine"
+    if max(update.manifest.examples, update.manifest.tokens, update.manifest.steps) > MOST_CLAIMED:
+        message = f"client {client}'s update of round {round} says it saw more than {MOST_CLAIMED} examples or tokens"
+        raise Refused(message, where=update.path, mend=again)
     if update.manifest.examples == 0:
         raise Refused(
             f"client {client}'s update of round {round} says it saw no examples", where=update.path, mend=again

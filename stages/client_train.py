@@ -2,22 +2,39 @@
 
 Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Where the method averages nothing, a client goes on
 from round 2 with its own exchange/round-(t-1)/client-k instead.
-Writes exchange/round-t/client-k, and the private log private/client-k/round-t/client-train.jsonl.
+Writes exchange/round-t/client-k, and the private log private/client-k/round-t/client-train.jsonl; with differential
+privacy, private/client-k/privacy-ledger.jsonl too, before training begins. In secure mode the adapter stays in
+private/client-k/round-t/slm, and what goes to exchange/ is masked.
 """
 
 from __future__ import annotations
 
 import shutil
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.parts import files
+from stages.parts import files, openings, spending
+from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact
+from stages.parts.manifest import (
+    Artefact,
+    Manifest,
+    Stage,
+    already_made,
+    check_belongs,
+    publish,
+    read_artefact,
+    read_manifest,
+)
 from stages.parts.rows import Example, Row, encode, read_rows, warn_of_unspaced
-from stages.parts.workspace import Workspace, require
+from stages.parts.vault import client as party_of
+from stages.parts.workspace import MANIFEST, Workspace, require
 
 if TYPE_CHECKING:
+    from stages.parts.adapter_files import Tensors
     from stages.parts.models import Models, Tuned
+    from stages.parts.objective import Objective
 
 
 def client_train(
@@ -26,12 +43,14 @@ def client_train(
     client: int,
     round: int,
     overwrite: bool = False,
+    reset_privacy: bool = False,
     models: Models | None = None,
     report: Report = ignore,
 ) -> Manifest:
     """Train one client's adapter for one round and publish it. Returns its manifest.
 
-    Publishes nothing unless the adapter is finite, its B is not zero and it has moved.
+    Publishes nothing unless the adapter is finite, its B is not zero and it has moved. Raises BadNumbers if the privacy
+    budget does not allow the round. reset_privacy: begin a new privacy ledger, whatever was spent.
     """
     workspace.check_round(round)
     workspace.check_client(client)
@@ -42,30 +61,104 @@ def client_train(
     rows, data_sha256 = read_rows(data)
     warn_of_unspaced(rows, report)
     theta = _start(workspace, client, round)
+    openings.accept(workspace, theta, client)
+    is_secure = workspace.agreement.aggregation.is_secure
+    if is_secure:
+        _check_may_mask(workspace, theta, client, rows, overwrite)
 
-    target, log = workspace.client_update(round, client), workspace.log("client-train", round, client)
+    target, log = workspace.client_adapter(round, client), workspace.log("client-train", round, client)
     parents = {theta.path.name: theta.sha256}
-    if done := already_made(target, workspace, parents, overwrite=overwrite, log=log, data=data_sha256):
-        report(Event("note", "already done"))
-        return done
+    again = overwrite or _is_earlier(target, theta)
+    done = already_made(target, workspace, parents, overwrite=again, log=log, data=data_sha256)
     with files.held(log.with_suffix(".lock")):
-        return _train(workspace, client, round, rows, data_sha256, theta, overwrite, models, report)
+        if not done:
+            if workspace.agreement.privacy.is_on:
+                _check_privacy(workspace, client, round, rows, again, reset_privacy, report)
+            trained = _train(workspace, client, round, rows, data_sha256, theta, again, models, report)
+            return _mask(workspace, theta, client, overwrite, report) if is_secure else trained
+        if not is_secure:
+            report(Event("note", "already done"))
+            return done
+        return _mask(workspace, theta, client, overwrite, report)
+
+
+def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: list[Row], overwrite: bool) -> None:
+    """Raise before training if what it gives could not be sent: masked already, or of too many examples."""
+    if overwrite and _is_sent(workspace, theta, client):
+        round = theta.manifest.round
+        message = (
+            f"client {client} has sent its masked update of this opening of round {round}, which cannot be replaced"
+        )
+        mend = f"on the server, open the round again: fedcollm broadcast --round {round} --overwrite"
+        raise Refused(message, where=workspace.client_update(round, client), mend=mend)
+    settings, budget = workspace.agreement.aggregation, workspace.agreement.client_training
+    examples = budget.steps_for(len(rows)) * budget.rows_per_step
+    if settings.weighting == "samples" and examples > (settings.max_examples or 0):
+        message = (
+            f"client {client} would train on {examples} examples, aggregation.max_examples is {settings.max_examples}"
+        )
+        mend = f"all parties agree on max_examples = {examples} or more, or on fewer steps"
+        raise BadNumbers(message, where=workspace.client_data(client), mend=mend)
+
+
+def _is_sent(workspace: Workspace, theta: Artefact, client: int) -> bool:
+    """Whether the masked update lies there whole; a damaged one may be replaced, by one with a new mask of its own."""
+    from stages.parts import uploads
+
+    try:
+        return uploads.sent(workspace, theta, client) is not None
+    except (Damaged, NotReady):
+        return False
+
+
+def _is_earlier(target: Path, theta: Artefact) -> bool:
+    """Whether an adapter is there that was trained for an earlier attempt at this round, which no longer counts."""
+    return (
+        target.is_dir() and (target / MANIFEST).exists() and read_manifest(target)[0].attempt < theta.manifest.attempt
+    )
+
+
+def _mask(workspace: Workspace, theta: Artefact, client: int, overwrite: bool, report: Report) -> Manifest:
+    """Send the trained adapter masked; once for every opening of a round, unless what was sent is damaged."""
+    from stages.parts import uploads
+
+    if not overwrite and (done := uploads.sent(workspace, theta, client)):
+        report(Event("note", "already sent"))
+        return done
+    return uploads.send(workspace, theta, read_artefact(workspace.client_adapter(theta.manifest.round, client)), client)
 
 
 def _start(workspace: Workspace, client: int, round: int) -> Artefact:
     """What the client starts from: theta^t; where nothing is averaged, from round 2 on, its own of the round before."""
+    stage: Stage
     if workspace.agreement.federation.averages or round == 1:
         source, stage, made_in, by = workspace.broadcast(round), "broadcast", round, None
         name = f"the broadcast of round {round}"
         mend = f"on the server: fedcollm broadcast --round {round}; then carry exchange/ here"
     else:
-        source, stage, made_in, by = workspace.client_update(round - 1, client), "client-train", round - 1, client
+        source, stage, made_in, by = workspace.client_adapter(round - 1, client), "client-train", round - 1, client
         name = f"client {client}'s adapter of round {round - 1}"
         mend = f"fedcollm client-train --client {client} --round {round - 1}"
     require(source, f"{name} is not there", mend)
     theta = read_artefact(source)
-    check_belongs(theta, workspace, stage=stage, round=made_in, client=by)
+    check_belongs(theta, workspace, reader=party_of(client), stage=stage, round=made_in, client=by)
     return theta
+
+
+def _check_privacy(
+    workspace: Workspace, client: int, round: int, rows: list[Row], overwrite: bool, reset: bool, report: Report
+) -> None:
+    """Everything about privacy that can be refused before a model is loaded."""
+    unfinished = workspace.unfinished("client-train", round, client)
+    if reset:
+        spending.reset(workspace, client)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        report(Event("warning", f"client {client}'s privacy ledger begins anew: epsilon counts from zero"))
+    # A run that goes on has paid; where rows may be left out, their number is known when they have been tokenised.
+    is_known = (overwrite or not unfinished.exists()) and workspace.agreement.data.too_long == "refuse"
+    spending.check(workspace, client=client, round=round, examples=len(rows) if is_known else None)
+    if workspace.machine.trackers:
+        report(Event("warning", "trackers get nothing: differential privacy does not cover the losses of training"))
 
 
 def _train(
@@ -83,61 +176,88 @@ def _train(
     from stages.parts.models import Models
     from stages.parts.objective import Objective, task_loss
 
-    settings, lora = workspace.agreement.client_training, workspace.agreement.slm.lora
+    agreement, machine = workspace.agreement, workspace.machine
+    settings, lora, privacy = agreement.client_training, agreement.slm.lora, agreement.privacy
     tracking = trackers.tracking(workspace, "client-train", round, client)
     seed = workspace.seed_for("client-train", round, client)
     slm = (models or Models(workspace)).expect("slm", theta.manifest.base, workspace.shown(theta.path))
     received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
     examples = _examples(workspace, client, rows, slm)
     adapters.put(slm.model, received)
+    objective = Objective([slm], task_loss, {"slm_ft": 1.0})
     unfinished = workspace.unfinished("client-train", round, client)
-    outcome = training.train(
-        Objective([slm], task_loss, {"slm_ft": 1.0}),
-        examples,
-        training.Recipe(
-            budget=settings,
-            learning_rates={"slm": settings.learning_rate},
-            clips={"slm": settings.max_grad_norm},
-            warmup_steps=settings.warmup_steps if round == 1 else 0,
-            seed=seed,
-        ),
-        machine=workspace.machine,
-        folder=unfinished,
-        inputs={
-            "agreement": workspace.agreement_sha256,
-            "data": data_sha256,
-            theta.path.name: theta.sha256,
-            "slm_base": slm.identity.weights_sha256,
-            "dtype": slm.dtype,
-        },
-        overwrite=overwrite,
-        tracking=tracking,
-        report=report,
+    inputs = {
+        "agreement": workspace.agreement_sha256,
+        "data": data_sha256,
+        theta.path.name: theta.sha256,
+        "slm_base": slm.identity.weights_sha256,
+        "dtype": slm.dtype,
+    }
+    recipe = training.Recipe(
+        budget=settings,
+        learning_rates={"slm": settings.learning_rate},
+        clips={"slm": settings.max_grad_norm},
+        warmup_steps=settings.warmup_steps if round == 1 else 0,
+        seed=seed,
+    )
+    train = partial(training.train, objective, tracking=tracking)
+    if privacy.is_on:
+        from stages.parts import private_training
+
+        reserve = partial(spending.reserve, workspace, client, round, len(examples))
+        finish = partial(spending.finish, workspace, client, round)
+        train = partial(private_training.train, slm, clip=privacy.max_grad_norm, reserve=reserve, finish=finish)
+    outcome = train(
+        examples, recipe, machine=machine, folder=unfinished, inputs=inputs, overwrite=overwrite, report=report
     )
     report(Event("note", outcome.change))
     if outcome.metrics["slm_ft_after"] > outcome.metrics["slm_ft_before"]:
         report(Event("warning", f"client {client}'s loss rose in training: a smaller learning rate may help"))
-    norms = adapters.check_trained(received, adapters.take(slm.model))
+    metrics = outcome.metrics | _keep_short(workspace, slm, received, objective, examples, report)
     manifest = publish(
-        workspace.client_update(round, client),
+        workspace.client_adapter(round, client),
         adapters.as_files(slm.model, lora),
         workspace,
         stage="client-train",
         round=round,
+        attempt=theta.manifest.attempt,
         client=client,
         parents={theta.path.name: theta.sha256},
         base=slm.identity,
         parameters=adapters.count(slm.model),
-        seed=seed,
+        seed=None if privacy.is_on else seed,
         dtype=slm.dtype,
         steps=outcome.steps,
         examples=outcome.examples,
         tokens=outcome.tokens,
-        metrics=outcome.metrics | norms,
+        metrics={name: value for name, value in metrics.items() if not (privacy.is_on and name in outcome.metrics)},
+        privacy=spending.claim(workspace, client),
     )
     files.write_log(workspace.log("client-train", round, client), outcome.log)
     shutil.rmtree(unfinished)
     return manifest
+
+
+def _keep_short(
+    workspace: Workspace,
+    slm: Tuned,
+    received: Tensors,
+    objective: Objective,
+    examples: list[Example],
+    report: Report,
+) -> dict[str, float]:
+    """Shorten the update to max_update_norm. Returns its norms, and where it was shortened the loss after that."""
+    from stages.parts import adapters
+
+    trained, largest = adapters.take(slm.model), workspace.agreement.aggregation.max_update_norm
+    norms = adapters.check_trained(received, trained)
+    if largest is None or norms["update_norm"] <= largest:
+        return norms
+    report(Event("note", f"update shortened from norm {norms['update_norm']:.4g} to {largest:g}"))
+    adapters.put(slm.model, adapters.shortened(received, trained, largest))
+    rows = workspace.machine.micro_batch or workspace.agreement.client_training.batch_size
+    after = objective.measure(examples, rows)
+    return adapters.check_trained(received, adapters.take(slm.model)) | {"slm_ft_after": after["slm_ft"]}
 
 
 def _examples(workspace: Workspace, client: int, rows: list[Row], slm: Tuned) -> list[Example]:

@@ -16,6 +16,7 @@ from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact, read_manifest
 from stages.parts.rows import Example, Row, encode, read_rows, warn_of_unspaced
+from stages.parts.vault import SERVER
 from stages.parts.workspace import Workspace, require
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _open(workspace: Workspace, round: int) -> _Inputs:
     require(source, f"the aggregate of round {round} is not there", f"fedcollm aggregate --round {round}")
     rows, data_sha256 = read_rows(data, unlabelled=True)
     theta = read_artefact(source)
-    check_belongs(theta, workspace, stage="aggregate", round=round)
+    check_belongs(theta, workspace, reader=SERVER, stage="aggregate", round=round)
     omega = None
     if round > 1:
         earlier = workspace.llm(round - 1)
@@ -73,7 +74,7 @@ def _open(workspace: Workspace, round: int) -> _Inputs:
             earlier, f"the LLM's adapter of round {round - 1} is not there", f"fedcollm co-distill --round {round - 1}"
         )
         omega = read_artefact(earlier)
-        check_belongs(omega, workspace, stage="co-distill", round=round - 1)
+        check_belongs(omega, workspace, reader=SERVER, stage="co-distill", round=round - 1)
     return _Inputs(theta, omega, rows, data_sha256)
 
 

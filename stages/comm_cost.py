@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sent:
-    """What one party sent and received in one round, in bytes; of one party over all rounds, round is None."""
+    """What one party sent and received in one round, in bytes; of one party over all rounds, round is None.
+
+    Round 0 is before the first: keys and the roster.
+    """
 
     round: int | None
     party: str

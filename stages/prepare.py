@@ -1,7 +1,8 @@
 """prepare, a simulation's first step: a public dataset divided among the clients and the server.
 
 Reads lm-eval tasks (by their own prompts) or JSONL files, as [data] in fedcollm.toml says.
-Writes private/client-k/train.jsonl for every k, private/server/auxiliary.jsonl, and, last, private/split.json.
+Writes private/client-k/train.jsonl for every k, private/server/auxiliary.jsonl, with data.held_out_share
+private/server/held-out.jsonl, and, last, private/split.json.
 Parties with data of their own put it in those places instead.
 """
 
@@ -66,7 +67,7 @@ def _from_file(workspace: Workspace, name: str) -> list[Row]:
 def _divide(
     workspace: Workspace, rows: list[Row], test: set[str] | None
 ) -> tuple[dict[Path, list[Row]], dict[str, Any]]:
-    from stages.parts.partition import split, unlabel
+    from stages.parts.partition import hold_out, split, unlabel
 
     agreement, data = workspace.agreement, workspace.agreement.data
     unique = list({(row.prompt, row.completion): row for row in rows}.values())
@@ -80,6 +81,7 @@ def _divide(
         seed=workspace.seed_for("prepare", 1),
     )
     parties = {workspace.client_data(k): share for k, share in zip(workspace.clients, deal, strict=True)}
+    auxiliary, held_out = hold_out(auxiliary, data.held_out_share or 0.0)
     auxiliary = unlabel(auxiliary, data.unlabelled_share or 0.0, seed=workspace.seed_for("unlabel", 1))
     parties[workspace.auxiliary_data] = auxiliary
     unlabelled = sum(row.completion is None for row in auxiliary)
@@ -91,17 +93,22 @@ def _divide(
         "duplicates_dropped": len(rows) - len(unique),
         "also_in_test": None if test is None else sum(row.prompt in test for row in unique),
         "auxiliary": {"labelled": len(auxiliary) - unlabelled, "unlabelled": unlabelled},
-        "parties": {
-            path.parent.name: {
-                "rows": len(share),
-                "sha256": files.sha256(rows_bytes(share)),
-                "labels": dict(sorted(Counter(row.label for row in share).items())),
-                "sources": dict(sorted(Counter(row.source for row in share).items())),
-            }
-            for path, share in parties.items()
-        },
+        "parties": {path.parent.name: _counts(share) for path, share in parties.items()},
     }
+    if held_out:
+        parties[workspace.held_out_data] = held_out
+        summary["held_out"] = _counts(held_out)
     return parties, summary
+
+
+def _counts(share: list[Row]) -> dict[str, Any]:
+    """What split.json says of some rows."""
+    return {
+        "rows": len(share),
+        "sha256": files.sha256(rows_bytes(share)),
+        "labels": dict(sorted(Counter(row.label for row in share).items())),
+        "sources": dict(sorted(Counter(row.source for row in share).items())),
+    }
 
 
 def _publish(

@@ -1,6 +1,6 @@
 """report: one self-contained page on a workspace: charts, tables, settings; and every chart's data as CSV.
 
-Reads results/, manifests, exchanged adapters and this machine's private logs, and what compare reads.
+Reads results/, manifests, exchanged adapters and this machine's private logs, and what compare and audit read.
 Writes results/report: index.html and a CSV file for each chart, nothing of which needs a network or a script.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stages.audit import audit
 from stages.compare import ALL, compare
 from stages.parts import files
+from stages.parts.checks import lines, printable, result
 from stages.parts.errors import NotReady, Problem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Manifest, read_manifest
@@ -71,7 +73,7 @@ def write_report(
     compared = _compared(workspace, metric)
     page = render(drawn, _words(workspace, charts, compared, in_words))
     contents = {f"{chart.name}.csv": chart.csv().encode() for chart in charts}
-    files.publish(workspace.report, contents | {PAGE: page.encode()})
+    files.publish(workspace.report, contents | {PAGE: page.encode(errors="backslashreplace")})
     return {
         "path": workspace.shown(workspace.report / PAGE),
         "charts": {chart.name: workspace.shown(workspace.report / f"{chart.name}.csv") for chart in charts},
@@ -111,8 +113,18 @@ def _words(
         "notes": notes,
         "settings_name": AGREEMENT,
         "settings": without_folders(tomlkit.dumps(workspace.agreement.model_dump(exclude_none=True))),
+        "audit": _audited(workspace),
         "provenance": _provenance(workspace),
     }
+
+
+def _audited(workspace: Workspace) -> dict[str, Any]:
+    """What audit finds: a row for each problem, and for each check without one."""
+    from stages.parts.page import without_folders
+
+    found = audit([workspace.root])
+    rows = [(one.id, one.level, one.check, printable(without_folders(one.text))) for one in lines(found)]
+    return {"rows": rows, "result": result(found, strict=False)}
 
 
 def _measured(workspace: Workspace) -> str:
@@ -183,7 +195,7 @@ def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
     last: dict[str, tuple[Manifest, str]] = {}
     for round in range(1, workspace.agreement.federation.rounds + 1):
         places = [workspace.broadcast(round), workspace.aggregate(round), workspace.slm(round), workspace.llm(round)]
-        for place in [*places, *(workspace.client_update(round, client) for client in workspace.clients)]:
+        for place in [*places, *(workspace.client_adapter(round, client) for client in workspace.clients)]:
             if place.exists():
                 try:
                     last[workspace.shown(place)] = read_manifest(place)

@@ -16,12 +16,17 @@ from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
+from stages.enroll import enroll
 from stages.evaluate import evaluate
+from stages.join import join
+from stages.keys import keys
 from stages.parts.config import Method
+from stages.parts.errors import NotReady
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import read_manifest
 from stages.parts.workspace import Workspace
 from stages.prepare import prepare
+from stages.reveal import reveal
 
 if TYPE_CHECKING:
     from stages.parts.models import Models
@@ -62,6 +67,8 @@ def run(
     score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
 
     is_derived = workspace.home != workspace.root  # the bases are scored where it was derived from
+    if workspace.agreement.aggregation.is_secure:
+        _enrol(workspace, renew=overwrite, report=report)
     results = [score(model="slm"), score(model="llm")] if scores and not is_derived else []
     for round in rounds:
         report(Event("round", f"{federation.method}, round {round} of {federation.rounds}"))
@@ -71,7 +78,7 @@ def run(
         elif scores and federation.averages:
             results += [score(model="aggregate", round=round)]
         if scores and (round == rounds[-1] or not federation.averages):
-            results += [score(round=round, client=client) for client in workspace.client_updates(round)]
+            results += [score(round=round, client=client) for client in workspace.client_adapters(round)]
     return results
 
 
@@ -114,9 +121,38 @@ def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, re
     for client in _here(workspace, round, overwrite):
         client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
     if federation.averages:
-        aggregate(workspace, round=round, overwrite=overwrite, report=report)
+        _aggregate(workspace, round, overwrite, models, report)
     if federation.distils:
         co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
+
+
+def _enrol(workspace: Workspace, *, renew: bool, report: Report) -> None:
+    """Keys for every party, where one machine plays them all: each joins the roster that is made here."""
+    report(Event("stage", "keys, enroll, join"))
+    here = [client for client in workspace.clients if workspace.client_data(client).exists()]
+    for client in here:
+        keys(workspace, client=client, renew=renew)
+    enrolled = enroll(workspace, renew=renew)
+    for client in here:
+        join(workspace, client=client, fingerprint=enrolled.fingerprint)
+
+
+def _aggregate(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:
+    """The average; in secure mode the close, each client's reveal, and then the average."""
+    average = partial(aggregate, workspace, round=round, overwrite=overwrite, models=models, report=report)
+    if not workspace.agreement.aggregation.is_secure or (workspace.aggregate(round).exists() and not overwrite):
+        average()
+        return
+    try:
+        average()
+    except NotReady:
+        if not workspace.close(round).exists():
+            raise
+        closed = read_manifest(workspace.close(round))[0].closing or {}
+        for client in workspace.client_adapters(round):
+            if f"client-{client}" in closed:
+                reveal(workspace, client=client, round=round, report=report)
+        average()
 
 
 def _here(workspace: Workspace, round: int, overwrite: bool) -> list[int]:
@@ -129,6 +165,8 @@ def _here(workspace: Workspace, round: int, overwrite: bool) -> list[int]:
     if workspace.aggregate(round).exists() and not overwrite:
         averaged = read_manifest(workspace.aggregate(round))[0].parents
         clients = [client for client in clients if f"client-{client}" in averaged]
+    opening = read_manifest(workspace.broadcast(round))[0].opening if workspace.broadcast(round).exists() else None
+    clients = [client for client in clients if opening is None or client in opening.clients]
     may_be_absent = workspace.agreement.aggregation.min_clients is not None
     return [
         client

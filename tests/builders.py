@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,8 +164,15 @@ def published(folder: Path) -> dict[str, str]:
         name = path.relative_to(folder)
         is_hidden = path.suffix == ".lock" or any(part.startswith(".") for part in name.parts)
         if name.parts[0] in ("exchange", "private", "results", "exports") and path.is_file() and not is_hidden:
-            found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:
+                found[str(name)] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def remembered(secrets: Path) -> dict[str, str]:
+    """The digest of everything that parties keep outside the workspace: keys, and what they did in each round."""
+    found = (path for path in sorted(secrets.rglob("*")) if path.is_file())
+    return {str(path.relative_to(secrets)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def adapters(folder: Path) -> dict[str, str]:
@@ -196,6 +204,16 @@ def scale(adapter: Path, factor: float) -> None:
     scaled = {name: tensor * (factor if "lora_B" in name else 1) for name, tensor in tensors.items()}
     safetensors.numpy.save_file(scaled, weights, metadata={"format": "pt"})
     sign(adapter)
+
+
+def bundled(bundle: Path) -> dict[str, bytes]:
+    """What is in a bundle, by Python's own zipfile."""
+    with zipfile.ZipFile(bundle) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if name != "bundle.json"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # --- in memory

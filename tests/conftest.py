@@ -25,6 +25,14 @@ def frozen_garbage() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def own_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for keys of each test's own, and never the user's."""
+    place = tmp_path / "secrets"
+    monkeypatch.setenv("XDG_DATA_HOME", str(place))
+    return place
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keep what `datasets` remembers of the tests' files out of the user's cache."""
     folder = tempfile.mkdtemp(prefix="fedcollm-tests-")
@@ -119,6 +127,48 @@ def reported_once(finished_once: Path, tmp_path_factory: pytest.TempPathFactory)
     run(Workspace(folder), method="fedavg")
     app(["report", "--quiet", "--workspace", str(folder)], standalone_mode=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def enrolled_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> tuple[Path, Path]:
+    """A workspace of secure aggregation in which all have joined and no round has begun, and its keys; made once."""
+    from federations import agreement, enrol, with_keys
+    from stages.parts.workspace import Workspace
+
+    top = tmp_path_factory.mktemp("enrolled")
+    folder = with_keys(make_workspace(top / "study", base_models), top / "keys")
+    (folder / "fedcollm.toml").write_text(agreement())
+    enrol(Workspace(folder))
+    return folder, top / "keys"
+
+
+@pytest.fixture
+def enrolled(enrolled_once: tuple[Path, Path], tmp_path: Path) -> Path:
+    """Such a workspace of one's own."""
+    from federations import copied
+
+    return copied(enrolled_once, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def summed_once(tmp_path_factory: pytest.TempPathFactory, enrolled_once: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The same after `run`: two rounds of secure aggregation; made once."""
+    from federations import copied
+    from stages.parts.workspace import Workspace
+    from stages.run import run
+
+    top = tmp_path_factory.mktemp("summed")
+    folder = copied(enrolled_once, top)
+    run(Workspace(folder), scores=False)
+    return folder, top / "keys"
+
+
+@pytest.fixture
+def summed(summed_once: tuple[Path, Path], tmp_path: Path) -> Path:
+    """Such a finished workspace of one's own."""
+    from federations import copied
+
+    return copied(summed_once, tmp_path / "summed")
 
 
 @pytest.fixture

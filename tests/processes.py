@@ -39,10 +39,12 @@ class Command:
 
     def end(self) -> tuple[int, str]:
         """Wait for its end: its exit code, or minus the signal that killed it, and what it said."""
-        said = b""
-        while self.output.poll(PATIENCE_S) and (more := os.read(self.output.fileno(), 1 << 16)):
+        said, deadline = b"", time.monotonic() + PATIENCE_S
+        while (left := deadline - time.monotonic()) > 0 and self.output.poll(left):
+            if not (more := os.read(self.output.fileno(), 1 << 16)):
+                break
             said += more
-        self.process.join(PATIENCE_S)
+        self.process.join(max(1.0, deadline - time.monotonic()))
         if self.process.exitcode is None:
             self.process.kill()
             raise AssertionError(f"does not end: {said.decode()}")

@@ -1,17 +1,34 @@
 #!/usr/bin/env bash
 # Every round of the federation by the separate commands, on one machine. Copy what you need into your own job scripts.
-# Run it again after a stop: what is done is passed over.
+# Run it again after a stop: what is done is passed over. Between machines, `fedcollm next` takes a party's next step.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 clients=${CLIENTS:-$(sed -n 's/^clients *= *\([0-9]*\).*/\1/p' fedcollm.toml)}
 rounds=${ROUNDS:-$(sed -n 's/^rounds *= *\([0-9]*\).*/\1/p' fedcollm.toml)}
+secure=$(sed -n 's/^mode *= *"secure".*/yes/p' fedcollm.toml)
+
+if [ "$secure" ]; then
+    for client in $(seq 1 "$clients"); do
+        fedcollm keys --client "$client"                           # client  -> exchange/keys/client-k.json
+    done
+    fingerprint=$(fedcollm enroll)                                 # server  -> exchange/federation.json
+    for client in $(seq 1 "$clients"); do                          # between organisations: read it out by phone
+        fedcollm join --client "$client" --fingerprint "$fingerprint"
+    done
+fi
 
 for round in $(seq 1 "$rounds"); do
     fedcollm broadcast --round "$round"                            # server  -> exchange/round-t/broadcast
     for client in $(seq 1 "$clients"); do
         fedcollm client-train --client "$client" --round "$round"  # client  -> exchange/round-t/client-k
     done
+    if [ "$secure" ]; then
+        fedcollm aggregate --round "$round" || [ $? = 3 ]          # server  -> exchange/round-t/close
+        for client in $(seq 1 "$clients"); do
+            fedcollm reveal --client "$client" --round "$round"    # client  -> exchange/round-t/reveal-k
+        done
+    fi
     fedcollm aggregate --round "$round"                            # server  -> private/server/round-t/aggregate
     fedcollm co-distill --round "$round"                           # server  -> private/server/round-t/{slm,llm}
     fedcollm evaluate --round "$round" --model slm                 # scores  -> results/round-t/slm.json

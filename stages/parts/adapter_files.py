@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -24,6 +25,11 @@ Layout = dict[str, tuple[int, ...]]
 
 LARGEST_HEADER_BYTES = 1 << 20
 CARRY_AGAIN = "copy the folder again from its origin, or make it there again with --overwrite"
+
+
+def largest_bytes(numbers: int) -> int:
+    """The most that a file of so many 4-byte numbers can have, whatever else its header says."""
+    return 8 + LARGEST_HEADER_BYTES + 4 * numbers
 
 
 def layout_of(tensors: Mapping[str, np.ndarray]) -> Layout:
@@ -61,7 +67,7 @@ def read_adapter(artefact: Artefact, expected: Layout | None, lora: Lora) -> Ten
     Raises Damaged for anything else than such a safetensors file or a config of another LoRA shape, BadNumbers for NaN
     or infinity.
     """
-    _check_config(artefact, lora)
+    check_config(artefact.contents[ADAPTER_CONFIG], artefact.path / ADAPTER_CONFIG, lora)
     path = artefact.path / ADAPTER_WEIGHTS
     content = artefact.contents[ADAPTER_WEIGHTS]
     found = _strict_layout(content, path)
@@ -75,10 +81,10 @@ def read_adapter(artefact: Artefact, expected: Layout | None, lora: Lora) -> Ten
     return tensors
 
 
-def _check_config(artefact: Artefact, lora: Lora) -> None:
-    path = artefact.path / ADAPTER_CONFIG
+def check_config(content: bytes, path: Path, lora: Lora) -> None:
+    """Raise Damaged, naming the first difference, unless adapter_config.json is what config_bytes writes."""
     try:
-        value = files.parse_json(artefact.contents[ADAPTER_CONFIG])
+        value = files.parse_json(content)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=CARRY_AGAIN) from None
     modules = lora.target_modules or [str(name) for name in value.get("target_modules") or []]
@@ -130,24 +136,39 @@ def _strict_layout(content: bytes, path: Path) -> Layout:
     The library accepts duplicate keys, any metadata and any type; here the header is plain JSON, small, says nothing
     else, and every tensor is F32.
     """
+    header = read_header(content, path)
+    if header.pop("__metadata__", {"format": "pt"}) != {"format": "pt"}:
+        raise _bad(path, "carries unknown metadata")
+    for name, entry in header.items():
+        if entry["dtype"] != "F32":
+            raise _bad(path, f"holds {name} as {entry['dtype']}; adapters are exchanged as F32 (float32)")
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
-    def bad(found: str) -> Damaged:
-        return Damaged(f"{path.name} {found}", where=path, mend=CARRY_AGAIN)
 
+def read_header(content: bytes, path: Path) -> dict[str, Any]:
+    """A safetensors header: small, strict JSON, that describes each tensor by dtype, shape and place, and no more.
+
+    Beside the tensors it may hold "__metadata__".
+    """
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > min(LARGEST_HEADER_BYTES, len(content) - 8) or content[8:9] != b"{":
         is_pickle = content[:1] == b"\x80" or content[:2] == b"PK"
-        raise bad("is a pickle, which is never opened" if is_pickle else "is not a safetensors file, or is cut short")
+        found = "is a pickle, which is never opened" if is_pickle else "is not a safetensors file, or is cut short"
+        raise _bad(path, found)
     try:
         header = files.parse_json(content[8 : 8 + length])
     except (ValueError, RecursionError) as error:
-        raise bad(f"has a header that is not strict JSON: {error}") from error
-    if header.pop("__metadata__", {"format": "pt"}) != {"format": "pt"}:
-        raise bad("carries unknown metadata")
+        raise _bad(path, f"has a header that is not strict JSON: {error}") from error
     for name, entry in header.items():
+        if name == "__metadata__":
+            if not isinstance(entry, dict):
+                raise _bad(path, "carries unknown metadata")
+            continue
         is_plain = isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
         if not (is_plain and isinstance(entry["shape"], list) and all(type(size) is int for size in entry["shape"])):
-            raise bad(f"describes {json.dumps(name)} in an unknown way")
-        if entry["dtype"] != "F32":
-            raise bad(f"holds {name} as {entry['dtype']}; adapters are exchanged as F32 (float32)")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+            raise _bad(path, f"describes {json.dumps(name)} in an unknown way")
+    return header
+
+
+def _bad(path: Path, found: str) -> Damaged:
+    return Damaged(f"{path.name} {found}", where=path, mend=CARRY_AGAIN)

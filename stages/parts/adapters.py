@@ -117,7 +117,7 @@ def check_trained(before: Tensors, after: Tensors) -> dict[str, float]:
 
     Raises BadNumbers naming what failed. (Systems have shipped the untrained adapter, or one of zeros, unnoticed.)
     """
-    moved = float(np.sqrt(sum(np.sum((after[name] - before[name]).astype(np.float64) ** 2) for name in after)))
+    moved = _distance(before, after)
     size_b = float(np.sqrt(sum(np.sum(after[name].astype(np.float64) ** 2) for name in after if "lora_B" in name)))
     if size_b == 0:
         raise BadNumbers(
@@ -127,6 +127,16 @@ def check_trained(before: Tensors, after: Tensors) -> dict[str, float]:
     if moved == 0:
         raise BadNumbers("training left the adapter where it was", mend=TRAIN_MORE)
     return {"update_norm": moved, "lora_b_norm": size_b}
+
+
+def shortened(before: Tensors, after: Tensors, largest: float) -> Tensors:
+    """The adapter after a change of at most this norm (L2, of all tensors as one vector) in the same direction."""
+    share = np.float32(min(1.0, largest / _distance(before, after)))
+    return {name: before[name] + share * (after[name] - before[name]) for name in after}
+
+
+def _distance(before: Tensors, after: Tensors) -> float:
+    return float(np.sqrt(sum(np.sum((after[name] - before[name]).astype(np.float64) ** 2) for name in after)))
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def spent(workspace: Workspace) -> dict[str, Spent]:
     """By party: "client-1", ..., "server". Clients that sent nothing in a round spent nothing in it."""
     found: dict[str, Spent] = {}
     for round in range(1, workspace.agreement.federation.rounds + 1):
-        places = {f"client-{k}": path for k, path in workspace.client_updates(round).items()}
+        places = {f"client-{k}": path for k, path in workspace.client_adapters(round).items()}
         places |= {"server": workspace.llm(round)} if workspace.agreement.federation.distils else {}
         for party, place in places.items():
             manifest, _ = read_manifest(place)

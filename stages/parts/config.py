@@ -19,6 +19,7 @@ from stages.parts.errors import UsageProblem
 Dtype = Literal["auto", "float32", "bfloat16"]
 Role = Literal["slm", "llm"]
 Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
+Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
@@ -121,8 +122,50 @@ class Distillation(Budget):
 class Aggregation(Settings):
     """Line 13 of Algorithm 1. Without min_clients every client must have answered."""
 
+    mode: Literal["plain", "secure"] = "plain"
     weighting: Literal["uniform", "samples"] = "uniform"
     min_clients: Positive | None = None
+    max_update_norm: Rate | None = None
+    rule: Rule = "mean"
+    outliers: Positive | None = None
+    gate: Share | None = None
+    max_update_value: Rate = 8.0
+    max_examples: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether the server sees nothing of the clients' updates but their sum."""
+        return self.mode == "secure"
+
+    @model_validator(mode="after")
+    def _rule_has_what_it_needs(self) -> Aggregation:
+        if self.rule in ("trimmed-mean", "krum") and self.outliers is None:
+            raise ValueError(f"rule {self.rule} needs outliers, the number f of updates that may be bad")
+        if self.rule in ("median", "trimmed-mean", "krum") and self.weighting != "uniform":
+            raise ValueError(f"rule {self.rule} counts every client alike: weighting {self.weighting} is for means")
+        return self
+
+    @model_validator(mode="after")
+    def _secure_sees_the_sum_alone(self) -> Aggregation:
+        if self.is_secure and self.rule != "mean":
+            raise ValueError(f"rule {self.rule} needs each client's update, mode secure shows their sum: choose one")
+        if self.is_secure and self.weighting == "samples" and self.max_examples is None:
+            raise ValueError("weighting samples in mode secure needs max_examples, the most that a client trains on")
+        return self
+
+
+class Privacy(Settings):
+    """Differential privacy of each client's examples; without epsilon and noise_multiplier there is none."""
+
+    epsilon: Rate | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    noise_multiplier: Rate | None = None
+    max_grad_norm: Rate = 1.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether clients train with noise."""
+        return self.epsilon is not None or self.noise_multiplier is not None
 
 
 class Data(Settings):
@@ -134,6 +177,7 @@ class Data(Settings):
     dirichlet_alpha: Rate = 0.5
     auxiliary_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     unlabelled_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     too_long: Literal["refuse", "skip"] = "refuse"
 
 
@@ -145,6 +189,11 @@ class Evaluation(Settings):
     batch_size: Positive = 16
 
 
+def threshold(clients: int) -> int:
+    """How many of the clients of a round must reveal before it can be unmasked: t."""
+    return 2 * clients // 3 + 1
+
+
 class Agreement(Settings):
     """fedcollm.toml: the same bytes at every party."""
 
@@ -153,6 +202,7 @@ class Agreement(Settings):
     llm: Model
     client_training: ClientTraining
     aggregation: Aggregation = Aggregation()
+    privacy: Privacy = Privacy()
     distillation: Distillation
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
@@ -161,6 +211,35 @@ class Agreement(Settings):
     def _quorum_is_reachable(self) -> Agreement:
         if (self.aggregation.min_clients or 1) > self.federation.clients:
             raise ValueError("aggregation.min_clients is larger than federation.clients")
+        return self
+
+    @model_validator(mode="after")
+    def _rule_has_enough_updates(self) -> Agreement:
+        if not self.federation.averages:
+            return self
+        rule, outliers = self.aggregation.rule, self.aggregation.outliers or 0
+        fewest = self.aggregation.min_clients or self.federation.clients
+        withstood = {"trimmed-mean": (fewest - 1) // 2, "krum": max((fewest - 3) // 2, 0)}.get(rule, outliers)
+        if withstood < outliers:
+            need = {"trimmed-mean": "K > 2f", "krum": "K >= 2f + 3"}[rule]
+            left = f"f={withstood}" + (", which is meaningless" if withstood == 0 else " at most")
+            of = " (min_clients)" if self.aggregation.min_clients else ""
+            raise ValueError(f"aggregation.rule {rule} needs {need} updates: K={fewest}{of} leaves {left}")
+        return self
+
+    @model_validator(mode="after")
+    def _secure_needs_a_crowd(self) -> Agreement:
+        if not self.aggregation.is_secure:
+            return self
+        clients, least = self.federation.clients, threshold(self.federation.clients)
+        if not self.federation.averages:
+            raise ValueError(
+                f"aggregation.mode secure has nothing to hide: method {self.federation.method} averages nothing"
+            )
+        if not 3 <= clients <= 256:
+            raise ValueError(f"aggregation.mode secure takes 3 to 256 clients, here are {clients}")
+        if (self.aggregation.min_clients or clients) < least:
+            raise ValueError(f"aggregation.min_clients is below {least}, which mode secure needs of {clients} clients")
         return self
 
     @model_validator(mode="after")
@@ -196,6 +275,7 @@ class Machine(Settings):
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
     home: str | None = None
+    secrets: str | None = None
     trackers: list[Tracker] = []
     models: LocalModels = LocalModels()
 

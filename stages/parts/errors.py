@@ -47,7 +47,7 @@ class Refused(Problem):
 
 
 class BadNumbers(Problem):
-    """NaN, nothing learned, or out of memory."""
+    """NaN, nothing learned, out of memory, or a budget of privacy that is spent."""
 
     exit_code = 6
 

@@ -147,7 +147,7 @@ def _check_alike(study: Study) -> None:
 def _tuned(workspace: Workspace) -> Iterator[tuple[Role, Path]]:
     """Each adapter that the last round trained, and of which model it is."""
     federation = workspace.agreement.federation
-    for place in workspace.client_updates(federation.rounds).values():
+    for place in workspace.client_adapters(federation.rounds).values():
         yield _role(workspace, place.name), place
     if federation.distils:
         yield "llm", workspace.llm(federation.rounds)
@@ -170,7 +170,7 @@ def _check_data(study: Study, workspace: Workspace, round: int) -> None:
 def _made_in(workspace: Workspace, round: int) -> list[Path]:
     """What a round ends with."""
     if not workspace.agreement.federation.averages:
-        return [workspace.client_update(round, client) for client in workspace.clients]
+        return [workspace.client_adapter(round, client) for client in workspace.clients]
     return [workspace.round_result(round), *([workspace.llm(round)] if workspace.agreement.federation.distils else [])]
 
 
@@ -212,7 +212,7 @@ def answers(study: Study, workspace: Workspace, round: int | None, subject: str,
 def _subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
     if table == "clients" or row == "centralized":
         last = workspace.agreement.federation.rounds
-        return [f"client-{client}" for client in workspace.client_updates(last)]
+        return [f"client-{client}" for client in workspace.client_adapters(last)]
     return ["aggregate" if table == "slm" and row == "fedavg" else table]
 
 
@@ -250,7 +250,7 @@ def _check_current(study: Study, folder: Path, result: dict[str, Any], path: Pat
 
 def _folder(workspace: Workspace, round: int, subject: str) -> Path:
     if subject.startswith("client-"):
-        return workspace.client_update(round, int(subject.partition("-")[2]))
+        return workspace.client_adapter(round, int(subject.partition("-")[2]))
     return {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[subject](round)
 
 

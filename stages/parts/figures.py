@@ -125,7 +125,7 @@ def _client_losses() -> Figure:
         findings.client_losses,
         functools.partial(_loss_lines, series="client"),
         lambda rows: f"Cross-entropy of the answer tokens (Eq. 3). {_points(rows)}{_of_many(rows, 'client')}",
-        "No log of a client's training is on this machine: each client has its own.",
+        "No log of a client's training is on this machine, or [privacy] is on: each client keeps its own.",
     )
 
 

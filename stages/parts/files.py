@@ -12,17 +12,19 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.parts.errors import Damaged, Held, NotReady, StorageProblem
 
 COPY_AGAIN = "copy it again from its origin"
+FOLDER_AGAIN = "copy the folder again from its origin, or make it there again with --overwrite"
 LARGEST_JSON_BYTES = 4 << 20
 LARGEST_ADAPTER_BYTES = 4 << 30
 ABANDONED_AFTER_S = 3600
@@ -33,19 +35,13 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read(path: Path, *, limit_bytes: int) -> bytes:
-    """The whole content of a plain file. Raises NotReady if it is absent, Damaged if it is anything else."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NotReady(f"{path.name} is not there", where=path) from None
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK):
-            mend = "put the file itself in its place"
-            raise Damaged(
-                f"{path.name} is a symbolic link; exchanged files are never followed", where=path, mend=mend
-            ) from None
-        raise
+def read(path: Path, *, limit_bytes: int, levels: int = 1, named_bytes: int | None = None) -> bytes:
+    """The whole content of a plain file. Raises NotReady if it is absent, Damaged if it is anything else.
+
+    levels: how many of the path's last parts are opened without following symbolic links. named_bytes: what its
+    manifest says that it has; a larger file is not read.
+    """
+    descriptor = _open(path, levels)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -53,36 +49,80 @@ def read(path: Path, *, limit_bytes: int) -> bytes:
         if status.st_size > limit_bytes:
             message = f"{path.name} has {status.st_size} bytes, at most {limit_bytes} are expected"
             raise Damaged(message, where=path, mend=COPY_AGAIN)
+        if named_bytes is not None and status.st_size > named_bytes:
+            message = f"{path.name} has {status.st_size} bytes, its manifest says {named_bytes}"
+            raise Damaged(message, where=path, mend=FOLDER_AGAIN)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            content = file.read(status.st_size + 1)
     finally:
         os.close(descriptor)
+    if len(content) > status.st_size:
+        raise NotReady(f"{path.name} is still being written", where=path, mend="wait, and give the same command again")
+    return content
 
 
-def read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """A JSON object and the sha256 of its bytes. Refuses duplicate keys, NaN and anything but an object."""
-    content = read(path, limit_bytes=LARGEST_JSON_BYTES)
+def _open(path: Path, levels: int) -> int:
+    """A descriptor of path, each of whose last parts is opened in the one before: none can be swapped for a link."""
+    *folders, _ = parts = path.absolute().parts[-levels:]
+    above = str(path.absolute().parents[levels - 1])
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    parent = -1
     try:
-        value = parse_json(content)
+        parent = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for part in folders:
+            inside = os.open(part, flags | os.O_DIRECTORY, dir_fd=parent)
+            os.close(parent)
+            parent = inside
+        return os.open(parts[-1], flags | os.O_NONBLOCK, dir_fd=parent)
+    except FileNotFoundError:
+        mend = "wait until it has arrived, or copy it again from its origin"
+        raise NotReady(f"{path.name} is not there", where=path, mend=mend) from None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENOTDIR):
+            error.filename = str(path)
+            raise
+        mend = "put the file itself in its place"
+        message = f"{path.name} is a symbolic link, or lies in one; exchanged files are never followed"
+        raise Damaged(message, where=path, mend=mend) from None
+    finally:
+        if parent >= 0:
+            os.close(parent)
+
+
+def read_json(path: Path, *, levels: int = 1) -> tuple[dict[str, Any], bytes]:
+    """A JSON object and its bytes. Refuses duplicate keys, NaN and anything but an object."""
+    content = read(path, limit_bytes=LARGEST_JSON_BYTES, levels=levels)
+    try:
+        return parse_json(content), content
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=COPY_AGAIN) from None
-    return value, sha256(content)
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
-    """A JSON object, strictly. Raises ValueError."""
+    """A JSON object in UTF-8, strictly: no key twice, no infinite number, no half of a character. Raises ValueError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key appears twice")
-        return dict(pairs)
+        value: dict[str, Any] = {}
+        for key, inner in pairs:
+            if key in value:
+                raise ValueError(f"the key {key[:80]!r} appears twice")
+            value[key] = inner
+        return value
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not allowed")
 
-    value = json.loads(content, object_pairs_hook=unique, parse_constant=refuse)
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"{number[:40]} is too large a number")
+        return value
+
+    value = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     if not isinstance(value, dict):
         raise ValueError("not an object")
+    if b"\\u" in content:
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is text that nobody can write
     return value
 
 
@@ -91,9 +131,14 @@ def json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def json_line(value: dict[str, Any]) -> bytes:
+    """An object as one line, for logs and signatures."""
+    return (json.dumps(value, sort_keys=True) + "\n").encode()
+
+
 def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
     """A private log as JSON lines."""
-    write(path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode())
+    write(path, b"".join(map(json_line, lines)))
 
 
 def logged_inputs(path: Path) -> dict[str, str]:
@@ -105,13 +150,38 @@ def logged_inputs(path: Path) -> dict[str, str]:
     return dict(first.get("inputs", {}))
 
 
-def write(path: Path, content: bytes) -> None:
-    """Put content at path, atomically: a reader sees the old bytes or the new ones, whatever happens in between."""
+def check_no_link(path: Path, levels: int) -> None:
+    """Raise Damaged if a symbolic link is among the folders that path's last parts lie in: nothing is written there.
+
+    levels: how many parts; the last one itself may be a link, which is replaced and never followed.
+    """
+    for folder in reversed(list(path.absolute().parents)[: levels - 1]):
+        if folder.is_symlink():
+            message = f"{folder.name} is a symbolic link; nothing is written or replaced beyond one"
+            raise Damaged(message, where=folder, mend="remove the link, and put the folder itself in its place")
+
+
+def _below_exchange(path: Path) -> int:
+    """How many of a path's last parts are below a workspace's exchange folder; 1 for what lies elsewhere."""
+    for number, folder in enumerate(path.absolute().parents, 1):
+        if folder.name == "exchange" and (folder.parent / "fedcollm.toml").is_file():
+            return number
+    return 1
+
+
+def write(path: Path, content: bytes, *, mode: int = 0o666, levels: int | None = None) -> None:
+    """Put content at path, atomically: a reader sees the old bytes or the new ones, whatever happens in between.
+
+    mode: the file's permissions, before the umask. levels: as for check_no_link; by default what is below exchange/.
+    """
+    levels = _below_exchange(path) if levels is None else levels
+    check_no_link(path, levels)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        _write(draft, content)
+        _write(draft, content, mode)
         _sync(draft)
+        check_no_link(path, levels)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -119,20 +189,38 @@ def write(path: Path, content: bytes) -> None:
     _sync(path.parent)
 
 
-def publish(folder: Path, contents: dict[str, bytes]) -> None:
-    """Make folder hold exactly these files, atomically; an earlier folder of that name is replaced."""
-    with publishing(folder) as draft:
+def publish(
+    folder: Path,
+    contents: dict[str, bytes],
+    *,
+    replace: bool = True,
+    levels: int = 1,
+    spares: Callable[[Path], None] | None = None,
+) -> None:
+    """Make folder hold exactly these files, atomically; an earlier folder of that name is replaced, if it may be."""
+    with publishing(folder, replace=replace, levels=levels, spares=spares) as draft:
         for name, content in contents.items():
             _write(draft / name, content)
 
 
 @contextlib.contextmanager
-def publishing(folder: Path) -> Iterator[Path]:
+def publishing(
+    folder: Path, *, replace: bool = True, levels: int = 1, spares: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """A draft to write files into, which becomes folder when the block ends; an earlier folder is replaced.
 
     The draft lies beside the place; it is synced and renamed into it: that the folder exists means that it is whole.
     If anything fails before that, the place is as it was and the draft is gone.
+    replace: if False, raises Held where the folder is there already: another process was first.
+    levels: as for check_no_link. spares: raises for an earlier folder that is not to be replaced.
     """
+
+    def check() -> None:
+        check_no_link(folder, levels)
+        if spares and folder.is_dir() and not folder.is_symlink():
+            spares(folder)
+
+    check()
     folder.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):  # by a process that was killed
         if time.time() - abandoned.lstat().st_mtime > ABANDONED_AFTER_S:
@@ -144,15 +232,20 @@ def publishing(folder: Path) -> Iterator[Path]:
         draft.mkdir()
         with _naming(draft):  # libraries that write into it may not say which file
             yield draft
+        check_no_link(folder, levels)
         for path in sorted(draft.rglob("*")):
             _sync(path)
         _sync(draft)
-        if os.path.lexists(folder):
+        check()
+        if replace and os.path.lexists(folder):
             _remove(replaced)
             folder.rename(replaced)
         try:
             draft.rename(folder)
-        except BaseException:
+        except BaseException as error:
+            if not replace and os.path.lexists(folder):
+                message = f"another process published {folder.name} first"
+                raise Held(message, where=folder, mend="give the same command again") from error
             if os.path.lexists(replaced):
                 replaced.rename(folder)
             raise
@@ -188,9 +281,13 @@ def naming_storage_faults() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        mend = "free some space and give the same command again" if full else "check the permissions and the disk"
-        raise StorageProblem(f"{error.strerror or error}", where=error.filename, mend=mend) from error
+        raise StorageProblem(f"{error.strerror or error}", where=error.filename, mend=storage_mend(error)) from error
+
+
+def storage_mend(error: Exception) -> str:
+    """What mends a failed read or write. Of libraries that have errors of their own, a full disk is the likely one."""
+    full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "free some space and give the same command again" if full else "check the permissions and the disk"
 
 
 def _remove(folder: Path) -> None:
@@ -199,9 +296,11 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, mode: int = 0o666) -> None:
     with _naming(path):
-        path.write_bytes(content)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
 
 
 def _sync(path: Path) -> None:

@@ -90,7 +90,12 @@ def _accuracy(method: str, round: int, scored: list[np.ndarray]) -> Row:
 
 
 def client_losses(workspace: Workspace) -> list[Row]:
-    """L_FT of every client's local training, by step counted over all rounds, thinned."""
+    """L_FT of every client's local training, by step counted over all rounds, thinned.
+
+    None where training is private: losses are outside the guarantee, and reports are for showing.
+    """
+    if workspace.agreement.privacy.is_on:
+        return []
     most = min(MOST_POINTS, max(12, MOST_ROWS // len(workspace.clients)))
     logs = {
         (round, f"client {k}"): _losses(workspace.log("client-train", round, k))

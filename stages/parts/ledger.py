@@ -1,6 +1,7 @@
-"""What has travelled: the bytes of every adapter folder in exchange/, by round, sender and receiver.
+"""What has travelled: the bytes of every folder in exchange/, by round, sender and receiver; of keys and roster too.
 
-Sizes are those of the three files of each folder, as its manifest names them; no other file is opened.
+Sizes are those of each folder's files, as its manifest names them, with the manifest and its signature; no other file
+is opened.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.parts.manifest import read_manifest
+from stages.parts.manifest import inbox, read_manifest
 from stages.parts.workspace import MANIFEST, Workspace
 
 SERVER = "server"
@@ -17,7 +18,10 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class Transfer:
-    """One adapter folder on its way: "server" to "client-2", or back."""
+    """One folder on its way: "server" to "client-2", or back. parameters: 0 where it holds no adapter.
+
+    round: 0 is before the first, when keys go to the server, and the roster with everybody's keys to each client.
+    """
 
     round: int
     sender: str
@@ -31,7 +35,7 @@ def transfers(workspace: Workspace) -> list[Transfer]:
 
     Raises Damaged for a folder whose manifest cannot be read.
     """
-    found = []
+    found = _enrolment(workspace)
     for round in range(1, workspace.agreement.federation.rounds + 1):
         broadcast = workspace.broadcast(round)
         if os.path.lexists(broadcast):
@@ -39,6 +43,7 @@ def transfers(workspace: Workspace) -> list[Transfer]:
             found += [Transfer(round, SERVER, client(k), size_bytes, parameters) for k in workspace.clients]
         for k, update in workspace.client_updates(round).items():
             found.append(Transfer(round, client(k), SERVER, *_size(update)))
+        found += _unmasking(workspace, round)
     return found
 
 
@@ -47,8 +52,40 @@ def client(number: int) -> str:
     return f"client-{number}"
 
 
+def _enrolment(workspace: Workspace) -> list[Transfer]:
+    """Keys to the server; the roster, with all keys, back to everybody."""
+    keys = {k: _signed(path) for k in workspace.clients if (path := workspace.public_keys(k)).exists()}
+    found = [Transfer(0, client(k), SERVER, size_bytes, 0) for k, size_bytes in keys.items()]
+    if workspace.federation.exists():
+        size_bytes = _signed(workspace.federation) + sum(keys.values())
+        found += [Transfer(0, SERVER, client(k), size_bytes, 0) for k in workspace.clients]
+    return found
+
+
+def _unmasking(workspace: Workspace, round: int) -> list[Transfer]:
+    """Secure mode: the close with each survivor's own inbox, and what each reveals."""
+    found, close = [], workspace.close(round)
+    if os.path.lexists(close):
+        boxes = read_manifest(close)[0].files
+        for k in workspace.clients:
+            if inbox(k) in boxes:
+                found.append(
+                    Transfer(round, SERVER, client(k), _signed(close / MANIFEST) + boxes[inbox(k)].size_bytes, 0)
+                )
+    for k in workspace.clients:
+        if os.path.lexists(workspace.reveal(round, k)):
+            found.append(Transfer(round, client(k), SERVER, *_size(workspace.reveal(round, k))))
+    return found
+
+
 def _size(folder: Path) -> tuple[int, int]:
-    """Bytes of an adapter folder's three files, and its parameters."""
+    """Bytes of a folder's files, its manifest and its signature, and its parameters."""
     manifest, _ = read_manifest(folder)
-    own = (folder / MANIFEST).lstat().st_size
-    return own + sum(entry.size_bytes for entry in manifest.files.values()), manifest.parameters
+    listed = sum(entry.size_bytes for entry in manifest.files.values())
+    return _signed(folder / MANIFEST) + listed, manifest.parameters
+
+
+def _signed(path: Path) -> int:
+    """Bytes of a file and of the signature beside it, if there is one."""
+    signature = path.with_name(f"{path.name}.sig")
+    return path.lstat().st_size + (signature.lstat().st_size if os.path.lexists(signature) else 0)

@@ -1,7 +1,8 @@
 """The manifest of an adapter folder: what an auditor asks, and the chain from each file to those it was made from.
 
 A manifest holds nothing that changes from one run to the next on one machine (times go to the private log), so that a
-stage repeated gives the same bytes, and nothing that names a person, a host or a path.
+stage repeated gives the same bytes, and nothing that names a person, a host or a path. Once a federation has a roster,
+its maker signs its exact bytes.
 """
 
 from __future__ import annotations
@@ -10,24 +11,46 @@ import functools
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.parts import files
+from stages.parts import files, roster, signatures, vault
 from stages.parts.config import Lora, Role
-from stages.parts.errors import Damaged, Refused
-from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Workspace
+from stages.parts.errors import Damaged, NotReady, Refused
+from stages.parts.roster import Roster
+from stages.parts.vault import Vault
+from stages.parts.workspace import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    MASKED_UPDATE,
+    SEALED_INBOX,
+    SEALED_REVEAL,
+    SEALED_SHARES,
+    SECRETS_MARKER,
+    SIGNATURE,
+    Workspace,
+)
 
 FORMAT: Literal["fedcollm/1"] = "fedcollm/1"
 LIBRARIES = ("fedcollm", "torch", "transformers", "peft", "safetensors", "numpy")
 
-Stage = Literal["broadcast", "client-train", "aggregate", "co-distill"]
+LEVELS = 3
+"""exchange/round-0005/client-2/ and a file: none of the last three parts may be a symbolic link."""
+
+KEPT_OLD = "kept_old"
+"""The metric of an aggregate that is the broadcast's adapter, since the round was given up."""
+
+Stage = Literal["broadcast", "client-train", "aggregate", "co-distill", "close", "reveal"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Number = Annotated[int, Field(ge=1, le=2**31)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -49,16 +72,57 @@ class BaseIdentity(_Part):
     tokenizer_sha256: Sha256
 
 
+class Opening(_Part):
+    """What a broadcast says in secure mode: with which keys, in this order, by these clients, a round is masked."""
+
+    slot: Count
+    clients: list[Number]
+    prekeys: list[Sha256]
+    threshold: Annotated[int, Field(ge=3)]
+    previous_sha256: Sha256
+
+
+class Masking(_Part):
+    """What a masked update says of itself: the digest of its vector, and commitments to every secret behind it."""
+
+    y_sha256: Sha256
+    commit_self: Sha256
+    commit_pairs: dict[str, Sha256]
+
+
+class Unmasking(_Part):
+    """How a sum was opened: whose updates are in it, and who revealed."""
+
+    survivors: list[int]
+    revealed: list[int]
+    count: Count
+
+
+class PrivacyClaim(_Part):
+    """What differential privacy promises: epsilon and delta of all rounds so far, where one unit is changed.
+
+    unit: an example is one row of one client's training data.
+    reset: whether the client has ever counted from zero again; epsilon is then of the rounds since alone.
+    """
+
+    unit: Literal["example"]
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    reset: bool = False
+
+
 class Manifest(_Part):
     """Everything that is said of one adapter folder."""
 
     format: Literal["fedcollm/1"] = FORMAT
     federation: str
     agreement_sha256: Sha256
+    federation_sha256: Sha256 | None = None
     stage: Stage
     role: Role = "slm"
-    round: Annotated[int, Field(ge=1)]
-    client: Annotated[int, Field(ge=1)] | None = None
+    round: Number
+    attempt: Count = 0
+    client: Number | None = None
     parents: dict[str, Sha256]
     files: dict[str, FileEntry]
     base: BaseIdentity
@@ -69,16 +133,28 @@ class Manifest(_Part):
     steps: Count = 0
     examples: Count = 0
     tokens: Count = 0
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Finite] = {}
+    transcript: Sha256 | None = None
+    opening: Opening | None = None
+    masking: Masking | None = None
+    closing: dict[str, Sha256] | None = None
+    unmasking: Unmasking | None = None
+    privacy: PrivacyClaim | None = None
     versions: dict[str, str]
+
+    @property
+    def party(self) -> str:
+        """Who made it, and signs it."""
+        return vault.client(self.client) if self.client is not None else vault.SERVER
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """An adapter folder as read: its manifest, the digest of the manifest's bytes, and the bytes of its files."""
+    """A folder as read: its manifest, the manifest's own bytes and their digest, and the bytes of its files."""
 
     path: Path
     manifest: Manifest
+    signed: bytes
     sha256: str
     contents: dict[str, bytes]
 
@@ -91,6 +167,11 @@ def versions() -> dict[str, str]:
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """The manifest of a folder and the sha256 of its bytes; the other files are not read."""
+    manifest, content = _read_manifest(folder)
+    return manifest, files.sha256(content)
+
+
+def _read_manifest(folder: Path, levels: int = LEVELS) -> tuple[Manifest, bytes]:
     path = folder / MANIFEST
     if folder.is_symlink():
         message = f"{folder.name} is a symbolic link; exchanged folders are never followed"
@@ -98,11 +179,11 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     if folder.exists() and not folder.is_dir():
         raise Damaged(f"{folder.name} is not a folder", where=folder, mend=files.COPY_AGAIN)
     if folder.is_dir() and not path.exists() and not path.is_symlink():
-        mend = "copy the whole folder again, or make it again with --overwrite"
-        raise Damaged(f"{folder.name} has no {MANIFEST}", where=folder, mend=mend)
-    value, digest = files.read_json(path)
+        mend = "wait until the whole folder is copied; or make it again with --overwrite"
+        raise NotReady(f"{folder.name} has no {MANIFEST} yet", where=folder, mend=mend)
+    value, content = files.read_json(path, levels=levels)
     try:
-        return Manifest.model_validate(value), digest
+        return Manifest.model_validate(value), content
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -110,21 +191,25 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         raise Damaged(message, where=path, mend=files.COPY_AGAIN) from error
 
 
-def read_artefact(folder: Path) -> Artefact:
-    """An adapter folder with every byte checked against its manifest.
+def read_artefact(
+    folder: Path, *, only: Iterable[str] | None = None, limit_bytes: int = files.LARGEST_ADAPTER_BYTES
+) -> Artefact:
+    """A folder with every byte checked against its manifest.
 
-    Raises NotReady if it is absent; Damaged if a file is missing, superfluous, cut short or changed.
+    only: the files to read; those left out need not be there. limit_bytes: of each; a larger one is not read at all.
+    Raises NotReady if it, or a part of it, has not arrived; Damaged if a file is superfluous or changed.
     """
-    manifest, digest = read_manifest(folder)
-    check_names(folder, manifest)
+    manifest, signed = _read_manifest(folder)
+    wanted = manifest.files if only is None else {name: manifest.files[name] for name in only if name in manifest.files}
+    check_names(folder, manifest, wanted)
     contents = {}
-    mend = "copy the folder again from its origin, or make it there again with --overwrite"
-    for name, entry in manifest.files.items():
+    mend = files.FOLDER_AGAIN
+    for name, entry in wanted.items():
         path = folder / name
-        content = files.read(path, limit_bytes=files.LARGEST_ADAPTER_BYTES)
-        if len(content) != entry.size_bytes:
-            message = f"{name} has {len(content)} bytes, its manifest says {entry.size_bytes}"
-            raise Damaged(message, where=path, mend=mend)
+        content = files.read(path, limit_bytes=limit_bytes, levels=LEVELS, named_bytes=entry.size_bytes)
+        if len(content) < entry.size_bytes:
+            message = f"{name} has {len(content)} bytes of {entry.size_bytes}: still arriving, or cut short"
+            raise NotReady(message, where=path, mend=f"wait, or {mend}")
         found = files.sha256(content)
         if found != entry.sha256:
             message = (
@@ -132,29 +217,69 @@ def read_artefact(folder: Path) -> Artefact:
             )
             raise Damaged(message, where=path, mend=mend)
         contents[name] = content
-    return Artefact(folder, manifest, digest, contents)
+    return Artefact(folder, manifest, signed, files.sha256(signed), contents)
 
 
-def check_names(folder: Path, manifest: Manifest) -> None:
-    """Raise Damaged unless the folder holds exactly an adapter's three files."""
-    expected = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
-    if set(manifest.files) != expected:
-        message = f"the manifest lists {sorted(manifest.files)}, an adapter has {sorted(expected)}"
+def expected_names(manifest: Manifest) -> set[str] | None:
+    """The files that such a folder has beside its manifest; None where that depends on who takes part: close."""
+    if manifest.stage == "close":
+        return None
+    if manifest.stage == "reveal":
+        return {SEALED_REVEAL}
+    return {MASKED_UPDATE, SEALED_SHARES} if manifest.masking else {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+
+
+def inbox(client: int) -> str:
+    """The file of close/ that only this client can open: the shares that others sealed to it."""
+    return f"client-{client}.safetensors"
+
+
+def check_names(folder: Path, manifest: Manifest, wanted: Iterable[str] | None = None) -> None:
+    """Raise unless the folder holds the wanted files (default: all), and none that the manifest does not name.
+
+    Hidden files are passed over: rsync has such while it copies.
+    """
+    expected = expected_names(manifest)
+    listed = set(manifest.files)
+    if listed != (expected if expected is not None else {name for name in listed if _is_inbox(name)}):
+        message = f"the manifest lists {sorted(listed)}, {_kind(manifest)} has {sorted(expected or {inbox(1)})}"
         raise Damaged(message, where=folder / MANIFEST, mend=files.COPY_AGAIN)
-    found = {path.name for path in folder.iterdir()}
-    superfluous, missing = found - expected - {MANIFEST}, expected - found
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    superfluous, missing = found - listed - {MANIFEST, SIGNATURE}, set(listed if wanted is None else wanted) - found
     if superfluous:
-        mend = "remove it: an adapter folder holds safetensors and JSON, nothing else is ever opened"
-        raise Damaged(f"{sorted(superfluous)[0]} does not belong in an adapter folder", where=folder, mend=mend)
+        mend = "remove it: such a folder holds what its manifest names, nothing else is ever opened"
+        raise Damaged(f"{sorted(superfluous)[0]} does not belong in {_kind(manifest)}", where=folder, mend=mend)
     if missing:
-        raise Damaged(f"{sorted(missing)[0]} is missing", where=folder, mend="copy the whole folder again")
+        mend = "wait until the whole folder is copied, or copy it again"
+        raise NotReady(f"{sorted(missing)[0]} is missing", where=folder, mend=mend)
+
+
+def _kind(manifest: Manifest) -> str:
+    kinds = {"close": "a round's close", "reveal": "a reveal"}
+    return "a masked update" if manifest.masking else kinds.get(manifest.stage, "an adapter folder")
+
+
+def _is_inbox(name: str) -> bool:
+    return re.fullmatch(SEALED_INBOX, name) is not None
 
 
 def check_belongs(
-    artefact: Artefact, workspace: Workspace, *, stage: str, round: int, client: int | None = None
+    artefact: Artefact,
+    workspace: Workspace,
+    *,
+    reader: str | None,
+    stage: Stage,
+    round: int,
+    client: int | None = None,
 ) -> None:
-    """Raise Refused unless the artefact is what its place says, made under this workspace's agreement."""
+    """Raise unless the artefact is what its place says, made under this workspace's agreement, by whom the roster says.
+
+    reader: the party that is about to use it, whose roster counts: "client-2", "server"; None for those who only look.
+    """
     manifest = artefact.manifest
+    members = roster.pinned(workspace, reader) if reader else roster.anyones(workspace)
+    if members:
+        check_signed(artefact, members, vault.client(client) if client is not None else vault.SERVER)
     claims = [
         ("federation", manifest.federation, workspace.agreement.federation.name),
         ("stage", manifest.stage, stage),
@@ -162,18 +287,47 @@ def check_belongs(
         ("client", manifest.client, client),
         ("LoRA shape", manifest.lora, workspace.agreement.model_of(manifest.role).lora),
         ("agreement (sha256 of fedcollm.toml)", manifest.agreement_sha256, workspace.agreement_sha256),
+        ("roster (sha256 of federation.json)", manifest.federation_sha256, members.sha256 if members else None),
     ]
     for name, found, expected in claims:
         if found != expected:
-            message = (
-                f"{workspace.shown(artefact.path)} is of another {name}: {_short(found)}, here it is {_short(expected)}"
-            )
-            mend = (
-                "undo the edit of fedcollm.toml, which is the same for all parties; or make this again, --overwrite"
-                if name.startswith(("agreement", "LoRA"))
-                else "take it out, and copy what belongs there"
-            )
+            masked = f" (transcript {manifest.transcript[:16]}...)" if manifest.transcript else ""
+            shown = workspace.shown(artefact.path)
+            message = f"{shown} is of another {name}: {_short(found)}{masked}, here it is {_short(expected)}"
+            mend = "take it out, and copy what belongs there"
+            if name.startswith(("agreement", "LoRA")):
+                mend = "undo the edit of fedcollm.toml, which is the same for all; or make this again, --overwrite"
+            elif name.startswith("roster"):
+                mend = "it was made before this federation enrolled, or for another: make it again with --overwrite"
             raise Refused(message, where=artefact.path / MANIFEST, mend=mend)
+
+
+def place_of(manifest: Manifest) -> str:
+    """Where a folder says it belongs, as the last two names of its path: round-0005/client-2."""
+    names = {"client-train": f"client-{manifest.client}", "reveal": f"reveal-{manifest.client}"}
+    name = manifest.role if manifest.stage == "co-distill" else names.get(manifest.stage, manifest.stage)
+    return f"round-{manifest.round:04d}/{name}"
+
+
+def round_of_parent(manifest: Manifest, name: str) -> int:
+    """The round that a folder's parent of this name was made in: its own, or the one before."""
+    is_start = manifest.stage == "broadcast" or (manifest.stage == "client-train" and name != "broadcast")
+    return manifest.round - (is_start or (manifest.stage == "co-distill" and name == "llm"))
+
+
+def parent_place(workspace: Workspace, manifest: Manifest, name: str) -> Path:
+    """Where a folder's parent of this name lies."""
+    round = round_of_parent(manifest, name)
+    if found := re.fullmatch(r"client-([1-9][0-9]{0,8})", name):
+        return workspace.client_update(round, int(found[1]))
+    places = {"aggregate": workspace.aggregate, "slm": workspace.slm, "llm": workspace.llm, "close": workspace.close}
+    return places.get(name.removesuffix("-after"), workspace.broadcast)(round)
+
+
+def check_signed(artefact: Artefact, members: Roster, party: str) -> None:
+    """Raise unless this party signed the manifest as the kind of folder that it says it is."""
+    where = artefact.path / MANIFEST
+    signatures.check(artefact.signed, artefact.manifest.stage, members.key_of(party), where, party, levels=LEVELS)
 
 
 def _short(value: object) -> str:
@@ -192,6 +346,7 @@ def publish(
     base: BaseIdentity,
     parameters: int,
     role: Role = "slm",
+    attempt: int = 0,
     client: int | None = None,
     seed: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
@@ -199,14 +354,28 @@ def publish(
     examples: int = 0,
     tokens: int = 0,
     metrics: Mapping[str, float] | None = None,
+    transcript: str | None = None,
+    opening: Opening | None = None,
+    masking: Masking | None = None,
+    closing: Mapping[str, str] | None = None,
+    unmasking: Unmasking | None = None,
+    replace: bool = True,
+    privacy: PrivacyClaim | None = None,
 ) -> Manifest:
-    """Publish an adapter's files with the manifest that names them, which is written last. Returns the manifest."""
+    """Publish files with the manifest that names them, which is written last, signed where there is a roster.
+
+    replace: whether another folder of that name may be replaced. Returns the manifest.
+    """
+    party = vault.client(client) if client is not None else vault.SERVER
+    members = roster.pinned(workspace, party)
     manifest = Manifest(
         federation=workspace.agreement.federation.name,
         agreement_sha256=workspace.agreement_sha256,
+        federation_sha256=members.sha256 if members else None,
         stage=stage,
         role=role,
         round=round,
+        attempt=attempt,
         client=client,
         parents=parents,
         files={name: FileEntry(sha256=files.sha256(data), size_bytes=len(data)) for name, data in contents.items()},
@@ -219,10 +388,35 @@ def publish(
         examples=examples,
         tokens=tokens,
         metrics=dict(metrics or {}),
+        transcript=transcript,
+        opening=opening,
+        masking=masking,
+        closing=None if closing is None else dict(closing),
+        unmasking=unmasking,
+        privacy=privacy,
         versions=dict(versions()),
     )
-    files.publish(folder, {**contents, MANIFEST: files.json_bytes(manifest.model_dump())})
+    content = files.json_bytes(manifest.model_dump())
+    signature = {}
+    if members:
+        signature = {SIGNATURE: signatures.sign(content, stage, Vault.need(workspace, party).identity)}
+    whole = {**contents, MANIFEST: content, **signature}
+    files.publish(folder, whole, replace=replace, levels=LEVELS - 1, spares=spare_strangers)
     return manifest
+
+
+def spare_strangers(folder: Path) -> None:
+    """Raise Damaged if a folder that is about to be replaced holds anything that no adapter folder has.
+
+    Hidden files are no reason: rsync leaves such.
+    """
+    ours = {MANIFEST, SIGNATURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_SHARES, SEALED_REVEAL}
+    for path in sorted(folder.iterdir()):
+        is_ours = path.name in ours or _is_inbox(path.name)
+        is_ours |= path.name.startswith(".") and path.name != SECRETS_MARKER
+        if not is_ours or (path.is_dir() and not path.is_symlink()):
+            message = f"{path.name} does not belong in {folder.name}, which is not replaced as long as it is there"
+            raise Damaged(message, where=path, mend="move it out, and give the same command again")
 
 
 def already_made(
@@ -233,10 +427,12 @@ def already_made(
     overwrite: bool,
     log: Path | None = None,
     data: str = "",
+    opening: Opening | None = None,
 ) -> Manifest | None:
     """The manifest of a folder that was made from exactly these parents under this agreement, or None: make it.
 
     data: the sha256 of the training data, compared with that in the log; exchanged files do not tell it.
+    opening: what a broadcast must say of clients and keys.
     Raises Refused if the folder was made from something else, Damaged if it is broken; overwrite makes either None.
     """
     if overwrite or not os.path.lexists(folder):
@@ -248,6 +444,11 @@ def already_made(
     )
     if manifest.agreement_sha256 != workspace.agreement_sha256:
         changed.append("fedcollm.toml")
+    members = roster.pinned(workspace, manifest.party)
+    if members and manifest.federation_sha256 != members.sha256:
+        changed.append("the roster")
+    if opening and manifest.opening != opening:
+        changed.append("the clients, or the keys, that the round is opened for")
     if log is not None:
         logged = files.logged_inputs(log).get("data")
         if logged is None:

@@ -124,9 +124,9 @@ class Objective(nn.Module):
         return losses
 
     @torch.no_grad()
-    def measure(self, examples: Sequence[Example], rows: int) -> dict[str, float]:
-        """The named losses without dropout, per token, over an even sample of at most LOSS_SAMPLE examples."""
-        count = min(len(examples), LOSS_SAMPLE)
+    def measure(self, examples: Sequence[Example], rows: int, *, most: int = LOSS_SAMPLE) -> dict[str, float]:
+        """The named losses without dropout, per token, over an even sample of at most so many examples."""
+        count = min(len(examples), most)
         sample = [examples[i * len(examples) // count] for i in range(count)]
         tokens = Tokens.of(sample)
         totals: dict[str, float] = {}

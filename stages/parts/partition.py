@@ -80,6 +80,19 @@ def split(
     return deal, auxiliary
 
 
+def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """The rows but for the last of them, that share, which are kept from training. split has shuffled them.
+
+    Raises UsageProblem if a share above 0 leaves either side without rows.
+    """
+    kept = len(rows) - round(share * len(rows))
+    if share and not 0 < kept < len(rows):
+        side = "to hold out" if kept else "to train on"
+        message = f"data.held_out_share {share:g} of the server's {len(rows)} rows leaves none {side}"
+        raise UsageProblem(message, mend="use more data, a larger auxiliary_share or another held_out_share")
+    return list(rows[:kept]), list(rows[kept:])
+
+
 def unlabel(rows: Sequence[Row], share: float, *, seed: int) -> list[Row]:
     """The rows in their order, that share of them, drawn at random, without completion and label."""
     drawn = set(np.random.default_rng(seed).permutation(len(rows))[: round(share * len(rows))].tolist())

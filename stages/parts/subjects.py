@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from stages.parts.errors import UsageProblem
-from stages.parts.manifest import Artefact, check_belongs, read_artefact
+from stages.parts.manifest import Artefact, Stage, check_belongs, read_artefact
 from stages.parts.workspace import Workspace, require
 
 Subject = Literal["slm", "llm", "aggregate"]
@@ -25,9 +25,10 @@ def subject_of(model: Subject, client: int | None) -> str:
 def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | None) -> Artefact:
     """The subject's adapter after a round, every byte checked. Raises as read_artefact and check_belongs do."""
     workspace.check_round(round)
+    stage: Stage
     if client is not None:
         workspace.check_client(client)
-        folder, stage = workspace.client_update(round, client), "client-train"
+        folder, stage = workspace.client_adapter(round, client), "client-train"
         made_by = f"fedcollm client-train --client {client} --round {round}"
     else:
         place = {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[model]
@@ -36,5 +37,5 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
         folder, stage, made_by = place(round), step, f"fedcollm {step} --round {round}"
     require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
     artefact = read_artefact(folder)
-    check_belongs(artefact, workspace, stage=stage, round=round, client=client)
+    check_belongs(artefact, workspace, reader=None, stage=stage, round=round, client=client)
     return artefact

@@ -95,7 +95,7 @@ def train(
     dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating)
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = _checkpoint_of(folder, inputs)
+    checkpoint = checkpoint_of(folder, inputs)
     arguments = _arguments(
         folder, recipe, machine, objective.device, recipe.turns * len(steps), dataset.per_step, tracking
     )
@@ -115,7 +115,7 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
             after = objective.measure(examples, rows)
-            _refuse_unless_finite(after, "after the last step")
+            refuse_unless_finite(after, "after the last step")
         except BadNumbers:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -182,8 +182,7 @@ class _Trainer(Trainer):
                 super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way to say "disk full"
             message = f"a checkpoint cannot be written: {str(error).splitlines()[0]}"
-            mend = "free some space and give the same command again"
-            raise StorageProblem(message, where=self.args.output_dir, mend=mend) from error
+            raise StorageProblem(message, where=self.args.output_dir, mend=files.storage_mend(error)) from error
 
 
 class _Watch(TrainerCallback):
@@ -214,7 +213,7 @@ class _Watch(TrainerCallback):
         if state.global_step % self._recipe.turns:
             return
         step, losses = state.global_step // self._recipe.turns, self._objective.pop_losses()
-        _refuse_unless_finite(losses, f"at step {step} of {self._steps}")
+        refuse_unless_finite(losses, f"at step {step} of {self._steps}")
         state.log_history.append({"step": step, **losses})
         if self._log is not None:
             self._log(dict(losses))
@@ -225,14 +224,15 @@ class _Watch(TrainerCallback):
         files.write(folder / COMPLETE, b"")
 
 
-def _refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
+def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
+    """Raise BadNumbers for a loss that is NaN or infinite; when: at which step."""
     for name, loss in losses.items():
         if not math.isfinite(loss):
             mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
             raise BadNumbers(f"{name} became {loss} {when}", mend=mend)
 
 
-def _checkpoint_of(folder: Path, inputs: Mapping[str, Any]) -> str | None:
+def checkpoint_of(folder: Path, inputs: Mapping[str, Any]) -> str | None:
     """The newest whole checkpoint of a run with these inputs; one with others is cleared away."""
     marker, wanted = folder / INPUTS, files.json_bytes(dict(inputs))
     if not marker.exists() or marker.read_bytes() != wanted:

@@ -45,7 +45,9 @@ def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
     if method == "fedcollm" and not (settings.lambda_slm or settings.lambda_llm):
         mend = "set distillation.lambda_slm or lambda_llm in a study of its own, or leave it out with --methods"
         raise UsageProblem("fedcollm without distillation is fedavg-aux: both lambdas are 0 here", mend=mend)
-    return workspace.baseline(method), {"federation.method": method} | {
+    alone = method in ("standalone", "centralized") and workspace.agreement.aggregation.is_secure
+    apart = {"aggregation.mode": "plain"} if alone else {}  # where nothing is averaged there is nothing to hide
+    return workspace.baseline(method), {"federation.method": method} | apart | {
         "fedavg-aux": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
         "centralized": _centralized(workspace) if method == "centralized" else {},
     }.get(method, {})
@@ -140,7 +142,8 @@ def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_
     """Raise Refused unless the variant has the parent's rows, where it does not deal them anew."""
     if deals_anew(parent, changes):
         return
-    expected = {variant.root / place.relative_to(parent.root): place for place in _all_data(parent)}
+    shared = [*_all_data(parent), parent.held_out_data]
+    expected = {variant.root / place.relative_to(parent.root): place for place in shared}
     is_pooled = variant.agreement.federation.method == "centralized"
     contents = (
         {variant.client_data(1): _pool(parent)}
@@ -195,7 +198,8 @@ def _share_data(parent: Workspace, variant: Workspace) -> None:
     if variant.agreement.federation.method == "centralized":
         files.write(variant.client_data(1), _pool(parent))
         return
-    for place in [*map(parent.client_data, variant.clients), parent.auxiliary_data, parent.split]:
+    server = [parent.auxiliary_data, parent.held_out_data, parent.split]
+    for place in [*map(parent.client_data, variant.clients), *server]:
         if place.exists():
             _link(place, variant.root / place.relative_to(parent.root))
 

@@ -18,8 +18,15 @@ from stages.parts.errors import NotReady, Refused, UsageProblem
 AGREEMENT = "fedcollm.toml"
 MACHINE = "machine.toml"
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.json.sig"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+MASKED_UPDATE = "masked.safetensors"
+SEALED_SHARES = "shares.safetensors"
+SEALED_REVEAL = "reveal.bin"
+SEALED_INBOX = r"client-([1-9][0-9]{0,8})\.safetensors"
+SECRETS_MARKER = ".fedcollm-secrets"
+"""Lies in every folder of keys; whatever carries files away stops where it meets one."""
 MODEL_CARD = "README.md"
 EXPORT = "export.json"
 LARGEST_TOML_BYTES = 1 << 20
@@ -161,10 +168,47 @@ class Workspace:
         """D^a."""
         return self.private / "server" / "auxiliary.jsonl"
 
+    @property
+    def held_out_data(self) -> Path:
+        """Rows that nobody trains on: the server's, for aggregate's gate."""
+        return self.private / "server" / "held-out.jsonl"
+
+    def privacy_ledger(self, client: int) -> Path:
+        """What a client has spent of its privacy budget, round after round, written before it is spent."""
+        return self.private / f"client-{client}" / "privacy-ledger.jsonl"
+
+    # --- who takes part
+
+    @functools.cached_property
+    def secrets(self) -> Path:
+        """Where this machine keeps keys, never inside a workspace."""
+        data = os.environ.get("XDG_DATA_HOME", "")
+        if not Path(data).is_absolute():  # as its specification says; it must not lead into a workspace either
+            data = "~/.local/share"
+        return self.local(self.machine.secrets or f"{data}/fedcollm")
+
+    def secrets_pointer(self, party: str) -> Path:
+        """The name of a party's folder of keys: no secret itself."""
+        return self.private / party / "keys.json"
+
+    def public_keys(self, client: int) -> Path:
+        """A client's public keys, from the client to the server; the signature is beside it, .sig."""
+        return self.root / "exchange" / "keys" / f"client-{client}.json"
+
+    @property
+    def federation(self) -> Path:
+        """The roster, from the server to all; the signature is beside it, .sig."""
+        return self.root / "exchange" / "federation.json"
+
     # --- adapters
 
+    @property
+    def exchange(self) -> Path:
+        """The only folder that ever travels."""
+        return self.root / "exchange"
+
     def _exchange(self, round: int) -> Path:
-        return self.root / "exchange" / f"round-{round:04d}"
+        return self.exchange / f"round-{round:04d}"
 
     def _server(self, round: int) -> Path:
         return self.private / "server" / f"round-{round:04d}"
@@ -177,16 +221,36 @@ class Workspace:
         """theta_k^{t+1}, from client k to the server."""
         return self._exchange(round) / f"client-{client}"
 
+    def client_adapter(self, round: int, client: int) -> Path:
+        """theta_k^{t+1}, readable: what the client sends, or, in secure mode, what it keeps."""
+        if self.agreement.aggregation.is_secure:
+            return self.private / f"client-{client}" / f"round-{round:04d}" / "slm"
+        return self.client_update(round, client)
+
+    def close(self, round: int) -> Path:
+        """Secure mode: whose updates the server adds up, from the server to all clients."""
+        return self._exchange(round) / "close"
+
+    def reveal(self, round: int, client: int) -> Path:
+        """Secure mode: what a client opens to unmask the sum, from the client to the server."""
+        return self._exchange(round) / f"reveal-{client}"
+
     def client_updates(self, round: int) -> dict[int, Path]:
         """The updates that have arrived. Raises Refused for one from a client that the agreement does not have."""
         found = {}
         for path in self._exchange(round).glob("client-*"):
-            number = re.fullmatch(r"client-([1-9]\d*)", path.name)
+            number = re.fullmatch(r"client-([1-9][0-9]{0,8})", path.name)
             if number is None or int(number[1]) not in self.clients:
                 message = f"{path.name} is not a client of this federation, which has clients 1 to {len(self.clients)}"
                 raise Refused(message, where=path, mend="take that folder out of the exchange")
             found[int(number[1])] = path
         return dict(sorted(found.items()))
+
+    def client_adapters(self, round: int) -> dict[int, Path]:
+        """The clients' readable adapters that are on this machine."""
+        if not self.agreement.aggregation.is_secure:
+            return self.client_updates(round)
+        return {k: place for k in self.clients if (place := self.client_adapter(round, k)).exists()}
 
     def aggregate(self, round: int) -> Path:
         """theta^{t,0}."""

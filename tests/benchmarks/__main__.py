@@ -15,13 +15,14 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.benchmarks import aggregate, client_train, co_distill, commands
+from tests.benchmarks import aggregate, client_train, co_distill, commands, secagg
 
 BENCHMARKS = {
     "client-train": client_train.measure,
     "co-distill": co_distill.measure,
     "aggregate": aggregate.measure,
     "commands": commands.measure,
+    "secagg": secagg.measure,
 }
 
 

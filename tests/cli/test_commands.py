@@ -19,8 +19,8 @@ from fedcollm_cli.main import app
 from stages.parts.workspace import Workspace
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-READS = set(COMMANDS) - {"init", "demo"}
-WRITES = set(COMMANDS) - {"status", "demo", "compare", "plan", "comm-cost"}
+READS = set(COMMANDS) - {"init", "demo", "keys"}
+WRITES = set(COMMANDS) - {"status", "demo", "compare", "plan", "comm-cost", "audit", "diff"}
 STAGES = {
     "broadcast": ("broadcast --round 1", "exchange/round-0001/broadcast"),
     "client-train": ("client-train --client 2 --round 1", "exchange/round-0001/client-2"),
@@ -223,3 +223,21 @@ def test_the_shipped_script_runs_a_federation_to_its_end_and_passes_over_it_the_
     assert {"results/round-0001/slm.json", "results/round-0001/llm.json"} <= set(made)
     assert go().count("already done") == 6
     assert published(workspace_folder) == made
+
+
+@pytest.mark.slow
+def test_the_shipped_script_runs_a_secure_federation_too(workspace_folder: Path, own_secrets: Path) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    edit(toml, "rounds = 2", "rounds = 1")
+    edit(toml, "[distillation]", '[aggregation]\nmode = "secure"\n\n[distillation]')
+    script = shutil.copy(ROOT / "workspace_template/run_rounds.sh", workspace_folder)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", script], env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stderr.count("already sent") == 3
+    assert len(list(own_secrets.glob("fedcollm/*/*"))) == 4
+    assert (workspace_folder / "private/server/round-0001/slm/manifest.json").exists()

@@ -59,7 +59,7 @@ def artefact(weights: bytes, config: bytes | None = None, *, client: int | None 
         versions={},
     )
     contents = {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: json.dumps(CONFIG).encode() if config is None else config}
-    return Artefact(Path("exchange/round-0001/client-3"), manifest, "0" * 64, contents)
+    return Artefact(Path("exchange/round-0001/client-3"), manifest, b"", "0" * 64, contents)
 
 
 def refusal(weights: bytes, kind: type[Problem] = Damaged, *, expected: Layout | None = LAYOUT) -> Problem:
@@ -112,7 +112,7 @@ TWICE = f'{{"{A}": {json.dumps(SOUND[A])}, "{B}": {json.dumps(SOUND[B])}, "{A}":
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (TWICE, "a key appears twice"),
+        (TWICE, f"the key {A!r} appears twice"),
         (SOUND | {"__metadata__": {"format": "pt", "author": "me"}}, "unknown metadata"),
         (SOUND | {"__metadata__": {"format": "tf"}}, "unknown metadata"),
         (SOUND | {"__metadata__": None}, "unknown metadata"),

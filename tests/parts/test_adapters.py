@@ -203,3 +203,13 @@ def test_an_adapter_that_holds_no_numbers_is_never_written(value: float) -> None
         next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = value
     with pytest.raises(BadNumbers, match="holds NaN or infinity"):
         adapters.as_files(model, TINY.lora)
+
+
+def test_an_update_is_shortened_as_one_vector_and_keeps_its_direction() -> None:
+    before = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[5.0]], np.float32)}
+    after = {"a": np.array([4.0, 2.0], np.float32), "b": np.array([[9.0]], np.float32)}  # moved by 3, 0 and 4: norm 5
+    short = adapters.shortened(before, after, 1.0)
+    np.testing.assert_allclose(short["a"], [1.6, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(short["b"], [[5.8]], rtol=1e-6)
+    assert short["a"].dtype == np.float32
+    assert all(np.array_equal(adapters.shortened(before, after, 5.0)[name], after[name]) for name in after)

@@ -200,6 +200,49 @@ def test_a_quorum_larger_than_the_federation_is_refused() -> None:
     parse(Agreement, (AGREEMENT + "[aggregation]\nmin_clients = 3\n").encode(), PATH)
 
 
+@pytest.mark.parametrize(
+    ("clients", "lines", "message"),
+    [
+        (4, 'rule = "krum"\noutliers = 1', "krum needs K >= 2f + 3 updates: K=4 leaves f=0, which is meaningless"),
+        (6, 'rule = "krum"\noutliers = 2', "krum needs K >= 2f + 3 updates: K=6 leaves f=1 at most"),
+        (9, 'rule = "krum"\noutliers = 2\nmin_clients = 6', "K=6 (min_clients) leaves f=1 at most"),
+        (2, 'rule = "trimmed-mean"\noutliers = 1', "trimmed-mean needs K > 2f updates: K=2 leaves f=0, which is mean"),
+        (4, 'rule = "trimmed-mean"\noutliers = 2', "trimmed-mean needs K > 2f updates: K=4 leaves f=1 at most"),
+        (5, 'rule = "krum"', "rule krum needs outliers, the number f of updates that may be bad"),
+        (5, 'rule = "trimmed-mean"', "rule trimmed-mean needs outliers, the number f of updates that may be bad"),
+        (
+            5,
+            'rule = "median"\nweighting = "samples"',
+            "rule median counts every client alike: weighting samples is for",
+        ),
+        (5, 'rule = "median"\nmode = "secure"', "rule median needs each client's update, mode secure shows their sum"),
+    ],
+)
+def test_a_rule_that_the_federation_cannot_follow_is_refused(clients: int, lines: str, message: str) -> None:
+    text = changed("clients = 3", f"clients = {clients}") + f"[aggregation]\n{lines}\n"
+    assert message in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("clients", "lines"),
+    [
+        (5, 'rule = "krum"\noutliers = 1'),
+        (7, 'rule = "krum"\noutliers = 2'),
+        (3, 'rule = "trimmed-mean"\noutliers = 1'),
+        (2, 'rule = "clipped-mean"\nweighting = "samples"'),
+        (1, 'rule = "median"'),
+    ],
+)
+def test_a_rule_with_just_enough_clients_is_taken(clients: int, lines: str) -> None:
+    text = changed("clients = 3", f"clients = {clients}") + f"[aggregation]\n{lines}\n"
+    parse(Agreement, text.encode(), PATH)
+
+
+def test_a_baseline_that_averages_nothing_needs_no_clients_for_its_rule() -> None:
+    text = changed("seed = 7", 'seed = 7\nmethod = "standalone"') + '[aggregation]\nrule = "krum"\noutliers = 1\n'
+    parse(Agreement, text.encode(), PATH)
+
+
 @pytest.mark.parametrize("text", ["federation\n", "a = 1\na = 2\n", "[a]\n[a]\n"])
 def test_what_is_not_toml_is_told_with_its_place(text: str) -> None:
     assert re.search(r"not valid TOML: .*line \d", refusal(text))

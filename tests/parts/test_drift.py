@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from builders import sign
 from stages.parts.drift import drift
-from stages.parts.errors import Damaged
+from stages.parts.errors import NotReady
 from stages.parts.workspace import Workspace
 
 
@@ -62,6 +62,6 @@ def test_a_damaged_update_is_named_and_how_to_mend_it(finished: Path) -> None:
     workspace = Workspace(finished)
     weights = workspace.client_update(1, 3) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(Damaged, match=r"adapter_model\.safetensors has \d+ bytes") as caught:
+    with pytest.raises(NotReady, match=r"adapter_model\.safetensors has \d+ bytes") as caught:
         drift(workspace, 1)
     assert "copy the folder again" in str(caught.value.mend)

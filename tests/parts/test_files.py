@@ -210,7 +210,15 @@ def test_anything_but_a_plain_file_of_a_sane_size_is_refused(
 @pytest.mark.parametrize(
     "text",
     [
-        *('{"a": 1, "a": 2}', '{"x": {"a": 1, "a": 1}}', '{"a": NaN}', '{"a": Infinity}', '{"a": -Infinity}'),
+        *(
+            '{"a": 1, "a": 2}',
+            '{"x": {"a": 1, "a": 1}}',
+            '{"a": NaN}',
+            '{"a": Infinity}',
+            '{"a": -Infinity}',
+            '{"a": 1e999}',
+            '{"a": "\\ud800"}',
+        ),
         *("[1]", "1", "", '{"a": 1', "{" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, '"\udcff"'),
     ],
 )
@@ -219,6 +227,12 @@ def test_json_that_two_readers_could_read_differently_is_refused(tmp_path: Path,
     with pytest.raises(Damaged, match="is not valid JSON") as caught:
         files.read_json(tmp_path / "x.json")
     assert "copy it again" in str(caught.value.mend)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32-le", "utf-8-sig"])
+def test_json_in_another_encoding_than_utf_8_is_refused(encoding: str) -> None:
+    with pytest.raises(ValueError, match=r"utf-8|BOM|Expecting"):
+        files.parse_json('{"a": 1}'.encode(encoding))
 
 
 def test_equal_values_are_equal_json_bytes() -> None:

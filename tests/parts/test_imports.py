@@ -19,7 +19,7 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
 DRAWING = {"vl_convert", "jinja2"}
 PARTS = sorted(path.stem for path in (ROOT / "stages" / "parts").glob("*.py") if path.stem != "__init__")
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-CHAINS = {"run", "demo", "compare", "sweep", "report"}
+CHAINS = {"run", "next", "demo", "compare", "sweep", "report"}
 
 
 def floors() -> dict[str, list[str]]:
@@ -120,5 +120,18 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
 def test_a_command_that_loads_no_model_imports_no_torch(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "fedcollm.toml").write_text(AGREEMENT)
     words = [*words, "--workspace", str(tmp_path)] if words[0] == "status" else words
+    assert not loaded_by(words) & (HEAVY | {"numpy", "safetensors"})
+
+
+def loaded_by(words: list[str]) -> set[str]:
+    """The packages that a fresh Python holds after a command that ends well."""
     call = f"try:\n    app({words!r})\nexcept SystemExit as stop:\n    assert not stop.code"
-    assert not loaded_after(f"from fedcollm_cli.main import app\n{call}") & (HEAVY | {"numpy", "safetensors"})
+    return loaded_after(f"from fedcollm_cli.main import app\n{call}")
+
+
+def test_auditors_need_numpy_and_no_torch(finished_once: Path) -> None:
+    adapters = [str(finished_once / "exchange" / f"round-000{round}" / "broadcast") for round in (1, 2)]
+    for words in (["audit", "--json", "-w", str(finished_once)], ["diff", *adapters, "--json"]):
+        found = loaded_by(words)
+        assert "numpy" in found
+        assert not found & (HEAVY | DRAWING)

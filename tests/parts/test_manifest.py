@@ -7,16 +7,28 @@ import hashlib
 import json
 import shutil
 import socket
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from builders import AGREEMENT, edit, random_adapter
+from stages.parts import files
 from stages.parts.adapter_files import config_bytes, weights_bytes
 from stages.parts.errors import Damaged, NotReady, Problem, Refused
-from stages.parts.manifest import BaseIdentity, already_made, check_belongs, publish, read_artefact, read_manifest
+from stages.parts.manifest import (
+    BaseIdentity,
+    Manifest,
+    already_made,
+    check_belongs,
+    parent_place,
+    publish,
+    read_artefact,
+    read_manifest,
+)
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Workspace
 
 PARENTS = {"broadcast": "a" * 64}
@@ -133,7 +145,7 @@ def link(path: Path) -> None:
     ("damage", "message"),
     [
         (Path.unlink, "{name} is missing"),
-        (cut, "{name} has {fewer} bytes, its manifest says {size}"),
+        (cut, "{name} has {fewer} bytes of {size}"),
         (flip, "{name} is not the file its manifest names"),
         (link, "{name} is a symbolic link"),
     ],
@@ -142,12 +154,13 @@ def link(path: Path) -> None:
 def test_a_damaged_file_is_named(update: Path, name: str, damage: Callable[[Path], None], message: str) -> None:
     size = (update / name).stat().st_size
     damage(update / name)
-    with pytest.raises(Damaged, match=message.format(name=name, size=size, fewer=size - 1)) as caught:
+    expected = NotReady if damage in (Path.unlink, cut) else Damaged
+    with pytest.raises(expected, match=message.format(name=name, size=size, fewer=size - 1)) as caught:
         read_artefact(update)
     assert caught.value.mend
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", ".hidden", "README.md", "checkpoint/"])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "README.md", "checkpoint/"])
 def test_a_file_too_many_is_named_and_never_opened(update: Path, name: str) -> None:
     (update / name).mkdir() if name.endswith("/") else (update / name).write_bytes(b"\x80\x04.")
     with pytest.raises(Damaged, match=f"{name.rstrip('/')} does not belong in an adapter folder") as caught:
@@ -155,14 +168,19 @@ def test_a_file_too_many_is_named_and_never_opened(update: Path, name: str) -> N
     assert "remove it" in str(caught.value.mend)
 
 
+def test_hidden_files_such_as_a_copy_in_progress_leaves_are_passed_over(update: Path) -> None:
+    (update / ".adapter_model.safetensors.Xa91").write_bytes(b"half")
+    assert read_artefact(update).contents.keys() == {ADAPTER_WEIGHTS, ADAPTER_CONFIG}
+
+
 def test_a_folder_that_is_absent_is_not_ready(workspace: Workspace) -> None:
     with pytest.raises(NotReady):
         read_artefact(workspace.client_update(1, 3))
 
 
-def test_a_folder_without_its_manifest_is_damaged(update: Path) -> None:
+def test_a_folder_without_its_manifest_has_not_arrived(update: Path) -> None:
     (update / MANIFEST).unlink()
-    with pytest.raises(Damaged, match=r"client-2 has no manifest\.json") as caught:
+    with pytest.raises(NotReady, match=r"client-2 has no manifest\.json") as caught:
         read_manifest(update)
     assert "--overwrite" in str(caught.value.mend)
 
@@ -171,6 +189,57 @@ def test_a_link_to_a_folder_is_never_followed(update: Path) -> None:
     link(update)
     with pytest.raises(Damaged, match="client-2 is a symbolic link"):
         read_artefact(update)
+
+
+def test_nothing_is_published_or_written_beyond_a_link_in_the_exchange(workspace: Workspace, update: Path) -> None:
+    mine = workspace.client_data(2)
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    shutil.rmtree(update.parent)
+    update.parent.symlink_to(Path("..", "private"))
+    with pytest.raises(Damaged, match="round-0001 is a symbolic link") as caught:
+        published_in(workspace)
+    assert "remove the link" in str(caught.value.mend)
+    keys = workspace.public_keys(2)
+    keys.parent.symlink_to(mine.parent)
+    with pytest.raises(Damaged, match="keys is a symbolic link"):
+        files.write(keys, b"public")
+    assert [path.name for path in mine.parent.iterdir()] == ["train.jsonl"]
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_round_that_becomes_a_link_during_the_publication_is_not_followed(workspace: Workspace, update: Path) -> None:
+    mine = workspace.client_data(2)
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+
+    def swapped() -> None:
+        with files.publishing(update, levels=2) as draft:
+            (draft / "a").write_bytes(b"")
+            update.parent.rename(update.parent.with_name("moved"))
+            update.parent.symlink_to(workspace.private)
+
+    with pytest.raises(Damaged, match="round-0001 is a symbolic link"):
+        swapped()
+    assert mine.read_bytes() == b"mine"
+
+
+def test_the_exchange_itself_may_be_a_link(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    workspace.exchange.symlink_to(tmp_path / "shared")
+    read_artefact(published_in(workspace))
+    files.write(workspace.public_keys(2), b"public")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "round-0001/slm", ".fedcollm-secrets"])
+def test_a_folder_that_holds_anything_else_is_not_replaced(workspace: Workspace, update: Path, name: str) -> None:
+    stranger = update / name
+    stranger.parent.mkdir(exist_ok=True)
+    stranger.write_bytes(b"mine")
+    with pytest.raises(Damaged, match="which is not replaced"):
+        published_in(workspace, steps=7)
+    assert stranger.read_bytes() == b"mine"
+    assert (update / MANIFEST).exists()
 
 
 def test_a_file_in_the_place_of_a_folder_is_damaged(update: Path) -> None:
@@ -212,8 +281,30 @@ def test_a_name_in_a_manifest_is_never_used_as_a_path(update: Path, name: str) -
     manifest = json.loads((update / MANIFEST).read_text())
     manifest["files"][name] = manifest["files"].pop(ADAPTER_CONFIG)
     (update / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(Damaged, match="an adapter has"):
+    with pytest.raises(Damaged, match="an adapter folder has"):
         read_artefact(update)
+
+
+def test_a_number_beyond_all_numbers_is_refused_in_a_manifest(update: Path) -> None:
+    claims = json.loads((update / MANIFEST).read_text()) | {"metrics": {"x": float("inf")}}
+    with pytest.raises(ValidationError, match="finite"):
+        Manifest.model_validate(claims)
+
+
+def test_a_file_larger_than_its_manifest_says_is_not_read(update: Path) -> None:
+    with (update / ADAPTER_WEIGHTS).open("r+b") as file:
+        file.truncate(3 << 30)  # takes no place on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(Damaged, match=f"has {3 << 30} bytes, its manifest says "):
+            read_artefact(update)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_parent_of_thousands_of_digits_is_no_client(workspace: Workspace, update: Path) -> None:
+    parent_place(workspace, read_manifest(update)[0], "client-" + "9" * 5000)
 
 
 # --- belonging
@@ -231,7 +322,7 @@ def test_a_name_in_a_manifest_is_never_used_as_a_path(update: Path, name: str) -
 def test_a_sound_folder_in_the_wrong_place_is_refused_by_what_is_wrong(
     workspace: Workspace, update: Path, expected: dict[str, Any], claim: str
 ) -> None:
-    place: dict[str, Any] = {"stage": "client-train", "round": 1, "client": 2}
+    place: dict[str, Any] = {"stage": "client-train", "round": 1, "client": 2, "reader": None}
     check_belongs(read_artefact(update), workspace, **place)
     with pytest.raises(Refused, match=f"is of another {claim}: ") as caught:
         check_belongs(read_artefact(update), workspace, **(place | expected))
@@ -250,7 +341,7 @@ def test_a_folder_made_under_another_agreement_is_refused(update: Path, old: str
     root = update.parents[2]
     edit(root / "fedcollm.toml", old, new)
     with pytest.raises(Refused, match=f"is of another {claim}"):
-        check_belongs(read_artefact(update), Workspace(root), stage="client-train", round=1, client=2)
+        check_belongs(read_artefact(update), Workspace(root), reader=None, stage="client-train", round=1, client=2)
 
 
 # --- already made

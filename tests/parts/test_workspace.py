@@ -81,6 +81,14 @@ def test_updates_are_found_in_the_order_of_the_clients(workspace: Workspace) -> 
     assert Workspace(workspace.root).client_updates(2) == {}
 
 
+@pytest.mark.parametrize("name", ["client-1２", "client-１2"])  # digits of another alphabet, which int() reads
+def test_digits_that_look_alike_name_no_client(workspace: Workspace, name: str) -> None:
+    edit(workspace.root / "fedcollm.toml", "clients = 3", "clients = 12")
+    (workspace.client_update(1, 1).parent / name).mkdir(parents=True)
+    with pytest.raises(Refused, match=f"{name} is not a client of this federation"):
+        workspace.client_updates(1)
+
+
 @pytest.mark.parametrize("name", ["client-4", "client-0", "client-02", "client-2 (copy)", "client-two", "client-"])
 def test_an_update_of_nobody_is_refused_by_name(workspace: Workspace, name: str) -> None:
     (workspace.client_update(1, 1).parent / name).mkdir(parents=True)

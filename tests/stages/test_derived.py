@@ -81,6 +81,21 @@ def test_rows_are_shared_without_a_second_copy(place: str, studied_once: Path) -
         assert (studied_once / place / name).samefile(studied_once / name)
 
 
+def test_held_out_rows_are_shared_and_trained_on_by_no_method(workspace_folder: Path) -> None:
+    unlike_others = [{"prompt": f"held out {i}", "completion": " red"} for i in range(5)]
+    held_out = write_rows(workspace_folder / "private/server/held-out.jsonl", unlike_others)
+    workspace = Workspace(workspace_folder)
+    for method in ("fedavg", "centralized"):
+        folder, changes = variants.baseline(workspace, method)
+        variant = variants.make_variant(workspace, folder, changes, made_by="")
+        if method == "fedavg":
+            assert variant.held_out_data.samefile(held_out)
+        else:
+            assert not variant.held_out_data.exists()
+            pooled = variant.client_data(1).read_text()
+            assert not any(line in pooled for line in held_out.read_text().splitlines())
+
+
 def test_base_models_are_loaded_once_for_all_methods_and_seeds(studied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
     load = AutoModelForCausalLM.from_pretrained

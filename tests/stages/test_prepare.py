@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -168,6 +169,16 @@ def test_data_of_someones_own_is_never_replaced_without_overwrite(bare: Path, fe
         ('tasks = ["colours"]\nfiles = ["pool.jsonl"]', 2, "prepare needs exactly one of data.tasks and data.files"),
         ('files = ["pool.jsonl"]', 3, "the data file pool.jsonl is not there"),
         ('tasks = ["colours"]\nauxiliary_share = 0.001', 2, "leaves the server (auxiliary) without rows (40 rows"),
+        (
+            'tasks = ["colours"]\nheld_out_share = 0.01',
+            2,
+            "held_out_share 0.01 of the server's 10 rows leaves none to hold",
+        ),
+        (
+            'tasks = ["colours"]\nheld_out_share = 0.99',
+            2,
+            "held_out_share 0.99 of the server's 10 rows leaves none to tra",
+        ),
         ('tasks = ["colours"]\nsplit = "by-task"\nauxiliary_share = 0.99', 2, "this split leaves client "),
     ],
 )
@@ -216,3 +227,26 @@ def test_which_answers_are_taken_is_drawn_from_the_federations_seed(bare: Path) 
     prepare(Workspace(bare), overwrite=True)
     assert [len(row) for row in dealt(bare)["server"]] != places[7]
     assert sum(places[7]) == 50 + 25  # of fifty rows every second has a completion
+
+
+def test_held_out_rows_are_taken_from_the_servers_and_lie_in_no_other_place(bare: Path) -> None:
+    prepare(with_data(bare, 'tasks = ["colours"]'))
+    before = dealt(bare)
+    toml = bare / "fedcollm.toml"
+    toml.write_text(f"{toml.read_text()}held_out_share = 0.3\nunlabelled_share = 0.5\n")  # [data] stands last
+    summary = prepare(Workspace(bare), overwrite=True)
+    after = dealt(bare)
+    held_out = [json.loads(line) for line in (bare / "private/server/held-out.jsonl").read_text().splitlines()]
+    assert {party: after[party] for party in PARTIES[:3]} == {party: before[party] for party in PARTIES[:3]}
+    assert len(held_out) == 3  # of ten
+    assert all(row in before["server"] for row in held_out)  # with their answers
+    prompts = [row["prompt"] for row in [*after["server"], *held_out]]
+    assert sorted(prompts) == sorted(row["prompt"] for row in before["server"])
+    assert summary["held_out"]["rows"] == 3
+    digest = hashlib.sha256((bare / "private/server/held-out.jsonl").read_bytes()).hexdigest()
+    assert json.loads((bare / "private/split.json").read_text())["held_out"]["sha256"] == digest
+
+
+def test_the_table_tells_of_held_out_rows(bare: Path, fedcollm: Callable[..., Outcome]) -> None:
+    with_data(bare, 'tasks = ["colours"]\nheld_out_share = 0.3')
+    assert "3 more are held out for the gate" in " ".join(fedcollm("prepare", "-w", bare).out.split())

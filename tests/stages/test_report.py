@@ -125,7 +125,7 @@ def test_a_damaged_adapter_costs_its_charts_and_no_more(fedcollm: Fedcollm, fini
     report = finished / "results" / "report"
     assert not (report / "drift-norm.csv").exists()
     assert (report / "cross-term.csv").exists()
-    assert "To mend it: copy the folder again from its origin" in text_of(page_of(finished))
+    assert "copy the folder again from its origin" in text_of(page_of(finished))
 
 
 def test_settings_are_shown_escaped_and_without_the_folders_of_this_machine(

@@ -34,10 +34,17 @@ def test_a_finished_workspace_is_done_and_a_fresh_one_missing(finished: Path, fe
 def test_a_damaged_step_says_why_and_how_to_make_it_again(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
     weights = finished / "exchange/round-0001/client-2/adapter_model.safetensors"
     size = weights.stat().st_size
-    weights.write_bytes(weights.read_bytes()[:99])
+    content = weights.read_bytes()
+    weights.write_bytes(content + b"x")
     said = fedcollm("status", "-w", finished).out
     assert "2 done; 1 damaged: 2" in said
-    assert f"client-2   damaged  (adapter_model.safetensors has 99 bytes, its manifest says {size})" in said
+    assert f"client-2   damaged  (adapter_model.safetensors has {size + 1} bytes, its manifest says {size})" in said
+    assert "next: fedcollm client-train --client 2 --round 1 --overwrite" in said
+    weights.write_bytes(content[:99])
+    said = fedcollm("status", "-w", finished).out
+    assert (
+        f"client-2   damaged  (adapter_model.safetensors has 99 bytes of {size}: still arriving, or cut short)" in said
+    )
     assert "next: fedcollm client-train --client 2 --round 1 --overwrite" in said
 
 

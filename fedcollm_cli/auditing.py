@@ -1,0 +1,111 @@
+"""The commands for auditors, audit and diff: their options, and what they found as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.table import Table
+
+from fedcollm_cli.console import Console
+from fedcollm_cli.session import JsonOption, QuietOption, WorkspaceOption, guarded, session
+
+if TYPE_CHECKING:
+    from stages.diff import Difference
+
+
+def audit(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Adapter folders, rounds, exchanges or workspaces. Default: this one.")
+    ] = None,
+    client: Annotated[int | None, typer.Option("--client", min=1, help="Only what concerns this client.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 10 if there are warnings.")] = False,
+    canary: Annotated[
+        list[str] | None, typer.Option("--canary", help="A string that nothing that travels may hold; repeatable.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check all that was exchanged, as an auditor would.
+
+    The chain of manifests and signatures, files, layout, numbers, drift, clients' updates against each other, leaks,
+    keys, secure aggregation, the privacy ledger; a line for each check. Reads every byte of the workspace, or of any
+    folder, another tool's PEFT adapter too; writes nothing, loads no model, opens no pickle. Exit code 4 if a check
+    failed.
+
+    Example: fedcollm audit --client 2 --strict
+    """
+    console = Console(quiet=quiet, as_json=as_json)
+    with guarded(console):
+        from stages.audit import audit as stage
+        from stages.parts.checks import exit_code, lines, result
+        from stages.parts.workspace import Workspace
+
+        given = paths or [Workspace.find(workspace or Path.cwd()).root]
+        found = stage(given, client=client, canaries=canary or (), report=console.report)
+        shown = [f"{one.id:<3} {one.level:<4} {one.check:<8} {one.text}" for one in lines(found)]
+        console.result([one.as_json() for one in found], "\n".join([*shown, result(found, strict=strict)]))
+        raise typer.Exit(exit_code(found, strict=strict))
+
+
+def verify(
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Walk the chain of manifests and signatures.
+
+    From round 1 on: every byte against its manifest, every manifest against the signature of the party that the roster
+    names, its place, the agreement and the folders it was made from. Reads all folders on this machine, writes nothing.
+    Stops at the first broken link, names it, and ends with the exit code of its fault.
+
+    Example: fedcollm verify
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from dataclasses import asdict
+
+        from stages.verify import verify as stage
+
+        found = stage(opened.workspace, report=opened.console.report)
+        opened.console.result(asdict(found), found.as_text)
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An adapter folder, ours or any of PEFT's.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two adapters, tensor by tensor.
+
+    Norms, cosine, largest difference and effective rank of each, and where their configurations differ. Reads the two
+    folders and writes nothing; exit code 0 whether they are equal or not.
+
+    Example: fedcollm diff exchange/round-0001/broadcast exchange/round-0002/broadcast
+    """
+    console = Console(quiet=True, as_json=as_json)
+    with guarded(console):
+        from stages.diff import diff as stage
+
+        found = stage(first, second)
+        console.result(found.as_json(), Group(_tensors(found), *_words(found)))
+
+
+def _tensors(found: Difference) -> Table:
+    table = Table()
+    for name in ("tensor", "norm A", "norm B", "cosine", "max |A-B|", "rank A", "rank B"):
+        is_name = name == "tensor"
+        table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
+    for one in found.tensors:
+        numbers = [one.norm_a, one.norm_b, one.cosine, one.largest_difference, one.rank_a, one.rank_b]
+        name = one.name.removeprefix("base_model.model.").removesuffix(".weight")
+        table.add_row(name, *("-" if number is None else f"{number:.4g}" for number in numbers))
+    return table
+
+
+def _words(found: Difference) -> list[str]:
+    lines = [f"only in A: {name}" for name in found.only_in_a] + [f"only in B: {name}" for name in found.only_in_b]
+    lines += [f"{key}: {a!r} in A, {b!r} in B" for key, (a, b) in found.config.items()]
+    return [*lines, found.verdict]

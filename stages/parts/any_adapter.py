@@ -1,0 +1,128 @@
+"""An adapter file whoever made it: any floating-point type and any names, to be judged, not used.
+
+Pickles are never opened, and a file that is not sound is damaged here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from stages.parts import files
+from stages.parts.adapter_files import Tensors, read_header
+from stages.parts.errors import Damaged, NotReady, Problem
+from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
+"""Those that NumPy has; BF16 is the upper half of a float32."""
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class AnyAdapter:
+    """tensors: by name, float32 or float64. dtypes: as they are stored. config: adapter_config.json, if it is there."""
+
+    tensors: Tensors
+    dtypes: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def modules(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Each adapted layer's name, A and B, where both are matrices that fit each other."""
+        for name, a in self.tensors.items():
+            b = self.tensors.get(name.removesuffix(A) + B)
+            if name.endswith(A) and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]:
+                yield name.removesuffix(A), a, b
+
+    def scale(self, module: str) -> float:
+        """What B A is multiplied by: alpha/r, or alpha/sqrt(r) with rank-stabilised LoRA."""
+        rank = int(self.tensors[module + A].shape[0])
+        alpha = self.config.get("lora_alpha")
+        if not isinstance(alpha, (int, float)) or not rank:
+            return 1.0
+        return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def parse_weights(content: bytes, path: Path) -> AnyAdapter:
+    """The tensors in the bytes of a safetensors file. Raises Damaged, also for a type that no adapter has."""
+    header = read_header(content, path)
+    try:
+        entries = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        raise Damaged(f"{path.name} is not a sound safetensors file: {error}", where=path) from error
+    tensors, dtypes = {}, {}
+    for name, entry in sorted(entries):
+        dtypes[name] = entry["dtype"]
+        if entry["dtype"] == "BF16":
+            flat = (np.frombuffer(entry["data"], "<u2").astype(np.uint32) << 16).view(np.float32)
+        elif entry["dtype"] in DTYPES:
+            flat = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
+        else:
+            raise Damaged(f"{path.name} holds {name} as {entry['dtype']}, which no adapter is", where=path)
+        values = flat.astype(np.float32) if flat.dtype.itemsize < 4 else flat
+        tensors[name] = values.reshape(entry["shape"])
+    return AnyAdapter(tensors, dtypes, dict(header.get("__metadata__", {})))
+
+
+def read_any(folder: Path) -> AnyAdapter:
+    """An adapter folder, ours or any of PEFT's, with its configuration. Raises NotReady or Damaged."""
+    adapter, settings = read_weights(folder), folder / ADAPTER_CONFIG
+    return replace(adapter, config=files.read_json(settings)[0]) if settings.exists() else adapter
+
+
+def read_weights(folder: Path) -> AnyAdapter:
+    """Its tensors alone. Raises NotReady or Damaged."""
+    weights = folder / ADAPTER_WEIGHTS
+    if not folder.is_dir():
+        raise NotReady("there is no such folder", where=folder, mend="name a folder that holds an adapter")
+    if not weights.exists() and any(folder.glob("adapter_model.*")):
+        found = sorted(folder.glob("adapter_model.*"))[0]
+        mend = "save it again with PEFT, as safetensors"
+        raise Damaged(f"{found.name} is never opened: only safetensors are", where=found, mend=mend)
+    return parse_weights(files.read(weights, limit_bytes=files.LARGEST_ADAPTER_BYTES), weights)
+
+
+def tensors_if_sound(folder: Path) -> Tensors | None:
+    """The same, or None for an adapter that is not there or not sound."""
+    try:
+        return read_weights(folder).tensors
+    except (Problem, OSError):
+        return None
+
+
+def product_spectrum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The singular values of B A, descending, float64, without forming it: two QR and one SVD, [r, r].
+
+    a: [r, inputs], b: [outputs, r]. B = Q_b R_b and A^T = Q_a R_a, so that B A = Q_b (R_b R_a^T) Q_a^T.
+    """
+    return np.linalg.svd(_triangle(b) @ _triangle(a.T).T, compute_uv=False)
+
+
+def rank_of(spectrum: np.ndarray) -> float:
+    """The effective rank: exp of the entropy of the singular values' shares (Roy and Vetterli, 2007). 0 of nothing."""
+    total = spectrum.sum()
+    if total <= 0:
+        return 0.0
+    shares = spectrum[spectrum > 0] / total
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def effective_rank(matrix: np.ndarray) -> float | None:
+    """Of one matrix, by the QR of its long side; None for what is no matrix, and for NaN or infinity."""
+    if matrix.ndim != 2 or not np.isfinite(matrix).all():
+        return None
+    tall = matrix.T if matrix.shape[0] < matrix.shape[1] else matrix
+    return rank_of(np.linalg.svd(_triangle(tall), compute_uv=False))
+
+
+def _triangle(tall: np.ndarray) -> np.ndarray:
+    """R of its QR decomposition."""
+    triangle: np.ndarray = np.linalg.qr(tall.astype(np.float64), mode="r")  # type: ignore[assignment]  # an array in this mode
+    return triangle

@@ -1,0 +1,238 @@
+"""How far a workspace is: each folder of each round, in the order of Algorithm 1, and the command that makes it.
+
+Reads manifests and file sizes, or every byte. Loads no model and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from stages.parts import files
+from stages.parts.errors import Damaged, NotReady
+from stages.parts.manifest import Manifest, check_names, place_of, read_artefact, read_manifest
+from stages.parts.vault import SERVER, client
+from stages.parts.workspace import SIGNATURE, Workspace
+
+Condition = Literal["done", "missing", "damaged", "stale"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One folder of one round: its condition, why it is not "done", and the command that makes it.
+
+    "missing" with a reason: a part of it is there, such as what is still being copied.
+
+    party: who makes it, "server" or "client-2". here: whether that party is on this machine.
+    """
+
+    name: str
+    condition: Condition
+    reason: str
+    command: str
+    here: bool
+    sha256: str = ""
+    party: str = SERVER
+
+
+@dataclass(frozen=True)
+class Round:
+    """The steps of one round, in the order of Algorithm 1, and updates that came too late for its aggregate."""
+
+    number: int
+    steps: list[Step]
+    late: list[int] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return all(step.condition == "done" for step in self.steps)
+
+
+class Reader:
+    """Walks the rounds in order, remembering the digests of what it has seen to find what is stale."""
+
+    def __init__(self, workspace: Workspace, verify: bool) -> None:
+        self._workspace = workspace
+        self._verify = verify
+        self._federation = workspace.agreement.federation
+        # Where nothing is averaged there is no server: whoever has the clients' data makes their first adapter too.
+        self._is_server = workspace.auxiliary_data.exists() or not self._federation.averages
+        path = workspace.federation
+        self._roster = files.sha256(files.read_json(path)[1]) if path.exists() else None
+        self._before: dict[str, Step] = {}
+
+    def round(self, number: int) -> Round:
+        """Its steps, as far as the method goes."""
+        if not self._federation.averages:
+            return self._alone(number)
+        broadcast = self._broadcast(number)
+        clients = {k: self._client(number, k, broadcast) for k in self._taking_part(number)}
+        is_secure = self._workspace.agreement.aggregation.is_secure
+        unmasking = self._unmasking(number, broadcast, list(clients)) if is_secure else []
+        aggregate, late = self._aggregate(number, broadcast, clients)
+        server = [aggregate, *(self._co_distill(number, aggregate) if self._federation.distils else [])]
+        self._before = {step.name: step for step in server}
+        made_of = self._parents(self._workspace.aggregate(number))
+        between = self._counted([*clients.values(), *unmasking], aggregate, made_of)
+        return Round(number, [broadcast, *between, *server], late)
+
+    def _taking_part(self, number: int) -> Sequence[int]:
+        """The clients that the round is opened for: in plain mode all."""
+        try:
+            opening = read_manifest(self._workspace.broadcast(number))[0].opening
+        except (NotReady, Damaged):
+            opening = None
+        return opening.clients if opening else self._workspace.clients
+
+    def _unmasking(self, number: int, broadcast: Step, clients: list[int]) -> list[Step]:
+        """Secure mode: the server closes the round, then each client whose update is in the sum reveals."""
+        place, parents = self._workspace.close(number), {"broadcast": broadcast.sha256}
+        close = self._step(place, "close", f"aggregate --round {number}", parents, self._is_server, again="")
+        if close.condition == "done":
+            survivors = read_manifest(place)[0].closing or {}
+            clients = [k for k in clients if client(k) in survivors]
+        reveals = [
+            self._step(
+                self._workspace.reveal(number, k),
+                f"reveal-{k}",
+                f"reveal --client {k} --round {number}",
+                {"close": close.sha256},
+                self._workspace.client_data(k).exists(),
+                again="",
+                party=client(k),
+            )
+            for k in clients
+        ]
+        return [close, *reveals]
+
+    def _alone(self, number: int) -> Round:
+        """A round without the server: each client goes on with its own adapter, at first with the one broadcast."""
+        first = [self._broadcast(number)] if number == 1 else []
+        steps = {
+            f"client-{k}": self._client(number, k, first[0] if first else self._before[f"client-{k}"])
+            for k in self._workspace.clients
+        }
+        self._before = steps
+        return Round(number, [*first, *steps.values()])
+
+    def _broadcast(self, number: int) -> Step:
+        source = self._workspace.round_result(number).name
+        parents = {source: self._before[source].sha256} if number > 1 else {}
+        place, command = self._workspace.broadcast(number), f"broadcast --round {number}"
+        return self._step(place, "broadcast", command, parents, self._is_server)
+
+    def _client(self, number: int, number_of_client: int, start: Step) -> Step:
+        place, party = self._workspace.client_update(number, number_of_client), client(number_of_client)
+        command = f"client-train --client {number_of_client} --round {number}"
+        here = self._workspace.client_data(number_of_client).exists()
+        has_attempts = start.sha256 and start.name == "broadcast"
+        if has_attempts and self._attempt(place) < self._attempt(self._workspace.broadcast(number)):
+            return Step(
+                party, "missing", "is of an earlier attempt at the round", f"fedcollm {command}", here, party=party
+            )
+        return self._step(place, party, command, {start.name: start.sha256}, here, party=party)
+
+    def _aggregate(self, number: int, broadcast: Step, clients: dict[int, Step]) -> tuple[Step, list[int]]:
+        """The average, and the clients whose updates came too late for it."""
+        workspace = self._workspace
+        given = {"broadcast": broadcast.sha256} | {step.name: step.sha256 for step in clients.values() if step.sha256}
+        if workspace.close(number).exists():
+            given["close"] = self._digest(workspace.close(number))
+        made_of = self._parents(workspace.aggregate(number))
+        late = [k for k, step in clients.items() if step.sha256 and made_of and step.name not in made_of]
+        command = f"aggregate --round {number}"
+        parents = {party: given.get(party, "") for party in made_of}
+        return self._step(workspace.aggregate(number), "aggregate", command, parents, self._is_server), late
+
+    def _co_distill(self, number: int, aggregate: Step) -> list[Step]:
+        workspace, command = self._workspace, f"co-distill --round {number}"
+        before = {"aggregate": aggregate.sha256} | ({"llm": self._before["llm"].sha256} if number > 1 else {})
+        llm = self._step(workspace.llm(number), "llm", command, before, self._is_server)
+        slm = self._step(workspace.slm(number), "slm", command, before | {"llm-after": llm.sha256}, self._is_server)
+        return [llm, slm]
+
+    def _counted(self, steps: list[Step], aggregate: Step, made_of: Collection[str]) -> Iterator[Step]:
+        """What clients send, and the close; what is absent from a finished aggregate is not waited for any more."""
+        for step in steps:
+            is_part = bool(step.reason) and step.name in made_of
+            if step.condition != "missing" or aggregate.condition != "done" or is_part:
+                yield step
+
+    def _parents(self, folder: Path) -> dict[str, str]:
+        try:
+            return read_manifest(folder)[0].parents
+        except (NotReady, Damaged):
+            return {}
+
+    def _attempt(self, folder: Path) -> float:
+        """Which attempt at its round a folder is of; where that cannot be read, none that is too early."""
+        try:
+            return read_manifest(folder)[0].attempt
+        except (NotReady, Damaged):
+            return math.inf
+
+    def _digest(self, folder: Path) -> str:
+        try:
+            return read_manifest(folder)[1]
+        except (NotReady, Damaged):
+            return ""
+
+    def _step(
+        self,
+        folder: Path,
+        name: str,
+        command: str,
+        parents: dict[str, str],
+        here: bool,
+        *,
+        again: str = " --overwrite",
+        party: str = SERVER,
+    ) -> Step:
+        """What is there. Parents that this machine does not have are not compared.
+
+        again: what the command takes beside if something is there that it is to replace.
+        """
+        command = f"fedcollm {command}"
+        if not os.path.lexists(folder):
+            return Step(name, "missing", "", command, here, party=party)
+        again = f"{command}{again}"
+        try:
+            manifest, digest = self._read(folder)
+        except (Damaged, NotReady) as problem:
+            if isinstance(problem, NotReady) and not here:  # on its way; nothing is on its way to who made it
+                return Step(name, "missing", problem.message, command, here, party=party)
+            return Step(name, "damaged", problem.message, again, here, party=party)
+        claims, place = place_of(manifest), f"{folder.parent.name}/{folder.name}"
+        if claims != place:
+            return Step(name, "damaged", f"is {claims}, here it should be {place}", again, here, digest, party)
+        changed = [key for key, digest in parents.items() if digest and manifest.parents.get(key) != digest]
+        if manifest.agreement_sha256 != self._workspace.agreement_sha256:
+            changed.append("fedcollm.toml")
+        if self._roster and manifest.federation_sha256 != self._roster:
+            changed.append("roster")
+        if changed:
+            return Step(name, "stale", f"made from another {', '.join(changed)}", again, here, digest, party)
+        return Step(name, "done", "", command, here, digest, party)
+
+    def _read(self, folder: Path) -> tuple[Manifest, str]:
+        manifest, digest = read_manifest(folder)
+        # Of a close each client has its own inbox.
+        wanted = [name for name in manifest.files if manifest.stage != "close" or (folder / name).exists()]
+        if self._verify:
+            read_artefact(folder, only=wanted)
+        check_names(folder, manifest, wanted)
+        for name in wanted:
+            entry, found = manifest.files[name], (folder / name).lstat().st_size
+            if found < entry.size_bytes:
+                message = f"{name} has {found} bytes of {entry.size_bytes}: still arriving, or cut short"
+                raise NotReady(message, where=folder / name)
+            if found > entry.size_bytes:
+                raise Damaged(f"{name} has {found} bytes, its manifest says {entry.size_bytes}", where=folder / name)
+        if manifest.federation_sha256 and not os.path.lexists(folder / SIGNATURE):
+            raise NotReady(f"{SIGNATURE} is missing", where=folder)
+        return manifest, digest

@@ -1,0 +1,203 @@
+"""One reader: every exchanged file is opened by stages/parts/files.py, read once into memory, never mapped, unpickled
+or handed to a library by its path. Held twice: in the source, and while whole rounds run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders import ROOT, make_workspace
+
+# --- in the source
+
+OPENERS = {
+    *("open", "fdopen", "read_bytes", "read_text", "readline", "safe_open", "load_file", "from_pretrained", "mmap"),
+    *("memmap", "fromfile", "loadtxt", "genfromtxt", "copyfile", "copy2", "copytree", "unpack_archive"),
+    *("ZipFile", "TarFile", "is_zipfile"),
+}
+LOADERS = {"torch", "np", "numpy", "pickle", "joblib", "marshal", "shelve", "shutil"}
+ARCHIVES = {"zipfile", "tarfile", "pickle", "mmap", "marshal", "shelve", "joblib", "dill", "cloudpickle"}
+
+REASONS = {
+    "fedcollm_cli/console.py": "the terminal",
+    "stages/parts/files.py": "the one reader and the one writer",
+    "stages/parts/quiet.py": "/dev/null",
+    "stages/parts/page.py": "the page's template, in the package",
+    "stages/parts/paper.py": "the paper's tables, in the package",
+    "stages/init.py": "the workspace's template, in the package; a workspace to be made",
+    "stages/parts/workspace.py": "task files and the data that they name: this user's own",
+    "stages/parts/variants.py": "settings and data of this user's own workspace, for one derived from it",
+    "stages/prepare.py": "rows that an earlier `prepare` wrote",
+    "stages/pack.py": "the bundle that is already in the place of the one to write",
+    "stages/parts/evidence.py": "a client's own training data, and its log",
+    "stages/parts/findings.py": "private logs, for the report's curves",
+    "stages/parts/spending.py": "the ledger that is given up, for its digest",
+    "stages/parts/training.py": "the note beside a checkpoint of this machine",
+    "stages/parts/private_training.py": "a checkpoint of this machine, weights only",
+    "stages/parts/bases.py": "a base model, from the user's disk or the hub's cache",
+    "stages/parts/models.py": "a base model, from the user's disk or the hub's cache",
+    "stages/parts/shapes.py": "a base model, from the user's disk or the hub's cache",
+    "stages/plan.py": "a base model's tokenizer",
+    "stages/parts/exports.py": "a base model; and a draft of an export that was just written, loaded back",
+    "stages/export.py": "a draft of an export that was just written, for its digests",
+}
+"""Modules that open files by themselves, and which: none of them is exchanged."""
+
+
+def openings(path: Path) -> Iterator[str]:
+    """Every call in a module that could open a file, and every import of what opens archives or pickles."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            yield from (f"import {name}" for name in names if name.partition(".")[0] in ARCHIVES)
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        name = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
+        owner = called.value.id if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) else ""
+        if name in OPENERS or (name in ("load", "copy") and owner in LOADERS):
+            yield f"{owner}.{name}".lstrip(".")
+
+
+def test_no_module_opens_files_by_itself_but_those_that_say_which() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("stages", "fedcollm_cli")
+        for path in (ROOT / folder).rglob("*.py")
+        if set(openings(path)) - {"study.open"}  # evidence's own: a workspace
+    }
+    assert found == set(REASONS)
+
+
+def test_nothing_knows_how_to_read_archives_or_pickles() -> None:
+    for folder in ("stages", "fedcollm_cli"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not {found for found in openings(path) if found.startswith("import ")}, path
+
+
+# --- while rounds run
+
+WATCHED = '''
+import io, json, os, sys
+from pathlib import Path
+
+study = Path(sys.argv[1])
+exchange = os.path.realpath(study / "exchange") + "/"
+reads, strangers, mapped = set(), [], []
+
+
+def lies_there(path):
+    path = os.fsdecode(path)
+    return os.path.abspath(path).startswith(exchange)
+
+
+def watch(event, details):
+    if event == "mmap.__new__" and lies_there(os.readlink(f"/proc/self/fd/{details[0]}")):
+        mapped.append("mmap")
+    if event in ("shutil.copyfile", "shutil.copytree", "shutil.move") and lies_there(details[0]):
+        strangers.append([event, os.fsdecode(details[0])])
+    if event != "open" or not isinstance(details[0], (str, bytes, os.PathLike)):
+        return
+    path, mode, flags = details
+    frame = sys._getframe(1)
+    reader = frame.f_code.co_filename
+    is_ours = reader.endswith("stages/parts/files.py")
+    if is_ours and not os.path.isabs(path):  # one part of a path, below the folder before it
+        path = frame.f_locals["path"]
+    elif not lies_there(path):
+        return
+    if lies_there(path) and flags & os.O_ACCMODE == os.O_RDONLY:
+        reads.add(os.path.basename(path))
+        if not is_ours:
+            strangers.append([f"{reader}:{frame.f_lineno}", os.fsdecode(path)])
+
+
+def guard(module, name):
+    """A library's function in C or Rust, which tells no hook what it opens: look at the path that it is given."""
+    real = getattr(module, name)
+
+    def guarded(path, *rest, **more):
+        if isinstance(path, (str, bytes, os.PathLike)) and lies_there(path):
+            mapped.append(f"{module.__name__}.{name}({os.fsdecode(path)})")
+        return real(path, *rest, **more)
+
+    setattr(module, name, guarded)
+
+
+import safetensors, torch, numpy, pickle
+for module, names in ((safetensors, ["safe_open"]), (torch, ["load"]), (numpy, ["load", "fromfile", "memmap"])):
+    for name in names:
+        guard(module, name)
+import safetensors.numpy, safetensors.torch
+guard(safetensors.numpy, "load_file")
+guard(safetensors.torch, "load_file")
+sys.addaudithook(watch)
+
+from fedcollm_cli.main import app
+
+codes = []
+for words in json.loads(sys.argv[2]):
+    try:
+        app(words)
+        codes.append([words, 0])
+    except SystemExit as stop:
+        codes.append([words, stop.code or 0])
+sound = list(strangers)
+(study / "exchange/round-0001/broadcast/manifest.json").read_bytes()  # the watch sees what it is for
+safetensors.safe_open(str(study / "exchange/round-0001/broadcast/adapter_model.safetensors"), "np")
+found = {"codes": codes, "reads": sorted(reads), "strangers": sound, "mapped": mapped[:-1]}
+found |= {"caught": len(strangers) - len(sound), "caught_by_path": len(mapped[-1:])}
+sys.stdout.write("\\n" + json.dumps(found))
+'''
+COMMANDS = [
+    ["run"],
+    ["status"],
+    ["comm-cost"],
+    ["evaluate", "--round", "1", "--overwrite"],
+    ["report"],
+    ["export", "--round", "1"],
+    ["audit"],
+    ["diff", "@/round-0001/broadcast", "@/round-0002/broadcast"],
+    ["pack", "--client", "1", "--round", "1", "--output", "@/../update.fedcollm"],
+    ["unpack", "@/../update.fedcollm"],
+    ["run"],
+]
+ADAPTER = {"manifest.json", "adapter_config.json", "adapter_model.safetensors"}
+MASKED = {
+    *("manifest.json.sig", "masked.safetensors", "shares.safetensors", "reveal.bin", "federation.json"),
+    *("federation.json.sig", "client-1.json", "client-1.json.sig", "client-1.safetensors"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["plain", "secure"])
+def test_in_whole_rounds_nothing_but_the_one_reader_opens_an_exchanged_file(
+    mode: str, tmp_path: Path, base_models: Path
+) -> None:
+    study = make_workspace(tmp_path / "study", base_models)
+    text = (study / "fedcollm.toml").read_text().replace("steps = 6", "steps = 1").replace("steps = 5", "steps = 1")
+    (study / "fedcollm.toml").write_text(text.replace("[evaluation]", f'[aggregation]\nmode = "{mode}"\n[evaluation]'))
+    (study / "machine.toml").write_text('secrets = "../secrets"\n')
+    commands = [[word.replace("@", str(study / "exchange")) for word in command] for command in COMMANDS]
+    found = watched(study, [words if words[0] == "diff" else [*words, "-w", str(study)] for words in commands])
+    assert [code for _, code in found["codes"]] == [0] * len(found["codes"]), found["codes"]
+    assert found["strangers"] == []
+    assert found["mapped"] == []
+    assert (found["caught"], found["caught_by_path"]) == (1, 1)
+    assert set(found["reads"]) >= (ADAPTER | MASKED if mode == "secure" else ADAPTER)
+
+
+def watched(study: Path, commands: list[list[str]]) -> dict[str, Any]:
+    """What a fresh Python that gives these commands saw of exchange/."""
+    call = [sys.executable, "-c", WATCHED, str(study), json.dumps(commands)]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.rpartition("\n")[2])
+    return found
