@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -329,10 +329,10 @@ class Protocol(RuleBasedStateMachine):
         """If so, the machine dies after the vault was written, before what it knows is published."""
         real = files.publish
 
-        def dying(folder: Path, contents: dict[str, bytes], *, replace: bool = True) -> None:
+        def dying(folder: Path, contents: dict[str, bytes], **how: Any) -> None:
             if name in contents:
                 raise CrashError
-            real(folder, contents, replace=replace)
+            real(folder, contents, **how)
 
         with mock.patch.object(manifests.files, "publish", dying) if crashes else contextlib.nullcontext():
             yield

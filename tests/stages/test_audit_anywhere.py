@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +161,9 @@ def by_hand() -> list[str]:
 def test_the_readmes_commands_work_as_they_stand_there(number: int, finished: Path) -> None:
     assert len(by_hand()) == 5
     command = by_hand()[number].replace("fedcollm ", f"PYTHONPATH={ROOT} python -m fedcollm_cli ")
-    done = subprocess.run(["bash", "-e", "-c", command], cwd=finished, capture_output=True, text=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where this environment's python is `python`
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(["bash", "-e", "-c", command], cwd=finished, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     digests = {path: published(finished)[f"exchange/round-0001/{path}"] for path in (f"broadcast/{MANIFEST}",)}
     expected = {
