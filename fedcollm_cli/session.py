@@ -53,7 +53,7 @@ class Session:
 @contextlib.contextmanager
 def guarded(console: Console) -> Iterator[None]:
     """The one place that turns what went wrong into a message and an exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
         signal.signal(number, _interrupt)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
@@ -64,8 +64,8 @@ def guarded(console: Console) -> Iterator[None]:
     except Problem as problem:
         console.error(problem)
         raise typer.Exit(problem.exit_code) from None
-    except KeyboardInterrupt:
-        console.say("interrupted: nothing is half written; the same command goes on from here")
+    except KeyboardInterrupt as stop:
+        console.say(str(stop) or "interrupted: nothing is half written; the same command goes on from here")
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
     finally:
         signal.alarm(0)

@@ -234,7 +234,7 @@ def _train(
         privacy=spending.claim(workspace, client),
     )
     files.write_log(workspace.log("client-train", round, client), outcome.log)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)  # two processes may do so at once
     return manifest
 
 

@@ -166,7 +166,7 @@ def _train(
     parents = inputs.parents | {"llm-after": read_manifest(workspace.llm(round))[1]}
     manifest = _publish(workspace, round, slm, parents, outcome, slm_norms)
     files.write_log(workspace.log("co-distill", round), outcome.log)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)  # two processes may do so at once
     return manifest
 
 

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.parts import files
 from stages.parts.accounting import Charge, accountants, least_noise, total_epsilon
-from stages.parts.errors import BadNumbers, Damaged, Refused, UsageProblem
+from stages.parts.errors import BadNumbers, Damaged, Held, Refused, UsageProblem
 from stages.parts.manifest import PrivacyClaim, Sha256, read_manifest
 from stages.parts.workspace import MACHINE, Workspace
 
@@ -198,11 +198,18 @@ def reserve(
 
 
 def finish(workspace: Workspace, client: int, round: int, attempt: str, adapter: str) -> None:
-    """Write down, before anything is published, that a run has ended with an adapter of this sha256."""
+    """Write down, before anything is published, that a run has ended with an adapter of this sha256.
+
+    Raises Held if it has ended with another one, in another process.
+    """
     path = workspace.privacy_ledger(client)
     with files.held(path.with_suffix(".lock")):
         lines = _whole_ledger(workspace, client)
-        if not _finished(lines, attempt):
+        ended = _finished(lines, attempt)
+        if ended and ended.adapter_sha256 != adapter:  # one reservation, one outcome
+            message = "another process went on with this run too, and finished it first"
+            raise Held(message, where=path, mend="give the same command again")
+        if not ended:
             _append(path, lines, Finished(round=round, attempt=attempt, adapter_sha256=adapter))
 
 

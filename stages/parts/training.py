@@ -5,6 +5,7 @@ A stage that was killed goes on from its last checkpoint with the same rows in t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages.parts import files, quiet, trackers
+from stages.parts import checkpoints, files, quiet, trackers
 from stages.parts.config import Budget, Machine
 from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.events import Event, Report
@@ -27,8 +28,6 @@ from stages.parts.objective import Objective
 from stages.parts.rows import Example
 from stages.parts.schedule import MicroBatches, schedule
 from stages.parts.trackers import UNTRACKED, Tracking
-
-INPUTS, COMPLETE = "inputs.json", "complete"
 
 
 @dataclass(frozen=True)
@@ -87,18 +86,16 @@ def train(
 
     folder: checkpoints go here, and a run with equal inputs that was stopped goes on from them, unless overwrite says
     to begin anew; the caller removes it once the result is published. tracking: where else each step's losses go.
-    Raises BadNumbers if a loss becomes NaN, which removes the checkpoints too, or if memory runs out.
+    Raises BadNumbers if a loss becomes NaN, which removes the checkpoints too, or if memory runs out; KeyboardInterrupt
+    when SIGTERM or SIGUSR1 came, after the step that was being done and its checkpoint.
     """
     started = time.monotonic()
     steps = schedule(len(examples), recipe.budget, recipe.seed)
     rows = min(recipe.budget.batch_size, machine.micro_batch or recipe.budget.batch_size)
     dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating)
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = checkpoint_of(folder, inputs)
-    arguments = _arguments(
-        folder, recipe, machine, objective.device, recipe.turns * len(steps), dataset.per_step, tracking
-    )
+    checkpoint = checkpoints.begin(folder, inputs, anew=overwrite)
+    own, count = checkpoints.own(folder), recipe.turns * len(steps)
+    arguments = _arguments(own, recipe, machine, objective.device, count, dataset.per_step, tracking)
     with naming_memory_knobs(), trackers.named(tracking):
         before = objective.measure(examples, rows)
         trainer = _Trainer(
@@ -107,17 +104,22 @@ def train(
             train_dataset=dataset,
             data_collator=_only,
             optimizers=(_optimizer(objective, recipe), None),
-            callbacks=trackers.callbacks(tracking, after_step=_step_of(checkpoint)),
+            callbacks=trackers.callbacks(tracking, after_step=checkpoints.step_of(checkpoint) if checkpoint else 0),
         )
         trainer.remove_callback(PrinterCallback)
         log = trainer.log if tracking.trackers else None
-        trainer.add_callback(_Watch(objective, recipe, report, len(steps), log))
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with checkpoints.stopping() as stop:
+                trainer.add_callback(_Watch(objective, recipe, report, len(steps), log, stop))
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if stop.is_asked:
+                raise KeyboardInterrupt(stopped_after(trainer.state.global_step // recipe.turns, len(steps)))
             after = objective.measure(examples, rows)
             refuse_unless_finite(after, "after the last step")
         except BadNumbers:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(own, ignore_errors=True)
+            with contextlib.suppress(OSError):  # there are those of another process
+                folder.rmdir()
             raise
     return Outcome(
         steps=len(steps),
@@ -174,19 +176,26 @@ def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 class _Trainer(Trainer):
-    """Trainer, silent while it writes a checkpoint, which fails as any file of ours does."""
+    """Trainer, silent while it writes a checkpoint, which is whole or not taken, and fails as any file of ours does."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        own = Path(str(self.args.output_dir))
+        if not checkpoints.is_kept(own.parent):  # another process was first to publish; training ends without
+            return
         try:
             with quiet.libraries():
                 super()._save_checkpoint(*args, **kwargs)
+            checkpoints.seal(own / f"checkpoint-{self.state.global_step}")
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way to say "disk full"
+            if not checkpoints.is_kept(own.parent):
+                shutil.rmtree(own, ignore_errors=True)
+                return
             message = f"a checkpoint cannot be written: {str(error).splitlines()[0]}"
             raise StorageProblem(message, where=self.args.output_dir, mend=files.storage_mend(error)) from error
 
 
 class _Watch(TrainerCallback):
-    """Clips each model's gradient, records and reports every step's losses, and marks checkpoints that are whole.
+    """Clips each model's gradient, records and reports every step's losses, and stops when told to.
 
     log: Trainer's, through which trackers get the losses.
     """
@@ -198,9 +207,10 @@ class _Watch(TrainerCallback):
         report: Report,
         steps: int,
         log: Callable[[dict[str, float]], None] | None,
+        stop: checkpoints.Stop,
     ) -> None:
         self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
-        self._log = log
+        self._log, self._stop = log, stop
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -218,10 +228,13 @@ class _Watch(TrainerCallback):
         if self._log is not None:
             self._log(dict(losses))
         self._report(Event("step", step=step, total=self._steps, values=losses))
+        if self._stop.is_asked:
+            control.should_save = control.should_training_stop = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        files.write(folder / COMPLETE, b"")
+
+def stopped_after(step: int, steps: int) -> str:
+    """What to say of a training that was told to stop, once its checkpoint is written."""
+    return f"stopped after step {step} of {steps}: the same command goes on from there"
 
 
 def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
@@ -230,22 +243,6 @@ def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
         if not math.isfinite(loss):
             mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
             raise BadNumbers(f"{name} became {loss} {when}", mend=mend)
-
-
-def checkpoint_of(folder: Path, inputs: Mapping[str, Any]) -> str | None:
-    """The newest whole checkpoint of a run with these inputs; one with others is cleared away."""
-    marker, wanted = folder / INPUTS, files.json_bytes(dict(inputs))
-    if not marker.exists() or marker.read_bytes() != wanted:
-        shutil.rmtree(folder, ignore_errors=True)
-        files.write(marker, wanted)
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    newest = max(whole, key=_step_of, default=None)
-    return None if newest is None else str(newest)
-
-
-def _step_of(checkpoint: Path | str | None) -> int:
-    """How many of Trainer's steps were done when it was written; 0 for none."""
-    return int(str(checkpoint).rpartition("-")[2]) if checkpoint else 0
 
 
 def _steps(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -276,7 +276,7 @@ class Workspace:
         return folder / f"{stage}.jsonl"
 
     def unfinished(self, stage: str, round: int, client: int | None = None) -> Path:
-        """Checkpoints of a training stage that has not ended yet; gone when it has."""
+        """Checkpoints of a training stage that has not ended yet, by process; gone when it has."""
         return self.log(stage, round, client).with_name(f".{stage}")
 
     def tensorboard(self, stage: str, round: int, client: int | None = None) -> Path:
