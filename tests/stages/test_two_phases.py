@@ -466,3 +466,15 @@ def test_by_the_command_line(aggregated: Path, fedcollm: Callable[..., Outcome])
     assert give("--phase", "train", "--model", "llm").out == f"{ROUND}/llm\n"
     assert give("--phase", "train").out == f"{ROUND}/slm\n"
     assert give("--phase", "capture", "--model", "llm", "--top-k", 6).code == 5
+
+
+def test_in_secure_mode_captures_are_signed(summed: Path) -> None:
+    workspace = Workspace(summed)
+    for role in ("slm", "llm"):
+        shutil.rmtree(summed / f"private/server/round-0002/{role}")
+    before = verify(workspace).signatures
+    for model in ("llm", "slm"):
+        co_distill(workspace, round=2, phase="capture", model=model)  # type: ignore[arg-type]
+    co_distill(workspace, round=2, phase="train")
+    assert verify(workspace).signatures == before + 4
+    assert not [finding for finding in audit([summed]) if finding.level == "FAIL"]
