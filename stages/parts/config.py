@@ -18,6 +18,7 @@ from stages.parts.errors import UsageProblem
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Role = Literal["slm", "llm"]
+ROLES: tuple[Role, ...] = ("slm", "llm")
 Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
