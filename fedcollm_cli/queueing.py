@@ -71,13 +71,14 @@ def slurm(
             "account": account,
             "gpus_per_task": gpus_per_task,
             "cpus_per_task": cpus_per_task,
-            "processes": processes,
             "mem": mem,
             "time": time,
             "window": window,
             "parallel": parallel,
         }
         flags = {key: value for key, value in asked.items() if value is not None}
-        written = stage(opened.workspace, only=only, flags=flags, overwrite=overwrite, report=report)
+        written = stage(
+            opened.workspace, only=only, processes=processes, flags=flags, overwrite=overwrite, report=report
+        )
         shown = [opened.workspace.shown(path) for path in written]
         opened.console.result(shown, "\n".join(shown))

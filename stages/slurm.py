@@ -28,18 +28,20 @@ def slurm(
     workspace: Workspace,
     *,
     only: str | None = None,
+    processes: int | None = None,
     flags: Mapping[str, object] | None = None,
     overwrite: bool = False,
     report: Report = ignore,
 ) -> list[Path]:
     """Write the scripts. Returns their paths, submit.sh last.
 
-    only: the one party whose jobs are submitted here, "server" or "client-2". flags: keys of [slurm] in machine.toml
-    with values that win over what stands there. Raises Refused rather than replace a script that was changed.
+    only: the one party whose jobs are submitted here, "server" or "client-2". processes: of a training stage; default:
+    as machine.toml says. flags: keys of its [slurm] with values that win over its own. Raises Refused rather than
+    replace a script that was changed.
     """
     _check_party(workspace, only)
     settings = _settings(workspace, flags or {})
-    contents = _scripts(workspace, settings, only)
+    contents = _scripts(workspace, settings, only, processes or workspace.machine.processes or 1)
     for name, content in contents.items():
         path = workspace.slurm / name
         if path.exists() and path.read_text() != content and not overwrite:
@@ -125,7 +127,7 @@ def _settings(workspace: Workspace, flags: Mapping[str, object]) -> Slurm:
         raise UsageProblem("\n  - ".join(["what Slurm is asked for", *mistakes]), mend=mend) from error
 
 
-def _scripts(workspace: Workspace, settings: Slurm, only: str | None) -> dict[str, str]:
+def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes: int) -> dict[str, str]:
     """The text of each script that this federation needs."""
     from jinja2 import Environment, StrictUndefined
 
@@ -142,7 +144,7 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None) -> dict[st
         "bases": base_subjects(workspace),
         "models": server_subjects(workspace),
         "setup": settings.setup,
-        "processes": settings.processes,
+        "processes": processes,
         "retries": settings.retries,
         "window": settings.window,
         "cpus": settings.cpus_per_task,
@@ -151,7 +153,7 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None) -> dict[st
     }
     wanted = {
         "stage.sh": True,
-        "rank.sh": settings.processes > 1,
+        "rank.sh": processes > 1,
         "client.sbatch": only != SERVER,
         "close.sbatch": is_secure and only in (None, SERVER),
         "reveal.sbatch": is_secure and only != SERVER,
@@ -164,21 +166,20 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None) -> dict[st
     source = importlib.resources.files("workspace_template") / "slurm"
     return {
         name: environment.from_string((source / name).read_text()).render(
-            values, directives=_directives(settings, name.partition(".")[0])
+            values, directives=_directives(settings, name.partition(".")[0], processes)
         )
         for name, is_wanted in wanted.items()
         if is_wanted
     }
 
 
-def _directives(settings: Slurm, script: str) -> list[str]:
+def _directives(settings: Slurm, script: str, processes: int) -> list[str]:
     """The #SBATCH lines of one script. Of an option that is there twice, Slurm takes the last."""
     is_brief = script in BRIEF
-    processes = 1 if is_brief else settings.processes
     gpus = 0 if is_brief else processes * (settings.gpus_per_task or 0)
     values = {
         "nodes": 1,
-        "ntasks": processes,
+        "ntasks": 1 if is_brief else processes,
         "cpus-per-task": settings.cpus_per_task,
         "gres": f"gpu:{gpus}" if gpus else None,
         "mem": settings.mem,

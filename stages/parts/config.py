@@ -284,7 +284,6 @@ class Slurm(Settings):
     client_options: list[Option] = []
     server_options: list[Option] = []
     setup: list[Line] = []
-    processes: Positive = 1
     retries: Annotated[int, Field(ge=0, le=100)] = 2
     stop_before_s: Annotated[int, Field(ge=1, le=65535)] = 120
     parallel: Positive | None = None
@@ -299,6 +298,7 @@ class Machine(Settings):
     micro_batch: Positive | None = None
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
+    processes: Positive | None = None
     home: str | None = None
     secrets: str | None = None
     trackers: list[Tracker] = []

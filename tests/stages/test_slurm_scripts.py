@@ -30,9 +30,9 @@ def directives(path: Path) -> list[str]:
 
 
 def write(folder: Path, **flags: object) -> dict[str, Path]:
-    only = flags.pop("only", None)
-    assert only is None or isinstance(only, str)
-    return {path.name: path for path in slurm(Workspace(folder), only=only, flags=flags)}
+    only, processes = flags.pop("only", None), flags.pop("processes", None)
+    found = slurm(Workspace(folder), only=only, processes=processes, flags=flags)  # type: ignore[arg-type]
+    return {path.name: path for path in found}
 
 
 def with_machine(folder: Path, text: str) -> Path:
@@ -91,8 +91,8 @@ def test_each_way_of_running_gives_shell_that_bash_reads_and_no_path_of_this_mac
     ways = [("fedcollm", ""), ("fedavg", quorum), ("standalone", ""), ("fedcollm", SECURE)]
     for method, aggregation in ways:
         (workspace_folder / "fedcollm.toml").write_text(agreement(aggregation=aggregation, method=method))
-        flags = {"processes": 2, "window": 2, "cpus_per_task": 4}
-        found = slurm(Workspace(workspace_folder), flags=flags, overwrite=True)
+        flags = {"window": 2, "cpus_per_task": 4}
+        found = slurm(Workspace(workspace_folder), processes=2, flags=flags, overwrite=True)
         for path in found:
             subprocess.run(["bash", "-n", path], check=True)
             assert str(workspace_folder) not in path.read_text()
@@ -204,3 +204,130 @@ def test_submit_says_what_is_missing_and_submits_nothing(workspace_folder: Path)
     assert (code, out, calls) == (3, "", [])
     assert "missing here, and compute nodes fetch nothing" in err
     assert not (workspace_folder / "slurm/jobs.txt").read_text()
+
+
+# --- a job, with an srun that ends as it is told
+
+
+def job(folder: Path, script: str, codes: list[int], **environment: object) -> tuple[int, list[str], list[str]]:
+    """Run a script of a job: its exit code, what srun was given, and what scontrol was."""
+    bin = folder.parent / "bin"
+    bin.mkdir(exist_ok=True)
+    texts = {
+        "srun": 'echo "$@" >> srun.log\nexit "$(echo $CODES | cut -d" " -f "$(wc -l < srun.log)")"\n',
+        "scontrol": 'echo "$@" >> scontrol.log\nexit 1\n',  # and so the script goes on to its end
+    }
+    for name, text in texts.items():
+        (bin / name).write_text(f"#!/bin/sh\n{text}")
+        (bin / name).chmod(0o755)
+    (folder / "slurm/logs").mkdir(exist_ok=True)
+    found = os.environ | {
+        "PATH": f"{bin}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "8",
+        "CODES": " ".join(map(str, codes)),
+    }
+    found |= {key: str(value) for key, value in environment.items()}
+    done = subprocess.run(["bash", f"slurm/{script}"], cwd=folder, env=found, check=False, timeout=60)
+    logs = [folder / "srun.log", folder / "scontrol.log"]
+    given = [log.read_text().splitlines() if log.exists() else [] for log in logs]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    return done.returncode, given[0], given[1]
+
+
+def test_the_server_ends_a_round_and_opens_the_next(workspace_folder: Path) -> None:
+    write(workspace_folder)
+    steps = {
+        number: [
+            given.removeprefix("--ntasks=1 fedcollm ")
+            for given in job(workspace_folder, "server.sbatch", [0] * 3, ROUND=number)[1]
+        ]
+        for number in (0, 1, 2)
+    }
+    assert steps == {
+        0: ["broadcast --round 1"],
+        1: ["aggregate --round 1", "co-distill --round 1", "broadcast --round 2"],
+        2: ["aggregate --round 2", "co-distill --round 2"],
+    }
+
+
+@pytest.mark.parametrize("code", [2, 4, 5, 6])
+def test_what_would_fail_again_is_not_tried_again(workspace_folder: Path, code: int) -> None:
+    write(workspace_folder)
+    assert job(workspace_folder, "client.sbatch", [code], ROUND=1, SLURM_ARRAY_TASK_ID=2) == (
+        code,
+        ["--ntasks=1 fedcollm client-train --client 2 --round 1"],
+        [],
+    )
+
+
+@pytest.mark.parametrize("code", [1, 3, 7, 8, 137, 138])
+def test_what_may_pass_is_tried_again_so_many_times(workspace_folder: Path, code: int) -> None:
+    write(workspace_folder, retries=2)
+    requeued = []
+    for _ in range(4):
+        ended, _, given = job(workspace_folder, "server.sbatch", [0, code], ROUND=1)
+        assert ended == code
+        requeued.append(given)
+    assert requeued == [["requeue 8"], ["requeue 8"], [], []]
+
+
+def test_a_job_that_was_stopped_goes_back_into_the_queue_however_often(workspace_folder: Path) -> None:
+    write(workspace_folder, retries=0)
+    for _ in range(3):
+        assert job(workspace_folder, "server.sbatch", [0, 75], ROUND=1)[::2] == (75, ["requeue 8"])
+
+
+def test_a_task_of_an_array_puts_itself_back_and_not_the_others(workspace_folder: Path) -> None:
+    write(workspace_folder)
+    last = {"SLURM_JOB_ID": 5, "SLURM_ARRAY_JOB_ID": 5, "SLURM_ARRAY_TASK_ID": 3}  # the last has the array's own number
+    assert job(workspace_folder, "client.sbatch", [75], ROUND=1, **last)[2] == ["requeue 5_3"]
+
+
+def test_scores_pass_over_a_client_whose_adapter_is_not_here(workspace_folder: Path) -> None:
+    write(workspace_folder)
+    code, given, requeued = job(workspace_folder, "evaluate.sbatch", [0, 0, 0, 0, 0, 3, 0], ROUND=2)
+    assert (code, len(given), requeued) == (0, 7, [])
+    assert given[-1].endswith("evaluate --round 2 --client 3")
+    assert job(workspace_folder, "evaluate.sbatch", [0, 0, 3], ROUND=2)[::2] == (
+        3,
+        ["requeue 8"],
+    )  # the server's is missed
+
+
+def test_a_quorums_average_is_taken_once(workspace_folder: Path) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    toml.write_text(toml.read_text() + "\n[aggregation]\nmin_clients = 2\n")
+    write(workspace_folder)
+    assert len(job(workspace_folder, "server.sbatch", [0] * 3, ROUND=1)[1]) == 3
+    Workspace(workspace_folder).aggregate(1).mkdir(parents=True)
+    assert "aggregate" not in "".join(job(workspace_folder, "server.sbatch", [0] * 2, ROUND=1)[1])
+
+
+def test_a_round_is_closed_only_where_the_close_is_there(workspace_folder: Path) -> None:
+    (workspace_folder / "fedcollm.toml").write_text(agreement(aggregation=SECURE))
+    write(workspace_folder)
+    assert job(workspace_folder, "close.sbatch", [3], ROUND=1)[0] == 3  # too few updates
+    Workspace(workspace_folder).close(1).mkdir(parents=True)
+    assert job(workspace_folder, "close.sbatch", [3], ROUND=1)[::2] == (0, [])
+
+
+def test_training_stages_run_on_the_processes_asked_for_and_others_on_one(workspace_folder: Path) -> None:
+    write(with_machine(workspace_folder, "processes = 4\n"))
+    _, (aggregate, co_distill, _), _ = job(workspace_folder, "server.sbatch", [0] * 3, ROUND=1)
+    assert aggregate == "--ntasks=1 fedcollm aggregate --round 1"
+    assert co_distill.startswith("--ntasks=4 ")
+    assert co_distill.endswith(" slurm/rank.sh fedcollm co-distill --round 1 --processes 4")
+    shown = "import os; print(*(os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))"
+    as_srun = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+    rank = [workspace_folder / "slurm/rank.sh", sys.executable, "-c", shown]
+    assert (
+        subprocess.run(rank, env=os.environ | as_srun, capture_output=True, text=True, check=True).stdout == "3 1 4\n"
+    )
+
+
+def test_lines_that_bring_the_program_into_path_come_first_and_may_be_careless(workspace_folder: Path) -> None:
+    careless = 'setup = ["export PLACE=$NOT_SET/bin", "false"]'
+    write(with_machine(workspace_folder, f"[slurm]\n{careless}\n"))
+    assert job(workspace_folder, "client.sbatch", [0], ROUND=1, SLURM_ARRAY_TASK_ID=2)[0] == 0
+    assert submit(workspace_folder)[0] == 0
