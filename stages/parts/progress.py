@@ -16,7 +16,7 @@ from stages.parts import files
 from stages.parts.config import ROLES
 from stages.parts.errors import Damaged, NotReady
 from stages.parts.manifest import Manifest, check_names, place_of, read_artefact, read_manifest
-from stages.parts.vault import SERVER, client
+from stages.parts.vault import SERVER, Vault, client
 from stages.parts.workspace import SIGNATURE, Workspace
 
 Condition = Literal["done", "missing", "damaged", "stale"]
@@ -258,3 +258,28 @@ class Reader:
         if manifest.federation_sha256 and not os.path.lexists(folder / SIGNATURE):
             raise NotReady(f"{SIGNATURE} is missing", where=folder)
         return manifest, digest
+
+
+def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:
+    """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it.
+
+    A literal command, or what is waited for; both empty if the party, or all of them here, have joined.
+    """
+    here = [client(k) for k in workspace.clients if workspace.client_data(k).exists()]
+    here += [SERVER] if workspace.auxiliary_data.exists() else []
+    asked = [party] if party else here
+    vaults = {one: Vault.find(workspace, one) for one in asked}
+    for one in asked:
+        if vaults[one] is None and one != SERVER:
+            return f"fedcollm keys --{one.replace('-', ' ')}", ""
+    absent = [client(k) for k in workspace.clients if not workspace.public_keys(k).exists()]
+    for one in sorted(asked, key=lambda name: name != SERVER):
+        vault = vaults[one]
+        if vault is not None and vault.pinned is not None:
+            continue
+        if one == SERVER:
+            return ("", f"exchange/keys of {', '.join(absent)}") if absent else ("fedcollm enroll", "")
+        if not workspace.federation.exists():
+            return "", "the roster, exchange/federation.json, from the server's `fedcollm enroll`"
+        return "", f"a person to compare the roster's fingerprint: fedcollm join --{one.replace('-', ' ')}"
+    return "", ""

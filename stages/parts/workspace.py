@@ -299,6 +299,11 @@ class Workspace:
         """The page that shows all of it, and its charts' data as CSV."""
         return self.root / "results" / "report"
 
+    @property
+    def slurm(self) -> Path:
+        """Job scripts for Slurm, made by `fedcollm slurm`; their logs, and the numbers of the jobs."""
+        return self.root / "slurm"
+
     # --- workspaces derived from this one
 
     def baseline(self, method: str) -> Path:
