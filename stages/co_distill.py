@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.parts import files
+from stages.parts import files, turns
 from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact, read_manifest
@@ -51,12 +51,18 @@ def co_distill(
     inputs = _open(workspace, round)
     warn_of_unspaced(inputs.rows, report)
     _tell_of_unlabelled(workspace, inputs.rows, report)
-    log = workspace.log("co-distill", round)
-    if done := _already_made(workspace, round, inputs, overwrite):
-        report(Event("note", "already done"))
-        return done
-    with files.held(log.with_suffix(".lock")):
-        return _train(workspace, round, inputs, overwrite, models, report)
+    again = overwrite
+
+    def look(asked: bool) -> Manifest | None:
+        nonlocal again
+        again = asked
+        return _already_made(workspace, round, inputs, again)
+
+    def make(places: turns.Places) -> Manifest:
+        return _train(workspace, round, inputs, again, models, places, report)
+
+    paths, lock = [workspace.slm(round), workspace.llm(round)], workspace.log("co-distill", round).with_suffix(".lock")
+    return turns.take(paths, lock, look=look, make=make, overwrite=overwrite, report=report)
 
 
 def _open(workspace: Workspace, round: int) -> _Inputs:
@@ -105,7 +111,13 @@ def _already_made(workspace: Workspace, round: int, inputs: _Inputs, overwrite: 
 
 
 def _train(
-    workspace: Workspace, round: int, inputs: _Inputs, overwrite: bool, models: Models | None, report: Report
+    workspace: Workspace,
+    round: int,
+    inputs: _Inputs,
+    overwrite: bool,
+    models: Models | None,
+    places: turns.Places,
+    report: Report,
 ) -> Manifest:
     from stages.parts import adapter_files, adapters, trackers, training
     from stages.parts.models import Models, check_one_vocabulary
@@ -162,11 +174,11 @@ def _train(
     report(Event("note", outcome.change))
     llm_norms = adapters.check_trained(omega, adapters.take(llm.model))
     slm_norms = adapters.check_trained(before, adapters.take(slm.model))
-    _publish(workspace, round, llm, inputs.parents, outcome, llm_norms)
+    _publish(workspace, round, llm, inputs.parents, outcome, llm_norms, places)
     parents = inputs.parents | {"llm-after": read_manifest(workspace.llm(round))[1]}
-    manifest = _publish(workspace, round, slm, parents, outcome, slm_norms)
+    manifest = _publish(workspace, round, slm, parents, outcome, slm_norms, places)
     files.write_log(workspace.log("co-distill", round), outcome.log)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     return manifest
 
 
@@ -188,7 +200,13 @@ def _examples(workspace: Workspace, rows: list[Row], slm: Tuned, llm: Tuned, sha
 
 
 def _publish(
-    workspace: Workspace, round: int, tuned: Tuned, parents: dict[str, str], outcome: Outcome, norms: dict[str, float]
+    workspace: Workspace,
+    round: int,
+    tuned: Tuned,
+    parents: dict[str, str],
+    outcome: Outcome,
+    norms: dict[str, float],
+    places: turns.Places,
 ) -> Manifest:
     from stages.parts import adapters
 
@@ -209,4 +227,5 @@ def _publish(
         examples=outcome.examples,
         tokens=outcome.tokens,
         metrics=outcome.metrics | norms,
+        over=places[folder],
     )
