@@ -15,6 +15,7 @@ from stages.parts import files
 from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact, read_manifest
+from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import Example, Row, encode, read_rows, warn_of_unspaced
 from stages.parts.vault import SERVER
 from stages.parts.workspace import Workspace, require
@@ -39,12 +40,21 @@ class _Inputs:
 
 
 def co_distill(
-    workspace: Workspace, *, round: int, overwrite: bool = False, models: Models | None = None, report: Report = ignore
+    workspace: Workspace,
+    *,
+    round: int,
+    overwrite: bool = False,
+    models: Models | None = None,
+    processes: Processes = ALONE,
+    report: Report = ignore,
 ) -> Manifest:
     """Train both adapters of one round and publish them. Returns the SLM's manifest.
 
-    The SLM's folder is the commit record: written last, with the LLM's manifest among its parents.
+    The SLM's folder is the commit record: written last, with the LLM's manifest among its parents. processes: all call
+    this alike; the first decides and writes, and each trains its share.
     """
+    if not processes.is_first:
+        return _train(workspace, round, processes.agree(), overwrite, models, processes, report)
     workspace.check_round(round)
     workspace.check_step("co-distill", round)
     report(Event("stage", f"co-distill, round {round}"))
@@ -56,7 +66,8 @@ def co_distill(
         report(Event("note", "already done"))
         return done
     with files.held(log.with_suffix(".lock")):
-        return _train(workspace, round, inputs, overwrite, models, report)
+        processes.agree(inputs)
+        return _train(workspace, round, inputs, overwrite, models, processes, report)
 
 
 def _open(workspace: Workspace, round: int) -> _Inputs:
@@ -105,7 +116,13 @@ def _already_made(workspace: Workspace, round: int, inputs: _Inputs, overwrite: 
 
 
 def _train(
-    workspace: Workspace, round: int, inputs: _Inputs, overwrite: bool, models: Models | None, report: Report
+    workspace: Workspace,
+    round: int,
+    inputs: _Inputs,
+    overwrite: bool,
+    models: Models | None,
+    processes: Processes,
+    report: Report,
 ) -> Manifest:
     from stages.parts import adapter_files, adapters, trackers, training
     from stages.parts.models import Models, check_one_vocabulary
@@ -157,16 +174,20 @@ def _train(
         },
         overwrite=overwrite,
         tracking=tracking,
+        processes=processes,
         report=report,
     )
     report(Event("note", outcome.change))
     llm_norms = adapters.check_trained(omega, adapters.take(llm.model))
     slm_norms = adapters.check_trained(before, adapters.take(slm.model))
+    if not processes.is_first:
+        return Manifest.model_validate(processes.agree())
     _publish(workspace, round, llm, inputs.parents, outcome, llm_norms)
     parents = inputs.parents | {"llm-after": read_manifest(workspace.llm(round))[1]}
     manifest = _publish(workspace, round, slm, parents, outcome, slm_norms)
     files.write_log(workspace.log("co-distill", round), outcome.log)
     shutil.rmtree(unfinished, ignore_errors=True)  # two processes may do so at once
+    processes.agree(manifest)
     return manifest
 
 

@@ -12,6 +12,7 @@ from stages.parts import files
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, BaseIdentity, versions
+from stages.parts.processes import ALONE, Processes
 from stages.parts.subjects import Subject, adapter_of, subject_of
 from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace
 
@@ -28,14 +29,19 @@ def evaluate(
     client: int | None = None,
     overwrite: bool = False,
     models: Models | None = None,
+    processes: Processes = ALONE,
     report: Report = ignore,
 ) -> dict[str, Any]:
     """Score one model and write down the scores. Returns what the result file says.
 
     model: which of the server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it; with a client, that
     client's own SLM instead. Without a round, the base alone. Before scoring, the adapter is proven to be in the model
-    and to change its logits.
+    and to change its logits. processes: all call this alike; the first decides and writes, and each scores its share.
     """
+    if not processes.is_first:
+        theirs = processes.agree()
+        _score(workspace, theirs["role"], theirs["adapter"], models, processes, report)
+        return dict(processes.agree())
     subject = subject_of(model, client)
     role: Role = "llm" if subject == "llm" else "slm"
     name = subject if round is None else f"{subject}, round {round}"
@@ -55,10 +61,12 @@ def evaluate(
         if {key: earlier.get(key) for key in what} == what:
             report(Event("note", "already done"))
             return earlier
-    result = what | _score(workspace, role, adapter, models, report)
+    processes.agree({"role": role, "adapter": adapter})
+    result = what | _score(workspace, role, adapter, models, processes, report)
     files.write(target, files.json_bytes(result))
     for task, scores in result["tasks"].items():
         report(Event("note", f"{task}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())))
+    processes.agree(result)
     return result
 
 
@@ -93,7 +101,12 @@ def _what(
 
 
 def _score(
-    workspace: Workspace, role: Role, adapter: Artefact | None, models: Models | None, report: Report
+    workspace: Workspace,
+    role: Role,
+    adapter: Artefact | None,
+    models: Models | None,
+    processes: Processes,
+    report: Report,
 ) -> dict[str, Any]:
     from stages.parts import scoring, tasks
     from stages.parts.models import Models
@@ -108,6 +121,8 @@ def _score(
         with_adapter=adapter is not None,
         limit=settings.limit,
         batch_size=settings.batch_size,
+        processes=processes,
+        shares=role not in workspace.machine.sharding,
         report=report,
     )
     return {

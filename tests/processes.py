@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -51,7 +52,12 @@ class Command:
         return self.process.exitcode, said.decode()
 
 
-def start(*words: object, file_bytes: int | None = None, memory_bytes: int | None = None) -> Command:
+def start(
+    *words: object,
+    file_bytes: int | None = None,
+    memory_bytes: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Command:
     """Begin a command; file_bytes: the largest file it may write; memory_bytes: how much more than it has at first.
 
     The libraries are imported once, in a server that forks: a command begins in milliseconds and is a process like any.
@@ -59,22 +65,45 @@ def start(*words: object, file_bytes: int | None = None, memory_bytes: int | Non
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     output, talk = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=([str(word) for word in words], talk, file_bytes, memory_bytes))
+    limits = file_bytes, memory_bytes
+    process = context.Process(
+        target=_call, args=([str(word) for word in words], talk, *limits, dict(environment or {}))
+    )
     process.start()
     talk.close()
     return Command(process, output)
 
 
-def _call(words: list[str], talk: Connection, file_bytes: int | None, memory_bytes: int | None) -> None:
+def start_together(count: int, *words: object) -> list[Command]:
+    """Begin a command as so many processes, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        start(*words, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)})
+        for rank in range(count)
+    ]
+
+
+def _call(
+    words: list[str],
+    talk: Connection,
+    file_bytes: int | None,
+    memory_bytes: int | None,
+    environment: dict[str, str],
+) -> None:
+    os.environ.update(environment)
     for stream in (1, 2):
         os.dup2(talk.fileno(), stream)
     talk.close()
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    if memory_bytes is not None:
+    if memory_bytes is not None or environment:
         import torch
 
         torch.set_num_threads(1)  # threads that cannot get a stack would end the process before memory runs out
+    if memory_bytes is not None:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + memory_bytes, held + memory_bytes))
     from fedcollm_cli.main import app

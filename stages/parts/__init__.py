@@ -1,7 +1,7 @@
 """The nouns. Each part imports only parts that stand before it here.
 
-plain: errors, events, quiet, paper, shamir, config, accounting, files, checkpoints, one_time, workspace, bundles,
-    vault, signatures, roster, manifest, spending, openings, progress, ledger, bases, rows, variants, subjects,
+plain: errors, events, quiet, paper, shamir, config, accounting, files, checkpoints, processes, one_time, workspace,
+    bundles, vault, signatures, roster, manifest, spending, openings, progress, ledger, bases, rows, variants, subjects,
     model_card, checks, audited, audit_signatures, audit_chain, audit_files, audit_leaks, audit_secrets, audit_privacy
 with NumPy: secret_random, adapter_files, vectors, aggregators, ring, keystreams, masking, reveals, unmasking, uploads,
     sums, parcels, partition, budgets, evidence, statistics, drift, any_adapter, audit_layout, audit_numbers,

@@ -274,6 +274,8 @@ class Machine(Settings):
     micro_batch: Positive | None = None
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
+    processes: Positive | None = None
+    sharding: list[Role] = []
     home: str | None = None
     secrets: str | None = None
     trackers: list[Tracker] = []
