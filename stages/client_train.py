@@ -195,7 +195,7 @@ def _train(
     settings, lora, privacy = agreement.client_training, agreement.slm.lora, agreement.privacy
     tracking = trackers.tracking(workspace, "client-train", round, client)
     seed = workspace.seed_for("client-train", round, client)
-    slm = (models or Models(workspace)).expect("slm", theta.manifest.base, workspace.shown(theta.path))
+    slm = (models or Models(workspace, processes)).expect("slm", theta.manifest.base, workspace.shown(theta.path))
     received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
     examples = _examples(workspace, client, rows, slm)
     adapters.put(slm.model, received)

@@ -130,7 +130,7 @@ def _train(
 
     agreement, settings = workspace.agreement, workspace.agreement.distillation
     tracking = trackers.tracking(workspace, "co-distill", round)
-    models = models or Models(workspace)
+    models = models or Models(workspace, processes)
     slm = models.expect("slm", inputs.theta.manifest.base, f"the aggregate of round {round}")
     llm = models.get("llm")
     shared = check_one_vocabulary(slm, llm)

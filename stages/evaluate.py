@@ -50,7 +50,7 @@ def evaluate(
     if adapter is None:
         from stages.parts.models import Models
 
-        models = models or Models(workspace)
+        models = models or Models(workspace, processes)
         base = models.get(role).identity
     else:
         base = adapter.manifest.base
@@ -113,7 +113,7 @@ def _score(
 
     settings = workspace.agreement.evaluation
     loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks)
-    models = models or Models(workspace)
+    models = models or Models(workspace, processes)
     tuned = models.get(role) if adapter is None else models.with_adapter(role, adapter)
     scores = scoring.score(
         tuned,

@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import resource
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 HEAVY = ["stages.parts.training", "stages.parts.scoring", "fedcollm_cli.main"]
 PATIENCE_S = 120.0
@@ -84,6 +86,40 @@ def start_together(count: int, *words: object) -> list[Command]:
         start(*words, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)})
         for rank in range(count)
     ]
+
+
+def call_together(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a module's function(processes, *arguments) gives in each of so many processes that have met."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(count)]
+        started = [
+            context.Process(target=_meet, args=(rank, count, f"file://{folder}/store", talk, function, arguments))
+            for rank, (_, talk) in enumerate(pipes)
+        ]
+        for process in started:
+            process.start()
+        for _, talk in pipes:
+            talk.close()
+        try:
+            assert all(output.poll(PATIENCE_S) for output, _ in pipes), "do not end"
+            return [output.recv() for output, _ in pipes]
+        finally:
+            for process in started:
+                process.join(1.0)
+                process.kill()
+
+
+def _meet(
+    rank: int, count: int, address: str, talk: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    from stages.parts import processes
+
+    torch.set_num_threads(1)
+    talk.send(function(processes.join(rank, count, local_rank=rank, device="cpu", address=address), *arguments))
 
 
 def _call(

@@ -9,6 +9,7 @@ import contextlib
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +130,8 @@ def train(
         trainer.remove_callback(PrinterCallback)
         log = trainer.log if tracking.trackers else None
         try:
-            with checkpoints.stopping() as stop:
+            with checkpoints.stopping() as stop, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
                 trainer.add_callback(_Watch(objective, recipe, report, len(steps), log, stop, processes))
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if stop.is_asked:

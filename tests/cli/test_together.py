@@ -84,6 +84,18 @@ def test_two_processes_train_the_adapters_of_one_and_only_the_first_writes_and_t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", WORDS)
+def test_so_they_do_with_base_models_spread_over_them(command: str, finished: Path, tmp_path: Path) -> None:
+    two = without(finished, tmp_path / "two", command)
+    roles = '"slm"' if command == "client-train" else '"llm"'
+    (two / "machine.toml").write_text(f"sharding = [{roles}]\nmicro_batch = 1\ngradient_checkpointing = true\n")
+    codes, said = all_end(start_together(2, command, *WORDS[command], "-w", two))
+    assert codes == [0, 0], said
+    assert "FSDP2" not in said  # its warnings
+    assert_equal(two, finished, command)
+
+
+@pytest.mark.slow
 def test_so_they_do_in_alternating_order_in_small_micro_batches_with_clipping_and_warm_up(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -92,7 +104,7 @@ def test_so_they_do_in_alternating_order_in_small_micro_batches_with_clipping_an
         "[distillation]\n",
         '[distillation]\norder = "alternating"\nwarmup_steps = 3\nslm_max_grad_norm = 0.05\nllm_max_grad_norm = 0.05\n',
     )
-    (finished / "machine.toml").write_text("micro_batch = 1\n")
+    (finished / "machine.toml").write_text('micro_batch = 1\nsharding = ["llm"]\n')
     agreement = hashlib.sha256((finished / "fedcollm.toml").read_bytes()).hexdigest()
     sign(finished / "private/server/round-0001/aggregate", agreement_sha256=agreement)
     one, two = (without(finished, tmp_path / name, "co-distill") for name in ("one", "two"))
@@ -105,7 +117,9 @@ def test_so_they_do_in_alternating_order_in_small_micro_batches_with_clipping_an
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one_does(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+@pytest.mark.parametrize("machine", ["", 'sharding = ["slm", "llm"]\n'], ids=["each whole", "spread"])
+def test_two_processes_score_as_one_does(machine: str, finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    (finished / "machine.toml").write_text(machine)
     words = ["evaluate", "--round", 1, "--json", "-w", finished]
     one = json.loads(fedcollm(*words).out)
     first, second = (command.end() for command in start_together(2, *words, "--overwrite"))
