@@ -300,6 +300,7 @@ class Machine(Settings):
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
     processes: Positive | None = None
+    sharding: list[Role] = []
     home: str | None = None
     secrets: str | None = None
     trackers: list[Tracker] = []

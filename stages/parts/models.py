@@ -15,11 +15,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.parts import adapters, bases, batches, quiet
+from stages.parts import adapters, bases, batches, quiet, sharding
 from stages.parts.adapter_files import read_adapter
 from stages.parts.config import Machine, Role
 from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
+from stages.parts.processes import ALONE, Processes
 from stages.parts.workspace import AGREEMENT, Workspace
 
 PROBE_TEXTS = (
@@ -97,15 +98,15 @@ class Models:
     with workspaces that have the same bases and LoRA shapes: other methods, other seeds.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
+    def __init__(self, workspace: Workspace, processes: Processes = ALONE) -> None:
+        self._workspace, self._processes = workspace, processes
         self._roles: dict[Role, Tuned] = {}
         self._loaded: dict[tuple[object, ...], Tuned] = {}
         self.device = device_of(workspace.machine)
 
     def of(self, workspace: Workspace) -> Models:
         """The models of another workspace on this machine."""
-        other = Models(workspace)
+        other = Models(workspace, self._processes)
         other._loaded = self._loaded
         return other
 
@@ -162,12 +163,14 @@ class Models:
     def _load(self, role: Role, folder: Path, precisions: tuple[torch.dtype, torch.dtype]) -> Tuned:
         settings = self._workspace.agreement.model_of(role)
         compute, dtype = precisions
+        is_spread = role in self._workspace.machine.sharding and self._processes.count > 1
         try:
             with quiet.libraries():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
                 identity = identify(folder, tokenizer)
                 base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-                base.to(self.device)
+                if not is_spread:
+                    base.to(self.device)
                 packs = batches.packs(base)
         except (OSError, ValueError) as error:
             message = f"the {role.upper()} {settings.model} cannot be loaded: {error}"
@@ -175,10 +178,13 @@ class Models:
         base.config.use_cache = False
         if self._workspace.machine.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = adapters.attach(base, settings, where=self._workspace.root / AGREEMENT)
+        if is_spread:
+            sharding.spread(model, self.device, self._processes.count)
         return Tuned(
             role=role,
             packs=packs,
-            model=adapters.attach(base, settings, where=self._workspace.root / AGREEMENT),
+            model=model,
             tokenizer=tokenizer,
             identity=identity,
             autocast=compute == torch.bfloat16,

@@ -9,6 +9,7 @@ import contextlib
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +18,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.parts import checkpoints, files, quiet, trackers
 from stages.parts.config import Budget, Machine
-from stages.parts.errors import BadNumbers, StorageProblem
+from stages.parts.errors import BadNumbers, Refused, StorageProblem, UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import naming_memory_knobs
 from stages.parts.objective import Objective
+from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import Example
 from stages.parts.schedule import MicroBatches, schedule
 from stages.parts.trackers import UNTRACKED, Tracking
+
+STOP = "stop"
+"""Summed over processes with a step's losses: how many of them were told to stop."""
 
 
 @dataclass(frozen=True)
@@ -80,25 +86,40 @@ def train(
     inputs: Mapping[str, Any],
     overwrite: bool = False,
     tracking: Tracking = UNTRACKED,
+    processes: Processes = ALONE,
     report: Report,
 ) -> Outcome:
     """Train the objective's adapters in place.
 
     folder: checkpoints go here, and a run with equal inputs that was stopped goes on from them, unless overwrite says
     to begin anew; the caller removes it once the result is published. tracking: where else each step's losses go.
+    processes: each does its share of every step's micro-batches, and all end with the same adapters and losses.
     Raises BadNumbers if a loss becomes NaN, which removes the checkpoints too, or if memory runs out; KeyboardInterrupt
     when SIGTERM or SIGUSR1 came, after the step that was being done and its checkpoint.
     """
     started = time.monotonic()
     steps = schedule(len(examples), recipe.budget, recipe.seed)
     rows = min(recipe.budget.batch_size, machine.micro_batch or recipe.budget.batch_size)
-    dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating)
-    checkpoint = checkpoints.begin(folder, inputs, anew=overwrite)
-    own, count = checkpoints.own(folder), recipe.turns * len(steps)
-    arguments = _arguments(own, recipe, machine, objective.device, count, dataset.per_step, tracking)
+    dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating, processes.count)
+    own, checkpoint = processes.agree(
+        (checkpoints.own(folder), checkpoints.begin(folder, inputs, anew=overwrite)) if processes.is_first else None
+    )
+    tracking = tracking if processes.is_first else UNTRACKED
+    if processes.agree(dict(inputs)) != inputs:
+        mend = "give all processes the same base models, settings and --dtype"
+        raise Refused(f"process {processes.rank} would train something else than the first", mend=mend)
+    per_step, count = dataset.per_step // processes.count, recipe.turns * len(steps)
+    arguments = _arguments(own, recipe, machine, objective.device, count, per_step, tracking)
+    if arguments.world_size != processes.count:
+        message = f"Trainer takes this to be one of {arguments.world_size} processes, it is one of {processes.count}"
+        raise UsageProblem(message, mend="start them with torchrun, and no ACCELERATE_ variable in the environment")
+    frozen = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in objective.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen + buffers)  # type: ignore[no-untyped-call]
     with naming_memory_knobs(), trackers.named(tracking):
         before = objective.measure(examples, rows)
         trainer = _Trainer(
+            processes,
             model=objective,
             args=arguments,
             train_dataset=dataset,
@@ -109,17 +130,19 @@ def train(
         trainer.remove_callback(PrinterCallback)
         log = trainer.log if tracking.trackers else None
         try:
-            with checkpoints.stopping() as stop:
-                trainer.add_callback(_Watch(objective, recipe, report, len(steps), log, stop))
+            with checkpoints.stopping() as stop, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+                trainer.add_callback(_Watch(objective, recipe, report, len(steps), log, stop, processes))
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if stop.is_asked:
                 raise KeyboardInterrupt(stopped_after(trainer.state.global_step // recipe.turns, len(steps)))
             after = objective.measure(examples, rows)
             refuse_unless_finite(after, "after the last step")
         except BadNumbers:
-            shutil.rmtree(own, ignore_errors=True)
-            with contextlib.suppress(OSError):  # there are those of another process
-                folder.rmdir()
+            if processes.is_first:
+                shutil.rmtree(own, ignore_errors=True)
+                with contextlib.suppress(OSError):  # there are those of another run
+                    folder.rmdir()
             raise
     return Outcome(
         steps=len(steps),
@@ -164,6 +187,7 @@ def _arguments(
         run_name=tracking.run or None,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=recipe.alternating,
     )
 
 
@@ -178,14 +202,20 @@ def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
 class _Trainer(Trainer):
     """Trainer, silent while it writes a checkpoint, which is whole or not taken, and fails as any file of ours does."""
 
+    def __init__(self, processes: Processes, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._processes = processes
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         own = Path(str(self.args.output_dir))
-        if not checkpoints.is_kept(own.parent):  # another process was first to publish; training ends without
+        if not self._processes.agree(checkpoints.is_kept(own.parent)):  # another run was first to publish
             return
         try:
             with quiet.libraries():
                 super()._save_checkpoint(*args, **kwargs)
-            checkpoints.seal(own / f"checkpoint-{self.state.global_step}")
+            self._processes.wait_for_all()
+            if self._processes.is_first:
+                checkpoints.seal(own / f"checkpoint-{self.state.global_step}")
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way to say "disk full"
             if not checkpoints.is_kept(own.parent):
                 shutil.rmtree(own, ignore_errors=True)
@@ -208,9 +238,10 @@ class _Watch(TrainerCallback):
         steps: int,
         log: Callable[[dict[str, float]], None] | None,
         stop: checkpoints.Stop,
+        processes: Processes,
     ) -> None:
         self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
-        self._log, self._stop = log, stop
+        self._log, self._stop, self._processes = log, stop, processes
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -222,7 +253,9 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self._recipe.turns:
             return
-        step, losses = state.global_step // self._recipe.turns, self._objective.pop_losses()
+        step, asked = state.global_step // self._recipe.turns, {STOP: float(self._stop.is_asked)}
+        losses = self._processes.total(self._objective.pop_losses() | asked)
+        self._stop.is_asked = losses.pop(STOP) > 0
         refuse_unless_finite(losses, f"at step {step} of {self._steps}")
         state.log_history.append({"step": step, **losses})
         if self._log is not None:
