@@ -101,7 +101,7 @@ def test_four_clients_and_three_rounds_survive_faults_and_end_in_the_bytes_of_ru
 
     # Round 2: client 1's node is lost, and client 4's time is nearly over, while both train.
     checkpoints = [Workspace(folder).unfinished("client-train", 2, client) for client in (1, 4)]
-    slurm.wait_until(lambda: all(any(place.glob("checkpoint-*")) for place in checkpoints), within_s=PATIENCE_S)
+    slurm.wait_until(lambda: all(any(place.rglob("checkpoint-*")) for place in checkpoints), within_s=PATIENCE_S)
     queue = "\n".join(slurm.queue("%i %M %N"))
     ((array, node),) = re.findall(r"(?m)^(\d+)_1 \S+ node(\d)$", queue)
     (minutes,) = re.findall(r"(?m)^\d+_4 (\d+):\d\d node\d$", queue)
