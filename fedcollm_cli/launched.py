@@ -19,6 +19,11 @@ class Launch(NamedTuple):
     processes: int
 
 
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this process alone is to talk."""
+    return int(environment.get("WORLD_SIZE") or 1) == 1 or environment.get("RANK", "0") == "0"
+
+
 def launched(environment: Mapping[str, str], *, expected: int | None, together: bool) -> Launch:
     """Raises UsageProblem for any other number of processes than expected, and for several that cannot be together.
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from fedcollm_cli.console import Console
-from fedcollm_cli.launched import Launch, launched
+from fedcollm_cli.launched import Launch, is_first, launched
 from stages.parts.errors import INTERRUPTED_EXIT_CODE, Problem
 from stages.parts.files import naming_storage_faults
 from stages.parts.processes import ALONE, Processes
@@ -98,15 +98,15 @@ def session(
 
     processes: how many are expected. together: whether this command can be of several.
     """
-    console = Console(quiet=quiet, as_json=as_json, is_muted=os.environ.get("RANK", "0") != "0")
+    console = Console(quiet=quiet, as_json=as_json, is_muted=not is_first(os.environ))
     with guarded(console):
         flags = MachineFlags.model_validate({"device": device, "dtype": dtype})
         found = Workspace.find(workspace or Path.cwd(), flags)
         launch = launched(os.environ, expected=processes or found.machine.processes, together=together)
         if launch.processes == 1:
             show_one_gpu(found.machine.device)
+        console.tells_failures = True  # what all would say alike has been checked
         joined = join(launch, found.machine.device)
-        console.tells_failures = True
         with joined.ending_together():
             yield Session(found, console, joined)
 

@@ -55,9 +55,9 @@ def seal(checkpoint: Path) -> None:
     files.write(checkpoint / COMPLETE, files.json_bytes(sizes))
 
 
-def is_kept(folder: Path) -> bool:
-    """Whether this process's own folder is still there: who publishes first removes all of them."""
-    return (own(folder) / INPUTS).exists()
+def is_kept(mine: Path) -> bool:
+    """Whether a process's own folder is still there: who publishes first removes those of all."""
+    return (mine / INPUTS).exists()
 
 
 def step_of(checkpoint: Path) -> int:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.parts import adapters, bases, batches, quiet, sharding
+from stages.parts import adapters, bases, batches, quiet
 from stages.parts.adapter_files import read_adapter
 from stages.parts.config import Machine, Role
 from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
@@ -180,6 +180,8 @@ class Models:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = adapters.attach(base, settings, where=self._workspace.root / AGREEMENT)
         if is_spread:
+            from stages.parts import sharding
+
             sharding.spread(model, self.device, self._processes.count)
         return Tuned(
             role=role,

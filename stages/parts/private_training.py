@@ -217,9 +217,9 @@ class Run:
         }
         content = io.BytesIO()
         torch.save(state, content)
-        if not checkpoints.is_kept(self._folder):  # another process was first to publish
-            return
         own = checkpoints.own(self._folder)
+        if not checkpoints.is_kept(own):  # another process was first to publish
+            return
         earlier, newest = list(own.glob("checkpoint-*")), own / f"checkpoint-{self.step}"
         with files.publishing(newest) as draft:
             (draft / STATE).write_bytes(content.getbuffer())

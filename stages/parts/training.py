@@ -208,7 +208,7 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         own = Path(str(self.args.output_dir))
-        if not self._processes.agree(checkpoints.is_kept(own.parent)):  # another run was first to publish
+        if not self._processes.agree(checkpoints.is_kept(own)):  # another run was first to publish
             return
         try:
             with quiet.libraries():
@@ -217,7 +217,7 @@ class _Trainer(Trainer):
             if self._processes.is_first:
                 checkpoints.seal(own / f"checkpoint-{self.state.global_step}")
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way to say "disk full"
-            if not checkpoints.is_kept(own.parent):
+            if not checkpoints.is_kept(own):
                 shutil.rmtree(own, ignore_errors=True)
                 return
             message = f"a checkpoint cannot be written: {str(error).splitlines()[0]}"

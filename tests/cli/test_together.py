@@ -191,6 +191,9 @@ def test_a_signal_to_one_stops_all_after_one_step_and_they_go_on_to_the_same_byt
     ended = working[0].end()
     assert (code, ended[0]) == (75, 75), said + ended[1]
     assert len(re.findall(r"stopped after step \d+ of 150: the same command goes on", said + ended[1])) == 1
+    alone = shutil.copytree(folder, tmp_path / "alone", symlinks=True)
+    assert start(*words, alone).end()[0] == 0  # another number of processes may go on
+    assert_equal(alone, whole, "client-train")
     assert all_end(start_together(2, *words, folder))[0] == [0, 0]
     weights = "exchange/round-0001/client-2/adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
