@@ -247,7 +247,7 @@ def _keep_short(
     report: Report,
 ) -> dict[str, float]:
     """Shorten the update to max_update_norm. Returns its norms, and where it was shortened the loss after that."""
-    from stages.parts import adapters
+    from stages.parts import adapters, dry_step
 
     trained, largest = adapters.take(slm.model), workspace.agreement.aggregation.max_update_norm
     norms = adapters.check_trained(received, trained)
@@ -255,7 +255,7 @@ def _keep_short(
         return norms
     report(Event("note", f"update shortened from norm {norms['update_norm']:.4g} to {largest:g}"))
     adapters.put(slm.model, adapters.shortened(received, trained, largest))
-    rows = workspace.machine.micro_batch or workspace.agreement.client_training.batch_size
+    rows = dry_step.rows_at_once(objective, examples, workspace.agreement.client_training, workspace.machine)
     after = objective.measure(examples, rows)
     return adapters.check_trained(received, adapters.take(slm.model)) | {"slm_ft_after": after["slm_ft"]}
 

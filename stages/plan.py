@@ -150,7 +150,7 @@ def _training(name: str, party: str, here: _Here, budget: Budget, rows: Extent |
     wanted = {role: shape for role, shape in here.shapes.items() if is_mutual or role == "slm"}
     tokens = _length(here, budget, rows)
     answers = min((rows and rows.longest_answer) or ANSWER_TOKENS, tokens - 1)
-    batch = min(budget.batch_size, here.workspace.machine.micro_batch or budget.batch_size)
+    batch = here.workspace.machine.rows_at_once(budget)
     takes: dict[str, int] = {}
     if len(wanted) == (2 if is_mutual else 1):
         turns = ROLES if isinstance(budget, Distillation) and budget.order == "alternating" else (None,)

@@ -21,6 +21,7 @@ from stages.parts import capture_files, files
 from stages.parts.batches import Batch, answer_logits, collate
 from stages.parts.capture_files import Captured, Source
 from stages.parts.config import Distillation
+from stages.parts.dry_step import rows_that_fit
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.losses import DIVERGENCES, TopK, captured_distillation, cross_entropy, top_k
@@ -42,6 +43,7 @@ def capture(
     source: Source,
     *,
     rows: int,
+    finds_rows: bool = False,
     every: int,
     folder: Path,
     inputs: Mapping[str, Any],
@@ -51,7 +53,8 @@ def capture(
     """What the teacher says at every distilled position, without dropout, so many rows at a time.
 
     Of each batch only the k likeliest tokens are kept. Every so many batches what there is goes to the folder, and a
-    run with equal inputs that was stopped goes on from there; the caller removes it.
+    run with equal inputs that was stopped goes on from there; the caller removes it. finds_rows: whether to try how
+    many rows fit, and take fewer if not all do.
     """
     total = sum(example.distilled_positions for example in examples)
     largest = capture_files.largest_bytes(len(examples), total, min(source.top_k, source.vocabulary))
@@ -62,7 +65,10 @@ def capture(
         raise UsageProblem(message, mend=f"give --top-k {fits} or less")
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
-    checkpoint_of(folder, inputs)
+    if finds_rows:
+        once = partial(_said, teacher, source=source, report=lambda _: None)
+        rows = rows_that_fit(lambda some: once([some]), examples, rows, report=report)
+    checkpoint_of(folder, {**inputs, "rows": rows})
     batches = [examples[start : start + rows] for start in range(0, len(examples), rows)]
     parts = []
     for start in range(0, len(batches), every):

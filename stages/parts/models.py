@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.parts import adapters, bases, batches, quiet
+from stages.parts import adapters, bases, batches, quantization, quiet
 from stages.parts.adapter_files import read_adapter
-from stages.parts.config import Machine, Role
+from stages.parts.config import Machine, Quantization, Role
 from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
 from stages.parts.workspace import AGREEMENT, Workspace
@@ -115,7 +115,8 @@ class Models:
             workspace = self._workspace
             lora, checkpointing = workspace.agreement.model_of(role).lora, workspace.machine.gradient_checkpointing
             folder, precisions = bases.folder(workspace, role), precision(workspace, role, self.device)
-            key = (folder.resolve(), precisions, lora.model_dump_json(), self.device, checkpointing)
+            held = workspace.agreement.model_of(role).quantization
+            key = (folder.resolve(), precisions, lora.model_dump_json(), self.device, checkpointing, held)
             if key not in self._loaded:
                 with naming_memory_knobs():
                     self._loaded[key] = self._load(role, folder, precisions)
@@ -142,12 +143,10 @@ class Models:
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:
         """As get, but the base must be the one named by identity. Raises Refused otherwise."""
         tuned = self.get(role)
-        for name in ("architecture", "weights_sha256", "tokenizer_sha256"):
-            here, there = getattr(tuned.identity, name), getattr(identity, name)
-            if here != there:
-                message = (
-                    f"the {role.upper()} here is not the one of {whose}: {name} is {here[:16]}, there {there[:16]}"
-                )
+        for name in ("architecture", "weights_sha256", "tokenizer_sha256", "quantization"):
+            here, there = (str(getattr(one, name) or "none")[:16] for one in (tuned.identity, identity))
+            if getattr(tuned.identity, name) != getattr(identity, name):
+                message = f"the {role.upper()} here is not the one of {whose}: {name} is {here}, there {there}"
                 mend = f"use the same {role}.model and revision everywhere; see models.{role} in machine.toml"
                 raise Refused(message, where=self._workspace.root, mend=mend)
         return tuned
@@ -162,12 +161,15 @@ class Models:
     def _load(self, role: Role, folder: Path, precisions: tuple[torch.dtype, torch.dtype]) -> Tuned:
         settings = self._workspace.agreement.model_of(role)
         compute, dtype = precisions
+        quantized = quantization.loading(role, settings.quantization, compute, self.device)
         try:
             with quiet.libraries():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
-                identity = identify(folder, tokenizer)
-                base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-                base.to(self.device)
+                identity = identify(folder, tokenizer, settings.quantization)
+                base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantized)
+                if not quantized:
+                    base.to(self.device)
+                quantization.never_repack(base)
                 packs = batches.packs(base)
         except (OSError, ValueError) as error:
             message = f"the {role.upper()} {settings.model} cannot be loaded: {error}"
@@ -212,13 +214,17 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def identify(folder: Path, tokenizer: Any) -> BaseIdentity:
-    """A base model's identity by content: every tensor's name, type, shape and bytes, whatever files they lie in."""
+def identify(folder: Path, tokenizer: Any, quantization: Quantization | None = None) -> BaseIdentity:
+    """A base model's identity by content: every tensor's name, type, shape and bytes, whatever files they lie in.
+
+    quantization: how it is held once it is loaded.
+    """
     architecture = str(json.loads((folder / "config.json").read_text()).get("model_type", "unknown"))
     return BaseIdentity(
         architecture=architecture,
         weights_sha256=_weights_sha256(folder),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
+        quantization=quantization,
     )
 
 

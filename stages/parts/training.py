@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from stages.parts import files, quiet, trackers
 from stages.parts.config import Budget, Machine
+from stages.parts.dry_step import rows_at_once
 from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import naming_memory_knobs
@@ -91,7 +92,8 @@ def train(
     """
     started = time.monotonic()
     steps = schedule(len(examples), recipe.budget, recipe.seed)
-    rows = min(recipe.budget.batch_size, machine.micro_batch or recipe.budget.batch_size)
+    with naming_memory_knobs():
+        rows = rows_at_once(objective, examples, recipe.budget, machine, report=report)
     dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating)
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
