@@ -230,6 +230,7 @@ def _train(
     settings = workspace.agreement.distillation
     tracking = trackers.tracking(workspace, "co-distill", round)
     models = models or Models(workspace)
+    models.use("slm", "llm")
     slm = _ready(workspace, round, models, "slm", inputs.theta)
     llm = _ready(workspace, round, models, "llm", inputs.omega)
     examples, _ = _examples(workspace, inputs.rows, slm.outline, llm.outline)
@@ -346,6 +347,7 @@ def _capture(
         from stages.parts.models import Models
 
         models = models or Models(workspace)
+        models.use(role)
         outlines = {one: models.outline(one) for one in OTHER}
         examples, shared = _examples(workspace, rows, outlines["slm"], outlines["llm"])
         source = capture_files.Source(
@@ -490,6 +492,7 @@ def _train_against(
 
     captured = capture_files.parse_capture(taught_by.contents[CAPTURE], taught_by.path / CAPTURE)
     models = models or Models(workspace)
+    models.use(role)
     outlines = {one: models.outline(one) for one in OTHER}
     examples, shared = _examples(workspace, inputs.rows, outlines["slm"], outlines["llm"])
     source = capture_files.Source(

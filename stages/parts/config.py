@@ -276,6 +276,7 @@ class Machine(Settings):
     dtype: Dtype | None = None
     micro_batch: Positive | Literal["auto"] | None = None
     gradient_checkpointing: bool = False
+    offload_idle: bool = False
     checkpoint_steps: Positive = 100
     home: str | None = None
     secrets: str | None = None

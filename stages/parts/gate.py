@@ -47,6 +47,7 @@ def gate(
     average: of theta's layout. Measured as training measures, but on all rows. Raises BadNumbers if theta's own loss
     is no number, since nothing can be compared with that.
     """
+    models.use("slm")
     slm = models.with_adapter("slm", theta)
     settings = workspace.agreement.client_training
     examples = encode(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -109,6 +110,16 @@ class Models:
         other._loaded = self._loaded
         return other
 
+    def use(self, *roles: Role) -> None:
+        """Say which models a stage is about to use; with offload_idle the others wait in the CPU's memory meanwhile."""
+        if not self._workspace.machine.offload_idle:
+            return
+        used = [self._roles[role].model for role in roles if role in self._roles]
+        for tuned in self._loaded.values():
+            if all(tuned.model is not model for model in used):
+                tuned.model.to("cpu")
+        clear_device_cache()
+
     def get(self, role: Role) -> Tuned:
         """The SLM or the LLM with an adapter of the agreed shape (whatever values it last had)."""
         if role not in self._roles:
@@ -121,6 +132,8 @@ class Models:
                 with naming_memory_knobs():
                     self._loaded[key] = self._load(role, folder, precisions)
             self._roles[role] = replace(self._loaded[key], role=role)
+        if self._workspace.machine.offload_idle:
+            self._roles[role].model.to(self.device)
         return self._roles[role]
 
     def outline(self, role: Role) -> Outline:
