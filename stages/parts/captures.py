@@ -143,7 +143,7 @@ class TaughtObjective(Objective):
             torch.from_numpy(found.log_probabilities[places]),
             torch.from_numpy(found.confidence[places]),
         )
-        return super().collate(examples, step) | {f"{TAUGHT}{name}": part for name, part in short._asdict().items()}
+        return super().collate(examples, step) | as_batch(short)
 
     def losses_of(self, logits: Mapping[str, Tensor], batch: Batch, tokens: Tokens) -> dict[str, Tensor]:
         """Every named loss; the teacher comes in the batch, beside the student's logits."""
@@ -151,6 +151,11 @@ class TaughtObjective(Objective):
 
 
 _NAMES = [f"{TAUGHT}{name}" for name in TopK._fields]
+
+
+def as_batch(teacher: TopK) -> Batch:
+    """What a teacher says, as parts of a batch."""
+    return dict(zip(_NAMES, teacher, strict=True))
 
 
 def taught_losses(role: str, settings: Distillation, vocabulary: int) -> Losses:
