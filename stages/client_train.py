@@ -190,7 +190,9 @@ def _train(
     settings, lora, privacy = agreement.client_training, agreement.slm.lora, agreement.privacy
     tracking = trackers.tracking(workspace, "client-train", round, client)
     seed = workspace.seed_for("client-train", round, client)
-    slm = (models or Models(workspace, processes)).expect("slm", theta.manifest.base, workspace.shown(theta.path))
+    models = models or Models(workspace, processes)
+    models.use("slm")
+    slm = models.expect("slm", theta.manifest.base, workspace.shown(theta.path))
     received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
     examples = _examples(workspace, client, rows, slm)
     adapters.put(slm.model, received)
@@ -261,7 +263,7 @@ def _keep_short(
     report: Report,
 ) -> dict[str, float]:
     """Shorten the update to max_update_norm. Returns its norms, and where it was shortened the loss after that."""
-    from stages.parts import adapters
+    from stages.parts import adapters, dry_step
 
     trained, largest = adapters.take(slm.model), workspace.agreement.aggregation.max_update_norm
     norms = adapters.check_trained(received, trained)
@@ -269,7 +271,7 @@ def _keep_short(
         return norms
     report(Event("note", f"update shortened from norm {norms['update_norm']:.4g} to {largest:g}"))
     adapters.put(slm.model, adapters.shortened(received, trained, largest))
-    rows = workspace.machine.micro_batch or workspace.agreement.client_training.batch_size
+    rows = dry_step.rows_at_once(objective, examples, workspace.agreement.client_training, workspace.machine)
     after = objective.measure(examples, rows)
     return adapters.check_trained(received, adapters.take(slm.model)) | {"slm_ft_after": after["slm_ft"]}
 

@@ -284,6 +284,7 @@ def _train(
     settings = workspace.agreement.distillation
     tracking = trackers.tracking(workspace, "co-distill", round)
     models = models or Models(workspace, processes)
+    models.use("slm", "llm")
     slm = _ready(workspace, round, models, "slm", inputs.theta)
     llm = _ready(workspace, round, models, "llm", inputs.omega)
     examples, _ = _examples(workspace, inputs.rows, slm.outline, llm.outline)
@@ -411,6 +412,7 @@ def _capture(
         from stages.parts.models import Models
 
         loaded = models or Models(workspace)
+        loaded.use(role)
         outlines = {one: loaded.outline(one) for one in OTHER}
         examples, shared = _examples(workspace, rows, outlines["slm"], outlines["llm"])
         source = capture_files.Source(
@@ -435,7 +437,8 @@ def _capture(
             teacher,
             examples,
             source,
-            rows=min(settings.batch_size, machine.micro_batch or settings.batch_size),
+            rows=machine.rows_at_once(settings),
+            finds_rows=machine.micro_batch == "auto",
             every=machine.checkpoint_steps,
             folder=workspace.unfinished(name, round),
             inputs=inputs,
@@ -573,6 +576,7 @@ def _train_against(
 
     captured = capture_files.parse_capture(taught_by.contents[CAPTURE], taught_by.path / CAPTURE)
     models = models or Models(workspace, processes)
+    models.use(role)
     outlines = {one: models.outline(one) for one in OTHER}
     examples, shared = _examples(workspace, inputs.rows, outlines["slm"], outlines["llm"])
     source = capture_files.Source(
