@@ -15,6 +15,7 @@ from fedcollm_cli.session import (
     DtypeOption,
     JsonOption,
     OverwriteOption,
+    ProcessesOption,
     QuietOption,
     RoundOption,
     Session,
@@ -67,6 +68,7 @@ def client_train(
     quiet: QuietOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    processes: ProcessesOption = None,
 ) -> None:
     """Client: tune a round's adapter on private data.
 
@@ -80,7 +82,9 @@ def client_train(
 
     Example: fedcollm client-train --client 2 --round 1
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+    with session(
+        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
+    ) as opened:
         from stages.client_train import client_train as stage
 
         manifest = stage(
@@ -89,6 +93,7 @@ def client_train(
             round=round,
             overwrite=overwrite,
             reset_privacy=reset_privacy,
+            processes=opened.processes,
             report=opened.console.report,
         )
         _published(opened, opened.workspace.client_update(round, client), manifest)
@@ -162,12 +167,25 @@ def reveal(
 
 def co_distill(
     round: RoundOption,
+    phase: Annotated[
+        Literal["capture", "train"] | None,
+        typer.Option("--phase", help="One of two phases, each with one model in memory. Default: both models at once."),
+    ] = None,
+    model: Annotated[
+        Literal["slm", "llm"] | None,
+        typer.Option("--model", help="In two phases: which model; train takes both in turn without it."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, help="capture: how many tokens of each position are kept. Default: 64."),
+    ] = None,
     workspace: WorkspaceOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    processes: ProcessesOption = None,
 ) -> None:
     """Server: let LLM and SLM teach each other.
 
@@ -175,13 +193,31 @@ def co_distill(
     private/server/round-(t-1)/llm and private/server/auxiliary.jsonl. Writes private/server/round-t/slm and llm,
     and the losses of every step in private/server/round-t/co-distill.jsonl.
 
-    Example: fedcollm co-distill --round 1
+    Where the two do not fit on one device, in two phases: `--phase capture --model llm` and `--model slm` write what
+    each says of the auxiliary data to private/server/round-t/captured-llm and captured-slm; then `--phase train` trains
+    each against the other's capture, the LLM first. Each loads one model at a time. The teacher then stands still for
+    the round. The LLM can be captured as soon as the round before is done, while clients train.
+
+    Example: fedcollm co-distill --round 1 --phase capture --model llm
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+    with session(
+        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
+    ) as opened:
         from stages.co_distill import co_distill as stage
 
-        manifest = stage(opened.workspace, round=round, overwrite=overwrite, report=opened.console.report)
-        _published(opened, opened.workspace.slm(round), manifest)
+        manifest = stage(
+            opened.workspace,
+            round=round,
+            phase=phase,
+            model=model,
+            top_k=top_k,
+            overwrite=overwrite,
+            processes=opened.processes,
+            report=opened.console.report,
+        )
+        here = opened.workspace
+        made = {"slm": here.slm(round), "llm": here.llm(round)}[manifest.role]
+        _published(opened, here.captured(round, manifest.role) if phase == "capture" else made, manifest)
 
 
 def evaluate(
@@ -198,6 +234,7 @@ def evaluate(
     quiet: QuietOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    processes: ProcessesOption = None,
 ) -> None:
     """Score a model by lm-eval, zero-shot.
 
@@ -207,14 +244,22 @@ def evaluate(
 
     Example: fedcollm evaluate --round 1 --model llm
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+    with session(
+        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
+    ) as opened:
         from stages.evaluate import evaluate as stage
 
         if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
             mend = "fedcollm evaluate --round 1 --model slm; for a base alone, --zero-shot with --model slm or llm"
             raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
         result = stage(
-            opened.workspace, model=model, round=round, client=client, overwrite=overwrite, report=opened.console.report
+            opened.workspace,
+            model=model,
+            round=round,
+            client=client,
+            overwrite=overwrite,
+            processes=opened.processes,
+            report=opened.console.report,
         )
         path = opened.workspace.shown(opened.workspace.result(round, result["subject"]))
         opened.console.result({"path": path, **result}, views.scores([result]))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.parts import files, openings, spending, turns
-from stages.parts.errors import BadNumbers, Refused
+from stages.parts.errors import BadNumbers, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import (
     Artefact,
@@ -27,6 +27,7 @@ from stages.parts.manifest import (
     read_artefact,
     read_manifest,
 )
+from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import Example, Row, encode, read_rows, warn_of_unspaced
 from stages.parts.vault import client as party_of
 from stages.parts.workspace import MANIFEST, Workspace, require
@@ -45,13 +46,18 @@ def client_train(
     overwrite: bool = False,
     reset_privacy: bool = False,
     models: Models | None = None,
+    processes: Processes = ALONE,
     report: Report = ignore,
 ) -> Manifest:
     """Train one client's adapter for one round and publish it. Returns its manifest.
 
     Publishes nothing unless the adapter is finite, its B is not zero and it has moved. Raises BadNumbers if the privacy
-    budget does not allow the round. reset_privacy: begin a new privacy ledger, whatever was spent.
+    budget does not allow the round. reset_privacy: begin a new privacy ledger, whatever was spent. processes: all call
+    this alike; the first decides and writes, and each trains its share.
     """
+    if not processes.is_first:
+        rows, data_sha256, theta, again = processes.agree()
+        return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, {}, report)
     workspace.check_round(round)
     workspace.check_client(client)
     report(Event("stage", f"client-train, round {round}, client {client}"))
@@ -78,8 +84,10 @@ def client_train(
 
     def make(places: turns.Places) -> Manifest:
         if workspace.agreement.privacy.is_on:
+            _check_alone(processes)
             _check_privacy(workspace, client, round, rows, again, reset_privacy, report)
-        return _train(workspace, client, round, rows, data_sha256, theta, again, models, places[target], report)
+        processes.agree((rows, data_sha256, theta, again))
+        return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, places, report)
 
     lock = log.with_suffix(".lock")
     trained = turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
@@ -139,6 +147,12 @@ def _start(workspace: Workspace, client: int, round: int) -> Artefact:
     return theta
 
 
+def _check_alone(processes: Processes) -> None:
+    if processes.count > 1:
+        message = "differentially private training draws its rows and noise in one process; torchrun has started more"
+        raise UsageProblem(message, mend="give the command without torchrun")
+
+
 def _check_privacy(
     workspace: Workspace, client: int, round: int, rows: list[Row], overwrite: bool, reset: bool, report: Report
 ) -> None:
@@ -164,7 +178,8 @@ def _train(
     theta: Artefact,
     overwrite: bool,
     models: Models | None,
-    over: files.Place,
+    processes: Processes,
+    places: turns.Places,
     report: Report,
 ) -> Manifest:
     from stages.parts import adapter_files, adapters, trackers, training
@@ -175,7 +190,9 @@ def _train(
     settings, lora, privacy = agreement.client_training, agreement.slm.lora, agreement.privacy
     tracking = trackers.tracking(workspace, "client-train", round, client)
     seed = workspace.seed_for("client-train", round, client)
-    slm = (models or Models(workspace)).expect("slm", theta.manifest.base, workspace.shown(theta.path))
+    models = models or Models(workspace, processes)
+    models.use("slm")
+    slm = models.expect("slm", theta.manifest.base, workspace.shown(theta.path))
     received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
     examples = _examples(workspace, client, rows, slm)
     adapters.put(slm.model, received)
@@ -195,7 +212,7 @@ def _train(
         warmup_steps=settings.warmup_steps if round == 1 else 0,
         seed=seed,
     )
-    train = partial(training.train, objective, tracking=tracking)
+    train = partial(training.train, objective, tracking=tracking, processes=processes)
     if privacy.is_on:
         from stages.parts import private_training
 
@@ -209,6 +226,8 @@ def _train(
     if outcome.metrics["slm_ft_after"] > outcome.metrics["slm_ft_before"]:
         report(Event("warning", f"client {client}'s loss rose in training: a smaller learning rate may help"))
     metrics = outcome.metrics | _keep_short(workspace, slm, received, objective, examples, report)
+    if not processes.is_first:
+        return Manifest.model_validate(processes.agree())
     manifest = publish(
         workspace.client_adapter(round, client),
         adapters.as_files(slm.model, lora),
@@ -227,10 +246,11 @@ def _train(
         tokens=outcome.tokens,
         metrics={name: value for name, value in metrics.items() if not (privacy.is_on and name in outcome.metrics)},
         privacy=spending.claim(workspace, client),
-        over=over,
+        over=places[workspace.client_adapter(round, client)],
     )
     files.write_log(workspace.log("client-train", round, client), outcome.log)
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
+    processes.agree(manifest)
     return manifest
 
 
@@ -243,7 +263,7 @@ def _keep_short(
     report: Report,
 ) -> dict[str, float]:
     """Shorten the update to max_update_norm. Returns its norms, and where it was shortened the loss after that."""
-    from stages.parts import adapters
+    from stages.parts import adapters, dry_step
 
     trained, largest = adapters.take(slm.model), workspace.agreement.aggregation.max_update_norm
     norms = adapters.check_trained(received, trained)
@@ -251,7 +271,7 @@ def _keep_short(
         return norms
     report(Event("note", f"update shortened from norm {norms['update_norm']:.4g} to {largest:g}"))
     adapters.put(slm.model, adapters.shortened(received, trained, largest))
-    rows = workspace.machine.micro_batch or workspace.agreement.client_training.batch_size
+    rows = dry_step.rows_at_once(objective, examples, workspace.agreement.client_training, workspace.machine)
     after = objective.measure(examples, rows)
     return adapters.check_trained(received, adapters.take(slm.model)) | {"slm_ft_after": after["slm_ft"]}
 

@@ -7,13 +7,15 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -83,6 +85,7 @@ def start(
     memory_bytes: int | None = None,
     locks: Literal["real", "none", "of each machine"] = "real",
     stops_at: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Command:
     """Begin a command; file_bytes: the largest file it may write; memory_bytes: how much more than it has at first.
 
@@ -94,12 +97,59 @@ def start(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     output, talk = context.Pipe(duplex=False)
+    limits = file_bytes, memory_bytes
     process = context.Process(
-        target=_call, args=([str(word) for word in words], talk, file_bytes, memory_bytes, locks, stops_at)
+        target=_call, args=([str(word) for word in words], talk, *limits, locks, stops_at, dict(environment or {}))
     )
     process.start()
     talk.close()
     return Command(process, output)
+
+
+def start_together(count: int, *words: object) -> list[Command]:
+    """Begin a command as so many processes, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        start(*words, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)})
+        for rank in range(count)
+    ]
+
+
+def call_together(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a module's function(processes, *arguments) gives in each of so many processes that have met."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(count)]
+        started = [
+            context.Process(target=_meet, args=(rank, count, f"file://{folder}/store", talk, function, arguments))
+            for rank, (_, talk) in enumerate(pipes)
+        ]
+        for process in started:
+            process.start()
+        for _, talk in pipes:
+            talk.close()
+        try:
+            assert all(output.poll(PATIENCE_S) for output, _ in pipes), "do not end"
+            return [output.recv() for output, _ in pipes]
+        finally:
+            for process in started:
+                process.join(1.0)
+                process.kill()
+
+
+def _meet(
+    rank: int, count: int, address: str, talk: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    from stages.parts import processes
+
+    torch.set_num_threads(1)
+    talk.send(function(processes.join(rank, count, local_rank=rank, device="cpu", address=address), *arguments))
 
 
 def _call(
@@ -109,16 +159,19 @@ def _call(
     memory_bytes: int | None,
     locks: str,
     stops_at: int | None,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.update(environment)
     for stream in (1, 2):
         os.dup2(talk.fileno(), stream)
     talk.close()
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    if memory_bytes is not None:
+    if memory_bytes is not None or environment:
         import torch
 
         torch.set_num_threads(1)  # threads that cannot get a stack would end the process before memory runs out
+    if memory_bytes is not None:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + memory_bytes, held + memory_bytes))
     if stops_at is not None:

@@ -18,6 +18,8 @@ from stages.parts.errors import UsageProblem
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Role = Literal["slm", "llm"]
+Quantization = Literal["4bit", "8bit"]
+ROLES: tuple[Role, ...] = ("slm", "llm")
 Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
@@ -67,6 +69,7 @@ class Model(Settings):
     model: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     lora: Lora = Lora()
 
 
@@ -266,18 +269,51 @@ class LocalModels(Settings):
     llm: str | None = None
 
 
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+=/-]{0,127}$")]
+Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@+=/&|*()\[\]-]+)?$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f\x85\u2028\u2029]+$")]
+
+
+class Slurm(Settings):
+    """What this site's Slurm is asked for. No value can end its line in a script."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    gpus_per_task: Annotated[int, Field(ge=0, le=64)] | None = None
+    cpus_per_task: Positive | None = None
+    mem: Annotated[str, Field(pattern=r"^[0-9]{1,9}[KMGT]?$")] | None = None
+    time: Annotated[str, Field(pattern=r"^([0-9]{1,4}-)?[0-9]{1,6}(:[0-9]{2}){0,2}$")] | None = None
+    options: list[Option] = []
+    client_options: list[Option] = []
+    server_options: list[Option] = []
+    setup: list[Line] = []
+    retries: Annotated[int, Field(ge=0, le=100)] = 2
+    stop_before_s: Annotated[int, Field(ge=1, le=65535)] = 120
+    parallel: Positive | None = None
+    window: Positive | None = None
+
+
 class Machine(Settings):
     """machine.toml: what differs between machines and changes no meaning."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Dtype | None = None
-    micro_batch: Positive | None = None
+    micro_batch: Positive | Literal["auto"] | None = None
     gradient_checkpointing: bool = False
+    offload_idle: bool = False
     checkpoint_steps: Positive = 100
+    processes: Positive | None = None
+    sharding: list[Role] = []
     home: str | None = None
     secrets: str | None = None
     trackers: list[Tracker] = []
     models: LocalModels = LocalModels()
+    slurm: Slurm = Slurm()
+
+    def rows_at_once(self, budget: Budget) -> int:
+        """How many rows a forward pass takes at most; where that is to be found by trying, what is tried first."""
+        asked = self.micro_batch if isinstance(self.micro_batch, int) else budget.batch_size
+        return min(budget.batch_size, asked)
 
 
 S = TypeVar("S", bound=Settings)

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.parts import adapters, bases, batches, quiet
+from stages.parts import adapters, bases, batches, quantization, quiet
 from stages.parts.adapter_files import read_adapter
-from stages.parts.config import Machine, Role
-from stages.parts.errors import BadNumbers, Refused, UsageProblem
+from stages.parts.config import Machine, Quantization, Role
+from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
+from stages.parts.processes import ALONE, Processes
 from stages.parts.workspace import AGREEMENT, Workspace
 
 PROBE_TEXTS = (
@@ -31,6 +33,18 @@ PROBE_TEXTS = (
 
 OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "out of memory")
 """How torch says so on a CPU and on a GPU."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a base model without its weights.
+
+    vocabulary: how many token ids it has logits for, padding included. context: the longest sequence it takes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    context: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,12 @@ class Tuned:
         return context_of(self.model)
 
     @property
+    def outline(self) -> Outline:
+        """What would be known of it without its weights."""
+        rows = int(self.model.get_output_embeddings().weight.shape[0])
+        return Outline(self.tokenizer, rows, self.context)
+
+    @property
     def hidden_size(self) -> int:
         """The width of its residual stream."""
         return int(self.model.config.get_text_config().hidden_size)
@@ -65,7 +85,11 @@ class Tuned:
 
 def context_of(model: PeftModel) -> int:
     """The longest sequence a model takes, in tokens, as its configuration says."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    return _context(model.config)
+
+
+def _context(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 30))
 
 
 class Models:
@@ -75,17 +99,27 @@ class Models:
     with workspaces that have the same bases and LoRA shapes: other methods, other seeds.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
+    def __init__(self, workspace: Workspace, processes: Processes = ALONE) -> None:
+        self._workspace, self._processes = workspace, processes
         self._roles: dict[Role, Tuned] = {}
         self._loaded: dict[tuple[object, ...], Tuned] = {}
         self.device = device_of(workspace.machine)
 
     def of(self, workspace: Workspace) -> Models:
         """The models of another workspace on this machine."""
-        other = Models(workspace)
+        other = Models(workspace, self._processes)
         other._loaded = self._loaded
         return other
+
+    def use(self, *roles: Role) -> None:
+        """Say which models a stage is about to use; with offload_idle the others wait in the CPU's memory meanwhile."""
+        if not self._workspace.machine.offload_idle:
+            return
+        used = [self._roles[role].model for role in roles if role in self._roles]
+        for tuned in self._loaded.values():
+            if all(tuned.model is not model for model in used):
+                tuned.model.to("cpu")
+        clear_device_cache()
 
     def get(self, role: Role) -> Tuned:
         """The SLM or the LLM with an adapter of the agreed shape (whatever values it last had)."""
@@ -93,22 +127,40 @@ class Models:
             workspace = self._workspace
             lora, checkpointing = workspace.agreement.model_of(role).lora, workspace.machine.gradient_checkpointing
             folder, precisions = bases.folder(workspace, role), precision(workspace, role, self.device)
-            key = (folder.resolve(), precisions, lora.model_dump_json(), self.device, checkpointing)
+            held = workspace.agreement.model_of(role).quantization
+            key = (folder.resolve(), precisions, lora.model_dump_json(), self.device, checkpointing, held)
             if key not in self._loaded:
                 with naming_memory_knobs():
                     self._loaded[key] = self._load(role, folder, precisions)
             self._roles[role] = replace(self._loaded[key], role=role)
+        if self._workspace.machine.offload_idle:
+            self._roles[role].model.to(self.device)
         return self._roles[role]
+
+    def outline(self, role: Role) -> Outline:
+        """What is known of the SLM or the LLM without its weights, which need not be here. Raises NotReady."""
+        if role in self._roles:
+            return self._roles[role].outline
+        folder = bases.configuration(self._workspace, role)
+        if folder is None:
+            mend = f"`fedcollm prefetch --model {role}` where there is a network, or set models.{role} in machine.toml"
+            raise NotReady(f"the {role.upper()}'s configuration and tokenizer are not here", mend=mend)
+        try:
+            with quiet.libraries():
+                config = AutoConfig.from_pretrained(folder)
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            message = f"the {role.upper()}'s configuration or tokenizer cannot be read: {error}"
+            raise UsageProblem(message, where=folder, mend=f"check {role}.model in fedcollm.toml") from error
+        return Outline(tokenizer, int(config.get_text_config().vocab_size), _context(config))
 
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:
         """As get, but the base must be the one named by identity. Raises Refused otherwise."""
         tuned = self.get(role)
-        for name in ("architecture", "weights_sha256", "tokenizer_sha256"):
-            here, there = getattr(tuned.identity, name), getattr(identity, name)
-            if here != there:
-                message = (
-                    f"the {role.upper()} here is not the one of {whose}: {name} is {here[:16]}, there {there[:16]}"
-                )
+        for name in ("architecture", "weights_sha256", "tokenizer_sha256", "quantization"):
+            here, there = (str(getattr(one, name) or "none")[:16] for one in (tuned.identity, identity))
+            if getattr(tuned.identity, name) != getattr(identity, name):
+                message = f"the {role.upper()} here is not the one of {whose}: {name} is {here}, there {there}"
                 mend = f"use the same {role}.model and revision everywhere; see models.{role} in machine.toml"
                 raise Refused(message, where=self._workspace.root, mend=mend)
         return tuned
@@ -123,12 +175,19 @@ class Models:
     def _load(self, role: Role, folder: Path, precisions: tuple[torch.dtype, torch.dtype]) -> Tuned:
         settings = self._workspace.agreement.model_of(role)
         compute, dtype = precisions
+        quantized = quantization.loading(role, settings.quantization, compute, self.device)
+        is_spread = role in self._workspace.machine.sharding and self._processes.count > 1
+        if quantized and is_spread:
+            mend = f'take "{role}" out of sharding in machine.toml, or agree to leave {role}.quantization out'
+            raise UsageProblem(f"the {role.upper()} cannot be both quantised and spread over processes", mend=mend)
         try:
             with quiet.libraries():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
-                identity = identify(folder, tokenizer)
-                base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-                base.to(self.device)
+                identity = identify(folder, tokenizer, settings.quantization)
+                base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantized)
+                if not (quantized or is_spread):
+                    base.to(self.device)
+                quantization.never_repack(base)
                 packs = batches.packs(base)
         except (OSError, ValueError) as error:
             message = f"the {role.upper()} {settings.model} cannot be loaded: {error}"
@@ -136,10 +195,15 @@ class Models:
         base.config.use_cache = False
         if self._workspace.machine.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = adapters.attach(base, settings, where=self._workspace.root / AGREEMENT)
+        if is_spread:
+            from stages.parts import sharding
+
+            sharding.spread(model, self.device, self._processes.count)
         return Tuned(
             role=role,
             packs=packs,
-            model=adapters.attach(base, settings, where=self._workspace.root / AGREEMENT),
+            model=model,
             tokenizer=tokenizer,
             identity=identity,
             autocast=compute == torch.bfloat16,
@@ -173,13 +237,17 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def identify(folder: Path, tokenizer: Any) -> BaseIdentity:
-    """A base model's identity by content: every tensor's name, type, shape and bytes, whatever files they lie in."""
+def identify(folder: Path, tokenizer: Any, quantization: Quantization | None = None) -> BaseIdentity:
+    """A base model's identity by content: every tensor's name, type, shape and bytes, whatever files they lie in.
+
+    quantization: how it is held once it is loaded.
+    """
     architecture = str(json.loads((folder / "config.json").read_text()).get("model_type", "unknown"))
     return BaseIdentity(
         architecture=architecture,
         weights_sha256=_weights_sha256(folder),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
+        quantization=quantization,
     )
 
 
@@ -205,12 +273,12 @@ def _weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def check_one_vocabulary(slm: Tuned, llm: Tuned) -> int:
+def check_one_vocabulary(slm: Outline, llm: Outline) -> int:
     """How many token ids the two models share. Raises UsageProblem unless their tokenizers agree on each of them.
 
     Rows of the larger vocabulary beyond that are padding (Qwen2.5 has 151,936 and 152,064) and are cut off.
     """
-    shared = min(_vocabulary_rows(slm), _vocabulary_rows(llm))
+    shared = min(slm.vocabulary, llm.vocabulary)
     where = llm.tokenizer.name_or_path
     mend = "mutual distillation needs two models with one tokenizer: take both from one family"
     theirs = {index: token for token, index in llm.tokenizer.get_vocab().items()}
@@ -224,10 +292,6 @@ def check_one_vocabulary(slm: Tuned, llm: Tuned) -> int:
             message = f"the tokenizers share a vocabulary but split text differently: {text!r}"
             raise UsageProblem(message, where=where, mend=mend)
     return shared
-
-
-def _vocabulary_rows(tuned: Tuned) -> int:
-    return int(tuned.model.get_output_embeddings().weight.shape[0])
 
 
 MEMORY_KNOBS = (
