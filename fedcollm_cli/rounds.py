@@ -167,6 +167,18 @@ def reveal(
 
 def co_distill(
     round: RoundOption,
+    phase: Annotated[
+        Literal["capture", "train"] | None,
+        typer.Option("--phase", help="One of two phases, each with one model in memory. Default: both models at once."),
+    ] = None,
+    model: Annotated[
+        Literal["slm", "llm"] | None,
+        typer.Option("--model", help="In two phases: which model; train takes both in turn without it."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, help="capture: how many tokens of each position are kept. Default: 64."),
+    ] = None,
     workspace: WorkspaceOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -181,7 +193,12 @@ def co_distill(
     private/server/round-(t-1)/llm and private/server/auxiliary.jsonl. Writes private/server/round-t/slm and llm,
     and the losses of every step in private/server/round-t/co-distill.jsonl.
 
-    Example: fedcollm co-distill --round 1
+    Where the two do not fit on one device, in two phases: `--phase capture --model llm` and `--model slm` write what
+    each says of the auxiliary data to private/server/round-t/captured-llm and captured-slm; then `--phase train` trains
+    each against the other's capture, the LLM first. Each loads one model at a time. The teacher then stands still for
+    the round. The LLM can be captured as soon as the round before is done, while clients train.
+
+    Example: fedcollm co-distill --round 1 --phase capture --model llm
     """
     with session(
         workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
@@ -189,9 +206,18 @@ def co_distill(
         from stages.co_distill import co_distill as stage
 
         manifest = stage(
-            opened.workspace, round=round, overwrite=overwrite, processes=opened.processes, report=opened.console.report
+            opened.workspace,
+            round=round,
+            phase=phase,
+            model=model,
+            top_k=top_k,
+            overwrite=overwrite,
+            processes=opened.processes,
+            report=opened.console.report,
         )
-        _published(opened, opened.workspace.slm(round), manifest)
+        here = opened.workspace
+        made = {"slm": here.slm(round), "llm": here.llm(round)}[manifest.role]
+        _published(opened, here.captured(round, manifest.role) if phase == "capture" else made, manifest)
 
 
 def evaluate(

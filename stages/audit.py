@@ -20,7 +20,7 @@ from stages.parts.any_adapter import AnyAdapter, parse_weights, tensors_if_sound
 from stages.parts.audit_chain import chain, manifest_of
 from stages.parts.audit_clients import A6, clients_of
 from stages.parts.audit_files import files_between, files_of
-from stages.parts.audit_layout import A3, layout_of_adapter, same_layout
+from stages.parts.audit_layout import A3, layout_of_adapter, layout_of_capture, same_layout
 from stages.parts.audit_leaks import Words, leaks_between, leaks_of
 from stages.parts.audit_numbers import drift_of, numbers_in_all, numbers_of
 from stages.parts.audit_privacy import privacy_of
@@ -206,7 +206,7 @@ CHECKS: dict[str, Looks] = {
     ),
     "A3": Looks(
         lambda state, found: same_layout(state.layouts, state.folders),
-        lambda state, folder, adapter: layout_of_adapter(folder, adapter) if adapter else (),
+        lambda state, folder, adapter: layout_of_adapter(folder, adapter) if adapter else layout_of_capture(folder),
     ),
     "A4": Looks(lambda state, found: numbers_in_all(found), _numbers),
     "A5": Looks(_drift),

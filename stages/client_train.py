@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.parts import files, openings, spending
-from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused, UsageProblem
+from stages.parts import files, openings, spending, turns
+from stages.parts.errors import BadNumbers, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import (
     Artefact,
@@ -57,7 +57,7 @@ def client_train(
     """
     if not processes.is_first:
         rows, data_sha256, theta, again = processes.agree()
-        return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, report)
+        return _train(workspace, client, round, rows, data_sha256, theta, again, models, None, processes, report)
     workspace.check_round(round)
     workspace.check_client(client)
     report(Event("stage", f"client-train, round {round}, client {client}"))
@@ -67,32 +67,39 @@ def client_train(
     rows, data_sha256 = read_rows(data)
     warn_of_unspaced(rows, report)
     theta = _start(workspace, client, round)
-    openings.accept(workspace, theta, client)
+    openings.accept(workspace, theta, client, report)
     is_secure = workspace.agreement.aggregation.is_secure
     if is_secure:
         _check_may_mask(workspace, theta, client, rows, overwrite)
-
     target, log = workspace.client_adapter(round, client), workspace.log("client-train", round, client)
     parents = {theta.path.name: theta.sha256}
-    again = overwrite or _is_earlier(target, theta)
-    done = already_made(target, workspace, parents, overwrite=again, log=log, data=data_sha256)
-    with files.held(log.with_suffix(".lock")):
-        if not done:
-            if workspace.agreement.privacy.is_on:
-                _check_alone(processes)
-                _check_privacy(workspace, client, round, rows, again, reset_privacy, report)
-            processes.agree((rows, data_sha256, theta, again))
-            trained = _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, report)
-            return _mask(workspace, theta, client, overwrite, report) if is_secure else trained
-        if not is_secure:
-            report(Event("note", "already done"))
-            return done
-        return _mask(workspace, theta, client, overwrite, report)
+    again = overwrite
+
+    def look(asked: bool) -> Manifest | None:
+        nonlocal again
+        if is_secure:  # once more: another process may have sent it meanwhile
+            _check_may_mask(workspace, theta, client, rows, asked)
+        again = asked or _is_earlier(target, theta)
+        return already_made(target, workspace, parents, overwrite=again, log=log, data=data_sha256)
+
+    def make(places: turns.Places) -> Manifest:
+        if workspace.agreement.privacy.is_on:
+            _check_alone(processes)
+            _check_privacy(workspace, client, round, rows, again, reset_privacy, report)
+        processes.agree((rows, data_sha256, theta, again))
+        place = places[target]
+        return _train(workspace, client, round, rows, data_sha256, theta, again, models, place, processes, report)
+
+    lock = log.with_suffix(".lock")
+    trained = turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
+    return _mask(workspace, theta, client, again, report) if is_secure else trained
 
 
 def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: list[Row], overwrite: bool) -> None:
     """Raise before training if what it gives could not be sent: masked already, or of too many examples."""
-    if overwrite and _is_sent(workspace, theta, client):
+    from stages.parts import uploads
+
+    if overwrite and uploads.whole(workspace, theta, client):
         round = theta.manifest.round
         message = (
             f"client {client} has sent its masked update of this opening of round {round}, which cannot be replaced"
@@ -109,16 +116,6 @@ def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: li
         raise BadNumbers(message, where=workspace.client_data(client), mend=mend)
 
 
-def _is_sent(workspace: Workspace, theta: Artefact, client: int) -> bool:
-    """Whether the masked update lies there whole; a damaged one may be replaced, by one with a new mask of its own."""
-    from stages.parts import uploads
-
-    try:
-        return uploads.sent(workspace, theta, client) is not None
-    except (Damaged, NotReady):
-        return False
-
-
 def _is_earlier(target: Path, theta: Artefact) -> bool:
     """Whether an adapter is there that was trained for an earlier attempt at this round, which no longer counts."""
     return (
@@ -130,10 +127,8 @@ def _mask(workspace: Workspace, theta: Artefact, client: int, overwrite: bool, r
     """Send the trained adapter masked; once for every opening of a round, unless what was sent is damaged."""
     from stages.parts import uploads
 
-    if not overwrite and (done := uploads.sent(workspace, theta, client)):
-        report(Event("note", "already sent"))
-        return done
-    return uploads.send(workspace, theta, read_artefact(workspace.client_adapter(theta.manifest.round, client)), client)
+    trained = read_artefact(workspace.client_adapter(theta.manifest.round, client))
+    return uploads.send(workspace, theta, trained, client, overwrite=overwrite, report=report)
 
 
 def _start(workspace: Workspace, client: int, round: int) -> Artefact:
@@ -184,6 +179,7 @@ def _train(
     theta: Artefact,
     overwrite: bool,
     models: Models | None,
+    over: files.Place | None,
     processes: Processes,
     report: Report,
 ) -> Manifest:
@@ -249,9 +245,10 @@ def _train(
         tokens=outcome.tokens,
         metrics={name: value for name, value in metrics.items() if not (privacy.is_on and name in outcome.metrics)},
         privacy=spending.claim(workspace, client),
+        over=over,
     )
     files.write_log(workspace.log("client-train", round, client), outcome.log)
-    shutil.rmtree(unfinished, ignore_errors=True)  # two processes may do so at once
+    shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     processes.agree(manifest)
     return manifest
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.parts import files
+from stages.parts import files, turns
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, BaseIdentity, versions
@@ -56,18 +56,25 @@ def evaluate(
         base = adapter.manifest.base
     what = _what(workspace, subject, role, round, adapter, base)
     target = workspace.result(round, subject)
-    if target.exists() and not overwrite:
+
+    def look(again: bool) -> dict[str, Any] | None:
+        if again or not target.exists():
+            return None
         earlier, _ = files.read_json(target)
-        if {key: earlier.get(key) for key in what} == what:
-            report(Event("note", "already done"))
-            return earlier
-    processes.agree({"role": role, "adapter": adapter})
-    result = what | _score(workspace, role, adapter, models, processes, report)
-    files.write(target, files.json_bytes(result))
-    for task, scores in result["tasks"].items():
-        report(Event("note", f"{task}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())))
-    processes.agree(result)
-    return result
+        return earlier if {key: earlier.get(key) for key in what} == what else None
+
+    def make(places: turns.Places) -> dict[str, Any]:
+        processes.agree({"role": role, "adapter": adapter})
+        result = what | _score(workspace, role, adapter, models, processes, report)
+        files.write(target, files.json_bytes(result), over=places[target])
+        for task, scores in result["tasks"].items():
+            found = "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())
+            report(Event("note", f"{task}: {found}"))
+        processes.agree(result)
+        return result
+
+    lock = target.with_name(f".{subject}.lock")
+    return turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
 
 
 def _what(

@@ -19,6 +19,8 @@ from stages.parts.paper import PRESETS
 from stages.parts.workspace import AGREEMENT, Workspace
 
 TEMPLATES = ("demo", *PRESETS)
+ELSEWHERE = ("demo/", "slurm/")
+"""What of workspace_template is not in a workspace from the start."""
 TASKS = ("arc_easy",)
 """The templates' task, but for the demo's."""
 
@@ -46,7 +48,8 @@ def init(
         contents = _contents(source / "demo", "") | {"run_rounds.sh": (source / "run_rounds.sh").read_bytes()}
     else:
         preset = PRESETS[template]
-        contents = {name: data for name, data in _contents(source, "").items() if not name.startswith("demo/")}
+        contents = _contents(source, "")
+        contents = {name: data for name, data in contents.items() if not name.startswith(ELSEWHERE)}
         values |= {"slm": preset.slm, "llm": preset.llm, "rank": str(preset.rank), "alpha": str(2 * preset.rank)}
         values |= {"target_modules": json.dumps(preset.target_modules), "tasks": json.dumps(list(tasks or TASKS))}
     contents[AGREEMENT] = _filled(contents[AGREEMENT].decode(), values).encode()

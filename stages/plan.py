@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages.parts import bases
-from stages.parts.config import Budget, Distillation, Role
+from stages.parts.config import ROLES, Budget, Distillation, Role
 from stages.parts.errors import NotReady, UsageProblem
 from stages.parts.rows import Extent, extent
 from stages.parts.workspace import Workspace
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from stages.parts.missing import Missing
     from stages.parts.objective import Losses
     from stages.parts.shapes import Shape
-
-ROLES: tuple[Role, ...] = ("slm", "llm")
 
 ANSWER_TOKENS = 16
 """Of a row, where neither rows nor a tokenizer are here to tell; few answers of the paper's four tasks are longer."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.parts import files, roster, vault
+from stages.parts.config import ROLES
 from stages.parts.errors import NotReady, Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, Stage, check_belongs, parent_place, read_artefact, read_manifest
@@ -99,6 +100,8 @@ def _folders(workspace: Workspace, round: int) -> Iterator[tuple[Path, Stage, in
     for client in workspace.clients:
         yield workspace.reveal(round, client), "reveal", client
     yield workspace.aggregate(round), "aggregate", None
+    for role in ROLES:
+        yield workspace.captured(round, role), "capture", None
     for place in (workspace.llm(round), workspace.slm(round)):
         yield place, "co-distill", None
 
@@ -117,7 +120,7 @@ def _check_roster(workspace: Workspace, members: roster.Roster, reader: str | No
 
 def _is_earlier(workspace: Workspace, manifest: Manifest) -> bool:
     """Whether a folder belongs to an attempt at its round that the server has given up, so that it counts no more."""
-    if manifest.stage in ("broadcast", "co-distill") or not workspace.broadcast(manifest.round).exists():
+    if manifest.stage in ("broadcast", "capture", "co-distill") or not workspace.broadcast(manifest.round).exists():
         return False
     return manifest.attempt < read_manifest(workspace.broadcast(manifest.round))[0].attempt
 

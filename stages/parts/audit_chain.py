@@ -84,7 +84,7 @@ def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Ite
 def _is_earlier(folder: Folder) -> bool:
     """Whether it belongs to an attempt at its round that was given up: the broadcast beside it is of a later one."""
     manifest, workspace = _manifest(folder), folder.scope.workspace
-    if manifest.stage in ("broadcast", "co-distill") or folder.place is None:
+    if manifest.stage in ("broadcast", "capture", "co-distill") or folder.place is None:
         return False
     path = workspace.broadcast(manifest.round) if workspace else folder.path.with_name("broadcast")
     try:

@@ -9,9 +9,10 @@ from pathlib import Path
 from stages.parts.adapter_files import Layout, check_config
 from stages.parts.any_adapter import A, AnyAdapter, B
 from stages.parts.audited import Folder
+from stages.parts.capture_files import parse_capture
 from stages.parts.checks import Check, Finding, number_of
-from stages.parts.errors import Damaged
-from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.parts.errors import Damaged, Problem
+from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CAPTURE
 
 A3 = Check("A3", "layout")
 
@@ -99,6 +100,16 @@ def _against_manifest(folder: Folder, adapter: AnyAdapter) -> Iterator[Finding]:
     found = sum(tensor.size for tensor in adapter.tensors.values())
     if found != manifest.parameters:
         yield A3.fail(folder.file(ADAPTER_WEIGHTS), f"holds {found} numbers", f"{manifest.parameters}, by its manifest")
+
+
+def layout_of_capture(folder: Folder) -> Iterator[Finding]:
+    """Of one capture: that it is exactly of its form, and holds numbers that a model can have said."""
+    if (content := folder.contents.get(CAPTURE)) is None:
+        return
+    try:
+        parse_capture(content, Path(CAPTURE))
+    except Problem as problem:
+        yield A3.fail(folder.file(CAPTURE), problem.message, "what co-distill --phase capture writes")
 
 
 def same_layout(layouts: dict[Path, Layout], folders: list[Folder]) -> Iterator[Finding]:

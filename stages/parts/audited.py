@@ -22,7 +22,7 @@ from stages.parts.roster import Roster, anyones
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_REVEAL, Workspace
 
 ROUND = re.compile(r"round-[0-9]{4}")
-PARTY = re.compile(r"(client|reveal)-[1-9][0-9]{0,8}|broadcast|close|aggregate|slm|llm")
+PARTY = re.compile(r"(client|reveal)-[1-9][0-9]{0,8}|broadcast|close|aggregate|captured-(slm|llm)|slm|llm")
 BY_CLIENT = re.compile(r"(?:client|reveal)-([1-9][0-9]{0,8})(?:\.json|\.json\.sig)?")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 FOLDER = "a folder"

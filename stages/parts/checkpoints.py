@@ -35,7 +35,7 @@ def begin(folder: Path, inputs: Mapping[str, Any], *, anew: bool = False) -> Pat
     anew: begin from the start, whatever is there.
     """
     mine, wanted = own(folder), files.json_bytes(dict(inputs))
-    if anew or not _is_of(mine, wanted):
+    if anew or not is_of(mine, wanted):
         shutil.rmtree(mine, ignore_errors=True)
     files.write(mine / INPUTS, wanted)
     found = None if anew else _newest(folder, wanted)
@@ -69,7 +69,7 @@ def _newest(folder: Path, wanted: bytes) -> Path | None:
     """The newest whole checkpoint of a training with these inputs, in this process's own folder."""
     mine = own(folder)
     places = [mine, *(other for other in folder.iterdir() if other != mine)]
-    found = [path for place in places if _is_of(place, wanted) for path in place.glob("checkpoint-*")]
+    found = [path for place in places if is_of(place, wanted) for path in place.glob("checkpoint-*")]
     for checkpoint in sorted(found, key=step_of, reverse=True):  # its own first among equals
         if checkpoint.parent == mine and _is_whole(checkpoint):
             return checkpoint
@@ -104,7 +104,8 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _is_of(place: Path, wanted: bytes) -> bool:
+def is_of(place: Path, wanted: bytes) -> bool:
+    """Whether what is kept there was made from these inputs."""
     try:
         return (place / INPUTS).read_bytes() == wanted
     except OSError:

@@ -18,6 +18,7 @@ from stages.parts.errors import UsageProblem
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Role = Literal["slm", "llm"]
+ROLES: tuple[Role, ...] = ("slm", "llm")
 Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
@@ -266,6 +267,30 @@ class LocalModels(Settings):
     llm: str | None = None
 
 
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+=/-]{0,127}$")]
+Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@+=/&|*()\[\]-]+)?$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f\x85\u2028\u2029]+$")]
+
+
+class Slurm(Settings):
+    """What this site's Slurm is asked for. No value can end its line in a script."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    gpus_per_task: Annotated[int, Field(ge=0, le=64)] | None = None
+    cpus_per_task: Positive | None = None
+    mem: Annotated[str, Field(pattern=r"^[0-9]{1,9}[KMGT]?$")] | None = None
+    time: Annotated[str, Field(pattern=r"^([0-9]{1,4}-)?[0-9]{1,6}(:[0-9]{2}){0,2}$")] | None = None
+    options: list[Option] = []
+    client_options: list[Option] = []
+    server_options: list[Option] = []
+    setup: list[Line] = []
+    retries: Annotated[int, Field(ge=0, le=100)] = 2
+    stop_before_s: Annotated[int, Field(ge=1, le=65535)] = 120
+    parallel: Positive | None = None
+    window: Positive | None = None
+
+
 class Machine(Settings):
     """machine.toml: what differs between machines and changes no meaning."""
 
@@ -280,6 +305,7 @@ class Machine(Settings):
     secrets: str | None = None
     trackers: list[Tracker] = []
     models: LocalModels = LocalModels()
+    slurm: Slurm = Slurm()
 
 
 S = TypeVar("S", bound=Settings)

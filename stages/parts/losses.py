@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,3 +81,59 @@ def distillation(
     student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = torch.log_softmax(teacher_logits.float() / temperature, dim=-1)
     return divergence(student, teacher) * temperature**2 / tokens
+
+
+class TopK(NamedTuple):
+    """What a teacher says at each answer, in short: its k likeliest tokens, and all others together as one outcome.
+
+    tokens: [answers, k], ids in rising order. log_probabilities: [answers, k + 1], at the temperature of the
+    distillation, the last that of the others together; [answers, k] where there are no others, k being the whole
+    vocabulary. confidence: [answers], the probability of the likeliest token, at temperature 1.
+    """
+
+    tokens: Tensor
+    log_probabilities: Tensor
+    confidence: Tensor
+
+
+def top_k(logits: Tensor, k: int, *, temperature: float) -> TopK:
+    """The teacher's part of captured_distillation, from its logits [answers, vocabulary]."""
+    whole = torch.log_softmax(logits.float() / temperature, dim=-1)
+    tokens = whole.topk(min(k, whole.shape[-1]), dim=-1).indices.sort(dim=-1).values
+    confidence = torch.softmax(logits.float(), dim=-1).amax(dim=-1)
+    return TopK(tokens, _with_tail(whole, tokens), confidence)
+
+
+def captured_distillation(
+    student_logits: Tensor,
+    teacher: TopK,
+    tokens: Tensor | int,
+    *,
+    vocabulary: int,
+    temperature: float,
+    divergence: Divergence,
+    min_confidence: float | None = None,
+) -> Tensor:
+    """L_KD, Eq. 5, from a teacher in short: the divergence of the two distributions over k tokens and "any other".
+
+    vocabulary: how many ids the two models share, of which the teacher's k are. With k = vocabulary it is
+    `distillation`, value and gradient. Below, it is never more than that and rises with k, since to merge outcomes can
+    only take away (the data processing inequality, which holds for all three divergences). The gradient reaches every
+    logit of the student, also of tokens that are not among the k, through the probability of "any other".
+    """
+    student_logits = student_logits[..., :vocabulary]
+    if min_confidence is not None:
+        is_sure = teacher.confidence >= min_confidence  # (answers)
+        student_logits, teacher = student_logits[is_sure], TopK(*(part[is_sure] for part in teacher))
+    whole = torch.log_softmax(student_logits.float() / temperature, dim=-1)
+    return divergence(_with_tail(whole, teacher.tokens), teacher.log_probabilities) * temperature**2 / tokens
+
+
+def _with_tail(whole: Tensor, tokens: Tensor) -> Tensor:
+    """Of log-probabilities [answers, vocabulary], those of some tokens, and that of all others together."""
+    chosen = whole.gather(-1, tokens)
+    if tokens.shape[-1] == whole.shape[-1]:
+        return chosen
+    # Added up, not taken as what the chosen leave of 1: that would have no digits where they leave little.
+    others = whole.scatter(-1, tokens, -math.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([chosen, others], dim=-1)

@@ -20,13 +20,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.parts import files, roster, signatures, vault
-from stages.parts.config import Lora, Role
+from stages.parts.config import ROLES, Lora, Role
 from stages.parts.errors import Damaged, NotReady, Refused
 from stages.parts.roster import Roster
 from stages.parts.vault import Vault
 from stages.parts.workspace import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CAPTURE,
     MANIFEST,
     MASKED_UPDATE,
     SEALED_INBOX,
@@ -46,7 +47,7 @@ LEVELS = 3
 KEPT_OLD = "kept_old"
 """The metric of an aggregate that is the broadcast's adapter, since the round was given up."""
 
-Stage = Literal["broadcast", "client-train", "aggregate", "co-distill", "close", "reveal"]
+Stage = Literal["broadcast", "client-train", "aggregate", "capture", "co-distill", "close", "reveal"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Number = Annotated[int, Field(ge=1, le=2**31)]
@@ -226,6 +227,8 @@ def expected_names(manifest: Manifest) -> set[str] | None:
         return None
     if manifest.stage == "reveal":
         return {SEALED_REVEAL}
+    if manifest.stage == "capture":
+        return {CAPTURE}
     return {MASKED_UPDATE, SEALED_SHARES} if manifest.masking else {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
 
 
@@ -255,7 +258,7 @@ def check_names(folder: Path, manifest: Manifest, wanted: Iterable[str] | None =
 
 
 def _kind(manifest: Manifest) -> str:
-    kinds = {"close": "a round's close", "reveal": "a reveal"}
+    kinds = {"close": "a round's close", "reveal": "a reveal", "capture": "a capture"}
     return "a masked update" if manifest.masking else kinds.get(manifest.stage, "an adapter folder")
 
 
@@ -305,6 +308,7 @@ def check_belongs(
 def place_of(manifest: Manifest) -> str:
     """Where a folder says it belongs, as the last two names of its path: round-0005/client-2."""
     names = {"client-train": f"client-{manifest.client}", "reveal": f"reveal-{manifest.client}"}
+    names["capture"] = f"captured-{manifest.role}"
     name = manifest.role if manifest.stage == "co-distill" else names.get(manifest.stage, manifest.stage)
     return f"round-{manifest.round:04d}/{name}"
 
@@ -312,7 +316,7 @@ def place_of(manifest: Manifest) -> str:
 def round_of_parent(manifest: Manifest, name: str) -> int:
     """The round that a folder's parent of this name was made in: its own, or the one before."""
     is_start = manifest.stage == "broadcast" or (manifest.stage == "client-train" and name != "broadcast")
-    return manifest.round - (is_start or (manifest.stage == "co-distill" and name == "llm"))
+    return manifest.round - (is_start or (manifest.stage in ("co-distill", "capture") and name == "llm"))
 
 
 def parent_place(workspace: Workspace, manifest: Manifest, name: str) -> Path:
@@ -320,6 +324,9 @@ def parent_place(workspace: Workspace, manifest: Manifest, name: str) -> Path:
     round = round_of_parent(manifest, name)
     if found := re.fullmatch(r"client-([1-9][0-9]{0,8})", name):
         return workspace.client_update(round, int(found[1]))
+    for role in ROLES:
+        if name == f"captured-{role}":
+            return workspace.captured(round, role)
     places = {"aggregate": workspace.aggregate, "slm": workspace.slm, "llm": workspace.llm, "close": workspace.close}
     return places.get(name.removesuffix("-after"), workspace.broadcast)(round)
 
@@ -359,12 +366,12 @@ def publish(
     masking: Masking | None = None,
     closing: Mapping[str, str] | None = None,
     unmasking: Unmasking | None = None,
-    replace: bool = True,
+    over: files.Place | None = None,
     privacy: PrivacyClaim | None = None,
 ) -> Manifest:
     """Publish files with the manifest that names them, which is written last, signed where there is a roster.
 
-    replace: whether another folder of that name may be replaced. Returns the manifest.
+    over: as for files.publishing. Returns the manifest.
     """
     party = vault.client(client) if client is not None else vault.SERVER
     members = roster.pinned(workspace, party)
@@ -401,7 +408,7 @@ def publish(
     if members:
         signature = {SIGNATURE: signatures.sign(content, stage, Vault.need(workspace, party).identity)}
     whole = {**contents, MANIFEST: content, **signature}
-    files.publish(folder, whole, replace=replace, levels=LEVELS - 1, spares=spare_strangers)
+    files.publish(folder, whole, over=over, levels=LEVELS - 1, spares=spare_strangers)
     return manifest
 
 
@@ -410,7 +417,7 @@ def spare_strangers(folder: Path) -> None:
 
     Hidden files are no reason: rsync leaves such.
     """
-    ours = {MANIFEST, SIGNATURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_SHARES, SEALED_REVEAL}
+    ours = {MANIFEST, SIGNATURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_SHARES, SEALED_REVEAL, CAPTURE}
     for path in sorted(folder.iterdir()):
         is_ours = path.name in ours or _is_inbox(path.name)
         is_ours |= path.name.startswith(".") and path.name != SECRETS_MARKER

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.parts import bases, tasks
+from stages.parts import bases
 from stages.parts.config import Role
 from stages.parts.errors import Problem
 from stages.parts.workspace import AGREEMENT, Workspace
@@ -18,14 +19,14 @@ class Missing:
     mend: str
 
 
-def missing(workspace: Workspace) -> list[Missing]:
-    """All of it; the hub is not asked. Data of other parties are not missing where one party's are here."""
-    return [
-        *_model(workspace, "slm", "of every party"),
-        *_model(workspace, "llm", "of the server alone"),
-        *_data(workspace),
-        *_tasks(workspace),
-    ]
+def missing(workspace: Workspace, *, roles: Sequence[Role] = ("slm", "llm"), scores: bool = True) -> list[Missing]:
+    """All of it; the hub is not asked. Data of other parties are not missing where one party's are here.
+
+    roles: the base models that are needed here. scores: whether the tasks are.
+    """
+    whose = {"slm": "of every party", "llm": "of the server alone"}
+    models = [one for role in roles for one in _model(workspace, role, whose[role])]
+    return [*models, *_data(workspace), *(_tasks(workspace) if scores else [])]
 
 
 def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
@@ -52,6 +53,8 @@ def _data(workspace: Workspace) -> list[Missing]:
 
 
 def _tasks(workspace: Workspace) -> list[Missing]:
+    from stages.parts import tasks
+
     found = []
     for name in dict.fromkeys([*workspace.agreement.data.tasks, *workspace.agreement.evaluation.tasks]):
         try:

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.parts import adapters, bases, batches, quiet
 from stages.parts.adapter_files import read_adapter
 from stages.parts.config import Machine, Role
-from stages.parts.errors import BadNumbers, Refused, UsageProblem
+from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
 from stages.parts.processes import ALONE, Processes
 from stages.parts.workspace import AGREEMENT, Workspace
@@ -32,6 +32,18 @@ PROBE_TEXTS = (
 
 OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "out of memory")
 """How torch says so on a CPU and on a GPU."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a base model without its weights.
+
+    vocabulary: how many token ids it has logits for, padding included. context: the longest sequence it takes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    context: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,12 @@ class Tuned:
         return context_of(self.model)
 
     @property
+    def outline(self) -> Outline:
+        """What would be known of it without its weights."""
+        rows = int(self.model.get_output_embeddings().weight.shape[0])
+        return Outline(self.tokenizer, rows, self.context)
+
+    @property
     def hidden_size(self) -> int:
         """The width of its residual stream."""
         return int(self.model.config.get_text_config().hidden_size)
@@ -66,7 +84,11 @@ class Tuned:
 
 def context_of(model: PeftModel) -> int:
     """The longest sequence a model takes, in tokens, as its configuration says."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    return _context(model.config)
+
+
+def _context(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 30))
 
 
 class Models:
@@ -100,6 +122,23 @@ class Models:
                     self._loaded[key] = self._load(role, folder, precisions)
             self._roles[role] = replace(self._loaded[key], role=role)
         return self._roles[role]
+
+    def outline(self, role: Role) -> Outline:
+        """What is known of the SLM or the LLM without its weights, which need not be here. Raises NotReady."""
+        if role in self._roles:
+            return self._roles[role].outline
+        folder = bases.configuration(self._workspace, role)
+        if folder is None:
+            mend = f"`fedcollm prefetch --model {role}` where there is a network, or set models.{role} in machine.toml"
+            raise NotReady(f"the {role.upper()}'s configuration and tokenizer are not here", mend=mend)
+        try:
+            with quiet.libraries():
+                config = AutoConfig.from_pretrained(folder)
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            message = f"the {role.upper()}'s configuration or tokenizer cannot be read: {error}"
+            raise UsageProblem(message, where=folder, mend=f"check {role}.model in fedcollm.toml") from error
+        return Outline(tokenizer, int(config.get_text_config().vocab_size), _context(config))
 
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:
         """As get, but the base must be the one named by identity. Raises Refused otherwise."""
@@ -213,12 +252,12 @@ def _weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def check_one_vocabulary(slm: Tuned, llm: Tuned) -> int:
+def check_one_vocabulary(slm: Outline, llm: Outline) -> int:
     """How many token ids the two models share. Raises UsageProblem unless their tokenizers agree on each of them.
 
     Rows of the larger vocabulary beyond that are padding (Qwen2.5 has 151,936 and 152,064) and are cut off.
     """
-    shared = min(_vocabulary_rows(slm), _vocabulary_rows(llm))
+    shared = min(slm.vocabulary, llm.vocabulary)
     where = llm.tokenizer.name_or_path
     mend = "mutual distillation needs two models with one tokenizer: take both from one family"
     theirs = {index: token for token, index in llm.tokenizer.get_vocab().items()}
@@ -232,10 +271,6 @@ def check_one_vocabulary(slm: Tuned, llm: Tuned) -> int:
             message = f"the tokenizers share a vocabulary but split text differently: {text!r}"
             raise UsageProblem(message, where=where, mend=mend)
     return shared
-
-
-def _vocabulary_rows(tuned: Tuned) -> int:
-    return int(tuned.model.get_output_embeddings().weight.shape[0])
 
 
 MEMORY_KNOBS = (

@@ -104,6 +104,10 @@ class Objective(nn.Module):
             device = batch["input_ids"].device.type
             with torch.set_grad_enabled(learns), torch.autocast(device, torch.bfloat16, enabled=self._autocast[role]):
                 logits[role] = answer_logits(model, batch)
+        return self.losses_of(logits, batch, tokens)
+
+    def losses_of(self, logits: Mapping[str, Tensor], batch: Batch, tokens: Tokens) -> dict[str, Tensor]:
+        """Every named loss, from the models' logits of a batch."""
         return self._losses(logits, batch["labels"], tokens)
 
     def forward(self, *, tokens: Tensor, turn: str | None = None, **batch: Any) -> dict[str, Tensor]:

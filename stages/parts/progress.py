@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from stages.parts import files
+from stages.parts.config import ROLES
 from stages.parts.errors import Damaged, NotReady
 from stages.parts.manifest import Manifest, check_names, place_of, read_artefact, read_manifest
-from stages.parts.vault import SERVER, client
+from stages.parts.vault import SERVER, Vault, client
 from stages.parts.workspace import SIGNATURE, Workspace
 
 Condition = Literal["done", "missing", "damaged", "stale"]
@@ -151,10 +152,31 @@ class Reader:
 
     def _co_distill(self, number: int, aggregate: Step) -> list[Step]:
         workspace, command = self._workspace, f"co-distill --round {number}"
-        before = {"aggregate": aggregate.sha256} | ({"llm": self._before["llm"].sha256} if number > 1 else {})
-        llm = self._step(workspace.llm(number), "llm", command, before, self._is_server)
-        slm = self._step(workspace.slm(number), "slm", command, before | {"llm-after": llm.sha256}, self._is_server)
-        return [llm, slm]
+        starts = {"slm": {"aggregate": aggregate.sha256}, "llm": {}}
+        starts["llm"] |= {"llm": self._before["llm"].sha256} if number > 1 else {}
+        before = starts["slm"] | starts["llm"]
+        captured = self._captured(number, starts)
+        train = {role: f"{command} --phase train --model {role}" if captured else command for role in ROLES}
+        taught = {role: {one.name: one.sha256 for one in captured if one.name != f"captured-{role}"} for role in ROLES}
+        llm = self._step(workspace.llm(number), "llm", train["llm"], before | taught["llm"], self._is_server)
+        parents = before | taught["slm"] | {"llm-after": llm.sha256}
+        slm = self._step(workspace.slm(number), "slm", train["slm"], parents, self._is_server)
+        if slm.condition == llm.condition == "done":  # what is not there any more is not needed any more
+            captured = [one for one in captured if one.condition != "missing"]
+        return [*captured, llm, slm]
+
+    def _captured(self, number: int, starts: dict[str, dict[str, str]]) -> list[Step]:
+        """The captures of co-distill in two phases; none where nothing says that it is done so."""
+        places = {role: self._workspace.captured(number, role) for role in ROLES}
+        slm = self._workspace.slm(number)
+        in_one_phase = os.path.lexists(slm) and not any(name.startswith("captured-") for name in self._parents(slm))
+        if in_one_phase or not any(os.path.lexists(place) for place in places.values()):
+            return []
+        command = f"co-distill --round {number} --phase capture --model"
+        return [
+            self._step(place, f"captured-{role}", f"{command} {role}", starts[role], self._is_server)
+            for role, place in places.items()
+        ]
 
     def _counted(self, steps: list[Step], aggregate: Step, made_of: Collection[str]) -> Iterator[Step]:
         """What clients send, and the close; what is absent from a finished aggregate is not waited for any more."""
@@ -236,3 +258,28 @@ class Reader:
         if manifest.federation_sha256 and not os.path.lexists(folder / SIGNATURE):
             raise NotReady(f"{SIGNATURE} is missing", where=folder)
         return manifest, digest
+
+
+def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:
+    """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it.
+
+    A literal command, or what is waited for; both empty if the party, or all of them here, have joined.
+    """
+    here = [client(k) for k in workspace.clients if workspace.client_data(k).exists()]
+    here += [SERVER] if workspace.auxiliary_data.exists() else []
+    asked = [party] if party else here
+    vaults = {one: Vault.find(workspace, one) for one in asked}
+    for one in asked:
+        if vaults[one] is None and one != SERVER:
+            return f"fedcollm keys --{one.replace('-', ' ')}", ""
+    absent = [client(k) for k in workspace.clients if not workspace.public_keys(k).exists()]
+    for one in sorted(asked, key=lambda name: name != SERVER):
+        vault = vaults[one]
+        if vault is not None and vault.pinned is not None:
+            continue
+        if one == SERVER:
+            return ("", f"exchange/keys of {', '.join(absent)}") if absent else ("fedcollm enroll", "")
+        if not workspace.federation.exists():
+            return "", "the roster, exchange/federation.json, from the server's `fedcollm enroll`"
+        return "", f"a person to compare the roster's fingerprint: fedcollm join --{one.replace('-', ' ')}"
+    return "", ""

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from stages.parts import files
-from stages.parts.config import Agreement, Dtype, Machine, Settings, parse
+from stages.parts.config import Agreement, Dtype, Machine, Role, Settings, parse
 from stages.parts.errors import NotReady, Refused, UsageProblem
 
 AGREEMENT = "fedcollm.toml"
@@ -24,6 +24,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 MASKED_UPDATE = "masked.safetensors"
 SEALED_SHARES = "shares.safetensors"
 SEALED_REVEAL = "reveal.bin"
+CAPTURE = "capture.safetensors"
 SEALED_INBOX = r"client-([1-9][0-9]{0,8})\.safetensors"
 SECRETS_MARKER = ".fedcollm-secrets"
 """Lies in every folder of keys; whatever carries files away stops where it meets one."""
@@ -268,6 +269,10 @@ class Workspace:
         """omega^{t+1}, the LLM's adapter after mutual distillation."""
         return self._server(round) / "llm"
 
+    def captured(self, round: int, role: Role) -> Path:
+        """What a model said of the auxiliary data before the round changed it, for co-distill in two phases."""
+        return self._server(round) / f"captured-{role}"
+
     # --- logs, unfinished work, results
 
     def log(self, stage: str, round: int, client: int | None = None) -> Path:
@@ -293,6 +298,11 @@ class Workspace:
     def report(self) -> Path:
         """The page that shows all of it, and its charts' data as CSV."""
         return self.root / "results" / "report"
+
+    @property
+    def slurm(self) -> Path:
+        """Job scripts for Slurm, made by `fedcollm slurm`; their logs, and the numbers of the jobs."""
+        return self.root / "slurm"
 
     # --- workspaces derived from this one
 

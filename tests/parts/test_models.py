@@ -119,7 +119,7 @@ def retokenised(folder: Path, change: Any) -> None:
 
 def shared_vocabulary(workspace_folder: Path, **paths: Path) -> int:
     models = models_with(workspace_folder, **paths)
-    return check_one_vocabulary(models.get("slm"), models.get("llm"))
+    return check_one_vocabulary(models.get("slm").outline, models.get("llm").outline)
 
 
 def test_two_models_with_one_tokenizer_share_all_of_it(workspace_folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from builders import edit
 from stages.parts.accounting import Charge, total_epsilon
-from stages.parts.errors import BadNumbers, Damaged, Held, Refused, UsageProblem
+from stages.parts.errors import BadNumbers, Damaged, Refused, UsageProblem
 from stages.parts.spending import charges, check, claim, finish, read_ledger, reserve, reset
 from stages.parts.workspace import Workspace
 
@@ -179,15 +179,6 @@ def test_a_finished_run_goes_on_with_its_own_adapter_alone(federation: Path) -> 
     assert [line.entry.kind for line in read_ledger(ledger(federation))] == ["reserved", "finished"] + ["resumed"] * 2
 
 
-def test_of_two_processes_that_went_on_with_one_run_the_first_to_finish_alone_may_publish(federation: Path) -> None:
-    spend(federation, 1, "a")
-    finish(Workspace(federation), 1, 1, "a", "1" * 64)
-    before = ledger(federation).read_bytes()
-    with pytest.raises(Held, match="finished it first"):
-        finish(Workspace(federation), 1, 1, "a", "2" * 64)
-    assert ledger(federation).read_bytes() == before
-
-
 def test_a_reset_counts_from_zero_and_is_on_record(federation: Path) -> None:
     spend(federation, 1, "a")
     reset(Workspace(federation), 1)
@@ -205,3 +196,14 @@ def test_gradient_checkpointing_is_refused_before_anything_else(federation: Path
     with pytest.raises(UsageProblem, match="hides the gradient of each example") as caught:
         check(Workspace(federation), client=1, round=1, examples=ROWS)
     assert str(caught.value.where).endswith("machine.toml")
+
+
+def test_a_run_whose_line_is_gone_or_that_another_process_has_ended_publishes_nothing(federation: Path) -> None:
+    spend(federation, 1, "a")
+    with pytest.raises(Damaged, match="does not know the run"):
+        finish(Workspace(federation), 1, 1, "b", "1" * 64)
+    finish(Workspace(federation), 1, 1, "a", "1" * 64)
+    finish(Workspace(federation), 1, 1, "a", "1" * 64)
+    with pytest.raises(Refused, match="has finished with another adapter"):
+        finish(Workspace(federation), 1, 1, "a", "2" * 64)
+    assert [line.entry.kind for line in read_ledger(ledger(federation))] == ["reserved", "finished"]
