@@ -84,7 +84,9 @@ def status(found: Status, workspace: Path | None) -> str:
                 lines.append(f"  {step.name:<{width}}{condition}{f'  ({step.reason})' if step.reason else ''}")
             elif step is by_kind[kind][0]:
                 lines.append(f"  {f'{kind}s':<{width}}{_summary(by_kind[kind])}")
-                lines += [f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason]
+                lines += [
+                    f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason
+                ]
         if round.late:
             lines.append(f"  late, not in the aggregate: client {', '.join(map(str, round.late))}")
     if len(begun) < len(found.rounds):

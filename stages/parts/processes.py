@@ -149,11 +149,11 @@ def join(rank: int, count: int, *, local_rank: int, device: str, address: str = 
 
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.partition(":")[0]
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            message = f"process {rank} needs a GPU of its own; of those here it sees {torch.cuda.device_count()}"
-            mend = "start as many processes on each machine as it has GPUs, all visible to each: --nproc-per-node"
-            raise UsageProblem(message, mend=mend)
-        torch.cuda.set_device(local_rank)
+        visible = torch.cuda.device_count()
+        if visible != 1 and local_rank >= visible:
+            mend = "start no more processes on each machine than it has GPUs: --nproc-per-node"
+            raise UsageProblem(f"process {rank} needs a GPU of its own; {visible} are here", mend=mend)
+        torch.cuda.set_device(local_rank % visible)  # the only one, where Slurm shows each process its own
     elif kind != "cpu":
         raise UsageProblem(f"several processes cannot share the device {device}", mend="give --device cpu")
     store, rank, count = next(rendezvous(address, rank, count, timeout=LONGEST_COMPUTATION))
