@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stages.parts import bases, tasks
-from stages.parts.config import Role
+from stages.parts import bases, quantization, tasks
+from stages.parts.config import ROLES, Role
 from stages.parts.errors import Problem
 from stages.parts.workspace import AGREEMENT, Workspace
 
@@ -23,6 +23,7 @@ def missing(workspace: Workspace) -> list[Missing]:
     return [
         *_model(workspace, "slm", "of every party"),
         *_model(workspace, "llm", "of the server alone"),
+        *_bitsandbytes(workspace),
         *_data(workspace),
         *_tasks(workspace),
     ]
@@ -35,6 +36,15 @@ def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
     if own := bases.own_folder(workspace, role):
         return [Missing(what, f"put it into {workspace.shown(own)}, or set models.{role} in machine.toml")]
     return [Missing(what, f"fedcollm prefetch --model {role}")]
+
+
+def _bitsandbytes(workspace: Workspace) -> list[Missing]:
+    wanted = [role for role in ROLES if workspace.agreement.model_of(role).quantization]
+    if not wanted or quantization.is_installed():
+        return []
+    return [
+        Missing(f"bitsandbytes, for {' and '.join(f'{role}.quantization' for role in wanted)}", quantization.INSTALL)
+    ]
 
 
 def _data(workspace: Workspace) -> list[Missing]:
