@@ -147,7 +147,11 @@ def _plan(found: Plan) -> Group:
         trains = stage.answers is not None
         rows, steps = (_range(stage.rows), _range(stage.steps)) if trains else ("", "")
         stages.add_row(stage.name, stage.party, rows, steps, _batch(stage))
-    lines = [LEFT_OUT, *_travel(found)]
+    lines = [LEFT_OUT]
+    if found.two_phases:
+        takes = ", ".join(f"{one.name} {shown(sum(one.memory.values()))}" for one in found.two_phases)
+        lines.append(f"co-distill in two phases, with the LLM alone in memory: {takes}; with the SLM less")
+    lines += _travel(found)
     if any(stage.answers and not stage.rows for stage in found.stages):
         lines.append("?: no rows here to count; the batch is of rows of max_length, or as --length says")
     lines += [f"missing here: {one.what}\n  mend  {one.mend}" for one in found.missing] or ["nothing is missing here"]

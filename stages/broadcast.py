@@ -69,7 +69,9 @@ def _first(
     from stages.parts import adapters
     from stages.parts.models import Models
 
-    slm = (models or Models(workspace)).get("slm")
+    models = models or Models(workspace)
+    models.use("slm")
+    slm = models.get("slm")
     seed = workspace.seed_for("broadcast", 1)
     adapters.make_fresh(slm.model, seed)
     return publish(

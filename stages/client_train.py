@@ -57,7 +57,7 @@ def client_train(
     """
     if not processes.is_first:
         rows, data_sha256, theta, again = processes.agree()
-        return _train(workspace, client, round, rows, data_sha256, theta, again, models, None, processes, report)
+        return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, {}, report)
     workspace.check_round(round)
     workspace.check_client(client)
     report(Event("stage", f"client-train, round {round}, client {client}"))
@@ -87,8 +87,7 @@ def client_train(
             _check_alone(processes)
             _check_privacy(workspace, client, round, rows, again, reset_privacy, report)
         processes.agree((rows, data_sha256, theta, again))
-        place = places[target]
-        return _train(workspace, client, round, rows, data_sha256, theta, again, models, place, processes, report)
+        return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, places, report)
 
     lock = log.with_suffix(".lock")
     trained = turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
@@ -179,8 +178,8 @@ def _train(
     theta: Artefact,
     overwrite: bool,
     models: Models | None,
-    over: files.Place | None,
     processes: Processes,
+    places: turns.Places,
     report: Report,
 ) -> Manifest:
     from stages.parts import adapter_files, adapters, trackers, training
@@ -191,7 +190,9 @@ def _train(
     settings, lora, privacy = agreement.client_training, agreement.slm.lora, agreement.privacy
     tracking = trackers.tracking(workspace, "client-train", round, client)
     seed = workspace.seed_for("client-train", round, client)
-    slm = (models or Models(workspace, processes)).expect("slm", theta.manifest.base, workspace.shown(theta.path))
+    models = models or Models(workspace, processes)
+    models.use("slm")
+    slm = models.expect("slm", theta.manifest.base, workspace.shown(theta.path))
     received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
     examples = _examples(workspace, client, rows, slm)
     adapters.put(slm.model, received)
@@ -245,7 +246,7 @@ def _train(
         tokens=outcome.tokens,
         metrics={name: value for name, value in metrics.items() if not (privacy.is_on and name in outcome.metrics)},
         privacy=spending.claim(workspace, client),
-        over=over,
+        over=places[workspace.client_adapter(round, client)],
     )
     files.write_log(workspace.log("client-train", round, client), outcome.log)
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
@@ -262,7 +263,7 @@ def _keep_short(
     report: Report,
 ) -> dict[str, float]:
     """Shorten the update to max_update_norm. Returns its norms, and where it was shortened the loss after that."""
-    from stages.parts import adapters
+    from stages.parts import adapters, dry_step
 
     trained, largest = adapters.take(slm.model), workspace.agreement.aggregation.max_update_norm
     norms = adapters.check_trained(received, trained)
@@ -270,7 +271,7 @@ def _keep_short(
         return norms
     report(Event("note", f"update shortened from norm {norms['update_norm']:.4g} to {largest:g}"))
     adapters.put(slm.model, adapters.shortened(received, trained, largest))
-    rows = workspace.machine.micro_batch or workspace.agreement.client_training.batch_size
+    rows = dry_step.rows_at_once(objective, examples, workspace.agreement.client_training, workspace.machine)
     after = objective.measure(examples, rows)
     return adapters.check_trained(received, adapters.take(slm.model)) | {"slm_ft_after": after["slm_ft"]}
 

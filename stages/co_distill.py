@@ -78,14 +78,10 @@ def co_distill(
     processes: all call this alike; the first decides and writes, and each trains its share.
     """
     if not processes.is_first:
-        inputs, again = processes.agree()
-        return _train(workspace, round, inputs, again, models, {}, processes, report)
+        return _help(workspace, round, phase, models, processes, report)
     workspace.check_round(round)
     workspace.check_step("co-distill", round)
-    _check_phase(workspace, round, phase, model, top_k)
-    if phase and processes.count > 1:
-        mend = "give it without torchrun; or co-distill in one phase, with sharding in machine.toml"
-        raise UsageProblem("each of the two phases is for one process, torchrun has started more", mend=mend)
+    _check_phase(workspace, round, phase, model, top_k, processes)
     words = f", capture {model.upper()}" if phase == "capture" and model else ""
     if phase != "train":
         report(Event("stage", f"co-distill, round {round}{words}"))
@@ -96,7 +92,9 @@ def co_distill(
     inputs = _Inputs(_theta(workspace, round), _omega(workspace, round), rows, data_sha256)
     if phase == "train":
         roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
-        return [_train_one(workspace, round, one, inputs, overwrite, models, report) for one in roles][-1]
+        made = [_train_one(workspace, round, one, inputs, overwrite, models, processes, report) for one in roles]
+        processes.agree(None)
+        return made[-1]
     again = overwrite
 
     def look(asked: bool) -> Manifest | None:
@@ -106,10 +104,28 @@ def co_distill(
 
     def make(places: turns.Places) -> Manifest:
         processes.agree((inputs, again))
-        return _train(workspace, round, inputs, again, models, places, processes, report)
+        return _train(workspace, round, inputs, again, models, processes, places, report)
 
     paths = [workspace.slm(round), workspace.llm(round)]
     return turns.take(paths, _lock(workspace, round), look=look, make=make, overwrite=overwrite, report=report)
+
+
+def _help(
+    workspace: Workspace, round: int, phase: Phase | None, models: Models | None, processes: Processes, report: Report
+) -> Manifest:
+    """What a process does that is not the first: train what that one says."""
+    if phase != "train":
+        inputs, again = processes.agree()
+        return _train(workspace, round, inputs, again, models, processes, {}, report)
+    made: Manifest | None = None
+    while what := processes.agree():
+        role, inputs, taught_by, parents, llm, again = what
+        made = _train_against(
+            workspace, round, role, inputs, taught_by, parents, llm, again, models, processes, {}, report
+        )
+        gc.collect()
+    assert made  # or the first has ended, and this one with it
+    return made
 
 
 def _lock(workspace: Workspace, round: int) -> Path:
@@ -117,13 +133,22 @@ def _lock(workspace: Workspace, round: int) -> Path:
     return workspace.log("co-distill", round).with_suffix(".lock")
 
 
-def _check_phase(workspace: Workspace, round: int, phase: Phase | None, model: Role | None, top_k: int | None) -> None:
+def _check_phase(
+    workspace: Workspace,
+    round: int,
+    phase: Phase | None,
+    model: Role | None,
+    top_k: int | None,
+    processes: Processes,
+) -> None:
     """Raise UsageProblem for options that do not go together."""
     capture = f"fedcollm co-distill --round {round} --phase capture --model llm; then --model slm; then --phase train"
     if phase is None and (model or top_k):
         raise UsageProblem("--model and --top-k are for co-distill in two phases", mend=capture)
     if phase == "capture" and model is None:
         raise UsageProblem("one model is captured at a time: which?", mend=capture)
+    if phase == "capture" and processes.count > 1:
+        raise UsageProblem("capturing takes one process: it trains nothing", mend="give the command without torchrun")
     if phase == "train" and top_k:
         raise UsageProblem("--top-k is for the first phase: training takes what was captured", mend=capture)
     if phase and workspace.agreement.distillation.order == "alternating":
@@ -248,8 +273,8 @@ def _train(
     inputs: _Inputs,
     overwrite: bool,
     models: Models | None,
-    places: turns.Places,
     processes: Processes,
+    places: turns.Places,
     report: Report,
 ) -> Manifest:
     from stages.parts import adapters, trackers, training
@@ -259,6 +284,7 @@ def _train(
     settings = workspace.agreement.distillation
     tracking = trackers.tracking(workspace, "co-distill", round)
     models = models or Models(workspace, processes)
+    models.use("slm", "llm")
     slm = _ready(workspace, round, models, "slm", inputs.theta)
     llm = _ready(workspace, round, models, "llm", inputs.omega)
     examples, _ = _examples(workspace, inputs.rows, slm.outline, llm.outline)
@@ -386,6 +412,7 @@ def _capture(
         from stages.parts.models import Models
 
         loaded = models or Models(workspace)
+        loaded.use(role)
         outlines = {one: loaded.outline(one) for one in OTHER}
         examples, shared = _examples(workspace, rows, outlines["slm"], outlines["llm"])
         source = capture_files.Source(
@@ -410,7 +437,8 @@ def _capture(
             teacher,
             examples,
             source,
-            rows=min(settings.batch_size, machine.micro_batch or settings.batch_size),
+            rows=machine.rows_at_once(settings),
+            finds_rows=machine.micro_batch == "auto",
             every=machine.checkpoint_steps,
             folder=workspace.unfinished(name, round),
             inputs=inputs,
@@ -465,6 +493,7 @@ def _train_one(
     inputs: _Inputs,
     overwrite: bool,
     models: Models | None,
+    processes: Processes,
     report: Report,
 ) -> Manifest:
     """Train one model against the other's capture and publish it; the SLM comes last, as the commit record."""
@@ -496,7 +525,10 @@ def _train_one(
         if taught_by is None:
             message = f"the {teacher.upper()} of round {round} is not captured any more"
             raise NotReady(message, where=place, mend=capture)
-        return _train_against(workspace, round, role, inputs, taught_by, parents, llm, again, models, places, report)
+        processes.agree((role, inputs, taught_by, parents, llm, again))
+        return _train_against(
+            workspace, round, role, inputs, taught_by, parents, llm, again, models, processes, places, report
+        )
 
     lock = _lock(workspace, round)
     manifest = turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
@@ -535,6 +567,7 @@ def _train_against(
     llm: Artefact | None,
     overwrite: bool,
     models: Models | None,
+    processes: Processes,
     places: turns.Places,
     report: Report,
 ) -> Manifest:
@@ -542,7 +575,8 @@ def _train_against(
     from stages.parts.models import Models
 
     captured = capture_files.parse_capture(taught_by.contents[CAPTURE], taught_by.path / CAPTURE)
-    models = models or Models(workspace)
+    models = models or Models(workspace, processes)
+    models.use(role)
     outlines = {one: models.outline(one) for one in OTHER}
     examples, shared = _examples(workspace, inputs.rows, outlines["slm"], outlines["llm"])
     source = capture_files.Source(
@@ -573,10 +607,13 @@ def _train_against(
         inputs=started_from,
         overwrite=overwrite,
         tracking=trackers.tracking(workspace, name, round),
+        processes=processes,
         report=report,
     )
     report(Event("note", outcome.change))
     norms = adapters.check_trained(before, adapters.take(student.model))
+    if not processes.is_first:
+        return Manifest.model_validate(processes.agree())
     # The SLM's manifest tells both models' losses, as in one phase.
     earlier = {name: value for name, value in llm.manifest.metrics.items() if name.startswith("llm_")} if llm else {}
     manifest = _publish(workspace, round, student, parents, outcome, outcome.metrics | earlier | norms, places)
@@ -585,6 +622,7 @@ def _train_against(
     else:
         files.write_log(workspace.log(name, round), outcome.log)
     shutil.rmtree(unfinished, ignore_errors=True)
+    processes.agree(manifest)
     return manifest
 
 

@@ -121,6 +121,7 @@ def _score(
     settings = workspace.agreement.evaluation
     loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks)
     models = models or Models(workspace, processes)
+    models.use(role)
     tuned = models.get(role) if adapter is None else models.with_adapter(role, adapter)
     scores = scoring.score(
         tuned,

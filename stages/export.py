@@ -137,22 +137,25 @@ def _write_and_prove(
     """
     import torch
 
-    from stages.parts import exports
+    from stages.parts import exports, quantization
     from stages.parts.models import Models, naming_memory_knobs
 
+    settings = workspace.agreement.model_of(role)
     in_float32 = dataclasses.replace(workspace, flags=workspace.flags.model_copy(update={"dtype": "float32"}))
     with naming_memory_knobs("export on a machine with more memory, or with --device cpu: it computes in float32"):
         models = Models(in_float32)
         device = models.device
         tuned = models.with_adapter(role, adapter)
         base = Path(tuned.tokenizer.name_or_path)
+        tuned = exports.in_full(tuned, settings) if merged else tuned
         expected = exports.reference(tuned)
         if merged:
             exports.write_merged(draft, tuned, base)
             exports.copy_tokenizer(draft, base)
         del models, tuned
         gc.collect()  # modules refer to each other in circles
-        found = exports.load_merged(draft, device) if merged else exports.load_adapter(draft, base, device)
+        quantized = quantization.loading(role, settings.quantization, torch.float32, device)
+        found = exports.load_merged(draft, device) if merged else exports.load_adapter(draft, base, device, quantized)
         dtype = exports.stored_dtype(base) if merged else torch.float32
         proof = exports.check_logits(found, expected, dtype)
     if merged:

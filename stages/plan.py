@@ -6,8 +6,9 @@ Writes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from stages.parts import bases
@@ -18,10 +19,11 @@ from stages.parts.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from stages.parts.memory import Step
     from stages.parts.missing import Missing
-    from stages.parts.objective import Losses
+    from stages.parts.objective import Losses, Tokens
     from stages.parts.shapes import Shape
 
 ANSWER_TOKENS = 16
@@ -30,6 +32,11 @@ CHECKPOINTS = 2
 """How many a training stage keeps at most while it runs."""
 ADAM_BYTES = 8
 """Of AdamW's two float32 averages, for each parameter that is trained."""
+ORDERED_BYTES = {"median": 16, "krum": 16, "trimmed-mean": 24}
+"""Of one number of one client while a rule looks at a tensor of all: float64, and a copy; or its place, and what is
+taken."""
+TOP_K = 64
+"""What co-distill captures of each position unless it is told otherwise; its memory hardly depends on it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class StagePlan:
 class Plan:
     """The whole federation.
 
+    two_phases: co-distill's, of the LLM, since the SLM takes less: capture and train.
     sent: bytes that a client, and the server, sends in a round; each receives as many. disk: bytes by part, of all
     rounds and parties in one folder.
     """
@@ -77,6 +85,7 @@ class Plan:
     rounds: int
     models: list[BaseModel]
     stages: list[StagePlan]
+    two_phases: list[StagePlan]
     sent: Mapping[str, int]
     disk: Mapping[str, int]
     missing: list[Missing]
@@ -122,6 +131,7 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
         workspace.agreement.federation.rounds,
         [_base_model(here, role) for role in found],
         [*stages, *(_evaluate(here, role, clients or auxiliary) for role in ROLES)],
+        _in_two_phases(here, auxiliary),
         _sent(here),
         _disk(here),
         missing(workspace),
@@ -134,29 +144,100 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
 def _client_train(here: _Here, rows: Extent | None) -> StagePlan:
     from stages.parts.objective import task_loss
 
-    return _training("client-train", "each client", here, here.workspace.agreement.client_training, rows, task_loss)
+    budget = here.workspace.agreement.client_training
+    found = _training("client-train", "each client", here, budget, rows, task_loss)
+    if not (here.workspace.agreement.privacy.is_on and found.memory):
+        return found
+    gradient, batch = found.memory["gradients"], found.batch or 1
+    each = {"each row's gradient": batch * gradient, "their sum": gradient}  # Opacus's grad_sample and summed_grad
+    return replace(found, memory={**found.memory, **each})
 
 
 def _co_distill(here: _Here, rows: Extent | None) -> StagePlan:
     from stages.parts.objective import mutual_losses
 
     budget = here.workspace.agreement.distillation
-    return _training("co-distill", "server", here, budget, rows, mutual_losses(budget))
+    return _training("co-distill", "server", here, budget, rows, mutual_losses(_whole(budget)), ROLES)
 
 
-def _training(name: str, party: str, here: _Here, budget: Budget, rows: Extent | None, losses: Losses) -> StagePlan:
-    """A training stage: with the settings of distillation, of both models."""
-    is_mutual = isinstance(budget, Distillation)
-    wanted = {role: shape for role, shape in here.shapes.items() if is_mutual or role == "slm"}
+def _whole(budget: Distillation) -> Distillation:
+    """With every token distilled: which ones are not is known only when the models have spoken."""
+    return budget.model_copy(update={"min_confidence": None})
+
+
+def _in_two_phases(here: _Here, rows: Extent | None) -> list[StagePlan]:
+    """The same with one model at a time."""
+    import torch
+
+    from stages.parts import memory, models, shapes
+    from stages.parts.losses import top_k
+
+    budget = here.workspace.agreement.distillation
+    shape = here.shapes.get("llm")
+    if shape is None or budget.order == "alternating":
+        return []
+    training = _training("train", "server", here, budget, rows, _beside_a_capture(budget), ("llm",))
+    compute = models.precision(here.workspace, "llm", here.device)[0]
+    step = memory.capture_step(
+        shape,
+        lambda logits: top_k(logits, TOP_K, temperature=budget.temperature),
+        rows=training.batch or 1,
+        length=training.length or 2,
+        answers=training.answers or 1,
+        device=_counted_on(here.device),
+        autocast=compute == torch.bfloat16,
+    )
+    takes = {
+        "weights": shapes.weight_bytes(shape),
+        "adapters": shapes.FLOAT32_BYTES * shape.adapter_parameters,
+        "logits": step.logits,
+        "transient": step.transient + shapes.unpacked_bytes(shape, compute),
+    }
+    capture = replace(training, name="capture", steps=None, memory=takes)
+    return [capture, training]
+
+
+def _beside_a_capture(budget: Distillation) -> Losses:
+    """The LLM's losses, its teacher's few tokens taken from nowhere."""
+    import torch
+
+    from stages.parts.captures import as_batch, taught_losses
+    from stages.parts.losses import TopK
+
+    def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        count, vocabulary = logits["llm"].shape
+        k = min(TOP_K, vocabulary)
+        on: dict[str, Any] = {"device": labels.device}
+        teacher = TopK(
+            torch.ones(count, k, dtype=torch.long, **on),
+            torch.ones(count, k + (k < vocabulary), **on),
+            torch.ones(count, **on),
+        )
+        return taught_losses("llm", _whole(budget), vocabulary)({**logits, **as_batch(teacher)}, labels, tokens)
+
+    return losses
+
+
+def _training(
+    name: str,
+    party: str,
+    here: _Here,
+    budget: Budget,
+    rows: Extent | None,
+    losses: Losses,
+    roles: tuple[Role, ...] = ("slm",),
+) -> StagePlan:
+    """A training stage, of these models."""
+    wanted = {role: shape for role, shape in here.shapes.items() if role in roles}
     tokens = _length(here, budget, rows)
     answers = min((rows and rows.longest_answer) or ANSWER_TOKENS, tokens - 1)
-    batch = min(budget.batch_size, here.workspace.machine.micro_batch or budget.batch_size)
+    batch = here.workspace.machine.rows_at_once(budget)
     takes: dict[str, int] = {}
-    if len(wanted) == (2 if is_mutual else 1):
+    if len(wanted) == len(roles):
         turns = ROLES if isinstance(budget, Distillation) and budget.order == "alternating" else (None,)
         sized = {"rows": batch, "length": tokens, "answers": answers}
         steps = [_step(here, wanted, losses, sized, turn) for turn in turns]
-        takes = _of_training(wanted, max(steps, key=lambda step: step.activations + step.logits + step.transient))
+        takes = _of_training(here, wanted, max(steps, key=lambda one: one.activations + one.logits + one.transient))
     counted = (rows.fewest, rows.most) if rows else None
     fewest, most = counted or ((1, 1) if budget.steps else (None, None))  # a budget in steps is the same for any rows
     steps_of = (budget.steps_for(fewest), budget.steps_for(most)) if fewest and most else None
@@ -183,9 +264,11 @@ def _step(
     )
 
 
-def _of_training(wanted: Mapping[Role, Shape], step: Step) -> dict[str, int]:
-    from stages.parts import shapes
+def _of_training(here: _Here, wanted: Mapping[Role, Shape], step: Step) -> dict[str, int]:
+    from stages.parts import models, shapes
 
+    computes = {role: models.precision(here.workspace, role, here.device)[0] for role in wanted}
+    unpacked = max(shapes.unpacked_bytes(shape, computes[role]) for role, shape in wanted.items())
     trained = sum(shape.adapter_parameters for shape in wanted.values())
     return {
         "weights": sum(shapes.weight_bytes(shape) for shape in wanted.values()),
@@ -194,18 +277,27 @@ def _of_training(wanted: Mapping[Role, Shape], step: Step) -> dict[str, int]:
         "optimiser": ADAM_BYTES * trained,
         "activations": step.activations,
         "logits": step.logits,
-        "transient": step.transient,
+        "transient": step.transient + unpacked,
     }
 
 
 def _aggregate(here: _Here) -> StagePlan:
-    """The broadcast and two updates as bytes, one more twice while it is parsed; sums in float64. Never all clients."""
+    """The broadcast and two updates as bytes, one more twice while it is parsed; sums in float64. Never all clients.
+
+    Another rule than the mean holds all of them; and of one tensor at a time, each client's in float64 and in order.
+    """
     from stages.parts import shapes
 
     takes = {}
     if "slm" in here.shapes:
         values = shapes.FLOAT32_BYTES * here.shapes["slm"].adapter_parameters
         takes = {"adapters": 5 * values, "sums": 2 * values}
+        settings = here.workspace.agreement.aggregation
+        if settings.rule != "mean":
+            count = settings.min_clients or here.workspace.agreement.federation.clients
+            largest = max(math.prod(shape) for shape in here.shapes["slm"].layout.values())
+            ordered = count * largest * ORDERED_BYTES.get(settings.rule, 0)
+            takes = {"adapters": (count + 3) * values, "sums": ordered or 8 * values}
     return StagePlan("aggregate", "server", memory=takes)
 
 

@@ -8,8 +8,8 @@ with NumPy: secret_random, adapter_files, capture_files, vectors, aggregators, r
     unmasking, uploads, sums, parcels, partition, budgets, evidence, statistics, drift, any_adapter, audit_layout,
     audit_numbers, audit_clients, audit_secagg
 the report's: findings, charts, curves, bars, figures, page
-with torch: losses, batches, adapters, sharding, models, exports, objective, gate, shapes, memory, trackers, schedule,
-    training, captures, private_training
+with torch: losses, batches, adapters, quantization, sharding, models, exports, objective, dry_step, gate, shapes,
+    memory, trackers, schedule, training, captures, private_training
 with lm-eval: tasks, missing, scoring
 the demo's: world, tiny_models
 """

@@ -21,6 +21,7 @@ from stages.parts import capture_files, checkpoints, files
 from stages.parts.batches import Batch, answer_logits, collate
 from stages.parts.capture_files import Captured, Source
 from stages.parts.config import Distillation
+from stages.parts.dry_step import rows_that_fit
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.losses import DIVERGENCES, TopK, captured_distillation, cross_entropy, top_k
@@ -41,6 +42,7 @@ def capture(
     source: Source,
     *,
     rows: int,
+    finds_rows: bool = False,
     every: int,
     folder: Path,
     inputs: Mapping[str, Any],
@@ -50,7 +52,8 @@ def capture(
     """What the teacher says at every distilled position, without dropout, so many rows at a time.
 
     Of each batch only the k likeliest tokens are kept. Every so many batches what there is goes to the folder, and a
-    run with equal inputs that was stopped goes on from there; the caller removes it.
+    run with equal inputs that was stopped goes on from there; the caller removes it. finds_rows: whether to try how
+    many rows fit, and take fewer if not all do.
     """
     total = sum(example.distilled_positions for example in examples)
     largest = capture_files.largest_bytes(len(examples), total, min(source.top_k, source.vocabulary))
@@ -59,7 +62,10 @@ def capture(
         fits = max(min(source.top_k, source.vocabulary) + -over // (8 * total), 1)
         message = f"a capture of {total} positions with --top-k {source.top_k} would have {largest} bytes"
         raise UsageProblem(message, mend=f"give --top-k {fits} or less")
-    wanted = files.json_bytes(dict(inputs))
+    if finds_rows:
+        once = partial(_said, teacher, source=source, report=lambda _: None)
+        rows = rows_that_fit(lambda some: once([some]), examples, rows, report=report)
+    wanted = files.json_bytes({**inputs, "rows": rows})
     if overwrite or not checkpoints.is_of(folder, wanted):
         shutil.rmtree(folder, ignore_errors=True)
         files.write(folder / checkpoints.INPUTS, wanted)
@@ -137,7 +143,7 @@ class TaughtObjective(Objective):
             torch.from_numpy(found.log_probabilities[places]),
             torch.from_numpy(found.confidence[places]),
         )
-        return super().collate(examples, step) | {f"{TAUGHT}{name}": part for name, part in short._asdict().items()}
+        return super().collate(examples, step) | as_batch(short)
 
     def losses_of(self, logits: Mapping[str, Tensor], batch: Batch, tokens: Tokens) -> dict[str, Tensor]:
         """Every named loss; the teacher comes in the batch, beside the student's logits."""
@@ -145,6 +151,11 @@ class TaughtObjective(Objective):
 
 
 _NAMES = [f"{TAUGHT}{name}" for name in TopK._fields]
+
+
+def as_batch(teacher: TopK) -> Batch:
+    """What a teacher says, as parts of a batch."""
+    return dict(zip(_NAMES, teacher, strict=True))
 
 
 def taught_losses(role: str, settings: Distillation, vocabulary: int) -> Losses:

@@ -18,6 +18,7 @@ from stages.parts.errors import UsageProblem
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Role = Literal["slm", "llm"]
+Quantization = Literal["4bit", "8bit"]
 ROLES: tuple[Role, ...] = ("slm", "llm")
 Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
@@ -68,6 +69,7 @@ class Model(Settings):
     model: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     lora: Lora = Lora()
 
 
@@ -296,8 +298,9 @@ class Machine(Settings):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Dtype | None = None
-    micro_batch: Positive | None = None
+    micro_batch: Positive | Literal["auto"] | None = None
     gradient_checkpointing: bool = False
+    offload_idle: bool = False
     checkpoint_steps: Positive = 100
     processes: Positive | None = None
     sharding: list[Role] = []
@@ -306,6 +309,11 @@ class Machine(Settings):
     trackers: list[Tracker] = []
     models: LocalModels = LocalModels()
     slurm: Slurm = Slurm()
+
+    def rows_at_once(self, budget: Budget) -> int:
+        """How many rows a forward pass takes at most; where that is to be found by trying, what is tried first."""
+        asked = self.micro_batch if isinstance(self.micro_batch, int) else budget.batch_size
+        return min(budget.batch_size, asked)
 
 
 S = TypeVar("S", bound=Settings)

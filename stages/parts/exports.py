@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from stages.parts import adapters, quiet
+from stages.parts import adapters, quantization, quiet
+from stages.parts.config import Model
 from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.models import PROBE_TEXTS, Tuned, tokenizer_sha256
 
@@ -52,6 +53,20 @@ def reference(tuned: Tuned) -> Reference:
     with_adapter = [adapters.logits(tuned.model, text) for text in texts]
     with tuned.model.disable_adapter():
         return Reference(texts, with_adapter, [adapters.logits(tuned.model, text) for text in texts])
+
+
+def in_full(tuned: Tuned, settings: Model) -> Tuned:
+    """A model on a base in 4 or 8 bits, on what those bits say as float32; tuned cannot be used afterwards.
+
+    That is what it was tuned on, and what can be merged: added to 4 bits, an adapter would be rounded away.
+    """
+    if tuned.identity.quantization is None:
+        return tuned
+    tensors = adapters.take(tuned.model)
+    base: Any = tuned.model.unload()
+    model = adapters.attach(base.dequantize(torch.float32), settings)
+    adapters.put(model, tensors)
+    return replace(tuned, model=model)
 
 
 def stored_dtype(base: Path) -> torch.dtype:
@@ -95,11 +110,12 @@ def _naming_storage_faults(draft: Path) -> Iterator[None]:
         raise StorageProblem(f"the weights cannot be written: {error}", where=draft, mend=mend) from error
 
 
-def load_adapter(draft: Path, base: Path, device: torch.device) -> PeftModel:
-    """Base and adapter folder as any user of PEFT loads them."""
+def load_adapter(draft: Path, base: Path, device: torch.device, quantized: Mapping[str, Any]) -> PeftModel:
+    """Base and adapter folder as any user of PEFT loads them; quantized: how, if in 4 or 8 bits."""
     with quiet.libraries():
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        return PeftModel.from_pretrained(model.to(device), draft)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **quantized)
+        quantization.never_repack(model)  # in bfloat16 it could not be compared
+        return PeftModel.from_pretrained(model if quantized else model.to(device), draft)
 
 
 def load_merged(draft: Path, device: torch.device) -> PreTrainedModel:

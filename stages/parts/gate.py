@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from stages.parts import adapters
 from stages.parts.adapter_files import Tensors
+from stages.parts.dry_step import rows_at_once
 from stages.parts.errors import BadNumbers
 from stages.parts.events import Event, Report
 from stages.parts.manifest import Artefact
@@ -46,6 +47,7 @@ def gate(
     average: of theta's layout. Measured as training measures, but on all rows. Raises BadNumbers if theta's own loss
     is no number, since nothing can be compared with that.
     """
+    models.use("slm")
     slm = models.with_adapter("slm", theta)
     settings = workspace.agreement.client_training
     examples = encode(
@@ -56,7 +58,7 @@ def gate(
         too_long=workspace.agreement.data.too_long,
         path=workspace.held_out_data,
     )
-    at_once = min(settings.batch_size, workspace.machine.micro_batch or settings.batch_size)
+    at_once = rows_at_once(_objective(slm), examples, settings, workspace.machine)
     before = _loss(slm, examples, at_once)
     if not math.isfinite(before):
         mend = "compute with --dtype float32; should that not help, train the round before again at lower rates"
@@ -76,5 +78,9 @@ def gate(
 def _loss(slm: Tuned, examples: Sequence[Example], at_once: int) -> float:
     """The SLM's cross-entropy per answer token, Eq. 3."""
     with naming_memory_knobs():
-        losses = Objective([slm], task_loss, {"slm_ft": 1.0}).measure(examples, at_once, most=len(examples))
+        losses = _objective(slm).measure(examples, at_once, most=len(examples))
     return losses["slm_ft"]
+
+
+def _objective(slm: Tuned) -> Objective:
+    return Objective([slm], task_loss, {"slm_ft": 1.0})

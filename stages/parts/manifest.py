@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from stages.parts import files, roster, signatures, vault
-from stages.parts.config import ROLES, Lora, Role
+from stages.parts.config import ROLES, Lora, Quantization, Role
 from stages.parts.errors import Damaged, NotReady, Refused
 from stages.parts.roster import Roster
 from stages.parts.vault import Vault
@@ -66,11 +66,20 @@ class FileEntry(_Part):
 
 
 class BaseIdentity(_Part):
-    """Which base model and tokenizer an adapter belongs to, by content."""
+    """Which base model and tokenizer an adapter belongs to, by content: of the weights as published.
+
+    quantization: how they are held while an adapter is trained on them; another way is another base. Where there is
+    none it is not written either.
+    """
 
     architecture: str
     weights_sha256: Sha256
     tokenizer_sha256: Sha256
+    quantization: Quantization | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not(self, whole: SerializerFunctionWrapHandler) -> dict[str, str]:
+        return {name: value for name, value in whole(self).items() if value is not None}
 
 
 class Opening(_Part):

@@ -94,6 +94,25 @@ def scoring_step(shape: Shape, *, rows: int, length: int, device: torch.device) 
         return Step(0, both, max(0, peak.bytes - both))
 
 
+def capture_step(
+    shape: Shape,
+    keep: Callable[[Tensor], object],
+    *,
+    rows: int,
+    length: int,
+    answers: int,
+    device: torch.device,
+    autocast: bool,
+) -> Step:
+    """The memory of one forward pass without gradient over answers alone. keep: what is made of their logits."""
+    with FakeTensorMode(), torch.no_grad():
+        state = _state(shape.model, device)
+        with _reparametrize_module(shape.model, state, tie_weights=True), _Peak(_storages([state])) as peak:
+            logits = _answer_logits(shape.model.eval(), rows, length, answers, device, autocast)
+            keep(logits)
+        return Step(0, logits.nbytes, max(0, peak.bytes - logits.nbytes))
+
+
 State = dict[str, Tensor]
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.parts import adapters, bases, batches, quiet
+from stages.parts import adapters, bases, batches, quantization, quiet
 from stages.parts.adapter_files import read_adapter
-from stages.parts.config import Machine, Role
+from stages.parts.config import Machine, Quantization, Role
 from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
 from stages.parts.processes import ALONE, Processes
@@ -110,17 +111,30 @@ class Models:
         other._loaded = self._loaded
         return other
 
+    def use(self, *roles: Role) -> None:
+        """Say which models a stage is about to use; with offload_idle the others wait in the CPU's memory meanwhile."""
+        if not self._workspace.machine.offload_idle:
+            return
+        used = [self._roles[role].model for role in roles if role in self._roles]
+        for tuned in self._loaded.values():
+            if all(tuned.model is not model for model in used):
+                tuned.model.to("cpu")
+        clear_device_cache()
+
     def get(self, role: Role) -> Tuned:
         """The SLM or the LLM with an adapter of the agreed shape (whatever values it last had)."""
         if role not in self._roles:
             workspace = self._workspace
             lora, checkpointing = workspace.agreement.model_of(role).lora, workspace.machine.gradient_checkpointing
             folder, precisions = bases.folder(workspace, role), precision(workspace, role, self.device)
-            key = (folder.resolve(), precisions, lora.model_dump_json(), self.device, checkpointing)
+            held = workspace.agreement.model_of(role).quantization
+            key = (folder.resolve(), precisions, lora.model_dump_json(), self.device, checkpointing, held)
             if key not in self._loaded:
                 with naming_memory_knobs():
                     self._loaded[key] = self._load(role, folder, precisions)
             self._roles[role] = replace(self._loaded[key], role=role)
+        if self._workspace.machine.offload_idle:
+            self._roles[role].model.to(self.device)
         return self._roles[role]
 
     def outline(self, role: Role) -> Outline:
@@ -143,12 +157,10 @@ class Models:
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:
         """As get, but the base must be the one named by identity. Raises Refused otherwise."""
         tuned = self.get(role)
-        for name in ("architecture", "weights_sha256", "tokenizer_sha256"):
-            here, there = getattr(tuned.identity, name), getattr(identity, name)
-            if here != there:
-                message = (
-                    f"the {role.upper()} here is not the one of {whose}: {name} is {here[:16]}, there {there[:16]}"
-                )
+        for name in ("architecture", "weights_sha256", "tokenizer_sha256", "quantization"):
+            here, there = (str(getattr(one, name) or "none")[:16] for one in (tuned.identity, identity))
+            if getattr(tuned.identity, name) != getattr(identity, name):
+                message = f"the {role.upper()} here is not the one of {whose}: {name} is {here}, there {there}"
                 mend = f"use the same {role}.model and revision everywhere; see models.{role} in machine.toml"
                 raise Refused(message, where=self._workspace.root, mend=mend)
         return tuned
@@ -163,14 +175,19 @@ class Models:
     def _load(self, role: Role, folder: Path, precisions: tuple[torch.dtype, torch.dtype]) -> Tuned:
         settings = self._workspace.agreement.model_of(role)
         compute, dtype = precisions
+        quantized = quantization.loading(role, settings.quantization, compute, self.device)
         is_spread = role in self._workspace.machine.sharding and self._processes.count > 1
+        if quantized and is_spread:
+            mend = f'take "{role}" out of sharding in machine.toml, or agree to leave {role}.quantization out'
+            raise UsageProblem(f"the {role.upper()} cannot be both quantised and spread over processes", mend=mend)
         try:
             with quiet.libraries():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
-                identity = identify(folder, tokenizer)
-                base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-                if not is_spread:
+                identity = identify(folder, tokenizer, settings.quantization)
+                base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantized)
+                if not (quantized or is_spread):
                     base.to(self.device)
+                quantization.never_repack(base)
                 packs = batches.packs(base)
         except (OSError, ValueError) as error:
             message = f"the {role.upper()} {settings.model} cannot be loaded: {error}"
@@ -220,13 +237,17 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def identify(folder: Path, tokenizer: Any) -> BaseIdentity:
-    """A base model's identity by content: every tensor's name, type, shape and bytes, whatever files they lie in."""
+def identify(folder: Path, tokenizer: Any, quantization: Quantization | None = None) -> BaseIdentity:
+    """A base model's identity by content: every tensor's name, type, shape and bytes, whatever files they lie in.
+
+    quantization: how it is held once it is loaded.
+    """
     architecture = str(json.loads((folder / "config.json").read_text()).get("model_type", "unknown"))
     return BaseIdentity(
         architecture=architecture,
         weights_sha256=_weights_sha256(folder),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
+        quantization=quantization,
     )
 
 

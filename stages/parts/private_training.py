@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import get_constant_schedule_with_warmup
 
-from stages.parts import checkpoints, files
+from stages.parts import checkpoints, dry_step, files
 from stages.parts.accounting import Charge
 from stages.parts.batches import padded
 from stages.parts.config import Machine
@@ -73,7 +73,6 @@ def train(
     """
     started = time.monotonic()
     steps = recipe.budget.steps_for(len(examples))
-    rows = min(recipe.budget.batch_size, machine.micro_batch or recipe.budget.batch_size)
     objective = Objective([slm], loss_of_examples, {"slm_ft": 1.0})
     checkpoint = checkpoints.begin(folder, inputs, anew=overwrite)
     run = Run(objective, recipe, folder)
@@ -83,6 +82,7 @@ def train(
         run.save()  # before the reservation: once there is one, there is a checkpoint to go on from
     charge = reserve(run.attempt, run.step, digest(objective))
     with naming_memory_knobs(MEMORY_KNOBS), checkpoints.stopping() as stop:
+        rows = _rows_at_once(objective, slm, examples, recipe, machine, report)
         before = objective.measure(examples, rows)
         hooks = GradSampleHooks(slm.model, loss_reduction="sum", strict=True)
         try:
@@ -119,6 +119,25 @@ def train(
         metrics=metrics,
         log=[{"inputs": dict(inputs)}, *run.log, {**metrics, "wall_s": round(time.monotonic() - started, 3)}],
     )
+
+
+def _rows_at_once(
+    objective: Objective, slm: Tuned, examples: Sequence[Example], recipe: Recipe, machine: Machine, report: Report
+) -> int:
+    """As dry_step has it, for a step in which each row has a gradient of its own."""
+    if machine.micro_batch != "auto":
+        return machine.rows_at_once(recipe.budget)
+    parameters = objective.adapter_parameters("slm")
+
+    def step(rows: Sequence[Example]) -> None:
+        hooks = GradSampleHooks(slm.model, loss_reduction="sum", strict=True)
+        try:
+            objective.train()
+            gradients(objective, parameters, rows)
+        finally:  # of a pass that was broken off they remember a half
+            hooks.cleanup()
+
+    return dry_step.rows_at_once(objective, examples, recipe.budget, machine, step=step, report=report)
 
 
 def loss_of_examples(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:

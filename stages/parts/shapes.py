@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from stages.parts import adapters, bases, paper, quiet
 from stages.parts.adapter_files import Layout
-from stages.parts.config import Lora, Model, Role
+from stages.parts.config import Lora, Model, Quantization, Role
 from stages.parts.errors import NotReady, UsageProblem
 from stages.parts.models import context_of
 from stages.parts.workspace import AGREEMENT, Workspace
@@ -31,6 +33,7 @@ class Shape:
     """A base model with its adapter, in form only.
 
     stored_dtype: of the weights as they were published, where that is known. came_from: where its configuration lies.
+    quantization: how its linear layers are held once loaded; in the model here they are as they would be without.
     """
 
     model: PeftModel
@@ -38,6 +41,7 @@ class Shape:
     layout: Layout
     stored_dtype: str | None
     came_from: str
+    quantization: Quantization | None = None
 
     @property
     def adapter_parameters(self) -> int:
@@ -108,13 +112,41 @@ def _shape(
     parameters = sum(parameter.numel() for parameter in base.parameters())
     with torch.device("meta"):
         model = adapters.attach(base, settings, where=workspace.root / AGREEMENT if workspace else None)
-    return Shape(model, parameters, adapters.layout(model), stored, came_from)
+    return Shape(model, parameters, adapters.layout(model), stored, came_from, settings.quantization)
 
 
 def weight_bytes(shape: Shape) -> int:
     """The base's weights as they are held in memory; the adapter not counted."""
-    adapter = sum(parameter.nbytes for parameter in shape.model.parameters() if parameter.requires_grad)
-    return sum(parameter.nbytes for parameter in shape.model.parameters()) - adapter
+    frozen = sum(parameter.nbytes for parameter in shape.model.parameters() if not parameter.requires_grad)
+    less: int = sum(layer.weight.nbytes - _held_bytes(layer, shape.quantization) for layer in _quantized(shape))
+    return frozen - less
+
+
+def unpacked_bytes(shape: Shape, compute: torch.dtype) -> int:
+    """Of a base in few bits, its largest layer, which is taken back to full weights whenever it is computed."""
+    largest: int = max((layer.weight.numel() for layer in _quantized(shape)), default=0)
+    return largest * compute.itemsize
+
+
+def _quantized(shape: Shape) -> list[Any]:
+    """The layers that are held in few bits: the linear ones, but not the output layer nor adapters."""
+    if shape.quantization is None:
+        return []
+    output = shape.model.get_output_embeddings()
+    linear = [one for one in shape.model.modules() if isinstance(one, nn.Linear | Conv1D) and one is not output]
+    return [one for one in linear if not one.weight.requires_grad]
+
+
+def _held_bytes(layer: Any, quantization: Quantization | None) -> int:
+    """As bitsandbytes holds it.
+
+    4 bits and a byte for each 64 weights, with a float32 for 256 such; or a byte, and a float32 for each output.
+    """
+    count: int = layer.weight.numel()
+    if quantization == "8bit":
+        outputs: int = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+        return count + FLOAT32_BYTES * outputs
+    return count // 2 + count // 64 + FLOAT32_BYTES * -(-count // (64 * 256))
 
 
 def file_bytes(layout: Layout) -> int:

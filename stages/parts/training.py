@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from stages.parts import checkpoints, files, quiet, trackers
 from stages.parts.config import Budget, Machine
+from stages.parts.dry_step import rows_at_once
 from stages.parts.errors import BadNumbers, Refused, StorageProblem, UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import naming_memory_knobs
@@ -99,7 +100,8 @@ def train(
     """
     started = time.monotonic()
     steps = schedule(len(examples), recipe.budget, recipe.seed)
-    rows = min(recipe.budget.batch_size, machine.micro_batch or recipe.budget.batch_size)
+    with naming_memory_knobs():
+        rows = rows_at_once(objective, examples, recipe.budget, machine, report=report)
     dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating, processes.count)
     own, checkpoint = processes.agree(
         (checkpoints.own(folder), checkpoints.begin(folder, inputs, anew=overwrite)) if processes.is_first else None

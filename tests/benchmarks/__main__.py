@@ -15,7 +15,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.benchmarks import aggregate, client_train, co_distill, commands, secagg
+from tests.benchmarks import aggregate, client_train, co_distill, commands, on_slurm, secagg
 
 BENCHMARKS = {
     "client-train": client_train.measure,
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "aggregate": aggregate.measure,
     "commands": commands.measure,
     "secagg": secagg.measure,
+    "slurm": on_slurm.measure,
 }
 
 

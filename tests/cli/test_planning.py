@@ -47,6 +47,7 @@ def test_plan_tells_steps_memory_bytes_and_what_is_missing(
     assert "missing here: the data of task colours is not there" in " ".join(outcome.out.split())
     assert "mend  check data_files in its task file" in outcome.out
     assert "not counted: the libraries" in outcome.out
+    assert "in two phases, with the LLM alone in memory: capture " in " ".join(outcome.out.split())
     assert published(workspace_folder) == before
 
 

@@ -60,7 +60,17 @@ def test_every_setting_stands_in_the_template_and_the_template_has_no_other(name
 def test_every_key_of_the_template_is_explained(name: str) -> None:
     lines = (TEMPLATE / name).read_text().splitlines()
     bare = [line for line in lines if re.match(r"(# )?\w+ = [^#]+$", line)]
-    explained = {"model", "revision", "dtype", "r", "alpha", "dropout", "target_modules", "llm_max_grad_norm"}
+    explained = {
+        "model",
+        "revision",
+        "dtype",
+        "quantization",
+        "r",
+        "alpha",
+        "dropout",
+        "target_modules",
+        "llm_max_grad_norm",
+    }
     explained |= {"batch_size", "gradient_accumulation", "weight_decay", "max_length", "slm", "llm"}  # where first met
     assert {re.sub(r"^# ", "", line).split()[0] for line in bare} <= explained
 

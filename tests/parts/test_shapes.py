@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +88,36 @@ def test_a_model_that_is_nowhere_is_named(workspace_folder: Path) -> None:
     with pytest.raises(NotReady, match="the configuration of the LLM nobody/nothing is not here") as caught:
         shapes.of_workspace(Workspace(workspace_folder), "llm")
     assert "fedcollm prefetch --model llm" in str(caught.value.mend)
+
+
+@pytest.mark.parametrize(("bits", "each"), [("4bit", 1 / 2 + 1 / 64 + 4 / (64 * 256)), ("8bit", 1.0)])
+def test_a_base_in_few_bits_weighs_what_its_layers_then_weigh(bits: Any, each: float) -> None:
+    whole = shapes.of_paper("s3", "llm")
+    few = replace(whole, quantization=bits)
+    # Llama-2-7B: 32 layers of four 4096 x 4096 and three 4096 x 11008; embeddings, norms and output layer stay.
+    linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    scales = 4 * 32 * (4 * 4096 + 3 * 11008) if bits == "8bit" else 0
+    saved = shapes.weight_bytes(whole) - shapes.weight_bytes(few)
+    assert saved == pytest.approx(4 * linear - each * linear - scales, rel=1e-4)
+    assert shapes.unpacked_bytes(few, torch.bfloat16) == 2 * 4096 * 11008
+    assert shapes.unpacked_bytes(whole, torch.bfloat16) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_base_in_few_bits_is_counted_as_it_is_loaded(bits: str, workspace_folder: Path) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    edit(toml, 'model = "models/llm"', f'model = "models/llm"\nquantization = "{bits}"')
+    workspace = Workspace(workspace_folder)
+    found, real = shapes.of_workspace(workspace, "llm"), Models(workspace).get("llm").model
+    held = sum(parameter.nbytes for parameter in real.parameters() if not parameter.requires_grad)
+    layers = [module for module in real.modules() if type(module).__module__.startswith("bitsandbytes")]
+    if bits == "4bit":
+        states = [layer.weight.quant_state for layer in layers]
+        held += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    else:
+        real(input_ids=torch.ones(1, 4, dtype=torch.long))  # which takes the scales from the weight to the layer
+        held += sum(layer.state.SCB.nbytes for layer in layers)
+    assert len(layers) == 2 * 4
+    assert shapes.weight_bytes(found) == pytest.approx(held, rel=0.01)
+    assert found.layout == adapters.layout(real)

@@ -108,16 +108,22 @@ def test_a_smaller_micro_batch_and_gradient_checkpointing_take_less(workspace_fo
     assert kept("gradient_checkpointing = true\n") < whole
 
 
-def test_aggregate_takes_what_it_is_said_to_take(workspace_folder: Path) -> None:
+@pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean", "clipped-mean", "krum"])
+def test_aggregate_takes_what_it_is_said_to_take(rule: str, workspace_folder: Path) -> None:
     edit(
         workspace_folder / "fedcollm.toml",
         'dtype = "float32"\n[slm.lora]\nr = 4',
         'dtype = "float32"\n[slm.lora]\nr = 8192',
     )
-    edit(workspace_folder / "fedcollm.toml", "clients = 3", "clients = 2")
+    clients = 2 if rule == "mean" else 6
+    edit(workspace_folder / "fedcollm.toml", "clients = 3", f"clients = {clients}")
+    edit(workspace_folder / "fedcollm.toml", "steps = 6", "steps = 1")
+    settings = f'[aggregation]\nrule = "{rule}"\n' + ("outliers = 1\n" if rule in ("trimmed-mean", "krum") else "")
+    edit(workspace_folder / "fedcollm.toml", "[distillation]", f"{settings}[distillation]")
     workspace = Workspace(workspace_folder)
     broadcast(workspace, round=1)
-    for client in (1, 2):
+    for client in range(1, clients + 1):
+        write_rows(workspace.client_data(client), rows(4, start=4 * client))
         client_train(workspace, round=1, client=client)
     said = sum(stage_of(plan(workspace), "aggregate").memory.values())
     aggregate(workspace, round=1)  # what it imports is not counted
@@ -194,3 +200,44 @@ def test_unlabelled_auxiliary_rows_count_as_rows(workspace_folder: Path) -> None
     place.write_text(place.read_text() + '{"prompt": "Q : what colour is the big star 1 ? A :"}\n')
     found = plan(Workspace(workspace_folder))
     assert [one.rows for one in found.stages if one.name == "co-distill"] == [(13, 13)]
+
+
+# --- few bits, two phases, privacy
+
+
+def with_lines(folder: Path, place: str, *lines: str) -> Workspace:
+    edit(folder / "fedcollm.toml", place, "\n".join([place, *lines]))
+    return Workspace(folder)
+
+
+def test_in_two_phases_one_model_is_counted_and_no_other(workspace_folder: Path) -> None:
+    found = plan(Workspace(workspace_folder))
+    both, (capture, train) = stage_of(found, "co-distill"), found.two_phases
+    llm = found.models[1]
+    assert train.memory["weights"] == capture.memory["weights"] == 4 * llm.parameters < both.memory["weights"]
+    assert train.memory["activations"] < both.memory["activations"]
+    assert train.steps == both.steps
+    assert capture.steps is None
+    assert set(capture.memory) == {"weights", "adapters", "logits", "transient"}
+    assert sum(capture.memory.values()) < sum(train.memory.values()) < sum(both.memory.values())
+
+
+def test_in_two_phases_nothing_is_planned_where_there_are_none(workspace_folder: Path) -> None:
+    workspace = with_lines(workspace_folder, "[distillation]", 'order = "alternating"')
+    assert plan(workspace).two_phases == []
+
+
+def test_a_least_confidence_does_not_keep_a_plan_from_being_made(workspace_folder: Path) -> None:
+    before = stage_of(plan(Workspace(workspace_folder)), "co-distill").memory
+    workspace = with_lines(workspace_folder, "[distillation]", "min_confidence = 0.5")
+    assert stage_of(plan(workspace), "co-distill").memory == before
+
+
+def test_private_training_counts_a_gradient_of_each_row(workspace_folder: Path) -> None:
+    before = stage_of(plan(Workspace(workspace_folder)), "client-train").memory
+    edit(workspace_folder / "fedcollm.toml", "[evaluation]", "[privacy]\nnoise_multiplier = 1.0\n[evaluation]")
+    workspace = Workspace(workspace_folder)
+    stage = stage_of(plan(workspace), "client-train")
+    added = {part: size for part, size in stage.memory.items() if part not in before}
+    assert added == {"each row's gradient": 4 * before["gradients"], "their sum": before["gradients"]}
+    assert stage.batch == 4

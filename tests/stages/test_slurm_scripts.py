@@ -278,6 +278,12 @@ def test_a_job_that_was_stopped_goes_back_into_the_queue_however_often(workspace
         assert job(workspace_folder, "server.sbatch", [0, 75], ROUND=1)[::2] == (75, ["requeue 8"])
 
 
+def test_what_has_no_checkpoint_is_not_begun_again_for_ever(workspace_folder: Path) -> None:
+    write(workspace_folder, retries=1)
+    found = [job(workspace_folder, "evaluate.sbatch", [0, 75], ROUND=2)[::2] for _ in range(2)]
+    assert found == [(75, ["requeue 8"]), (75, [])]
+
+
 def test_a_task_of_an_array_puts_itself_back_and_not_the_others(workspace_folder: Path) -> None:
     write(workspace_folder)
     last = {"SLURM_JOB_ID": 5, "SLURM_ARRAY_JOB_ID": 5, "SLURM_ARRAY_TASK_ID": 3}  # the last has the array's own number

@@ -23,11 +23,12 @@ stage() {
     srun --ntasks=1 fedcollm "$@"
 {% endif %}
     local code=$?
-    case $code in
-        0 | "${tolerates:-0}") return ;;
-        75) again "stopped before its end" ;;        # the time limit is near: it goes on from its checkpoint
-        2 | 4 | 5 | 6) ;;                            # would end so again: settings, damage, refusal, numbers
-        *)                                           # a crash, a kill, a full disk, a file that is late: up to {{ retries }} times
+    case "$code $1" in
+        "0 $1" | "${tolerates:-0} $1") return ;;
+        "75 client-train" | "75 co-distill")    # told to stop, as before the time limit: goes on from its checkpoint
+            again "stopped before its end" ;;
+        [2456]" $1") ;;                         # would end so again: settings, damage, refusal, numbers
+        *)                                      # a crash, a kill, a full disk, a file that is late: up to {{ retries }} times
             echo "$code" >> "slurm/logs/$(own_number).failures"
             [ "$(wc -l < "slurm/logs/$(own_number).failures")" -gt {{ retries }} ] || again "exit code $code" ;;
     esac
