@@ -6,7 +6,7 @@ BIN := .venv/bin
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . \
-		pytest pytest-xdist ruff mypy tensorboard playwright hypothesis opacus dp-accounting
+		pytest pytest-xdist ruff mypy tensorboard playwright hypothesis opacus dp-accounting bitsandbytes
 	touch $@
 
 demo: .venv/installed

@@ -7,6 +7,7 @@
     (31)   reveal        exchange/round-t/close (secure mode)            exchange/round-t/reveal-k
     13     aggregate     exchange/round-t/{broadcast,client-*,reveal-*}  private/server/round-t/aggregate: theta^{t,0}
     15-20  co_distill    the aggregate, round t-1's llm, D^a             private/server/round-t/{slm,llm}: theta, omega
+                         in two phases also, and back again              private/server/round-t/captured-{slm,llm}
     (4.1)  evaluate      one adapter, an lm-eval task                    results/round-t/*.json
 
 Around them: init makes a workspace, prepare divides a public dataset, run does every step in one process, status says

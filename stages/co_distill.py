@@ -571,7 +571,9 @@ def _train_against(
     from stages.parts import adapters, capture_files, captures, trackers, training
     from stages.parts.models import Models
 
-    captured = capture_files.parse_capture(taught_by.contents[CAPTURE], taught_by.path / CAPTURE)
+    content = taught_by.contents.pop(CAPTURE)  # not kept beside what is made of it: it may be large
+    captured = capture_files.parse_capture(content, taught_by.path / CAPTURE)
+    del content
     models = models or Models(workspace, processes)
     models.use(role)
     outlines = {one: models.outline(one) for one in OTHER}

@@ -46,11 +46,13 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=6
 KillWait=5
+MinJobAge=3600
 GresTypes=gpu
 AccountingStorageType=accounting_storage/none
 """
 # cred_expire: a requeued job waits this long. Nodes may declare more cores and memory than the host has. Listens on
-# 127.0.0.1 alone. A node that is not heard of for SlurmdTimeout is lost.
+# 127.0.0.1 alone. A node that is not heard of for SlurmdTimeout is lost. Of jobs that
+# have ended it tells for MinJobAge.
 
 
 def absent() -> str:

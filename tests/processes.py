@@ -97,10 +97,8 @@ def start(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     output, talk = context.Pipe(duplex=False)
-    limits = file_bytes, memory_bytes
-    process = context.Process(
-        target=_call, args=([str(word) for word in words], talk, *limits, locks, stops_at, dict(environment or {}))
-    )
+    settings = file_bytes, memory_bytes, locks, stops_at, dict(environment or {})
+    process = context.Process(target=_call, args=([str(word) for word in words], talk, *settings))
     process.start()
     talk.close()
     return Command(process, output)

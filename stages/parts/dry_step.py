@@ -16,7 +16,7 @@ from accelerate.utils import find_executable_batch_size
 from stages.parts.config import Budget, Machine
 from stages.parts.errors import BadNumbers, UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.models import MEMORY_KNOBS
+from stages.parts.models import MEMORY_KNOBS, is_out_of_memory
 from stages.parts.objective import Objective
 from stages.parts.rows import Example
 
@@ -79,7 +79,12 @@ def rows_that_fit(
     def found(batch_size: int) -> int:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
-            step(longest[:batch_size])
+            try:
+                step(longest[:batch_size])
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise torch.OutOfMemoryError(" out of memory.") from None  # in the words that accelerate knows
         return batch_size
 
     try:

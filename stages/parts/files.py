@@ -353,17 +353,18 @@ def _left_beside(path: Path, ending: str) -> list[Path]:
 
 
 @contextlib.contextmanager
-def held(path: Path, *, without: str | None = None, report: Report = ignore) -> Iterator[None]:
+def held(path: Path, *, waits: bool = True, without: str | None = None, report: Report = ignore) -> Iterator[None]:
     """Do the work that path names alone: wait until no other process is at it, having said so once.
 
     An advisory lock that the system drops with the process. Where the file system has no locks nothing is held, and
     publication by rename still keeps every artefact whole.
-    without: for work that needs a lock, what mends the lack of it; raises StorageProblem then.
+    waits: if False, raises Held instead. without: for work that needs a lock, what mends the lack of it; raises
+    StorageProblem then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            _lock(file, report)
+            _lock(file, path, waits, report)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -376,15 +377,18 @@ def held(path: Path, *, without: str | None = None, report: Report = ignore) -> 
         yield
 
 
-def _lock(file: IO[str], report: Report) -> None:
+def _lock(file: IO[str], path: Path, waits: bool, report: Report) -> None:
     pause_s = 0.0
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
+            by = os.pread(file.fileno(), 200, 0).decode(errors="replace")
+            if not waits:
+                message = f"another process is doing this{by and f' ({by})'}"
+                raise Held(message, where=path, mend="wait for it, or stop it") from None
             if not pause_s:
-                by = os.pread(file.fileno(), 200, 0).decode(errors="replace")
                 report(Event("note", f"another process is doing this stage: waiting for it{by and f' ({by})'}"))
         pause_s = min(pause_s + 0.05, LONGEST_PAUSE_S)
         time.sleep(pause_s)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stages.parts import bases
-from stages.parts.config import Role
+from stages.parts.config import ROLES, Role
 from stages.parts.errors import Problem
 from stages.parts.workspace import AGREEMENT, Workspace
 
@@ -19,14 +19,14 @@ class Missing:
     mend: str
 
 
-def missing(workspace: Workspace, *, roles: Sequence[Role] = ("slm", "llm"), scores: bool = True) -> list[Missing]:
+def missing(workspace: Workspace, *, roles: Sequence[Role] = ROLES, scores: bool = True) -> list[Missing]:
     """All of it; the hub is not asked. Data of other parties are not missing where one party's are here.
 
     roles: the base models that are needed here. scores: whether the tasks are.
     """
     whose = {"slm": "of every party", "llm": "of the server alone"}
     models = [one for role in roles for one in _model(workspace, role, whose[role])]
-    return [*models, *_data(workspace), *(_tasks(workspace) if scores else [])]
+    return [*models, *_bitsandbytes(workspace, roles), *_data(workspace), *(_tasks(workspace) if scores else [])]
 
 
 def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
@@ -36,6 +36,18 @@ def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
     if own := bases.own_folder(workspace, role):
         return [Missing(what, f"put it into {workspace.shown(own)}, or set models.{role} in machine.toml")]
     return [Missing(what, f"fedcollm prefetch --model {role}")]
+
+
+def _bitsandbytes(workspace: Workspace, roles: Sequence[Role]) -> list[Missing]:
+    wanted = [role for role in roles if workspace.agreement.model_of(role).quantization]
+    if not wanted:
+        return []
+    from stages.parts import quantization
+
+    if quantization.is_installed():
+        return []
+    what = f"bitsandbytes, for {' and '.join(f'{role}.quantization' for role in wanted)}"
+    return [Missing(what, quantization.INSTALL)]
 
 
 def _data(workspace: Workspace) -> list[Missing]:

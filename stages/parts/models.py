@@ -31,7 +31,7 @@ PROBE_TEXTS = (
 )
 """What a tokenizer must encode alike to count as the same one: its vocabulary alone does not show its merges."""
 
-OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "out of memory")
+OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """How torch says so on a CPU and on a GPU."""
 
 
@@ -306,7 +306,13 @@ def naming_memory_knobs(mend: str = MEMORY_KNOBS) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
-        text = str(error) or type(error).__name__
-        if isinstance(error, RuntimeError) and not any(phrase in text for phrase in OUT_OF_MEMORY_PHRASES):
+        if not is_out_of_memory(error):
             raise
+        text = str(error) or type(error).__name__
         raise BadNumbers(f"out of memory: {text.splitlines()[0]}", mend=mend) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is what went wrong; torch's own kind is a RuntimeError."""
+    says_so = any(phrase in str(error) for phrase in OUT_OF_MEMORY_PHRASES)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_so)

@@ -30,7 +30,7 @@ def loading(
     if quantization is None:
         return {}
     wanted = f'{role}.quantization = "{quantization}"'
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_installed():
         raise UsageProblem(f"{wanted} needs bitsandbytes, which is not installed", mend=INSTALL)
     with quiet.libraries():
         import bitsandbytes
@@ -46,7 +46,13 @@ def loading(
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         settings["bnb_4bit_compute_dtype"] = compute
     config: Any = BitsAndBytesConfig
-    return {"quantization_config": config(**settings), "device_map": {"": device}}
+    place = torch.cuda.current_device() if device.type == "cuda" else device.type  # as transformers itself would say
+    return {"quantization_config": config(**settings), "device_map": {"": place}}
+
+
+def is_installed() -> bool:
+    """Whether bitsandbytes is on this machine."""
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def never_repack(model: Any) -> None:

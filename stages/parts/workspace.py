@@ -280,6 +280,10 @@ class Workspace:
         folder = self._server(round) if client is None else self.private / f"client-{client}" / f"round-{round:04d}"
         return folder / f"{stage}.jsonl"
 
+    def turn(self, party: str | None) -> Path:
+        """The lock of `next`: of one party's steps, or of all parties' here."""
+        return self.private / (party or ".") / "next.lock"
+
     def unfinished(self, stage: str, round: int, client: int | None = None) -> Path:
         """Checkpoints of a training stage that has not ended yet, by process; gone when it has."""
         return self.log(stage, round, client).with_name(f".{stage}")

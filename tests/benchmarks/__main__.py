@@ -15,7 +15,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.benchmarks import aggregate, client_train, co_distill, commands, on_slurm, secagg
+from tests.benchmarks import aggregate, client_train, co_distill, commands, gpu, on_slurm, secagg, two_phases
 
 BENCHMARKS = {
     "client-train": client_train.measure,
@@ -24,18 +24,24 @@ BENCHMARKS = {
     "commands": commands.measure,
     "secagg": secagg.measure,
     "slurm": on_slurm.measure,
+    "gpu": gpu.measure,
+    "two-phases": two_phases.measure,
 }
+LONG = {"two-phases"}
+"""Run by name only: many whole federations."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; default: all but the last"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     table = Table()
     for column in ("what", "measured", "goal"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for name in arguments.names or BENCHMARKS:
+    for name in arguments.names or [name for name in BENCHMARKS if name not in LONG]:
         for what, measured, goal in BENCHMARKS[name](arguments.repeats):
             table.add_row(f"{name}: {what}", measured, goal)
     Console(width=140).print(table)

@@ -31,11 +31,16 @@ def available() -> bool:
 def examples(count: int) -> list[Example]:
     """The first training questions of ARC-Easy as the shipped task asks them."""
     tokenizer = AutoTokenizer.from_pretrained(SHARED_DATA / "tokenizers" / "gpt2")
+    return [encode_row(row, tokenizer) for row in rows(count)]
+
+
+def rows(count: int | None = None) -> list[Row]:
+    """The same as text."""
     lines = (SHARED_DATA / "datasets" / "arc_easy" / "train.jsonl").read_text().splitlines()[:count]
     found = []
     for doc in map(json.loads, lines):
         answer = doc["choices"]["text"][doc["choices"]["label"].index(doc["answerKey"])]
-        found.append(encode_row(Row(f"Question: {doc['question']}\nAnswer:", f" {answer}"), tokenizer))
+        found.append(Row(f"Question: {doc['question']}\nAnswer:", f" {answer}"))
     return found
 
 

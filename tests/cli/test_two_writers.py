@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from builders import Outcome, adapters, drafts, published
-from federations import secrets_of
+from federations import agreement, secrets_of, with_keys
 from processes import start
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
@@ -119,10 +119,8 @@ def test_without_locks_both_work_and_the_one_that_is_second_says_so(
     assert drafts(ready) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "locks"),
-    [*((name, "real") for name in STAGES), *((name, "none") for name in sorted(STAGES.keys() - TRAINING))],
-)
+@pytest.mark.parametrize("locks", ["real", "none"])
+@pytest.mark.parametrize("name", STAGES)
 def test_many_at_once_make_one(name: str, locks: Locks, ready: Path) -> None:
     stage, before = STAGES[name], adapters(ready)
     undo(ready, stage)
@@ -176,6 +174,40 @@ def test_a_folder_that_a_killed_process_had_moved_away_is_back_before_anything_i
     assert DONE in outcome.err
     assert adapters(ready) == before
     assert drafts(ready) == []
+
+
+def test_many_that_run_a_whole_federation_at_once_make_one(workspace_folder: Path, finished_once: Path) -> None:
+    commands = [start("run", "--no-scores", "-w", workspace_folder) for _ in range(3)]
+    ends = [command.end() for command in commands]
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    expected = {name: digest for name, digest in adapters(finished_once).items() if "/round-" in name}
+    assert expected.items() <= adapters(workspace_folder).items()
+    assert drafts(workspace_folder) == []
+
+
+def test_many_that_pack_the_same_make_the_same(ready: Path, tmp_path: Path) -> None:
+    words = ("pack", "--client", 1, "--round", 1, "--output", tmp_path / "one.fedcollm", "-w", ready)
+    ends = [command.end() for command in [start(*words) for _ in range(3)]]
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    assert [path.name for path in tmp_path.glob("*.fedcollm")] == ["one.fedcollm"]
+    assert drafts(tmp_path) == []
+
+
+def test_one_that_waits_can_be_interrupted_and_next_does_not_wait(ready: Path) -> None:
+    stage = STAGES["co-distill"]
+    undo(ready, stage)
+    first = start(*stage.words.split(), "-w", ready, stops_at=1)
+    first.wait_until_stopped()
+    second = start(*stage.words.split(), "-w", ready)
+    second.wait_until_said(WAITS)
+    code, said = second.stop(signal.SIGTERM)
+    assert code == 75, said
+    third = start("next", "--server", "-w", ready)
+    third.wait_until_said(WAITS)  # for the stage; and for this one, nobody
+    code, said = start("next", "--server", "-w", ready).end()
+    assert code == 7, said
+    assert "another process is doing this (process" in said
+    assert first.stop(signal.SIGCONT)[0] == third.end()[0] == 0
 
 
 # --- what is done once
@@ -242,6 +274,16 @@ def test_a_reveal_is_not_told_where_there_are_no_locks(opened: Path) -> None:
     code, said = start("reveal", "--client", 2, "--round", 1, "-w", opened, locks="none").end()
     assert (code, "no locks" in said) == (8, True), said
     assert not Workspace(opened).reveal(1, 2).exists()
+
+
+def test_many_that_run_secure_rounds_at_once_enrol_once_and_end_alike(workspace_folder: Path, tmp_path: Path) -> None:
+    folder = with_keys(workspace_folder, tmp_path / "keys")
+    (folder / "fedcollm.toml").write_text(agreement(rounds=1))
+    ends = [command.end() for command in [start("run", "--no-scores", "-w", folder) for _ in range(3)]]
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    assert len(list((tmp_path / "keys").glob("*/*"))) == 4  # one folder for each party
+    assert start("verify", "-w", folder).end()[0] == 0
+    assert drafts(tmp_path) == []
 
 
 # --- what is spent

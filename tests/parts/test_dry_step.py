@@ -55,6 +55,28 @@ def test_half_as_many_rows_are_tried_as_often_as_memory_runs_out(objective: Obje
     assert [event.text for event in told] == ["4 of 8 rows at once fit in memory"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+    ids=["python", "cpu", "cublas", "driver"],
+)
+def test_memory_runs_out_in_many_words(error: Exception) -> None:
+    tried: list[int] = []
+
+    def step(rows: Any) -> None:
+        tried.append(len(rows))
+        if len(rows) > 2:
+            raise error
+
+    assert dry_step.rows_that_fit(step, ROWS, 8) == 2
+    assert tried == [8, 4, 2]
+
+
 def test_where_all_fit_all_are_taken_and_never_more_than_there_are(objective: Objective) -> None:
     assert dry_step.rows_at_once(objective, ROWS, BUDGET, AUTO) == 8
     assert dry_step.rows_at_once(objective, ROWS[:3], BUDGET, AUTO) == 3

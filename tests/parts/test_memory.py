@@ -12,10 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 from builders import Family, tuned
 from stages.parts import adapters, batches, memory
 from stages.parts.config import Distillation
+from stages.parts.losses import top_k
 from stages.parts.models import Tuned
 from stages.parts.objective import Losses, Tokens, mutual_losses, task_loss
 from stages.parts.rows import Example
 from stages.parts.shapes import Shape
+from stages.plan import _beside_a_capture
 
 CPU = torch.device("cpu")
 ROWS, LENGTH, ANSWERS = 4, 32, 5
@@ -154,3 +156,43 @@ def test_scoring_takes_the_logits_of_every_position_twice_and_little_else() -> N
 
     peak = measured_peak(work)
     assert peak <= step.logits + step.transient <= 1.3 * peak
+
+
+def test_a_student_beside_a_capture_takes_what_is_said() -> None:
+    settings = Distillation(steps=1)
+    model = tuned("llm", vocabulary=500)
+    model.model.train()
+    losses = _beside_a_capture(settings)
+    step = memory.training_step(
+        {"llm": shape_of(model)},
+        losses,
+        rows=ROWS,
+        length=LENGTH,
+        answers=ANSWERS,
+        device=CPU,
+        autocast={"llm": False},
+    )
+    total = step.activations + step.logits + step.transient + 4 * adapters.count(model.model)
+    peak = measured_peak(lambda: loss_of([model], losses, {"llm": False})[0].backward())
+    assert 0.9 * peak <= total <= 1.3 * peak
+
+
+def test_a_capture_takes_what_is_said() -> None:
+    one = tuned("llm", family="llama", width=64, vocabulary=500)
+
+    def keep(logits: Tensor) -> object:
+        return top_k(logits, 64, temperature=1.0)
+
+    step = memory.capture_step(
+        shape_of(one), keep, rows=ROWS, length=LENGTH, answers=ANSWERS, device=CPU, autocast=False
+    )
+    batch = batches.padded([Example([3] * LENGTH, LENGTH - ANSWERS)] * ROWS)
+    batch["attention_mask"] = torch.ones(ROWS, 1, LENGTH, LENGTH, dtype=torch.bool)
+
+    @torch.no_grad()
+    def work() -> None:
+        keep(batches.answer_logits(one.model, batch))
+
+    peak = measured_peak(work)
+    assert step.activations == 0
+    assert 0.9 * peak <= step.logits + step.transient <= 1.3 * peak

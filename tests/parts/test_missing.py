@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
+
+import pytest
 
 from builders import edit
 from stages.init import init
@@ -65,3 +68,14 @@ def test_a_tasks_own_files_are_among_the_missing(workspace_folder: Path) -> None
     (found,) = missing(Workspace(workspace_folder))
     assert "the data of task colours is not there" in found.what
     assert found.mend == "check data_files in its task file"
+
+
+def test_bitsandbytes_is_missing_where_a_base_is_to_be_held_in_few_bits(
+    workspace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    assert missing(Workspace(workspace_folder)) == []
+    edit(workspace_folder / "fedcollm.toml", 'model = "models/llm"', 'model = "models/llm"\nquantization = "4bit"')
+    (found,) = missing(Workspace(workspace_folder))
+    assert (found.what, found.mend) == ("bitsandbytes, for llm.quantization", "pip install 'fedcollm[quant]'")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -108,15 +107,17 @@ def test_four_clients_and_three_rounds_survive_faults_and_end_in_the_bytes_of_ru
     limit = int(minutes) + 2  # within the two minutes of which Slurm tells the job; it looks every half minute
     slurm.call("scontrol", "update", f"JobId={array}_4", f"TimeLimit={limit}")
     slurm.cut_power(int(node))
-    expected = subprocess.Popen(["fedcollm", "run", "--no-scores", "--quiet"], cwd=alone, env=slurm.environment)
-    slurm.wait_until(settled(slurm, folder / "private/server/round-0003/slm"), within_s=PATIENCE_S)
+    slurm.wait_until(lambda: "back into the queue" in log(folder, "client", 4), within_s=PATIENCE_S)
+    slurm.call("scontrol", "update", f"JobId={array}_4", "TimeLimit=10")
+    command = ["fedcollm", "run", "--no-scores", "--quiet"]
+    with subprocess.Popen(command, cwd=alone, env=slurm.environment) as expected:
+        slurm.wait_until(settled(slurm, folder / "private/server/round-0003/slm"), within_s=PATIENCE_S)
 
-    assert expected.wait(PATIENCE_S) == 0
+    assert expected.returncode == 0
     assert adapters(folder) == adapters(alone)
     assert "exit code 137: back into the queue" in log(folder, "client", 2)
-    assert (
-        "DUE TO NODE FAILURE" in log(folder, "client", 1) or log(folder, "client", 1).count("client-train, round 2") > 1
-    )
+    assert "Restarts=1 " in slurm.call("scontrol", "show", "job", f"{array}_1", "--oneliner")
+    assert "Restarts=0 " in slurm.call("scontrol", "show", "job", f"{array}_3", "--oneliner")
     stopped = log(folder, "client", 4)
     assert re.search(rf"Exited with exit code {INTERRUPTED_EXIT_CODE}|User defined signal 1", stopped)
     assert "back into the queue" not in log(folder, "client", 3)
@@ -140,7 +141,4 @@ def test_secure_aggregation_closes_over_a_quorum_and_is_revealed_by_its_survivor
     assert not Workspace(folder).client_update(1, 4).exists()
     assert "line 1 of train.jsonl: not JSON" in log(folder, "client", 4)
     assert "back into the queue" not in log(folder, "client", 4)
-    told = subprocess.run(
-        [sys.executable, "-m", "fedcollm_cli", "verify"], cwd=folder, env=os.environ | slurm.environment, check=False
-    )
-    assert told.returncode == 0
+    slurm.call("fedcollm", "verify", cwd=folder)

@@ -182,7 +182,8 @@ def test_bits_that_nobody_has_are_no_setting(wide: Path) -> None:
 
 
 def test_without_bitsandbytes_it_says_what_to_install(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     workspace = Workspace(quantized(wide, "4bit", "slm"))
     with pytest.raises(UsageProblem, match=r'slm\.quantization = "4bit" needs bitsandbytes') as caught:

@@ -16,8 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builders import WORDS, Outcome, adapters, edit, published, sign, write_rows
+from builders import SHARED_DATA, WORDS, Outcome, adapters, edit, published, sign, write_rows
+from stages.aggregate import aggregate
 from stages.audit import audit
+from stages.broadcast import broadcast
+from stages.client_train import client_train
 from stages.co_distill import co_distill
 from stages.next import next as next_step
 from stages.parts import capture_files, files
@@ -478,3 +481,34 @@ def test_in_secure_mode_captures_are_signed(summed: Path) -> None:
     co_distill(workspace, round=2, phase="train")
     assert verify(workspace).signatures == before + 4
     assert not [finding for finding in audit([summed]) if finding.level == "FAIL"]
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real data is not beside the checkout")
+def test_on_really_trained_models_and_real_questions_both_learn(workspace_folder: Path) -> None:
+    (workspace_folder / "models").unlink()
+    for role, name in (("slm", "stories0.8M-sheared"), ("llm", "stories3M")):
+        (workspace_folder / "models").mkdir(exist_ok=True)
+        (workspace_folder / "models" / role).symlink_to(SHARED_DATA / "models" / name)
+    questions = [json.loads(line) for line in (SHARED_DATA / "datasets/arc_easy/train.jsonl").open()][:64]
+    asked = [
+        {
+            "prompt": f"Question: {one['question']}\nAnswer:",
+            "completion": " " + one["choices"]["text"][one["choices"]["label"].index(one["answerKey"])],
+        }
+        for one in questions
+    ]
+    for party in range(4):
+        place = f"client-{party}/train.jsonl" if party else "server/auxiliary.jsonl"
+        write_rows(workspace_folder / "private" / place, asked[party::4])
+    workspace = Workspace(workspace_folder)
+    broadcast(workspace, round=1)
+    for client in workspace.clients:
+        client_train(workspace, round=1, client=client)
+    aggregate(workspace, round=1)
+    kept = {role: capture(workspace_folder, role, top_k=64).metrics["kept"] for role in ("llm", "slm")}  # type: ignore[arg-type]
+    assert all(0.5 < share < 1 for share in kept.values())  # of 4,096 tokens
+    made = train(workspace_folder)
+    for name in LOSSES:
+        assert made.metrics[f"{name}_after"] < made.metrics[f"{name}_before"], name
+    assert verify(workspace).folders == 9

@@ -1,0 +1,52 @@
+"""The GPU benchmark: its code on any machine, with tiny shapes; and on a GPU, plan against what it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stages.parts.config import Lora, Model
+from tests.benchmarks import gpu
+
+TINY = {"n_positions": 256, "n_embd": 32, "n_head": 2, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 1}
+
+
+def test_every_stage_of_a_tiny_pair_is_measured() -> None:
+    pair = gpu.Pair(
+        "tiny",
+        {"slm": {"model_type": "gpt2", "n_layer": 1, **TINY}, "llm": {"model_type": "gpt2", "n_layer": 2, **TINY}},
+        Model(model="random", lora=Lora(r=2, alpha=4)),
+    )
+    found = list(gpu.of_pair(pair, torch.device("cpu"), torch.float32, rows=2, steps=3))
+    assert [one.what for one in found] == [
+        "client-train",
+        "co-distill",
+        *(f"co-distill --phase capture, {role}" for role in ("slm", "llm")),
+        *(f"co-distill --phase train, {role}" for role in ("slm", "llm")),
+    ]
+    assert all(one.tokens_per_s > 0 and one.flops > 0 and one.planned_bytes > 0 for one in found)
+    planned = {one.what: one.planned_bytes for one in found}
+    assert planned["co-distill --phase train, llm"] < planned["co-distill"]
+    assert planned["co-distill --phase capture, llm"] < planned["co-distill --phase train, llm"]
+    # Forward and back, 2 operations a weight each: a layer of width 32 has 12 x 32 x 32 weights, and an adapter's.
+    client = found[0]
+    assert client.flops / client.tokens_per_s == pytest.approx(4 * (12 * 32 * 32 + 2 * (32 + 96)))
+
+
+def test_the_papers_settings_are_there() -> None:
+    pairs = [gpu.Pair.of_paper(name) for name in ("s1", "s2", "s3")]
+    assert [pair.configs["llm"]["model_type"] for pair in pairs] == ["gpt2", "opt", "llama"]
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.measure(1) == [("skipped: there is no CUDA device here", "-", "-")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_what_plan_says_is_within_a_fifth_of_what_a_gpu_takes() -> None:
+    for one in gpu.of_pair(gpu.Pair.of_paper("s1"), torch.device("cuda"), torch.bfloat16):
+        assert one.peak_bytes
+        assert 0.8 < one.planned_bytes / one.peak_bytes < 1.2, one
