@@ -94,6 +94,7 @@ def co_distill(
         roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
         made = [_train_one(workspace, round, one, inputs, overwrite, models, processes, report) for one in roles]
         processes.agree(None)
+        processes.agree(made[-1])
         return made[-1]
     again = overwrite
 
@@ -117,15 +118,11 @@ def _help(
     if phase != "train":
         inputs, again = processes.agree()
         return _train(workspace, round, inputs, again, models, processes, {}, report)
-    made: Manifest | None = None
     while what := processes.agree():
         role, inputs, taught_by, parents, llm, again = what
-        made = _train_against(
-            workspace, round, role, inputs, taught_by, parents, llm, again, models, processes, {}, report
-        )
+        _train_against(workspace, round, role, inputs, taught_by, parents, llm, again, models, processes, {}, report)
         gc.collect()
-    assert made  # or the first has ended, and this one with it
-    return made
+    return Manifest.model_validate(processes.agree())
 
 
 def _lock(workspace: Workspace, round: int) -> Path:

@@ -130,6 +130,8 @@ def train(
             callbacks=trackers.callbacks(tracking, after_step=checkpoints.step_of(checkpoint) if checkpoint else 0),
         )
         trainer.remove_callback(PrinterCallback)
+        if processes.count > 1:
+            torch.manual_seed(recipe.seed + processes.rank)  # else all would drop out alike
         log = trainer.log if tracking.trackers else None
         try:
             with checkpoints.stopping() as stop, warnings.catch_warnings():

@@ -96,6 +96,22 @@ def test_so_they_do_with_base_models_spread_over_them(command: str, finished: Pa
 
 
 @pytest.mark.slow
+def test_so_they_do_in_the_second_of_two_phases(finished: Path, tmp_path: Path) -> None:
+    one = without(finished, tmp_path / "one", "co-distill")
+    for role in ("llm", "slm"):
+        words = ["--phase", "capture", "--model", role, "-w", one]
+        assert start("co-distill", "--round", 1, *words).end()[0] == 0
+    two = shutil.copytree(one, tmp_path / "two", symlinks=True)
+    train = ["co-distill", "--round", 1, "--phase", "train", "-w"]
+    assert start(*train, one).end()[0] == 0
+    codes, said = all_end(start_together(2, *train, two))
+    assert codes == [0, 0], said
+    assert_equal(two, one, "co-distill")
+    codes, said = all_end(start_together(2, *train, two))
+    assert (codes, said.count("already done")) == ([0, 0], 2), said
+
+
+@pytest.mark.slow
 def test_so_they_do_in_alternating_order_in_small_micro_batches_with_clipping_and_warm_up(
     finished: Path, tmp_path: Path
 ) -> None:
