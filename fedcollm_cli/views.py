@@ -80,7 +80,7 @@ def status(found: Status, workspace: Path | None) -> str:
             if step not in by_kind.get(kind, []):
                 is_elsewhere = step.condition == "missing" and not (step.here or step.reason)
                 condition = "not on this machine" if is_elsewhere else step.condition
-                lines.append(f"  {step.name:<11}{condition}{f'  ({step.reason})' if step.reason else ''}")
+                lines.append(f"  {f'{step.name} ':<11}{condition}{f'  ({step.reason})' if step.reason else ''}")
             elif step is by_kind[kind][0]:
                 lines.append(f"  {f'{kind}s':<11}{_summary(by_kind[kind])}")
                 lines += [f"    {one.name:<11}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason]
