@@ -42,19 +42,21 @@ class _Harmless(RichConsole):
 class Console:
     """Draws events: a live view on a terminal, plain lines elsewhere, nothing when quiet. Use as a context."""
 
-    def __init__(self, *, quiet: bool, as_json: bool) -> None:
+    def __init__(self, *, quiet: bool, as_json: bool, is_muted: bool = False) -> None:
         # Stages silence stderr while libraries chatter. What cannot be written is shown escaped, as by Python's own.
         copy = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         self._err = _Harmless(file=copy, highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._as_json = as_json
+        self._is_muted = is_muted  # of several processes of one command, all but the first
+        self.tells_failures = not is_muted
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._round = self._stage = ""
         self._started = self._said = 0.0
 
     def __enter__(self) -> Console:
-        if self._err.is_terminal and not self._quiet:
+        if self._err.is_terminal and not (self._quiet or self._is_muted):
             columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -74,6 +76,8 @@ class Console:
 
     def report(self, event: Event) -> None:
         """Show one event; this is the callable that stages are given."""
+        if self._is_muted:
+            return
         if self._quiet:
             if event.kind == "warning":
                 self._err.print(f"warning: {event.text}", markup=False)
@@ -120,6 +124,8 @@ class Console:
 
     def result(self, value: Any, text: str | Table | Group) -> None:
         """The outcome, on stdout: value as JSON if that was asked for, else text."""
+        if self._is_muted:
+            return
         self._end_stage()
         if self._progress:
             self._progress.stop()
@@ -132,6 +138,8 @@ class Console:
 
     def error(self, problem: Problem) -> None:
         """What happened, where, and how to mend it."""
+        if not self.tells_failures:
+            return
         if self._progress:
             self._progress.stop()
         self._err.print(f"error: {problem.message}", style="red", markup=False)

@@ -15,6 +15,7 @@ from fedcollm_cli.session import (
     DtypeOption,
     JsonOption,
     OverwriteOption,
+    ProcessesOption,
     QuietOption,
     RoundOption,
     Session,
@@ -67,6 +68,7 @@ def client_train(
     quiet: QuietOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    processes: ProcessesOption = None,
 ) -> None:
     """Client: tune a round's adapter on private data.
 
@@ -80,7 +82,9 @@ def client_train(
 
     Example: fedcollm client-train --client 2 --round 1
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+    with session(
+        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
+    ) as opened:
         from stages.client_train import client_train as stage
 
         manifest = stage(
@@ -89,6 +93,7 @@ def client_train(
             round=round,
             overwrite=overwrite,
             reset_privacy=reset_privacy,
+            processes=opened.processes,
             report=opened.console.report,
         )
         _published(opened, opened.workspace.client_update(round, client), manifest)
@@ -180,6 +185,7 @@ def co_distill(
     quiet: QuietOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    processes: ProcessesOption = None,
 ) -> None:
     """Server: let LLM and SLM teach each other.
 
@@ -194,7 +200,9 @@ def co_distill(
 
     Example: fedcollm co-distill --round 1 --phase capture --model llm
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+    with session(
+        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
+    ) as opened:
         from stages.co_distill import co_distill as stage
 
         manifest = stage(
@@ -204,6 +212,7 @@ def co_distill(
             model=model,
             top_k=top_k,
             overwrite=overwrite,
+            processes=opened.processes,
             report=opened.console.report,
         )
         here = opened.workspace
@@ -225,6 +234,7 @@ def evaluate(
     quiet: QuietOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    processes: ProcessesOption = None,
 ) -> None:
     """Score a model by lm-eval, zero-shot.
 
@@ -234,14 +244,22 @@ def evaluate(
 
     Example: fedcollm evaluate --round 1 --model llm
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+    with session(
+        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
+    ) as opened:
         from stages.evaluate import evaluate as stage
 
         if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
             mend = "fedcollm evaluate --round 1 --model slm; for a base alone, --zero-shot with --model slm or llm"
             raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
         result = stage(
-            opened.workspace, model=model, round=round, client=client, overwrite=overwrite, report=opened.console.report
+            opened.workspace,
+            model=model,
+            round=round,
+            client=client,
+            overwrite=overwrite,
+            processes=opened.processes,
+            report=opened.console.report,
         )
         path = opened.workspace.shown(opened.workspace.result(round, result["subject"]))
         opened.console.result({"path": path, **result}, views.scores([result]))

@@ -14,8 +14,10 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from fedcollm_cli.console import Console
+from fedcollm_cli.launched import Launch, is_first, launched
 from stages.parts.errors import INTERRUPTED_EXIT_CODE, Problem
 from stages.parts.files import naming_storage_faults
+from stages.parts.processes import ALONE, Processes
 from stages.parts.workspace import MachineFlags, Workspace
 
 WorkspaceOption = Annotated[
@@ -36,7 +38,10 @@ DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16"] | None,
     typer.Option("--dtype", help="Precision of the computation. Default: as the settings say."),
 ]
-
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, help="How many torchrun was told to start; with any other number it refuses."),
+]
 
 HEEDED_WITHIN_S = 5
 """Seconds from a signal to the end of a command, cleaning up included, before it is interrupted once more."""
@@ -44,16 +49,17 @@ HEEDED_WITHIN_S = 5
 
 @dataclass(frozen=True)
 class Session:
-    """One command's workspace and console."""
+    """One command's workspace and console, and the processes that torchrun started for it."""
 
     workspace: Workspace
     console: Console
+    processes: Processes
 
 
 @contextlib.contextmanager
 def guarded(console: Console) -> Iterator[None]:
     """The one place that turns what went wrong into a message and an exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
         signal.signal(number, _interrupt)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
@@ -64,8 +70,8 @@ def guarded(console: Console) -> Iterator[None]:
     except Problem as problem:
         console.error(problem)
         raise typer.Exit(problem.exit_code) from None
-    except KeyboardInterrupt:
-        console.say("interrupted: nothing is half written; the same command goes on from here")
+    except KeyboardInterrupt as stop:
+        console.say(str(stop) or "interrupted: nothing is half written; the same command goes on from here")
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
     finally:
         signal.alarm(0)
@@ -79,20 +85,44 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
 
 @contextlib.contextmanager
 def session(
-    workspace: Path | None, *, as_json: bool, quiet: bool, device: str | None = None, dtype: str | None = None
+    workspace: Path | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    device: str | None = None,
+    dtype: str | None = None,
+    processes: int | None = None,
+    together: bool = False,
 ) -> Iterator[Session]:
-    """An open workspace, with every failure turned into a message and an exit code."""
-    console = Console(quiet=quiet, as_json=as_json)
+    """An open workspace, with every failure turned into a message and an exit code.
+
+    processes: how many are expected. together: whether this command can be of several.
+    """
+    console = Console(quiet=quiet, as_json=as_json, is_muted=not is_first(os.environ))
     with guarded(console):
         flags = MachineFlags.model_validate({"device": device, "dtype": dtype})
         found = Workspace.find(workspace or Path.cwd(), flags)
-        show_one_gpu(found.machine.device)
-        yield Session(found, console)
+        launch = launched(os.environ, expected=processes or found.machine.processes, together=together)
+        if launch.processes == 1:
+            show_one_gpu(found.machine.device)
+        console.tells_failures = True  # what all would say alike has been checked
+        joined = join(launch, found.machine.device)
+        with joined.ending_together():
+            yield Session(found, console, joined)
+
+
+def join(launch: Launch, device: str) -> Processes:
+    """The processes of this command, met."""
+    if launch.processes == 1:
+        return ALONE
+    from stages.parts import processes
+
+    return processes.join(launch.rank, launch.processes, local_rank=launch.local_rank, device=device)
 
 
 def show_one_gpu(device: str) -> None:
     """Let CUDA see the chosen GPU alone: Trainer would spread a model over all that it sees (DataParallel)."""
-    if device in ("cpu", "mps") or "LOCAL_RANK" in os.environ:
+    if device in ("cpu", "mps"):
         return
     index = int(device.partition(":")[2] or 0)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -35,9 +35,9 @@ def init(
 ) -> None:
     """Make a new workspace from a template.
 
-    Writes fedcollm.toml with every key explained, machine.toml, README.md, run_rounds.sh and task files. s1: GPT-2 with
-    GPT-2-large. s2: OPT-1.3B with OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B. The paper has a federation for each
-    of its tasks: commonsense_qa, openbookqa, arc_challenge, arc_easy.
+    Writes fedcollm.toml with every key explained, machine.toml, README.md, run_rounds.sh, a Snakefile and task files.
+    s1: GPT-2 with GPT-2-large. s2: OPT-1.3B with OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B. The paper has a
+    federation for each of its tasks: commonsense_qa, openbookqa, arc_challenge, arc_easy.
 
     Example: fedcollm init study --template s1
     """

@@ -68,6 +68,7 @@ def status(found: Status, workspace: Path | None) -> str:
     from stages.status import with_workspace
 
     lines = []
+    width = 2 + max([9, *(len(step.name) for round in found.rounds for step in round.steps)])
     begun = [round for round in found.rounds if any(step.condition != "missing" or step.reason for step in round.steps)]
     for round in begun:
         by_kind = {
@@ -80,10 +81,12 @@ def status(found: Status, workspace: Path | None) -> str:
             if step not in by_kind.get(kind, []):
                 is_elsewhere = step.condition == "missing" and not (step.here or step.reason)
                 condition = "not on this machine" if is_elsewhere else step.condition
-                lines.append(f"  {f'{step.name} ':<11}{condition}{f'  ({step.reason})' if step.reason else ''}")
+                lines.append(f"  {step.name:<{width}}{condition}{f'  ({step.reason})' if step.reason else ''}")
             elif step is by_kind[kind][0]:
-                lines.append(f"  {f'{kind}s':<11}{_summary(by_kind[kind])}")
-                lines += [f"    {one.name:<11}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason]
+                lines.append(f"  {f'{kind}s':<{width}}{_summary(by_kind[kind])}")
+                lines += [
+                    f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason
+                ]
         if round.late:
             lines.append(f"  late, not in the aggregate: client {', '.join(map(str, round.late))}")
     if len(begun) < len(found.rounds):

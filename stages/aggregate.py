@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.parts import files
+from stages.parts import files, turns
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import (
@@ -96,10 +96,9 @@ def aggregate(
     theta = read_artefact(source)
     check_belongs(theta, workspace, reader=SERVER, stage="broadcast", round=round)
     gated = _gate(workspace, gate)
-    with files.held(workspace.log("aggregate", round).with_suffix(".lock")):
-        if keep_old:
-            return _keep_old(workspace, theta, overwrite, report)
-        return _aggregate(workspace, theta, gated, overwrite, models, report)
+    if keep_old:
+        return _keep_old(workspace, theta, overwrite, report)
+    return _aggregate(workspace, theta, gated, overwrite, models, report)
 
 
 def _aggregate(
@@ -110,45 +109,70 @@ def _aggregate(
     models: Models | None,
     report: Report,
 ) -> Manifest:
-    round = theta.manifest.round
-    is_secure = workspace.agreement.aggregation.is_secure
-    updates, closed = (
-        ({}, _close(workspace, theta, overwrite, report)) if is_secure else (_present(workspace, theta, report), None)
-    )
-    if closed:
-        parents = closed.manifest.parents | {"close": closed.sha256}
-    else:
-        parents = {"broadcast": theta.sha256} | {f"client-{k}": read_manifest(path)[1] for k, path in updates.items()}
-    if done := _already_made(workspace, round, parents, gated, overwrite):
-        report(Event("note", "already done"))
-        return done
-    started = time.monotonic()
-    if closed:
-        average = _unmask(workspace, theta, closed, parents, report)
-    else:
-        average = _average(workspace, round, theta, updates, parents, report)
-    return _publish(workspace, theta, average, gated, models, started, report)
+    round, is_secure = theta.manifest.round, workspace.agreement.aggregation.is_secure
+    updates: dict[int, Path] = {}
+    closed: Artefact | None = None
+    parents: dict[str, str] = {}
+
+    def look(again: bool) -> Manifest | None:
+        nonlocal updates, closed, parents
+        if not parents and is_secure:
+            closed = _close(workspace, theta, again, report)
+            parents = closed.manifest.parents | {"close": closed.sha256}
+        elif not parents:
+            updates = _present(workspace, theta, report)
+            arrived = {f"client-{k}": read_manifest(path)[1] for k, path in updates.items()}
+            parents = {"broadcast": theta.sha256} | arrived
+        return _already_made(workspace, round, parents, gated, again)
+
+    def make(places: turns.Places) -> Manifest:
+        started = time.monotonic()
+        if closed:
+            average = _unmask(workspace, theta, closed, parents, report)
+        else:
+            average = _average(workspace, round, theta, updates, parents, report)
+        return _publish(workspace, theta, average, gated, models, started, places, report)
+
+    return _turn(workspace, round, look, make, overwrite, report)
+
+
+def _turn(
+    workspace: Workspace,
+    round: int,
+    look: Callable[[bool], Manifest | None],
+    make: Callable[[turns.Places], Manifest],
+    overwrite: bool,
+    report: Report,
+) -> Manifest:
+    lock = workspace.log("aggregate", round).with_suffix(".lock")
+    return turns.take([workspace.aggregate(round)], lock, look=look, make=make, overwrite=overwrite, report=report)
 
 
 def _keep_old(workspace: Workspace, theta: Artefact, overwrite: bool, report: Report) -> Manifest:
     """What the server begins the next round with where this one has come to nothing."""
     round, parents = theta.manifest.round, {"broadcast": theta.sha256}
-    if done := already_made(workspace.aggregate(round), workspace, parents, overwrite=overwrite):
-        report(Event("note", "already done"))
-        return done
-    report(Event("warning", f"round {round} is given up: its aggregate is the broadcast's adapter"))
-    return publish(
-        workspace.aggregate(round),
-        theta.contents,
-        workspace,
-        stage="aggregate",
-        round=round,
-        attempt=theta.manifest.attempt,
-        parents=parents,
-        base=theta.manifest.base,
-        parameters=theta.manifest.parameters,
-        metrics={KEPT_OLD: 1.0},
-    )
+    target = workspace.aggregate(round)
+
+    def look(again: bool) -> Manifest | None:
+        return already_made(target, workspace, parents, overwrite=again)
+
+    def make(places: turns.Places) -> Manifest:
+        report(Event("warning", f"round {round} is given up: its aggregate is the broadcast's adapter"))
+        return publish(
+            target,
+            theta.contents,
+            workspace,
+            stage="aggregate",
+            round=round,
+            attempt=theta.manifest.attempt,
+            parents=parents,
+            base=theta.manifest.base,
+            parameters=theta.manifest.parameters,
+            metrics={KEPT_OLD: 1.0},
+            over=places[target],
+        )
+
+    return _turn(workspace, round, look, make, overwrite, report)
 
 
 def _close(workspace: Workspace, theta: Artefact, overwrite: bool, report: Report) -> Artefact:
@@ -269,6 +293,7 @@ def _publish(
     gated: _Gate | None,
     models: Models | None,
     started: float,
+    places: turns.Places,
     report: Report,
 ) -> Manifest:
     """Publish the average, or, where the gate keeps it out, the broadcast's adapter."""
@@ -295,6 +320,7 @@ def _publish(
         tokens=average.tokens,
         metrics=metrics,
         unmasking=average.unmasking,
+        over=places[workspace.aggregate(round)],
     )
     files.write_log(workspace.log("aggregate", round), [{"inputs": inputs}, {"wall_s": time.monotonic() - started}])
     return manifest

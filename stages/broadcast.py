@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
-from stages.parts import openings
+from stages.parts import files, openings, roster, turns
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Manifest, Opening, already_made, check_belongs, publish, read_artefact
-from stages.parts.vault import SERVER
+from stages.parts.manifest import Artefact, Manifest, Opening, already_made, check_belongs, publish, read_artefact
+from stages.parts.vault import SERVER, Vault
 from stages.parts.workspace import Workspace, require
 
 if TYPE_CHECKING:
@@ -36,29 +36,36 @@ def broadcast(
     workspace.check_round(round)
     workspace.check_step("broadcast", round)
     report(Event("stage", f"broadcast, round {round}"))
-    attempt, opening = openings.open_round(workspace, round, again=overwrite, without=without)
-    if round == 1:
-        manifest = _first(workspace, attempt, opening, overwrite, models, report)
-    else:
-        manifest = _next(workspace, round, attempt, opening, overwrite, report)
-    openings.opened(workspace, round)
-    return manifest
+    target = workspace.broadcast(round)
+    theta = _theta(workspace, round)
+    parents = {theta.path.name: theta.sha256} if theta else {}
+    attempt, opening = 0, None
+
+    def look(again: bool) -> Manifest | None:
+        nonlocal attempt, opening
+        attempt, opening = openings.open_round(workspace, round, again=again, without=without)
+        done = already_made(target, workspace, parents, overwrite=again, opening=opening)
+        if done:
+            openings.opened(workspace, round)
+        return done
+
+    def make(places: turns.Places) -> Manifest:
+        if theta is None:
+            manifest = _first(workspace, attempt, opening, models, places[target])
+        else:
+            manifest = _next(workspace, round, theta, attempt, opening, places[target])
+        openings.opened(workspace, round)
+        return manifest
+
+    lock, is_keyed = workspace.log("broadcast", round).with_suffix(".lock"), roster.pinned(workspace, SERVER)
+    alone = Vault.need(workspace, SERVER).alone(report) if is_keyed else None
+    return turns.take([target], lock, look=look, make=make, alone=alone, overwrite=overwrite, report=report)
 
 
 def _first(
-    workspace: Workspace,
-    attempt: int,
-    opening: Opening | None,
-    overwrite: bool,
-    models: Models | None,
-    report: Report,
+    workspace: Workspace, attempt: int, opening: Opening | None, models: Models | None, over: files.Place
 ) -> Manifest:
     """theta^1: PEFT's initialisation (B = 0), drawn once: an average of different ones would be none."""
-    target = workspace.broadcast(1)
-    if done := already_made(target, workspace, {}, overwrite=overwrite, opening=opening):
-        report(Event("note", "already done"))
-        return done
-
     from stages.parts import adapters
     from stages.parts.models import Models
 
@@ -68,7 +75,7 @@ def _first(
     seed = workspace.seed_for("broadcast", 1)
     adapters.make_fresh(slm.model, seed)
     return publish(
-        target,
+        workspace.broadcast(1),
         adapters.as_files(slm.model, workspace.agreement.slm.lora),
         workspace,
         stage="broadcast",
@@ -79,33 +86,37 @@ def _first(
         parameters=adapters.count(slm.model),
         seed=seed,
         opening=opening,
+        over=over,
     )
 
 
-def _next(
-    workspace: Workspace, round: int, attempt: int, opening: Opening | None, overwrite: bool, report: Report
-) -> Manifest:
-    """theta^t as the round before left it."""
+def _theta(workspace: Workspace, round: int) -> Artefact | None:
+    """theta^t as the round before left it; None in round 1, where it is made here."""
+    if round == 1:
+        return None
     source = workspace.round_result(round - 1)
     stage: Literal["co-distill", "aggregate"] = "co-distill" if workspace.agreement.federation.distils else "aggregate"
     message = f"round {round} begins with the adapter that {stage} makes in round {round - 1}, which is not there"
     require(source, message, f"fedcollm {stage} --round {round - 1}")
     theta = read_artefact(source)
     check_belongs(theta, workspace, reader=SERVER, stage=stage, round=round - 1)
-    parents = {source.name: theta.sha256}
-    target = workspace.broadcast(round)
-    if done := already_made(target, workspace, parents, overwrite=overwrite, opening=opening):
-        report(Event("note", "already done"))
-        return done
+    return theta
+
+
+def _next(
+    workspace: Workspace, round: int, theta: Artefact, attempt: int, opening: Opening | None, over: files.Place
+) -> Manifest:
+    """What the round before left, byte for byte."""
     return publish(
-        target,
+        workspace.broadcast(round),
         theta.contents,
         workspace,
         stage="broadcast",
         round=round,
         attempt=attempt,
-        parents=parents,
+        parents={theta.path.name: theta.sha256},
         base=theta.manifest.base,
         parameters=theta.manifest.parameters,
         opening=opening,
+        over=over,
     )

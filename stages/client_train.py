@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.parts import files, openings, spending
-from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused
+from stages.parts import files, openings, spending, turns
+from stages.parts.errors import BadNumbers, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import (
     Artefact,
@@ -27,6 +27,7 @@ from stages.parts.manifest import (
     read_artefact,
     read_manifest,
 )
+from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import Example, Row, encode, read_rows, warn_of_unspaced
 from stages.parts.vault import client as party_of
 from stages.parts.workspace import MANIFEST, Workspace, require
@@ -45,13 +46,18 @@ def client_train(
     overwrite: bool = False,
     reset_privacy: bool = False,
     models: Models | None = None,
+    processes: Processes = ALONE,
     report: Report = ignore,
 ) -> Manifest:
     """Train one client's adapter for one round and publish it. Returns its manifest.
 
     Publishes nothing unless the adapter is finite, its B is not zero and it has moved. Raises BadNumbers if the privacy
-    budget does not allow the round. reset_privacy: begin a new privacy ledger, whatever was spent.
+    budget does not allow the round. reset_privacy: begin a new privacy ledger, whatever was spent. processes: all call
+    this alike; the first decides and writes, and each trains its share.
     """
+    if not processes.is_first:
+        rows, data_sha256, theta, again = processes.agree()
+        return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, {}, report)
     workspace.check_round(round)
     workspace.check_client(client)
     report(Event("stage", f"client-train, round {round}, client {client}"))
@@ -61,30 +67,38 @@ def client_train(
     rows, data_sha256 = read_rows(data)
     warn_of_unspaced(rows, report)
     theta = _start(workspace, client, round)
-    openings.accept(workspace, theta, client)
+    openings.accept(workspace, theta, client, report)
     is_secure = workspace.agreement.aggregation.is_secure
     if is_secure:
         _check_may_mask(workspace, theta, client, rows, overwrite)
-
     target, log = workspace.client_adapter(round, client), workspace.log("client-train", round, client)
     parents = {theta.path.name: theta.sha256}
-    again = overwrite or _is_earlier(target, theta)
-    done = already_made(target, workspace, parents, overwrite=again, log=log, data=data_sha256)
-    with files.held(log.with_suffix(".lock")):
-        if not done:
-            if workspace.agreement.privacy.is_on:
-                _check_privacy(workspace, client, round, rows, again, reset_privacy, report)
-            trained = _train(workspace, client, round, rows, data_sha256, theta, again, models, report)
-            return _mask(workspace, theta, client, overwrite, report) if is_secure else trained
-        if not is_secure:
-            report(Event("note", "already done"))
-            return done
-        return _mask(workspace, theta, client, overwrite, report)
+    again = overwrite
+
+    def look(asked: bool) -> Manifest | None:
+        nonlocal again
+        if is_secure:  # once more: another process may have sent it meanwhile
+            _check_may_mask(workspace, theta, client, rows, asked)
+        again = asked or _is_earlier(target, theta)
+        return already_made(target, workspace, parents, overwrite=again, log=log, data=data_sha256)
+
+    def make(places: turns.Places) -> Manifest:
+        if workspace.agreement.privacy.is_on:
+            _check_alone(processes)
+            _check_privacy(workspace, client, round, rows, again, reset_privacy, report)
+        processes.agree((rows, data_sha256, theta, again))
+        return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, places, report)
+
+    lock = log.with_suffix(".lock")
+    trained = turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
+    return _mask(workspace, theta, client, again, report) if is_secure else trained
 
 
 def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: list[Row], overwrite: bool) -> None:
     """Raise before training if what it gives could not be sent: masked already, or of too many examples."""
-    if overwrite and _is_sent(workspace, theta, client):
+    from stages.parts import uploads
+
+    if overwrite and uploads.whole(workspace, theta, client):
         round = theta.manifest.round
         message = (
             f"client {client} has sent its masked update of this opening of round {round}, which cannot be replaced"
@@ -101,16 +115,6 @@ def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: li
         raise BadNumbers(message, where=workspace.client_data(client), mend=mend)
 
 
-def _is_sent(workspace: Workspace, theta: Artefact, client: int) -> bool:
-    """Whether the masked update lies there whole; a damaged one may be replaced, by one with a new mask of its own."""
-    from stages.parts import uploads
-
-    try:
-        return uploads.sent(workspace, theta, client) is not None
-    except (Damaged, NotReady):
-        return False
-
-
 def _is_earlier(target: Path, theta: Artefact) -> bool:
     """Whether an adapter is there that was trained for an earlier attempt at this round, which no longer counts."""
     return (
@@ -122,10 +126,8 @@ def _mask(workspace: Workspace, theta: Artefact, client: int, overwrite: bool, r
     """Send the trained adapter masked; once for every opening of a round, unless what was sent is damaged."""
     from stages.parts import uploads
 
-    if not overwrite and (done := uploads.sent(workspace, theta, client)):
-        report(Event("note", "already sent"))
-        return done
-    return uploads.send(workspace, theta, read_artefact(workspace.client_adapter(theta.manifest.round, client)), client)
+    trained = read_artefact(workspace.client_adapter(theta.manifest.round, client))
+    return uploads.send(workspace, theta, trained, client, overwrite=overwrite, report=report)
 
 
 def _start(workspace: Workspace, client: int, round: int) -> Artefact:
@@ -143,6 +145,12 @@ def _start(workspace: Workspace, client: int, round: int) -> Artefact:
     theta = read_artefact(source)
     check_belongs(theta, workspace, reader=party_of(client), stage=stage, round=made_in, client=by)
     return theta
+
+
+def _check_alone(processes: Processes) -> None:
+    if processes.count > 1:
+        message = "differentially private training draws its rows and noise in one process; torchrun has started more"
+        raise UsageProblem(message, mend="give the command without torchrun")
 
 
 def _check_privacy(
@@ -170,6 +178,8 @@ def _train(
     theta: Artefact,
     overwrite: bool,
     models: Models | None,
+    processes: Processes,
+    places: turns.Places,
     report: Report,
 ) -> Manifest:
     from stages.parts import adapter_files, adapters, trackers, training
@@ -180,7 +190,7 @@ def _train(
     settings, lora, privacy = agreement.client_training, agreement.slm.lora, agreement.privacy
     tracking = trackers.tracking(workspace, "client-train", round, client)
     seed = workspace.seed_for("client-train", round, client)
-    models = models or Models(workspace)
+    models = models or Models(workspace, processes)
     models.use("slm")
     slm = models.expect("slm", theta.manifest.base, workspace.shown(theta.path))
     received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
@@ -202,7 +212,7 @@ def _train(
         warmup_steps=settings.warmup_steps if round == 1 else 0,
         seed=seed,
     )
-    train = partial(training.train, objective, tracking=tracking)
+    train = partial(training.train, objective, tracking=tracking, processes=processes)
     if privacy.is_on:
         from stages.parts import private_training
 
@@ -216,6 +226,8 @@ def _train(
     if outcome.metrics["slm_ft_after"] > outcome.metrics["slm_ft_before"]:
         report(Event("warning", f"client {client}'s loss rose in training: a smaller learning rate may help"))
     metrics = outcome.metrics | _keep_short(workspace, slm, received, objective, examples, report)
+    if not processes.is_first:
+        return Manifest.model_validate(processes.agree())
     manifest = publish(
         workspace.client_adapter(round, client),
         adapters.as_files(slm.model, lora),
@@ -234,9 +246,11 @@ def _train(
         tokens=outcome.tokens,
         metrics={name: value for name, value in metrics.items() if not (privacy.is_on and name in outcome.metrics)},
         privacy=spending.claim(workspace, client),
+        over=places[workspace.client_adapter(round, client)],
     )
     files.write_log(workspace.log("client-train", round, client), outcome.log)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
+    processes.agree(manifest)
     return manifest
 
 

@@ -14,13 +14,15 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stages.parts import files
+from stages.parts import files, turns
 from stages.parts.config import Role
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact, read_manifest
+from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import LARGEST_DATA_BYTES, Example, Row, encode, read_rows, warn_of_unspaced
 from stages.parts.vault import SERVER
 from stages.parts.workspace import AGREEMENT, CAPTURE, Workspace, require
@@ -65,6 +67,7 @@ def co_distill(
     top_k: int | None = None,
     overwrite: bool = False,
     models: Models | None = None,
+    processes: Processes = ALONE,
     report: Report = ignore,
 ) -> Manifest:
     """Train both adapters of one round and publish them. Returns the SLM's manifest.
@@ -72,36 +75,80 @@ def co_distill(
     The SLM's folder is the commit record: written last, with the LLM's manifest among its parents.
     phase: one of two, each with one model in memory at a time; it returns the manifest of what it made last. capture
     needs a model, train takes the LLM and then the SLM without one. top_k: how many tokens of each position are kept.
+    processes: all call this alike; the first decides and writes, and each trains its share.
     """
+    if not processes.is_first:
+        return _help(workspace, round, phase, models, processes, report)
     workspace.check_round(round)
     workspace.check_step("co-distill", round)
-    _check_phase(workspace, round, phase, model, top_k)
-    words = f", {phase}{f' {model.upper()}' if model else ''}" if phase else ""
-    report(Event("stage", f"co-distill, round {round}{words}"))
+    _check_phase(workspace, round, phase, model, top_k, processes)
+    words = f", capture {model.upper()}" if phase == "capture" and model else ""
+    if phase != "train":
+        report(Event("stage", f"co-distill, round {round}{words}"))
     rows, data_sha256 = _rows(workspace, report)
     if phase == "capture":
         assert model
         return _capture(workspace, round, model, top_k or TOP_K, rows, data_sha256, overwrite, models, report)
     inputs = _Inputs(_theta(workspace, round), _omega(workspace, round), rows, data_sha256)
-    log = workspace.log("co-distill", round)
     if phase == "train":
-        with files.held(log.with_suffix(".lock")):
-            roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
-            return [_train_one(workspace, round, one, inputs, overwrite, models, report) for one in roles][-1]
-    if done := _already_made(workspace, round, inputs, overwrite):
-        report(Event("note", "already done"))
-        return done
-    with files.held(log.with_suffix(".lock")):
-        return _train(workspace, round, inputs, overwrite, models, report)
+        roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
+        made = [_train_one(workspace, round, one, inputs, overwrite, models, processes, report) for one in roles]
+        processes.agree(None)
+        return made[-1]
+    again = overwrite
+
+    def look(asked: bool) -> Manifest | None:
+        nonlocal again
+        again = asked
+        return _already_made(workspace, round, inputs, again)
+
+    def make(places: turns.Places) -> Manifest:
+        processes.agree((inputs, again))
+        return _train(workspace, round, inputs, again, models, processes, places, report)
+
+    paths = [workspace.slm(round), workspace.llm(round)]
+    return turns.take(paths, _lock(workspace, round), look=look, make=make, overwrite=overwrite, report=report)
 
 
-def _check_phase(workspace: Workspace, round: int, phase: Phase | None, model: Role | None, top_k: int | None) -> None:
+def _help(
+    workspace: Workspace, round: int, phase: Phase | None, models: Models | None, processes: Processes, report: Report
+) -> Manifest:
+    """What a process does that is not the first: train what that one says."""
+    if phase != "train":
+        inputs, again = processes.agree()
+        return _train(workspace, round, inputs, again, models, processes, {}, report)
+    made: Manifest | None = None
+    while what := processes.agree():
+        role, inputs, taught_by, parents, llm, again = what
+        made = _train_against(
+            workspace, round, role, inputs, taught_by, parents, llm, again, models, processes, {}, report
+        )
+        gc.collect()
+    assert made  # or the first has ended, and this one with it
+    return made
+
+
+def _lock(workspace: Workspace, round: int) -> Path:
+    """Held by whoever trains in a round, in one phase or in two."""
+    return workspace.log("co-distill", round).with_suffix(".lock")
+
+
+def _check_phase(
+    workspace: Workspace,
+    round: int,
+    phase: Phase | None,
+    model: Role | None,
+    top_k: int | None,
+    processes: Processes,
+) -> None:
     """Raise UsageProblem for options that do not go together."""
     capture = f"fedcollm co-distill --round {round} --phase capture --model llm; then --model slm; then --phase train"
     if phase is None and (model or top_k):
         raise UsageProblem("--model and --top-k are for co-distill in two phases", mend=capture)
     if phase == "capture" and model is None:
         raise UsageProblem("one model is captured at a time: which?", mend=capture)
+    if phase == "capture" and processes.count > 1:
+        raise UsageProblem("capturing takes one process: it trains nothing", mend="give the command without torchrun")
     if phase == "train" and top_k:
         raise UsageProblem("--top-k is for the first phase: training takes what was captured", mend=capture)
     if phase and workspace.agreement.distillation.order == "alternating":
@@ -221,7 +268,14 @@ def _refuse_half_of_two_phases(workspace: Workspace, round: int) -> None:
 
 
 def _train(
-    workspace: Workspace, round: int, inputs: _Inputs, overwrite: bool, models: Models | None, report: Report
+    workspace: Workspace,
+    round: int,
+    inputs: _Inputs,
+    overwrite: bool,
+    models: Models | None,
+    processes: Processes,
+    places: turns.Places,
+    report: Report,
 ) -> Manifest:
     from stages.parts import adapters, trackers, training
     from stages.parts.models import Models
@@ -229,7 +283,7 @@ def _train(
 
     settings = workspace.agreement.distillation
     tracking = trackers.tracking(workspace, "co-distill", round)
-    models = models or Models(workspace)
+    models = models or Models(workspace, processes)
     models.use("slm", "llm")
     slm = _ready(workspace, round, models, "slm", inputs.theta)
     llm = _ready(workspace, round, models, "llm", inputs.omega)
@@ -253,16 +307,20 @@ def _train(
         },
         overwrite=overwrite,
         tracking=tracking,
+        processes=processes,
         report=report,
     )
     report(Event("note", outcome.change))
     llm_norms = adapters.check_trained(omega, adapters.take(llm.model))
     slm_norms = adapters.check_trained(before, adapters.take(slm.model))
-    _publish(workspace, round, llm, inputs.parents, outcome, outcome.metrics | llm_norms)
+    if not processes.is_first:
+        return Manifest.model_validate(processes.agree())
+    _publish(workspace, round, llm, inputs.parents, outcome, outcome.metrics | llm_norms, places)
     parents = inputs.parents | {"llm-after": read_manifest(workspace.llm(round))[1]}
-    manifest = _publish(workspace, round, slm, parents, outcome, outcome.metrics | slm_norms)
+    manifest = _publish(workspace, round, slm, parents, outcome, outcome.metrics | slm_norms, places)
     files.write_log(workspace.log("co-distill", round), outcome.log)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
+    processes.agree(manifest)
     return manifest
 
 
@@ -295,6 +353,7 @@ def _publish(
     parents: dict[str, str],
     outcome: Outcome,
     metrics: dict[str, float],
+    places: turns.Places,
 ) -> Manifest:
     from stages.parts import adapters
 
@@ -315,6 +374,7 @@ def _publish(
         examples=outcome.examples,
         tokens=outcome.tokens,
         metrics=metrics,
+        over=places[folder],
     )
 
 
@@ -337,18 +397,23 @@ def _capture(
     parents = {start.path.name: start.sha256} if start else {}
     name, folder = f"capture-{role}", workspace.captured(round, role)
     log = workspace.log(name, round)
-    with files.held(log.with_suffix(".lock")):
-        done = already_made(folder, workspace, parents, overwrite=overwrite, log=log, data=data_sha256)
+    again = overwrite
+
+    def look(asked: bool) -> Manifest | None:
+        nonlocal again
+        again = asked
+        done = already_made(folder, workspace, parents, overwrite=again, log=log, data=data_sha256)
         if done:
             _check_top_k(workspace, done, top_k)
-            report(Event("note", "already done"))
-            return done
+        return done
+
+    def make(places: turns.Places) -> Manifest:
         from stages.parts import adapters, capture_files, captures
         from stages.parts.models import Models
 
-        models = models or Models(workspace)
-        models.use(role)
-        outlines = {one: models.outline(one) for one in OTHER}
+        loaded = models or Models(workspace)
+        loaded.use(role)
+        outlines = {one: loaded.outline(one) for one in OTHER}
         examples, shared = _examples(workspace, rows, outlines["slm"], outlines["llm"])
         source = capture_files.Source(
             data_sha256=data_sha256,
@@ -357,7 +422,7 @@ def _capture(
             vocabulary=shared,
             top_k=top_k,
         )
-        teacher = _ready(workspace, round, models, role, start)
+        teacher = _ready(workspace, round, loaded, role, start)
         settings, machine = workspace.agreement.distillation, workspace.machine
         inputs: dict[str, Any] = {
             "agreement": workspace.agreement_sha256,
@@ -377,7 +442,7 @@ def _capture(
             every=machine.checkpoint_steps,
             folder=workspace.unfinished(name, round),
             inputs=inputs,
-            overwrite=overwrite,
+            overwrite=again,
             report=report,
         )
         kept = captured.kept
@@ -399,10 +464,14 @@ def _capture(
             examples=len(examples),
             tokens=len(kept),
             metrics={"top_k": float(top_k), "kept": float(kept.mean()), "kept_least": float(kept.min())},
+            over=places[folder],
         )
         files.write_log(log, [{"inputs": inputs}, {"wall_s": time.monotonic() - started}])
-        shutil.rmtree(workspace.unfinished(name, round))
+        shutil.rmtree(workspace.unfinished(name, round), ignore_errors=True)
         return manifest
+
+    lock = log.with_suffix(".lock")
+    return turns.take([folder], lock, look=look, make=make, overwrite=overwrite, report=report)
 
 
 def _check_top_k(workspace: Workspace, done: Manifest, top_k: int) -> None:
@@ -424,6 +493,7 @@ def _train_one(
     inputs: _Inputs,
     overwrite: bool,
     models: Models | None,
+    processes: Processes,
     report: Report,
 ) -> Manifest:
     """Train one model against the other's capture and publish it; the SLM comes last, as the commit record."""
@@ -443,13 +513,25 @@ def _train_one(
     parents |= {"llm-after": llm.sha256} if llm else {}
     name = "co-distill" if role == "slm" else "co-distill-llm"
     log = workspace.log(name, round)
-    again = overwrite or (role == "llm" and _is_half_of_one_phase(workspace, round))
-    if done := already_made(target, workspace, parents, overwrite=again, log=log, data=inputs.data_sha256):
-        report(Event("note", f"{role.upper()}: already done"))
-        return done
-    if taught_by is None:
-        raise NotReady(f"the {teacher.upper()} of round {round} is not captured any more", where=place, mend=capture)
-    manifest = _train_against(workspace, round, role, inputs, taught_by, parents, llm, overwrite, models, report)
+    report(Event("stage", f"co-distill, round {round}, train {role.upper()}"))
+    again = overwrite
+
+    def look(asked: bool) -> Manifest | None:
+        nonlocal again
+        again = asked or (role == "llm" and _is_half_of_one_phase(workspace, round))
+        return already_made(target, workspace, parents, overwrite=again, log=log, data=inputs.data_sha256)
+
+    def make(places: turns.Places) -> Manifest:
+        if taught_by is None:
+            message = f"the {teacher.upper()} of round {round} is not captured any more"
+            raise NotReady(message, where=place, mend=capture)
+        processes.agree((role, inputs, taught_by, parents, llm, again))
+        return _train_against(
+            workspace, round, role, inputs, taught_by, parents, llm, again, models, processes, places, report
+        )
+
+    lock = _lock(workspace, round)
+    manifest = turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
     gc.collect()  # modules refer to each other in circles: before the next model is loaded, this one is to be gone
     return manifest
 
@@ -485,6 +567,8 @@ def _train_against(
     llm: Artefact | None,
     overwrite: bool,
     models: Models | None,
+    processes: Processes,
+    places: turns.Places,
     report: Report,
 ) -> Manifest:
     from stages.parts import adapters, capture_files, captures, trackers, training
@@ -493,7 +577,7 @@ def _train_against(
     content = taught_by.contents.pop(CAPTURE)  # not kept beside what is made of it: it may be large
     captured = capture_files.parse_capture(content, taught_by.path / CAPTURE)
     del content
-    models = models or Models(workspace)
+    models = models or Models(workspace, processes)
     models.use(role)
     outlines = {one: models.outline(one) for one in OTHER}
     examples, shared = _examples(workspace, inputs.rows, outlines["slm"], outlines["llm"])
@@ -525,18 +609,22 @@ def _train_against(
         inputs=started_from,
         overwrite=overwrite,
         tracking=trackers.tracking(workspace, name, round),
+        processes=processes,
         report=report,
     )
     report(Event("note", outcome.change))
     norms = adapters.check_trained(before, adapters.take(student.model))
+    if not processes.is_first:
+        return Manifest.model_validate(processes.agree())
     # The SLM's manifest tells both models' losses, as in one phase.
     earlier = {name: value for name, value in llm.manifest.metrics.items() if name.startswith("llm_")} if llm else {}
-    manifest = _publish(workspace, round, student, parents, outcome, outcome.metrics | earlier | norms)
+    manifest = _publish(workspace, round, student, parents, outcome, outcome.metrics | earlier | norms, places)
     if role == "slm":
         files.write_log(workspace.log("co-distill", round), _both_logs(workspace, round, outcome))
     else:
         files.write_log(workspace.log(name, round), outcome.log)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    processes.agree(manifest)
     return manifest
 
 

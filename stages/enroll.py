@@ -30,6 +30,11 @@ def enroll(workspace: Workspace, *, renew: bool = False, report: Report = ignore
     renew: a new federation with the keys that are there now.
     """
     report(Event("stage", "enroll"))
+    with files.held(workspace.secrets_pointer(SERVER).with_suffix(".lock"), report=report):
+        return _enroll(workspace, renew, report)
+
+
+def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
     members = _members(workspace)
     vault = None if renew else Vault.find(workspace, SERVER)
     if vault is None:

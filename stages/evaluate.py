@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.parts import files
+from stages.parts import files, turns
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, BaseIdentity, versions
+from stages.parts.processes import ALONE, Processes
 from stages.parts.subjects import Subject, adapter_of, subject_of
 from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace
 
@@ -28,14 +29,19 @@ def evaluate(
     client: int | None = None,
     overwrite: bool = False,
     models: Models | None = None,
+    processes: Processes = ALONE,
     report: Report = ignore,
 ) -> dict[str, Any]:
     """Score one model and write down the scores. Returns what the result file says.
 
     model: which of the server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it; with a client, that
     client's own SLM instead. Without a round, the base alone. Before scoring, the adapter is proven to be in the model
-    and to change its logits.
+    and to change its logits. processes: all call this alike; the first decides and writes, and each scores its share.
     """
+    if not processes.is_first:
+        theirs = processes.agree()
+        _score(workspace, theirs["role"], theirs["adapter"], models, processes, report)
+        return dict(processes.agree())
     subject = subject_of(model, client)
     role: Role = "llm" if subject == "llm" else "slm"
     name = subject if round is None else f"{subject}, round {round}"
@@ -44,22 +50,31 @@ def evaluate(
     if adapter is None:
         from stages.parts.models import Models
 
-        models = models or Models(workspace)
+        models = models or Models(workspace, processes)
         base = models.get(role).identity
     else:
         base = adapter.manifest.base
     what = _what(workspace, subject, role, round, adapter, base)
     target = workspace.result(round, subject)
-    if target.exists() and not overwrite:
+
+    def look(again: bool) -> dict[str, Any] | None:
+        if again or not target.exists():
+            return None
         earlier, _ = files.read_json(target)
-        if {key: earlier.get(key) for key in what} == what:
-            report(Event("note", "already done"))
-            return earlier
-    result = what | _score(workspace, role, adapter, models, report)
-    files.write(target, files.json_bytes(result))
-    for task, scores in result["tasks"].items():
-        report(Event("note", f"{task}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())))
-    return result
+        return earlier if {key: earlier.get(key) for key in what} == what else None
+
+    def make(places: turns.Places) -> dict[str, Any]:
+        processes.agree({"role": role, "adapter": adapter})
+        result = what | _score(workspace, role, adapter, models, processes, report)
+        files.write(target, files.json_bytes(result), over=places[target])
+        for task, scores in result["tasks"].items():
+            found = "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())
+            report(Event("note", f"{task}: {found}"))
+        processes.agree(result)
+        return result
+
+    lock = target.with_name(f".{subject}.lock")
+    return turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
 
 
 def _what(
@@ -93,14 +108,19 @@ def _what(
 
 
 def _score(
-    workspace: Workspace, role: Role, adapter: Artefact | None, models: Models | None, report: Report
+    workspace: Workspace,
+    role: Role,
+    adapter: Artefact | None,
+    models: Models | None,
+    processes: Processes,
+    report: Report,
 ) -> dict[str, Any]:
     from stages.parts import scoring, tasks
     from stages.parts.models import Models
 
     settings = workspace.agreement.evaluation
     loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks)
-    models = models or Models(workspace)
+    models = models or Models(workspace, processes)
     models.use(role)
     tuned = models.get(role) if adapter is None else models.with_adapter(role, adapter)
     scores = scoring.score(
@@ -109,6 +129,8 @@ def _score(
         with_adapter=adapter is not None,
         limit=settings.limit,
         batch_size=settings.batch_size,
+        processes=processes,
+        shares=role not in workspace.machine.sharding,
         report=report,
     )
     return {

@@ -1,6 +1,6 @@
 """init: a new workspace from the template that comes with the program.
 
-Writes fedcollm.toml, machine.toml, README.md, run_rounds.sh and tasks/ into a new folder.
+Writes fedcollm.toml, machine.toml, README.md, run_rounds.sh, Snakefile, profiles/ and tasks/ into a new folder.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from stages.parts.paper import PRESETS
 from stages.parts.workspace import AGREEMENT, Workspace
 
 TEMPLATES = ("demo", *PRESETS)
+ELSEWHERE = ("demo/", "slurm/")
+"""What of workspace_template is not in a workspace from the start."""
 TASKS = ("arc_easy",)
 """The templates' task, but for the demo's."""
+CHAINS = ("run_rounds.sh", "Snakefile", "profiles/")
+"""What chains the commands."""
 
 
 def init(
@@ -42,11 +46,13 @@ def init(
         raise Refused("there is a workspace already", where=folder / AGREEMENT, mend="choose another folder")
     source = importlib.resources.files("workspace_template")
     values = {"name": _name(folder), "seed": str(seed), "clients": str(clients), "rounds": str(rounds)}
+    whole = _contents(source, "")
     if template == "demo":
-        contents = _contents(source / "demo", "") | {"run_rounds.sh": (source / "run_rounds.sh").read_bytes()}
+        chains = {name: whole[name] for name in whole if name.startswith(CHAINS)}
+        contents = _contents(source / "demo", "") | chains
     else:
         preset = PRESETS[template]
-        contents = {name: data for name, data in _contents(source, "").items() if not name.startswith("demo/")}
+        contents = {name: data for name, data in whole.items() if not name.startswith(ELSEWHERE)}
         values |= {"slm": preset.slm, "llm": preset.llm, "rank": str(preset.rank), "alpha": str(2 * preset.rank)}
         values |= {"target_modules": json.dumps(preset.target_modules), "tasks": json.dumps(list(tasks or TASKS))}
     contents[AGREEMENT] = _filled(contents[AGREEMENT].decode(), values).encode()

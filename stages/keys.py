@@ -38,6 +38,11 @@ def keys(workspace: Workspace, *, client: int, renew: bool = False, report: Repo
     """
     workspace.check_client(client)
     report(Event("stage", f"keys, client {client}"))
+    with files.held(workspace.secrets_pointer(party_of(client)).with_suffix(".lock"), report=report):
+        return _keys(workspace, client, renew, report)
+
+
+def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Made:
     party, path = party_of(client), workspace.public_keys(client)
     vault = None if renew else Vault.find(workspace, party)
     if vault is None:

@@ -17,6 +17,7 @@ from stages.co_distill import co_distill
 from stages.enroll import enroll
 from stages.evaluate import evaluate
 from stages.keys import keys
+from stages.parts import files
 from stages.parts.errors import NotReady
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import read_manifest
@@ -41,7 +42,8 @@ STAGES: dict[str, Callable[..., Any]] = {
 def next(workspace: Workspace, *, party: str | None = None, report: Report = ignore) -> str:
     """Do the next step of a party, "server" or "client-2", or of any on this machine. Returns its command, or "".
 
-    A step that would replace something is left to a person. Raises NotReady naming what the party waits for.
+    A step that would replace something is left to a person. Raises NotReady naming what the party waits for, and Held
+    while another process takes the party's step: a cron job that is faster than its steps must not pile up.
     """
     found = status(workspace, party=party)
     if found.waiting_for:
@@ -55,12 +57,13 @@ def next(workspace: Workspace, *, party: str | None = None, report: Report = ign
         raise NotReady(message, where=workspace.root, mend="look at `fedcollm status`, then give that command")
     close = workspace.close(arguments.get("round", 1))
     before = _digest(close)
-    try:
-        STAGES[verb](workspace, **arguments, report=report)
-    except NotReady:
-        if not (verb == "aggregate" and _digest(close) != before):
-            raise
-        report(Event("note", "the round is closed; now clients reveal"))
+    with files.held(workspace.turn(party), waits=False):
+        try:
+            STAGES[verb](workspace, **arguments, report=report)
+        except NotReady:
+            if not (verb == "aggregate" and _digest(close) != before):
+                raise
+            report(Event("note", "the round is closed; now clients reveal"))
     return found.next_command
 
 

@@ -31,7 +31,7 @@ def reveal(workspace: Workspace, *, client: int, round: int, report: Report = ig
     require(source, f"the broadcast of round {round} is not there", "carry exchange/ here from the server")
     theta = read_artefact(source)
     check_belongs(theta, workspace, reader=party_of(client), stage="broadcast", round=round)
-    manifest = uploads.reveal(workspace, theta, client)
+    manifest = uploads.reveal(workspace, theta, client, report)
     code = roster.spoken(manifest.parents["close"], 32)
     report(Event("note", f"revealed, for good; the code of the close, the same at all clients: {code}"))
     return manifest

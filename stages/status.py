@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.parts.config import threshold
-from stages.parts.progress import Reader, Round, Step
-from stages.parts.vault import SERVER, Vault, client
+from stages.parts.progress import Reader, Round, Step, enrolment
+from stages.parts.vault import SERVER
 from stages.parts.workspace import Workspace
 
 
@@ -47,7 +47,7 @@ def _next(workspace: Workspace, rounds: list[Round], party: str | None) -> tuple
             "data: private/client-k/train.jsonl at client k, private/server/auxiliary.jsonl at the server",
         )
     if workspace.agreement.aggregation.is_secure:
-        before = _enrolment(workspace, party)
+        before = enrolment(workspace, party)
         if any(before):
             return before
     for round in rounds:
@@ -99,28 +99,6 @@ def _missing_updates(workspace: Workspace, number: int, updates: list[Step]) -> 
     missing = needed - sum(update.condition == "done" for update in updates)
     absent = ", ".join(update.name for update in updates if update.condition != "done")
     return f"{missing} more updates of round {number} in exchange/, of {absent}" if missing > 0 else ""
-
-
-def _enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:
-    """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it."""
-    here = [client(k) for k in workspace.clients if workspace.client_data(k).exists()]
-    here += [SERVER] if workspace.auxiliary_data.exists() else []
-    asked = [party] if party else here
-    vaults = {one: Vault.find(workspace, one) for one in asked}
-    for one in asked:
-        if vaults[one] is None and one != SERVER:
-            return f"fedcollm keys --{one.replace('-', ' ')}", ""
-    absent = [client(k) for k in workspace.clients if not workspace.public_keys(k).exists()]
-    for one in sorted(asked, key=lambda name: name != SERVER):
-        vault = vaults[one]
-        if vault is not None and vault.pinned is not None:
-            continue
-        if one == SERVER:
-            return ("", f"exchange/keys of {', '.join(absent)}") if absent else ("fedcollm enroll", "")
-        if not workspace.federation.exists():
-            return "", "the roster, exchange/federation.json, from the server's `fedcollm enroll`"
-        return "", f"a person to compare the roster's fingerprint: fedcollm join --{one.replace('-', ' ')}"
-    return "", ""
 
 
 def _score(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import WORDS, Outcome, make_study, make_workspace
+from builders import Outcome, make_base_models, make_study, make_workspace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -43,32 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def base_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with slm/ and llm/: GPT-2-shaped models of two sizes with one word-level tokenizer, random weights."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("models")
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
-    for role, (layers, width) in {"slm": (1, 16), "llm": (2, 32)}.items():
-        torch.manual_seed(layers)
-        config = GPT2Config(
-            vocab_size=len(vocabulary),
-            n_positions=64,
-            n_embd=width,
-            n_layer=layers,
-            n_head=2,
-            bos_token_id=1,
-            eos_token_id=1,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-        GPT2LMHeadModel(config).save_pretrained(folder / role)
-        tokenizer.save_pretrained(folder / role)
-    return folder
+    return make_base_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

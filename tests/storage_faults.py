@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import io
 import os
 from collections.abc import Callable
@@ -106,3 +107,20 @@ class _Writer(io.BufferedWriter):
             return super().write(content)
         super().write(bytes(content)[: len(content) // 2])
         raise OSError(self._disk.number, os.strerror(self._disk.number))
+
+
+def without_locks(patch: pytest.MonkeyPatch, number: int | None = errno.ENOLCK) -> None:
+    """A file system without locks: flock fails with this number, or, with None, is granted to everybody.
+
+    The latter is what a file system does that keeps the locks of each machine apart. Libraries that lock their caches,
+    elsewhere, by a descriptor, get what they ask for.
+    """
+    real = fcntl.flock
+
+    def flock(file: Any, operation: int) -> None:
+        if isinstance(file, int):
+            real(file, operation)
+        elif number is not None:
+            raise OSError(number, os.strerror(number))
+
+    patch.setattr(fcntl, "flock", flock)

@@ -39,7 +39,7 @@ REASONS = {
     "stages/parts/evidence.py": "a client's own training data, and its log",
     "stages/parts/findings.py": "private logs, for the report's curves",
     "stages/parts/spending.py": "the ledger that is given up, for its digest",
-    "stages/parts/training.py": "the note beside a checkpoint of this machine",
+    "stages/parts/checkpoints.py": "checkpoints of one's own, and the notes beside them",
     "stages/parts/private_training.py": "a checkpoint of this machine, weights only",
     "stages/parts/bases.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/models.py": "a base model, from the user's disk or the hub's cache",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.parts import capture_files, files
+from stages.parts import capture_files, checkpoints, files
 from stages.parts.batches import Batch, answer_logits, collate
 from stages.parts.capture_files import Captured, Source
 from stages.parts.config import Distillation
@@ -28,7 +28,6 @@ from stages.parts.losses import DIVERGENCES, TopK, captured_distillation, cross_
 from stages.parts.models import Tuned, naming_memory_knobs
 from stages.parts.objective import Losses, Objective, Tokens
 from stages.parts.rows import Example
-from stages.parts.training import checkpoint_of
 
 TAUGHT = "taught_"
 """What the parts of a TopK are called in a batch, before their own names."""
@@ -63,12 +62,13 @@ def capture(
         fits = max(min(source.top_k, source.vocabulary) + -over // (8 * total), 1)
         message = f"a capture of {total} positions with --top-k {source.top_k} would have {largest} bytes"
         raise UsageProblem(message, mend=f"give --top-k {fits} or less")
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
     if finds_rows:
         once = partial(_said, teacher, source=source, report=lambda _: None)
         rows = rows_that_fit(lambda some: once([some]), examples, rows, report=report)
-    checkpoint_of(folder, {**inputs, "rows": rows})
+    wanted = files.json_bytes({**inputs, "rows": rows})
+    if overwrite or not checkpoints.is_of(folder, wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        files.write(folder / checkpoints.INPUTS, wanted)
     batches = [examples[start : start + rows] for start in range(0, len(examples), rows)]
     parts = []
     for start in range(0, len(batches), every):

@@ -18,7 +18,9 @@ WIDTH = 328
 """A phone's 360 pixels less the margins of the page."""
 HEIGHT = 170
 FONT = "Arial, Helvetica, sans-serif"
-"""What the library measures texts with; browsers have it, or one of the same widths."""
+"""What the library measures texts with; most browsers have it, or one of the same widths."""
+PADDING = {"left": 15, "right": 8, "top": 5, "bottom": 5}
+"""Pixels around a chart: as much as a wider font, where Arial is not installed, adds to a long label."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Chart:
         """The drawing, as an element to stand in a page among others."""
         import vl_convert
 
-        whole = {"width": WIDTH, "height": HEIGHT, "background": None, "config": CONFIG} | self.spec
+        whole = {"width": WIDTH, "height": HEIGHT, "background": None, "padding": PADDING, "config": CONFIG} | self.spec
         whole["autosize"] = {"type": "fit-x", "contains": "padding"}
         svg: str = vl_convert.vegalite_to_svg(whole, allowed_base_urls=[])
         return svg

@@ -65,4 +65,4 @@ class StorageProblem(Problem):
 
 
 INTERRUPTED_EXIT_CODE = 75
-"""Ctrl-C or SIGTERM: nothing is half written and the same command resumes (EX_TEMPFAIL)."""
+"""Ctrl-C, SIGTERM or SIGUSR1: nothing is half written and the same command resumes (EX_TEMPFAIL)."""

@@ -14,20 +14,62 @@ import hashlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from stages.parts.errors import Damaged, Held, NotReady, StorageProblem
+from stages.parts.events import Event, Report, ignore
 
 COPY_AGAIN = "copy it again from its origin"
 FOLDER_AGAIN = "copy the folder again from its origin, or make it there again with --overwrite"
 LARGEST_JSON_BYTES = 4 << 20
 LARGEST_ADAPTER_BYTES = 4 << 30
 ABANDONED_AFTER_S = 3600
+LONGEST_PAUSE_S = 2.0
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+"""What a file system says that has no locks."""
+
+
+class Seen(NamedTuple):
+    """Which publication lies in a place: no two are equal, even of the same bytes."""
+
+    inode: int
+    modified_ns: int
+
+
+ABSENT = Seen(0, 0)
+
+
+def seen(path: Path) -> Seen:
+    """Which publication is there now; ABSENT for none."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return ABSENT
+    return Seen(status.st_ino, status.st_mtime_ns)
+
+
+class Place:
+    """A path to publish at, and what this process has seen or put there last: nothing else may be replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.look()
+
+    def look(self) -> None:
+        """Take note of what is there now."""
+        self.seen = seen(self.path)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether another process has published here since."""
+        return seen(self.path) != self.seen
 
 
 def sha256(content: bytes) -> str:
@@ -169,20 +211,27 @@ def _below_exchange(path: Path) -> int:
     return 1
 
 
-def write(path: Path, content: bytes, *, mode: int = 0o666, levels: int | None = None) -> None:
+def write(
+    path: Path, content: bytes, *, mode: int = 0o666, levels: int | None = None, over: Place | None = None
+) -> None:
     """Put content at path, atomically: a reader sees the old bytes or the new ones, whatever happens in between.
 
     mode: the file's permissions, before the umask. levels: as for check_no_link; by default what is below exchange/.
+    over: raises Held where another process has written since its last look.
     """
     levels = _below_exchange(path) if levels is None else levels
     check_no_link(path, levels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    draft, _ = _drafts(path)
     try:
         _write(draft, content, mode)
         _sync(draft)
         check_no_link(path, levels)
+        if over and over.has_changed:
+            raise _overtaken(path)
         draft.replace(path)
+        if over:
+            over.look()
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
@@ -193,26 +242,27 @@ def publish(
     folder: Path,
     contents: dict[str, bytes],
     *,
-    replace: bool = True,
+    over: Place | None = None,
     levels: int = 1,
     spares: Callable[[Path], None] | None = None,
 ) -> None:
     """Make folder hold exactly these files, atomically; an earlier folder of that name is replaced, if it may be."""
-    with publishing(folder, replace=replace, levels=levels, spares=spares) as draft:
+    with publishing(folder, over=over, levels=levels, spares=spares) as draft:
         for name, content in contents.items():
             _write(draft / name, content)
 
 
 @contextlib.contextmanager
 def publishing(
-    folder: Path, *, replace: bool = True, levels: int = 1, spares: Callable[[Path], None] | None = None
+    folder: Path, *, over: Place | None = None, levels: int = 1, spares: Callable[[Path], None] | None = None
 ) -> Iterator[Path]:
     """A draft to write files into, which becomes folder when the block ends; an earlier folder is replaced.
 
     The draft lies beside the place; it is synced and renamed into it: that the folder exists means that it is whole.
     If anything fails before that, the place is as it was and the draft is gone.
-    replace: if False, raises Held where the folder is there already: another process was first.
-    levels: as for check_no_link. spares: raises for an earlier folder that is not to be replaced.
+    over: whose last look says what may be replaced; raises Held where something else is there by then: another process
+    was first. By default, whatever is there. levels: as for check_no_link. spares: raises for an earlier folder that is
+    not to be replaced.
     """
 
     def check() -> None:
@@ -222,12 +272,12 @@ def publishing(
 
     check()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.parent.glob(f".{folder.name}.*.partial"):  # by a process that was killed
-        if time.time() - abandoned.lstat().st_mtime > ABANDONED_AFTER_S:
-            shutil.rmtree(abandoned, ignore_errors=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
-    shutil.rmtree(draft, ignore_errors=True)  # of a killed process that had the number of this one
+    put_right(folder)
+    for abandoned in _left_beside(folder, "partial"):  # by a process that was killed
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - abandoned.lstat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(abandoned, ignore_errors=True)
+    draft, replaced = _drafts(folder)
     try:
         draft.mkdir()
         with _naming(draft):  # libraries that write into it may not say which file
@@ -237,18 +287,7 @@ def publishing(
             _sync(path)
         _sync(draft)
         check()
-        if replace and os.path.lexists(folder):
-            _remove(replaced)
-            folder.rename(replaced)
-        try:
-            draft.rename(folder)
-        except BaseException as error:
-            if not replace and os.path.lexists(folder):
-                message = f"another process published {folder.name} first"
-                raise Held(message, where=folder, mend="give the same command again") from error
-            if os.path.lexists(replaced):
-                replaced.rename(folder)
-            raise
+        _put(draft, folder, replaced, over)
         _sync(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -256,23 +295,103 @@ def publishing(
             _remove(replaced)
 
 
+def _put(draft: Path, folder: Path, replaced: Path, over: Place | None) -> None:
+    """Rename a draft into its place, where only what over says may be; that goes to replaced."""
+    while True:
+        if over is None or over.seen != ABSENT:
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(replaced)
+        is_other = over is not None and seen(replaced) not in (ABSENT, over.seen)
+        try:
+            if not is_other:
+                draft.rename(folder)
+                if over is not None:
+                    over.look()
+                return
+        except OSError as error:
+            taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(folder)
+            if not taken:
+                _put_back(replaced, folder)
+                raise
+            is_other = over is not None
+        if is_other:
+            _put_back(replaced, folder)
+            raise _overtaken(folder)
+        _remove(replaced)  # and once more, over what another process has put there in between
+
+
+def _overtaken(path: Path) -> Held:
+    return Held(f"another process published {path.name} first", where=path, mend="give the same command again")
+
+
+def put_right(folder: Path) -> None:
+    """Put folder back if a process was killed when it had moved it away and its own was not there yet."""
+    for replaced in _left_beside(folder, "replaced"):
+        _put_back(replaced, folder)
+        if os.path.lexists(folder):
+            _remove(replaced)
+
+
+def _put_back(replaced: Path, folder: Path) -> None:
+    """Undo a move, unless the place has been taken meanwhile."""
+    if os.path.lexists(replaced) and not os.path.lexists(folder):
+        with contextlib.suppress(OSError):  # by another process, in this moment
+            replaced.rename(folder)
+
+
+def _drafts(path: Path) -> tuple[Path, Path]:
+    """Where a new content of path is made, and where the old one goes; each process of each machine has its own."""
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{own}.partial"), path.with_name(f".{path.name}.{own}.replaced")
+
+
+def _left_beside(path: Path, ending: str) -> list[Path]:
+    """What processes at work, or killed at it, have beside path, the newest first."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+(-[0-9a-f]+)?\.{ending}")
+    found = [beside for beside in path.parent.iterdir() if name.fullmatch(beside.name)] if path.parent.is_dir() else []
+    return sorted(found, key=lambda beside: seen(beside).modified_ns, reverse=True)
+
+
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Keep a second process out of the work that path names. Raises Held if one is there already.
+def held(path: Path, *, waits: bool = True, without: str | None = None, report: Report = ignore) -> Iterator[None]:
+    """Do the work that path names alone: wait until no other process is at it, having said so once.
 
     An advisory lock that the system drops with the process. Where the file system has no locks nothing is held, and
     publication by rename still keeps every artefact whole.
+    waits: if False, raises Held instead. without: for work that needs a lock, what mends the lack of it; raises
+    StorageProblem then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a+") as file:
+        try:
+            _lock(file, path, waits, report)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            if without is not None:
+                message = "this file system has no locks, and two processes at once would do harm here"
+                raise StorageProblem(message, where=path, mend=without) from error
+        with contextlib.suppress(OSError):  # who it is; a full disk is no reason to stop here
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
+        yield
+
+
+def _lock(file: IO[str], path: Path, waits: bool, report: Report) -> None:
+    pause_s = 0.0
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
-            raise Held("another process is doing this stage", where=path, mend="wait for it, or stop it") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        yield
+            by = os.pread(file.fileno(), 200, 0).decode(errors="replace")
+            if not waits:
+                message = f"another process is doing this{by and f' ({by})'}"
+                raise Held(message, where=path, mend="wait for it, or stop it") from None
+            if not pause_s:
+                report(Event("note", f"another process is doing this stage: waiting for it{by and f' ({by})'}"))
+        pause_s = min(pause_s + 0.05, LONGEST_PAUSE_S)
+        time.sleep(pause_s)
 
 
 @contextlib.contextmanager

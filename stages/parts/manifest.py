@@ -375,12 +375,12 @@ def publish(
     masking: Masking | None = None,
     closing: Mapping[str, str] | None = None,
     unmasking: Unmasking | None = None,
-    replace: bool = True,
+    over: files.Place | None = None,
     privacy: PrivacyClaim | None = None,
 ) -> Manifest:
     """Publish files with the manifest that names them, which is written last, signed where there is a roster.
 
-    replace: whether another folder of that name may be replaced. Returns the manifest.
+    over: as for files.publishing. Returns the manifest.
     """
     party = vault.client(client) if client is not None else vault.SERVER
     members = roster.pinned(workspace, party)
@@ -417,7 +417,7 @@ def publish(
     if members:
         signature = {SIGNATURE: signatures.sign(content, stage, Vault.need(workspace, party).identity)}
     whole = {**contents, MANIFEST: content, **signature}
-    files.publish(folder, whole, replace=replace, levels=LEVELS - 1, spares=spare_strangers)
+    files.publish(folder, whole, over=over, levels=LEVELS - 1, spares=spare_strangers)
     return manifest
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.parts import bases, quantization, tasks
+from stages.parts import bases
 from stages.parts.config import ROLES, Role
 from stages.parts.errors import Problem
 from stages.parts.workspace import AGREEMENT, Workspace
@@ -18,15 +19,14 @@ class Missing:
     mend: str
 
 
-def missing(workspace: Workspace) -> list[Missing]:
-    """All of it; the hub is not asked. Data of other parties are not missing where one party's are here."""
-    return [
-        *_model(workspace, "slm", "of every party"),
-        *_model(workspace, "llm", "of the server alone"),
-        *_bitsandbytes(workspace),
-        *_data(workspace),
-        *_tasks(workspace),
-    ]
+def missing(workspace: Workspace, *, roles: Sequence[Role] = ROLES, scores: bool = True) -> list[Missing]:
+    """All of it; the hub is not asked. Data of other parties are not missing where one party's are here.
+
+    roles: the base models that are needed here. scores: whether the tasks are.
+    """
+    whose = {"slm": "of every party", "llm": "of the server alone"}
+    models = [one for role in roles for one in _model(workspace, role, whose[role])]
+    return [*models, *_bitsandbytes(workspace, roles), *_data(workspace), *(_tasks(workspace) if scores else [])]
 
 
 def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
@@ -38,13 +38,16 @@ def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
     return [Missing(what, f"fedcollm prefetch --model {role}")]
 
 
-def _bitsandbytes(workspace: Workspace) -> list[Missing]:
-    wanted = [role for role in ROLES if workspace.agreement.model_of(role).quantization]
-    if not wanted or quantization.is_installed():
+def _bitsandbytes(workspace: Workspace, roles: Sequence[Role]) -> list[Missing]:
+    wanted = [role for role in roles if workspace.agreement.model_of(role).quantization]
+    if not wanted:
         return []
-    return [
-        Missing(f"bitsandbytes, for {' and '.join(f'{role}.quantization' for role in wanted)}", quantization.INSTALL)
-    ]
+    from stages.parts import quantization
+
+    if quantization.is_installed():
+        return []
+    what = f"bitsandbytes, for {' and '.join(f'{role}.quantization' for role in wanted)}"
+    return [Missing(what, quantization.INSTALL)]
 
 
 def _data(workspace: Workspace) -> list[Missing]:
@@ -62,6 +65,8 @@ def _data(workspace: Workspace) -> list[Missing]:
 
 
 def _tasks(workspace: Workspace) -> list[Missing]:
+    from stages.parts import tasks
+
     found = []
     for name in dict.fromkeys([*workspace.agreement.data.tasks, *workspace.agreement.evaluation.tasks]):
         try:

@@ -21,6 +21,7 @@ from stages.parts.adapter_files import read_adapter
 from stages.parts.config import Machine, Quantization, Role
 from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
+from stages.parts.processes import ALONE, Processes
 from stages.parts.workspace import AGREEMENT, Workspace
 
 PROBE_TEXTS = (
@@ -98,15 +99,15 @@ class Models:
     with workspaces that have the same bases and LoRA shapes: other methods, other seeds.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
+    def __init__(self, workspace: Workspace, processes: Processes = ALONE) -> None:
+        self._workspace, self._processes = workspace, processes
         self._roles: dict[Role, Tuned] = {}
         self._loaded: dict[tuple[object, ...], Tuned] = {}
         self.device = device_of(workspace.machine)
 
     def of(self, workspace: Workspace) -> Models:
         """The models of another workspace on this machine."""
-        other = Models(workspace)
+        other = Models(workspace, self._processes)
         other._loaded = self._loaded
         return other
 
@@ -175,12 +176,16 @@ class Models:
         settings = self._workspace.agreement.model_of(role)
         compute, dtype = precisions
         quantized = quantization.loading(role, settings.quantization, compute, self.device)
+        is_spread = role in self._workspace.machine.sharding and self._processes.count > 1
+        if quantized and is_spread:
+            mend = f'take "{role}" out of sharding in machine.toml, or agree to leave {role}.quantization out'
+            raise UsageProblem(f"the {role.upper()} cannot be both quantised and spread over processes", mend=mend)
         try:
             with quiet.libraries():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
                 identity = identify(folder, tokenizer, settings.quantization)
                 base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantized)
-                if not quantized:
+                if not (quantized or is_spread):
                     base.to(self.device)
                 quantization.never_repack(base)
                 packs = batches.packs(base)
@@ -190,10 +195,15 @@ class Models:
         base.config.use_cache = False
         if self._workspace.machine.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = adapters.attach(base, settings, where=self._workspace.root / AGREEMENT)
+        if is_spread:
+            from stages.parts import sharding
+
+            sharding.spread(model, self.device, self._processes.count)
         return Tuned(
             role=role,
             packs=packs,
-            model=adapters.attach(base, settings, where=self._workspace.root / AGREEMENT),
+            model=model,
             tokenizer=tokenizer,
             identity=identity,
             autocast=compute == torch.bfloat16,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stages.parts import roster
 from stages.parts.config import threshold
 from stages.parts.errors import Damaged, Refused, UsageProblem
+from stages.parts.events import Report, ignore
 from stages.parts.manifest import Artefact, Opening, check_belongs, read_artefact, read_manifest
 from stages.parts.one_time import transcript
 from stages.parts.roster import Roster
@@ -137,7 +138,7 @@ def opened(workspace: Workspace, round: int) -> None:
 # --- at a client
 
 
-def accept(workspace: Workspace, theta: Artefact, client: int) -> None:
+def accept(workspace: Workspace, theta: Artefact, client: int, report: Report = ignore) -> None:
     """Take a broadcast as this round's, from now on and no other.
 
     Raises Refused for a second one, for one of an earlier attempt, for any after a reveal, and in secure mode for one
@@ -147,7 +148,7 @@ def accept(workspace: Workspace, theta: Artefact, client: int) -> None:
     if members is None or theta.manifest.stage != "broadcast":
         return
     vault = Vault.need(workspace, party_of(client))
-    with vault.alone():
+    with vault.alone(report):
         _accept(workspace, theta, members, vault, client)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import get_constant_schedule_with_warmup
 
-from stages.parts import dry_step, files
+from stages.parts import checkpoints, dry_step, files
 from stages.parts.accounting import Charge
 from stages.parts.batches import padded
 from stages.parts.config import Machine
@@ -40,7 +40,7 @@ from stages.parts.models import Tuned, naming_memory_knobs
 from stages.parts.objective import Objective, Tokens
 from stages.parts.rows import Example
 from stages.parts.secret_random import SecretRandom
-from stages.parts.training import COMPLETE, Outcome, Recipe, checkpoint_of, refuse_unless_finite
+from stages.parts.training import Outcome, Recipe, refuse_unless_finite, stopped_after
 
 STATE = "state.pt"
 MEMORY_KNOBS = "set micro_batch = 1 in machine.toml, give --dtype bfloat16, or agree on a smaller max_length"
@@ -74,15 +74,14 @@ def train(
     started = time.monotonic()
     steps = recipe.budget.steps_for(len(examples))
     objective = Objective([slm], loss_of_examples, {"slm_ft": 1.0})
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = checkpoints.begin(folder, inputs, anew=overwrite)
     run = Run(objective, recipe, folder)
-    if checkpoint := checkpoint_of(folder, inputs):
-        run.load(Path(checkpoint))
+    if checkpoint:
+        run.load(checkpoint)
     else:
         run.save()  # before the reservation: once there is one, there is a checkpoint to go on from
     charge = reserve(run.attempt, run.step, digest(objective))
-    with naming_memory_knobs(MEMORY_KNOBS):
+    with naming_memory_knobs(MEMORY_KNOBS), checkpoints.stopping() as stop:
         rows = _rows_at_once(objective, slm, examples, recipe, machine, report)
         before = objective.measure(examples, rows)
         hooks = GradSampleHooks(slm.model, loss_reduction="sum", strict=True)
@@ -100,8 +99,10 @@ def train(
                 refuse_unless_finite(values, f"at step {run.step + 1} of {steps}")
                 run.did(values)
                 report(Event("step", step=run.step, total=steps, values=values))
-                if run.step % machine.checkpoint_steps == 0 or run.step == steps:
+                if run.step % machine.checkpoint_steps == 0 or run.step == steps or stop.is_asked:
                     run.save()
+                if stop.is_asked:
+                    raise KeyboardInterrupt(stopped_after(run.step, steps))
             after = objective.measure(examples, rows)
             refuse_unless_finite(after, "after the last step")
         except BadNumbers:
@@ -235,9 +236,13 @@ class Run:
         }
         content = io.BytesIO()
         torch.save(state, content)
-        earlier = list(self._folder.glob("checkpoint-*"))
-        newest = self._folder / f"checkpoint-{self.step}"
-        files.publish(newest, {STATE: content.getvalue(), COMPLETE: b""})
+        own = checkpoints.own(self._folder)
+        if not checkpoints.is_kept(own):  # another process was first to publish
+            return
+        earlier, newest = list(own.glob("checkpoint-*")), own / f"checkpoint-{self.step}"
+        with files.publishing(newest) as draft:
+            (draft / STATE).write_bytes(content.getbuffer())
+            checkpoints.seal(draft)
         for one in earlier:
             if one != newest:
                 shutil.rmtree(one, ignore_errors=True)

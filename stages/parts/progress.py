@@ -16,7 +16,7 @@ from stages.parts import files
 from stages.parts.config import ROLES
 from stages.parts.errors import Damaged, NotReady
 from stages.parts.manifest import Manifest, check_names, place_of, read_artefact, read_manifest
-from stages.parts.vault import SERVER, client
+from stages.parts.vault import SERVER, Vault, client
 from stages.parts.workspace import SIGNATURE, Workspace
 
 Condition = Literal["done", "missing", "damaged", "stale"]
@@ -66,6 +66,7 @@ class Reader:
         path = workspace.federation
         self._roster = files.sha256(files.read_json(path)[1]) if path.exists() else None
         self._before: dict[str, Step] = {}
+        self._manifests: dict[Path, tuple[Manifest, str]] = {}
 
     def round(self, number: int) -> Round:
         """Its steps, as far as the method goes."""
@@ -85,7 +86,7 @@ class Reader:
     def _taking_part(self, number: int) -> Sequence[int]:
         """The clients that the round is opened for: in plain mode all."""
         try:
-            opening = read_manifest(self._workspace.broadcast(number))[0].opening
+            opening = self._manifest(self._workspace.broadcast(number))[0].opening
         except (NotReady, Damaged):
             opening = None
         return opening.clients if opening else self._workspace.clients
@@ -95,7 +96,7 @@ class Reader:
         place, parents = self._workspace.close(number), {"broadcast": broadcast.sha256}
         close = self._step(place, "close", f"aggregate --round {number}", parents, self._is_server, again="")
         if close.condition == "done":
-            survivors = read_manifest(place)[0].closing or {}
+            survivors = self._manifest(place)[0].closing or {}
             clients = [k for k in clients if client(k) in survivors]
         reveals = [
             self._step(
@@ -187,20 +188,26 @@ class Reader:
 
     def _parents(self, folder: Path) -> dict[str, str]:
         try:
-            return read_manifest(folder)[0].parents
+            return self._manifest(folder)[0].parents
         except (NotReady, Damaged):
             return {}
+
+    def _manifest(self, folder: Path) -> tuple[Manifest, str]:
+        """As read_manifest, once for each folder: one broadcast is asked for by every client's step."""
+        if folder not in self._manifests:
+            self._manifests[folder] = read_manifest(folder)
+        return self._manifests[folder]
 
     def _attempt(self, folder: Path) -> float:
         """Which attempt at its round a folder is of; where that cannot be read, none that is too early."""
         try:
-            return read_manifest(folder)[0].attempt
+            return self._manifest(folder)[0].attempt
         except (NotReady, Damaged):
             return math.inf
 
     def _digest(self, folder: Path) -> str:
         try:
-            return read_manifest(folder)[1]
+            return self._manifest(folder)[1]
         except (NotReady, Damaged):
             return ""
 
@@ -242,7 +249,7 @@ class Reader:
         return Step(name, "done", "", command, here, digest, party)
 
     def _read(self, folder: Path) -> tuple[Manifest, str]:
-        manifest, digest = read_manifest(folder)
+        manifest, digest = self._manifest(folder)
         # Of a close each client has its own inbox.
         wanted = [name for name in manifest.files if manifest.stage != "close" or (folder / name).exists()]
         if self._verify:
@@ -258,3 +265,28 @@ class Reader:
         if manifest.federation_sha256 and not os.path.lexists(folder / SIGNATURE):
             raise NotReady(f"{SIGNATURE} is missing", where=folder)
         return manifest, digest
+
+
+def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:
+    """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it.
+
+    A literal command, or what is waited for; both empty if the party, or all of them here, have joined.
+    """
+    here = [client(k) for k in workspace.clients if workspace.client_data(k).exists()]
+    here += [SERVER] if workspace.auxiliary_data.exists() else []
+    asked = [party] if party else here
+    vaults = {one: Vault.find(workspace, one) for one in asked}
+    for one in asked:
+        if vaults[one] is None and one != SERVER:
+            return f"fedcollm keys --{one.replace('-', ' ')}", ""
+    absent = [client(k) for k in workspace.clients if not workspace.public_keys(k).exists()]
+    for one in sorted(asked, key=lambda name: name != SERVER):
+        vault = vaults[one]
+        if vault is not None and vault.pinned is not None:
+            continue
+        if one == SERVER:
+            return ("", f"exchange/keys of {', '.join(absent)}") if absent else ("fedcollm enroll", "")
+        if not workspace.federation.exists():
+            return "", "the roster, exchange/federation.json, from the server's `fedcollm enroll`"
+        return "", f"a person to compare the roster's fingerprint: fedcollm join --{one.replace('-', ' ')}"
+    return "", ""

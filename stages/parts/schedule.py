@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from stages.parts.config import Budget
+from stages.parts.errors import UsageProblem
 from stages.parts.objective import Objective, Tokens
 from stages.parts.rows import Example
 
@@ -33,13 +34,25 @@ def schedule(examples: int, budget: Budget, seed: int) -> list[list[int]]:
 class MicroBatches(Dataset[dict[str, Any]]):
     """A schedule as Trainer's dataset: micro-batch after micro-batch, the same number for every step.
 
-    Each carries the Tokens of its whole step, which alone can say what share of the step's loss is its own.
+    Each carries the Tokens of its whole step, which alone can say what share of the step's loss is its own. Of several
+    processes, each takes every so-manyth, and all the same number. Raises UsageProblem if a step's rows are too few.
     """
 
     def __init__(
-        self, steps: list[list[int]], examples: Sequence[Example], rows: int, objective: Objective, alternating: bool
+        self,
+        steps: list[list[int]],
+        examples: Sequence[Example],
+        rows: int,
+        objective: Objective,
+        alternating: bool,
+        processes: int = 1,
     ) -> None:
-        self.per_step = math.ceil(len(steps[0]) / rows)
+        self.per_step = processes * math.ceil(len(steps[0]) / rows / processes)
+        if self.per_step > len(steps[0]):
+            count = len(steps[0])
+            message = f"a step's {count} rows in micro-batches of {rows} cannot be shared among {processes} processes"
+            larger = f", or set micro_batch = {math.ceil(count / processes)}" if count >= processes else ""
+            raise UsageProblem(message, mend=f"start fewer processes{larger}")
         turns = ("slm", "llm") if alternating else (None,)
         self._items = [
             (number, turn, chunk)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,40 @@ from stages.parts import adapters, quiet
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import PROBE_TEXTS, Tuned, naming_memory_knobs
+from stages.parts.processes import ALONE, Processes
 
 
 class _Reporting(HFLM):  # type: ignore[misc]
-    """lm-eval's Hugging Face model, which also says how far it is."""
+    """lm-eval's Hugging Face model, which also says how far it is.
+
+    Of several processes each scores its share of the requests; lm-eval sees all answers in all of them. shares: False
+    where the model is spread over the processes, so that each must take part in every forward pass.
+    """
 
     report: Report
+    processes: Processes = ALONE
+    shares = True
     _done = 0
     _total = 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._done, self._total = 0, len(requests)
-        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return scores
+        return self._shared(super().loglikelihood, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        self._done, self._total = 0, len(requests)
-        texts: list[str] = super().generate_until(requests, disable_tqdm=True)
-        return texts
+        return self._shared(super().generate_until, requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        return self._shared(super().loglikelihood_rolling, requests)
+
+    def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+        count, rank = (self.processes.count, self.processes.rank) if self.shares else (1, 0)
+        own = requests[rank::count]
+        self._done, self._total = 0, len(own)
+        answers = answer(own, disable_tqdm=True) if own else []
+        if count == 1:
+            return answers
+        all_answers = self.processes.gather(answers)
+        return [all_answers[i % count][i // count] for i in range(len(requests))]
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._tell(len(inps))
@@ -57,11 +73,14 @@ def score(
     with_adapter: bool,
     limit: int | None,
     batch_size: int,
+    processes: Processes = ALONE,
+    shares: bool = True,
     report: Report,
 ) -> dict[str, Any]:
     """Each task's metrics, number of questions, version and prompt, zero-shot, and which questions were right.
 
     with_adapter: score the base with its adapter, after proof that the adapter changes the logits; else the base alone.
+    processes: all get all the scores; each does its share of the work, unless shares is False.
     """
     model = tuned.model
     was_training = model.training
@@ -71,7 +90,7 @@ def score(
         adapters.check_acts(model, tuned.tokenizer.encode(PROBE_TEXTS[0])[: tuned.context])
     with naming_memory_knobs(), scope, quiet.libraries():
         lm = _Reporting(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
-        lm.report = report
+        lm.report, lm.processes, lm.shares = report, processes, shares
         try:
             for task in tasks:
                 task.set_config(key="num_fewshot", value=0)

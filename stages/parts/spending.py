@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -177,10 +178,9 @@ def reserve(
     Refused for a run that has finished and stands at another checkpoint than its last.
     """
     path = workspace.privacy_ledger(client)
-    with files.held(path.with_suffix(".lock")):
+    with _alone(path):
         lines = _whole_ledger(workspace, client)
-        own = [line.entry for line in lines if isinstance(line.entry, Reserved) and line.entry.attempt == attempt]
-        if own:
+        if own := _reserved(lines, attempt):
             ended = _finished(lines, attempt)
             if ended and (step, adapter) != (own[-1].steps, ended.adapter_sha256):
                 mend = "give the command again with --overwrite, which trains and spends anew"
@@ -189,8 +189,7 @@ def reserve(
             _append(path, lines, Resumed(round=round, attempt=attempt, step=step))
             return own[-1].charge
         if step > 0:
-            mend = "put back the ledger; or give the command again with --overwrite, which trains and spends anew"
-            raise Damaged(f"{path.name} does not know the run that was stopped here", where=path, mend=mend)
+            raise _unknown(path)
         charge, epsilon = _priced(workspace, client, round, examples, lines)
         delta = workspace.agreement.privacy.delta
         _append(path, lines, Reserved(round=round, attempt=attempt, **charge._asdict(), delta=delta, epsilon=epsilon))
@@ -198,12 +197,35 @@ def reserve(
 
 
 def finish(workspace: Workspace, client: int, round: int, attempt: str, adapter: str) -> None:
-    """Write down, before anything is published, that a run has ended with an adapter of this sha256."""
+    """Write down, before anything is published, that a run has ended with an adapter of this sha256.
+
+    Raises Damaged for a run that the ledger does not know, Refused for one that has ended with another adapter.
+    """
     path = workspace.privacy_ledger(client)
-    with files.held(path.with_suffix(".lock")):
+    with _alone(path):
         lines = _whole_ledger(workspace, client)
-        if not _finished(lines, attempt):
+        if not _reserved(lines, attempt):
+            raise _unknown(path)
+        ended = _finished(lines, attempt)
+        if ended and ended.adapter_sha256 != adapter:
+            mend = "give the command again with --overwrite, which trains and spends anew"
+            raise Refused(f"by {path.name} this run has finished with another adapter", where=path, mend=mend)
+        if not ended:
             _append(path, lines, Finished(round=round, attempt=attempt, adapter_sha256=adapter))
+
+
+def _alone(path: Path) -> AbstractContextManager[None]:
+    """A ledger, for this process alone: of two lines that follow the same one, one would be lost."""
+    return files.held(path.with_suffix(".lock"), without="move the workspace to a file system with locks")
+
+
+def _unknown(path: Path) -> Damaged:
+    mend = "put back the ledger; or give the command again with --overwrite, which trains and spends anew"
+    return Damaged(f"{path.name} does not know the run that was stopped here", where=path, mend=mend)
+
+
+def _reserved(lines: Sequence[Line], attempt: str) -> list[Reserved]:
+    return [line.entry for line in lines if isinstance(line.entry, Reserved) and line.entry.attempt == attempt]
 
 
 def _finished(lines: Sequence[Line], attempt: str) -> Finished | None:
@@ -271,7 +293,7 @@ def reset(workspace: Workspace, client: int) -> None:
     """Begin the ledger anew, whatever became of the old one, and say so in its first line."""
     path = workspace.privacy_ledger(client)
     replaced = files.sha256(path.read_bytes()) if path.is_file() else None
-    with files.held(path.with_suffix(".lock")):
+    with _alone(path):
         _append(path, [], Reset(rounds=_published(workspace, client), replaced_sha256=replaced))
 
 

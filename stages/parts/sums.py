@@ -54,9 +54,14 @@ def close(workspace: Workspace, theta: Artefact, report: Report, *, overwrite: b
     Raises NotReady below the quorum; Damaged, naming both ends, where two clients derived different pair keys, before
     any secret is opened; Refused for an update of another round.
     """
+    with Vault.need(workspace, SERVER).alone(report):
+        return _close(workspace, theta, report, overwrite)
+
+
+def _close(workspace: Workspace, theta: Artefact, report: Report, overwrite: bool) -> Artefact:
     round = theta.manifest.round
     target = workspace.close(round)
-    before = _closed_before(workspace, theta)
+    place, before = files.Place(target), _closed_before(workspace, theta)
     if os.path.lexists(target):
         closed = read_artefact(target)
         if not (overwrite and _is_former(closed, theta)):
@@ -82,7 +87,7 @@ def close(workspace: Workspace, theta: Artefact, report: Report, *, overwrite: b
         parameters=0,
         transcript=transcript_of(theta),
         closing={party_of(k): _masking(update).y_sha256 for k, update in updates.items()},
-        replace=os.path.lexists(target),  # of an earlier attempt, or an earlier roster
+        over=place,  # of an earlier attempt, or an earlier roster
     )
     report(Event("note", f"round {round} is closed over client {_names(updates)}"))
     return _kept(workspace, theta, read_artefact(target))

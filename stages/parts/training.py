@@ -5,9 +5,11 @@ A stage that was killed goes on from its last checkpoint with the same rows in t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,20 +18,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages.parts import files, quiet, trackers
+from stages.parts import checkpoints, files, quiet, trackers
 from stages.parts.config import Budget, Machine
 from stages.parts.dry_step import rows_at_once
-from stages.parts.errors import BadNumbers, StorageProblem
+from stages.parts.errors import BadNumbers, Refused, StorageProblem, UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import naming_memory_knobs
 from stages.parts.objective import Objective
+from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import Example
 from stages.parts.schedule import MicroBatches, schedule
 from stages.parts.trackers import UNTRACKED, Tracking
 
-INPUTS, COMPLETE = "inputs.json", "complete"
+STOP = "stop"
+"""Summed over processes with a step's losses: how many of them were told to stop."""
 
 
 @dataclass(frozen=True)
@@ -82,44 +87,64 @@ def train(
     inputs: Mapping[str, Any],
     overwrite: bool = False,
     tracking: Tracking = UNTRACKED,
+    processes: Processes = ALONE,
     report: Report,
 ) -> Outcome:
     """Train the objective's adapters in place.
 
     folder: checkpoints go here, and a run with equal inputs that was stopped goes on from them, unless overwrite says
     to begin anew; the caller removes it once the result is published. tracking: where else each step's losses go.
-    Raises BadNumbers if a loss becomes NaN, which removes the checkpoints too, or if memory runs out.
+    processes: each does its share of every step's micro-batches, and all end with the same adapters and losses.
+    Raises BadNumbers if a loss becomes NaN, which removes the checkpoints too, or if memory runs out; KeyboardInterrupt
+    when SIGTERM or SIGUSR1 came, after the step that was being done and its checkpoint.
     """
     started = time.monotonic()
     steps = schedule(len(examples), recipe.budget, recipe.seed)
     with naming_memory_knobs():
         rows = rows_at_once(objective, examples, recipe.budget, machine, report=report)
-    dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating)
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = checkpoint_of(folder, inputs)
-    arguments = _arguments(
-        folder, recipe, machine, objective.device, recipe.turns * len(steps), dataset.per_step, tracking
+    dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating, processes.count)
+    own, checkpoint = processes.agree(
+        (checkpoints.own(folder), checkpoints.begin(folder, inputs, anew=overwrite)) if processes.is_first else None
     )
+    tracking = tracking if processes.is_first else UNTRACKED
+    if processes.agree(dict(inputs)) != inputs:
+        mend = "give all processes the same base models, settings and --dtype"
+        raise Refused(f"process {processes.rank} would train something else than the first", mend=mend)
+    per_step, count = dataset.per_step // processes.count, recipe.turns * len(steps)
+    arguments = _arguments(own, recipe, machine, objective.device, count, per_step, tracking)
+    if arguments.world_size != processes.count:
+        message = f"Trainer takes this to be one of {arguments.world_size} processes, it is one of {processes.count}"
+        raise UsageProblem(message, mend="start them with torchrun, and no ACCELERATE_ variable in the environment")
+    frozen = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in objective.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen + buffers)  # type: ignore[no-untyped-call]
     with naming_memory_knobs(), trackers.named(tracking):
         before = objective.measure(examples, rows)
         trainer = _Trainer(
+            processes,
             model=objective,
             args=arguments,
             train_dataset=dataset,
             data_collator=_only,
             optimizers=(_optimizer(objective, recipe), None),
-            callbacks=trackers.callbacks(tracking, after_step=_step_of(checkpoint)),
+            callbacks=trackers.callbacks(tracking, after_step=checkpoints.step_of(checkpoint) if checkpoint else 0),
         )
         trainer.remove_callback(PrinterCallback)
         log = trainer.log if tracking.trackers else None
-        trainer.add_callback(_Watch(objective, recipe, report, len(steps), log))
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with checkpoints.stopping() as stop, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+                trainer.add_callback(_Watch(objective, recipe, report, len(steps), log, stop, processes))
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if stop.is_asked:
+                raise KeyboardInterrupt(stopped_after(trainer.state.global_step // recipe.turns, len(steps)))
             after = objective.measure(examples, rows)
             refuse_unless_finite(after, "after the last step")
         except BadNumbers:
-            shutil.rmtree(folder, ignore_errors=True)
+            if processes.is_first:
+                shutil.rmtree(own, ignore_errors=True)
+                with contextlib.suppress(OSError):  # there are those of another run
+                    folder.rmdir()
             raise
     return Outcome(
         steps=len(steps),
@@ -164,6 +189,7 @@ def _arguments(
         run_name=tracking.run or None,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=recipe.alternating,
     )
 
 
@@ -176,19 +202,32 @@ def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 class _Trainer(Trainer):
-    """Trainer, silent while it writes a checkpoint, which fails as any file of ours does."""
+    """Trainer, silent while it writes a checkpoint, which is whole or not taken, and fails as any file of ours does."""
+
+    def __init__(self, processes: Processes, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._processes = processes
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        own = Path(str(self.args.output_dir))
+        if not self._processes.agree(checkpoints.is_kept(own)):  # another run was first to publish
+            return
         try:
             with quiet.libraries():
                 super()._save_checkpoint(*args, **kwargs)
+            self._processes.wait_for_all()
+            if self._processes.is_first:
+                checkpoints.seal(own / f"checkpoint-{self.state.global_step}")
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way to say "disk full"
+            if not checkpoints.is_kept(own):
+                shutil.rmtree(own, ignore_errors=True)
+                return
             message = f"a checkpoint cannot be written: {str(error).splitlines()[0]}"
             raise StorageProblem(message, where=self.args.output_dir, mend=files.storage_mend(error)) from error
 
 
 class _Watch(TrainerCallback):
-    """Clips each model's gradient, records and reports every step's losses, and marks checkpoints that are whole.
+    """Clips each model's gradient, records and reports every step's losses, and stops when told to.
 
     log: Trainer's, through which trackers get the losses.
     """
@@ -200,9 +239,11 @@ class _Watch(TrainerCallback):
         report: Report,
         steps: int,
         log: Callable[[dict[str, float]], None] | None,
+        stop: checkpoints.Stop,
+        processes: Processes,
     ) -> None:
         self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
-        self._log = log
+        self._log, self._stop, self._processes = log, stop, processes
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -214,16 +255,21 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self._recipe.turns:
             return
-        step, losses = state.global_step // self._recipe.turns, self._objective.pop_losses()
+        step, asked = state.global_step // self._recipe.turns, {STOP: float(self._stop.is_asked)}
+        losses = self._processes.total(self._objective.pop_losses() | asked)
+        self._stop.is_asked = losses.pop(STOP) > 0
         refuse_unless_finite(losses, f"at step {step} of {self._steps}")
         state.log_history.append({"step": step, **losses})
         if self._log is not None:
             self._log(dict(losses))
         self._report(Event("step", step=step, total=self._steps, values=losses))
+        if self._stop.is_asked:
+            control.should_save = control.should_training_stop = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        files.write(folder / COMPLETE, b"")
+
+def stopped_after(step: int, steps: int) -> str:
+    """What to say of a training that was told to stop, once its checkpoint is written."""
+    return f"stopped after step {step} of {steps}: the same command goes on from there"
 
 
 def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
@@ -232,22 +278,6 @@ def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
         if not math.isfinite(loss):
             mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
             raise BadNumbers(f"{name} became {loss} {when}", mend=mend)
-
-
-def checkpoint_of(folder: Path, inputs: Mapping[str, Any]) -> str | None:
-    """The newest whole checkpoint of a run with these inputs; one with others is cleared away."""
-    marker, wanted = folder / INPUTS, files.json_bytes(dict(inputs))
-    if not marker.exists() or marker.read_bytes() != wanted:
-        shutil.rmtree(folder, ignore_errors=True)
-        files.write(marker, wanted)
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    newest = max(whole, key=_step_of, default=None)
-    return None if newest is None else str(newest)
-
-
-def _step_of(checkpoint: Path | str | None) -> int:
-    """How many of Trainer's steps were done when it was written; 0 for none."""
-    return int(str(checkpoint).rpartition("-")[2]) if checkpoint else 0
 
 
 def _steps(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

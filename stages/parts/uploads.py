@@ -12,7 +12,8 @@ import numpy as np
 
 from stages.parts import masking, reveals, ring, roster
 from stages.parts.adapter_files import layout_of, read_adapter
-from stages.parts.errors import BadNumbers, Damaged, Refused
+from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused
+from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import (
     Artefact,
     Manifest,
@@ -59,14 +60,34 @@ def sent(workspace: Workspace, theta: Artefact, client: int) -> Manifest | None:
     return manifest if is_this and manifest.masking and manifest.masking.y_sha256 == kept.y_sha256 else None
 
 
-def send(workspace: Workspace, theta: Artefact, trained: Artefact, client: int) -> Manifest:
-    """Mask a trained adapter's change and publish it. Returns its manifest.
+def whole(workspace: Workspace, theta: Artefact, client: int) -> Manifest | None:
+    """The same, and None for a damaged one."""
+    try:
+        return sent(workspace, theta, client)
+    except (Damaged, NotReady):
+        return None
 
+
+def send(
+    workspace: Workspace,
+    theta: Artefact,
+    trained: Artefact,
+    client: int,
+    *,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> Manifest:
+    """Mask a trained adapter's change and publish it, once for every opening of a round. Returns its manifest.
+
+    overwrite: whether one that was sent and is damaged is replaced, by one with a new mask of its own.
     Publishes nothing and raises BadNumbers for a change beyond aggregation.max_update_value, or that is not finite;
     Refused once the client has revealed for this round, or has taken another attempt at it.
     """
     vault = Vault.need(workspace, party_of(client))
-    with vault.alone():
+    with vault.alone(report):
+        if done := whole(workspace, theta, client) if overwrite else sent(workspace, theta, client):
+            report(Event("note", "already sent"))
+            return done
         return _send(workspace, theta, trained, vault, client)
 
 
@@ -128,7 +149,7 @@ def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault
     )
 
 
-def reveal(workspace: Workspace, theta: Artefact, client: int) -> Manifest:
+def reveal(workspace: Workspace, theta: Artefact, client: int, report: Report = ignore) -> Manifest:
     """Reveal, to the server, what unmasks the sum of the survivors that it has named; once for every round.
 
     Raises NotReady before the round is closed; Refused for a close that leaves this client's update out, lists another,
@@ -136,21 +157,21 @@ def reveal(workspace: Workspace, theta: Artefact, client: int) -> Manifest:
     """
     round, vault = theta.manifest.round, Vault.need(workspace, party_of(client))
     closed, survivors = _closed(workspace, theta, client)
-    with vault.alone():
+    with vault.alone(report):
         sealed = _once(workspace, theta, closed, survivors, vault, client)
-    return publish(
-        workspace.reveal(round, client),
-        {SEALED_REVEAL: sealed},
-        workspace,
-        stage="reveal",
-        round=round,
-        attempt=theta.manifest.attempt,
-        client=client,
-        parents={"close": closed.sha256},
-        base=theta.manifest.base,
-        parameters=0,
-        transcript=transcript_of(theta),
-    )
+        return publish(
+            workspace.reveal(round, client),
+            {SEALED_REVEAL: sealed},
+            workspace,
+            stage="reveal",
+            round=round,
+            attempt=theta.manifest.attempt,
+            client=client,
+            parents={"close": closed.sha256},
+            base=theta.manifest.base,
+            parameters=0,
+            transcript=transcript_of(theta),
+        )
 
 
 def _once(

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from stages.parts import files, one_time
 from stages.parts.errors import Damaged, NotReady, Refused
+from stages.parts.events import Report, ignore
 from stages.parts.workspace import SECRETS_MARKER, Workspace
 
 LARGEST_JUMP = 8
@@ -99,11 +100,15 @@ class Vault:
         return key
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep a second process away from what the party remembers. Raises Held if one is at it already."""
+    def alone(self, report: Report = ignore) -> Iterator[None]:
+        """Keep a second process away from what the party remembers, or wait for it.
+
+        Raises StorageProblem where the file system has no locks: what is done once must not be done twice.
+        """
         lock = self.root / LOCK
         lock.touch(mode=0o600)  # which vaults of an earlier version lack
-        with files.held(lock):
+        without = "set secrets in machine.toml to a folder on a file system with locks, and move the keys there"
+        with files.held(lock, without=without, report=report):
             yield
 
     def prekeys(self, slots: int) -> list[str]:

@@ -280,8 +280,12 @@ class Workspace:
         folder = self._server(round) if client is None else self.private / f"client-{client}" / f"round-{round:04d}"
         return folder / f"{stage}.jsonl"
 
+    def turn(self, party: str | None) -> Path:
+        """The lock of `next`: of one party's steps, or of all parties' here."""
+        return self.private / (party or ".") / "next.lock"
+
     def unfinished(self, stage: str, round: int, client: int | None = None) -> Path:
-        """Checkpoints of a training stage that has not ended yet; gone when it has."""
+        """Checkpoints of a training stage that has not ended yet, by process; gone when it has."""
         return self.log(stage, round, client).with_name(f".{stage}")
 
     def tensorboard(self, stage: str, round: int, client: int | None = None) -> Path:
@@ -298,6 +302,11 @@ class Workspace:
     def report(self) -> Path:
         """The page that shows all of it, and its charts' data as CSV."""
         return self.root / "results" / "report"
+
+    @property
+    def slurm(self) -> Path:
+        """Job scripts for Slurm, made by `fedcollm slurm`; their logs, and the numbers of the jobs."""
+        return self.root / "slurm"
 
     # --- workspaces derived from this one
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.benchmarks import aggregate, client_train, co_distill, commands, gpu, secagg, two_phases
+from tests.benchmarks import aggregate, client_train, co_distill, commands, gpu, on_slurm, secagg, two_phases
 
 BENCHMARKS = {
     "client-train": client_train.measure,
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "aggregate": aggregate.measure,
     "commands": commands.measure,
     "secagg": secagg.measure,
+    "slurm": on_slurm.measure,
     "gpu": gpu.measure,
     "two-phases": two_phases.measure,
 }

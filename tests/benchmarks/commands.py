@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace
 
 FEDCOLLM = [sys.executable, "-m", "fedcollm_cli"]
 ARC_SCRIPT = Path(__file__).parents[1] / "arc_easy.sh"
+BARE = "import torch, transformers, peft"
 BASE = BaseIdentity(architecture="none", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
 
 
@@ -33,6 +35,8 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
         rows.append(
             ("run over the same separate commands, 2 rounds x 4 clients", f"{run_over_separate():.2f}", "<= 0.5")
         )
+        what = "client-train over importing torch, transformers and PEFT, and training itself"
+        rows.append((what, f"{stage_over_bare(repeats):.2f}", "<= 1.3"))
     return rows
 
 
@@ -73,11 +77,7 @@ def make_large(folder: Path, *, clients: int, rounds: int) -> None:
 def run_over_separate() -> float:
     """`run` over the separate commands: two rounds of the stories pair on a slice of ARC-Easy, without scores."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "study"
-        lines = ARC_SCRIPT.read_text().split("\nfedcollm prepare\n")[0] + "\nfedcollm prepare\n"
-        subprocess.run(
-            ["bash", "-c", lines, "arc", str(SHARED_DATA), str(folder), "200"], check=True, capture_output=True
-        )
+        folder = prepared(Path(temporary) / "study")
         other = shutil.copytree(folder, Path(temporary) / "other")
         separate = 0.0
         for t in ("1", "2"):
@@ -89,3 +89,24 @@ def run_over_separate() -> float:
             ]
             separate += sum(seconds([*FEDCOLLM, *command, "--round", t], folder) for command in commands)
         return seconds([*FEDCOLLM, "run", "--no-scores"], other) / separate
+
+
+def prepared(folder: Path) -> Path:
+    """A study of the stories pair on a slice of ARC-Easy, before its first round."""
+    lines = ARC_SCRIPT.read_text().split("\nfedcollm prepare\n")[0] + "\nfedcollm prepare\n"
+    subprocess.run(["bash", "-c", lines, "arc", str(SHARED_DATA), str(folder), "200"], check=True, capture_output=True)
+    return folder
+
+
+def stage_over_bare(repeats: int) -> float:
+    """A separate client-train over what no program could do without: the imports, and the time in the training loop."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = prepared(Path(temporary) / "study")
+        seconds([*FEDCOLLM, "broadcast", "--round", "1"], folder)
+        for _ in range(repeats):
+            bare = seconds([sys.executable, "-c", BARE])
+            took = seconds([*FEDCOLLM, "client-train", "--round", "1", "--client", "1", "--overwrite"], folder)
+            log = Workspace(folder).log("client-train", 1, 1).read_text().splitlines()
+            ratios.append(took / (bare + json.loads(log[-1])["wall_s"]))
+    return median(ratios)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,15 +239,20 @@ def test_the_data_file_of_a_task_that_is_not_there_is_named(finished: Path, refu
 # --- held by another
 
 
-def test_a_stage_that_another_process_is_doing_exits_7(finished: Path, refused: Refusal) -> None:
+def test_a_stage_that_another_process_is_doing_is_waited_for_and_said_so_once(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
     import fcntl
 
     lock = finished / "private/client-1/round-0001/client-train.lock"
     with lock.open("a") as file:  # flock belongs to the open file: a second opening stands for another process
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        said = refused(finished, 7, "client-train", "--client", 1, "--round", 1, "--overwrite")
-    assert str(lock) in said
-    assert "wait for it" in said
+        lock.write_text("process 1234 on node7")
+        threading.Timer(1.0, fcntl.flock, [file, fcntl.LOCK_UN]).start()
+        outcome = fedcollm("client-train", "--client", 1, "--round", 1, "-w", finished)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("another process is doing this stage: waiting for it (process 1234 on node7)") == 1
+    assert outcome.err.index("waiting for it") < outcome.err.index("already done")
 
 
 def test_what_a_killed_publication_left_beside_the_place_disturbs_nobody(

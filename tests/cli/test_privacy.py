@@ -275,7 +275,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_has_spent_once(
     (private / "machine.toml").write_text("checkpoint_steps = 20\n")
     assert fedcollm("broadcast", "--round", 1, "--overwrite", "-w", private).code == 0
     work = start(*TRAIN, "-w", private)
-    work.wait_until(lambda: any(private.glob("private/client-1/round-0001/.client-train/checkpoint-[1-9]*/complete")))
+    work.wait_until(lambda: any(private.glob("private/client-1/round-0001/.client-train/*/checkpoint-[1-9]*/complete")))
     code, said = work.stop(signal.SIGKILL)
     assert code == -signal.SIGKILL, said
     assert spent(private) == [Charge(1.0, 4 / 12, 300)]

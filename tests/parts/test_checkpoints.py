@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +16,11 @@ import pytest
 
 from builders import examples, tuned
 from stages.parts import adapters
+from stages.parts.checkpoints import COMPLETE, own
 from stages.parts.config import Distillation, Machine
 from stages.parts.events import Event
 from stages.parts.objective import Objective, mutual_losses
-from stages.parts.training import COMPLETE, Outcome, Recipe, train
+from stages.parts.training import Outcome, Recipe, train
 
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2), (2, 2)])
 STEPS, STOP, EVERY = 6, 5, 2
@@ -23,14 +30,32 @@ LOSSES = {"slm_ft", "slm_kd", "llm_ft", "llm_kd"}
 class Run:
     """One process's training: fresh models, the steps it reported, the adapters it ended with."""
 
-    def __init__(self, folder: Path, *, stop_at: int | None = None, dropout: float = 0.0, **changed: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stop_at: int | None = None,
+        die_at: int | None = None,
+        after_step: Callable[[int], object] = lambda _: None,
+        dropout: float = 0.0,
+        **changed: Any,
+    ) -> None:
+        """stop_at: the step after which it ends at once. die_at: the micro-batch at which it does, of all it is fed."""
         pair = tuned("slm", width=16, dropout=dropout), tuned("llm", dropout=dropout)
         self.reported: list[int] = []
+        self.fed = 0
+        self.said: str | None = None
         self.outcome: Outcome | None = None
 
         def report(event: Event) -> None:
             self.reported.append(event.step)
             if event.step == stop_at:
+                raise KeyboardInterrupt
+            after_step(event.step)
+
+        def feed(*_: object) -> None:
+            self.fed += 1
+            if self.fed == die_at:
                 raise KeyboardInterrupt
 
         inputs, machine = changed.pop("inputs", {"data": "a"}), changed.pop("machine", {})
@@ -43,6 +68,7 @@ class Run:
             **changed,
         )
         objective = Objective(pair, mutual_losses(Distillation(steps=1)), dict.fromkeys(LOSSES, 1.0))
+        objective.register_forward_pre_hook(feed)
         try:
             self.outcome = train(
                 objective,
@@ -53,14 +79,14 @@ class Run:
                 inputs=inputs,
                 report=report,
             )
-        except KeyboardInterrupt:
-            assert stop_at is not None
+        except KeyboardInterrupt as stop:
+            self.said = str(stop)
         taken = [adapters.take(one.model) for one in pair]
         self.adapters = np.concatenate([tensors[name].ravel() for tensors in taken for name in sorted(tensors)])
 
 
 def whole_checkpoints(folder: Path) -> list[int]:
-    return sorted(int(path.parent.name.removeprefix("checkpoint-")) for path in folder.glob(f"*/{COMPLETE}"))
+    return sorted(int(path.parent.name.removeprefix("checkpoint-")) for path in folder.glob(f"*/*/{COMPLETE}"))
 
 
 @pytest.fixture(scope="module")
@@ -112,22 +138,22 @@ def truncate(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_without_its_mark_is_passed_over_for_the_one_before(stopped: Path, unbroken: Run) -> None:
-    truncate(stopped / "checkpoint-4")
+    truncate(own(stopped) / "checkpoint-4")
     resumed = Run(stopped)
     assert resumed.reported == [3, 4, 5, 6]
     np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
 
 
 def test_without_any_whole_checkpoint_training_begins_again(stopped: Path, unbroken: Run) -> None:
-    truncate(stopped / "checkpoint-2")
-    truncate(stopped / "checkpoint-4")
+    truncate(own(stopped) / "checkpoint-2")
+    truncate(own(stopped) / "checkpoint-4")
     resumed = Run(stopped)
     assert resumed.reported == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
 
 
 def test_checkpoints_of_other_inputs_are_cleared_away(stopped: Path, unbroken: Run) -> None:
-    left_over = stopped / "checkpoint-4" / "left-over"
+    left_over = own(stopped) / "checkpoint-4" / "left-over"
     left_over.touch()
     resumed = Run(stopped, inputs={"data": "b"}, stop_at=3)
     assert resumed.reported == [1, 2, 3]
@@ -142,3 +168,115 @@ def test_a_run_that_was_stopped_before_it_could_publish_trains_no_step_again(tmp
     assert first.outcome is not None
     assert second.outcome is not None
     assert second.outcome.metrics["slm_ft_after"] == first.outcome.metrics["slm_ft_after"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alternating", [False, True])
+def test_killed_in_any_step_it_goes_on_to_the_adapter_of_an_unbroken_run(tmp_path: Path, alternating: bool) -> None:
+    settings: dict[str, Any] = {
+        "alternating": alternating,
+        "dropout": 0.3,
+        "machine": {"checkpoint_steps": 1, "micro_batch": 1},  # three micro-batches to a step, to each of its turns
+    }
+    unbroken = Run(tmp_path / "unbroken", **settings)
+    per_step = 3 * (2 if alternating else 1)
+    assert unbroken.fed == STEPS * per_step
+    for number in range(1, unbroken.fed + 1, 2):  # at the beginning, in the middle and at the end of steps and turns
+        folder = tmp_path / str(number)
+        killed, resumed = Run(folder, die_at=number, **settings), Run(folder, **settings)
+        assert killed.reported == list(range(1, (number - 1) // per_step + 1))
+        assert killed.reported + resumed.reported == [1, 2, 3, 4, 5, 6]
+        np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
+        shutil.rmtree(folder)
+
+
+# --- told to stop
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_it_after_the_step_with_a_checkpoint(
+    tmp_path: Path, number: signal.Signals, alternating: bool
+) -> None:
+    unbroken = Run(tmp_path / "unbroken", dropout=0.3, alternating=alternating)
+    before = signal.getsignal(number)
+
+    def tell(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    told = Run(tmp_path / "work", after_step=tell, dropout=0.3, alternating=alternating)
+    assert told.said == "stopped after step 3 of 6: the same command goes on from there"
+    assert signal.getsignal(number) == before
+    resumed = Run(tmp_path / "work", dropout=0.3, alternating=alternating)
+    assert (told.reported, resumed.reported) == ([1, 2, 3], [4, 5, 6])
+    np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt("at once")
+
+    def tell(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        told = Run(tmp_path, after_step=tell)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (told.said, told.reported) == ("at once", [1, 2, 3])
+    assert whole_checkpoints(tmp_path) == [2]
+
+
+# --- beside other processes
+
+
+def nobody() -> int:
+    """The number of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+@pytest.mark.parametrize("living", [True, False])
+def test_it_goes_on_from_the_newest_checkpoint_of_any_process_and_removes_none_of_a_living_one(
+    stopped: Path, unbroken: Run, living: bool
+) -> None:
+    host = own(stopped).name.rpartition("-")[0]
+    other = own(stopped).rename(stopped / (f"{host}-{os.getppid()}" if living else f"{host}-{nobody()}"))
+    abroad = shutil.copytree(other, stopped / "elsewhere-1")
+    shutil.rmtree(abroad / "checkpoint-4")
+    resumed = Run(stopped)
+    assert resumed.reported == [5, 6]
+    np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
+    assert other.exists() == living
+    assert sorted(path.name for path in abroad.iterdir()) == ["checkpoint-2", "inputs.json"]
+
+
+def test_a_checkpoint_that_its_process_is_removing_is_passed_over_for_the_one_before(
+    stopped: Path, unbroken: Run
+) -> None:
+    other = own(stopped).rename(stopped / "elsewhere-1")
+    (other / "checkpoint-4" / "optimizer.pt").unlink()
+    resumed = Run(stopped)
+    assert resumed.reported == [3, 4, 5, 6]
+    np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
+
+
+def test_where_another_process_published_first_and_removed_them_all_it_ends_without_checkpoints(
+    tmp_path: Path, unbroken: Run
+) -> None:
+    folder = tmp_path / "work"
+    run = Run(folder, after_step=lambda step: shutil.rmtree(folder) if step == 3 else None)
+    np.testing.assert_array_equal(run.adapters, unbroken.adapters)
+    assert not folder.exists()
+
+
+def test_it_does_not_go_on_from_one_of_other_inputs_of_a_process_that_lives(stopped: Path) -> None:
+    other = own(stopped).rename(stopped / "elsewhere-1")
+    resumed = Run(stopped, inputs={"data": "b"}, stop_at=3)
+    assert resumed.reported == [1, 2, 3]
+    assert (other / "checkpoint-4" / COMPLETE).exists()

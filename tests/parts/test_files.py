@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import pytest
 from builders import ROOT, drafts
 from stages.parts import files
 from stages.parts.errors import Damaged, Held, NotReady, StorageProblem
+from storage_faults import without_locks
 
 OLD, NEW = {"a": b"old a", "gone": b"old"}, {"a": b"new a", "b": b"new b"}
 
@@ -137,17 +141,18 @@ def test_one_whose_last_renaming_fails_puts_the_old_folder_back(
     assert drafts(tmp_path) == []
 
 
-def test_drafts_that_a_killed_process_of_this_number_left_are_no_hindrance(tmp_path: Path) -> None:
-    # In a container every process may have the same number.
+def test_what_killed_processes_left_beside_is_no_hindrance_and_goes_in_time(tmp_path: Path) -> None:
     folder = tmp_path / "place"
     files.publish(folder, OLD)
-    for kind in ("partial", "replaced"):
-        left = tmp_path / f".place.{os.getpid()}.{kind}"
+    for name in (f"{os.getpid()}.partial", f"{os.getpid()}-00c0ffee.partial", "7-00c0ffee.replaced", "8.partial"):
+        left = tmp_path / f".place.{name}"
         left.mkdir()
         (left / "a").write_bytes(b"half")
+        if name.startswith(str(os.getpid())):
+            os.utime(left, (0, 0))
     files.publish(folder, NEW)
     assert contents(folder) == NEW
-    assert drafts(tmp_path) == []
+    assert [path.name for path in drafts(tmp_path)] == [".place.8.partial"]  # whose process may live
 
 
 @pytest.mark.parametrize("which", [1, 2])
@@ -270,16 +275,130 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_work_that_another_process_does_is_held_until_that_process_is_gone(
+def test_work_that_another_process_does_is_waited_for_until_that_process_is_gone(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
-    path = tmp_path / "new" / "x.lock"
-    with pytest.raises(Held, match="another process") as caught, files.held(path):
-        pytest.fail("two processes do the same work")
-    assert caught.value.where == path
+    path, said = tmp_path / "new" / "x.lock", list[str]()
     with files.held(path.with_name("y.lock")):  # other work is free
         pass
-    holder.kill()
-    holder.wait()
-    with files.held(path):
+    with ThreadPoolExecutor() as pool:
+
+        def work() -> bool:
+            with files.held(path, report=lambda event: said.append(event.text)):
+                return holder.poll() is not None
+
+        was_gone = pool.submit(work)
+        with pytest.raises(TimeoutError):
+            was_gone.result(timeout=0.5)
+        holder.kill()
+        holder.wait()
+        assert was_gone.result(timeout=60)
+    assert said == [
+        f"another process is doing this stage: waiting for it (process {holder.pid} on {os.uname().nodename})"
+    ]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_where_there_are_no_locks_work_goes_on_unless_it_needs_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    without_locks(monkeypatch, number)
+    with files.held(tmp_path / "x.lock"), files.held(tmp_path / "x.lock"):
         pass
+    with (
+        pytest.raises(StorageProblem, match="no locks") as caught,
+        files.held(tmp_path / "y.lock", without="move it"),
+    ):
+        pytest.fail("it was done without a lock")
+    assert (caught.value.mend, caught.value.where) == ("move it", tmp_path / "y.lock")
+
+
+def test_any_other_failure_of_a_lock_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output"), files.held(tmp_path / "x.lock"):
+        pytest.fail("it was done without a lock")
+
+
+def test_only_what_was_seen_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "place"
+    early, late = files.Place(folder), files.Place(folder)
+    files.publish(folder, OLD, over=late)
+    assert early.has_changed
+    assert not late.has_changed
+    with pytest.raises(Held, match="another process published place first"):
+        files.publish(folder, NEW, over=early)
+    assert contents(folder) == OLD
+    files.publish(folder, NEW, over=late)
+    assert contents(folder) == NEW
+    early.look()
+    files.publish(folder, OLD, over=early)
+    with pytest.raises(Held, match="another process published place first"):
+        files.publish(folder, NEW, over=late)
+    assert contents(folder) == OLD
+    other = files.Place(tmp_path / "file")
+    files.write(other.path, b"first")
+    with pytest.raises(Held, match="another process published file first"):
+        files.write(other.path, b"second", over=other)
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert drafts(tmp_path) == []
+
+
+PUBLISHER = """
+import sys
+from pathlib import Path
+from stages.parts import files
+from stages.parts.errors import Held
+folder, own = Path(sys.argv[1]), sys.argv[2].encode()
+place = files.Place(folder)
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(60):
+    try:
+        files.publish(folder, {"a": own, "b": own}, over=place if sys.argv[3] == "seen" else None)
+        print("published", flush=True)
+    except Held:
+        place.look()
+"""
+
+
+@pytest.mark.parametrize("over", ["seen", "any"])
+def test_of_many_that_publish_at_once_each_time_one_does_and_nothing_is_mixed(tmp_path: Path, over: str) -> None:
+    folder = tmp_path / "place"
+    command = [sys.executable, "-c", PUBLISHER, str(folder)]
+    with contextlib.ExitStack() as stack:
+        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes = [
+            stack.enter_context(subprocess.Popen([*command, str(number), over], cwd=ROOT, **pipe))  # type: ignore[call-overload]
+            for number in range(3)
+        ]
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        said = [process.communicate(timeout=100)[0].count("published") for process in processes]
+        assert [process.returncode for process in processes] == [0, 0, 0]
+    assert contents(folder)["a"] == contents(folder)["b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["place"]
+    assert min(said) > 0 if over == "any" else sum(said) > 0
+    assert over == "seen" or said == [60, 60, 60]
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_what_a_process_killed_between_two_renamings_had_moved_away_is_put_back(tmp_path: Path, left: int) -> None:
+    folder = tmp_path / "place"
+    for number, content in enumerate([NEW, OLD][-left:]):
+        files.publish(folder, content)
+        folder.rename(tmp_path / f".place.{number}-00c0ffee.replaced")
+        time.sleep(0.02)
+    other = tmp_path / ".place-2.7-00c0ffee.replaced"  # of another place
+    other.mkdir()
+    files.put_right(folder)
+    assert contents(folder) == OLD  # the later one
+    assert drafts(tmp_path) == [other]
+    files.put_right(folder)
+    assert contents(folder) == OLD
+    folder.rename(tmp_path / ".place.7.replaced")  # as earlier versions call it
+    files.publish(folder, NEW)
+    assert contents(folder) == NEW
+    assert drafts(tmp_path) == [other]

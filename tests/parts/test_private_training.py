@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from scipy import stats
 from builders import Family, examples, tuned
 from stages.parts import adapters
 from stages.parts.accounting import Charge
+from stages.parts.checkpoints import own
 from stages.parts.config import ClientTraining, Machine
 from stages.parts.errors import BadNumbers
 from stages.parts.events import Event
@@ -164,6 +167,7 @@ class Run:
         self.asked: list[tuple[str, int]] = []
         self.held: list[str] = []
         self.finished: list[tuple[str, str]] = []
+        self.said: str | None = None
         self.outcome: Outcome | None = None
 
         def reserve(attempt: str, step: int, adapter: str) -> Charge:
@@ -175,6 +179,7 @@ class Run:
             self.reported.append(event.step)
             if event.step == stop_at:
                 raise KeyboardInterrupt
+            changed.get("after_step", lambda _: None)(event.step)
 
         learning_rate = changed.get("learning_rate", 0.01)
         recipe = Recipe(
@@ -198,8 +203,8 @@ class Run:
                 overwrite=changed.get("overwrite", False),
                 report=report,
             )
-        except KeyboardInterrupt:
-            assert stop_at is not None
+        except KeyboardInterrupt as stop:
+            self.said = str(stop)
         self.slm, taken = slm, adapters.take(slm.model)
         self.adapter = np.concatenate([taken[name].ravel() for name in sorted(taken)])
 
@@ -267,6 +272,17 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_with_its_own_reservation(drop
         np.testing.assert_allclose(resumed.adapter, Run(tmp_path / "whole", warmup_steps=6).adapter, rtol=0, atol=1e-5)
 
 
+def test_a_signal_ends_it_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
+    def tell(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    told, resumed = Run(tmp_path, after_step=tell), Run(tmp_path)
+    assert told.said == "stopped after step 3 of 6: the same command goes on from there"
+    assert resumed.asked == [(told.asked[0][0], 3)]
+    assert told.reported + resumed.reported == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_stopped_before_its_first_checkpoint_goes_on_with_its_reservation_too(tmp_path: Path) -> None:
     stopped, resumed = Run(tmp_path, stop_at=1), Run(tmp_path)
     assert resumed.asked == [(stopped.asked[0][0], 0)]
@@ -289,7 +305,7 @@ def test_overwriting_asks_anew(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_no_state_of_any_generator(tmp_path: Path) -> None:
     Run(tmp_path, stop_at=5)
-    state = torch.load(tmp_path / "checkpoint-4" / "state.pt", weights_only=True)
+    state = torch.load(own(tmp_path) / "checkpoint-4" / "state.pt", weights_only=True)
     assert set(state) == {"step", "attempt", "log", "adapter", "optimizer", "schedule"}
     assert not [path for path in tmp_path.rglob("*") if re.search("rng|seed|random", path.name)]
 

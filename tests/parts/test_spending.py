@@ -196,3 +196,14 @@ def test_gradient_checkpointing_is_refused_before_anything_else(federation: Path
     with pytest.raises(UsageProblem, match="hides the gradient of each example") as caught:
         check(Workspace(federation), client=1, round=1, examples=ROWS)
     assert str(caught.value.where).endswith("machine.toml")
+
+
+def test_a_run_whose_line_is_gone_or_that_another_process_has_ended_publishes_nothing(federation: Path) -> None:
+    spend(federation, 1, "a")
+    with pytest.raises(Damaged, match="does not know the run"):
+        finish(Workspace(federation), 1, 1, "b", "1" * 64)
+    finish(Workspace(federation), 1, 1, "a", "1" * 64)
+    finish(Workspace(federation), 1, 1, "a", "1" * 64)
+    with pytest.raises(Refused, match="has finished with another adapter"):
+        finish(Workspace(federation), 1, 1, "a", "2" * 64)
+    assert [line.entry.kind for line in read_ledger(ledger(federation))] == ["reserved", "finished"]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from federations import with_keys
 from stages.parts import one_time
-from stages.parts.errors import Damaged, Held, NotReady, Refused
+from stages.parts.errors import Damaged, NotReady, Refused, StorageProblem
 from stages.parts.vault import LARGEST_JUMP, SERVER, Vault
 from stages.parts.workspace import Workspace
+from storage_faults import without_locks
 
 
 @pytest.fixture
@@ -136,11 +138,30 @@ def test_what_another_process_is_writing_is_no_secret_that_others_can_read(
 
 def test_its_lock_is_for_its_user_alone_and_held_by_one(workspace: Workspace) -> None:
     vault = Vault.make(workspace, "client-2")
-    with vault.alone(), pytest.raises(Held), vault.alone():
-        pass
+
+    def enter() -> None:
+        with vault.alone():
+            pass
+
+    with ThreadPoolExecutor() as pool, vault.alone():
+        entered = pool.submit(enter)
+        with pytest.raises(TimeoutError):
+            entered.result(timeout=0.5)
+    entered.result()
     assert stat.S_IMODE((vault.root / "lock").stat().st_mode) == 0o600
     with Vault.need(workspace, "client-2").alone():
         pass
+
+
+def test_what_is_done_once_is_not_done_where_there_are_no_locks(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vault = Vault.make(workspace, "client-2")
+    without_locks(monkeypatch)
+    with pytest.raises(StorageProblem, match="no locks") as caught, vault.alone():
+        pytest.fail("it was done without a lock")
+    assert caught.value.exit_code == 8
+    assert "secrets in machine.toml" in str(caught.value.mend)
 
 
 def test_keys_that_were_moved_into_the_workspace_are_refused(workspace: Workspace, tmp_path: Path) -> None:

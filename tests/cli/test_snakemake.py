@@ -1,0 +1,276 @@
+"""The template's Snakefile: the same files as all other ways to chain the commands, switched between in the middle.
+
+Snakemake is looked for in FEDCOLLM_SNAKEMAKE, then on PATH; where there is none, what needs it is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socketserver
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders import ROOT, adapters, drafts, edit
+from federations import secrets_of
+from processes import start
+from stages.init import init
+from stages.parts.workspace import Workspace
+from stages.run import run
+
+MARKERS = ".snakemake/fedcollm"
+SNAKEFILE = ROOT / "workspace_template/Snakefile"
+SNAKEMAKE = os.environ.get("FEDCOLLM_SNAKEMAKE") or shutil.which("snakemake")
+needs_snakemake = pytest.mark.skipif(SNAKEMAKE is None, reason="no snakemake in FEDCOLLM_SNAKEMAKE or on PATH")
+
+CALL = """#!{python} -SE
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as line:
+    line.connect({address!r})
+    line.sendall(json.dumps([*sys.argv[1:], "-w", os.getcwd()]).encode() + b"\\n")
+    code, said = json.loads(line.makefile().readline())
+print(said, end="", flush=True)
+sys.exit(code)
+"""
+
+
+class _Line(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        answer = start(*json.loads(self.rfile.readline())).end()
+        self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+
+class _Exchange(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    request_queue_size = 64
+
+
+@pytest.fixture
+def fedcollm_here() -> Iterator[Path]:
+    """A program `fedcollm`, whose commands run in processes that need not import the libraries anew."""
+    with tempfile.TemporaryDirectory(prefix="fedcollm-") as top:
+        program, address = Path(top) / "fedcollm", str(Path(top) / "line")
+        program.write_text(CALL.format(python=sys.executable, address=address))
+        program.chmod(0o755)
+        with _Exchange(address, _Line) as exchange:
+            threading.Thread(target=exchange.serve_forever, daemon=True).start()
+            yield program
+            exchange.shutdown()
+
+
+@dataclass(frozen=True)
+class Snakemake:
+    """Snakemake in a workspace that has the template's files."""
+
+    program: Path
+
+    def __call__(self, folder: Path, *words: str, scores: bool = False, code: int = 0) -> str:
+        """Run it; returns what it says."""
+        assert SNAKEMAKE
+        shutil.copy(SNAKEFILE, folder)
+        shutil.copytree(SNAKEFILE.with_name("profiles"), folder / "profiles", dirs_exist_ok=True)
+        command = [SNAKEMAKE, *words, "--config", f"fedcollm={self.program}", f"scores={str(scores).lower()}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def left(self, folder: Path, **more: Any) -> dict[str, int]:
+        """How many jobs of each rule are left to do, by a dry run."""
+        said = self(folder, "-n", **more).split("Job stats:")[1]
+        found = dict(re.findall(r"^(\w+) +([0-9]+)$", said.split("\n\n")[0], re.MULTILINE))
+        return {rule: int(count) for rule, count in found.items() if rule not in ("all", "total")}
+
+
+@pytest.fixture
+def snakemake(fedcollm_here: Path) -> Snakemake:
+    return Snakemake(fedcollm_here)
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each artefact was published."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+
+
+# --- without Snakemake
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_the_snakefile_looks_where_the_commands_write(
+    secure: bool, workspace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if secure:
+        edit(workspace_folder / "fedcollm.toml", "[evaluation]", '[aggregation]\nmode = "secure"\n\n[evaluation]')
+    monkeypatch.chdir(workspace_folder)
+    text = SNAKEFILE.read_text().split("# --- what is left to do")[0].replace("from snakemake", "# from snakemake")
+    names: dict[str, Any] = {"config": {}}
+    exec(compile(text, str(SNAKEFILE), "exec"), names)
+    workspace = Workspace(workspace_folder)
+    for round, client in ((1, 1), (2, 3), (12, 34)):
+        places = {
+            "broadcast": workspace.broadcast(round),
+            "client_update": workspace.client_update(round, client),
+            "close": workspace.close(round),
+            "reveal": workspace.reveal(round, client),
+            "aggregate": workspace.aggregate(round),
+            "slm": workspace.slm(round),
+        }
+        for name, place in places.items():
+            named = names[name](round, client) if name in ("client_update", "reveal") else names[name](round)
+            assert Path(named) == (place / "manifest.json").relative_to(workspace.root)
+        assert Path(names["result"](round, "llm")) == workspace.result(round, "llm").relative_to(workspace.root)
+    assert Path(names["result"](None, "slm")) == workspace.result(None, "slm").relative_to(workspace.root)
+    federation = workspace.agreement.federation
+    assert (names["clients"], names["rounds"]) == (workspace.clients, range(1, federation.rounds + 1))
+    assert (names["averages"], names["distils"], names["secure"]) == (federation.averages, federation.distils, secure)
+    assert names["tasks"] == ["colours"]
+
+
+@pytest.mark.parametrize("template", ["demo", "blank"])
+def test_every_workspace_has_it_with_its_profiles(template: str, tmp_path: Path) -> None:
+    folder = init(tmp_path / "study", template=template).root
+    for name in ("Snakefile", "profiles/local/config.yaml", "profiles/slurm/config.yaml"):
+        assert (folder / name).read_bytes() == (ROOT / "workspace_template" / name).read_bytes()
+
+
+# --- with it
+
+
+@pytest.mark.slow
+@needs_snakemake
+def test_it_goes_on_where_run_stopped_and_run_where_it_did(
+    workspace_folder: Path, finished_once: Path, snakemake: Snakemake
+) -> None:
+    rounds = {"broadcast": 2, "client_train": 6, "aggregate": 2, "co_distill": 2}
+    assert snakemake.left(workspace_folder) == rounds
+    scores = {"evaluate_base": 2, "evaluate": 4, "evaluate_client": 3}
+    assert snakemake.left(workspace_folder, scores=True) == rounds | scores
+    run(Workspace(workspace_folder), rounds=range(1, 2), scores=False)
+    first = times(workspace_folder)
+    assert snakemake.left(workspace_folder) == {rule: count // 2 for rule, count in rounds.items()}
+    snakemake(workspace_folder, "--cores", "2", scores=True)
+    assert first.items() <= times(workspace_folder).items()
+    expected = {name: digest for name, digest in adapters(finished_once).items() if "/round-" in name}
+    assert expected.items() <= adapters(workspace_folder).items()
+    made = times(workspace_folder)
+    said: list[str] = []
+    results = run(Workspace(workspace_folder), report=lambda event: said.append(event.text))
+    assert len(results) == 9
+    assert said.count("already done") == 12 + 9
+    assert snakemake.left(workspace_folder, scores=True) == {}
+    for path in (workspace_folder / "fedcollm.toml", *workspace_folder.rglob("manifest.json")):
+        path.touch()  # times tell it nothing
+    shutil.rmtree(workspace_folder / ".snakemake")
+    assert snakemake.left(workspace_folder, scores=True) == {}
+    snakemake(workspace_folder, "--cores", "2", scores=True)
+    assert times(workspace_folder).keys() == made.keys()
+    assert drafts(workspace_folder) == []
+
+
+@pytest.mark.slow
+@needs_snakemake
+def test_a_command_that_fails_costs_nothing_that_is_there_and_is_done_the_next_time(
+    answered: Path, snakemake: Snakemake
+) -> None:
+    shutil.rmtree(answered / "exchange/round-0001/client-2")
+    data, before = answered / "private/client-2/train.jsonl", times(answered)
+    content = data.read_text()
+    data.write_text("no JSON\n")
+    assert "line 1 of train.jsonl: not JSON" in snakemake(answered, "--cores", "2", "--keep-going", code=1)
+    assert times(answered) == before
+    data.write_text(content)
+    left = {"client_train": 4, "aggregate": 2, "co_distill": 2, "broadcast": 1}
+    assert snakemake.left(answered) == left
+    (answered / MARKERS).mkdir(exist_ok=True)
+    (answered / MARKERS / "client-2-1").touch()  # of a run that was killed: tells nothing
+    assert snakemake.left(answered) == left
+    snakemake(answered, "--cores", "2")
+    assert before.items() <= times(answered).items()
+    assert snakemake.left(answered) == {}
+
+
+@pytest.mark.slow
+@needs_snakemake
+def test_a_quorum_does_without_a_client_that_lacks_its_data(answered: Path, snakemake: Snakemake) -> None:
+    toml = answered / "fedcollm.toml"
+    edit(toml, "[evaluation]", "[aggregation]\nmin_clients = 2\n\n[evaluation]")
+    edit(toml, "rounds = 2", "rounds = 1")
+    shutil.rmtree(answered / "exchange/round-0001")
+    (answered / "private/client-3/train.jsonl").unlink()
+    snakemake(answered, "--cores", "2", scores=True)
+    manifest = json.loads((answered / "private/server/round-0001/aggregate/manifest.json").read_text())
+    assert sorted(manifest["parents"]) == ["broadcast", "client-1", "client-2"]
+    assert sorted(path.stem for path in (answered / "results/round-0001").glob("*.json")) == [
+        "client-1",
+        "client-2",
+        "llm",
+        "slm",
+    ]
+
+
+METHODS = {
+    "fedavg": ({"broadcast": 2, "client_train": 6, "aggregate": 2}, {"evaluate": 2, "evaluate_client": 3}),
+    "fedavg-aux": (
+        {"broadcast": 2, "client_train": 6, "aggregate": 2, "co_distill": 2},
+        {"evaluate": 4, "evaluate_client": 3},
+    ),
+    "standalone": ({"broadcast": 1, "client_train": 6}, {"evaluate_client": 6}),
+}
+
+
+@needs_snakemake
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_its_steps_and_its_scores(method: str, workspace_folder: Path, snakemake: Snakemake) -> None:
+    edit(workspace_folder / "fedcollm.toml", "rounds = 2", f'rounds = 2\nmethod = "{method}"')
+    steps, scores = METHODS[method]
+    assert snakemake.left(workspace_folder, scores=True) == steps | scores | {"evaluate_base": 2}
+
+
+@pytest.mark.slow
+@needs_snakemake
+def test_it_plays_all_parties_of_secure_aggregation_once_they_have_enrolled(
+    enrolled: Path, snakemake: Snakemake
+) -> None:
+    steps = {"broadcast": 2, "client_train": 6, "close_round": 2, "reveal": 6, "aggregate": 2, "co_distill": 2}
+    assert snakemake.left(enrolled) == steps
+    snakemake(enrolled, "--cores", "2", f"{MARKERS}/broadcast-2")
+    assert (enrolled / "private/server/round-0001/slm/manifest.json").exists()
+    made = times(enrolled)
+    assert {rule: steps[rule] - count for rule, count in snakemake.left(enrolled).items()} == {
+        "client_train": 3,
+        "close_round": 1,
+        "reveal": 3,
+        "aggregate": 1,
+        "co_distill": 1,
+    }
+    run(Workspace(enrolled), scores=False)
+    assert made.items() <= times(enrolled).items()
+    assert snakemake.left(enrolled) == {}
+    assert drafts(secrets_of(enrolled)) == []
+
+
+@needs_snakemake
+def test_before_they_have_enrolled_it_says_so(enrolled: Path, snakemake: Snakemake) -> None:
+    (enrolled / "exchange/federation.json").unlink()
+    assert "secure mode: enrol first (fedcollm keys, enroll, join)" in snakemake(enrolled, "-n", code=1)
+
+
+@needs_snakemake
+@pytest.mark.parametrize("kind", ["--dag", "--rulegraph"])
+def test_what_is_left_can_be_drawn(kind: str, answered: Path, snakemake: Snakemake) -> None:
+    said = snakemake(answered, kind, "mermaid-js")
+    assert "flowchart" in said
+    assert {"aggregate", "co_distill", "client_train"} <= set(re.findall(r"\[\"?(\w+)", said))
+
+
+@needs_snakemake
+def test_the_local_profile_is_one(answered: Path, snakemake: Snakemake) -> None:
+    assert "Job stats" in snakemake(answered, "-n", "--profile", "profiles/local")

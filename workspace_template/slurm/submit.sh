@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Submits what is missing as a chain of jobs, each to begin when the one before has ended well. Run it again after a stop, or
+# when files have arrived: what is done is passed over. To stop: scancel $(cat slurm/jobs.txt)
+cd "$(dirname "$0")/.." || exit
+. slurm/stage.sh
+set -e
+this_job=${SLURM_JOB_ID:-none}  # within a job, as window.sbatch: its own settings are not for the jobs submitted here
+unset $(compgen -e SLURM_ | grep -vx SLURM_CONF)
+
+mkdir -p slurm/logs
+exec 9>> slurm/jobs.txt
+flock --nonblock --conflict-exit-code 7 9 || [ $? != 7 ] || { echo "slurm/submit.sh is at work already" >&2; exit 7; }
+queue=$(squeue --me --noheader --format=%F)
+queued=$(grep -Fxf slurm/jobs.txt <<< "$queue" | grep -Fxv "$this_job" | sort -nu | paste -sd' ') || true
+if [ "$queued" ]; then
+    echo "not submitted twice: jobs of this workspace are in the queue: $queued" >&2
+    exit 7
+fi
+
+jobs=$(fedcollm slurm --jobs{{ arguments }})  # one a line: script, round, tasks of an array
+: > slurm/jobs.txt
+rm -f slurm/logs/*.failures
+after=
+while read -r script round tasks; do
+    [ "$script" ] || break
+    id=$(sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=$after} \
+        ${tasks:+--array=$tasks{{ limit }}} --export=ALL,ROUND="$round" "slurm/$script.sbatch") || {
+        echo "submitted so far: $(paste -sd' ' slurm/jobs.txt); when they have ended, slurm/submit.sh goes on" >&2
+        echo "where a site limits how many jobs there may be: fedcollm slurm --window 5" >&2
+        exit 1
+    }
+    id=${id%%;*}
+    echo "$id" >> slurm/jobs.txt
+    echo "$id $script round $round${tasks:+ clients $tasks}"
+{% if quorum %}
+    # After the clients' tasks, whichever way they ended: min_clients decides whether they are enough.
+    if [ "$tasks" ]; then after=${after:+$after,}afterany:$id; else after=afterok:$id; fi
+{% else %}
+    after=afterok:$id
+{% endif %}
+done <<< "$jobs"
