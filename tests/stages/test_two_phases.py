@@ -469,6 +469,8 @@ def test_by_the_command_line(aggregated: Path, fedcollm: Callable[..., Outcome])
     assert give("--phase", "train", "--model", "llm").out == f"{ROUND}/llm\n"
     assert give("--phase", "train").out == f"{ROUND}/slm\n"
     assert give("--phase", "capture", "--model", "llm", "--top-k", 6).code == 5
+    words = [line.split() for line in fedcollm("status", "-w", aggregated).out.splitlines()]
+    assert words.index(["captured-llm", "done"]) + 1 == words.index(["llm", "done"])
 
 
 def test_in_secure_mode_captures_are_signed(summed: Path) -> None:
