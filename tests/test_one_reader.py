@@ -34,6 +34,7 @@ REASONS = {
     "stages/init.py": "the workspace's template, in the package; a workspace to be made",
     "stages/parts/workspace.py": "task files and the data that they name: this user's own",
     "stages/parts/variants.py": "settings and data of this user's own workspace, for one derived from it",
+    "stages/slurm.py": "its scripts' templates, in the package; scripts that it wrote earlier",
     "stages/prepare.py": "rows that an earlier `prepare` wrote",
     "stages/pack.py": "the bundle that is already in the place of the one to write",
     "stages/parts/evidence.py": "a client's own training data, and its log",
