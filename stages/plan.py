@@ -32,9 +32,9 @@ CHECKPOINTS = 2
 """How many a training stage keeps at most while it runs."""
 ADAM_BYTES = 8
 """Of AdamW's two float32 averages, for each parameter that is trained."""
-ORDERED_BYTES = {"median": 16, "krum": 16, "trimmed-mean": 24}
-"""Of one number of one client while a rule looks at a tensor of all: float64, and a copy; or its place, and what is
-taken."""
+ORDERED_BYTES = {"krum": 12, "median": 16, "trimmed-mean": 24}
+"""Of one number of one client while a rule looks at a tensor of all: float32 and float64; float64 and a copy in order;
+float64, its place in order, and what is taken."""
 TOP_K = 64
 """What co-distill captures of each position unless it is told otherwise; its memory hardly depends on it."""
 
