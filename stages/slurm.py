@@ -140,6 +140,7 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
         "clients": federation.clients,
         "averages": federation.averages,
         "distils": federation.distils,
+        "two_phases": settings.two_phases,
         "quorum": agreement.aggregation.min_clients is not None and federation.averages,
         "bases": base_subjects(workspace),
         "models": server_subjects(workspace),

@@ -289,6 +289,7 @@ class Slurm(Settings):
     setup: list[Line] = []
     retries: Annotated[int, Field(ge=0, le=100)] = 2
     stop_before_s: Annotated[int, Field(ge=1, le=65535)] = 120
+    two_phases: bool = False
     parallel: Positive | None = None
     window: Positive | None = None
 

@@ -332,6 +332,16 @@ def test_training_stages_run_on_the_processes_asked_for_and_others_on_one(worksp
     )
 
 
+@pytest.mark.parametrize("processes", [1, 4])
+def test_in_two_phases_each_capture_is_for_one_process(workspace_folder: Path, processes: int) -> None:
+    write(with_machine(workspace_folder, f"processes = {processes}\n[slurm]\ntwo_phases = true\n"))
+    _, (_, llm, slm, train, _), _ = job(workspace_folder, "server.sbatch", [0] * 5, ROUND=1)
+    assert llm == "--ntasks=1 fedcollm co-distill --round 1 --phase capture --model llm"
+    assert slm == "--ntasks=1 fedcollm co-distill --round 1 --phase capture --model slm"
+    assert train.startswith(f"--ntasks={processes} ")
+    assert " fedcollm co-distill --round 1 --phase train" in train
+
+
 def test_lines_that_bring_the_program_into_path_come_first_and_may_be_careless(workspace_folder: Path) -> None:
     careless = 'setup = ["export PLACE=$NOT_SET/bin", "false"]'
     write(with_machine(workspace_folder, f"[slurm]\n{careless}\n"))

@@ -13,8 +13,9 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${SLURM_CPUS
 # goes back into the queue or ends with its exit code; `tolerates=3 stage ...` goes on after exit code 3.
 stage() {
 {% if processes > 1 %}
-    case $1 in
-        client-train | co-distill | evaluate)  # by {{ processes }} processes, which find each other as torchrun's do
+    case $* in
+        *"--phase capture"*) srun --ntasks=1 fedcollm "$@" ;;
+        client-train* | co-distill* | evaluate*)  # by {{ processes }} processes, which find each other as torchrun's do
             export MASTER_ADDR=localhost MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
             srun --ntasks={{ processes }} --kill-on-bad-exit=0 --wait=0 slurm/rank.sh fedcollm "$@" --processes {{ processes }} ;;
         *) srun --ntasks=1 fedcollm "$@" ;;
