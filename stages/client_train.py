@@ -90,7 +90,8 @@ def client_train(
         return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, places, report)
 
     lock = log.with_suffix(".lock")
-    trained = turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
+    done = "already trained" if is_secure else "already done"
+    trained = turns.take([target], lock, look=look, make=make, overwrite=overwrite, done=done, report=report)
     return _mask(workspace, theta, client, again, report) if is_secure else trained
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Real input: ARC-Easy, four clients and a server, two really trained models, every round by the separate commands.
-#   tests/arc_easy.sh DATA FOLDER [QUESTIONS]
+#   tests/arc_easy.sh DATA FOLDER [QUESTIONS [ROUNDS]]
 # DATA holds datasets/arc_easy/*.jsonl, models/stories3M and models/stories0.8M-sheared. With QUESTIONS only so many
 # training questions and test questions are used.
 set -euo pipefail
 data=$(realpath "$1") folder=$2 questions=${3:-}
 export HF_HUB_OFFLINE=1
 
-fedcollm init "$folder" --template blank --clients 4 --rounds 2
+fedcollm init "$folder" --template blank --clients 4 --rounds "${4:-2}"
 cd "$folder"
 mkdir -p data
 for part in train validation test; do

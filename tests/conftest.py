@@ -40,6 +40,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+LONGEST = ("tests/slurm/", "tests/test_arc_easy.py")
+"""Begun first: they are minutes long, and in part wait, while other processes do all the rest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def base_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with slm/ and llm/: GPT-2-shaped models of two sizes with one word-level tokenizer, random weights."""

@@ -374,7 +374,11 @@ def held(path: Path, *, waits: bool = True, without: str | None = None, report: 
         with contextlib.suppress(OSError):  # who it is; a full disk is no reason to stop here
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), 0)
 
 
 def _lock(file: IO[str], path: Path, waits: bool, report: Report) -> None:

@@ -31,14 +31,15 @@ def take(
     make: Callable[[Places], Made],
     alone: AbstractContextManager[None] | None = None,
     overwrite: bool = False,
+    done: str = "already done",
     report: Report = ignore,
 ) -> Made:
     """What a stage makes, by this process or by another.
 
     paths: the folders or files that it publishes. look: what is there of these inputs, or None; its argument says
     whether that is to be made again, which is False where another process has just made it. make: makes and publishes
-    it, each path over its place. alone: entered for both. Raises what they raise; what make raises is dropped where
-    look finds that another process has published meanwhile.
+    it, each path over its place. done: said of what is there. alone: entered for both. Raises what they raise; what
+    make raises is dropped where look finds that another process has published meanwhile.
     """
     places = {path: files.Place(path) for path in paths}
     with files.held(lock, report=report), alone or nullcontext():
@@ -47,7 +48,7 @@ def take(
             files.put_right(place.path)
             place.look()
         if (made := look(overwrite and not is_new)) is not None:
-            report(Event("note", "already done"))
+            report(Event("note", done))
             return made
         try:
             return make(places)

@@ -25,7 +25,7 @@ def refused(fedcollm: Callable[..., Outcome], own_secrets: Path) -> Callable[...
         before, kept = published(folder), remembered(own_secrets)
         outcome = fedcollm(*words, "-w", folder)
         assert outcome.code == code, outcome.err
-        assert outcome.err.startswith("error: ")
+        assert "\nerror: " in f"\n{outcome.err}"
         assert "\n  in    " in outcome.err, f"names no file: {outcome.err}"
         assert "\n  mend  " in outcome.err, f"names no mend: {outcome.err}"
         assert "Traceback" not in outcome.err
