@@ -1,5 +1,6 @@
 # make demo: the whole thing in a few minutes. make test: lint, types, tests. Both set up .venv first.
-.PHONY: demo test bench clean
+.PHONY: demo test lint types tests bench clean
+MAKEFLAGS += --jobs=3
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -13,10 +14,16 @@ demo: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/fedcollm demo fedcollm-demo
 	@echo "for fedcollm on the command line: . $(BIN)/activate"
 
-test: .venv/installed
+test: lint types tests
+
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed
 	$(BIN)/mypy
+
+tests: .venv/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal --durations 10
 
 bench: .venv/installed

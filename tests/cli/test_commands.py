@@ -233,11 +233,7 @@ def test_the_shipped_script_runs_a_secure_federation_too(workspace_folder: Path,
     script = shutil.copy(ROOT / "workspace_template/run_rounds.sh", workspace_folder)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
-    for _ in range(2):
-        done = subprocess.run(
-            ["bash", script], env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    assert done.stderr.count("already sent") == 3
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
     assert len(list(own_secrets.glob("fedcollm/*/*"))) == 4
     assert (workspace_folder / "private/server/round-0001/slm/manifest.json").exists()
