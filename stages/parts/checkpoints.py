@@ -20,6 +20,7 @@ from typing import Any
 
 from stages.parts import files
 from stages.parts.errors import Damaged, NotReady
+from stages.parts.seclusion import shut
 
 INPUTS, COMPLETE = "inputs.json", "complete"
 
@@ -84,6 +85,7 @@ def _copied(checkpoint: Path, to: Path) -> bool:
     try:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.copytree(checkpoint, draft)
+        shut(draft)
         if not _is_whole(draft):
             return False
         shutil.rmtree(to, ignore_errors=True)

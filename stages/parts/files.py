@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple
 
 from stages.parts.errors import Damaged, Held, NotReady, StorageProblem
 from stages.parts.events import Event, Report, ignore
+from stages.parts.seclusion import make_folder, permissions, shutting_out
 
 COPY_AGAIN = "copy it again from its origin"
 FOLDER_AGAIN = "copy the folder again from its origin, or make it there again with --overwrite"
@@ -216,12 +217,12 @@ def write(
 ) -> None:
     """Put content at path, atomically: a reader sees the old bytes or the new ones, whatever happens in between.
 
-    mode: the file's permissions, before the umask. levels: as for check_no_link; by default what is below exchange/.
-    over: raises Held where another process has written since its last look.
+    mode: the file's permissions, before the umask; below private/ its owner's alone. levels: as for check_no_link; by
+    default what is below exchange/. over: raises Held where another process has written since its last look.
     """
     levels = _below_exchange(path) if levels is None else levels
     check_no_link(path, levels)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     draft, _ = _drafts(path)
     try:
         _write(draft, content, mode)
@@ -271,7 +272,7 @@ def publishing(
             spares(folder)
 
     check()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     put_right(folder)
     for abandoned in _left_beside(folder, "partial"):  # by a process that was killed
         with contextlib.suppress(FileNotFoundError):
@@ -279,8 +280,8 @@ def publishing(
                 shutil.rmtree(abandoned, ignore_errors=True)
     draft, replaced = _drafts(folder)
     try:
-        draft.mkdir()
-        with _naming(draft):  # libraries that write into it may not say which file
+        make_folder(draft)
+        with _naming(draft), shutting_out(draft):  # libraries that write into it may not say which file
             yield draft
         check_no_link(folder, levels)
         for path in sorted(draft.rglob("*")):
@@ -361,8 +362,8 @@ def held(path: Path, *, waits: bool = True, without: str | None = None, report: 
     waits: if False, raises Held instead. without: for work that needs a lock, what mends the lack of it; raises
     StorageProblem then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    make_folder(path.parent)
+    with os.fdopen(_open_lock(path), "r+") as file:
         try:
             _lock(file, path, waits, report)
         except OSError as error:
@@ -379,6 +380,21 @@ def held(path: Path, *, waits: bool = True, without: str | None = None, report: 
         finally:
             with contextlib.suppress(OSError):
                 os.ftruncate(file.fileno(), 0)
+
+
+def _open_lock(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, permissions(path, 0o666))
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            raise
+        descriptor = -1
+    if descriptor < 0 or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise Damaged(f"{path.name} is not a plain file", where=path, mend="remove it: it is a lock, and made anew")
+    return descriptor
 
 
 def _lock(file: IO[str], path: Path, waits: bool, report: Report) -> None:
@@ -421,7 +437,8 @@ def _remove(folder: Path) -> None:
 
 def _write(path: Path, content: bytes, mode: int = 0o666) -> None:
     with _naming(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, permissions(path, mode))
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
 

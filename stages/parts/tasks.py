@@ -15,7 +15,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
 
-from stages.parts import quiet
+from stages.parts import quiet, seclusion
 from stages.parts.errors import NotReady, UsageProblem
 from stages.parts.rows import Row
 from stages.parts.workspace import Workspace
@@ -109,13 +109,29 @@ def _from_workspace(config: dict[str, Any], root: Path) -> dict[str, Any]:
             return [resolve(item) for item in value]
         return value if "://" in value else str(root / value)
 
-    return config | {"dataset_kwargs": kwargs | {"data_files": resolve(kwargs["data_files"])}}
+    found = kwargs | {"data_files": resolve(kwargs["data_files"])}
+    if any(seclusion.is_private(Path(value)) for value in _leaves(found["data_files"])):
+        found["cache_dir"] = str(root / "private" / ".datasets")  # a copy of these rows is private too
+    return config | {"dataset_kwargs": found}
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value
 
 
 def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]:
     where = manager.task_index[name].yaml_path
     try:
-        return list(manager.load([spec])["tasks"].values())
+        kwargs = (spec.get("dataset_kwargs") or {}) if isinstance(spec, dict) else {}
+        cache = Path(kwargs.get("cache_dir") or ".")
+        if seclusion.is_private(cache):
+            seclusion.make_folder(cache)
+        with seclusion.shutting_out(cache):
+            return list(manager.load([spec])["tasks"].values())
     except FileNotFoundError as error:
         raise NotReady(
             f"the data of task {name} is not there: {error}", where=where, mend="check data_files in its task file"

@@ -31,6 +31,7 @@ from stages.parts.objective import Objective
 from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import Example
 from stages.parts.schedule import MicroBatches, schedule
+from stages.parts.seclusion import shutting_out
 from stages.parts.trackers import UNTRACKED, Tracking
 
 STOP = "stop"
@@ -118,7 +119,7 @@ def train(
     frozen = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in objective.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen + buffers)  # type: ignore[no-untyped-call]
-    with naming_memory_knobs(), trackers.named(tracking):
+    with naming_memory_knobs(), shutting_out(own), trackers.named(tracking):
         before = objective.measure(examples, rows)
         trainer = _Trainer(
             processes,

@@ -19,6 +19,7 @@ from stages.parts.config import Agreement, Budget, Method, parse
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.manifest import read_manifest
 from stages.parts.rows import read_rows, rows_bytes
+from stages.parts.seclusion import make_folder
 from stages.parts.workspace import AGREEMENT, MACHINE, Workspace
 
 DERIVED = (
@@ -218,7 +219,7 @@ def _link(source: Path, target: Path) -> None:
     """The same bytes at target, without a second copy where the file system allows that."""
     if target.exists() and (target.samefile(source) or target.read_bytes() == source.read_bytes()):
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     target.unlink(missing_ok=True)
     try:
         target.hardlink_to(source)
