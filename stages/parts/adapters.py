@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.parts import quiet
 from stages.parts.adapter_files import Layout, Tensors, check_finite, config_bytes, weights_bytes
@@ -25,6 +26,7 @@ def attach(base: PreTrainedModel, settings: Model, *, where: Path | None = None)
     where: the settings' file. Raises UsageProblem if the target modules do not exist, naming those that do.
     """
     lora = settings.lora
+    _check_targets(base, lora.target_modules, where)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -36,10 +38,9 @@ def attach(base: PreTrainedModel, settings: Model, *, where: Path | None = None)
         with quiet.libraries():  # PEFT sets fan_in_fan_out for Conv1D and warns of it
             model = get_peft_model(base, config)
     except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _takes_lora(module)})
         wanted = lora.target_modules or "PEFT's default"
         message = f"target_modules {wanted} do not fit {base.config.model_type}: {error}"
-        raise UsageProblem(message, where=where, mend=f"set lora.target_modules among: {', '.join(linear)}") from error
+        raise UsageProblem(message, where=where, mend=_among(base)) from error
     assert isinstance(model, PeftModel)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -48,8 +49,58 @@ def attach(base: PreTrainedModel, settings: Model, *, where: Path | None = None)
     return model
 
 
+def _check_targets(base: PreTrainedModel, targets: list[str], where: Path | None) -> None:
+    """Raise UsageProblem unless each name fits linear layers alone, in all blocks of a stack or in none, and once.
+
+    PEFT passes over a name that fits nothing as long as another fits, and the parties train less than was agreed.
+    """
+    stacks = _stacks(base)
+    for target in targets:
+        fitting = {name: module for name, module in base.named_modules() if f".{name}".endswith(f".{target}")}
+        problem = ""
+        if not target or not fitting:
+            problem = f"{target!r} fits no layer"
+        elif targets.count(target) > 1:
+            problem = f"{target} is named {targets.count(target)} times"
+        elif other := next((name for name, one in fitting.items() if not _takes_lora(one)), ""):
+            problem = f"{target} fits {other}, a {type(fitting[other]).__name__}, not a linear layer"
+        for stack, size in stacks.items():
+            blocks = {name.removeprefix(f"{stack}.").split(".")[0] for name in fitting if name.startswith(f"{stack}.")}
+            if not problem and blocks and len(blocks) < size:
+                problem = f"{target} fits {len(blocks)} of the {size} layers in {stack}"
+        if problem:
+            message = f"target_modules {targets} do not fit {base.config.model_type}: {problem}"
+            raise UsageProblem(message, where=where, mend=_among(base))
+
+
+def _stacks(base: PreTrainedModel) -> dict[str, int]:
+    """The outermost lists of blocks, by name, and how many blocks each has."""
+    found: dict[str, int] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{stack}.") for stack in found):
+            found[name] = len(module)
+    return found
+
+
+def _among(base: PreTrainedModel) -> str:
+    """What could be named instead: linear layers that each block has; never what lies outside, such as lm_head."""
+    layers: dict[str, set[tuple[str, str]]] = {}
+    stacks = _stacks(base)
+    for name, module in base.named_modules():
+        stack = next((stack for stack in stacks if name.startswith(f"{stack}.")), None)
+        if stack is not None and _takes_lora(module):
+            blocks = layers.setdefault(name.rpartition(".")[2], set())
+            blocks.add((stack, name.removeprefix(f"{stack}.").split(".")[0]))
+    everywhere = [
+        layer
+        for layer, blocks in layers.items()
+        if all(sum(one == stack for one, _ in blocks) in (0, size) for stack, size in stacks.items())
+    ]
+    return f"set lora.target_modules among: {', '.join(sorted(everywhere))}"
+
+
 def _takes_lora(module: nn.Module) -> bool:
-    return type(module).__name__ in ("Linear", "Conv1D")
+    return isinstance(module, nn.Linear | Conv1D)  # those in few bits are such too
 
 
 def make_fresh(model: PeftModel, seed: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from stages.parts import files
+from stages.parts import files, lora_settings
 from stages.parts.adapter_files import Tensors, read_header
 from stages.parts.errors import Damaged, NotReady, Problem
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -41,13 +41,22 @@ class AnyAdapter:
             if name.endswith(A) and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]:
                 yield name.removesuffix(A), a, b
 
-    def scale(self, module: str) -> float:
-        """What B A is multiplied by: alpha/r, or alpha/sqrt(r) with rank-stabilised LoRA."""
+    def scale(self, module: str) -> float | None:
+        """What B A is multiplied by, as PEFT has it: alpha/r, or alpha/sqrt(r) with rank-stabilised LoRA.
+
+        None where that, or that the base stays as it is, is not known: see lora_settings.not_understood.
+        """
         rank = int(self.tensors[module + A].shape[0])
-        alpha = self.config.get("lora_alpha")
-        if not isinstance(alpha, (int, float)) or not rank:
-            return 1.0
+        if not self.config or not rank or lora_settings.not_understood(self.config):
+            return None
+        alpha = lora_settings.of_layer(self.config, "lora_alpha", module)
         return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def adds(self, module: str) -> float | None:
+        """The Frobenius norm of what the adapter adds to a layer's weights, or None where that is not known."""
+        scale = self.scale(module)
+        a, b = (self.tensors[module + name] for name in (A, B))
+        return None if scale is None else abs(scale) * float(np.linalg.norm(product_spectrum(a, b)))
 
 
 def parse_weights(content: bytes, path: Path) -> AnyAdapter:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.parts import lora_settings
 from stages.parts.adapter_files import Layout, check_config
 from stages.parts.any_adapter import A, AnyAdapter, B
 from stages.parts.audited import Folder
@@ -56,7 +57,7 @@ def _names(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
 
 def _shapes(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
     """A is [r, inputs] and B is [outputs, r], with the r of the configuration unless that has one for each layer."""
-    rank = adapter.config.get("r") if not adapter.config.get("rank_pattern") else None
+    is_known = bool(adapter.config) and not lora_settings.not_understood(adapter.config)
     for name, tensor in adapter.tensors.items():
         other = name.removesuffix(A) + B if name.endswith(A) else name.removesuffix(B) + A
         if not name.endswith((A, B)):
@@ -68,6 +69,8 @@ def _shapes(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
         elif name.endswith(A):
             b = adapter.tensors[other]
             found, its = tensor.shape[0], b.shape[1] if b.ndim == 2 else None
+            module = name.removesuffix(A)
+            rank = int(lora_settings.of_layer(adapter.config, "r", module)) if is_known else None
             if its is not None and (found != its or found != (rank or found)):
                 text = f"{name} has shape {list(tensor.shape)}, its B {list(b.shape)}"
                 yield A3.fail(weights, text, f"[{rank or 'r'}, inputs] and [outputs, {rank or 'r'}]")
@@ -81,6 +84,11 @@ def _settings(adapter: AnyAdapter, settings: str) -> Iterator[Finding]:
     targets = config.get("target_modules")
     if isinstance(targets, list) and (on_tokens := TOKEN_LAYERS & {str(name).rpartition(".")[2] for name in targets}):
         yield A3.fail(settings, f"target_modules has {', '.join(sorted(on_tokens))}", LINEAR)
+    modules = [name.removesuffix(A) for name in adapter.tensors if name.endswith(A)]
+    for said in lora_settings.not_understood(config):
+        yield A3.warn(settings, f"{said} is not understood: what the adapter adds is not known here", "plain LoRA")
+    for said in lora_settings.fits_nothing(config, modules):
+        yield A3.warn(settings, f"{said}, which fits no layer of the adapter", "names that fit")
     if config.get("bias", "none") != "none":
         yield A3.fail(settings, f"bias = {config['bias']!r}", "none")
     if config.get("peft_type", "LORA") != "LORA":

@@ -63,7 +63,8 @@ def _measured(adapter: AnyAdapter, start: Tensors | None) -> dict[str, float]:
         found["update_norm"] = _norm({name: tensors[name].astype(np.float64) - start[name] for name in start})
     for module, a, b in adapter.modules():
         spectrum = product_spectrum(a, b)
-        found[f"product_norm/{module}"] = adapter.scale(module) * float(np.linalg.norm(spectrum))
+        if (norm := adapter.adds(module)) is not None:
+            found[f"product_norm/{module}"] = norm
         if spectrum.any():
             found[f"effective_rank/{module}"] = rank_of(spectrum)
     return found

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from builders import AGREEMENT, Family, random_adapter, tiny_model, tuned
 from stages.parts import adapters
@@ -131,7 +131,26 @@ def test_only_the_adapter_is_trainable_and_it_is_float32(family: Family, dtype: 
 def test_target_modules_that_do_not_exist_are_answered_with_those_that_do() -> None:
     with pytest.raises(UsageProblem, match="query") as caught:
         adapters.attach(tiny_model(), Model(model="tiny", lora=Lora(target_modules=["query"])))
-    assert str(caught.value.mend) == "set lora.target_modules among: c_attn, c_fc, c_proj, lm_head"
+    assert str(caught.value.mend) == "set lora.target_modules among: c_attn, c_fc, c_proj"
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["c_attn", "c_prjo"], "'c_prjo' fits no layer"),
+        (["c_attn", ""], "'' fits no layer"),
+        (["c_attn", "c_attn"], "c_attn is named 2 times"),
+        (["c_attn", "attn"], "attn fits transformer.h.0.attn, a GPT2Attention, not a linear layer"),
+        (["c_attn", "wpe"], "wpe fits transformer.wpe, a Embedding, not a linear layer"),
+        (["c_attn", "h.1.mlp.c_fc"], "h.1.mlp.c_fc fits 1 of the 2 layers in transformer.h"),
+    ],
+)
+def test_each_of_the_target_modules_must_fit_linear_layers_in_every_block(targets: list[str], said: str) -> None:
+    base = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=8))
+    with pytest.raises(UsageProblem) as caught:
+        adapters.attach(base, Model(model="tiny", lora=Lora(target_modules=targets)))
+    assert said in caught.value.message
+    assert str(caught.value.mend) == "set lora.target_modules among: c_attn, c_fc, c_proj"
 
 
 @pytest.mark.parametrize(
