@@ -249,7 +249,8 @@ def _train(
         privacy=spending.claim(workspace, client),
         over=places[workspace.client_adapter(round, client)],
     )
-    files.write_log(workspace.log("client-train", round, client), outcome.log)
+    head = {"ledger_sha256": manifest.privacy.ledger_sha256} if manifest.privacy else {}
+    files.write_log(workspace.log("client-train", round, client), [outcome.log[0] | head, *outcome.log[1:]])
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     processes.agree(manifest)
     return manifest

@@ -33,8 +33,8 @@ def privacy_of(scope: Scope, folders: list[Folder], client: int | None) -> Itera
     for folder in folders:
         if folder.manifest and folder.manifest.stage == "client-train" and folder.manifest.client:
             claims.setdefault(folder.manifest.client, []).append((folder, folder.manifest))
-    for of_client in claims.values():
-        yield from _claims(of_client, agreement.privacy)
+    for k, of_client in claims.items():
+        yield from _claims(of_client, agreement.privacy, _borne_out(scope, k))
     checked = 0
     for k in workspace.clients if client is None else [client]:
         path = workspace.privacy_ledger(k)
@@ -45,6 +45,10 @@ def privacy_of(scope: Scope, folders: list[Folder], client: int | None) -> Itera
                 if round not in known:
                     found = "knows nothing of it" if lines else "is missing"
                     yield A10.fail(scope.shown(path), found, f"what round {round}, trained here, has spent")
+            for place in spending.unknown_anchors(lines, spending.anchors(workspace, k)) if lines else ():
+                yield A10.fail(
+                    scope.shown(path), "lacks its last lines, or is another one", f"that of {scope.shown(place)}"
+                )
             if lines:
                 yield from _ledger(lines, scope.shown(path), claims.get(k, []))
                 checked += 1
@@ -58,8 +62,23 @@ def privacy_of(scope: Scope, folders: list[Folder], client: int | None) -> Itera
     )
 
 
-def _claims(of_client: list[tuple[Folder, Manifest]], privacy: Privacy) -> Iterator[Finding]:
-    """What one client says in public, round after round."""
+def _borne_out(scope: Scope, client: int) -> set[tuple[int, str]]:
+    """The rounds and claims that the client's ledger, if it is here and sound, has a line for."""
+    assert scope.workspace is not None
+    try:
+        entries = [line.entry for line in spending.read_ledger(scope.workspace.privacy_ledger(client))]
+    except (Problem, OSError):
+        return set()
+    return {(one.round, _rounded_up(one.epsilon)) for one in entries if isinstance(one, spending.Reserved)}
+
+
+def _claims(
+    of_client: list[tuple[Folder, Manifest]], privacy: Privacy, borne_out: set[tuple[int, str]]
+) -> Iterator[Finding]:
+    """What one client says in public, round after round.
+
+    A round that was trained again after later ones has spent more than they: where the ledger is here, it says so.
+    """
     before = 0.0
     for folder, manifest in sorted(of_client, key=lambda one: one[1].round):
         claim = manifest.privacy
@@ -72,8 +91,9 @@ def _claims(of_client: list[tuple[Folder, Manifest]], privacy: Privacy) -> Itera
             yield A10.fail(folder.shown, f"epsilon {claim.epsilon:g}", f"at most {privacy.epsilon:g}")
         if claim.reset:
             yield A10.warn(folder.shown, f"epsilon {claim.epsilon:g} since a reset: what was spent before is not in it")
-        elif claim.epsilon < before:
-            yield A10.warn(folder.shown, f"epsilon {claim.epsilon:g}, after {before:g}: the ledger was begun anew")
+        elif claim.epsilon < before and (manifest.round, f"{claim.epsilon:.4f}") not in borne_out:
+            found = f"epsilon {claim.epsilon:g}, after {before:g}: a round before was trained again since"
+            yield A10.warn(folder.shown, f"{found}, or the ledger was begun anew and does not say so")
         before = claim.epsilon
 
 
@@ -93,16 +113,21 @@ def _ledger(lines: list[spending.Line], shown: str, claims: list[tuple[Folder, M
             yield A10.fail(
                 shown, f"line {number} says epsilon {line.entry.epsilon:.4f}", f"{found:.4f}, composed again"
             )
-        claimed = _claimed(math.ceil(line.entry.epsilon * 1e4) / 1e4, is_reset)
+        claimed = f"{_rounded_up(line.entry.epsilon)}{_since(is_reset)}"
         written.setdefault(line.entry.round, set()).add(claimed)
     for folder, manifest in claims:
         if (claim := manifest.privacy) is None:
             continue
-        known, told = written.get(manifest.round, set()), _claimed(claim.epsilon, claim.reset)
+        known, told = written.get(manifest.round, set()), f"{claim.epsilon:.4f}{_since(claim.reset)}"
         is_before_reset = manifest.round in given_up and not (claim.reset and known)
         if told not in known and not is_before_reset:
             yield A10.fail(folder.shown, f"claims epsilon {told}", f"{', '.join(sorted(known)) or 'none'}, by {shown}")
 
 
-def _claimed(epsilon: float, is_reset: bool) -> str:
-    return f"{epsilon:.4f}{' since a reset' if is_reset else ''}"
+def _rounded_up(epsilon: float) -> str:
+    """As claims are."""
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
+
+
+def _since(is_reset: bool) -> str:
+    return " since a reset" if is_reset else ""

@@ -2,12 +2,14 @@
 
 Two processes may train the same at once: a job that was given again while its first copy lives, where the file system
 has no locks. So each writes, rotates and removes only what is in its own folder, and goes on from the newest checkpoint
-of any that is whole and of equal inputs, having copied it. Folders of processes that have ended here are cleared away.
+of any that is of equal inputs and has the bytes that were sealed, having copied it. Folders of processes that have
+ended here are cleared away.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import signal
@@ -20,6 +22,7 @@ from typing import Any
 
 from stages.parts import files
 from stages.parts.errors import Damaged, NotReady
+from stages.parts.events import Event, Report, ignore
 from stages.parts.seclusion import shut
 
 INPUTS, COMPLETE = "inputs.json", "complete"
@@ -30,16 +33,16 @@ def own(folder: Path) -> Path:
     return folder / f"{socket.gethostname()}-{os.getpid()}"
 
 
-def begin(folder: Path, inputs: Mapping[str, Any], *, anew: bool = False) -> Path | None:
+def begin(folder: Path, inputs: Mapping[str, Any], *, anew: bool = False, report: Report = ignore) -> Path | None:
     """Make this process's own folder. Returns the checkpoint in it to go on from, if any process left one.
 
-    anew: begin from the start, whatever is there.
+    anew: begin from the start, whatever is there. One that is not as it was written is passed over with a warning.
     """
     mine, wanted = own(folder), files.json_bytes(dict(inputs))
     if anew or not is_of(mine, wanted):
         shutil.rmtree(mine, ignore_errors=True)
     files.write(mine / INPUTS, wanted)
-    found = None if anew else _newest(folder, wanted)
+    found = None if anew else _newest(folder, wanted, report)
     for other in folder.iterdir():
         if other != mine and _has_ended(other):
             shutil.rmtree(other, ignore_errors=True)
@@ -48,12 +51,10 @@ def begin(folder: Path, inputs: Mapping[str, Any], *, anew: bool = False) -> Pat
 
 def seal(checkpoint: Path) -> None:
     """Mark a checkpoint as whole once all of it is on disk. Without its process's folder there is nothing to mark."""
-    sizes = {}
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+    for path in _files_in(checkpoint):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
-    files.write(checkpoint / COMPLETE, files.json_bytes(sizes))
+    files.write(checkpoint / COMPLETE, files.json_bytes(_digests(checkpoint)))
 
 
 def is_kept(mine: Path) -> bool:
@@ -66,7 +67,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _newest(folder: Path, wanted: bytes) -> Path | None:
+def _files_in(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """The sha256 of every file of a checkpoint, read piece by piece: they are as large as the models' adapters."""
+    found = {}
+    for path in _files_in(checkpoint):
+        with path.open("rb") as file:
+            found[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _newest(folder: Path, wanted: bytes, report: Report) -> Path | None:
     """The newest whole checkpoint of a training with these inputs, in this process's own folder."""
     mine = own(folder)
     places = [mine, *(other for other in folder.iterdir() if other != mine)]
@@ -76,6 +90,9 @@ def _newest(folder: Path, wanted: bytes) -> Path | None:
             return checkpoint
         if checkpoint.parent != mine and _copied(checkpoint, mine / checkpoint.name):
             return mine / checkpoint.name
+        if (checkpoint / COMPLETE).exists():  # one that was never sealed is what a killed process leaves
+            message = f"{checkpoint.name} in {folder.name} is not what was written: it is passed over"
+            report(Event("warning", message))
     return None
 
 
@@ -98,10 +115,10 @@ def _copied(checkpoint: Path, to: Path) -> bool:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether it was sealed and has every file that it then had, of the same size."""
+    """Whether it was sealed and has the files that it then had, no other, with the same bytes."""
     try:
-        sizes, _ = files.read_json(checkpoint / COMPLETE)
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+        sealed, _ = files.read_json(checkpoint / COMPLETE)
+        return sealed == _digests(checkpoint)
     except (OSError, NotReady, Damaged):
         return False
 

@@ -29,7 +29,9 @@ from stages.parts.seclusion import make_folder, permissions, shutting_out
 
 COPY_AGAIN = "copy it again from its origin"
 FOLDER_AGAIN = "copy the folder again from its origin, or make it there again with --overwrite"
+LOG_AGAIN = "put it back from a backup; or make again what it is the log of, with --overwrite"
 LARGEST_JSON_BYTES = 4 << 20
+LARGEST_LOG_BYTES = 1 << 30
 LARGEST_ADAPTER_BYTES = 4 << 30
 ABANDONED_AFTER_S = 3600
 LONGEST_PAUSE_S = 2.0
@@ -180,17 +182,36 @@ def json_line(value: dict[str, Any]) -> bytes:
 
 
 def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
-    """A private log as JSON lines."""
-    write(path, b"".join(map(json_line, lines)))
+    """A private log as JSON lines; the first one names the sha256 of all of them, without that name."""
+    first, *rest = lines
+    digest = sha256(b"".join(map(json_line, lines)))
+    write(path, b"".join(map(json_line, [first | {"log_sha256": digest}, *rest])))
+
+
+def check_log(path: Path) -> None:
+    """Raise Damaged unless a private log is as it was written; one of an earlier version has no digest."""
+    first, _, rest = read(path, limit_bytes=LARGEST_LOG_BYTES).partition(b"\n")
+    try:
+        said = parse_json(first)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"the first line of {path.name} is not valid JSON: {error}", where=path, mend=LOG_AGAIN) from None
+    named = said.pop("log_sha256", None)
+    is_changed = sha256(json_line(said) + rest) != named if named else set(said) != {"inputs"}
+    if is_changed:
+        raise Damaged(f"{path.name} has been changed since it was written", where=path, mend=LOG_AGAIN)
+
+
+def first_logged(path: Path) -> dict[str, Any]:
+    """The first line of a private log; empty if there is no such log, or a damaged one."""
+    try:
+        return parse_json(path.read_bytes().partition(b"\n")[0])
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def logged_inputs(path: Path) -> dict[str, str]:
     """The inputs that the first line of a private log names; empty if there is no such log, or a damaged one."""
-    try:
-        first = parse_json(path.read_bytes().partition(b"\n")[0])
-    except (FileNotFoundError, ValueError):
-        return {}
-    return dict(first.get("inputs", {}))
+    return dict(first_logged(path).get("inputs", {}))
 
 
 def check_no_link(path: Path, levels: int) -> None:

@@ -113,12 +113,14 @@ class PrivacyClaim(_Part):
 
     unit: an example is one row of one client's training data.
     reset: whether the client has ever counted from zero again; epsilon is then of the rounds since alone.
+    ledger_sha256: the last line of the client's ledger when this was made: one without that line is not the whole.
     """
 
     unit: Literal["example"]
     epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     delta: Annotated[float, Field(gt=0, lt=1)]
     reset: bool = False
+    ledger_sha256: Sha256 | None = None
 
 
 class Manifest(_Part):

@@ -74,7 +74,7 @@ def train(
     started = time.monotonic()
     steps = recipe.budget.steps_for(len(examples))
     objective = Objective([slm], loss_of_examples, {"slm_ft": 1.0})
-    checkpoint = checkpoints.begin(folder, inputs, anew=overwrite)
+    checkpoint = checkpoints.begin(folder, inputs, anew=overwrite, report=report)
     run = Run(objective, recipe, folder)
     if checkpoint:
         run.load(checkpoint)

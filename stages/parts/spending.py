@@ -14,14 +14,15 @@ is refused. What makes the counting sound:
   on from its last checkpoint alone, which holds this very adapter, so that a crash while publishing trains no second
   one; nor does a checkpoint that was copied earlier and put back.
 - Two copies of the whole private folder, ledger included, can each go on with one reservation. Nothing here can see it.
-- A ledger that lacks a round whose private adapter is here has been lost or put back to an older state: refused.
+- A ledger that lacks a round whose private adapter is here has been lost or put back to an older state: refused. So is
+  one whose last lines are gone: each adapter and each log names the line that the ledger ended with when it was made.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -81,11 +82,15 @@ class Finished(_Entry):
 
 
 class Reset(_Entry):
-    """Somebody chose to count from zero again: which rounds had been published, and the file that was given up."""
+    """Somebody chose to count from zero again: which rounds had been published, and the file that was given up.
+
+    anchors: the lines, of what was given up, that adapters and logs name.
+    """
 
     kind: Literal["reset"] = "reset"
     rounds: list[Round]
     replaced_sha256: Sha256 | None
+    anchors: list[Sha256] = []
 
 
 Entry = Reserved | Resumed | Finished | Reset
@@ -106,7 +111,10 @@ class Line(_Entry):
 
 
 def _digest(entry: _Entry, previous: str) -> str:
-    return files.sha256(json.dumps({"entry": entry.model_dump(), "previous": previous}, sort_keys=True).encode())
+    said = entry.model_dump()
+    if not said.get("anchors", True):  # as an earlier version wrote it, which had none
+        del said["anchors"]
+    return files.sha256(json.dumps({"entry": said, "previous": previous}, sort_keys=True).encode())
 
 
 def read_ledger(path: Path) -> list[Line]:
@@ -286,7 +294,8 @@ def claim(workspace: Workspace, client: int) -> PrivacyClaim | None:
     lines = read_ledger(workspace.privacy_ledger(client))
     epsilon = math.ceil(total_epsilon(charges(lines), privacy.delta) * 1e4) / 1e4
     is_reset = any(isinstance(line.entry, Reset) for line in lines)
-    return PrivacyClaim(unit="example", epsilon=epsilon, delta=privacy.delta, reset=is_reset)
+    head = lines[-1].sha256 if lines else None
+    return PrivacyClaim(unit="example", epsilon=epsilon, delta=privacy.delta, reset=is_reset, ledger_sha256=head)
 
 
 def reset(workspace: Workspace, client: int) -> None:
@@ -294,18 +303,46 @@ def reset(workspace: Workspace, client: int) -> None:
     path = workspace.privacy_ledger(client)
     replaced = files.sha256(path.read_bytes()) if path.is_file() else None
     with _alone(path):
-        _append(path, [], Reset(rounds=_published(workspace, client), replaced_sha256=replaced))
+        rounds, named = _published(workspace, client), sorted(set(anchors(workspace, client).values()))
+        _append(path, [], Reset(rounds=rounds, replaced_sha256=replaced, anchors=named))
 
 
 def _whole_ledger(workspace: Workspace, client: int) -> list[Line]:
-    """The ledger, which must know every round of which there is a private adapter."""
+    """The ledger, which must know every round of which there is a private adapter, and the line that each names."""
     path = workspace.privacy_ledger(client)
     lines = read_ledger(path)
     if unknown := [round for round in _published(workspace, client) if round not in rounds_of(lines)]:
         state = f"{path.name} does not know" if lines else f"{path.name} is missing:"
         adapter = workspace.shown(workspace.client_adapter(unknown[0], client))
         raise _damaged(path, f"{state} what {adapter}, which was trained with differential privacy, has spent")
+    if lost := unknown_anchors(lines, anchors(workspace, client)):
+        message = (
+            f"{path.name} has been cut short, or is another one: it lacks the line that {workspace.shown(lost[0])}"
+        )
+        raise _damaged(path, f"{message} was made after")
     return lines
+
+
+def anchors(workspace: Workspace, client: int) -> dict[Path, str]:
+    """The line that the ledger ended with when each of this client's adapters, and each log, was made; by its path."""
+    found: dict[Path, str] = {}
+    for round in range(1, workspace.agreement.federation.rounds + 1):
+        for place in (workspace.client_adapter(round, client), workspace.client_update(round, client)):
+            claim = read_manifest(place)[0].privacy if place.exists() else None
+            if claim and claim.ledger_sha256:
+                found[place] = claim.ledger_sha256
+        log = workspace.log("client-train", round, client)
+        if named := files.first_logged(log).get("ledger_sha256"):
+            found[log] = str(named)
+    return found
+
+
+def unknown_anchors(lines: Sequence[Line], named: Mapping[Path, str]) -> list[Path]:
+    """Those that name a line which the ledger has not, and did not give up in a reset."""
+    known = {line.sha256 for line in lines}
+    for line in lines:
+        known |= set(line.entry.anchors) if isinstance(line.entry, Reset) else set()
+    return [path for path, anchor in named.items() if anchor not in known]
 
 
 def _published(workspace: Workspace, client: int) -> list[int]:

@@ -105,7 +105,9 @@ def train(
         rows = rows_at_once(objective, examples, recipe.budget, machine, report=report)
     dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating, processes.count)
     own, checkpoint = processes.agree(
-        (checkpoints.own(folder), checkpoints.begin(folder, inputs, anew=overwrite)) if processes.is_first else None
+        (checkpoints.own(folder), checkpoints.begin(folder, inputs, anew=overwrite, report=report))
+        if processes.is_first
+        else None
     )
     tracking = tracking if processes.is_first else UNTRACKED
     if processes.agree(dict(inputs)) != inputs:

@@ -81,6 +81,7 @@ def test_the_manifest_says_epsilon_and_delta_and_nothing_of_the_data(private: Pa
         "epsilon": math.ceil(expected * 1e4) / 1e4,
         "delta": 1e-5,
         "reset": False,
+        "ledger_sha256": read_ledger(ledger(private))[-1].sha256,
     }
     assert set(found["metrics"]) == {"update_norm", "lora_b_norm"}
     assert (found["steps"], found["examples"], found["tokens"], found["seed"]) == (6, 6 * 4, 0, None)
@@ -220,6 +221,24 @@ def test_an_older_copy_of_the_ledger_is_refused(private: Path, fedcollm: Fedcoll
     ledger(private).write_bytes(older)
     told = refused(private, 4, *TRAIN, "--overwrite")
     assert "privacy-ledger.jsonl does not know what exchange/round-0002/client-1" in told
+
+
+@pytest.mark.parametrize("left", ["the adapter", "the log"])
+def test_a_ledger_whose_last_lines_are_gone_is_refused(
+    private: Path, fedcollm: Fedcollm, refused: Refuse, left: str
+) -> None:
+    assert fedcollm(*TRAIN, "-w", private).code == 0
+    once = ledger(private).read_bytes()
+    assert fedcollm(*TRAIN, "--overwrite", "-w", private).code == 0
+    ledger(private).write_bytes(once)  # whole in itself, and it knows the round
+    if left == "the log":
+        shutil.rmtree(private / UPDATE)
+    told = refused(private, 4, *TRAIN, "--overwrite")
+    assert "privacy-ledger.jsonl has been cut short, or is another one" in told
+    assert any(one.id == "A10" and one.level == "FAIL" and "last lines" in one.found for one in audit([private]))
+    assert ledger(private).read_bytes() == once
+    assert fedcollm(*TRAIN, "--overwrite", "--i-understand-reset", "-w", private).code == 0
+    assert fedcollm(*TRAIN, "--overwrite", "-w", private).code == 0  # the reset gave the lost lines up
 
 
 def test_an_edited_ledger_is_refused(private: Path, fedcollm: Fedcollm, refused: Refuse) -> None:

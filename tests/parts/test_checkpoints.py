@@ -43,11 +43,15 @@ class Run:
         """stop_at: the step after which it ends at once. die_at: the micro-batch at which it does, of all it is fed."""
         pair = tuned("slm", width=16, dropout=dropout), tuned("llm", dropout=dropout)
         self.reported: list[int] = []
+        self.warnings: list[str] = []
         self.fed = 0
         self.said: str | None = None
         self.outcome: Outcome | None = None
 
         def report(event: Event) -> None:
+            if event.kind == "warning":
+                self.warnings.append(event.text)
+                return
             self.reported.append(event.step)
             if event.step == stop_at:
                 raise KeyboardInterrupt
@@ -142,6 +146,25 @@ def test_a_checkpoint_without_its_mark_is_passed_over_for_the_one_before(stopped
     resumed = Run(stopped)
     assert resumed.reported == [3, 4, 5, 6]
     np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "trainer_state.json", "rng_state.pth", COMPLETE])
+def test_a_checkpoint_with_one_flipped_bit_is_passed_over_and_that_is_said(
+    stopped: Path, unbroken: Run, name: str
+) -> None:
+    path = own(stopped) / "checkpoint-4" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    resumed = Run(stopped)
+    assert resumed.reported == [3, 4, 5, 6]
+    assert [warning for warning in resumed.warnings if "checkpoint-4" in warning and "passed over" in warning]
+    np.testing.assert_array_equal(resumed.adapters, unbroken.adapters)
+
+
+def test_a_checkpoint_with_a_file_that_was_not_sealed_is_passed_over(stopped: Path) -> None:
+    (own(stopped) / "checkpoint-4" / "scaler.pt").write_bytes(b"from elsewhere")
+    assert Run(stopped).reported == [3, 4, 5, 6]
 
 
 def test_without_any_whole_checkpoint_training_begins_again(stopped: Path, unbroken: Run) -> None:

@@ -402,3 +402,14 @@ def test_what_a_process_killed_between_two_renamings_had_moved_away_is_put_back(
     files.publish(folder, NEW)
     assert contents(folder) == NEW
     assert drafts(tmp_path) == [other]
+
+
+def test_one_flipped_bit_anywhere_in_a_log_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    files.write_log(path, [{"inputs": {"data": "abc"}}, {"step": 1, "slm_ft": 2.5}, {"wall_s": 1.0}])
+    files.check_log(path)
+    content = path.read_bytes()
+    for at in range(len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(Damaged, match=r"log\.jsonl"):
+            files.check_log(path)

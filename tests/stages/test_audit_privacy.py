@@ -82,6 +82,21 @@ def test_what_is_claimed_falsely_is_found(kind: str, private: Path) -> None:
     assert any(line.partition(" ")[2].partition(" ")[2].startswith(expected) for line in told(private)), told(private)
 
 
+def test_a_round_that_was_trained_again_after_a_later_one_is_no_reset(private: Path) -> None:
+    thrice = total_epsilon([CHARGE] * 3, DELTA)
+    again = Reserved(round=1, attempt="again", delta=DELTA, epsilon=thrice, **CHARGE._asdict())
+    lines = [
+        Reserved(round=round, attempt="x", delta=DELTA, epsilon=EPSILON[round - 1], **CHARGE._asdict())
+        for round in (1, 2)
+    ]
+    put(private, [*lines, again])
+    for client in (2, 3):
+        sign(private / f"exchange/round-0001/client-{client}", privacy=claimed(thrice))
+    [found] = told(private)  # of client 3 there is no ledger here
+    assert "round-0002/client-3: epsilon" in found
+    assert "was trained again since, or the ledger was begun anew and does not say so" in found
+
+
 RESET = Reset(rounds=[1, 2], replaced_sha256=None)
 SPENT = Reserved(round=2, attempt="y", delta=DELTA, epsilon=EPSILON[0], **CHARGE._asdict())
 AFTER: dict[str, tuple[list[Reserved | Reset], dict[str, object] | None, str]] = {
