@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import JsonOption, QuietOption, WorkspaceOption, guarded, session
+from stages.parts import texts
 
 if TYPE_CHECKING:
     from stages.diff import Difference
@@ -47,7 +48,7 @@ def audit(
         given = paths or [Workspace.find(workspace or Path.cwd()).root]
         found = stage(given, client=client, canaries=canary or (), report=console.report)
         shown = [f"{one.id:<3} {one.level:<4} {one.check:<8} {one.text}" for one in lines(found)]
-        console.result([one.as_json() for one in found], "\n".join([*shown, result(found, strict=strict)]))
+        console.result([one.as_json() for one in found], texts.lines([*shown, result(found, strict=strict)]))
         raise typer.Exit(exit_code(found, strict=strict))
 
 

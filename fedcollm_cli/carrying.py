@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, WorkspaceOption, session
+from stages.parts import texts
 from stages.parts.errors import UsageProblem
 
 ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace another file that is there.")]
@@ -75,4 +76,4 @@ def unpack(
         from stages.unpack import unpack as stage
 
         found = stage(opened.workspace, file.absolute(), overwrite=overwrite, report=opened.console.report)
-        opened.console.result(found, "\n".join([*found["unpacked"], *found["already"]]))
+        opened.console.result(found, texts.lines([*found["unpacked"], *found["already"]]))

@@ -10,6 +10,7 @@ from rich.console import Group
 
 from fedcollm_cli import sheets
 from fedcollm_cli.session import DeviceOption, DtypeOption, JsonOption, QuietOption, WorkspaceOption, session
+from stages.parts import texts
 from stages.parts.config import Method
 from stages.parts.errors import UsageProblem
 
@@ -106,7 +107,7 @@ def sweep(
             raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
         found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
         swept = sheets.swept(found)
-        as_text = "\n\n".join(sheet.markdown() for sheet in swept)
+        as_text = texts.lines((sheet.markdown() for sheet in swept), "\n\n")
         opened.console.result(found, as_text if as_markdown else Group(*(sheet.drawn() for sheet in swept)))
 
 

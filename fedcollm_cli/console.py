@@ -22,17 +22,28 @@ from rich.progress import (
 )
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
-from stages.parts.checks import printable
 from stages.parts.errors import Problem
 from stages.parts.events import Event
+from stages.parts.texts import Lines, printable, shown
 
 PLAIN_INTERVAL_S = 10.0
 """How often a long stage says how far it is where there is no terminal to draw on."""
 
 
 class _Harmless(RichConsole):
-    """Prints no character that a terminal obeys, whatever stands in a text; its own colours and cursor stay."""
+    """Prints no character that a terminal obeys, no markup and no line that was not made here, whatever a text holds.
+
+    Its own colours and cursor stay.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Every string that is printed, or stands in a table, comes by here."""
+        return super().render_str(shown(text), **settings | {"markup": False, "emoji": False})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -45,7 +56,7 @@ class Console:
     def __init__(self, *, quiet: bool, as_json: bool, is_muted: bool = False) -> None:
         # Stages silence stderr while libraries chatter. What cannot be written is shown escaped, as by Python's own.
         copy = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-        self._err = _Harmless(file=copy, highlight=False, soft_wrap=True)
+        self._err = _Harmless(file=copy, soft_wrap=True)
         self._quiet = quiet
         self._as_json = as_json
         self._is_muted = is_muted  # of several processes of one command, all but the first
@@ -59,7 +70,7 @@ class Console:
         if self._err.is_terminal and not (self._quiet or self._is_muted):
             columns = (
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=12),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
@@ -80,28 +91,28 @@ class Console:
             return
         if self._quiet:
             if event.kind == "warning":
-                self._err.print(f"warning: {event.text}", markup=False)
+                self._err.print(f"warning: {event.text}")
             return
         match event.kind:
             case "round":
                 self._end_stage()
                 self._round = event.text
-                self._err.print(event.text, style="bold", markup=False)
+                self._err.print(event.text, style="bold")
             case "stage":
                 self._end_stage()
                 self._begin_stage(event.text)
             case "step":
                 self._step(event)
             case "note":
-                self._err.print(f"  {event.text}", markup=False)
+                self._err.print(f"  {event.text}")
             case "warning":
-                self._err.print(f"warning: {event.text}", style="yellow", markup=False)
+                self._err.print(f"warning: {event.text}", style="yellow")
 
     def _begin_stage(self, text: str) -> None:
         self._stage = text
         self._started = self._said = time.monotonic()
         if self._progress:
-            self._task = self._progress.add_task(text, total=None, losses="")
+            self._task = self._progress.add_task(shown(text), total=None, losses="")
 
     def _end_stage(self) -> None:
         if not self._stage:
@@ -110,7 +121,7 @@ class Console:
             self._progress.remove_task(self._task)
             self._task = None
         seconds = time.monotonic() - self._started
-        self._err.print(f"  {self._stage}  {seconds:.1f} s", markup=False)
+        self._err.print(f"  {self._stage}  {seconds:.1f} s")
         self._stage = ""
 
     def _step(self, event: Event) -> None:
@@ -118,9 +129,7 @@ class Console:
             self._progress.update(self._task, completed=event.step, total=event.total, losses=_losses(event.values))
         elif time.monotonic() - self._said > PLAIN_INTERVAL_S:
             self._said = time.monotonic()
-            self._err.print(
-                f"  {self._stage}  {event.step}/{event.total}  {_losses(event.values)}".rstrip(), markup=False
-            )
+            self._err.print(f"  {self._stage}  {event.step}/{event.total}  {_losses(event.values)}".rstrip())
 
     def result(self, value: Any, text: str | Table | Group) -> None:
         """The outcome, on stdout: value as JSON if that was asked for, else text."""
@@ -132,9 +141,9 @@ class Console:
         if self._as_json:
             sys.stdout.write(json.dumps(_printable(value), indent=2, sort_keys=True) + "\n")
         elif not isinstance(text, str):
-            _Harmless(highlight=False).print(text, markup=False)
+            _Harmless().print(text)
         else:
-            sys.stdout.write(printable(text) + "\n")
+            sys.stdout.write(shown(text) + "\n")
 
     def error(self, problem: Problem) -> None:
         """What happened, where, and how to mend it."""
@@ -142,17 +151,17 @@ class Console:
             return
         if self._progress:
             self._progress.stop()
-        self._err.print(f"error: {problem.message}", style="red", markup=False)
+        self._err.print(Lines(f"error: {shown(problem.message)}"), style="red")
         if problem.where:
-            self._err.print(f"  in    {problem.where}", markup=False)
+            self._err.print(f"  in    {problem.where}")
         if problem.mend:
-            self._err.print(f"  mend  {problem.mend}", markup=False)
+            self._err.print(f"  mend  {problem.mend}")
 
     def say(self, text: str) -> None:
         """A sentence on stderr, whatever quiet says."""
         if self._progress:
             self._progress.stop()
-        self._err.print(text, markup=False)
+        self._err.print(text)
 
 
 def _printable(value: Any) -> Any:

@@ -19,6 +19,7 @@ from fedcollm_cli.session import (
     guarded,
     session,
 )
+from stages.parts import texts
 from stages.parts.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def prefetch(
 
         found = stage(opened.workspace, model=model, tasks=tasks, report=opened.console.report)
         lines = [f"{one.name}: {'was here already' if one.was_here else 'fetched'}" for one in found]
-        opened.console.result([asdict(one) for one in found], "\n".join(lines) or "there is nothing to fetch")
+        opened.console.result([asdict(one) for one in found], texts.lines(lines) or "there is nothing to fetch")
 
 
 def comm_cost(
@@ -154,7 +155,9 @@ def _plan(found: Plan) -> Group:
     lines += _travel(found)
     if any(stage.answers and not stage.rows for stage in found.stages):
         lines.append("?: no rows here to count; the batch is of rows of max_length, or as --length says")
-    lines += [f"missing here: {one.what}\n  mend  {one.mend}" for one in found.missing] or ["nothing is missing here"]
+    lines += [texts.lines([f"missing here: {one.what}", f"  mend  {one.mend}"]) for one in found.missing] or [
+        "nothing is missing here"
+    ]
     return Group(models, stages, _memory(found), *lines)
 
 
@@ -172,7 +175,7 @@ def _memory(found: Plan) -> Table:
     """A column for each stage, a row for each part of its memory."""
     known = [stage for stage in found.stages if stage.memory]
     table = _table(
-        f"on {found.device}", *(stage.name.replace(" ", "\n") for stage in known), left=(f"on {found.device}",)
+        f"on {found.device}", *(texts.lines(stage.name.split(" ")) for stage in known), left=(f"on {found.device}",)
     )
     for part in dict.fromkeys(part for stage in known for part in stage.memory):
         table.add_row(part, *(shown(stage.memory[part]) if part in stage.memory else "" for stage in known))
@@ -251,7 +254,7 @@ def _share(one: Full, times: int, size_bytes: int | None, dtype: str | None = No
     if size_bytes is None:
         return "?"
     share = f"{shown(times * size_bytes)}: {100 * one.adapter_bytes / size_bytes:.2f} %"
-    return f"{share}\n({dtype})" if dtype else share
+    return texts.lines([share, f"({dtype})"]) if dtype else share
 
 
 def _table_3(rows: list[Table3]) -> Group:

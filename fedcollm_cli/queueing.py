@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, WorkspaceOption, session
+from stages.parts import texts
 from stages.parts.events import Event
 
 
@@ -64,7 +65,7 @@ def slurm(
             if not found.jobs:
                 report(Event("note", "nothing is left to do"))
             lines = (f"{job.script} {job.round} {job.tasks}".rstrip() for job in found.jobs)
-            opened.console.result(asdict(found), "\n".join(lines))
+            opened.console.result(asdict(found), texts.lines(lines))
             return
         asked = {
             "partition": partition,
@@ -81,4 +82,4 @@ def slurm(
             opened.workspace, only=only, processes=processes, flags=flags, overwrite=overwrite, report=report
         )
         shown = [opened.workspace.shown(path) for path in written]
-        opened.console.result(shown, "\n".join(shown))
+        opened.console.result(shown, texts.lines(shown))

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from stages.parts import texts
 from stages.parts.paper import LABELS
 
 TITLES = {
@@ -42,8 +43,12 @@ class Sheet:
 
     def markdown(self) -> str:
         """For a README or a paper's draft."""
-        lines = [self.columns, ["---", *("---:" for _ in self.columns[1:])], *self.rows]
-        return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
+        lines = [
+            [texts.in_markdown(name) for name in self.columns],
+            ["---", *("---:" for _ in self.columns[1:])],
+            *self.rows,
+        ]
+        return texts.lines([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def comparison(found: dict[str, Any]) -> Group:
@@ -53,7 +58,7 @@ def comparison(found: dict[str, Any]) -> Group:
 
 def as_markdown(found: dict[str, Any]) -> str:
     """The same, to be pasted."""
-    return "\n\n".join([*(sheet.markdown() for sheet in sheets(found)), *notes(found)])
+    return texts.lines([*(sheet.markdown() for sheet in sheets(found)), *notes(found)], "\n\n")
 
 
 def sheets(found: dict[str, Any]) -> list[Sheet]:
@@ -180,8 +185,10 @@ def as_lines(found: dict[str, Any]) -> str:
                 for model, by_seed in models.items():
                     figure = reported.get(row, {}).get(task, "") if model == next(reversed(models)) else ""
                     for seed, value in zip(seeds, by_seed, strict=True):
-                        writer.writerow([name, row, task, seed, model, one["questions"], f"{value:.6f}", figure])
-    return out.getvalue().rstrip("\n")
+                        writer.writerow(
+                            [name, row, texts.in_line(task), seed, model, one["questions"], f"{value:.6f}", figure]
+                        )
+    return texts.lines(out.getvalue().rstrip("\n").split("\n"))
 
 
 def swept(found: dict[str, Any]) -> list[Sheet]:

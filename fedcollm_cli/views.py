@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fedcollm_cli.sheets import comparison
+from stages.parts import texts
 
 if TYPE_CHECKING:
     from stages.status import Status
@@ -99,7 +100,7 @@ def status(found: Status, workspace: Path | None) -> str:
     else:
         is_done = all(round.is_done for round in found.rounds)
         lines.append("everything is done" if is_done else "this machine's part is done")
-    return "\n".join(lines)
+    return texts.lines(lines)
 
 
 def _summary(clients: list[Any]) -> str:

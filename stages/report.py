@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stages.audit import audit
 from stages.compare import ALL, compare
 from stages.parts import files
-from stages.parts.checks import lines, printable, result
+from stages.parts.checks import lines, result
 from stages.parts.errors import NotReady, Problem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Manifest, read_manifest
+from stages.parts.texts import in_line
 from stages.parts.workspace import AGREEMENT, Workspace
 from stages.status import status
 
@@ -123,7 +124,7 @@ def _audited(workspace: Workspace) -> dict[str, Any]:
     from stages.parts.page import without_folders
 
     found = audit([workspace.root])
-    rows = [(one.id, one.level, one.check, printable(without_folders(one.text))) for one in lines(found)]
+    rows = [(one.id, one.level, one.check, in_line(without_folders(one.text))) for one in lines(found)]
     return {"rows": rows, "result": result(found, strict=False)}
 
 

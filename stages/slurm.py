@@ -17,6 +17,7 @@ from stages.parts.config import Role, Slurm
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.progress import Reader, enrolment
+from stages.parts.texts import lines
 from stages.parts.vault import SERVER, client
 from stages.parts.workspace import MACHINE, Workspace
 
@@ -74,7 +75,7 @@ def jobs(workspace: Workspace, *, only: str | None = None, window: int | None = 
         raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend=mend)
     scores = any(job.script == "evaluate" for job in found.jobs)
     if found.jobs and (absent := _missing(workspace, parties, scores=scores)):
-        message = "\n  - ".join(["missing here, and compute nodes fetch nothing:", *absent])
+        message = lines(["missing here, and compute nodes fetch nothing:", *absent], "\n  - ")
         raise NotReady(message, where=workspace.root, mend="mend that on this machine, then submit again")
     return found
 
@@ -111,7 +112,7 @@ def _missing(workspace: Workspace, parties: set[str], *, scores: bool) -> list[s
     is_server = SERVER in parties
     roles: list[Role] = ["slm", "llm"] if is_server and workspace.agreement.federation.distils else ["slm"]
     found = missing(workspace, roles=roles, scores=scores and is_server)
-    return [f"{one.what}\n    mend  {one.mend}" for one in found]
+    return [lines([one.what, f"    mend  {one.mend}"]) for one in found]
 
 
 # --- scripts
@@ -124,7 +125,7 @@ def _settings(workspace: Workspace, flags: Mapping[str, object]) -> Slurm:
         found = [(".".join(map(str, one["loc"])), one["msg"], one["input"]) for one in error.errors()]
         mistakes = [f"{key}: {message}, found {value!r}" for key, message, value in found]
         mend = f"as sbatch takes them, such as --time 04:00:00 --mem 32G; [slurm] of {MACHINE} explains them"
-        raise UsageProblem("\n  - ".join(["what Slurm is asked for", *mistakes]), mend=mend) from error
+        raise UsageProblem(lines(["what Slurm is asked for", *mistakes], "\n  - "), mend=mend) from error
 
 
 def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes: int) -> dict[str, str]:

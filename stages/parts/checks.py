@@ -67,11 +67,6 @@ class Check:
         return Finding(self.id, "SKIP", self.name, where, missing)
 
 
-def printable(text: str) -> str:
-    """Without what a terminal obeys, and without halves of characters: names may come from another party's files."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
 def count(findings: Iterable[Finding], level: Level) -> int:
     """How many are of this level."""
     return sum(finding.level == level for finding in findings)

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stages.parts.errors import UsageProblem
+from stages.parts.texts import lines
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Role = Literal["slm", "llm"]
@@ -331,7 +332,7 @@ def parse(kind: type[S], text: bytes, path: Path) -> S:
     except ValidationError as error:
         mistakes = [_mistake(kind, found) for found in error.errors()]
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        message = "\n  - ".join([f"{count} in the settings", *mistakes])
+        message = lines([f"{count} in the settings", *mistakes], "\n  - ")
         raise UsageProblem(
             message, where=path, mend="every key is explained in the template's fedcollm.toml"
         ) from error

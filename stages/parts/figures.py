@@ -13,6 +13,7 @@ from stages.parts.charts import PLAIN, STYLES, Chart, Row, Spec
 from stages.parts.drift import drift
 from stages.parts.errors import Problem
 from stages.parts.paper import LABELS
+from stages.parts.texts import in_line
 from stages.parts.workspace import Workspace
 
 STYLE_OF = dict(
@@ -62,6 +63,7 @@ def draw(figure: Figure, workspace: Workspace) -> Chart | Absent:
         return Absent(figure.name, figure.title, in_sentences(problem))
     if not rows:
         return Absent(figure.name, figure.title, figure.nothing)
+    rows = [{key: in_line(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
     return Chart(figure.name, figure.title, figure.caption(rows), rows, figure.spec(rows))
 
 

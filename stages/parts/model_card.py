@@ -5,6 +5,9 @@ Nothing in it names a person, a host or a path, and there is no time in it: the 
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from stages.parts import files
 from stages.parts.config import Budget, Method
 from stages.parts.manifest import Artefact, BaseIdentity, Manifest
+from stages.parts.texts import in_line, in_markdown
 from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST, Workspace
 
 TEMPLATE = "model_card.md.j2"
+PLAIN_NAME = re.compile(r"[A-Za-z][\w.-]*(/[\w.-]+)?", re.ASCII)
+"""Needs no quotes in YAML."""
 
 LOSSES = {
     "slm_ft": "SLM, cross-entropy of the answers, nats a token",
@@ -53,7 +59,11 @@ def model_card(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_told,
     )
+    environment.filters |= {"quoted": json.dumps, "in_shell": lambda text: shlex.quote(in_line(text))}
+    environment.filters["front"] = lambda name: name if PLAIN_NAME.fullmatch(name) else json.dumps(name)
+    environment.filters["marked"] = in_markdown
     return environment.get_template(TEMPLATE).render(
         manifest=manifest,
         agreement=workspace.agreement,
@@ -69,6 +79,11 @@ def model_card(
         evaluate=f"fedcollm evaluate --round {manifest.round} {model}",
         hashes=_hashes(adapter),
     )
+
+
+def _told(value: Any) -> Any:
+    """What the template prints of its own accord or of others': each on one line."""
+    return in_line(value) if type(value) is str else value
 
 
 def method_of(manifest: Manifest, method: Method) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from stages.parts.charts import Chart
 from stages.parts.figures import Absent
 from stages.parts.findings import shortened
+from stages.parts.texts import printable
 
 TEMPLATE = "report.html.jinja"
 
@@ -27,7 +28,9 @@ def render(drawn: Iterable[tuple[str, Chart | Absent]], words: Mapping[str, Any]
     """The whole page. drawn: charts with their sections; words: the template's other names."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_told
+    )
     template = environment.from_string((importlib.resources.files("stages") / TEMPLATE).read_text())
     placed = list(drawn)
     sections = [
@@ -44,6 +47,11 @@ def render(drawn: Iterable[tuple[str, Chart | Absent]], words: Mapping[str, Any]
         for section, title in SECTIONS.items()
     ]
     return template.render(words, sections=sections)
+
+
+def _told(value: Any) -> Any:
+    """Everything that the template prints: drawings as they are, of texts what is printable."""
+    return printable(value) if type(value) is str else value
 
 
 def _embedded(chart: Chart) -> dict[str, Any]:
