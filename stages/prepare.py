@@ -116,7 +116,7 @@ def _publish(
 ) -> dict[str, Any]:
     if not overwrite:
         existing = [path for path in parties if path.exists()]
-        changed = [path for path in existing if path.read_bytes() != rows_bytes(parties[path])]
+        changed = [path for path in existing if files.read_own(path) != rows_bytes(parties[path])]
         if changed:
             message = f"{workspace.shown(changed[0])} is there already and is not what prepare would write"
             raise Refused(message, where=changed[0], mend="move it away, or give --overwrite to replace it")

@@ -126,8 +126,8 @@ def _is_whole(checkpoint: Path) -> bool:
 def is_of(place: Path, wanted: bytes) -> bool:
     """Whether what is kept there was made from these inputs."""
     try:
-        return (place / INPUTS).read_bytes() == wanted
-    except OSError:
+        return files.read_own(place / INPUTS) == wanted
+    except (OSError, Damaged):
         return False
 
 

@@ -162,7 +162,11 @@ def _check_data(study: Study, workspace: Workspace, round: int) -> None:
     logs = {workspace.client_data(k): workspace.log("client-train", round, k) for k in workspace.clients}
     logs[workspace.auxiliary_data] = workspace.log("co-distill", round)
     for data, log in logs.items():
-        if data.exists() and log.exists() and files.logged_inputs(log).get("data") != files.sha256(data.read_bytes()):
+        if (
+            data.exists()
+            and log.exists()
+            and files.logged_inputs(log).get("data") != files.sha256(files.read_own(data))
+        ):
             message = f"{study.root.shown(data)} is not what was trained on in round {round}"
             raise Refused(message, where=data, mend=f"put those rows back, or {study.run_again(workspace)}")
 

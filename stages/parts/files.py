@@ -33,6 +33,7 @@ LOG_AGAIN = "put it back from a backup; or make again what it is the log of, wit
 LARGEST_JSON_BYTES = 4 << 20
 LARGEST_LOG_BYTES = 1 << 30
 LARGEST_ADAPTER_BYTES = 4 << 30
+LARGEST_OWN_BYTES = 8 << 30
 ABANDONED_AFTER_S = 3600
 LONGEST_PAUSE_S = 2.0
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -104,6 +105,37 @@ def read(path: Path, *, limit_bytes: int, levels: int = 1, named_bytes: int | No
     if len(content) > status.st_size:
         raise NotReady(f"{path.name} is still being written", where=path, mend="wait, and give the same command again")
     return content
+
+
+def read_own(path: Path) -> bytes:
+    """The content of a file of this user's own, which may be a link; a pipe, a device or a folder is refused at once.
+
+    Raises FileNotFoundError if there is none, Damaged if it is not a plain file or absurdly large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_plain(path)
+        if status.st_size > LARGEST_OWN_BYTES:
+            message = f"{path.name} has {status.st_size} bytes, at most {LARGEST_OWN_BYTES} are expected"
+            raise Damaged(message, where=path, mend="put the right file in its place")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def check_plain(folder: Path) -> None:
+    """Raise Damaged if anything below a user's own folder is neither file nor folder: libraries would hang."""
+    for path in sorted(folder.rglob("*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise _not_plain(path)
+
+
+def _not_plain(path: Path) -> Damaged:
+    mend = "remove it, and put the file itself in its place"
+    return Damaged(f"{path.name} is not a plain file, but a pipe, a device or a folder", where=path, mend=mend)
 
 
 def _open(path: Path, levels: int) -> int:
@@ -204,7 +236,7 @@ def check_log(path: Path) -> None:
 def first_logged(path: Path) -> dict[str, Any]:
     """The first line of a private log; empty if there is no such log, or a damaged one."""
     try:
-        return parse_json(path.read_bytes().partition(b"\n")[0])
+        return parse_json(read_own(path).partition(b"\n")[0])
     except (FileNotFoundError, ValueError):
         return {}
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stages.parts.config import Method
-from stages.parts.errors import Problem
+from stages.parts.errors import Damaged, Problem
 from stages.parts.evidence import Study, answers, begun, open_study
-from stages.parts.files import read_json
+from stages.parts.files import read_json, read_own
 from stages.parts.ledger import SERVER, transfers
 from stages.parts.manifest import read_manifest
 from stages.parts.statistics import estimate
@@ -98,7 +98,7 @@ def client_losses(workspace: Workspace) -> list[Row]:
         return []
     most = min(MOST_POINTS, max(12, MOST_ROWS // len(workspace.clients)))
     logs = {
-        (round, f"client {k}"): _losses(workspace.log("client-train", round, k))
+        (round, f"client {k}"): _losses(workspace.log("client-train", round, k), "slm_ft")
         for round in _rounds(workspace)
         for k in workspace.clients
     }
@@ -110,7 +110,10 @@ def client_losses(workspace: Workspace) -> list[Row]:
 
 def distillation_losses(workspace: Workspace, model: str) -> list[Row]:
     """L_FT and L_KD of one model, slm or llm, in co-distill, by step counted over all rounds, thinned."""
-    logs = {(round, ""): _losses(workspace.log("co-distill", round)) for round in _rounds(workspace)}
+    logs = {
+        (round, ""): _losses(workspace.log("co-distill", round), f"{model}_ft", f"{model}_kd")
+        for round in _rounds(workspace)
+    }
     return [
         {"term": f"L_{term.upper()}", "round": round, "step": step, "steps": group, "loss": values[f"{model}_{term}"]}
         for (round, _), step, group, values in _thinned(logs, MOST_POINTS)
@@ -123,20 +126,43 @@ def _rounds(workspace: Workspace) -> range:
 
 
 def _lines(log: Path) -> list[Row]:
-    """A private log; empty where there is none on this machine. A line that was cut short by a crash is left out."""
+    """A private log; empty where there is none on this machine. A last line that a crash cut short is left out.
+
+    Raises Damaged, naming the log and the line, for anything else than objects whose numbers are numbers.
+    """
     if not log.exists():
         return []
-    found = []
-    for line in log.read_text().splitlines():
+    found: list[Row] = []
+    try:
+        *texts, last = read_own(log).decode().split("\n")
+    except UnicodeDecodeError:
+        raise _damaged(log, "it is not text") from None
+    for number, text in enumerate([*texts, last] if last.endswith("}") else texts, 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)]
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            raise _damaged(log, f"line {number} is not JSON") from None
+        if not isinstance(line, dict) or not all(
+            isinstance(value, int | float) and isfinite(value)
+            for key, value in line.items()
+            if key == "wall_s" or "step" in line
+        ):
+            raise _damaged(log, f"line {number} is not what a stage writes")
+        found.append(line)
+    return found
 
 
-def _losses(log: Path) -> list[dict[str, float]]:
-    return [line for line in _lines(log) if "step" in line]
+def _damaged(log: Path, found: str) -> Damaged:
+    name = "/".join(log.parts[-3:])
+    mend = "give the command that wrote it again with --overwrite, or put the log back from a copy"
+    return Damaged(f"the log {name} is damaged: {found}", where=log, mend=mend)
+
+
+def _losses(log: Path, *names: str) -> list[dict[str, float]]:
+    found = [line for line in _lines(log) if "step" in line]
+    if any(line.keys() != found[0].keys() or not line.keys() >= set(names) for line in found):
+        raise _damaged(log, "its steps do not name the same losses")
+    return found
 
 
 def _thinned(

@@ -301,7 +301,7 @@ def claim(workspace: Workspace, client: int) -> PrivacyClaim | None:
 def reset(workspace: Workspace, client: int) -> None:
     """Begin the ledger anew, whatever became of the old one, and say so in its first line."""
     path = workspace.privacy_ledger(client)
-    replaced = files.sha256(path.read_bytes()) if path.is_file() else None
+    replaced = files.sha256(files.read_own(path)) if path.is_file() else None
     with _alone(path):
         rounds, named = _published(workspace, client), sorted(set(anchors(workspace, client).values()))
         _append(path, [], Reset(rounds=rounds, replaced_sha256=replaced, anchors=named))

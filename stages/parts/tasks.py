@@ -15,7 +15,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
 
-from stages.parts import quiet, seclusion
+from stages.parts import files, quiet, seclusion
 from stages.parts.errors import NotReady, UsageProblem
 from stages.parts.rows import Row
 from stages.parts.workspace import Workspace
@@ -25,6 +25,7 @@ TRAINABLE = ("multiple_choice", "generate_until")
 
 def load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
     """These tasks, groups resolved into theirs. Raises UsageProblem for a name that nothing defines."""
+    files.check_plain(workspace.tasks)
     with quiet.libraries():
         return _load(workspace, names)
 

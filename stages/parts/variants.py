@@ -106,7 +106,7 @@ def open_variant(parent: Workspace, folder: Path, changes: Changes, *, made_by: 
     target = folder / AGREEMENT
     if not target.exists():
         raise NotReady(f"{parent.shown(folder)} is not there", where=folder, mend=made_by)
-    if parse(Agreement, target.read_bytes(), target) != parse(Agreement, _agreement(parent, changes), target):
+    if parse(Agreement, files.read_own(target), target) != parse(Agreement, _agreement(parent, changes), target):
         message = f"{parent.shown(folder)} is of another agreement than {parent.shown(parent.root / AGREEMENT)} is now"
         mend = f"undo the edit of {AGREEMENT}, or {made_by} --overwrite"
         raise Refused(message, where=target, mend=mend)
@@ -149,17 +149,17 @@ def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_
     contents = (
         {variant.client_data(1): _pool(parent)}
         if is_pooled
-        else {target: place.read_bytes() for target, place in expected.items() if place.exists()}
+        else {target: files.read_own(place) for target, place in expected.items() if place.exists()}
     )
     for target, content in contents.items():
-        if target.exists() and target.read_bytes() != content:
+        if target.exists() and files.read_own(target) != content:
             message = f"{parent.shown(target)} has other rows than {parent.shown(parent.private)} has now"
             raise Refused(message, where=target, mend=f"put those rows back, or {made_by} --overwrite")
 
 
 def _agreement(parent: Workspace, changes: Changes) -> bytes:
     path = parent.root / AGREEMENT
-    document = tomlkit.parse(path.read_text())
+    document = tomlkit.parse(files.read_own(path).decode())
     for key, value in changes.items():
         _set(document, key.split("."), value)
     content = (DERIVED + tomlkit.dumps(document)).encode()
@@ -186,7 +186,7 @@ def _set(table: Any, key: list[str], value: Any) -> None:
 def _machine(parent: Workspace, folder: Path, changes: Changes) -> bytes:
     """The parent's settings of this machine, the same but for home, and for the LLM in the SLM's place."""
     path = parent.root / MACHINE
-    document = tomlkit.parse(path.read_text() if path.exists() else "")
+    document = tomlkit.parse(files.read_own(path).decode() if path.exists() else "")
     document["home"] = os.path.relpath(parent.home, folder)
     document["home"].comment("derived from there: relative paths and tasks/ are meant from it")
     if "slm" in changes:
@@ -217,11 +217,11 @@ def _all_data(workspace: Workspace) -> list[Path]:
 
 def _link(source: Path, target: Path) -> None:
     """The same bytes at target, without a second copy where the file system allows that."""
-    if target.exists() and (target.samefile(source) or target.read_bytes() == source.read_bytes()):
+    if target.exists() and (target.samefile(source) or files.read_own(target) == files.read_own(source)):
         return
     make_folder(target.parent)
     target.unlink(missing_ok=True)
     try:
         target.hardlink_to(source)
     except OSError:  # another file system, or one without hard links
-        files.write(target, source.read_bytes())
+        files.write(target, files.read_own(source))

@@ -144,10 +144,11 @@ class Workspace:
 
     def tasks_sha256(self) -> str:
         """The digest of the task files and of the local data they name: other ones give other scores."""
-        texts = {path: path.read_bytes() for path in sorted(self.tasks.rglob("*")) if path.is_file()}
+        files.check_plain(self.tasks)
+        texts = {path: files.read_own(path) for path in sorted(self.tasks.rglob("*")) if path.is_file()}
         named = {name.decode() for text in texts.values() for name in re.findall(DATA_FILE, text)}
         data = [self.local(name) for name in sorted(named)]
-        contents = [*texts.values(), *(path.read_bytes() for path in data if path.is_file())]
+        contents = [*texts.values(), *(files.read_own(path) for path in data if path.exists())]
         return files.sha256(b"".join(files.sha256(content).encode() for content in contents))
 
     @property
