@@ -6,7 +6,8 @@ plain: errors, events, quiet, texts, paper, shamir, config, accounting, seclusio
     distillation_inputs, variants, subjects, model_card, checks, audited, audit_signatures, audit_chain, audit_files,
     audit_leaks, audit_secrets, audit_privacy
 with NumPy: secret_random, adapter_files, capture_files, vectors, aggregators, ring, keystreams, masking, reveals,
-    unmasking, uploads, sums, parcels, partition, budgets, evidence, statistics, drift, lora_settings, any_adapter, audit_layout,
+    unmasking, uploads, sums, parcels, partition, budgets, evidence, statistics, drift, lora_settings,
+    any_adapter, audit_layout,
     audit_numbers, audit_clients, audit_secagg
 the report's: findings, charts, curves, bars, figures, page
 with torch: losses, batches, adapters, quantization, sharding, models, exports, objective, dry_step, gate, shapes,
