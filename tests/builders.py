@@ -87,6 +87,13 @@ tasks = ["colours"]
 batch_size = 8
 """
 
+NO_NUMBERS = "learning_rate = 1e6\nweight_decay = 1.0"
+"""Settings of [client_training] with which the loss is NaN after four steps at the latest, on any processor.
+
+Decay alone takes each weight that is not zero to about minus 1e6 times itself in every step, and B's are not zero after
+the first: after four, the product of B and A is beyond float32, and a norm of infinities is no number.
+"""
+
 TASK = """
 task: colours
 dataset_path: json

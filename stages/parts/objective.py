@@ -127,6 +127,10 @@ class Objective(nn.Module):
         losses, self.last = {name: float(loss) for name, loss in self.last.items()}, {}
         return losses
 
+    def weighted(self, losses: Mapping[str, float], role: str) -> float:
+        """What one model is trained to lower, of these named losses."""
+        return sum(self._weights[name] * loss for name, loss in losses.items() if name.startswith(role))
+
     @torch.no_grad()
     def measure(self, examples: Sequence[Example], rows: int, *, most: int = LOSS_SAMPLE) -> dict[str, float]:
         """The named losses without dropout, per token, over an even sample of at most so many examples."""

@@ -40,7 +40,7 @@ from stages.parts.models import Tuned, naming_memory_knobs
 from stages.parts.objective import Objective, Tokens
 from stages.parts.rows import Example
 from stages.parts.secret_random import SecretRandom
-from stages.parts.training import Outcome, Recipe, refuse_unless_finite, stopped_after
+from stages.parts.training import Outcome, Recipe, refuse_runaway, refuse_unless_finite, snapshot, stopped_after
 
 STATE = "state.pt"
 MEMORY_KNOBS = "set micro_batch = 1 in machine.toml, give --dtype bfloat16, or agree on a smaller max_length"
@@ -74,6 +74,7 @@ def train(
     started = time.monotonic()
     steps = recipe.budget.steps_for(len(examples))
     objective = Objective([slm], loss_of_examples, {"slm_ft": 1.0})
+    start = snapshot(objective)
     checkpoint = checkpoints.begin(folder, inputs, anew=overwrite, report=report)
     run = Run(objective, recipe, folder)
     if checkpoint:
@@ -105,6 +106,7 @@ def train(
                     raise KeyboardInterrupt(stopped_after(run.step, steps))
             after = objective.measure(examples, rows)
             refuse_unless_finite(after, "after the last step")
+            refuse_runaway(objective, start, "slm", "")  # whatever its loss, which no privacy covers
         except BadNumbers:
             shutil.rmtree(folder, ignore_errors=True)
             raise

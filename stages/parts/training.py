@@ -34,6 +34,15 @@ from stages.parts.schedule import MicroBatches, schedule
 from stages.parts.seclusion import shutting_out
 from stages.parts.trackers import UNTRACKED, Tracking
 
+LARGEST = 65504.0
+"""The largest weight of an adapter: float16's, since beyond it others would load infinity."""
+
+FARTHEST = 100.0
+"""How far one weight of an adapter may move in a stage while its model's loss rises.
+
+Weights of a fresh A are below 1 and those of B are 0; those of adapters that learned something stay of that size.
+"""
+
 STOP = "stop"
 """Summed over processes with a step's losses: how many of them were told to stop."""
 
@@ -96,8 +105,8 @@ def train(
     folder: checkpoints go here, and a run with equal inputs that was stopped goes on from them, unless overwrite says
     to begin anew; the caller removes it once the result is published. tracking: where else each step's losses go.
     processes: each does its share of every step's micro-batches, and all end with the same adapters and losses.
-    Raises BadNumbers if a loss becomes NaN, which removes the checkpoints too, or if memory runs out; KeyboardInterrupt
-    when SIGTERM or SIGUSR1 came, after the step that was being done and its checkpoint.
+    Raises BadNumbers if a loss becomes NaN or an adapter has run away, which removes the checkpoints too, or if memory
+    runs out; KeyboardInterrupt when SIGTERM or SIGUSR1 came, after the step that was being done and its checkpoint.
     """
     started = time.monotonic()
     steps = schedule(len(examples), recipe.budget, recipe.seed)
@@ -122,7 +131,7 @@ def train(
     buffers = [name for name, _ in objective.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen + buffers)  # type: ignore[no-untyped-call]
     with naming_memory_knobs(), shutting_out(own), trackers.named(tracking):
-        before = objective.measure(examples, rows)
+        before, start = objective.measure(examples, rows), snapshot(objective)
         trainer = _Trainer(
             processes,
             model=objective,
@@ -145,6 +154,9 @@ def train(
                 raise KeyboardInterrupt(stopped_after(trainer.state.global_step // recipe.turns, len(steps)))
             after = objective.measure(examples, rows)
             refuse_unless_finite(after, "after the last step")
+            for role in objective.models:
+                has_risen = objective.weighted(after, role) > objective.weighted(before, role)
+                refuse_runaway(objective, start, role, " while its loss rose" if has_risen else None)
         except BadNumbers:
             if processes.is_first:
                 shutil.rmtree(own, ignore_errors=True)
@@ -283,6 +295,29 @@ def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
         if not math.isfinite(loss):
             mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
             raise BadNumbers(f"{name} became {loss} {when}", mend=mend)
+
+
+def snapshot(objective: Objective) -> dict[str, torch.Tensor]:
+    """A copy of the adapters' tensors."""
+    return {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+
+
+def refuse_runaway(objective: Objective, start: Mapping[str, torch.Tensor], role: str, why: str | None) -> None:
+    """Raise BadNumbers for a weight of this model's adapter beyond LARGEST, or FARTHEST from its start if why is given.
+
+    Whether numbers of such a size come out finite is for a processor's rounding to say: they are no result.
+    """
+    mend = "lower the learning rate: the weights of an adapter that learned something stay below 1 or little above"
+    for name, tensor in objective.state_dict().items():
+        if not name.startswith(f"models.{role}."):
+            continue
+        moved, largest = float((tensor - start[name]).abs().max()), float(tensor.abs().max())
+        if why is not None and not moved <= FARTHEST:
+            message = f"the {role.upper()}'s adapter has moved a weight by {moved:.3g}{why}: more than {FARTHEST:g}"
+            raise BadNumbers(f"{message} is no result of training", mend=mend)
+        if not largest <= LARGEST:
+            message = f"the {role.upper()}'s adapter has a weight of {largest:.3g}; float16 ends at {LARGEST:g}"
+            raise BadNumbers(message, mend=mend)
 
 
 def _steps(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

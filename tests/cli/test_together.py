@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from builders import Outcome, drafts, edit, published, sign
+from builders import NO_NUMBERS, Outcome, drafts, edit, published, sign
 from fedcollm_cli.launched import launched
 from processes import Command, start, start_together
 from stages.parts.errors import UsageProblem
@@ -155,7 +155,7 @@ def test_a_problem_is_told_once_and_ends_all_with_its_exit_code(finished: Path, 
     assert (codes, said.count("error: ")) == ([3, 3], 1), said
 
     wild = without(finished, tmp_path / "wild", "client-train")
-    edit(wild / "fedcollm.toml", "learning_rate = 1e-2\n\n[distill", "learning_rate = 1e6\n\n[distill")
+    edit(wild / "fedcollm.toml", "learning_rate = 1e-2\n\n[distill", f"{NO_NUMBERS}\n\n[distill")
     for name in ("broadcast", "client-1", "client-3"):
         shutil.rmtree(wild / "exchange/round-0001" / name)
     assert start("broadcast", "--round", 1, "-w", wild).end()[0] == 0

@@ -181,9 +181,9 @@ class Run:
                 raise KeyboardInterrupt
             changed.get("after_step", lambda _: None)(event.step)
 
-        learning_rate = changed.get("learning_rate", 0.01)
+        learning_rate, decay = changed.get("learning_rate", 0.01), changed.get("weight_decay", 0.1)
         recipe = Recipe(
-            budget=ClientTraining(steps=STEPS, batch_size=changed.get("batch_size", 6), weight_decay=0.1),
+            budget=ClientTraining(steps=STEPS, batch_size=changed.get("batch_size", 6), weight_decay=decay),
             learning_rates={"slm": learning_rate},
             clips={"slm": None},
             warmup_steps=changed.get("warmup_steps", 0),
@@ -313,4 +313,10 @@ def test_a_checkpoint_holds_no_state_of_any_generator(tmp_path: Path) -> None:
 def test_a_loss_that_breaks_ends_the_run_and_its_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(BadNumbers, match="slm_ft became"):
         Run(tmp_path / "work", learning_rate=1e30, noise=1.0, clip=1.0)
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_adapter_that_ran_away_is_no_result_whatever_its_loss(tmp_path: Path) -> None:
+    with pytest.raises(BadNumbers, match="adapter has moved a weight by"):
+        Run(tmp_path / "work", learning_rate=300.0, weight_decay=0.0, noise=1.0, clip=1.0)
     assert not (tmp_path / "work").exists()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from stages.parts.models import Tuned
 from stages.parts.objective import Objective, mutual_losses
 from stages.parts.rows import Example
 from stages.parts.schedule import schedule
-from stages.parts.training import Outcome, Recipe, train
+from stages.parts.training import FARTHEST, Outcome, Recipe, refuse_runaway, snapshot, train
 
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2), (2, 2)])
 UNLABELLED = [Example(row.input_ids, len(row.input_ids)) for row in ROWS]
@@ -287,3 +290,49 @@ def test_a_loss_that_is_no_number_stops_training_by_name(do: Callable[..., Outco
     with pytest.raises(BadNumbers, match=rf"slm_\w\w became (nan|inf) {when}") as caught:
         do(fresh_pair(), plan)
     assert "learning rate" in str(caught.value.mend)
+
+
+@pytest.mark.parametrize("role", ["slm", "llm"])
+@pytest.mark.parametrize("change", [1.0, -1.0])
+def test_an_adapter_that_ran_away_while_its_loss_rose_is_no_result(
+    do: Callable[..., Outcome], tmp_path: Path, role: str, change: float
+) -> None:
+    rising = itertools.count()
+
+    def losses(logits: Any, labels: Tensor, tokens: Any) -> dict[str, Tensor]:
+        """Losses that rise, or fall, by far more than what is learned."""
+        number = change * 1e6 * next(rising)
+        return {name: loss + number for name, loss in true(logits, labels, tokens).items()}
+
+    true = mutual_losses(Distillation(steps=1))
+    objective = Objective(fresh_pair(), losses, dict.fromkeys(["slm_ft", "slm_kd", "llm_ft", "llm_kd"], 1.0))
+    rates = {"slm": RATE, "llm": RATE} | {role: 3 * FARTHEST}  # AdamW's first step is as long as the rate
+    if change < 0:
+        do(objective, recipe(learning_rates=rates))
+        return
+    with pytest.raises(BadNumbers, match=f"the {role.upper()}'s adapter has moved a weight by 3") as caught:
+        do(objective, recipe(learning_rates=rates), folder=tmp_path / "work")
+    assert "lower the learning rate" in str(caught.value.mend)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("weight", "why", "told"),
+    [
+        (-99.0, " while its loss rose", None),
+        (-101.0, " while its loss rose", "moved a weight by 101 while its loss rose: more than 100"),
+        (65504.0, None, None),
+        (-65505.0, None, "has a weight of 6.55e+04; float16 ends at 65504"),
+        (math.nan, None, "has a weight of nan"),
+        (math.inf, None, "has a weight of inf"),
+    ],
+)
+def test_how_far_an_adapter_may_go(weight: float, why: str | None, told: str | None) -> None:
+    objective = objective_of(fresh_pair())
+    for parameter in objective.parameters():
+        parameter.data.zero_()
+    start = snapshot(objective)
+    objective.adapter_parameters("llm")[-1].data.view(-1)[-1] = weight
+    refuse_runaway(objective, start, "slm", why)
+    with pytest.raises(BadNumbers, match=re.escape(told)) if told else contextlib.nullcontext():
+        refuse_runaway(objective, start, "llm", why)

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builders import Outcome, edit, published, rows, write_rows
+from builders import NO_NUMBERS, Outcome, edit, published, rows, write_rows
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.parts.events import Event
@@ -95,16 +95,19 @@ def test_the_update_moved_from_the_broadcast_by_the_norm_that_it_states(finished
 
 
 @pytest.mark.parametrize(
-    ("rate", "told"),
+    ("settings", "told"),
     [
-        ("1e-46", "the trained adapter's B is all zero: it changes nothing"),  # less than float32 can hold
-        ("1e6", "slm_ft became nan"),
+        (
+            "learning_rate = 1e-46",
+            "the trained adapter's B is all zero: it changes nothing",
+        ),  # less than float32 can hold
+        (NO_NUMBERS, "slm_ft became nan"),
     ],
 )
 def test_an_adapter_that_learned_nothing_or_broke_is_not_published(
-    rate: str, told: str, workspace_folder: Path, fedcollm: Callable[..., Outcome]
+    settings: str, told: str, workspace_folder: Path, fedcollm: Callable[..., Outcome]
 ) -> None:
-    edit(workspace_folder / "fedcollm.toml", "\nlearning_rate = 1e-2", f"\nlearning_rate = {rate}")
+    edit(workspace_folder / "fedcollm.toml", "\nlearning_rate = 1e-2", f"\n{settings}")
     assert fedcollm("broadcast", "--round", 1, "-w", workspace_folder).code == 0
     before = published(workspace_folder)
     outcome = fedcollm("client-train", "--round", 1, "--client", 1, "-w", workspace_folder)
@@ -116,7 +119,11 @@ def test_an_adapter_that_learned_nothing_or_broke_is_not_published(
 
 
 def test_a_loss_that_rose_is_warned_of(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
-    edit(workspace_folder / "fedcollm.toml", "\nlearning_rate = 1e-2", "\nlearning_rate = 10.0")
+    # One step much too long: the loss goes from 3.45 to 3.64, and no rounding adds up over steps to change that.
+    edit(workspace_folder / "fedcollm.toml", "\nlearning_rate = 1e-2", "\nlearning_rate = 1.0")
+    edit(workspace_folder / "fedcollm.toml", "steps = 6\nbatch_size = 4", "steps = 1\nbatch_size = 1")
+    data = [row | {"completion": " blue" if i else " red"} for i, row in enumerate(rows(12))]
+    write_rows(workspace_folder / "private/client-1/train.jsonl", data)
     assert fedcollm("broadcast", "--round", 1, "-w", workspace_folder).code == 0
     outcome = fedcollm("client-train", "--round", 1, "--client", 1, "-w", workspace_folder)
     assert outcome.code == 0

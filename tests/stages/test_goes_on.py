@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import Outcome, edit
+from builders import NO_NUMBERS, Outcome, edit
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
@@ -67,7 +67,7 @@ def test_status_sees_that_a_folder_is_of_another_client(finished: Path) -> None:
 
 def test_checkpoints_are_gone_when_a_loss_became_nan_so_that_the_mend_works(workspace_folder: Path) -> None:
     (workspace_folder / "machine.toml").write_text("checkpoint_steps = 1\n")
-    edit(workspace_folder / "fedcollm.toml", "learning_rate = 1e-2\n\n[distill", "learning_rate = 1e6\n\n[distill")
+    edit(workspace_folder / "fedcollm.toml", "learning_rate = 1e-2\n\n[distill", f"{NO_NUMBERS}\n\n[distill")
     workspace = Workspace(workspace_folder)
     broadcast(workspace, round=1)
     with pytest.raises(BadNumbers, match="became"):
