@@ -22,7 +22,7 @@ from fedcollm_cli.session import (
     WorkspaceOption,
     session,
 )
-from stages.parts.errors import UsageProblem
+from stages.parts.errors import NOTHING_LEFT_EXIT_CODE, UsageProblem
 from stages.parts.manifest import Manifest
 
 
@@ -316,8 +316,9 @@ def next(
     """Do whatever is the next step of a party.
 
     For cron and job scripts: one call takes one step, reads and writes what that step does, and prints its command.
-    Where nothing can be done yet it says whom it waits for, with exit code 3. What a person must decide, to join a
-    roster or to replace something, it leaves to them. Without --client and --server: of any party with data here.
+    Where nothing can be done yet it says whom it waits for, with exit code 3; where nothing is left to do, 9.
+    What a person must decide, to join a roster or to replace something, it leaves to them.
+    Without --client and --server: of any party with data here.
 
     Example: fedcollm next --client 2
     """
@@ -329,6 +330,8 @@ def next(
         party = "server" if server else None if client is None else f"client-{opened.workspace.check_client(client)}"
         done = stage(opened.workspace, party=party, report=opened.console.report)
         opened.console.result({"command": done}, done or "nothing is left to do")
+    if not done:
+        raise typer.Exit(NOTHING_LEFT_EXIT_CODE)
 
 
 def status(

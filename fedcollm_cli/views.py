@@ -93,6 +93,8 @@ def status(found: Status, workspace: Path | None) -> str:
     if len(begun) < len(found.rounds):
         first, last = len(begun) + 1, len(found.rounds)
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
+    if found.edited:
+        lines.append(found.edited)
     if found.next_command:
         lines.append(f"next: {with_workspace(found.next_command, workspace)}")
     elif found.waiting_for:

@@ -21,7 +21,7 @@ from stages.parts import files
 from stages.parts.errors import NotReady
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import read_manifest
-from stages.parts.workspace import Workspace
+from stages.parts.workspace import AGREEMENT, Workspace
 from stages.prepare import prepare
 from stages.reveal import reveal
 from stages.status import status
@@ -46,6 +46,9 @@ def next(workspace: Workspace, *, party: str | None = None, report: Report = ign
     while another process takes the party's step: a cron job that is faster than its steps must not pile up.
     """
     found = status(workspace, party=party)
+    if found.edited:
+        mend = "undo the edit first; where all parties have agreed on it, `fedcollm status` names what begins anew"
+        raise NotReady(found.edited, where=workspace.root / AGREEMENT, mend=mend)
     if found.waiting_for:
         raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend="fedcollm status shows all of it")
     if not found.next_command:

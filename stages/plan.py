@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.parts import bases
 from stages.parts.config import ROLES, Budget, Distillation, Role
-from stages.parts.errors import NotReady, UsageProblem
-from stages.parts.rows import Extent, extent
+from stages.parts.errors import Damaged, NotReady, UsageProblem
+from stages.parts.rows import Extent, encode, extent, read_rows
 from stages.parts.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -134,8 +135,31 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
         _in_two_phases(here, auxiliary),
         _sent(here),
         _disk(here),
-        missing(workspace),
+        [*missing(workspace), *_refused_rows(here, tokenizer)],
     )
+
+
+def _refused_rows(here: _Here, tokenizer: Any) -> list[Missing]:
+    """The rows here that training would refuse: the first of each file."""
+    from stages.parts.missing import Missing
+
+    workspace, found = here.workspace, []
+    agreement = workspace.agreement
+    budgets: dict[Path, Budget] = {workspace.client_data(k): agreement.client_training for k in workspace.clients}
+    budgets[workspace.auxiliary_data] = agreement.distillation
+    for path, budget in budgets.items():
+        if tokenizer is None or not path.exists():
+            continue
+        is_auxiliary = path == workspace.auxiliary_data
+        context = _context(here) if is_auxiliary else here.shapes["slm"].context if "slm" in here.shapes else 1 << 30
+        rows = read_rows(path, unlabelled=is_auxiliary)[0]
+        limits = {"max_length": budget.max_length, "context": context}
+        try:
+            encode(rows, tokenizer, **limits, too_long=agreement.data.too_long, path=path)
+        except Damaged as problem:
+            what = f"rows that can be trained on: in {workspace.shown(path)}, {problem.message}"
+            found.append(Missing(what, problem.mend or ""))
+    return found
 
 
 # --- the stages

@@ -16,7 +16,7 @@ from stages.parts import files
 from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.rows import Row, read_rows, rows_bytes
-from stages.parts.workspace import AGREEMENT, Workspace, require
+from stages.parts.workspace import AGREEMENT, MACHINE, Workspace, require
 
 
 def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = ignore) -> dict[str, Any]:
@@ -27,6 +27,11 @@ def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = i
     """
     data = workspace.agreement.data
     report(Event("stage", "prepare"))
+    if workspace.machine.simulation is False:
+        message = "prepare deals public rows to all parties of a simulation; machine.toml says that this is none"
+        raise Refused(
+            message, where=workspace.root / MACHINE, mend="put the party's own rows in their place; see status"
+        )
     if bool(data.tasks) == bool(data.files):
         mend = "list lm-eval tasks or JSONL files there; parties with their own data skip prepare"
         raise UsageProblem(

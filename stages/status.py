@@ -10,10 +10,14 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.parts import files
 from stages.parts.config import threshold
+from stages.parts.manifest import read_manifest
 from stages.parts.progress import Reader, Round, Step, enrolment
 from stages.parts.vault import SERVER
-from stages.parts.workspace import Workspace
+from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace
+
+SIMULATES = "simulation = true in machine.toml, where one person plays all parties"
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,15 @@ class Status:
     rounds: list[Round]
     next_command: str
     waiting_for: str
+
+    @property
+    def edited(self) -> str:
+        """That the agreement is another than what is here was made under, and what to do first; empty if it is not."""
+        stale = [step for round in self.rounds for step in round.steps if AGREEMENT in step.changed]
+        if not stale:
+            return ""
+        count = "1 step" if len(stale) == 1 else f"{len(stale)} steps"
+        return f"{AGREEMENT} was edited after {count} had been made under it: undo the edit first, or agree on it anew"
 
 
 def status(workspace: Workspace, *, verify: bool = False, party: str | None = None) -> Status:
@@ -40,12 +53,10 @@ def _next(workspace: Workspace, rounds: list[Round], party: str | None) -> tuple
     """The first command that this machine, or the party, can give now; or, where there is none, what it waits for."""
     parties = [workspace.client_data(k) for k in workspace.clients] + [workspace.auxiliary_data]
     if not any(path.exists() for path in parties):
-        if workspace.agreement.data.tasks or workspace.agreement.data.files:
+        is_dealt = bool(workspace.agreement.data.tasks or workspace.agreement.data.files)
+        if is_dealt and workspace.is_simulation and party is None:
             return "fedcollm prepare", ""
-        return (
-            "",
-            "data: private/client-k/train.jsonl at client k, private/server/auxiliary.jsonl at the server",
-        )
+        return "", _rows_of(workspace, party) + (f", or {SIMULATES}" if is_dealt and party is None else "")
     if workspace.agreement.aggregation.is_secure:
         before = enrolment(workspace, party)
         if any(before):
@@ -60,9 +71,24 @@ def _next(workspace: Workspace, rounds: list[Round], party: str | None) -> tuple
             is_over = has_gone_on or (is_closed and step.name == step.party)
             if step.condition == "done" or not is_asked or (is_over and step.condition == "missing" and _is_sent(step)):
                 continue
-            waiting_for = _missing_before(workspace, round, step)
+            waiting_for = _missing_before(workspace, round, step) or _missing_rows(workspace, step)
             return ("", waiting_for) if waiting_for else (step.command, "")
     return _score(workspace, rounds) if party in (None, SERVER) else ("", "")
+
+
+def _rows_of(workspace: Workspace, party: str | None) -> str:
+    """Where a party's own rows belong; nobody else can bring them, and none are made up."""
+    if party is None:
+        return "data: private/client-k/train.jsonl at client k, private/server/auxiliary.jsonl at the server"
+    k = party.removeprefix("client-")
+    place = workspace.auxiliary_data if party == SERVER else workspace.client_data(int(k))
+    return f"data of {party}: JSONL rows of its own, in {workspace.shown(place)}"
+
+
+def _missing_rows(workspace: Workspace, step: Step) -> str:
+    """Of a client's training, the rows, where they are not here."""
+    is_training = step.name == step.party != SERVER
+    return "" if step.here or not is_training else _rows_of(workspace, step.party)
 
 
 def _is_sent(step: Step) -> bool:
@@ -102,11 +128,18 @@ def _missing_updates(workspace: Workspace, number: int, updates: list[Step]) -> 
 
 
 def _score(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:
-    last = rounds[-1].number
+    """The scores of what the last round left: missing where they are not there, or are another adapter's."""
+    agreement, last = workspace.agreement, rounds[-1].number
     ended = workspace.round_result(last)
-    if ended.exists() and not workspace.result(last, ended.name).exists():
-        return f"fedcollm evaluate --round {last} --model {ended.name}", ""
-    return "", ""
+    if not ended.exists() or not (agreement.evaluation.tasks or agreement.data.tasks):
+        return "", ""
+    command = f"fedcollm evaluate --round {last} --model {ended.name}"
+    result = workspace.result(last, ended.name)
+    if not result.exists():
+        return command, ""
+    found, adapter = files.read_json(result)[0], read_manifest(ended)[0].files[ADAPTER_WEIGHTS].sha256
+    is_its = (found.get("adapter_sha256"), found.get("agreement_sha256")) == (adapter, workspace.agreement_sha256)
+    return ("" if is_its and found.get("tasks") else f"{command} --overwrite"), ""
 
 
 def with_workspace(command: str, folder: Path | None) -> str:

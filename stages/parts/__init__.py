@@ -2,13 +2,11 @@
 
 plain: errors, events, quiet, texts, paper, shamir, config, accounting, seclusion, files, turns, checkpoints,
     processes, one_time, workspace, bundles, vault, signatures, roster, manifest, spending, openings, progress, chain,
-    ledger, bases, rows,
-    distillation_inputs, variants, subjects, model_card, checks, audited, audit_signatures, audit_chain, audit_files,
-    audit_leaks, audit_secrets, audit_privacy
+    ledger, bases, rows, distillation_inputs, variants, subjects, model_card, checks, audited, audit_signatures,
+    audit_chain, audit_files, audit_leaks, audit_secrets, audit_privacy
 with NumPy: secret_random, adapter_files, capture_files, vectors, aggregators, ring, keystreams, masking, reveals,
-    unmasking, uploads, sums, parcels, partition, budgets, evidence, statistics, drift, lora_settings,
-    any_adapter, audit_layout,
-    audit_numbers, audit_clients, audit_secagg
+    unmasking, uploads, sums, parcels, partition, budgets, evidence, statistics, drift, lora_settings, any_adapter,
+    audit_layout, audit_numbers, audit_clients, audit_secagg
 the report's: findings, charts, curves, bars, figures, page
 with torch: losses, batches, adapters, quantization, sharding, models, exports, objective, dry_step, gate, shapes,
     memory, trackers, schedule, training, distillation, captures, two_phases, private_training

@@ -306,6 +306,7 @@ class Machine(Settings):
     checkpoint_steps: Positive = 100
     processes: Positive | None = None
     sharding: list[Role] = []
+    simulation: bool | None = None
     home: str | None = None
     secrets: str | None = None
     trackers: list[Tracker] = []

@@ -64,5 +64,7 @@ class StorageProblem(Problem):
     exit_code = 8
 
 
+NOTHING_LEFT_EXIT_CODE = 9
+"""`next`: the party's part is done, so that whatever calls it again and again can end."""
 INTERRUPTED_EXIT_CODE = 75
 """Ctrl-C, SIGTERM or SIGUSR1: nothing is half written and the same command resumes (EX_TEMPFAIL)."""

@@ -36,7 +36,7 @@ LONGEST_PATTERN, MOST_REPEATS = 256, 4
 
 
 def not_understood(config: Mapping[str, Any]) -> list[str]:
-    """What of a configuration is not understood, so that what the adapter adds is not known without PEFT and the base."""
+    """What of a configuration is not understood, so that what the adapter adds is not known."""
     found = [f"{key} = {_brief(value)}" for key, value in sorted(config.items()) if key not in UNDERSTOOD and value]
     if config.get("use_dora"):
         found = [one for one in found if not one.startswith("use_dora")]

@@ -55,8 +55,9 @@ def _data(workspace: Workspace) -> list[Missing]:
     if any(path.exists() for path in parties):
         return []
     data = workspace.agreement.data
-    if not (data.tasks or data.files):
-        mend = f"put JSONL rows into {workspace.shown(parties[1])} and so on, or name tasks in [data] of {AGREEMENT}"
+    if not (data.tasks or data.files) or not workspace.is_simulation:
+        simulates = ", or set simulation = true in machine.toml where one person plays all parties"
+        mend = f"put JSONL rows into {workspace.shown(parties[1])} and so on{simulates}"
         return [Missing("training data", mend)]
     absent = [name for name in data.files if not workspace.local(name).exists()]
     if absent:

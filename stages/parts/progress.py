@@ -28,7 +28,8 @@ class Step:
 
     "missing" with a reason: a part of it is there, such as what is still being copied.
 
-    party: who makes it, "server" or "client-2". here: whether that party is on this machine.
+    party: who makes it, "server" or "client-2". here: whether that party is on this machine. changed: what
+    it was made from and is another now.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Step:
     here: bool
     sha256: str = ""
     party: str = SERVER
+    changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,9 @@ class Reader:
         if self._roster and manifest.federation_sha256 != self._roster:
             changed.append("roster")
         if changed:
-            return Step(name, "stale", f"made from another {', '.join(changed)}", again, here, digest, party)
+            return Step(
+                name, "stale", f"made from another {', '.join(changed)}", again, here, digest, party, tuple(changed)
+            )
         return Step(name, "done", "", command, here, digest, party)
 
     def _read(self, folder: Path) -> tuple[Manifest, str]:

@@ -161,6 +161,12 @@ class Workspace:
         """What `prepare` did: sources, rows and labels per party."""
         return self.private / "split.json"
 
+    @property
+    def is_simulation(self) -> bool:
+        """Whether one person plays all parties here, as machine.toml says, or as `prepare` was once told by hand."""
+        said = self.machine.simulation
+        return self.split.exists() if said is None else said
+
     def client_data(self, client: int) -> Path:
         """D^k."""
         return self.private / f"client-{client}" / "train.jsonl"

@@ -76,7 +76,7 @@ class Federation:
         self.codes.add(outcome.code)
         self.said.append(outcome.out + outcome.err)
         if not told.next_command:
-            expected = (3, "waiting for") if told.waiting_for else (0, "nothing is left to do")
+            expected = (3, "waiting for") if told.waiting_for else (9, "nothing is left to do")
             assert outcome.code == expected[0], outcome.err
             assert expected[1] in outcome.out + outcome.err
             return False

@@ -51,6 +51,8 @@ def test_on_one_machine_next_goes_from_an_empty_secure_workspace_to_the_end(tmp_
     toml = folder / "fedcollm.toml"
     toml.write_text(f'{agreement(rounds=1)}\n[data]\ntasks = ["colours"]\n')
     shutil.rmtree(folder / "private")
+    machine = folder / "machine.toml"
+    machine.write_text(f"simulation = true\n{machine.read_text() if machine.exists() else ''}")
     assert all_steps(folder) == [
         "prepare",
         *(f"keys --client {k}" for k in CLIENTS),
@@ -102,7 +104,57 @@ def test_a_refusal_of_the_step_itself_is_told_as_it_is(enrolled: Path) -> None:
 def test_everything_done_is_no_error(summed: Path, fedcollm: Callable[..., Outcome]) -> None:
     run(Workspace(summed))
     outcome = fedcollm("next", "--json", "-w", summed)
-    assert (outcome.code, outcome.out) == (0, '{\n  "command": ""\n}\n')
+    assert (outcome.code, outcome.out) == (9, '{\n  "command": ""\n}\n')
     assert fedcollm("next", "-w", summed).out == "nothing is left to do\n"
     for client in CLIENTS:
-        assert fedcollm("next", "--client", client, "-w", summed).out == "nothing is left to do\n"
+        outcome = fedcollm("next", "--client", client, "-w", summed)
+        assert (outcome.code, outcome.out) == (9, "nothing is left to do\n")
+
+
+@pytest.mark.parametrize("setting", ["", "simulation = false\n", "simulation = true\n"])
+def test_a_party_without_rows_never_makes_them_up(
+    setting: str, workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    toml.write_text(toml.read_text() + '\n[data]\ntasks = ["colours"]\n')
+    (workspace_folder / "machine.toml").write_text(setting)
+    step(Workspace(workspace_folder), party="server")
+    shutil.rmtree(workspace_folder / "private")
+    asked = ["--client 2", "--server"] if "true" in setting else ["--client 2", "--server", ""]
+    for words in asked:
+        outcome = fedcollm("next", *words.split(), "-w", workspace_folder)
+        assert outcome.code == 3
+        assert ("client-2/train.jsonl" if "2" in words else "server/auxiliary.jsonl") in outcome.err
+    assert not (workspace_folder / "private").exists()
+    for command in ("status", "plan"):
+        assert ("fedcollm prepare" in fedcollm(command, "-w", workspace_folder).out) == ("true" in setting)
+    assert fedcollm("prepare", "-w", workspace_folder).code == (5 if "false" in setting else 0)
+
+
+def test_a_party_waits_for_its_own_rows_where_anothers_are(enrolled: Path) -> None:
+    step(Workspace(enrolled), party="server")
+    (enrolled / "private/client-2/train.jsonl").unlink()
+    with pytest.raises(NotReady, match="waiting for data of client-2: JSONL rows of its own, in private/client-2/"):
+        step(Workspace(enrolled), party="client-2")
+
+
+def test_after_an_edit_of_the_agreement_the_edit_is_undone_first(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    before = published(finished)
+    edit(finished / "fedcollm.toml", "seed = 7", "seed = 8")
+    outcome = fedcollm("next", "-w", finished)
+    assert outcome.code == 3
+    assert "fedcollm.toml was edited after 14 steps had been made under it: undo the edit first" in outcome.err
+    assert "undo the edit first" in fedcollm("status", "-w", finished).out
+    assert published(finished) == before
+
+
+def test_a_score_of_another_adapter_is_missing(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    assert all_steps(workspace_folder)[-1] == "evaluate --round 2 --model slm"
+    result = workspace_folder / "results/round-0002/slm.json"
+    edit(result, '"adapter_sha256": "', '"adapter_sha256": "0')
+    again = "fedcollm evaluate --round 2 --model slm --overwrite"
+    assert status(Workspace(workspace_folder)).next_command == again
+    result.unlink()
+    assert status(Workspace(workspace_folder)).next_command == again.removesuffix(" --overwrite")

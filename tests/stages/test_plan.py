@@ -241,3 +241,15 @@ def test_private_training_counts_a_gradient_of_each_row(workspace_folder: Path) 
     added = {part: size for part, size in stage.memory.items() if part not in before}
     assert added == {"each row's gradient": 4 * before["gradients"], "their sum": before["gradients"]}
     assert stage.batch == 4
+
+
+def test_a_row_that_training_will_refuse_is_among_what_is_missing(workspace_folder: Path) -> None:
+    path = workspace_folder / "private/client-2/train.jsonl"
+    content = path.read_text()
+    path.write_text(content + '{"prompt": "' + "red " * 64 + '", "completion": " red"}\n')
+    [found] = [one for one in plan(Workspace(workspace_folder)).missing if "client-2" in one.what]
+    line = len(content.splitlines()) + 1
+    assert f"line {line} of train.jsonl has 65 tokens; max_length is 512, the model's context 64" in found.what
+    assert 'data.too_long = "skip"' in found.mend
+    path.write_text(content)
+    assert plan(Workspace(workspace_folder)).missing == []

@@ -23,8 +23,8 @@ def conditions(folder: Path, round: int, *, verify: bool = False) -> dict[str, s
 
 def test_a_finished_workspace_is_done_and_a_fresh_one_missing(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
     assert conditions(finished, 2) == dict.fromkeys(STEPS, "done")
-    (finished / "results/round-0002").mkdir(parents=True)
-    (finished / "results/round-0002/slm.json").write_text("{}")
+    assert "next: fedcollm evaluate --round 2 --model slm" in fedcollm("status", "-w", finished).out
+    assert fedcollm("evaluate", "--round", 2, "--model", "slm", "-w", finished).code == 0
     assert "everything is done" in fedcollm("status", "-w", finished).out
     shutil.rmtree(finished / "exchange")
     shutil.rmtree(finished / "private/server/round-0001")
@@ -81,6 +81,7 @@ def test_the_next_command_is_right_all_the_way_from_an_empty_workspace_to_the_en
     shutil.rmtree(workspace_folder / "private")
     toml = workspace_folder / "fedcollm.toml"
     toml.write_text(toml.read_text() + '\n[data]\ntasks = ["colours"]\n')
+    (workspace_folder / "machine.toml").write_text("simulation = true\n")
     folder = workspace_folder.rename(tmp_path / "a study")  # what is printed can be pasted, spaces and all
     given = []
     while "next: " in (said := fedcollm("status", "-w", folder).out):
