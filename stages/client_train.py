@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.parts import files, openings, spending, turns
+from stages.parts import files, openings, said, spending, turns
 from stages.parts.errors import BadNumbers, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import (
@@ -67,10 +67,15 @@ def client_train(
     rows, data_sha256 = read_rows(data)
     warn_of_unspaced(rows, report)
     theta = _start(workspace, client, round)
-    openings.accept(workspace, theta, client, report)
     is_secure = workspace.agreement.aggregation.is_secure
     if is_secure:
+        said.check_known(workspace, client)
+    openings.accept(workspace, theta, client, report)
+    if is_secure:
         _check_may_mask(workspace, theta, client, rows, overwrite)
+    # What was masked for this opening and is damaged is sent again as it was, never trained or masked again.
+    sends_again = is_secure and overwrite and _is_masked(workspace, theta, client)
+    overwrite = overwrite and not sends_again
     target, log = workspace.client_adapter(round, client), workspace.log("client-train", round, client)
     parents = {theta.path.name: theta.sha256}
     again = overwrite
@@ -92,7 +97,7 @@ def client_train(
     lock = log.with_suffix(".lock")
     done = "already trained" if is_secure else "already done"
     trained = turns.take([target], lock, look=look, make=make, overwrite=overwrite, done=done, report=report)
-    return _mask(workspace, theta, client, again, report) if is_secure else trained
+    return _mask(workspace, theta, client, again or sends_again, report) if is_secure else trained
 
 
 def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: list[Row], overwrite: bool) -> None:
@@ -114,6 +119,12 @@ def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: li
         )
         mend = f"all parties agree on max_examples = {examples} or more, or on fewer steps"
         raise BadNumbers(message, where=workspace.client_data(client), mend=mend)
+
+
+def _is_masked(workspace: Workspace, theta: Artefact, client: int) -> bool:
+    from stages.parts import uploads
+
+    return uploads.is_made(workspace, theta, client)
 
 
 def _is_earlier(target: Path, theta: Artefact) -> bool:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from stages.parts import files, roster, signatures
 from stages.parts.errors import Refused
 from stages.parts.events import Event, Report, ignore
-from stages.parts.vault import Vault
+from stages.parts.vault import NOT_ENROLLED, Vault
 from stages.parts.vault import client as party_of
 from stages.parts.workspace import Workspace
 
@@ -59,6 +59,8 @@ def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Mad
     if public["agreement_sha256"] != workspace.agreement_sha256:
         mend = f"undo the edit of fedcollm.toml; or, for a new federation: fedcollm keys --client {client} --renew"
         raise Refused(f"client {client} has keys for another agreement", where=path, mend=mend)
+    if public["ed25519"] != vault.identity.public_key().public_bytes_raw().hex():
+        raise vault.damaged("identity.pem", NOT_ENROLLED)
     content = files.json_bytes(public)
     # The signature first, since what it signs counts from its arrival on.
     files.write(path.with_name(f"{path.name}.sig"), signatures.sign(content, "keys", vault.identity))

@@ -90,7 +90,9 @@ def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each party, and their secrets; all have joined."""
     world = tmp_path_factory.mktemp("enrolled") / "world"
     text = AGREEMENT.replace("clients = 3", f"clients = {len(CLIENTS)}")
-    text = text.replace("[evaluation]", '[aggregation]\nmode = "secure"\nmax_update_value = 1.0\n[evaluation]')
+    text = text.replace(
+        "[evaluation]", '[aggregation]\nmode = "secure"\nmin_clients = 4\nmax_update_value = 1.0\n[evaluation]'
+    )
     for party in (SERVER, *(f"client-{k}" for k in CLIENTS)):
         (world / party).mkdir(parents=True)
         (world / party / "fedcollm.toml").write_text(text)
@@ -159,6 +161,9 @@ class Protocol(RuleBasedStateMachine):
         self.closes: list[Close] = []
         self.revealed: dict[str, dict[int, np.ndarray]] = defaultdict(dict)  # by close, by client
         self.count = 0
+        self.sent: set[tuple[int, int]] = set()  # client, round
+        self.told: set[tuple[int, int]] = set()
+        self.restored: set[int] = set()
         self._patches = contextlib.ExitStack()
         self._patches.enter_context(mock.patch.object(client_train_module, "_train", train))
         self._patches.enter_context(mock.patch.object(files, "_sync"))  # no power fails here
@@ -300,6 +305,32 @@ class Protocol(RuleBasedStateMachine):
 
     # --- the clients
 
+    @rule(round=st.sampled_from(ROUNDS), clients=SOME, what=st.sampled_from(["client-{}", "reveal-{}"]))
+    def move(self, round: int, clients: set[int], what: str) -> None:
+        """What was sent is moved away, as rsync --remove-source-files does."""
+        for k in clients - self.restored:  # a restored client has nothing else to remember by
+            shutil.rmtree(self.at(k).exchange / f"round-{round:04d}" / what.format(k), ignore_errors=True)
+
+    @rule(clients=SOME)
+    def copy_keys(self, clients: set[int]) -> None:
+        """A backup is made of some clients' secrets."""
+        for k in clients:
+            shutil.rmtree(self.world / f"backup-{k}", ignore_errors=True)
+            shutil.copytree(Vault.need(self.at(k), f"client-{k}").root, self.world / f"backup-{k}")
+
+    @rule(clients=SOME)
+    def restore(self, clients: set[int]) -> None:
+        """It is put back, while all that was sent since lies in exchange/: such a client sends no more."""
+        for k in clients:
+            backup, root = self.world / f"backup-{k}", Vault.need(self.at(k), f"client-{k}").root
+            is_whole = all((self.at(k).client_update(r, k)).exists() for (c, r) in self.sent if c == k)
+            is_whole &= all((self.at(k).reveal(r, k)).exists() for (c, r) in self.told if c == k)
+            if backup.exists() and is_whole:
+                shutil.rmtree(root)
+                shutil.copytree(backup, root)
+                self.restored.add(k)
+                self.reached.add("a restored vault")
+
     @precondition(lambda self: self.thetas)
     @rule(round=st.sampled_from(ROUNDS), clients=MOST, crashing=SOME, overwrite=st.integers(0, 4))
     def client_train(self, round: int, clients: set[int], crashing: set[int], overwrite: int) -> None:
@@ -330,7 +361,7 @@ class Protocol(RuleBasedStateMachine):
         real = files.publish
 
         def dying(folder: Path, contents: dict[str, bytes], **how: Any) -> None:
-            if name in contents:
+            if name in contents and "exchange" in folder.relative_to(self.world).parts:
                 raise CrashError
             real(folder, contents, **how)
 
@@ -343,7 +374,6 @@ class Protocol(RuleBasedStateMachine):
         if place.exists():
             update = read_artefact(place)
             kept = openings.recall(Vault.need(self.at(client), f"client-{client}"), round)
-            assert kept is not None
             assert update.manifest.transcript is not None
             theta = next(t for t in self.thetas if _transcript(t) == update.manifest.transcript)
             clients = len(round_of(theta).clients)
@@ -351,17 +381,22 @@ class Protocol(RuleBasedStateMachine):
             y = read_array(update.contents[MASKED_UPDATE], place / MASKED_UPDATE, name="y", kind="U32", shape=(35,))
             sealed = read_array(update.contents[SEALED_SHARES], place / SEALED_SHARES, name="s", kind="U8", shape=shape)
             upload = Upload(client, round, update.manifest.transcript, update, y, sealed)
-            if upload.name not in self.uploads and kept.broadcast_sha256 == theta.sha256:
+            if upload.name not in self.uploads and kept and kept.broadcast_sha256 == theta.sha256:
                 assert kept.y_sha256 == upload.name
             if any(u.client == client and u.round == round for u in self._all() if u.name != upload.name):
                 self.reached.add("a second upload of a round")
+            assert upload.name in self.uploads or not any(
+                u.client == client and u.transcript == upload.transcript for u in self._all()
+            ), "masked twice for one opening"
             self.uploads[upload.name] = upload
+            self.sent.add((client, round))
 
     def _watch_reveal(self, client: int, round: int) -> None:
         place = self.at(client).reveal(round, client)
         if not place.exists():
             return
         sent = read_artefact(place)
+        self.told.add((client, round))
         close = next(c for c in self.closes if c.closed.sha256 == sent.manifest.parents["close"])
         self.revealed[close.closed.sha256][client] = reveals.open_reveal(
             sent.contents[SEALED_REVEAL],

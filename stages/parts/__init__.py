@@ -1,7 +1,7 @@
 """The nouns. Each part imports only parts that stand before it here.
 
 plain: errors, events, quiet, texts, paper, shamir, config, accounting, seclusion, files, turns, checkpoints,
-    processes, one_time, workspace, bundles, vault, signatures, roster, manifest, spending, openings, progress, chain,
+    processes, one_time, workspace, bundles, vault, signatures, roster, manifest, spending, openings, said, progress, chain,
     ledger, bases, rows, distillation_inputs, variants, subjects, model_card, checks, audited, audit_signatures,
     audit_chain, audit_files, audit_leaks, audit_secrets, audit_privacy
 with NumPy: secret_random, adapter_files, capture_files, vectors, aggregators, ring, keystreams, masking, reveals,

@@ -14,7 +14,7 @@ from stages.parts.checks import Check, Finding, number_of
 from stages.parts.config import threshold
 from stages.parts.errors import Problem
 from stages.parts.manifest import KEPT_OLD, Artefact, Manifest, Opening, inbox
-from stages.parts.openings import SMALLEST_ROUND, transcript_of
+from stages.parts.openings import transcript_of
 from stages.parts.vault import client as party_of
 from stages.parts.vectors import read_array
 from stages.parts.workspace import MANIFEST, MASKED_UPDATE, SEALED_SHARES
@@ -62,6 +62,9 @@ def rounds_of(scope: Scope, folders: list[Folder]) -> Iterator[Finding]:
             found = f"is opened with keys {opening.slot}, after keys {slot} were used"
             yield A9.fail(theta.shown, found, "keys that no round had")
         slot, before = max(slot, opening.slot), theta
+        if scope.members and len(opening.clients) < len(scope.members.clients):
+            few = f"is opened for {len(opening.clients)} of {len(scope.members.clients)} clients: {opening.clients}"
+            yield A9.warn(theta.shown, few, "all of the roster, unless --without was agreed on")
         yield from _round([one for one in ours if _said(one).round == round], theta, opening)
     yield A9.ok(f"{number_of(len(begins), 'round')}: transcripts, commitments, closes and reveals agree")
 
@@ -70,8 +73,9 @@ def _opening(theta: Folder, opening: Opening, scope: Scope, before: Folder | Non
     """Who may take part, how many must reveal, and what the round follows."""
     clients = opening.clients
     known = scope.members.clients if scope.members else clients
-    if clients != sorted(set(clients) & set(known)) or len(clients) < SMALLEST_ROUND:
-        yield A9.fail(theta.shown, f"is opened for clients {clients}", f"at least {SMALLEST_ROUND} of {known}")
+    least = scope.agreement.smallest_round if scope.agreement else threshold(len(known))
+    if clients != sorted(set(clients) & set(known)) or len(clients) < least:
+        yield A9.fail(theta.shown, f"is opened for clients {clients}", f"at least {least} of {known}")
     if opening.threshold != threshold(len(clients)):
         yield A9.fail(theta.shown, f"t={opening.threshold}", f"t={threshold(len(clients))}")
     if _said(theta).round == 1 and scope.members and opening.previous_sha256 != scope.members.sha256:

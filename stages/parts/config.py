@@ -211,6 +211,15 @@ class Agreement(Settings):
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
 
+    @property
+    def smallest_round(self) -> int:
+        """For how many clients a round of secure aggregation is opened at least: min_clients, else t of all."""
+        return self.aggregation.min_clients or threshold(self.federation.clients)
+
+    def quorum(self, opened: int) -> int:
+        """How many of those that a round of secure aggregation was opened for must be in its sum."""
+        return opened if self.aggregation.min_clients is None else self.smallest_round
+
     @model_validator(mode="after")
     def _quorum_is_reachable(self) -> Agreement:
         if (self.aggregation.min_clients or 1) > self.federation.clients:

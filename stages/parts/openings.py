@@ -14,16 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stages.parts import roster
 from stages.parts.config import threshold
 from stages.parts.errors import Damaged, Refused, UsageProblem
-from stages.parts.events import Report, ignore
+from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, Opening, check_belongs, read_artefact, read_manifest
 from stages.parts.one_time import transcript
 from stages.parts.roster import Roster
 from stages.parts.vault import LARGEST_JUMP, SERVER, Vault
 from stages.parts.vault import client as party_of
 from stages.parts.workspace import AGREEMENT, Workspace
-
-SMALLEST_ROUND = 3
-
 
 Hexadecimal = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
 
@@ -105,9 +102,9 @@ def _next_slot(workspace: Workspace, vault: Vault) -> int:
 def _opening(workspace: Workspace, round: int, members: Roster, slot: int, without: Collection[int]) -> Opening:
     clients = [client for client in members.clients if client not in without]
     unknown = sorted(set(without) - set(members.clients))
-    if unknown or len(clients) < SMALLEST_ROUND:
+    if unknown or len(clients) < workspace.agreement.smallest_round:
         message = f"there is no client {unknown[0]}" if unknown else f"only {len(clients)} clients would be left"
-        mend = f"leave at least {SMALLEST_ROUND} of clients {', '.join(map(str, members.clients))}"
+        mend = f"leave at least {workspace.agreement.smallest_round} of clients {', '.join(map(str, members.clients))}"
         raise UsageProblem(message, where=workspace.federation, mend=mend)
     prekeys = [members.prekeys(workspace, client) for client in clients]
     if slot >= min(map(len, prekeys)):
@@ -150,6 +147,17 @@ def accept(workspace: Workspace, theta: Artefact, client: int, report: Report = 
     vault = Vault.need(workspace, party_of(client))
     with vault.alone(report):
         _accept(workspace, theta, members, vault, client)
+    if opening := theta.manifest.opening:
+        vault.check_own(opening.slot, opening.prekeys[opening.clients.index(client)])
+        report(Event("note", f"round {theta.manifest.round} is opened for {said_of(opening, workspace)}"))
+
+
+def said_of(opening: Opening, workspace: Workspace) -> str:
+    """For how many of how many clients a round is opened, without whom, and how many will be in its sum."""
+    without = [k for k in workspace.clients if k not in opening.clients]
+    left_out = f", without client {', '.join(map(str, without))}" if without else ""
+    least = workspace.agreement.quorum(len(opening.clients))
+    return f"{len(opening.clients)} of {len(workspace.clients)} clients{left_out}; its sum is of {least} or more"
 
 
 def _accept(workspace: Workspace, theta: Artefact, members: Roster, vault: Vault, client: int) -> None:
@@ -167,6 +175,8 @@ def _accept(workspace: Workspace, theta: Artefact, members: Roster, vault: Vault
     slot = opening.slot if opening else None
     if slot is not None:
         vault.check_slot(slot, farthest=_farthest(vault, round))
+    if opening:
+        vault.check_own(opening.slot, opening.prekeys[opening.clients.index(client)])
     remember(vault, round, Kept(attempt=theta.manifest.attempt, broadcast_sha256=theta.sha256, slot=slot))
 
 
@@ -217,10 +227,17 @@ def _check_opening(
         mend = f"copy exchange/round-{round - 1:04d}/broadcast here again; if it stays, {_ASK}"
         raise Refused(message, where=theta.path, mend=mend if round > 1 else _ASK)
     clients = opening.clients
-    if clients != sorted(set(clients) & set(members.clients)) or len(clients) < SMALLEST_ROUND:
+    if clients != sorted(set(clients) & set(members.clients)):
         raise Refused(
             f"round {round} is opened for {clients}, not for clients of the roster", where=theta.path, mend=_ASK
         )
+    least = workspace.agreement.smallest_round
+    if len(clients) < least:
+        message = (
+            f"round {round} is opened for {clients}, {len(clients)} of {len(members.clients)} clients; by the "
+            f"agreement it takes {least} or more: among few, those who work together see the update of the one left"
+        )
+        raise Refused(message, where=theta.path, mend=_ASK)
     if client not in clients:
         mend = "wait for the next round: the server opened this one --without you"
         raise Refused(f"round {round} was opened without client {client}", where=theta.path, mend=mend)

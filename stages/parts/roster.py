@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.parts import files, signatures
 from stages.parts.errors import Damaged, NotReady, Refused
-from stages.parts.vault import SERVER, Vault, client
+from stages.parts.vault import NOT_ENROLLED, SERVER, Vault, client
 from stages.parts.workspace import Workspace
 
 SUITE: Literal["fedcollm/secagg/1"] = "fedcollm/secagg/1"
@@ -128,7 +128,7 @@ def pinned(workspace: Workspace, party: str) -> Roster | None:
     """The roster that this party has pinned; None in plain mode where there are no keys.
 
     Raises NotReady if the federation has a roster, or needs one, that the party has not pinned yet; Refused if it is of
-    another agreement than fedcollm.toml is now.
+    another agreement than fedcollm.toml is now; Damaged if the party's own keys are not those that it names.
     """
     vault = Vault.find(workspace, party)
     content = vault.pinned if vault else None
@@ -149,7 +149,16 @@ def pinned(workspace: Workspace, party: str) -> Roster | None:
         )
         mend = "undo the edit; or agree anew: `keys --renew` at every client, `enroll --renew` at the server, `join`"
         raise Refused(message, where=workspace.root / "fedcollm.toml", mend=mend)
+    _check_own_keys(vault, roster)
     return roster
+
+
+def _check_own_keys(vault: Vault, roster: Roster) -> None:
+    """Raise Damaged unless the party's secret keys are those that the roster names: what they sign, others refuse."""
+    if vault.identity.public_key().public_bytes_raw() != roster.key_of(vault.party):
+        raise vault.damaged("identity.pem", NOT_ENROLLED)
+    if vault.party == SERVER and public_of(vault.box) != roster.federation.server.x25519:
+        raise vault.damaged("box.pem", NOT_ENROLLED)
 
 
 def anyones(workspace: Workspace) -> Roster | None:

@@ -180,9 +180,7 @@ def _check_update(workspace: Workspace, theta: Artefact, update: Artefact, clien
 
 def _check_quorum(workspace: Workspace, theta: Artefact, updates: dict[int, Artefact], report: Report) -> None:
     opening, round = opening_of(theta), theta.manifest.round
-    needed = max(workspace.agreement.aggregation.min_clients or 0, opening.threshold)
-    if workspace.agreement.aggregation.min_clients is None or needed > len(opening.clients):
-        needed = len(opening.clients)
+    needed = workspace.agreement.quorum(len(opening.clients))
     absent = [k for k in opening.clients if k not in updates]
     if len(updates) < needed:
         message = f"round {round} has {len(updates)} of the {needed} updates it needs; absent: client {_names(absent)}"

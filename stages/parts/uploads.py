@@ -7,14 +7,17 @@ of its own, and, for ever, the one list of survivors that it has revealed for.
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from stages.parts import masking, reveals, ring, roster
+from stages.parts import files, masking, reveals, ring, roster
 from stages.parts.adapter_files import layout_of, read_adapter
 from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import (
+    LEVELS,
     Artefact,
     Manifest,
     Masking,
@@ -23,13 +26,23 @@ from stages.parts.manifest import (
     inbox,
     publish,
     read_artefact,
+    spare_strangers,
 )
 from stages.parts.openings import Kept, recall, remember, transcript_of
+from stages.parts.said import check_known
 from stages.parts.shamir import SHARE_BYTES
 from stages.parts.vault import Vault
 from stages.parts.vault import client as party_of
 from stages.parts.vectors import array_bytes, read_array
-from stages.parts.workspace import MASKED_UPDATE, SEALED_REVEAL, SEALED_SHARES, Workspace, require
+from stages.parts.workspace import (
+    MANIFEST,
+    MASKED_UPDATE,
+    SEALED_REVEAL,
+    SEALED_SHARES,
+    SIGNATURE,
+    Workspace,
+    require,
+)
 
 
 def round_of(theta: Artefact) -> masking.Round:
@@ -60,6 +73,12 @@ def sent(workspace: Workspace, theta: Artefact, client: int) -> Manifest | None:
     return manifest if is_this and manifest.masking and manifest.masking.y_sha256 == kept.y_sha256 else None
 
 
+def is_made(workspace: Workspace, theta: Artefact, client: int) -> bool:
+    """Whether the client has masked its update of this opening of the round, be it still there or not."""
+    kept = recall(Vault.need(workspace, party_of(client)), theta.manifest.round)
+    return kept is not None and kept.broadcast_sha256 == theta.sha256 and kept.y_sha256 is not None
+
+
 def whole(workspace: Workspace, theta: Artefact, client: int) -> Manifest | None:
     """The same, and None for a damaged one."""
     try:
@@ -79,11 +98,13 @@ def send(
 ) -> Manifest:
     """Mask a trained adapter's change and publish it, once for every opening of a round. Returns its manifest.
 
-    overwrite: whether one that was sent and is damaged is replaced, by one with a new mask of its own.
+    overwrite: whether one that was sent and is damaged is replaced, by the same bytes.
     Publishes nothing and raises BadNumbers for a change beyond aggregation.max_update_value, or that is not finite;
-    Refused once the client has revealed for this round, or has taken another attempt at it.
+    Refused once the client has revealed for this round, or has taken another attempt at it, and where it has sent what
+    its vault does not know.
     """
     vault = Vault.need(workspace, party_of(client))
+    check_known(workspace, client)
     with vault.alone(report):
         if done := whole(workspace, theta, client) if overwrite else sent(workspace, theta, client):
             report(Event("note", "already sent"))
@@ -116,8 +137,10 @@ def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault
     except BadNumbers as problem:
         problem.where = trained.path
         raise
+    if kept and kept.y_sha256:
+        return _send_again(workspace, theta, kept, client)
     slot = opening_of(theta).slot
-    secret = vault.advance(slot, farthest=kept.slot if kept else None)  # which was looked at when it was taken
+    secret = _secret(vault, theta, client, farthest=kept.slot if kept else None)  # which was looked at then
     masked = masking.mask(values, keys, client=client, secret=secret)
     kept = Kept(
         attempt=theta.manifest.attempt,
@@ -127,9 +150,9 @@ def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault
         y_sha256=masked.y_sha256,
         own_shares=masked.own_shares.tobytes().hex(),
     )
-    remember(vault, round, kept)
-    return publish(
-        workspace.client_update(round, client),
+    # Made whole beside the adapter, remembered, then sent: whatever ends in between, the same is sent for ever.
+    publish(
+        workspace.masked_update(round, client),
         {MASKED_UPDATE: array_bytes("y", masked.y), SEALED_SHARES: array_bytes("s", masked.rows)},
         workspace,
         stage="client-train",
@@ -147,6 +170,39 @@ def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault
             commit_pairs={party_of(other): commitment for other, commitment in masked.commit_pairs.items()},
         ),
     )
+    remember(vault, round, kept)
+    return _send_again(workspace, theta, kept, client)
+
+
+def _send_again(workspace: Workspace, theta: Artefact, kept: Kept, client: int) -> Manifest:
+    """Send the masked update of this opening, byte for byte as it was made: a second one is never made."""
+    round = theta.manifest.round
+    target, own = workspace.client_update(round, client), workspace.masked_update(round, client)
+    try:
+        made = read_artefact(own)
+        signature = files.read(own / SIGNATURE, limit_bytes=files.LARGEST_JSON_BYTES)
+    except (Damaged, NotReady):
+        made = None
+    if made is None or made.manifest.masking is None or made.manifest.masking.y_sha256 != kept.y_sha256:
+        message = (
+            f"client {client} has masked its update of this opening of round {round} before, once and for all, and "
+            f"{workspace.shown(target)} is not here whole"
+        )
+        mend = (
+            f"fetch it back from where it was sent; or, on the server: fedcollm broadcast --round {round} --overwrite"
+        )
+        raise Refused(message, where=target, mend=mend)
+    whole = {**made.contents, MANIFEST: made.signed, SIGNATURE: signature}
+    files.publish(target, whole, levels=LEVELS - 1, spares=spare_strangers)
+    return made.manifest
+
+
+def _secret(vault: Vault, theta: Artefact, client: int, farthest: int | None = None) -> X25519PrivateKey:
+    """The client's one-time key of a round, which must be the one that the others know."""
+    opening = opening_of(theta)
+    vault.check_slot(opening.slot, farthest=farthest)
+    vault.check_own(opening.slot, opening.prekeys[opening.clients.index(client)])
+    return vault.advance(opening.slot, farthest=farthest)
 
 
 def reveal(workspace: Workspace, theta: Artefact, client: int, report: Report = ignore) -> Manifest:
@@ -156,9 +212,14 @@ def reveal(workspace: Workspace, theta: Artefact, client: int, report: Report = 
     has too few survivors, or is a second one.
     """
     round, vault = theta.manifest.round, Vault.need(workspace, party_of(client))
+    check_known(workspace, client)
     closed, survivors = _closed(workspace, theta, client)
     with vault.alone(report):
         sealed = _once(workspace, theta, closed, survivors, vault, client)
+        shutil.rmtree(workspace.masked_update(round, client), ignore_errors=True)  # the server has it
+        opened = len(opening_of(theta).clients)
+        words = f"round {round} is closed over {len(survivors)} of {opened} clients, {len(workspace.clients)} in all"
+        report(Event("note", words))
         return publish(
             workspace.reveal(round, client),
             {SEALED_REVEAL: sealed},
@@ -209,7 +270,15 @@ def _closed(workspace: Workspace, theta: Artefact, client: int) -> tuple[Artefac
     require(place, f"round {round} is not closed yet", mend)
     closed = read_artefact(place, only=[inbox(client)])
     check_belongs(closed, workspace, reader=party_of(client), stage="close", round=round)
-    return closed, survivors_of(closed, theta, client)
+    survivors = survivors_of(closed, theta, client)
+    least = workspace.agreement.quorum(len(opening_of(theta).clients))
+    if len(survivors) < least:
+        message = (
+            f"round {round} is closed over {len(survivors)} of {len(workspace.clients)} clients; by the agreement its "
+            f"sum is of {least} or more"
+        )
+        raise Refused(message, where=closed.path, mend=_ASK)
+    return closed, survivors
 
 
 _ASK = "reveal nothing, and ask the server; compare what other clients have"
@@ -249,7 +318,7 @@ def _sealed(
     vault: Vault,
     client: int,
 ) -> bytes:
-    keys, secret = round_of(theta), vault.advance(opening_of(theta).slot)
+    keys, secret = round_of(theta), _secret(vault, theta, client)
     path = closed.path / inbox(client)
     width = masking.sealed_row_bytes(len(keys.clients))
     shape = (len(survivors), width)

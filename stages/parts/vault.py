@@ -28,6 +28,7 @@ LARGEST_JUMP = 8
 """How many one-time keys may be passed over at once, so that a server cannot burn them."""
 
 LOCK = "lock"
+NOT_ENROLLED = "is not the one that it enrolled with: damaged, or of another party"
 
 SERVER: Literal["server"] = "server"
 
@@ -109,7 +110,14 @@ class Vault:
         lock.touch(mode=0o600)  # which vaults of an earlier version lack
         without = "set secrets in machine.toml to a folder on a file system with locks, and move the keys there"
         with files.held(lock, without=without, report=report):
+            self._erase_drafts()
             yield
+
+    def _erase_drafts(self) -> None:
+        """Erase what a process that was killed left of seeds and shares; nobody else writes these meanwhile."""
+        for draft in self.root.glob(".*.partial"):
+            if draft.name.startswith((".ratchet.json.", ".round-")):
+                draft.unlink(missing_ok=True)
 
     def prekeys(self, slots: int) -> list[str]:
         """The public one-time keys of the first so many slots, from the first secret on."""
@@ -142,6 +150,14 @@ class Vault:
             self.keep("ratchet", {"slot": slot, "seed": seed.hex()})
         return one_time.prekey(seed)
 
+    def check_own(self, slot: int, public: str) -> None:
+        """Raise Damaged unless the one-time key of a slot, where it is not gone yet, is the one that was published."""
+        now, seed = self._ratchet()
+        for _ in range(slot - now):
+            seed = one_time.next_seed(seed)
+        if slot >= now and one_time.prekey(seed).public_key().public_bytes_raw().hex() != public:
+            raise self.damaged("ratchet.json", NOT_ENROLLED)
+
     def keep(self, name: str, value: dict[str, Any]) -> None:
         """Remember a JSON value, on disk when this returns."""
         self._keep(f"{name}.json", files.json_bytes(value))
@@ -164,10 +180,10 @@ class Vault:
         path = self.root / "federation.json"
         return files.read(path, limit_bytes=files.LARGEST_JSON_BYTES) if path.exists() else None
 
-    def damaged(self, name: str) -> Damaged:
-        """One of the party's secrets cannot be read."""
+    def damaged(self, name: str, how: str = "is damaged") -> Damaged:
+        """One of the party's secrets cannot be read, or is another."""
         mend = f"put it back from a copy; or, for a new federation: fedcollm {_maker(self.party)} --renew"
-        return Damaged(f"the secret {name} of {self.party} is damaged", where=self.root / name, mend=mend)
+        return Damaged(f"the secret {name} of {self.party} {how}", where=self.root / name, mend=mend)
 
     def _ratchet(self) -> tuple[int, bytes]:
         """The slot of the next one-time key, and the seed that it comes from."""

@@ -235,6 +235,10 @@ class Workspace:
             return self.private / f"client-{client}" / f"round-{round:04d}" / "slm"
         return self.client_update(round, client)
 
+    def masked_update(self, round: int, client: int) -> Path:
+        """Secure mode: what the client has masked, as it is sent and, until it has revealed, sent again."""
+        return self.private / f"client-{client}" / f"round-{round:04d}" / ".masked"
+
     def close(self, round: int) -> Path:
         """Secure mode: whose updates the server adds up, from the server to all clients."""
         return self._exchange(round) / "close"

@@ -267,6 +267,27 @@ def test_without_anybodys_keys_a_client_waits(opened: Path) -> None:
         accept(Workspace(opened), theta_of(opened), 2)
 
 
+def test_a_key_that_is_not_the_rosters_is_refused_before_it_signs(opened: Path) -> None:
+    identity = vault_of(opened, "client-2") / "identity.pem"
+    identity.write_bytes((vault_of(opened, "client-1") / "identity.pem").read_bytes())
+    with pytest.raises(Damaged, match=r"identity.pem of client-2 is not the one that it enrolled with"):
+        accept(Workspace(opened), theta_of(opened), 2)
+
+
+def test_a_servers_box_that_is_not_the_rosters_is_refused(enrolled: Path) -> None:
+    box = vault_of(enrolled, SERVER) / "box.pem"
+    box.write_bytes((vault_of(enrolled, "client-1") / "box.pem").read_bytes())
+    with pytest.raises(Damaged, match=r"box.pem of server is not the one that it enrolled with"):
+        broadcast(Workspace(enrolled), round=1)
+
+
+def test_a_seed_that_is_not_the_one_enrolled_is_refused_before_anything_is_trained(opened: Path) -> None:
+    path = vault_of(opened, "client-2") / "ratchet.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"seed": "00" + value["seed"][2:] if value["seed"][:2] != "00" else "11" * 32}))
+    assert "ratchet.json of client-2 is not the one" in refusal(opened, theta_of(opened)).message
+
+
 # --- left out
 
 
@@ -283,6 +304,30 @@ def four(folder: Path, top: Path) -> Path:
     shutil.copytree(folder / "private/client-1", folder / "private/client-4")
     enrol(Workspace(folder), (1, 2, 3, 4))
     return folder
+
+
+def test_a_round_for_fewer_than_was_agreed_is_refused_and_what_it_is_for_is_said(
+    enrolled: Path, tmp_path: Path
+) -> None:
+    """min_clients = 4 of four: three would be enough for t, and are not what the parties agreed on."""
+    toml = enrolled / "fedcollm.toml"
+    toml.write_text(toml.read_text().replace('mode = "secure"', 'mode = "secure"\nmin_clients = 4'))
+    toml.write_text(toml.read_text().replace("clients = 3", "clients = 4", 1))
+    folder = four(enrolled, tmp_path)
+    with pytest.raises(UsageProblem, match="only 3 clients would be left"):
+        broadcast(Workspace(folder), round=1, without=[4])
+    broadcast(Workspace(folder), round=1)
+    said: list[str] = []
+    accept(Workspace(folder), theta_of(folder), 2, lambda event: said.append(event.text))
+    assert said == ["round 1 is opened for 4 of 4 clients; its sum is of 4 or more"]
+
+    def few(manifest: dict[str, Any]) -> None:
+        keys = manifest["opening"]["prekeys"]
+        manifest["opening"].update(clients=[1, 2, 3], prekeys=keys[:3], threshold=3)
+
+    problem = refusal(folder, reopened(folder, few), client=3)
+    assert "round 1 is opened for [1, 2, 3], 3 of 4 clients; by the agreement it takes 4 or more" in problem.message
+    assert problem.exit_code == 5
 
 
 def test_a_client_that_is_left_out_is_told_so_and_the_choice_stays(enrolled: Path, tmp_path: Path) -> None:

@@ -260,3 +260,24 @@ def test_a_vault_shows_nothing_secret_of_itself(workspace: Workspace) -> None:
     seed = json.loads((vault.root / "ratchet.json").read_text())["seed"]
     assert seed not in repr(vault)
     assert vault.identity.private_bytes_raw().hex() not in repr((vault, vault.identity, vault.box))
+
+
+def test_what_a_killed_process_left_of_seeds_and_shares_is_erased_by_the_next(workspace: Workspace) -> None:
+    vault = Vault.make(workspace, "client-2")
+    left = [vault.root / f".{name}.12-ab.partial" for name in ("ratchet.json", "round-0001.json")]
+    for path in left:
+        path.write_text('{"slot": 0, "seed": "00"}')
+    with vault.alone():
+        assert not any(path.exists() for path in left)
+    assert (vault.kept("ratchet") or {})["slot"] == 0
+
+
+def test_a_one_time_key_is_held_against_the_one_that_was_published(workspace: Workspace) -> None:
+    vault = Vault.make(workspace, "client-2")
+    first, second = vault.prekeys(2)
+    vault.check_own(0, first)
+    vault.check_own(1, second)
+    with pytest.raises(Damaged, match=r"the secret ratchet.json of client-2 is not the one that it enrolled with"):
+        vault.check_own(0, second)
+    vault.advance(1)
+    vault.check_own(0, second)  # gone: nothing to hold it against

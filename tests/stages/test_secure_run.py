@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from builders import edit, rows, write_rows
-from federations import SECURE, agreement, copied, enrol, with_keys
+from federations import SECURE, agreement, copied, enrol, vault_of, with_keys
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
@@ -156,7 +156,7 @@ def test_a_client_with_more_examples_than_agreed_is_refused_before_it_trains(enr
 # --- quorum, and updates that are damaged
 
 
-def test_a_damaged_update_is_made_again_with_a_new_mask_and_the_round_ends(enrolled: Path) -> None:
+def test_a_damaged_update_is_sent_again_as_it_was_and_the_round_ends(enrolled: Path) -> None:
     workspace, place = Workspace(enrolled), enrolled / "exchange/round-0001/client-2"
     broadcast(workspace, round=1)
     for client in (1, 2, 3):
@@ -164,17 +164,58 @@ def test_a_damaged_update_is_made_again_with_a_new_mask_and_the_round_ends(enrol
     with pytest.raises(Refused, match=r"has sent its masked update .* which cannot be replaced") as caught:
         client_train(workspace, client=2, round=1, overwrite=True)
     assert caught.value.mend == "on the server, open the round again: fedcollm broadcast --round 1 --overwrite"
-    content = bytearray((place / "masked.safetensors").read_bytes())
+    sent = {path.name: path.read_bytes() for path in place.iterdir()}
+    content = bytearray(sent["masked.safetensors"])
     content[-1] ^= 1
     (place / "masked.safetensors").write_bytes(content)
     with pytest.raises(Damaged, match=r"masked.safetensors is not the file its manifest names") as damaged:
         client_train(workspace, client=2, round=1)
     assert "--overwrite" in (damaged.value.mend or "")
     client_train(workspace, client=2, round=1, overwrite=True)
-    assert (place / "masked.safetensors").read_bytes()[-16:] != content[-16:]
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == sent
     run(workspace, scores=False, rounds=range(1, 2))
     found, expected = mean_of(enrolled, [1, 1, 1])
     assert relative_error(found, expected) < 5e-6
+
+
+def test_an_update_that_was_moved_away_is_sent_again_byte_for_byte_or_not_at_all(enrolled: Path) -> None:
+    workspace, place = Workspace(enrolled), enrolled / "exchange/round-0001/client-2"
+    broadcast(workspace, round=1)
+    client_train(workspace, client=2, round=1)
+    sent = {path.name: path.read_bytes() for path in place.iterdir()}
+    for overwrite in (False, True):
+        shutil.rmtree(place)
+        client_train(workspace, client=2, round=1, overwrite=overwrite)
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == sent
+    shutil.rmtree(place)
+    shutil.rmtree(workspace.masked_update(1, 2))
+    with pytest.raises(Refused, match="has masked its update of this opening of round 1 before") as caught:
+        client_train(workspace, client=2, round=1)
+    assert "fetch it back" in (caught.value.mend or "")
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("sent", ["client-2", "reveal-2"])
+def test_keys_put_back_from_an_older_copy_send_and_reveal_nothing(sent: str, enrolled: Path, tmp_path: Path) -> None:
+    workspace, vault = Workspace(enrolled), vault_of(enrolled, "client-2")
+    broadcast(workspace, round=1)
+    if sent == "client-2":
+        shutil.copytree(vault, tmp_path / "older")
+    for client in (1, 2, 3):
+        client_train(workspace, client=client, round=1)
+    with pytest.raises(NotReady):
+        aggregate(workspace, round=1)
+    if sent == "reveal-2":
+        shutil.copytree(vault, tmp_path / "older")
+        reveal(workspace, client=2, round=1)
+    shutil.rmtree(vault)
+    shutil.copytree(tmp_path / "older", vault)
+    told = {path: path.read_bytes() for path in (enrolled / "exchange").rglob("*") if path.is_file()}
+    for command in (client_train, reveal):
+        with pytest.raises(Refused, match=rf"{sent} is client-2's own.* put back from an older copy") as caught:
+            command(workspace, client=2, round=1)
+        assert caught.value.exit_code == 5
+    assert {path: path.read_bytes() for path in (enrolled / "exchange").rglob("*") if path.is_file()} == told
 
 
 def test_what_a_client_remembers_is_changed_by_one_process_at_a_time(
