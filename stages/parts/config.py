@@ -334,8 +334,10 @@ S = TypeVar("S", bound=Settings)
 def parse(kind: type[S], text: bytes, path: Path) -> S:
     """The settings in a TOML file. Raises UsageProblem naming every mistake with its key, and the nearest known key."""
     try:
-        values = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(text.decode("utf-8-sig"))  # some editors begin with a byte order mark
+    except UnicodeDecodeError as error:
+        raise UsageProblem(f"not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
         raise UsageProblem(f"not valid TOML: {error}", where=path, mend="correct that line") from error
     try:
         return kind.model_validate(values)

@@ -16,8 +16,11 @@ from typing import Any, Literal, Protocol
 from stages.parts import files
 from stages.parts.errors import Damaged
 from stages.parts.events import Event, Report
+from stages.parts.texts import lines
 
 LARGEST_DATA_BYTES = 8 << 30
+MOST_LISTED = 20
+"""How many bad lines of a file one error tells."""
 
 
 @dataclass(frozen=True)
@@ -61,51 +64,88 @@ class Tokenizer(Protocol):
 
 
 def read_rows(path: Path, *, unlabelled: bool = False) -> tuple[list[Row], str]:
-    """The rows of a file and the sha256 of its bytes. Raises Damaged naming the first bad line, and its mend.
+    """The rows of a file and the sha256 of its bytes. Raises Damaged naming every bad line, and the mend.
 
     unlabelled: whether rows {"prompt": ...} may be among them.
     """
     content = files.read(path, limit_bytes=LARGEST_DATA_BYTES)
-    try:
-        # Not splitlines(): JSON text may hold U+2028, which is no end of a JSON line.
-        lines = content.decode().removesuffix("\n").split("\n") if content else []
-    except UnicodeDecodeError as error:
-        raise Damaged(f"{path.name} is not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
-    rows = [_row(line, number, path, unlabelled) for number, line in enumerate(lines, 1)]
+    rows: list[Row] = []
+    found: dict[int, str] = {}
+    for number, line in enumerate(_lines(content, path), 1):
+        try:
+            rows.append(_row(line, unlabelled))
+        except _BadRow as error:
+            found[number] = str(error)
+    if found:
+        raise _bad_lines(path, found, unlabelled)
     if not rows:
         raise Damaged(f"{path.name} is empty", where=path, mend='put rows {"prompt": ..., "completion": ...} in it')
     return rows, files.sha256(content)
 
 
-def _row(line: str, number: int, path: Path, unlabelled: bool) -> Row:
+def _lines(content: bytes, path: Path) -> list[str]:
+    """The text of a file as lines; a byte order mark before the first is passed over."""
+    if content.startswith(b"\x1f\x8b"):
+        mend = f"unpack it: gunzip -c {path.name} > rows.jsonl && mv rows.jsonl {path.name}"
+        raise Damaged(f"{path.name} is compressed with gzip", where=path, mend=mend)
+    try:
+        # Not splitlines(): JSON text may hold U+2028, which is no end of a JSON line.
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{path.name} is not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+class _BadRow(ValueError):
+    """What is wrong with one line."""
+
+
+def _bad_lines(path: Path, found: dict[int, str], unlabelled: bool) -> Damaged:
+    """The error about a file's bad lines: the first in full, some of the others, and how many there are."""
     expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
     expected += ', or {"prompt": "..."} alone' if unlabelled else ""
-    mend = f"correct line {number} of {path.name}"
+    (first, what), *others = found.items()
+    shown = [f"line {number}: {other}" for number, other in others[: MOST_LISTED - 1]]
+    if len(found) > MOST_LISTED:
+        shown.append(f"and {len(found) - MOST_LISTED} lines more")
+    message = lines([f"line {first} of {path.name}: {what}; {expected}", *shown], "\n  - ")
+    mend = f"correct line {first} of {path.name}" if not others else f"correct these {len(found)} lines of {path.name}"
+    return Damaged(message, where=f"{path}:{first}", mend=mend)
 
-    def bad(found: str) -> Damaged:
-        return Damaged(f"line {number} of {path.name}: {found}; {expected}", where=f"{path}:{number}", mend=mend)
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _BadRow(f"the key {twice[:80]!r} appears twice")
+    return value
+
+
+def _row(line: str, unlabelled: bool) -> Row:
     if not line.strip():
-        raise bad("an empty line")
+        raise _BadRow("an empty line")
     try:
-        value: Any = json.loads(line)
+        value: Any = json.loads(line, object_pairs_hook=_object)
+    except _BadRow:
+        raise
     except (ValueError, RecursionError) as error:
-        raise bad(f"not JSON ({error})") from None
+        raise _BadRow(f"not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise bad(f"a {type(value).__name__}")
+        raise _BadRow(f"a {type(value).__name__}")
     # Another key may be a completion with its name misspelt.
     is_unlabelled = unlabelled and value.keys() <= {"prompt", "label", "source"}
     for key in ("prompt",) if is_unlabelled else ("prompt", "completion"):
         if key not in value:
-            raise bad(f"no {key}")
+            raise _BadRow(f"no {key}")
         if not isinstance(value[key], str) or not value[key].strip():
-            raise bad(f"{key} is not text, or is empty")
+            raise _BadRow(f"{key} is not text, or is empty")
         try:
             value[key].encode()
         except UnicodeEncodeError:
-            raise bad(f"{key} holds half a character, a surrogate without its other") from None
-    label, source = value.get("label", ""), value.get("source", "")
-    return Row(value["prompt"], value.get("completion"), str(label), str(source))
+            raise _BadRow(f"{key} holds half a character, a surrogate without its other") from None
+    label, source = ("" if value.get(key) is None else str(value[key]) for key in ("label", "source"))
+    return Row(value["prompt"], value.get("completion"), label, source)
 
 
 def warn_of_unspaced(rows: Sequence[Row], report: Report) -> None:

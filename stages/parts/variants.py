@@ -159,7 +159,7 @@ def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_
 
 def _agreement(parent: Workspace, changes: Changes) -> bytes:
     path = parent.root / AGREEMENT
-    document = tomlkit.parse(files.read_own(path).decode())
+    document = tomlkit.parse(files.read_own(path).decode("utf-8-sig"))
     for key, value in changes.items():
         _set(document, key.split("."), value)
     content = (DERIVED + tomlkit.dumps(document)).encode()
@@ -186,7 +186,7 @@ def _set(table: Any, key: list[str], value: Any) -> None:
 def _machine(parent: Workspace, folder: Path, changes: Changes) -> bytes:
     """The parent's settings of this machine, the same but for home, and for the LLM in the SLM's place."""
     path = parent.root / MACHINE
-    document = tomlkit.parse(files.read_own(path).decode() if path.exists() else "")
+    document = tomlkit.parse(files.read_own(path).decode("utf-8-sig") if path.exists() else "")
     document["home"] = os.path.relpath(parent.home, folder)
     document["home"].comment("derived from there: relative paths and tasks/ are meant from it")
     if "slm" in changes:

@@ -259,8 +259,15 @@ def test_what_is_not_toml_is_told_with_its_place(text: str) -> None:
 
 
 def test_what_is_not_utf_8_is_refused() -> None:
-    with pytest.raises(UsageProblem, match="not valid TOML"):
+    with pytest.raises(UsageProblem, match="not UTF-8") as caught:
         parse(Agreement, AGREEMENT.encode("utf-16"), PATH)
+    assert caught.value.mend == "save it as UTF-8"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_an_editor_of_another_system_adds_changes_no_setting(end: str) -> None:
+    text = b"\xef\xbb\xbf" + AGREEMENT.replace("\n", end).encode()
+    assert parse(Agreement, text, PATH) == parse(Agreement, AGREEMENT.encode(), PATH)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12", "mps"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
@@ -67,6 +68,7 @@ def test_a_character_that_only_looks_like_the_end_of_a_line_survives(tmp_path: P
         ('{"prompt": ["Q"], "completion": "A"}', "prompt is not text, or is empty"),
         ('{"prompt": "Q", "completion": null}', "completion is not text, or is empty"),
         ('{"prompt": "Q \\ud800", "completion": "A"}', "prompt holds half a character"),
+        ('{"prompt": "Q", "completion": "A", "prompt": "R"}', "the key 'prompt' appears twice"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number_and_its_mend(tmp_path: Path, line: str, found: str) -> None:
@@ -79,7 +81,42 @@ def test_a_bad_line_is_named_with_its_number_and_its_mend(tmp_path: Path, line: 
     assert caught.value.mend == "correct line 3 of train.jsonl"
 
 
-@pytest.mark.parametrize(("content", "found"), [(b"", "is empty"), (GOOD.encode("utf-16"), "not UTF-8")])
+def test_all_bad_lines_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"{GOOD}\n{{}}\n{GOOD}\n[]\n")
+    with pytest.raises(Damaged, match=r"^line 2 of x\.jsonl: no prompt; (?s:.*)line 4: a list$") as caught:
+        read_rows(path)
+    assert caught.value.mend == "correct these 2 lines of x.jsonl"
+
+
+def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("{}\n" * 27)
+    with pytest.raises(Damaged, match=r"line 20: no prompt\n(?s:.*)and 7 lines more$"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_an_editor_of_another_system_adds_changes_no_row(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}{end}{GOOD}{end}".encode())
+    assert read_rows(path)[0] == [Row("Q", " A")] * 2
+
+
+def test_a_null_label_is_no_label(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "Q", "completion": " A", "label": null, "source": null}\n')
+    assert read_rows(path)[0] == [Row("Q", " A", label="", source="")]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "is empty"),
+        (GOOD.encode("utf-16"), "not UTF-8"),
+        (gzip.compress(GOOD.encode()), "is compressed with gzip"),
+    ],
+)
 def test_a_file_without_readable_rows_is_refused_with_its_mend(tmp_path: Path, content: bytes, found: str) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(Damaged, match=found) as caught:
