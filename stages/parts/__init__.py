@@ -1,8 +1,8 @@
 """The nouns. Each part imports only parts that stand before it here.
 
 plain: errors, events, quiet, texts, paper, shamir, config, accounting, seclusion, files, turns, checkpoints,
-    processes, one_time, workspace, bundles, vault, signatures, roster, manifest, spending, openings, said, progress, chain,
-    ledger, bases, rows, distillation_inputs, variants, subjects, model_card, checks, audited, audit_signatures,
+    processes, one_time, workspace, bundles, vault, signatures, roster, manifest, spending, openings, said, progress,
+    chain, ledger, bases, rows, distillation_inputs, variants, subjects, model_card, checks, audited, audit_signatures,
     audit_chain, audit_files, audit_leaks, audit_secrets, audit_privacy
 with NumPy: secret_random, adapter_files, capture_files, vectors, aggregators, ring, keystreams, masking, reveals,
     unmasking, uploads, sums, parcels, partition, budgets, evidence, statistics, drift, lora_settings, any_adapter,
