@@ -6,6 +6,7 @@ name is not found there, since indexing them takes long. Relative data_files are
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,15 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
 
 from stages.parts import files, quiet, seclusion
-from stages.parts.errors import NotReady, UsageProblem
+from stages.parts.errors import NotReady, StorageProblem, UsageProblem
 from stages.parts.rows import Row
 from stages.parts.workspace import Workspace
+
+UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ESTALE),
+}
+"""Of the errors of a file system, those that waiting does not mend: rights, space, the disk."""
 
 TRAINABLE = ("multiple_choice", "generate_until")
 
@@ -138,6 +145,10 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
             f"the data of task {name} is not there: {error}", where=where, mend="check data_files in its task file"
         ) from error
     except (ConnectionError, OSError) as error:
+        if error.errno in UNWRITABLE:
+            message = f"task {name}: its data cannot be read, or the cache of datasets not be written: {error.strerror}"
+            mend = f"{files.storage_mend(error)}; or set HF_HOME to a folder that can be written"
+            raise StorageProblem(message, where=error.filename, mend=mend) from error
         mend = (
             "`fedcollm prefetch` where there is a network, "
             "or point its task file at local files (see the workspace README)"

@@ -168,6 +168,29 @@ def test_submit_chains_the_jobs_and_limits_the_array(workspace_folder: Path) -> 
     assert (workspace_folder / "slurm/jobs.txt").read_text().split() == [str(number) for number in range(101, 107)]
 
 
+@pytest.mark.parametrize(
+    ("printed", "number"),
+    [
+        (r"-----\n  Welcome to Lake3\n--> Verifying job 7 ...OK\n100\n", "100"),
+        ("Submitted batch job 100\n", "100"),
+        ("100;lake2\n", "100"),
+        ("Welcome\n", None),
+    ],
+)
+def test_a_jobs_number_is_found_in_whatever_a_sites_sbatch_prints(
+    workspace_folder: Path, printed: str, number: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(workspace_folder)
+    monkeypatch.setitem(globals(), "FAKE_SBATCH", f"#!/bin/sh\necho \"$@\" >> sbatch.log\nprintf -- '{printed}'\n")
+    code, _, err, calls = submit(workspace_folder)
+    if number is None:
+        assert (code, len(calls)) == (1, 1)
+        assert "told no number of a job" in err
+        return
+    assert code == 0
+    assert dependencies(calls) == ["", *[f"afterok:{number}"] * 5]
+
+
 def test_with_a_quorum_the_server_follows_the_clients_whichever_way_they_end(workspace_folder: Path) -> None:
     toml = workspace_folder / "fedcollm.toml"
     toml.write_text(toml.read_text() + "\n[aggregation]\nmin_clients = 2\n")

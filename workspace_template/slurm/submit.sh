@@ -23,13 +23,18 @@ rm -f slurm/logs/*.failures
 after=
 while read -r script round tasks; do
     [ "$script" ] || break
-    id=$(sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=$after} \
+    said=$(sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=$after} \
         ${tasks:+--array=$tasks{{ limit }}} --export=ALL,ROUND="$round" "slurm/$script.sbatch") || {
         echo "submitted so far: $(paste -sd' ' slurm/jobs.txt); when they have ended, slurm/submit.sh goes on" >&2
         echo "where a site limits how many jobs there may be: fedcollm slurm --window 5" >&2
         exit 1
     }
-    id=${id%%;*}
+    # The number ends the last line that has one: a site's sbatch may print more, and a cluster's name after a semicolon.
+    id=$(sed 's/;.*//' <<< "$said" | grep -oE '[0-9]+[[:space:]]*$' | tail -n 1) || {
+        printf 'sbatch told no number of a job, and nothing was submitted after it; it said:\n%s\n' "$said" >&2
+        exit 1
+    }
+    id=${id//[^0-9]/}
     echo "$id" >> slurm/jobs.txt
     echo "$id $script round $round${tasks:+ clients $tasks}"
 {% if quorum %}
