@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.parts import bases
 from stages.parts.config import ROLES, Budget, Distillation, Role
-from stages.parts.errors import Damaged, NotReady, UsageProblem
+from stages.parts.errors import Damaged, NotReady, Problem, UsageProblem
 from stages.parts.rows import Extent, encode, extent, read_rows
 from stages.parts.workspace import Workspace
 
@@ -355,17 +355,14 @@ def _counted_on(device: torch.device) -> torch.device:
 
 def _tokenizer(workspace: Workspace) -> Any:
     """The SLM's tokenizer, or None where it is not here."""
-    from transformers import AutoTokenizer
-
-    from stages.parts import quiet
+    from stages.parts.base_loading import load_tokenizer
 
     folder = bases.configuration(workspace, "slm")
     if folder is None:
         return None
     try:
-        with quiet.libraries():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):
+        return load_tokenizer(folder, "the SLM")
+    except Problem:
         return None
 
 

@@ -37,9 +37,10 @@ REASONS = {
     "stages/parts/checkpoints.py": "checkpoints of one's own, and the notes beside them",
     "stages/parts/private_training.py": "a checkpoint of this machine, weights only",
     "stages/parts/bases.py": "a base model, from the user's disk or the hub's cache",
+    "stages/parts/base_files.py": "a base model, from the user's disk or the hub's cache",
+    "stages/parts/base_loading.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/models.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/shapes.py": "a base model, from the user's disk or the hub's cache",
-    "stages/plan.py": "a base model's tokenizer",
     "stages/parts/exports.py": "a base model; and a draft of an export that was just written, loaded back",
     "stages/export.py": "a draft of an export that was just written, for its digests",
 }

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 import torch
 from accelerate.utils import find_executable_batch_size
 
+from stages.parts.base_loading import is_out_of_memory
 from stages.parts.config import Budget, Machine
 from stages.parts.errors import BadNumbers, UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.models import MEMORY_KNOBS, is_out_of_memory
+from stages.parts.models import MEMORY_KNOBS
 from stages.parts.objective import Objective
 from stages.parts.rows import Example
 

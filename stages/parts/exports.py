@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from stages.parts import adapters, quantization, quiet
+from stages.parts.base_loading import load_model, load_tokenizer
 from stages.parts.config import Model
 from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.models import PROBE_TEXTS, Tuned, tokenizer_sha256
@@ -113,16 +114,14 @@ def _naming_storage_faults(draft: Path) -> Iterator[None]:
 def load_adapter(draft: Path, base: Path, device: torch.device, quantized: Mapping[str, Any]) -> PeftModel:
     """Base and adapter folder as any user of PEFT loads them; quantized: how, if in 4 or 8 bits."""
     with quiet.libraries():
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **quantized)
+        model = load_model(base, "the base", dtype=torch.float32, **quantized)
         quantization.never_repack(model)  # in bfloat16 it could not be compared
         return PeftModel.from_pretrained(model if quantized else model.to(device), draft)
 
 
 def load_merged(draft: Path, device: torch.device) -> PreTrainedModel:
     """A merged folder as any user of transformers loads it."""
-    with quiet.libraries():
-        model: Any = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
-    loaded: PreTrainedModel = model.to(device)
+    loaded: PreTrainedModel = load_model(draft, "the export", dtype=torch.float32).to(device)
     return loaded
 
 
@@ -154,8 +153,6 @@ def _largest_difference(some: list[torch.Tensor], others: list[torch.Tensor]) ->
 
 def check_tokenizer(draft: Path, expected_sha256: str) -> None:
     """Raise BadNumbers unless the tokenizer, loaded back, is the base's by content."""
-    with quiet.libraries():
-        tokenizer = AutoTokenizer.from_pretrained(draft)
-    if tokenizer_sha256(tokenizer) != expected_sha256:
+    if tokenizer_sha256(load_tokenizer(draft, "the export")) != expected_sha256:
         mend = "check the version of transformers; export the adapter, without --merged"
         raise BadNumbers("the export's tokenizer is not the base's", where=draft, mend=mend)

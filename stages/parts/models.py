@@ -13,26 +13,24 @@ from typing import Any, Literal
 import torch
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from stages.parts import adapters, bases, batches, quantization, quiet
+from stages.parts import adapters, base_files, bases, batches, quantization, quiet
 from stages.parts.adapter_files import read_adapter
+from stages.parts.base_loading import PROBE, check_fits, is_out_of_memory, load_model, load_tokenizer
 from stages.parts.config import Machine, Quantization, Role
-from stages.parts.errors import BadNumbers, NotReady, Refused, UsageProblem
+from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
 from stages.parts.processes import ALONE, Processes
 from stages.parts.workspace import AGREEMENT, Workspace
 
 PROBE_TEXTS = (
-    "Question: Which of these is a mammal?\nAnswer: a whale",
+    PROBE,
     "  two  spaces,\ttab; 3.14159 and 2,718",
     "naïve café — “quotes”, 数学, Ελληνικά, 🙂",
 )
 """What a tokenizer must encode alike to count as the same one: its vocabulary alone does not show its merges."""
-
-OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How torch says so on a CPU and on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +143,17 @@ class Models:
         if folder is None:
             mend = f"`fedcollm prefetch --model {role}` where there is a network, or set models.{role} in machine.toml"
             raise NotReady(f"the {role.upper()}'s configuration and tokenizer are not here", mend=mend)
+        base_files.configuration(folder, role)
         try:
             with quiet.libraries():
-                config = AutoConfig.from_pretrained(folder)
-                tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            message = f"the {role.upper()}'s configuration or tokenizer cannot be read: {error}"
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                vocabulary, context = int(config.get_text_config().vocab_size), _context(config)
+        except Exception as error:  # the classes of each architecture raise what they like
+            message = f"the {role.upper()}'s configuration cannot be read: {error}"
             raise UsageProblem(message, where=folder, mend=f"check {role}.model in fedcollm.toml") from error
-        return Outline(tokenizer, int(config.get_text_config().vocab_size), _context(config))
+        tokenizer = load_tokenizer(folder, f"the {role.upper()}")
+        check_fits(tokenizer, vocabulary, f"the {role.upper()}")
+        return Outline(tokenizer, vocabulary, context)
 
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:
         """As get, but the base must be the one named by identity. Raises Refused otherwise."""
@@ -162,6 +163,8 @@ class Models:
             if getattr(tuned.identity, name) != getattr(identity, name):
                 message = f"the {role.upper()} here is not the one of {whose}: {name} is {here}, there {there}"
                 mend = f"use the same {role}.model and revision everywhere; see models.{role} in machine.toml"
+                if name == "weights_sha256":
+                    mend += "; the same weights pickled (*.bin), or in another precision, are other files: copy theirs"
                 raise Refused(message, where=self._workspace.root, mend=mend)
         return tuned
 
@@ -180,18 +183,16 @@ class Models:
         if quantized and is_spread:
             mend = f'take "{role}" out of sharding in machine.toml, or agree to leave {role}.quantization out'
             raise UsageProblem(f"the {role.upper()} cannot be both quantised and spread over processes", mend=mend)
-        try:
-            with quiet.libraries():
-                tokenizer = AutoTokenizer.from_pretrained(folder)
-                identity = identify(folder, tokenizer, settings.quantization)
-                base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantized)
-                if not (quantized or is_spread):
-                    base.to(self.device)
-                quantization.never_repack(base)
-                packs = batches.packs(base)
-        except (OSError, ValueError) as error:
-            message = f"the {role.upper()} {settings.model} cannot be loaded: {error}"
-            raise UsageProblem(message, where=folder, mend=f"check {role}.model in fedcollm.toml") from error
+        whose = f"the {role.upper()}"
+        base_files.check(folder, role, settings.quantization)
+        tokenizer = load_tokenizer(folder, whose)
+        identity = identify(folder, tokenizer, settings.quantization)
+        base = load_model(folder, whose, dtype=dtype, **quantized)
+        check_fits(tokenizer, int(base.get_input_embeddings().weight.shape[0]), whose)
+        if not (quantized or is_spread):
+            base.to(self.device)
+        quantization.never_repack(base)
+        packs = batches.packs(base)
         base.config.use_cache = False
         if self._workspace.machine.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -259,18 +260,27 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def _weights_sha256(folder: Path) -> str:
+    """Of the files that are loaded, whatever else lies beside them. Raises Damaged if one cannot be read."""
     lines = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                tensor = file.get_tensor(name)
-                content = tensor.contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-                lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(content).hexdigest()}\n")
-    if not lines:  # an old checkpoint: pickled weights of a base model, by file
-        for path in sorted(folder.glob("*.bin")):
+    for path in base_files.weight_files(folder):
+        if path.suffix != ".safetensors":  # an old checkpoint: pickled weights of a base model, by file
             with path.open("rb") as binary:
                 lines.append(f"{path.name} {hashlib.file_digest(binary, 'sha256').hexdigest()}\n")
+            continue
+        try:
+            lines += _tensor_lines(path)
+        except SafetensorError as error:
+            message = f"{path.name} is cut short or damaged: {error}"
+            raise Damaged(message, where=path, mend=base_files.FETCH_AGAIN) from error
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def _tensor_lines(path: Path) -> Iterator[str]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            tensor = file.get_tensor(name)
+            content = tensor.contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+            yield f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(content).hexdigest()}\n"
 
 
 def check_one_vocabulary(slm: Outline, llm: Outline) -> int:
@@ -310,9 +320,3 @@ def naming_memory_knobs(mend: str = MEMORY_KNOBS) -> Iterator[None]:
             raise
         text = str(error) or type(error).__name__
         raise BadNumbers(f"out of memory: {text.splitlines()[0]}", mend=mend) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether that is what went wrong; torch's own kind is a RuntimeError."""
-    says_so = any(phrase in str(error) for phrase in OUT_OF_MEMORY_PHRASES)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_so)

@@ -58,6 +58,7 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is needed here."""
 
     bos_token: str | None
+    eos_token: str | None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds by itself or without."""
@@ -200,7 +201,8 @@ def encode(
 def encode_row(row: Row, tokenizer: Tokenizer) -> Example:
     """One row as tokens: whitespace at the end of the prompt belongs to the completion, as in lm-eval."""
     # Nor does a prompt that spells the first special token out, as chat templates do, get it twice.
-    is_spelled_out = bool(tokenizer.bos_token) and row.prompt.startswith(str(tokenizer.bos_token))
+    first = tokenizer.bos_token or tokenizer.eos_token  # as in lm-eval
+    is_spelled_out = bool(first) and row.prompt.startswith(str(first))
     context = tokenizer.encode(row.prompt.rstrip(), add_special_tokens=not is_spelled_out)
     if row.completion is None:
         return Example(context, len(context))

@@ -17,6 +17,7 @@ from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import PROBE_TEXTS, Tuned, naming_memory_knobs
 from stages.parts.processes import ALONE, Processes
+from stages.parts.rows import Row, encode_row
 
 
 class _Reporting(HFLM):  # type: ignore[misc]
@@ -40,6 +41,11 @@ class _Reporting(HFLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         return self._shared(super().loglikelihood_rolling, requests)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As a row is split for training: what is trained is what is scored."""
+        example = encode_row(Row(context, continuation), self.tokenizer)
+        return example.input_ids[: example.prompt_tokens], example.input_ids[example.prompt_tokens :]
 
     def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
         count, rank = (self.processes.count, self.processes.rank) if self.shares else (1, 0)

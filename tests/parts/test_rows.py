@@ -191,7 +191,7 @@ def test_a_prompt_that_spells_the_first_token_out_does_not_get_it_twice(harness:
 class Letters:
     """A tokenizer in which arithmetic is easy: a token for each letter."""
 
-    bos_token = None
+    bos_token = eos_token = None
 
     def encode(self, text: str, **_: bool) -> list[int]:
         return [ord(letter) for letter in text]

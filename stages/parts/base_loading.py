@@ -1,0 +1,161 @@
+"""Base models and tokenizers by transformers, loaded as their files say or refused: never filled up, never guessed."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from stages.parts import quiet
+from stages.parts.base_files import FETCH_AGAIN, check_tokenizer_files
+from stages.parts.errors import Damaged, Problem, UsageProblem
+
+HERE = ("eager", "sdpa")
+"""The ways to compute attention that are in torch itself."""
+
+OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How torch says so on a CPU and on a GPU."""
+
+PROBE = "Question: Which of these is a mammal?\nAnswer: a whale"
+
+
+def load_model(folder: Path, whose: str, **settings: Any) -> Any:
+    """The model in a folder, every weight of it from there. whose: "the SLM".
+
+    Raises Damaged for weights that are missing, unexpected, of another shape, not finite or not to be read, and
+    UsageProblem for what transformers cannot load here.
+    """
+    try:
+        with quiet.libraries():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if config._attn_implementation not in HERE:  # another one gives the same numbers, if it is here at all
+                config._attn_implementation = None
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are told of; they are refused below
+                trust_remote_code=False,
+                **settings,
+            )
+    except Exception as error:  # transformers and the classes of each architecture raise what they like
+        if is_out_of_memory(error):
+            raise
+        is_cut = isinstance(error, SafetensorError | EOFError) or "PytorchStreamReader" in str(error)
+        is_cut |= isinstance(error, OSError) and error.errno == errno.EINVAL  # a seek before the start of what is left
+        if is_cut or type(error).__name__ == "UnpicklingError":
+            raise _unreadable(whose, folder, error) from error
+        message = f"{whose} cannot be loaded: {_said(error)}"
+        mend = f"check {_role(whose)}.model in fedcollm.toml, and the version of transformers"
+        raise UsageProblem(message, where=folder, mend=mend) from error
+    model, info = loaded
+    _refuse_unless_whole(info, whose, folder)
+    refuse_unless_finite(model, whose, folder)
+    return model
+
+
+def _refuse_unless_whole(info: dict[str, Any], whose: str, folder: Path) -> None:
+    mend = "take the folder that the model was published in, whole; config.json must be that of the weights"
+    shapes = [f"{name} is {list(found)}, expected {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    for what, names in (
+        ("of another shape than config.json says", shapes),
+        ("missing", info["missing_keys"]),
+        ("unexpected", info["unexpected_keys"]),
+        ("unreadable", info.get("error_msgs") or ()),
+    ):
+        if names:
+            raise Damaged(f"{whose}'s weights are {what}: {_few(names)}", where=folder, mend=mend)
+
+
+def refuse_unless_finite(model: Any, whose: str, folder: Path) -> None:
+    """Raise Damaged if a weight is NaN or infinite: no setting of a training mends that."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            message = f"{whose}'s weights hold NaN or infinity before any training: {name}"
+            raise Damaged(message, where=folder, mend="download the base again, or take another: no setting mends it")
+
+
+def load_tokenizer(folder: Path, whose: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, made to end no text by itself. Raises Damaged, or UsageProblem if it cannot serve."""
+    check_tokenizer_files(folder)
+    try:
+        with quiet.libraries():
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            _end_no_text(tokenizer)
+            added, plain = tokenizer.encode(PROBE), tokenizer.encode(PROBE, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises Exception itself, transformers whatever it stumbles over
+        message = f"{whose}'s tokenizer cannot be loaded: {_said(error)}"
+        mend = "put its tokenizer.json there, whole; if it is of a newer library, upgrade transformers and tokenizers"
+        raise UsageProblem(message, where=folder, mend=mend) from error
+    if not plain or set(plain) <= {tokenizer.unk_token_id}:
+        message = f"{whose}'s tokenizer knows none of the words of {PROBE!r}"
+        raise UsageProblem(message, where=folder, mend="put the model's own tokenizer files there")
+    if added[len(added) - len(plain) :] != plain:
+        message = f"{whose}'s tokenizer adds an end token to every text by itself, and cannot be kept from it"
+        raise UsageProblem(message, where=folder, mend="set add_eos_token to false in tokenizer_config.json")
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        message = f"{whose}'s tokenizer has neither a first nor an end token, without which nothing can be scored"
+        mend = "name eos_token in tokenizer_config.json, or take the model's own"
+        raise UsageProblem(message, where=folder, mend=mend)
+    found: PreTrainedTokenizerBase = tokenizer
+    return found
+
+
+def _end_no_text(tokenizer: Any) -> None:
+    """Take away the end token that a tokenizer adds by itself; what it puts first stays.
+
+    A prompt that ends so would swallow its answer's first token, and answers would be scored by their end alone.
+    """
+    added, plain = tokenizer.encode(PROBE), tokenizer.encode(PROBE, add_special_tokens=False)
+    last = added[-1:]
+    if not plain or last == plain[-1:] or not tokenizer.is_fast:
+        return
+    before = next((k for k in range(len(added)) if added[k : k + len(plain)] == plain), None)
+    if before is None:
+        return
+    first = [(tokenizer.convert_ids_to_tokens(token), token) for token in added[:before]]
+    single = [*(name for name, _ in first), "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=[*single, "$B:1"], special_tokens=first
+    )
+
+
+def check_fits(tokenizer: PreTrainedTokenizerBase, rows: int, whose: str) -> None:
+    """Raise UsageProblem if a tokenizer has tokens beyond the rows of the base's embedding."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    beyond = sorted((index, token) for token, index in vocabulary.items() if index >= rows)
+    if beyond:
+        named = _few([f"{token!r} is {index}" for index, token in beyond])
+        message = f"{whose}'s tokenizer has tokens beyond the {rows} rows of the base's embedding: {named}"
+        mend = "take the base's own tokenizer; or resize its embedding to the tokenizer, and give all parties that base"
+        raise UsageProblem(message, where=tokenizer.name_or_path, mend=mend)
+
+
+def _unreadable(whose: str, folder: Path, error: Exception) -> Problem:
+    message = f"{whose}'s weights cannot be read, cut short or damaged: {_said(error)}"
+    return Damaged(message, where=folder, mend=FETCH_AGAIN)
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _role(whose: str) -> str:
+    return whose.removeprefix("the ").lower()
+
+
+def _few(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is what went wrong; torch's own kind is a RuntimeError."""
+    says_so = any(phrase in str(error) for phrase in OUT_OF_MEMORY_PHRASES)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_so)
