@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
@@ -59,6 +59,7 @@ class Session:
 @contextlib.contextmanager
 def guarded(console: Console) -> Iterator[None]:
     """The one place that turns what went wrong into a message and an exit code."""
+    _Ending.is_asked = False
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
         signal.signal(number, _interrupt)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
@@ -71,14 +72,24 @@ def guarded(console: Console) -> Iterator[None]:
         console.error(problem)
         raise typer.Exit(problem.exit_code) from None
     except KeyboardInterrupt as stop:
+        _Ending.is_asked = True
         console.say(str(stop) or "interrupted: nothing is half written; the same command goes on from here")
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
     finally:
         signal.alarm(0)
 
 
-def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+class _Ending:
+    """Whether this command has been interrupted already: further signals must not break its end off."""
+
+    is_asked = False
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     """Stop, and if that is not heeded, again: Python drops an exception that meets it in a callback of a library's."""
+    if _Ending.is_asked and signal_number != signal.SIGALRM:
+        return
+    _Ending.is_asked = True
     signal.alarm(HEEDED_WITHIN_S)
     raise KeyboardInterrupt
 

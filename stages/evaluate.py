@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.parts import files, turns
+from stages.parts import files, records, turns
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, BaseIdentity, versions
@@ -60,13 +60,13 @@ def evaluate(
     def look(again: bool) -> dict[str, Any] | None:
         if again or not target.exists():
             return None
-        earlier, _ = files.read_json(target)
+        earlier = records.read_result(target)
         return earlier if {key: earlier.get(key) for key in what} == what else None
 
     def make(places: turns.Places) -> dict[str, Any]:
         processes.agree({"role": role, "adapter": adapter})
         result = what | _score(workspace, role, adapter, models, processes, report)
-        files.write(target, files.json_bytes(result), over=places[target])
+        files.write(target, files.json_bytes(records.stamped(result)), over=places[target])
         for task, scores in result["tasks"].items():
             found = "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())
             report(Event("note", f"{task}: {found}"))

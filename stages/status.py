@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.parts import files
+from stages.parts import files, records
 from stages.parts.config import threshold
 from stages.parts.manifest import read_manifest
 from stages.parts.progress import Reader, Round, Step, enrolment
@@ -27,6 +27,8 @@ class Status:
     rounds: list[Round]
     next_command: str
     waiting_for: str
+    changed: list[str] = field(default_factory=list)
+    """With verify: results, logs, rows and checkpoints that are not as they were written."""
 
     @property
     def edited(self) -> str:
@@ -46,7 +48,8 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
     reader = Reader(workspace, verify)
     rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
     command, waiting_for = _next(workspace, rounds, party)
-    return Status(rounds, command, waiting_for)
+    changed = [f"{workspace.shown(path)}: {found}" for path, found, _ in records.faults(workspace)] if verify else []
+    return Status(rounds, command, waiting_for, changed)
 
 
 def _next(workspace: Workspace, rounds: list[Round], party: str | None) -> tuple[str, str]:

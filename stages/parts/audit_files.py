@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.parts import files
+from stages.parts import files, records
 from stages.parts.audited import FOLDER, PICKLES, READ, Folder, Scope, every_file, kind_of
 from stages.parts.checks import Check, Finding, number_of
 from stages.parts.manifest import expected_names
@@ -55,7 +55,17 @@ def files_between(folders: list[Folder], scopes: list[Scope], client: int | None
             total += 1
             if not _belongs(path, scope) or kind_of(status):
                 yield from _superfluous(path, scope.shown(path))
+        yield from _records(scope, client)
     yield A2.ok(f"{number_of(total, 'file')} in {number_of(len(folders), 'folder')}, all sha256 and sizes match")
+
+
+def _records(scope: Scope, client: int | None) -> Iterator[Finding]:
+    """Of a whole workspace: results, private logs, rows and checkpoints against the digests that were written down."""
+    if scope.workspace is None or scope.agreement is None or not scope.is_workspace:
+        return
+    for path, found, expected in records.faults(scope.workspace):
+        if scope.concerns(path, client):
+            yield A2.fail(scope.shown(path), found, expected)
 
 
 def _belongs(path: Path, scope: Scope) -> bool:

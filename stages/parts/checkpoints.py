@@ -86,7 +86,7 @@ def _newest(folder: Path, wanted: bytes, report: Report) -> Path | None:
     places = [mine, *(other for other in folder.iterdir() if other != mine)]
     found = [path for place in places if is_of(place, wanted) for path in place.glob("checkpoint-*")]
     for checkpoint in sorted(found, key=step_of, reverse=True):  # its own first among equals
-        if checkpoint.parent == mine and _is_whole(checkpoint):
+        if checkpoint.parent == mine and is_whole(checkpoint):
             return checkpoint
         if checkpoint.parent != mine and _copied(checkpoint, mine / checkpoint.name):
             return mine / checkpoint.name
@@ -103,7 +103,7 @@ def _copied(checkpoint: Path, to: Path) -> bool:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.copytree(checkpoint, draft)
         shut(draft)
-        if not _is_whole(draft):
+        if not is_whole(draft):
             return False
         shutil.rmtree(to, ignore_errors=True)
         draft.rename(to)
@@ -114,7 +114,7 @@ def _copied(checkpoint: Path, to: Path) -> bool:
     return True
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
     """Whether it was sealed and has the files that it then had, no other, with the same bytes."""
     try:
         sealed, _ = files.read_json(checkpoint / COMPLETE)

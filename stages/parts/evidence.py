@@ -17,6 +17,7 @@ from stages.parts import files
 from stages.parts.config import Method, Role
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.manifest import Manifest, read_manifest
+from stages.parts.records import read_result
 from stages.parts.variants import Changes, baseline, check_data, open_variant, replica
 from stages.parts.workspace import AGREEMENT, Workspace
 
@@ -139,7 +140,7 @@ def _check_alike(study: Study) -> None:
                 raise Refused(message, where=place, mend=study.run_again(workspace))
     for role, manifest in first.items():
         path = study.root.result(None, role)
-        if path.exists() and files.read_json(path)[0].get("base") != manifest.base.model_dump():
+        if path.exists() and read_result(path).get("base") != manifest.base.model_dump():
             message = f"{study.root.shown(path)} is of another base model than was tuned"
             raise Refused(message, where=path, mend=f"fedcollm evaluate --zero-shot --model {role} --overwrite")
 
@@ -226,7 +227,7 @@ def _result(study: Study, workspace: Workspace, round: int | None, subject: str)
     mend = _evaluate(study, workspace, round, subject)
     if not path.exists():
         raise NotReady(f"there is no {study.root.shown(path)}", where=path, mend=mend)
-    result, _ = files.read_json(path)
+    result = read_result(path)
     if result.get("agreement_sha256") != workspace.agreement_sha256:
         message = f"{study.root.shown(path)} is a result of another agreement"
         raise Refused(message, where=path, mend=f"undo the edit of {AGREEMENT}, or {study.run_again(workspace)}")
@@ -239,7 +240,7 @@ def _result(study: Study, workspace: Workspace, round: int | None, subject: str)
     if round is not None:
         _check_current(study, _folder(workspace, round, subject), result, path, mend)
         base = study.root.result(None, _role(workspace, subject))
-        if base.exists() and files.read_json(base)[0].get("dtype") != result.get("dtype"):
+        if base.exists() and read_result(base).get("dtype") != result.get("dtype"):
             message = f"{study.root.shown(path)} was scored in another precision than {study.root.shown(base)}"
             raise Refused(message, where=path, mend=f"score both anew in one: {mend} --overwrite")
     return result

@@ -473,6 +473,10 @@ def naming_storage_faults() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE) and "exchange" in Path(str(error.filename)).parts:
+            message = f"{Path(str(error.filename)).name} went away while it was read: it is being replaced"
+            mend = "wait until the copy has ended, and give the same command again"
+            raise NotReady(message, where=error.filename, mend=mend) from error
         raise StorageProblem(f"{error.strerror or error}", where=error.filename, mend=storage_mend(error)) from error
 
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from stages.parts import files
 from stages.parts.config import Budget, Method
 from stages.parts.manifest import Artefact, BaseIdentity, Manifest
+from stages.parts.records import read_result
 from stages.parts.texts import in_line, in_markdown
 from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST, Workspace
 
@@ -143,7 +144,7 @@ def _result(path: Path, adapter_sha256: str | None, base: BaseIdentity) -> dict[
     """The tasks of a result, if it is there and of this adapter (None: of the base alone) on this base."""
     if not path.exists():
         return {}
-    result, _ = files.read_json(path)
+    result = read_result(path)
     is_this = result.get("adapter_sha256") == adapter_sha256 and result.get("base") == base.model_dump()
     return dict(result["tasks"]) if is_this else {}
 

@@ -7,6 +7,8 @@ each example and clips; sampling and noise come from a secret stream (`secret_ra
 run can be repeated; one that was stopped goes on from its checkpoint with new noise (why it may: `spending`).
 
 Losses are computed from the data without noise. They are for the client's own log and eyes.
+
+The noise is floating-point noise, not that of a discrete or snapped mechanism: epsilon holds for exact real numbers.
 """
 
 from __future__ import annotations

@@ -413,3 +413,10 @@ def test_one_flipped_bit_anywhere_in_a_log_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(Damaged, match=r"log\.jsonl"):
             files.check_log(path)
+
+
+def test_what_goes_away_in_the_exchange_while_it_is_read_is_not_there_yet(tmp_path: Path) -> None:
+    with pytest.raises(NotReady, match="went away while it was read"), files.naming_storage_faults():
+        list((tmp_path / "exchange/round-0001/client-1").iterdir())
+    with pytest.raises(StorageProblem), files.naming_storage_faults():
+        list((tmp_path / "private").iterdir())

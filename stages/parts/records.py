@@ -1,0 +1,81 @@
+"""What a workspace keeps beside its folders with manifests: results, private logs, rows, checkpoints.
+
+Each is held against a digest that was written with it. That notices damage and edits; who means to forge can write the
+digest anew. Not covered: machine.toml, private/split.json, TensorBoard's files, the report, and base models, which are
+hashed whenever they are loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.parts import checkpoints, files
+from stages.parts.errors import Damaged, Problem
+from stages.parts.workspace import Workspace
+
+DIGEST = "result_sha256"
+EARLIER = ("subject", "round", "agreement_sha256", "adapter_sha256", "manifest_sha256", "base", "tasks_sha256", "dtype")
+LATER = ("limit", "batch_size", "weights_dtype", "versions", "tasks")
+MEND = "score again: fedcollm evaluate ... --overwrite"
+LARGEST_ROWS_BYTES = 8 << 30
+
+
+def stamped(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result with the digest of all the rest of it."""
+    return dict(result) | {DIGEST: files.sha256(files.json_bytes(dict(result)))}
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result, without its digest. Raises Damaged if it is not as it was written; an earlier version wrote none."""
+    result, _ = files.read_json(path)
+    named = result.pop(DIGEST, None)
+    is_changed = named != files.sha256(files.json_bytes(result)) if named else bool(set(result) - {*EARLIER, *LATER})
+    if is_changed:
+        raise Damaged(f"{path.name} has been changed since it was written", where=path, mend=MEND)
+    return result
+
+
+def faults(workspace: Workspace) -> Iterator[tuple[Path, str, str]]:
+    """Each record that is not as it was written: its path, what was found, and what was expected."""
+    for path in sorted((workspace.root / "results").glob("*/*.json")):
+        if path.parent.name.startswith(("round-", "zero-shot")):
+            yield from _fault(path, read_result)
+    for path in sorted(workspace.private.glob("*/round-*/*.jsonl")):
+        yield from _fault(path, files.check_log)
+    for client in workspace.clients:
+        yield from _rows(workspace, workspace.client_data(client), "client-train", client)
+    yield from _rows(workspace, workspace.auxiliary_data, "co-distill", None)
+    for path in sorted(workspace.private.glob(f"*/round-*/.*/*/checkpoint-*/{checkpoints.COMPLETE}")):
+        if not checkpoints.is_whole(path.parent):
+            yield path.parent, "is not what was sealed: training will pass it over", "the bytes that were written"
+
+
+def _fault(path: Path, read: Any) -> Iterator[tuple[Path, str, str]]:
+    try:
+        read(path)
+    except Problem as problem:
+        yield path, problem.message, "the file as it was written"
+    except OSError as error:
+        yield path, error.strerror or str(error), "a file that can be read"
+
+
+def _rows(workspace: Workspace, data: Path, stage: str, client: int | None) -> Iterator[tuple[Path, str, str]]:
+    """A party's rows against the newest log of a training on them."""
+    for round in range(workspace.agreement.federation.rounds, 0, -1):
+        log = workspace.log(stage, round, client)
+        named = files.logged_inputs(log).get("data")
+        if not named:
+            continue
+        if os.path.lexists(data):
+            try:
+                found = files.sha256(files.read(data, limit_bytes=LARGEST_ROWS_BYTES))
+            except (Problem, OSError) as problem:
+                yield data, str(problem), "rows that can be read"
+                return
+            if found != named:
+                said = f"the rows that {workspace.shown(log)} was trained on, {named[:16]}..."
+                yield data, f"sha256 {found[:16]}...", said
+        return
