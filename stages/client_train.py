@@ -28,7 +28,7 @@ from stages.parts.manifest import (
     read_manifest,
 )
 from stages.parts.processes import ALONE, Processes
-from stages.parts.rows import Example, Row, encode, read_rows, warn_of_unspaced
+from stages.parts.rows import Example, Row, encode, read_rows, tell_left_out, warn_of_unspaced
 from stages.parts.vault import client as party_of
 from stages.parts.workspace import MANIFEST, Workspace, require
 
@@ -207,6 +207,7 @@ def _train(
     slm = models.expect("slm", theta.manifest.base, workspace.shown(theta.path))
     received = adapter_files.read_adapter(theta, adapters.layout(slm.model), lora)
     examples = _examples(workspace, client, rows, slm)
+    left_out = tell_left_out(rows, examples, workspace.client_data(client), report)
     adapters.put(slm.model, received)
     objective = Objective([slm], task_loss, {"slm_ft": 1.0})
     unfinished = workspace.unfinished("client-train", round, client)
@@ -238,6 +239,8 @@ def _train(
     if outcome.metrics["slm_ft_after"] > outcome.metrics["slm_ft_before"]:
         report(Event("warning", f"client {client}'s loss rose in training: a smaller learning rate may help"))
     metrics = outcome.metrics | _keep_short(workspace, slm, received, objective, examples, report)
+    if left_out and not privacy.is_on:  # epsilon does not cover how many of a client's rows are long
+        metrics["rows_left_out"] = left_out
     if not processes.is_first:
         return Manifest.model_validate(processes.agree())
     manifest = publish(
@@ -260,8 +263,9 @@ def _train(
         privacy=spending.claim(workspace, client),
         over=places[workspace.client_adapter(round, client)],
     )
+    counted = [{"rows_left_out": left_out}] if left_out else []
     head = {"ledger_sha256": manifest.privacy.ledger_sha256} if manifest.privacy else {}
-    files.write_log(workspace.log("client-train", round, client), [outcome.log[0] | head, *outcome.log[1:]])
+    files.write_log(workspace.log("client-train", round, client), [outcome.log[0] | head, *outcome.log[1:], *counted])
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     processes.agree(manifest)
     return manifest

@@ -175,7 +175,7 @@ def _train(
     models.use("slm", "llm")
     slm = ready(workspace, round, models, "slm", inputs.theta)
     llm = ready(workspace, round, models, "llm", inputs.omega)
-    examples, _ = encoded(workspace, inputs.rows, slm.outline, llm.outline)
+    examples, _ = encoded(workspace, inputs.rows, slm.outline, llm.outline, report)
     before, omega = adapters.take(slm.model), adapters.take(llm.model)
 
     unfinished = workspace.unfinished("co-distill", round)

@@ -120,6 +120,8 @@ def _score(
 
     settings = workspace.agreement.evaluation
     loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks)
+    for task in loaded:
+        tasks.check_answers(task)
     models = models or Models(workspace, processes)
     models.use(role)
     tuned = models.get(role) if adapter is None else models.with_adapter(role, adapter)

@@ -318,6 +318,7 @@ class Machine(Settings):
     simulation: bool | None = None
     home: str | None = None
     secrets: str | None = None
+    run_task_code: bool = False
     trackers: list[Tracker] = []
     models: LocalModels = LocalModels()
     slurm: Slurm = Slurm()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from stages.parts import adapter_files, adapters, turns
 from stages.parts.config import Role
 from stages.parts.errors import Refused
+from stages.parts.events import Report
 from stages.parts.manifest import Artefact, Manifest, publish
 from stages.parts.models import Models, Outline, Tuned, check_one_vocabulary
-from stages.parts.rows import Example, Row, encode
+from stages.parts.rows import Example, Row, encode, tell_left_out
 from stages.parts.training import Outcome, Recipe
 from stages.parts.workspace import Workspace
 
@@ -25,7 +26,9 @@ def ready(workspace: Workspace, round: int, models: Models, role: Role, start: A
     return tuned
 
 
-def encoded(workspace: Workspace, rows: list[Row], slm: Outline, llm: Outline) -> tuple[list[Example], int]:
+def encoded(
+    workspace: Workspace, rows: list[Row], slm: Outline, llm: Outline, report: Report
+) -> tuple[list[Example], int]:
     """The auxiliary rows as tokens of the one vocabulary, and its size. Refused for a token that only one model has."""
     shared = check_one_vocabulary(slm, llm)
     examples = encode(
@@ -36,6 +39,7 @@ def encoded(workspace: Workspace, rows: list[Row], slm: Outline, llm: Outline) -
         too_long=workspace.agreement.data.too_long,
         path=workspace.auxiliary_data,
     )
+    tell_left_out(rows, examples, workspace.auxiliary_data, report)
     largest = max(max(example.input_ids) for example in examples)
     if largest >= shared:
         message = f"the auxiliary data uses token {largest}, but the models share only the first {shared}"

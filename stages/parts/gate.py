@@ -17,7 +17,7 @@ from stages.parts.events import Event, Report
 from stages.parts.manifest import Artefact
 from stages.parts.models import Models, Tuned, naming_memory_knobs
 from stages.parts.objective import Objective, task_loss
-from stages.parts.rows import Example, Row, encode
+from stages.parts.rows import Example, Row, encode, tell_left_out
 from stages.parts.workspace import Workspace
 
 
@@ -58,6 +58,7 @@ def gate(
         too_long=workspace.agreement.data.too_long,
         path=workspace.held_out_data,
     )
+    tell_left_out(rows, examples, workspace.held_out_data, report)
     at_once = rows_at_once(_objective(slm), examples, settings, workspace.machine)
     before = _loss(slm, examples, at_once)
     if not math.isfinite(before):

@@ -198,6 +198,14 @@ def encode(
     return examples
 
 
+def tell_left_out(rows: Sequence[Row], examples: Sequence[Example], path: Path, report: Report) -> int:
+    """How many rows were too long and skipped, told."""
+    left_out = len(rows) - len(examples)
+    if left_out:
+        report(Event("warning", f"{left_out} of {len(rows)} rows of {path.name} are too long and left out"))
+    return left_out
+
+
 def encode_row(row: Row, tokenizer: Tokenizer) -> Example:
     """One row as tokens: whitespace at the end of the prompt belongs to the completion, as in lm-eval."""
     # Nor does a prompt that spells the first special token out, as chat templates do, get it twice.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
-from stages.parts import adapters, quiet
+from stages.parts import adapters, files, quiet
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import PROBE_TEXTS, Tuned, naming_memory_knobs
@@ -46,6 +46,31 @@ class _Reporting(HFLM):  # type: ignore[misc]
         """As a row is split for training: what is trained is what is scored."""
         example = encode_row(Row(context, continuation), self.tokenizer)
         return example.input_ids[: example.prompt_tokens], example.input_ids[example.prompt_tokens :]
+
+    def cut(self, requests: Iterable[Any]) -> set[Any]:
+        """The questions of these requests that do not fit into the context: lm-eval drops their beginning.
+
+        Raises UsageProblem for an answer that does not fit by itself.
+        """
+        found = set()
+        for request in requests:
+            if request.request_type == "loglikelihood":
+                context, answer = request.args[:2]
+                before, after = self._encode_pair(context, answer) if context else ([self.prefix_token_id], [])
+                wanted = len(after if context else self.tok_encode(answer, add_special_tokens=False))
+                longest, room = len(before) + wanted - 1, self.max_length
+            elif request.request_type == "generate_until":
+                wanted = int(request.args[1].get("max_gen_toks", self.max_gen_toks))
+                longest, room = len(self.tok_encode(request.args[0])), self.max_length - wanted
+            else:
+                continue  # scored window by window: nothing is dropped
+            if wanted >= self.max_length:
+                message = f"an answer to question {request.doc_id + 1} of task {request.task_name} has {wanted} tokens"
+                mend = "shorten it or max_gen_toks, or take a model of a longer context"
+                raise UsageProblem(f"{message}; the model's context is {self.max_length}", mend=mend)
+            if longest > room:
+                found.add(request.doc_id)
+        return found
 
     def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
         count, rank = (self.processes.count, self.processes.rank) if self.shares else (1, 0)
@@ -100,13 +125,25 @@ def score(
         try:
             for task in tasks:
                 task.set_config(key="num_fewshot", value=0)
+            cut = {str(task.config.task): _cut(lm, task, limit, report) for task in tasks}
             results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
         except TemplateError as error:
             mend = "correct doc_to_text, doc_to_choice or doc_to_target in its task file"
             raise UsageProblem(f"a task's template does not fit its data: {error}", mend=mend) from error
     model.train(was_training)
     assert results is not None
-    return {task.config.task: _of_task(task, results) for task in tasks}
+    return {task.config.task: _of_task(task, results) | cut[str(task.config.task)] for task in tasks}
+
+
+def _cut(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Report) -> dict[str, Any]:
+    """How many questions are cut, told, and the digest of all that is asked: what the scores depend on."""
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    asked = [(one.doc_id, one.idx, one.args) for one in task.instances]
+    cut, questions = len(lm.cut(task.instances)), len({one.doc_id for one in task.instances})
+    if cut:
+        words = f"{cut} of {questions} questions of {task.config.task} are longer than the model's context"
+        report(Event("warning", f"{words} of {lm.max_length} tokens: scored without their beginning"))
+    return {"cut": cut, "questions_sha256": files.sha256(repr(asked).encode())}
 
 
 def _of_task(task: ConfigurableTask, results: dict[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+import lm_eval.utils
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
 
-from stages.parts import files, quiet, seclusion
+from stages.parts import files, quiet, seclusion, task_files
 from stages.parts.errors import NotReady, StorageProblem, UsageProblem
 from stages.parts.rows import Row
 from stages.parts.workspace import Workspace
@@ -27,12 +29,26 @@ UNWRITABLE = {
 }
 """Of the errors of a file system, those that waiting does not mend: rights, space, the disk."""
 
+
+def _sandbox() -> ImmutableSandboxedEnvironment:
+    """lm-eval's own way to render templates, but without a way out of them."""
+    sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
+    for name in ("lipsum", "cycler", "joiner"):  # objects with a module behind them, of no use in a prompt
+        del sandbox.globals[name]
+    return sandbox
+
+
+lm_eval.utils.env = _sandbox()  # all templates are rendered by this one
+
 TRAINABLE = ("multiple_choice", "generate_until")
 
 
 def load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
     """These tasks, groups resolved into theirs. Raises UsageProblem for a name that nothing defines."""
     files.check_plain(workspace.tasks)
+    if not workspace.machine.run_task_code:
+        task_files.check_are_data(workspace.tasks, workspace.home)
     with quiet.libraries():
         return _load(workspace, names)
 
@@ -57,7 +73,7 @@ def _load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
             continue
         spec: Any = name
         if manager is local and entry.yaml_path is not None and entry.kind.name == "TASK":
-            spec = _from_workspace(load_yaml(entry.yaml_path), workspace.home)
+            spec = task_files.from_workspace(load_yaml(entry.yaml_path), workspace.home)
         tasks += _built(manager, spec, name)
     return tasks
 
@@ -78,7 +94,7 @@ def training_rows(task: ConfigurableTask) -> list[Row]:
     if not task.has_training_docs():
         raise UsageProblem(f"task {name} has no training split", mend="set training_split in its task file")
     try:
-        return [_row(task, doc, name) for doc in task.training_docs()]
+        return [_row(task, doc, name, number) for number, doc in enumerate(task.training_docs(), 1)]
     except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise _mistaken(name, error) from error
 
@@ -92,43 +108,64 @@ def test_prompts(task: ConfigurableTask) -> Iterator[str]:
         raise _mistaken(str(task.config.task), error) from error
 
 
-def _row(task: ConfigurableTask, doc: dict[str, Any], name: str) -> Row:
+def _row(task: ConfigurableTask, doc: dict[str, Any], name: str, number: int) -> Row:
     prompt = str(task.fewshot_context(doc, num_fewshot=0))
-    target = task.doc_to_target(doc)
     if task.OUTPUT_TYPE == "multiple_choice":
-        choices = task.doc_to_choice(doc)
-        index = target if isinstance(target, int) else choices.index(target)
+        index = _right_choices(task, doc, number)[0]
         # The very request that lm-eval scores for the right choice.
         prompt, completion = task.construct_requests(doc, prompt)[index].args[:2]
         return Row(prompt, completion, label=str(index), source=name)
-    return Row(prompt, f"{task.config.target_delimiter}{target}", label="", source=name)
+    return Row(prompt, f"{task.config.target_delimiter}{_right_texts(task, doc, number)[0]}", label="", source=name)
 
 
-def _from_workspace(config: dict[str, Any], root: Path) -> dict[str, Any]:
-    """The task with its relative data_files made absolute from the workspace."""
-    kwargs = config.get("dataset_kwargs") or {}
-    if "data_files" not in kwargs:
-        return config
-
-    def resolve(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: resolve(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [resolve(item) for item in value]
-        return value if "://" in value else str(root / value)
-
-    found = kwargs | {"data_files": resolve(kwargs["data_files"])}
-    if any(seclusion.is_private(Path(value)) for value in _leaves(found["data_files"])):
-        found["cache_dir"] = str(root / "private" / ".datasets")  # a copy of these rows is private too
-    return config | {"dataset_kwargs": found}
+def check_answers(task: ConfigurableTask) -> None:
+    """Raise UsageProblem, naming a question, where its right answer is none that lm-eval could find right."""
+    try:
+        for number, doc in enumerate(task.eval_docs, 1):
+            if task.OUTPUT_TYPE == "multiple_choice":
+                _right_choices(task, doc, number)
+            elif task.OUTPUT_TYPE == "generate_until":
+                _right_texts(task, doc, number)
+    except (TemplateError, LookupError, TypeError, ValueError) as error:
+        raise _mistaken(str(task.config.task), error) from error
 
 
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
-    else:
-        yield value
+def _right_choices(task: ConfigurableTask, doc: dict[str, Any], number: int) -> list[int]:
+    """The indexes, from 0, of the choices that are right: one, mostly."""
+    choices, several = task.doc_to_choice(doc), bool(getattr(task, "multiple_input", False))
+    target = task.doc_to_text(doc) if several else task.doc_to_target(doc)
+    if not isinstance(choices, list) or not choices or not all(isinstance(one, str) and one for one in choices):
+        raise _bad_question(task, number, f"its choices are {choices!r}, not a list of texts")
+    named = target if isinstance(target, list) else [target]
+    if isinstance(target, list) and not all(isinstance(one, int) for one in named):
+        raise _bad_question(task, number, f"its right answers are {target!r}; of several, lm-eval takes indexes only")
+    if bool(getattr(task, "multiple_target", 0)) != isinstance(target, list):
+        raise _bad_question(task, number, "one right answer and a list of them are mixed in one task")
+    found = [choices.index(one) if isinstance(one, str) and one in choices else one for one in named]
+    if not found or not all(isinstance(one, int) and 0 <= one < len(choices) for one in found):
+        raise _bad_question(task, number, f"its right answer {target!r} is none of its {len(choices)} choices")
+    rendered = task.config.doc_to_target
+    is_template = isinstance(rendered, str) and rendered not in task.features and not several
+    if is_template and not isinstance(target, list) and str(target) in choices and choices[found[0]] != str(target):
+        words = f"its right answer {target!r} may be an index or the text of another choice"
+        raise _bad_question(task, number, f"{words}; name a column as doc_to_target, of numbers or of texts")
+    return found
+
+
+def _right_texts(task: ConfigurableTask, doc: dict[str, Any], number: int) -> list[str]:
+    """The answers that are right, to be generated."""
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None:
+        target = task.doc_to_choice(doc)[_right_choices(task, doc, number)[0]]
+    found = [str(one) for one in (target if isinstance(target, list) else [target]) if one is not None]
+    if not found or not found[0].strip():
+        raise _bad_question(task, number, f"its right answer is {target!r}, no text")
+    return found
+
+
+def _bad_question(task: ConfigurableTask, number: int, found: str) -> UsageProblem:
+    mend = "correct doc_to_target or doc_to_choice in its task file (an index counts from 0), or its data"
+    return UsageProblem(f"question {number} of task {task.config.task}: {found}", mend=mend)
 
 
 def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]:

@@ -57,7 +57,7 @@ def capture(
         loaded = models or Models(workspace)
         loaded.use(role)
         outlines = {one: loaded.outline(one) for one in OTHER}
-        examples, shared = encoded(workspace, rows, outlines["slm"], outlines["llm"])
+        examples, shared = encoded(workspace, rows, outlines["slm"], outlines["llm"], report)
         source = capture_files.Source(
             data_sha256=data_sha256,
             rows_sha256=capture_files.rows_sha256(examples),
@@ -221,7 +221,7 @@ def train_against(
     models = models or Models(workspace, processes)
     models.use(role)
     outlines = {one: models.outline(one) for one in OTHER}
-    examples, shared = encoded(workspace, inputs.rows, outlines["slm"], outlines["llm"])
+    examples, shared = encoded(workspace, inputs.rows, outlines["slm"], outlines["llm"], report)
     source = capture_files.Source(
         data_sha256=inputs.data_sha256,
         rows_sha256=capture_files.rows_sha256(examples),

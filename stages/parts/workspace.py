@@ -32,9 +32,6 @@ MODEL_CARD = "README.md"
 EXPORT = "export.json"
 LARGEST_TOML_BYTES = 1 << 20
 
-DATA_FILE = rb"[\w./~-]+\.(?:jsonl?|csv|parquet|arrow|txt)\b"
-"""What looks like a local data file in a task file, in whatever way the file is written."""
-
 
 class MachineFlags(Settings):
     """What a command's own flags change of machine.toml."""
@@ -145,11 +142,9 @@ class Workspace:
     def tasks_sha256(self) -> str:
         """The digest of the task files and of the local data they name: other ones give other scores."""
         files.check_plain(self.tasks)
-        texts = {path: files.read_own(path) for path in sorted(self.tasks.rglob("*")) if path.is_file()}
-        named = {name.decode() for text in texts.values() for name in re.findall(DATA_FILE, text)}
-        data = [self.local(name) for name in sorted(named)]
-        contents = [*texts.values(), *(files.read_own(path) for path in data if path.exists())]
-        return files.sha256(b"".join(files.sha256(content).encode() for content in contents))
+        from stages.parts import task_files
+
+        return task_files.digest(self.tasks, self.home)
 
     @property
     def private(self) -> Path:

@@ -132,3 +132,38 @@ def test_a_name_that_nothing_defines_is_answered_with_those_of_the_workspace(wor
         tasks.load(Workspace(workspace_folder), ["colors"])
     assert "known in this workspace: colours" in str(caught.value.mend)
     assert "tasks/" in str(caught.value.mend)
+
+
+@pytest.mark.parametrize("answer", ["A", "0", 3, -1, [0, "red"], ["red"], [], None])
+def test_a_right_answer_that_is_none_of_the_choices_is_refused(workspace_folder: Path, answer: object) -> None:
+    path = workspace_folder / "data/test.jsonl"
+    rows = [json.loads(line) | {"key": answer} for line in path.read_text().splitlines()]
+    for part in ("train", "test"):
+        (workspace_folder / f"data/{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    edit(workspace_folder / "tasks" / "colours.yaml", '"{{answer}}"', "key")
+    with pytest.raises(UsageProblem, match=r"colours") as caught:
+        tasks.check_answers(tasks.load(Workspace(workspace_folder), ["colours"])[0])
+    assert "data" in str(caught.value.mend)
+
+
+def test_a_number_that_is_the_text_of_another_choice_is_refused(workspace_folder: Path) -> None:
+    rows = [{"question": "how many ?", "choices": ["1", "2", "0"], "answer": 2}] * 2
+    for part in ("train", "test"):
+        (workspace_folder / f"data/{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageProblem, match="may be an index or the text of another choice"):
+        rows_of(workspace_folder, "colours")
+    edit(workspace_folder / "tasks" / "colours.yaml", '"{{answer}}"', "answer")
+    assert rows_of(workspace_folder, "colours")[0].completion == " 0"
+
+
+@pytest.mark.parametrize("target", ['"{{names}}"', "names"])
+def test_of_a_list_of_answers_to_be_generated_the_first_is_the_row(workspace_folder: Path, target: str) -> None:
+    path = workspace_folder / "tasks" / "colours.yaml"
+    rows = [{"question": "who ?", "names": ["the whale", "whale"]}] * 2
+    for part in ("train", "test"):
+        (workspace_folder / f"data/{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    edit(path, "output_type: multiple_choice", "output_type: generate_until")
+    edit(path, 'doc_to_choice: "{{choices}}"\n', "")
+    edit(path, '"{{answer}}"', target)
+    edit(path, "metric: acc,", "metric: exact_match,")
+    assert rows_of(workspace_folder, "colours")[0].completion == " the whale"

@@ -1,0 +1,178 @@
+"""Task files as data: what they may hold unless a user trusts them with code, and which local files they name.
+
+They come from whoever made the agreement, so they are read here first, by a reader that knows no code.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from stages.parts import files, seclusion
+from stages.parts.errors import Refused, UsageProblem
+
+BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+"""Readers of local files that only read; others of `datasets` unpickle, or ask a database."""
+CODE_KEYS = ("class", "custom_dataset", "unsafe_code", "use_prompt", "hf_evaluate", "trust_remote_code")
+GENERATION_CODE_KEYS = ("custom_generate", "assistant_model")
+TRUST = "read them; if they are your own, or you trust them with this machine, set run_task_code = true in machine.toml"
+
+
+class _Function(str):
+    """What a task file says after !function."""
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Plain YAML, and !function as the name it is."""
+
+
+_Loader.add_constructor("!function", lambda _, node: _Function(node.value))
+
+
+def check_are_data(tasks: Path, home: Path) -> None:
+    """Raise Refused for what in a task file would run code of its author's choice, naming the file and the key."""
+    for path in _task_files(tasks):
+        shown = path.relative_to(home) if path.is_relative_to(home) else path
+        for mapping in _mappings(read(path)):
+            for key, value in mapping.items():
+                if found := _code(str(key), value):
+                    raise Refused(f"{shown} would run code: {found}", where=path, mend=TRUST)
+
+
+def read(path: Path) -> Any:
+    """What a YAML file holds. Raises UsageProblem where it is none."""
+    try:
+        return yaml.load(files.read_own(path), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageProblem(f"{path.name} is not YAML: {error}", where=path, mend="correct that line") from error
+
+
+def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
+    """The task files and the local data they name, however it is called, each with the name it goes by."""
+    own = [path for path in sorted(tasks.rglob("*")) if path.is_file()]
+    found = {(path.relative_to(tasks).as_posix(), path) for path in own}
+    for path in _task_files(tasks):
+        if path not in own:
+            found.add((path.name, path))
+        try:
+            mappings = list(_mappings(read(path)))
+        except UsageProblem:
+            continue  # told where the task is loaded
+        for mapping in mappings:
+            for key in ("data_files", "data_dir", "dataset_path"):
+                for name in _texts(mapping.get(key)):
+                    found.update((f"{name}/{one.name}", one) for one in _matches(name, home))
+    return sorted(found)
+
+
+def digest(tasks: Path, home: Path) -> str:
+    """The digest of task files and their local data: other ones give other rows and other scores."""
+    lines = [f"{name}\0{files.sha256(files.read_own(path))}\n" for name, path in local_files(tasks, home)]
+    return files.sha256("".join(lines).encode())
+
+
+def from_workspace(config: Any, home: Path) -> Any:
+    """The configuration with its relative files and folders made absolute from the workspace."""
+    if not isinstance(config, dict):
+        return config
+    changed = {}
+    for key, value in config.items():
+        if key in ("data_files", "data_dir"):
+            changed[key] = _absolute(value, home)
+        elif key == "dataset_path" and isinstance(value, str) and value not in BUILDERS and (home / value).is_dir():
+            changed[key] = str(home / value)
+        else:
+            changed[key] = from_workspace(value, home)
+    named = [name for key in ("data_files", "data_dir") for name in _texts(changed.get(key))]
+    if any(seclusion.is_private(Path(name)) for name in named):
+        changed["cache_dir"] = str(home / "private" / ".datasets")  # a copy of these rows is private too
+    return changed
+
+
+def _absolute(value: Any, home: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _absolute(item, home) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_absolute(item, home) for item in value]
+    return value if "://" in value else str(home / value)
+
+
+def _code(key: str, value: Any) -> str | None:
+    """What would be run, or None."""
+    if any(isinstance(one, _Function) for one in [value, *(value if isinstance(value, list) else [])]):
+        return f"{key}: !function {value}"
+    if (key in CODE_KEYS or key in GENERATION_CODE_KEYS) and value not in (False, None):
+        return f"{key}: {value}"
+    if key == "dataset_path" and isinstance(value, str) and value not in BUILDERS and _is_builder(value):
+        return f"dataset_path: {value}, a reader that is more than a reader of rows"
+    if key == "metric" and isinstance(value, str) and not _is_metric(value):
+        return f"metric: {value}, which lm-eval does not know and would fetch as a program"
+    return None
+
+
+def _is_builder(name: str) -> bool:
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as PACKAGED
+
+    return name in PACKAGED or name.endswith(".py")
+
+
+def _is_metric(name: str) -> bool:
+    from lm_eval.api.registry import metric_registry
+
+    return name in metric_registry
+
+
+def _task_files(tasks: Path) -> list[Path]:
+    """The YAML files of a folder, and those that they include, lm-eval's own left out: they came with it."""
+    spec = importlib.util.find_spec("lm_eval")
+    theirs = [Path(place).resolve() for place in (spec and spec.submodule_search_locations) or []]
+    waiting, found = [path for path in sorted(tasks.rglob("*.yaml")) if path.is_file()], dict[Path, None]()
+    while waiting:
+        path = waiting.pop(0)
+        if path in found or any(path.resolve().is_relative_to(place) for place in theirs):
+            continue
+        found[path] = None
+        try:
+            config = read(path)
+        except UsageProblem:
+            continue  # told by who needs it
+        if isinstance(config, dict):
+            included = [path.resolve().parent / name for name in _texts(config.get("include"))]
+            waiting += [one for one in included if one.is_file()]
+    return list(found)
+
+
+def _mappings(value: Any) -> Iterator[dict[Any, Any]]:
+    """Every mapping in a value, each once, whatever refers to whatever."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or not isinstance(one, dict | list):
+            continue
+        seen.add(id(one))
+        waiting += one.values() if isinstance(one, dict) else one
+        if isinstance(one, dict):
+            yield one
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text in a value of data_files: one, or a list, or by split."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for one in value for text in _texts(one)] if isinstance(value, list) else []
+
+
+def _matches(name: str, home: Path) -> list[Path]:
+    """The local files that a name, a pattern or a folder stands for."""
+    place = home / name
+    if place.is_dir():
+        return [path for path in sorted(place.rglob("*")) if path.is_file()]
+    found = [place] if place.is_file() else [Path(one) for one in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
+    return [path for path in found if path.exists()]
