@@ -5,6 +5,7 @@ Reads every file of every folder that is on this machine. Writes nothing, loads 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,10 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
             if not folder.exists():
                 continue
             inboxes = [path.name for path in folder.glob("client-*")] if stage == "close" else None
-            artefact = read_artefact(folder, only=inboxes)
-            check_belongs(artefact, workspace, reader=reader, stage=stage, round=round, client=client)
+            belongs = functools.partial(
+                check_belongs, workspace=workspace, reader=reader, stage=stage, round=round, client=client
+            )
+            artefact = read_artefact(folder, only=inboxes, before=belongs)
             if _is_earlier(workspace, artefact.manifest):
                 report(Event("note", f"{workspace.shown(folder)} is of an earlier attempt at its round"))
             else:

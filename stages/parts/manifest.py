@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -204,16 +204,23 @@ def _read_manifest(folder: Path, levels: int = LEVELS) -> tuple[Manifest, bytes]
 
 
 def read_artefact(
-    folder: Path, *, only: Iterable[str] | None = None, limit_bytes: int = files.LARGEST_ADAPTER_BYTES
+    folder: Path,
+    *,
+    only: Iterable[str] | None = None,
+    limit_bytes: int = files.LARGEST_ADAPTER_BYTES,
+    before: Callable[[Artefact], None] | None = None,
 ) -> Artefact:
     """A folder with every byte checked against its manifest.
 
     only: the files to read; those left out need not be there. limit_bytes: of each; a larger one is not read at all.
+    before: raises for a manifest, signature included, whose files are not worth reading; it gets none of them.
     Raises NotReady if it, or a part of it, has not arrived; Damaged if a file is superfluous or changed.
     """
     manifest, signed = _read_manifest(folder)
     wanted = manifest.files if only is None else {name: manifest.files[name] for name in only if name in manifest.files}
     check_names(folder, manifest, wanted)
+    if before:
+        before(Artefact(folder, manifest, signed, files.sha256(signed), {}))
     contents = {}
     mend = files.FOLDER_AGAIN
     for name, entry in wanted.items():
