@@ -154,9 +154,13 @@ def _start(workspace: Workspace, client: int, round: int) -> Artefact:
         name = f"client {client}'s adapter of round {round - 1}"
         mend = f"fedcollm client-train --client {client} --round {round - 1}"
     require(source, f"{name} is not there", mend)
-    theta = read_artefact(source)
-    check_belongs(theta, workspace, reader=party_of(client), stage=stage, round=made_in, client=by)
-    return theta
+    # Its place and its signature first: what nobody signed is not read at all.
+    return read_artefact(
+        source,
+        before=lambda found: check_belongs(
+            found, workspace, reader=party_of(client), stage=stage, round=made_in, client=by
+        ),
+    )
 
 
 def _check_alone(processes: Processes) -> None:
