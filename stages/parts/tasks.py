@@ -7,7 +7,7 @@ name is not found there, since indexing them takes long. Relative data_files are
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,9 @@ def training_rows(task: ConfigurableTask) -> list[Row]:
     if not task.has_training_docs():
         raise UsageProblem(f"task {name} has no training split", mend="set training_split in its task file")
     try:
-        return [_row(task, doc, name, number) for number, doc in enumerate(task.training_docs(), 1)]
+        rows = [_row(task, doc, name, number) for number, doc in enumerate(task.training_docs(), 1)]
+        _check_meaning(task, task.training_docs())
+        return rows
     except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise _mistaken(name, error) from error
 
@@ -126,6 +128,7 @@ def check_answers(task: ConfigurableTask) -> None:
                 _right_choices(task, doc, number)
             elif task.OUTPUT_TYPE == "generate_until":
                 _right_texts(task, doc, number)
+        _check_meaning(task, task.eval_docs)
     except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise _mistaken(str(task.config.task), error) from error
 
@@ -144,12 +147,24 @@ def _right_choices(task: ConfigurableTask, doc: dict[str, Any], number: int) -> 
     found = [choices.index(one) if isinstance(one, str) and one in choices else one for one in named]
     if not found or not all(isinstance(one, int) and 0 <= one < len(choices) for one in found):
         raise _bad_question(task, number, f"its right answer {target!r} is none of its {len(choices)} choices")
-    rendered = task.config.doc_to_target
-    is_template = isinstance(rendered, str) and rendered not in task.features and not several
-    if is_template and not isinstance(target, list) and str(target) in choices and choices[found[0]] != str(target):
-        words = f"its right answer {target!r} may be an index or the text of another choice"
-        raise _bad_question(task, number, f"{words}; name a column as doc_to_target, of numbers or of texts")
     return found
+
+
+def _check_meaning(task: ConfigurableTask, docs: Iterable[dict[str, Any]]) -> None:
+    """Raise UsageProblem where every right answer is a text of its choices, but lm-eval takes it as an index.
+
+    So it does with a template that gives a number; a column of texts it takes as texts.
+    """
+    rendered = task.config.doc_to_target
+    if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(rendered, str) or rendered in task.features:
+        return
+    asked = [(task.doc_to_target(doc), task.doc_to_choice(doc)) for doc in docs]
+    if not all(isinstance(target, int) and str(target) in choices for target, choices in asked):
+        return
+    for number, (target, choices) in enumerate(asked, 1):
+        if choices[target] != str(target):
+            words = f"its right answer {target!r} may be an index or the text of another choice"
+            raise _bad_question(task, number, f"{words}; name a column as doc_to_target, of numbers or of texts")
 
 
 def _right_texts(task: ConfigurableTask, doc: dict[str, Any], number: int) -> list[str]:
