@@ -63,7 +63,7 @@ def _check_targets(base: PreTrainedModel, targets: list[str], where: Path | None
         elif targets.count(target) > 1:
             problem = f"{target} is named {targets.count(target)} times"
         elif other := next((name for name, one in fitting.items() if not _takes_lora(one)), ""):
-            problem = f"{target} fits {other}, a {type(fitting[other]).__name__}, not a linear layer"
+            problem = f"{target} fits {other}, which is no linear layer but {type(fitting[other]).__name__}"
         for stack, size in stacks.items():
             blocks = {name.removeprefix(f"{stack}.").split(".")[0] for name in fitting if name.startswith(f"{stack}.")}
             if not problem and blocks and len(blocks) < size:

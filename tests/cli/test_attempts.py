@@ -287,10 +287,10 @@ def test_two_parties_at_once_are_no_next_step(four: Callable[..., Machines]) -> 
 def test_status_as_json_says_whose_each_step_is(four: Callable[..., Machines]) -> None:
     machines = four()
     found = json.loads(machines.give("client-2", "status", "--json").out)
-    assert found.keys() == {"rounds", "next_command", "waiting_for"}
+    assert found.keys() == {"rounds", "next_command", "waiting_for", "changed"}
     first = found["rounds"][0]
     assert first.keys() == {"number", "steps", "late"}
-    fields = {"name", "condition", "reason", "command", "here", "sha256", "party"}
+    fields = {"name", "condition", "reason", "command", "here", "sha256", "party", "changed"}
     assert all(step.keys() == fields for step in first["steps"])
     clients = [f"client-{k}" for k in FOUR]
     assert [(step["name"], step["party"], step["here"]) for step in first["steps"]] == [

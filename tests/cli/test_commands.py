@@ -16,6 +16,7 @@ import typer
 from builders import ROOT, Outcome, edit, published, rows, write_rows
 from fedcollm_cli import __version__
 from fedcollm_cli.main import app
+from stages.parts import records
 from stages.parts.workspace import Workspace
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -126,7 +127,7 @@ def test_json_of_the_other_commands_names_what_was_written(finished: Path, fedco
 
     scores = json.loads(fedcollm("evaluate", "--round", 1, "--model", "llm", "--json", "-w", finished).out)
     assert scores.pop("path") == "results/round-0001/llm.json"
-    assert scores == json.loads((finished / "results/round-0001/llm.json").read_text())
+    assert records.stamped(scores) == json.loads((finished / "results/round-0001/llm.json").read_text())
 
     toml = finished / "fedcollm.toml"
     toml.write_text(toml.read_text() + '\n[data]\ntasks = ["colours"]\n')

@@ -57,7 +57,7 @@ def test_lines_of_losses_end_with_their_round_while_rounds_are_few(
     edit(workspace_folder / "fedcollm.toml", "rounds = 2", f"rounds = {rounds}")
     workspace = Workspace(workspace_folder)
     for round in range(1, rounds + 1):
-        log = [{"step": 1, "slm_ft": 1.0}, {"step": 2, "slm_ft": 0.5}, {"wall_s": 1.0}]
+        log = [{"inputs": {}}, {"step": 1, "slm_ft": 1.0}, {"step": 2, "slm_ft": 0.5}, {"wall_s": 1.0}]
         files.write_log(workspace.log("client-train", round, 1), log)
     found = chart("loss-client-train", workspace_folder)
     assert ("detail" in found.spec["encoding"]) == ends

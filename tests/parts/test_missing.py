@@ -19,7 +19,10 @@ def test_nothing_is_missing_where_everything_is(workspace_folder: Path) -> None:
 
 
 def test_the_papers_setting_lacks_its_models_its_data_and_its_task_on_a_new_machine(tmp_path: Path) -> None:
-    found = missing(init(tmp_path / "study", template="s1", tasks=["openbookqa"]))
+    workspace = init(tmp_path / "study", template="s1", tasks=["openbookqa"])
+    assert "or set simulation = true" in missing(workspace)[2].mend
+    edit(workspace.root / "machine.toml", "# simulation = true", "simulation = true")
+    found = missing(Workspace(workspace.root))
     assert found[:3] == [
         Missing("the SLM gpt2, of every party", "fedcollm prefetch --model slm"),
         Missing("the LLM gpt2-large, of the server alone", "fedcollm prefetch --model llm"),
@@ -57,6 +60,7 @@ def test_files_to_prepare_from_are_named_one_by_one(workspace_folder: Path) -> N
     shutil.rmtree(workspace_folder / "private")
     toml = workspace_folder / "fedcollm.toml"
     toml.write_text(toml.read_text() + '\n[data]\nfiles = ["a.jsonl", "data/train.jsonl", "b.jsonl"]\n')
+    (workspace_folder / "machine.toml").write_text("simulation = true\n")
     assert [one.what for one in missing(Workspace(workspace_folder))] == [
         "the data file a.jsonl",
         "the data file b.jsonl",

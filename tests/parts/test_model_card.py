@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import rewrite
 from stages.evaluate import evaluate
 from stages.parts.manifest import read_artefact
 from stages.parts.model_card import model_card
@@ -81,7 +82,7 @@ def test_a_card_gives_the_scores_of_this_adapter_beside_the_base_s_and_no_others
     assert "Not evaluated" not in card_of(finished)
 
     result = finished / "results/round-0002/slm.json"
-    result.write_text(json.dumps(json.loads(result.read_text()) | {"adapter_sha256": "0" * 64}))
+    rewrite(result, json.loads(result.read_text()) | {"adapter_sha256": "0" * 64})
     assert "Not evaluated: `fedcollm evaluate --round 2 --model slm`" in card_of(finished)
     assert "colours" not in card_of(finished)
 

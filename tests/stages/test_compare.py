@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from builders import QUESTIONS, Outcome, edit, make_study, published
+from builders import QUESTIONS, Outcome, edit, make_study, published, rewrite
 from stages.compare import compare
 from stages.parts.paper import tables
 from stages.parts.workspace import Workspace
@@ -158,7 +158,7 @@ def test_a_winner_is_named_where_every_seed_and_question_says_so(
             path = home / place / "results/round-0002/llm.json"
             value = json.loads(path.read_text())
             value["tasks"]["colours"]["correct"]["acc"] = answers
-            path.write_text(json.dumps(value))
+            rewrite(path, value)
     said = fedcollm("compare", "--markdown", "-w", studied).out
     # 19 of 20 more, both seeds alike: the questions' error is 1/20, the half width 1.96 times that.
     assert "| FedAvg + D^a | +95.0 [85.2, 104.8]* |" in said

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from builders import Outcome, edit, make_study, rows, write_rows
+from builders import Outcome, edit, make_study, rewrite, rows, write_rows
 from stages.parts.budgets import spent
 from stages.parts.workspace import Workspace
 from stages.run import run
@@ -142,7 +142,7 @@ def test_overwrite_without_anything_to_run_is_refused(
 
 def test_a_result_of_another_agreement_is_refused(studied: Path, refuses: Callable[..., str]) -> None:
     path = studied / "baselines/standalone/results/round-0002/client-2.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"agreement_sha256": "0" * 64}))
+    rewrite(path, json.loads(path.read_text()) | {"agreement_sha256": "0" * 64})
     mend = "undo the edit of fedcollm.toml, or fedcollm run --workspace baselines/standalone --overwrite"
     assert f"{path.relative_to(studied)} is a result of another agreement" in refuses(5, mend)
 
@@ -163,7 +163,7 @@ def test_a_result_of_an_earlier_version_is_made_again(
     path = studied / "baselines/fedavg/results/round-0002/client-1.json"
     value = json.loads(path.read_text())
     del value["tasks"]["colours"]["correct"]
-    path.write_text(json.dumps(value))
+    rewrite(path, value)
     mend = "fedcollm evaluate --round 2 --client 1 --workspace baselines/fedavg --overwrite"
     assert "does not say which questions were right" in refuses(5, mend)
     give(studied, mend, fedcollm, monkeypatch)
@@ -252,7 +252,7 @@ def test_models_of_another_base_or_precision_are_not_compared(
 
 def test_a_result_in_another_precision_is_scored_anew(studied: Path, refuses: Callable[..., str]) -> None:
     path = studied / "baselines/fedavg/results/round-0002/client-2.json"
-    path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"', 1))
+    rewrite(path, json.loads(path.read_text()) | {"dtype": "bfloat16"})
     mend = "fedcollm evaluate --round 2 --client 2 --workspace baselines/fedavg --overwrite"
     assert "was scored in another precision than results/zero-shot/slm.json" in refuses(
         5, f"score both anew in one: {mend}"
