@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.parts import paper
+from stages.parts.base_names import name_of
 from stages.parts.errors import NotReady
 from stages.parts.ledger import SERVER, Transfer, client, transfers
 from stages.parts.workspace import Workspace
@@ -106,7 +107,7 @@ def _full_of(workspace: Workspace) -> Full | None:
         shape = shapes.of_workspace(workspace, "slm")
     except NotReady:
         return None
-    return _full(workspace.agreement.slm.model, shape)
+    return _full(name_of(workspace, "slm"), shape)
 
 
 def _full(model: str, shape: Shape) -> Full:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.parts import files
+from stages.parts.base_names import hub_id, name_of
 from stages.parts.errors import Damaged, Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import Artefact, versions
@@ -48,7 +49,7 @@ def export(
     report(Event("stage", f"export {subject}, round {round}{', merged' if merged else ''}"))
     adapter = adapter_of(workspace, model, round, client)
     role: Role = "llm" if subject == "llm" else "slm"
-    base_model = _hub_id(workspace, role)
+    base_model = hub_id(workspace, role)
     revision = workspace.agreement.model_of(role).revision if base_model else None
     card = model_card(workspace, adapter, subject, merged=merged, base_model=base_model, revision=revision).encode()
     what = {
@@ -75,21 +76,10 @@ def export(
         made = what | {"proof": proof, "files": _digests(draft), "versions": versions()}
         (draft / EXPORT).write_bytes(files.json_bytes(made))
     words = f"off by {proof['error']:.2g} at most, where the adapter moves them by {proof['change']:.2g}"
+    if base_model is None:
+        report(Event("note", f"its base has no name that others know: it was tuned on {name_of(workspace, role)}"))
     report(Event("note", f"loaded back, its logits are those of base and adapter: {words}"))
     return made
-
-
-def _hub_id(workspace: Workspace, role: Role) -> str | None:
-    """The base's name on a hub, or None if the agreement names a folder."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    name = workspace.agreement.model_of(role).model
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return None if workspace.local(name).is_dir() else name
 
 
 def _already_made(target: Path, what: dict[str, Any], shown: str, *, overwrite: bool) -> dict[str, Any] | None:

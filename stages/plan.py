@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.parts import bases
+from stages.parts.base_names import name_of
 from stages.parts.config import ROLES, Budget, Distillation, Role
 from stages.parts.errors import Damaged, NotReady, Problem, UsageProblem
 from stages.parts.rows import Extent, encode, extent, read_rows
@@ -386,7 +387,7 @@ def _base_model(here: _Here, role: Role) -> BaseModel:
     stored = shapes.DTYPE_BYTES.get(shape.stored_dtype or "")
     return BaseModel(
         role,
-        here.workspace.agreement.model_of(role).model,
+        name_of(here.workspace, role),
         shape.parameters,
         shape.adapter_parameters,
         shapes.file_bytes(shape.layout),

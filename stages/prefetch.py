@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.parts import bases
+from stages.parts.base_names import name_of
 from stages.parts.config import Role
 from stages.parts.errors import NotReady
 from stages.parts.events import Event, Report, ignore
@@ -42,7 +43,7 @@ def prefetch(
 def _model(workspace: Workspace, role: Role) -> Fetched:
     name = workspace.agreement.model_of(role).model
     if here := bases.whole_folder(workspace, role):
-        return Fetched(name, True, workspace.shown(here))
+        return Fetched(name_of(workspace, role), True, workspace.shown(here))
     fetched = bases.folder(workspace, role)
     if not bases.whole_folder(workspace, role):
         mend = f"put all its files there; or, for a model of the hub, `fedcollm prefetch --model {role}` with a network"

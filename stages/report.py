@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stages.audit import audit
 from stages.compare import ALL, compare
 from stages.parts import files
+from stages.parts.base_names import name_of
 from stages.parts.checks import lines, result
 from stages.parts.errors import NotReady, Problem
 from stages.parts.events import Event, Report, ignore
@@ -193,6 +194,8 @@ def _summary(charts: list[Chart], compared: dict[str, Any] | str) -> str:
 
 def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
     """The digests that this page can be held against, and the versions of what made the adapters."""
+    from stages.parts.page import without_folders
+
     last: dict[str, tuple[Manifest, str]] = {}
     for round in range(1, workspace.agreement.federation.rounds + 1):
         places = [workspace.broadcast(round), workspace.aggregate(round), workspace.slm(round), workspace.llm(round)]
@@ -205,7 +208,10 @@ def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
     pairs = [(AGREEMENT, workspace.agreement_sha256)]
     for role in ("slm", "llm"):
         for manifest in [manifest for manifest, _ in last.values() if manifest.role == role][:1]:
-            pairs += [(f"{role.upper()} base, {manifest.base.architecture}", manifest.base.weights_sha256)]
+            base = f"{role.upper()} base, {manifest.base.architecture}"
+            if (name := name_of(workspace, role)) != (agreed := workspace.agreement.model_of(role).model):
+                base = f"{base}; here {name}, not known to be {agreed}"
+            pairs += [(in_line(without_folders(base)), manifest.base.weights_sha256)]
             pairs += [(f"{role.upper()} tokenizer", manifest.base.tokenizer_sha256)]
     newest = max((manifest.round for manifest, _ in last.values()), default=0)
     pairs += [

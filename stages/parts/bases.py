@@ -55,17 +55,18 @@ def own_folder(workspace: Workspace, role: Role) -> Path | None:
 
 def whole_folder(workspace: Workspace, role: Role) -> Path | None:
     """The base model's folder if it is here with all its weights; never asks the hub."""
-    found = own_folder(workspace, role) or _cached(workspace, role)
+    found = own_folder(workspace, role) or cached(workspace, role)
     return found if found is not None and _has_weights(found) else None
 
 
 def configuration(workspace: Workspace, role: Role) -> Path | None:
     """A folder that holds at least the base model's config.json; never asks the hub."""
-    found = own_folder(workspace, role) or _cached(workspace, role)
+    found = own_folder(workspace, role) or cached(workspace, role)
     return found if found is not None and (found / "config.json").is_file() else None
 
 
-def _cached(workspace: Workspace, role: Role) -> Path | None:
+def cached(workspace: Workspace, role: Role) -> Path | None:
+    """The folder of the agreed model in the hub's cache, whole or not; never asks the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -42,7 +42,15 @@ from stages.parts.models import Tuned, naming_memory_knobs
 from stages.parts.objective import Objective, Tokens
 from stages.parts.rows import Example
 from stages.parts.secret_random import SecretRandom
-from stages.parts.training import Outcome, Recipe, refuse_runaway, refuse_unless_finite, snapshot, stopped_after
+from stages.parts.training import (
+    Outcome,
+    Recipe,
+    refuse_runaway,
+    refuse_unless_finite,
+    refuse_unless_finite_before,
+    snapshot,
+    stopped_after,
+)
 
 STATE = "state.pt"
 MEMORY_KNOBS = "set micro_batch = 1 in machine.toml, give --dtype bfloat16, or agree on a smaller max_length"
@@ -89,6 +97,7 @@ def train(
         before = objective.measure(examples, rows)
         hooks = GradSampleHooks(slm.model, loss_reduction="sum", strict=True)
         try:
+            refuse_unless_finite_before(before)
             objective.train()
             optimizer = NoisyOptimizer(run.optimizer, charge, clip=clip, examples=len(examples))
             if largest := recipe.clips.get("slm"):

@@ -146,6 +146,7 @@ def train(
             torch.manual_seed(recipe.seed + processes.rank)  # else all would drop out alike
         log = trainer.log if tracking.trackers else None
         try:
+            refuse_unless_finite_before(before)
             with checkpoints.stopping() as stop, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
                 trainer.add_callback(_Watch(objective, recipe, report, len(steps), log, stop, processes))
@@ -295,6 +296,15 @@ def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
         if not math.isfinite(loss):
             mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
             raise BadNumbers(f"{name} became {loss} {when}", mend=mend)
+
+
+def refuse_unless_finite_before(losses: Mapping[str, float]) -> None:
+    """Raise BadNumbers for a loss that is NaN or infinite before the first step: no setting of training is its cause."""
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            message = f"{name} is {loss} before any step: so say the base and the adapter that training begins from"
+            mend = "compute with --dtype float32; should that not help, take another base: the learning rate is not it"
+            raise BadNumbers(message, mend=mend)
 
 
 def snapshot(objective: Objective) -> dict[str, torch.Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import NO_NUMBERS, Outcome, edit, published, rows, write_rows
@@ -145,3 +147,24 @@ def test_an_epoch_is_a_pass_over_the_rows_filled_up_to_whole_batches(workspace_f
     manifest = client_train(workspace, client=1, round=1)
     assert manifest.steps == 3  # ten rows in batches of four
     assert manifest.examples == 12
+
+
+@pytest.mark.parametrize("privacy", ["", "\n[privacy]\nnoise_multiplier = 1.0\nmax_grad_norm = 1.0\ndelta = 1e-3\n"])
+def test_numbers_that_were_none_before_any_step_are_not_blamed_on_the_learning_rate(
+    privacy: str, workspace_folder: Path, base_models: Path, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    base = shutil.copytree(base_models / "slm", tmp_path / "huge")
+    weights = load_file(base / "model.safetensors")
+    weights["transformer.ln_f.weight"].fill_(3e38)  # finite, as each weight is; what it multiplies is not
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    (workspace_folder / "machine.toml").write_text(f"[models]\nslm = {json.dumps(str(base))}\n")
+    toml = workspace_folder / "fedcollm.toml"
+    toml.write_text(toml.read_text() + privacy)
+    assert fedcollm("broadcast", "--round", 1, "-w", workspace_folder).code == 0
+    outcome = fedcollm("client-train", "--round", 1, "--client", 1, "-w", workspace_folder)
+    assert outcome.code == 6, outcome.err
+    said = outcome.err.replace("\n", " ")
+    assert "slm_ft is nan before any step" in said
+    assert "take another base" in said
+    assert "lower the learning rate" not in said
+    assert not list((workspace_folder / "private/client-1").glob("**/checkpoint-*"))

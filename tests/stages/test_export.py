@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from peft import LoraModel, PeftModel
@@ -24,6 +24,7 @@ from stages.client_train import client_train
 from stages.evaluate import evaluate
 from stages.export import export
 from stages.parts.errors import BadNumbers, NotReady, UsageProblem
+from stages.parts.events import Event
 from stages.parts.workspace import Workspace
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -255,8 +256,16 @@ def test_nothing_in_an_export_names_this_machine(merged: bool, tmp_path: Path, b
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_base_on_a_hub_is_named_with_its_revision(merged: bool, tmp_path: Path, base_models: Path) -> None:
+def test_a_base_on_a_hub_is_named_with_its_revision(
+    merged: bool, tmp_path: Path, base_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = trained(tmp_path / "study", base_models, "gpt2", slm='someone/tiny-slm"\nrevision = "abc')
+    cached = tmp_path / "cache/models--someone--tiny-slm"  # its configuration is known here
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/abc").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    shutil.copy(tmp_path / "study/models/slm/config.json", cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     export(workspace, round=1, client=1, merged=merged)
     folder = workspace.export(1, "client-1", merged=merged)
     card = ModelCard.load(folder / "README.md")
@@ -267,6 +276,23 @@ def test_a_base_on_a_hub_is_named_with_its_revision(merged: bool, tmp_path: Path
         config = json.loads((folder / CONFIG).read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny-slm", "abc")
         assert 'from_pretrained("someone/tiny-slm", revision="abc")' in card.text
+
+
+@pytest.mark.parametrize("agreed", ["gpt2", "someone/unknown"])
+def test_a_local_folder_that_is_not_the_agreed_model_is_not_called_by_its_name(
+    agreed: str, tmp_path: Path, base_models: Path
+) -> None:
+    workspace = trained(tmp_path / "study", base_models, "llama", slm=agreed)
+    told: list[Event] = []
+    export(workspace, round=1, client=1, report=told.append)
+    folder = workspace.export(1, "client-1", merged=False)
+    config = json.loads((folder / CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (None, None)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model is None
+    assert agreed not in str(card)
+    assert "known by its digests below (llama)" in str(card)
+    assert any("it was tuned on the local folder slm (llama)" in str(one.text) for one in told)
 
 
 def test_a_base_in_a_folder_is_not_named(finished: Path) -> None:
