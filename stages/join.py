@@ -35,7 +35,9 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
         raise Refused(message, where=path, mend=mend)
     if fingerprint is None:
         message = f"the roster's fingerprint is {found}; read it to another client, by phone: is it the same there?"
-        raise UsageProblem(message, where=path, mend=f"fedcollm join --client {client} --fingerprint {found}")
+        # The mend leaves out what is to be typed: a command to copy would compare the roster with itself.
+        mend = f"fedcollm join --client {client} --fingerprint ... with what that client reads out of the roster there"
+        raise UsageProblem(message, where=path, mend=mend)
     if not roster.is_fingerprint(fingerprint, content):
         message = f"the roster here has the fingerprint {found}, not {fingerprint}"
         mend = "copy exchange/federation.json again; if it stays, the server gave you another roster than the others"

@@ -20,6 +20,9 @@ from stages.parts.workspace import Workspace, require
 if TYPE_CHECKING:
     from stages.parts.parcels import Parcel
 
+SECOND_LEGS = ("close", "reveal")
+"""What goes along in a secure round once there is one; the bundle is named by it."""
+
 
 def pack(
     workspace: Workspace,
@@ -47,12 +50,17 @@ def pack(
     from stages.parts import parcels
 
     members: dict[str, bytes] = {}
+    last = ""
     for parcel in _wanted(workspace, round, client, keys):
-        contents = parcels.collected(parcel, workspace, inbox=to)
+        contents = parcels.collected(parcel, workspace, to=to)
+        if parcel.kind == "close" and to is not None and not parcels.is_for(to, contents):
+            report(Event("note", f"the close of round {round} is over others than client {to}: it is not packed"))
+            continue
+        last = parcel.kind
         parcels.check(parcel, contents, workspace, parcel.folder(workspace))
         members |= {parcel.name(workspace, file): content for file, content in contents.items()}
     content = bundle_bytes(workspace.agreement.federation.name, members)
-    path = output or folder / _name(workspace, round, client, to, keys)
+    path = output or folder / _name(workspace, round, client, to, keys, last)
     _write(path, content, overwrite, report)
     listed = [
         {"name": name, "size_bytes": len(members[name]), "sha256": files.sha256(members[name])}
@@ -106,12 +114,14 @@ def _public(workspace: Workspace, client: int | None, keys: bool) -> list[Parcel
     return wanted
 
 
-def _name(workspace: Workspace, round: int | None, client: int | None, to: int | None, keys: bool) -> str:
+def _name(workspace: Workspace, round: int | None, client: int | None, to: int | None, keys: bool, last: str) -> str:
+    """What a bundle is called. last: of what it carries, which tells the two legs of a secure round apart."""
     federation = workspace.agreement.federation.name
     if round is None:
         return f"{federation}-keys-client-{client}.fedcollm" if keys else f"{federation}-roster.fedcollm"
     sender = "server" if client is None else f"client-{client}"
-    return f"{federation}-round-{round:04d}-{sender}{f'-to-{to}' if to else ''}.fedcollm"
+    leg = f"-{last}" if last in SECOND_LEGS else ""
+    return f"{federation}-round-{round:04d}-{sender}{leg}{f'-to-{to}' if to else ''}.fedcollm"
 
 
 def _write(path: Path, content: bytes, overwrite: bool, report: Report) -> None:

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Every round of the federation by the separate commands, on one machine. Copy what you need into your own job scripts.
+# In secure mode it plays all parties with their keys: between organisations each runs its own lines, in this order, and
+# exchange/ is carried between them ("Between organisations" and "Secure aggregation" in fedcollm's README).
 # Run it again after a stop: what is done is passed over. Between machines, `fedcollm next` takes a party's next step.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -13,7 +15,7 @@ if [ "$secure" ]; then
         fedcollm keys --client "$client"                           # client  -> exchange/keys/client-k.json
     done
     fingerprint=$(fedcollm enroll)                                 # server  -> exchange/federation.json
-    for client in $(seq 1 "$clients"); do                          # between organisations: read it out by phone
+    for client in $(seq 1 "$clients"); do                          # between organisations: type what another client read out
         fedcollm join --client "$client" --fingerprint "$fingerprint"
     done
 fi

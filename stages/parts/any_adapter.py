@@ -16,8 +16,8 @@ import safetensors
 
 from stages.parts import files, lora_settings
 from stages.parts.adapter_files import Tensors, read_header
-from stages.parts.errors import Damaged, NotReady, Problem
-from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.parts.errors import Damaged, NotReady, Problem, UsageProblem
+from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 """Those that NumPy has; BF16 is the upper half of a float32."""
@@ -81,16 +81,22 @@ def parse_weights(content: bytes, path: Path) -> AnyAdapter:
 
 
 def read_any(folder: Path) -> AnyAdapter:
-    """An adapter folder, ours or any of PEFT's, with its configuration. Raises NotReady or Damaged."""
+    """An adapter folder, ours or any of PEFT's, with its configuration. Raises as read_weights does."""
     adapter, settings = read_weights(folder), folder / ADAPTER_CONFIG
     return replace(adapter, config=files.read_json(settings)[0]) if settings.exists() else adapter
 
 
 def read_weights(folder: Path) -> AnyAdapter:
-    """Its tensors alone. Raises NotReady or Damaged."""
+    """Its tensors alone. Raises NotReady, Damaged, or UsageProblem for a masked update."""
     weights = folder / ADAPTER_WEIGHTS
     if not folder.is_dir():
         raise NotReady("there is no such folder", where=folder, mend="name a folder that holds an adapter")
+    if not weights.exists() and (folder / MASKED_UPDATE).exists():
+        message = "this update is masked, in secure mode: nobody can read it, only the sum of all can be seen"
+        mend = (
+            "compare averages, private/server/round-t/aggregate; a client has its own in private/client-k/round-t/slm"
+        )
+        raise UsageProblem(message, where=folder / MASKED_UPDATE, mend=mend)
     if not weights.exists() and any(folder.glob("adapter_model.*")):
         found = sorted(folder.glob("adapter_model.*"))[0]
         mend = "save it again with PEFT, as safetensors"

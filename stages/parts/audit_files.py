@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from stages.parts import files, records
 from stages.parts.audited import FOLDER, PICKLES, READ, Folder, Scope, every_file, kind_of
 from stages.parts.checks import Check, Finding, number_of
 from stages.parts.manifest import expected_names
-from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SIGNATURE
+from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_INBOX, SIGNATURE
 
 A2 = Check("A2", "files")
 
@@ -27,19 +28,38 @@ def files_of(folder: Folder) -> Iterator[Finding]:
     else:
         named = set(folder.manifest.files)
         expected = expected_names(folder.manifest)
+        others = 0
         for name, entry in folder.manifest.files.items():
             content = folder.contents.get(name)
             if (expected is not None and name not in expected) or not name.endswith(READ):
                 yield A2.fail(folder.file(name), "is named by the manifest", "no such file in such a folder")
+            elif name not in folder.names and _is_sealed_to_another(name, folder):
+                others += 1
             elif name not in folder.names:
                 yield A2.fail(folder.file(name), "is missing", f"sha256 {entry.sha256[:16]}...")
             elif content is not None and len(content) != entry.size_bytes:
                 yield A2.fail(folder.file(name), number_of(len(content), "byte"), str(entry.size_bytes))
             elif content is not None and (found := files.sha256(content)) != entry.sha256:
                 yield A2.fail(folder.file(name), f"sha256 {found[:16]}...", f"{entry.sha256[:16]}...")
+        if others:
+            found = f"{number_of(others, 'file')} sealed to other clients: not here, as `pack --to` leaves them out"
+            yield A2.skip(found, where=folder.shown)
     for name in folder.names:
         if name not in named | {MANIFEST, SIGNATURE} and name not in folder.unreadable:
             yield from _superfluous(folder.path / name, folder.file(name))
+
+
+def _is_sealed_to_another(name: str, folder: Folder) -> bool:
+    """Whether a file of a close may be elsewhere: it is sealed to a client that does not act here, nor does the server.
+
+    Who acts in a workspace has a folder in private/. Outside of every workspace nobody does.
+    """
+    sealed = re.fullmatch(SEALED_INBOX, name)
+    if folder.manifest is None or folder.manifest.stage != "close" or sealed is None:
+        return False
+    workspace = folder.scope.workspace
+    parties = ("server", f"client-{sealed[1]}")
+    return workspace is None or not any((workspace.private / party).exists() for party in parties)
 
 
 def files_between(folders: list[Folder], scopes: list[Scope], client: int | None) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from stages.parts import files
 from stages.parts.adapter_files import read_adapter
 from stages.parts.errors import Damaged, Refused
-from stages.parts.manifest import Artefact, Manifest, expected_names
+from stages.parts.manifest import Artefact, Manifest, expected_names, inbox
 from stages.parts.workspace import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -91,7 +91,17 @@ class Parcel:
         if not self.is_folder:
             return file in self.public_files(workspace)
         known = {MANIFEST, SIGNATURE} | CONTENTS.get(self.kind, set())
-        return file in known or (self.kind == "close" and re.fullmatch(SEALED_INBOX, file) is not None)
+        return file in known or (self.kind == "close" and is_sealed(file))
+
+
+def is_sealed(file: str) -> bool:
+    """Whether a file of this name in a close is sealed to one client."""
+    return re.fullmatch(SEALED_INBOX, file) is not None
+
+
+def is_for(client: int, close: Mapping[str, bytes]) -> bool:
+    """Whether a close, by its manifest, has a file for this client. One without a manifest is for others to judge."""
+    return MANIFEST not in close or f'"{inbox(client)}"'.encode() in close[MANIFEST]
 
 
 def sorted_out(members: Mapping[str, bytes], workspace: Workspace, where: Path) -> dict[Parcel, dict[str, bytes]]:
@@ -124,10 +134,11 @@ def _parse(name: str, workspace: Workspace) -> tuple[Parcel | None, str]:
     return None, file
 
 
-def collected(parcel: Parcel, workspace: Workspace, *, inbox: int | None = None) -> dict[str, bytes]:
+def collected(parcel: Parcel, workspace: Workspace, *, to: int | None = None) -> dict[str, bytes]:
     """What lies in a folder that is to be sent, or the public files. Hidden files of rsync and the like stay behind.
 
-    inbox: of a close, only this client's. Raises Refused where a secret lies, Damaged for a file that has no place.
+    to: of a close, only what is for this client. Raises Refused where a secret lies, Damaged for a file
+    that has no place.
     """
     folder = parcel.folder(workspace)
     if folder.is_symlink() or not folder.is_dir():
@@ -140,7 +151,7 @@ def collected(parcel: Parcel, workspace: Workspace, *, inbox: int | None = None)
             _refuse_stranger(path)
             continue
         sealed = re.fullmatch(SEALED_INBOX, name) if parcel.kind == "close" else None
-        if sealed and inbox not in (None, int(sealed[1])):
+        if sealed and to not in (None, int(sealed[1])):
             continue
         contents[name] = files.read(path, limit_bytes=files.LARGEST_ADAPTER_BYTES, levels=parcel.levels)
         if PRIVATE_KEY in contents[name]:
@@ -203,7 +214,7 @@ def _json(name: str, content: bytes, where: Path) -> dict[str, object]:
 def _check_files(parcel: Parcel, manifest: Manifest, contents: Mapping[str, bytes], where: Path) -> None:
     """Raise Damaged unless the files are those that the manifest lists, and it lists what such a folder has."""
     listed, found, expected = set(manifest.files), contents.keys() - {MANIFEST, SIGNATURE}, expected_names(manifest)
-    inboxes = {name for name in listed if re.fullmatch(SEALED_INBOX, name)}
+    inboxes = set(filter(is_sealed, listed))
     if listed != (inboxes if expected is None else expected):
         message = f"the manifest lists {sorted(listed)}, which is not what {where.name} has"
         raise Damaged(message, where=where / MANIFEST, mend=files.COPY_AGAIN)

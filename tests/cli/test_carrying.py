@@ -111,6 +111,23 @@ def test_a_close_for_one_client_leaves_out_what_is_for_the_others(
     assert "already done" in fedcollm("unpack", bundle, "-w", revealed).err  # where the whole close is
 
 
+def test_a_client_that_a_close_leaves_out_is_sent_the_broadcast_alone(
+    server: Path, revealed: Path, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    (revealed / ROUND / "close/client-3.safetensors").unlink()
+    words = ("pack", "--server", "--round", 1, "--to", 3, "--output", tmp_path / "x.fedcollm", "-w", revealed)
+    lost = fedcollm(*words)
+    assert lost.code == 4, "the manifest names it"
+    manifest = revealed / ROUND / "close" / MANIFEST
+    said = json.loads(manifest.read_text())
+    del said["files"]["client-3.safetensors"]
+    manifest.write_text(json.dumps(said))
+    sent = fedcollm(*words)
+    assert sent.code == 0, sent.err
+    assert "the close of round 1 is over others than client 3" in sent.err
+    assert {name.split("/")[1] for name in bundled(tmp_path / "x.fedcollm")} == {"broadcast"}
+
+
 @pytest.fixture
 def enrolled(answered: Path) -> Path:
     (answered / "exchange/keys").mkdir()
@@ -173,6 +190,42 @@ def test_a_secure_round_goes_by_mail(tmp_path: Path, base_models: Path, fedcollm
         give(k, "reveal", "--client", k, "--round", 1)
         mail(k, 0, "--client", k, "--round", 1)
     give(0, "aggregate", "--round", 1)
+
+    for k in machines:
+        give(k, "audit")
+    told = give(2, "audit", "--json")
+    assert "2 files sealed to other clients: not here" in told
+    (machines[2] / ROUND / "close/client-2.safetensors").unlink()
+    assert "close/client-2.safetensors" in give(2, "audit", code=4)
+    (machines[0] / ROUND / "close/client-2.safetensors").unlink()
+    assert "close/client-2.safetensors" in give(0, "audit", code=4)
+
+    masked = fedcollm("diff", machines[0] / ROUND / "client-1", machines[0] / ROUND / "client-2")
+    assert masked.code == 2
+    assert "is masked, in secure mode: nobody can read it, only the sum of all can be seen" in masked.err
+    assert "arrive" not in masked.err
+
+
+def test_the_second_leg_of_a_secure_round_has_a_name_of_its_own(
+    revealed: Path, tmp_path: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    aside = {name: revealed / ROUND / name for name in ("close", "reveal-2")}
+    packs = [("pack", "--server", "--round", 1, "--to", 2), ("pack", "--client", 2, "--round", 1)]
+    for name, path in aside.items():
+        path.rename(tmp_path / name)
+    for words in packs:
+        assert fedcollm(*words, "-w", revealed).code == 0
+    for name, path in aside.items():
+        (tmp_path / name).rename(path)
+    for words in packs:
+        assert fedcollm(*words, "-w", revealed).code == 0
+    assert {path.name for path in tmp_path.glob("*.fedcollm")} == {
+        "tiny-round-0001-server-to-2.fedcollm",
+        "tiny-round-0001-server-close-to-2.fedcollm",
+        "tiny-round-0001-client-2.fedcollm",
+        "tiny-round-0001-client-2-reveal.fedcollm",
+    }
 
 
 # --- what is not packed

@@ -222,7 +222,8 @@ def test_join_without_a_fingerprint_tells_it_and_trusts_nothing(enrolled: Path) 
     found = roster.fingerprint((enrolled / ROSTER).read_bytes())
     with pytest.raises(UsageProblem, match=f"the roster's fingerprint is {found}; read it to another client") as caught:
         join(Workspace(enrolled), client=2, fingerprint=None)
-    assert caught.value.mend == f"fedcollm join --client 2 --fingerprint {found}"
+    assert "fedcollm join --client 2 --fingerprint ..." in caught.value.mend
+    assert found not in caught.value.mend, "whoever copies the mend has compared the roster with itself"
     assert Vault.need(Workspace(enrolled), "client-2").pinned is None
     assert join(Workspace(enrolled), client=2, fingerprint=found.lower().replace("-", "")) == found
     assert Vault.need(Workspace(enrolled), "client-2").pinned == (enrolled / ROSTER).read_bytes()
