@@ -39,6 +39,7 @@ REASONS = {
     "stages/parts/bases.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/base_files.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/base_loading.py": "a base model, from the user's disk or the hub's cache",
+    "stages/parts/base_names.py": "the configuration of a base model, from the user's disk",
     "stages/parts/models.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/shapes.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/exports.py": "a base model; and a draft of an export that was just written, loaded back",

@@ -299,7 +299,7 @@ def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
 
 
 def refuse_unless_finite_before(losses: Mapping[str, float]) -> None:
-    """Raise BadNumbers for a loss that is NaN or infinite before the first step: no setting of training is its cause."""
+    """Raise BadNumbers for a loss that is NaN or infinite before any step: no setting of training caused it."""
     for name, loss in losses.items():
         if not math.isfinite(loss):
             message = f"{name} is {loss} before any step: so say the base and the adapter that training begins from"

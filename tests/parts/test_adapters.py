@@ -140,8 +140,8 @@ def test_target_modules_that_do_not_exist_are_answered_with_those_that_do() -> N
         (["c_attn", "c_prjo"], "'c_prjo' fits no layer"),
         (["c_attn", ""], "'' fits no layer"),
         (["c_attn", "c_attn"], "c_attn is named 2 times"),
-        (["c_attn", "attn"], "attn fits transformer.h.0.attn, a GPT2Attention, not a linear layer"),
-        (["c_attn", "wpe"], "wpe fits transformer.wpe, a Embedding, not a linear layer"),
+        (["c_attn", "attn"], "attn fits transformer.h.0.attn, which is no linear layer but GPT2Attention"),
+        (["c_attn", "wpe"], "wpe fits transformer.wpe, which is no linear layer but Embedding"),
         (["c_attn", "h.1.mlp.c_fc"], "h.1.mlp.c_fc fits 1 of the 2 layers in transformer.h"),
     ],
 )
