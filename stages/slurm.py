@@ -21,8 +21,8 @@ from stages.parts.texts import lines
 from stages.parts.vault import SERVER, client
 from stages.parts.workspace import MACHINE, Workspace
 
-BRIEF = ("close", "reveal", "window")
-"""Scripts that load no model and need no GPU."""
+BRIEF = ("broadcast", "close", "reveal", "window")
+"""Scripts that train and score nothing: they ask for no GPU and for nothing of server_options or client_options."""
 
 
 def slurm(
@@ -139,7 +139,6 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
         "name": federation.name,
         "rounds": federation.rounds,
         "clients": federation.clients,
-        "averages": federation.averages,
         "distils": federation.distils,
         "two_phases": settings.two_phases,
         "quorum": agreement.aggregation.min_clients is not None and federation.averages,
@@ -159,7 +158,8 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
         "client.sbatch": only != SERVER,
         "close.sbatch": is_secure and only in (None, SERVER),
         "reveal.sbatch": is_secure and only != SERVER,
-        "server.sbatch": only in (None, SERVER),
+        "broadcast.sbatch": only in (None, SERVER),
+        "server.sbatch": only in (None, SERVER) and federation.averages,
         "evaluate.sbatch": only in (None, SERVER),
         "window.sbatch": settings.window is not None,
         "submit.sh": True,

@@ -17,12 +17,12 @@ from stages.parts.progress import Round, Step
 from stages.parts.vault import SERVER
 from stages.parts.workspace import Workspace
 
-Script = Literal["server", "client", "close", "reveal", "evaluate", "window"]
+Script = Literal["broadcast", "server", "client", "close", "reveal", "evaluate", "window"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job. round: the server's job ends this round and opens the next; 0 opens the first."""
+    """One job. round: the server's job ends this round and opens the next."""
 
     script: Script
     round: int
@@ -85,7 +85,7 @@ def _round(workspace: Workspace, round: Round, parties: Collection[str], jobs: l
         if SERVER not in parties:
             return f"the broadcast of round {number}"
         if Job("server", number - 1) not in jobs:
-            jobs.append(Job("server", number - 1))
+            jobs.append(Job("broadcast", number))
 
     updates = [step for step in round.steps if step.name == step.party]
     is_closed = has_gone_on or any(step.name == "close" and step.condition == "done" for step in round.steps)

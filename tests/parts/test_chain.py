@@ -37,7 +37,7 @@ def test_clients_are_the_tasks_of_an_array(clients: tuple[int, ...], tasks: str)
 
 
 def test_from_the_start_every_round_is_listed(workspace_folder: Path) -> None:
-    assert listed(workspace_folder) == ["server 0", *rounds(1, 2), "evaluate 2"]
+    assert listed(workspace_folder) == ["broadcast 1", *rounds(1, 2), "evaluate 2"]
 
 
 def test_a_finished_federation_lacks_its_scores_and_then_nothing(finished: Path) -> None:
@@ -65,22 +65,22 @@ def test_a_round_that_stopped_at_the_server_goes_on_there(answered: Path, finish
     assert listed(answered) == ["server 1", *rounds(2), "evaluate 2"]
 
 
-def test_a_broadcast_that_is_missing_between_rounds_is_the_servers_of_the_round_before(finished: Path) -> None:
+def test_a_broadcast_that_alone_is_missing_between_rounds_is_a_job_of_its_own(finished: Path) -> None:
     shutil.rmtree(finished / "exchange/round-0002")
     shutil.rmtree(finished / "private/server/round-0002")
-    assert listed(finished) == ["server 1", *rounds(2), "evaluate 2"]
+    assert listed(finished) == ["broadcast 2", *rounds(2), "evaluate 2"]
 
 
 def test_a_window_ends_in_a_job_that_asks_again(workspace_folder: Path) -> None:
     edit(workspace_folder / "fedcollm.toml", "rounds = 2", "rounds = 5")
-    assert listed(workspace_folder, window=2) == ["server 0", *rounds(1, 2), "window 3"]
-    assert listed(workspace_folder, window=5) == ["server 0", *rounds(1, 2, 3, 4, 5), "evaluate 5"]
+    assert listed(workspace_folder, window=2) == ["broadcast 1", *rounds(1, 2), "window 3"]
+    assert listed(workspace_folder, window=5) == ["broadcast 1", *rounds(1, 2, 3, 4, 5), "evaluate 5"]
 
 
 def test_a_window_counts_a_round_that_lacks_its_broadcast_alone_as_begun(finished: Path) -> None:
     shutil.rmtree(finished / "exchange/round-0002")
     shutil.rmtree(finished / "private/server/round-0002")
-    assert listed(finished, window=1) == ["server 1", *rounds(2), "evaluate 2"]
+    assert listed(finished, window=1) == ["broadcast 2", *rounds(2), "evaluate 2"]
 
 
 def test_what_is_stale_is_left_to_a_person(finished: Path) -> None:
@@ -95,16 +95,16 @@ def test_what_is_stale_is_left_to_a_person(finished: Path) -> None:
 
 def test_fedavg_trains_nothing_at_the_server_and_scores_the_average(workspace_folder: Path) -> None:
     (workspace_folder / "fedcollm.toml").write_text(agreement(aggregation="", method="fedavg"))
-    assert listed(workspace_folder) == ["server 0", *rounds(1, 2), "evaluate 2"]
+    assert listed(workspace_folder) == ["broadcast 1", *rounds(1, 2), "evaluate 2"]
 
 
 def test_standalone_clients_have_no_server_after_the_first_broadcast(workspace_folder: Path) -> None:
     (workspace_folder / "fedcollm.toml").write_text(agreement(aggregation="", method="standalone"))
-    assert listed(workspace_folder) == ["server 0", "client 1 1-3", "client 2 1-3", "evaluate 2"]
+    assert listed(workspace_folder) == ["broadcast 1", "client 1 1-3", "client 2 1-3", "evaluate 2"]
 
 
 def test_secure_mode_closes_each_round_and_has_it_revealed(enrolled: Path) -> None:
-    assert listed(enrolled) == ["server 0", *rounds(1, 2, steps=SECURE_ROUND), "evaluate 2"]
+    assert listed(enrolled) == ["broadcast 1", *rounds(1, 2, steps=SECURE_ROUND), "evaluate 2"]
 
 
 def test_secure_mode_without_keys_is_told_before_anything_is_submitted(workspace_folder: Path) -> None:
@@ -152,14 +152,14 @@ def test_a_server_with_a_quorum_does_not_wait_for_the_last_client(answered: Path
     with pytest.raises(NotReady, match="waiting for the broadcast"):
         listed(other, only="client-1")
     found = jobs(Workspace(other))  # the server and client 1: one update of the two it needs
-    assert [job.script for job in found.jobs] == ["server", "client"]
+    assert [job.script for job in found.jobs] == ["broadcast", "client"]
     assert found.waiting_for == "client-2, client-3 of round 1"
 
 
 def test_a_clients_site_in_secure_mode_trains_and_then_reveals(enrolled: Path) -> None:
     with pytest.raises(NotReady, match="waiting for the broadcast of round 1"):
         listed(enrolled, only="client-2")
-    assert listed(enrolled, only="server") == ["server 0"]
+    assert listed(enrolled, only="server") == ["broadcast 1"]
     assert jobs(Workspace(enrolled), only="server").waiting_for == "client-1, client-2, client-3 of round 1"
 
 

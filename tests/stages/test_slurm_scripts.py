@@ -68,6 +68,9 @@ def test_options_win_over_the_table_and_become_lines_of_sbatch(workspace_folder:
     expected = ["--nodes=1", "--ntasks=2", "--gres=gpu:4", "--mem=32G", "--time=1-00:00:00", "--partition=long"]
     assert lines[-8:] == [*expected, "--account=project", "--signal=USR1@120"]
     assert directives(found["server.sbatch"])[-1] == "--mem=90G"
+    opening = directives(found["broadcast.sbatch"])
+    assert "--ntasks=1" in opening
+    assert not [line for line in opening if "gpu:" in line or "90G" in line]
     assert "--requeue" in lines
 
 
@@ -78,7 +81,7 @@ def test_only_the_scripts_that_the_federation_needs_are_written(
     workspace_folder: Path, processes: int, expected: list[str]
 ) -> None:
     found = write(workspace_folder, processes=processes)
-    assert sorted(found) == sorted([*expected, "client.sbatch", "server.sbatch", "evaluate.sbatch"])
+    assert sorted(found) == sorted([*expected, "broadcast.sbatch", "client.sbatch", "server.sbatch", "evaluate.sbatch"])
     assert {name for name, path in found.items() if os.access(path, os.X_OK)} == {
         n for n in expected if n.endswith(".sh")
     }
@@ -100,6 +103,7 @@ def test_each_way_of_running_gives_shell_that_bash_reads_and_no_path_of_this_mac
             assert not re.search(r"{[{%#]|[}%#]}", path.read_text())
         names = {path.name for path in found}
         assert ("reveal.sbatch" in names) == ("close.sbatch" in names) == (aggregation == SECURE)
+        assert ("server.sbatch" in names) == (method != "standalone")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +178,9 @@ def test_submit_chains_the_jobs_and_limits_the_array(workspace_folder: Path) -> 
         (r"-----\n  Welcome to Lake3\n--> Verifying job 7 ...OK\n100\n", "100"),
         ("Submitted batch job 100\n", "100"),
         ("100;lake2\n", "100"),
+        (r"100\n-----\nHours left of 5000: 57\n", "100"),
+        (r"Submitted batch job 100 on cluster lake2\nHours left: 57\n", "100"),
+        (r"Job 7 of 9 is taken\n  100;lake2\nThank you, user17\n", "100"),
         ("Welcome\n", None),
     ],
 )
@@ -258,6 +265,12 @@ def job(folder: Path, script: str, codes: list[int], **environment: object) -> t
     return done.returncode, given[0], given[1]
 
 
+def test_a_round_that_lacks_its_broadcast_alone_is_opened_without_a_gpu(workspace_folder: Path) -> None:
+    write(with_machine(workspace_folder, 'device = "cuda"\n'), gpus_per_task=1)
+    given = job(workspace_folder, "broadcast.sbatch", [0], ROUND=1)[1]
+    assert given == ["--ntasks=1 fedcollm broadcast --round 1 --device cpu"]
+
+
 def test_the_server_ends_a_round_and_opens_the_next(workspace_folder: Path) -> None:
     write(workspace_folder)
     steps = {
@@ -265,10 +278,9 @@ def test_the_server_ends_a_round_and_opens_the_next(workspace_folder: Path) -> N
             given.removeprefix("--ntasks=1 fedcollm ")
             for given in job(workspace_folder, "server.sbatch", [0] * 3, ROUND=number)[1]
         ]
-        for number in (0, 1, 2)
+        for number in (1, 2)
     }
     assert steps == {
-        0: ["broadcast --round 1"],
         1: ["aggregate --round 1", "co-distill --round 1", "broadcast --round 2"],
         2: ["aggregate --round 2", "co-distill --round 2"],
     }

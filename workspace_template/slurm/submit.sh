@@ -29,8 +29,9 @@ while read -r script round tasks; do
         echo "where a site limits how many jobs there may be: fedcollm slurm --window 5" >&2
         exit 1
     }
-    # The number ends the last line that has one: a site's sbatch may print more, and a cluster's name after a semicolon.
-    id=$(sed 's/;.*//' <<< "$said" | grep -oE '[0-9]+[[:space:]]*$' | tail -n 1) || {
+    # A site's sbatch may print more than the number and a cluster's name after a semicolon, before it and after it.
+    id=$({ grep -oE '^[[:space:]]*[0-9]+(;.*|[[:space:]]*)$' || grep -oiE 'batch job [0-9]+' <<< "$said" ||
+        grep -oE '[0-9]+[[:space:]]*$' <<< "$said"; } <<< "$said" | tail -n 1 | sed 's/;.*//') || {
         printf 'sbatch told no number of a job, and nothing was submitted after it; it said:\n%s\n' "$said" >&2
         exit 1
     }
