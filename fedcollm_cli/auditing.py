@@ -79,10 +79,11 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two adapters, tensor by tensor.
+    """Compare two adapters, tensor by tensor and in what they add.
 
-    Norms, cosine, largest difference and effective rank of each, and where their configurations differ. Reads the two
-    folders and writes nothing; exit code 0 whether they are equal or not.
+    Norms, cosine, largest difference and effective rank of each tensor; of each layer the norms, difference and cosine
+    of what is added to its weights, B A scaled as PEFT does; where their configurations differ, and what of them is not
+    understood. Reads the two folders and writes nothing; exit code 0 whether they are equal or not.
 
     Example: fedcollm diff exchange/round-0001/broadcast exchange/round-0002/broadcast
     """
@@ -91,22 +92,43 @@ def diff(
         from stages.diff import diff as stage
 
         found = stage(first, second)
-        console.result(found.as_json(), Group(_tensors(found), *_words(found)))
+        console.result(found.as_json(), Group(_tensors(found), *_layers(found), *_words(found)))
 
 
 def _tensors(found: Difference) -> Table:
-    table = Table()
-    for name in ("tensor", "norm A", "norm B", "cosine", "max |A-B|", "rank A", "rank B"):
-        is_name = name == "tensor"
-        table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
+    table = _table("tensor", "norm A", "norm B", "cosine", "max |A-B|", "rank A", "rank B")
     for one in found.tensors:
         numbers = [one.norm_a, one.norm_b, one.cosine, one.largest_difference, one.rank_a, one.rank_b]
-        name = one.name.removeprefix("base_model.model.").removesuffix(".weight")
-        table.add_row(name, *("-" if number is None else f"{number:.4g}" for number in numbers))
+        table.add_row(_brief(one.name), *map(_shown, numbers))
     return table
+
+
+def _layers(found: Difference) -> list[Table]:
+    """What each adds to a layer's weights."""
+    table = _table("added to", "|BA| A", "|BA| B", "cosine", "|BA A-B|")
+    for one in found.layers:
+        table.add_row(_brief(one.name), *map(_shown, [one.norm_a, one.norm_b, one.cosine, one.difference]))
+    return [table] if found.layers else []
+
+
+def _table(first: str, *more: str) -> Table:
+    table = Table()
+    table.add_column(first, overflow="fold")
+    for name in more:
+        table.add_column(name, justify="right", overflow="fold", no_wrap=True)
+    return table
+
+
+def _brief(name: str) -> str:
+    return name.removeprefix("base_model.model.").removesuffix(".weight")
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4g}"
 
 
 def _words(found: Difference) -> list[str]:
     lines = [f"only in A: {name}" for name in found.only_in_a] + [f"only in B: {name}" for name in found.only_in_b]
     lines += [f"{key}: {a!r} in A, {b!r} in B" for key, (a, b) in found.config.items()]
+    lines += [f"not understood in {which}: {said}" for which, all in found.not_understood.items() for said in all]
     return [*lines, found.verdict]

@@ -52,11 +52,39 @@ class AnyAdapter:
         alpha = lora_settings.of_layer(self.config, "lora_alpha", module)
         return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    def scaled(self, module: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """A [r, inputs] and the scaled B [outputs, r], float64, whose product is added to a layer's weights.
+
+        None where that is not known, or not finite.
+        """
+        scale = self.scale(module)
+        a, b = (self.tensors[module + name].astype(np.float64) for name in (A, B))
+        return None if scale is None or not np.isfinite(a).all() or not np.isfinite(b).all() else (a, scale * b)
+
     def adds(self, module: str) -> float | None:
         """The Frobenius norm of what the adapter adds to a layer's weights, or None where that is not known."""
-        scale = self.scale(module)
-        a, b = (self.tensors[module + name] for name in (A, B))
-        return None if scale is None else abs(scale) * float(np.linalg.norm(product_spectrum(a, b)))
+        factors = self.scaled(module)
+        return None if factors is None else float(np.linalg.norm(product_spectrum(*factors)))
+
+    def not_understood(self) -> list[str]:
+        """Why what this adapter does to its base is not known here, or not in full; empty for plain LoRA."""
+        if not self.config:
+            return [f"{ADAPTER_CONFIG}, which says alpha, is not there or empty"]
+        modules = {name: int(a.shape[0]) for name, a, _ in self.modules()}
+        found = lora_settings.not_understood(self.config)
+        if not found:
+            ranks = {name: int(lora_settings.of_layer(self.config, "r", name)) for name in modules}
+            found = [
+                f"{name} has rank {rank}, the configuration says {ranks[name]}"
+                for name, rank in modules.items()
+                if rank != ranks[name]
+            ]
+        for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None)):
+            if (value := self.config.get(key) or plain) != plain:
+                found.append(f"{key} = {lora_settings.brief(value)}")
+        found += [f"{said}, which fits no layer" for said in lora_settings.fits_nothing(self.config, list(modules))]
+        paired = {module + name for module in modules for name in (A, B)}
+        return found + [f"{name} is not of a pair of LoRA matrices" for name in self.tensors if name not in paired]
 
 
 def parse_weights(content: bytes, path: Path) -> AnyAdapter:

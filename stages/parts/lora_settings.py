@@ -37,22 +37,22 @@ LONGEST_PATTERN, MOST_REPEATS = 256, 4
 
 def not_understood(config: Mapping[str, Any]) -> list[str]:
     """What of a configuration is not understood, so that what the adapter adds is not known."""
-    found = [f"{key} = {_brief(value)}" for key, value in sorted(config.items()) if key not in UNDERSTOOD and value]
+    found = [f"{key} = {brief(value)}" for key, value in sorted(config.items()) if key not in UNDERSTOOD and value]
     if config.get("use_dora"):
         found = [one for one in found if not one.startswith("use_dora")]
         found.append("use_dora = True (DoRA scales by the base's own columns)")
     start = config.get("init_lora_weights", True)
     if not any(start is plain or start == plain for plain in PLAIN_STARTS):
-        found.append(f"init_lora_weights = {_brief(start)} (it may change the base's own weights)")
+        found.append(f"init_lora_weights = {brief(start)} (it may change the base's own weights)")
     for key, pattern in PATTERNS.items():
         if not _is_number(config.get(key, DEFAULTS[key])):
-            found.append(f"{key} = {_brief(config.get(key))}")
+            found.append(f"{key} = {brief(config.get(key))}")
         entries = config.get(pattern) or {}
         if not isinstance(entries, dict):
-            found.append(f"{pattern} = {_brief(entries)}")
+            found.append(f"{pattern} = {brief(entries)}")
             continue
-        found += [f"{pattern} has {_brief(name)}" for name in entries if not _is_safe(name)]
-        found += [f"{pattern} says {_brief(value)}" for value in entries.values() if not _is_number(value)]
+        found += [f"{pattern} has {brief(name)}" for name in entries if not _is_safe(name)]
+        found += [f"{pattern} says {brief(value)}" for value in entries.values() if not _is_number(value)]
     return found
 
 
@@ -71,16 +71,14 @@ def fits_nothing(config: Mapping[str, Any], modules: list[str]) -> list[str]:
     """Names in a configuration that fit none of these layers: what they were to say is not so."""
     targets = config.get("target_modules")
     found = [
-        f"target_modules has {_brief(target)}"
+        f"target_modules has {brief(target)}"
         for target in (targets if isinstance(targets, list) else [])
         if not any(f".{module}".endswith(f".{target}") for module in modules)
     ]
     for pattern in PATTERNS.values():
         entries = config.get(pattern)
         names = [name for name in entries if _is_safe(name)] if isinstance(entries, dict) else []
-        found += [
-            f"{pattern} has {_brief(name)}" for name in names if not any(_ends_with(name, one) for one in modules)
-        ]
+        found += [f"{pattern} has {brief(name)}" for name in names if not any(_ends_with(name, one) for one in modules)]
     return found
 
 
@@ -106,6 +104,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value of the file as a line has room for it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
