@@ -95,6 +95,7 @@ def status(found: Status, workspace: Path | None) -> str:
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
     if found.edited:
         lines.append(found.edited)
+    lines += [f"stale: {one}" for one in found.stale]
     lines += [f"changed since it was written: {one}" for one in found.changed]
     if found.next_command:
         lines.append(f"next: {with_workspace(found.next_command, workspace)}")

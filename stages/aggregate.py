@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.parts import files, turns
 from stages.parts.errors import NotReady, Refused, UsageProblem
@@ -302,10 +302,13 @@ def _publish(
     adapter_files.check_finite(average.tensors, "the average")
     round, metrics = theta.manifest.round, average.metrics
     weights, inputs = adapter_files.weights_bytes(average.tensors), dict(average.parents)
+    begun: dict[str, Any] = {"inputs": inputs}
     if gated:
         verdict = _pass(workspace, theta, average.tensors, gated, models, report)
         weights = theta.contents[ADAPTER_WEIGHTS] if verdict.keeps_old else weights
-        metrics, inputs = metrics | verdict.metrics, inputs | {"held-out": gated.data_sha256}
+        metrics = metrics | verdict.metrics
+        inputs["held-out"] = gated.data_sha256
+        begun |= {name: value for name, value in verdict.metrics.items() if name == "gate_rows_left_out"}
     manifest = publish(
         workspace.aggregate(round),
         {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights},
@@ -322,7 +325,7 @@ def _publish(
         unmasking=average.unmasking,
         over=places[workspace.aggregate(round)],
     )
-    files.write_log(workspace.log("aggregate", round), [{"inputs": inputs}, {"wall_s": time.monotonic() - started}])
+    files.write_log(workspace.log("aggregate", round), [begun, {"wall_s": time.monotonic() - started}])
     return manifest
 
 

@@ -243,8 +243,8 @@ def _train(
     if outcome.metrics["slm_ft_after"] > outcome.metrics["slm_ft_before"]:
         report(Event("warning", f"client {client}'s loss rose in training: a smaller learning rate may help"))
     metrics = outcome.metrics | _keep_short(workspace, slm, received, objective, examples, report)
-    if left_out and not privacy.is_on:  # epsilon does not cover how many of a client's rows are long
-        metrics["rows_left_out"] = left_out
+    if not privacy.is_on:  # epsilon does not cover how many of a client's rows are long
+        metrics |= left_out
     if not processes.is_first:
         return Manifest.model_validate(processes.agree())
     manifest = publish(
@@ -267,9 +267,8 @@ def _train(
         privacy=spending.claim(workspace, client),
         over=places[workspace.client_adapter(round, client)],
     )
-    counted = [{"rows_left_out": left_out}] if left_out else []
     head = {"ledger_sha256": manifest.privacy.ledger_sha256} if manifest.privacy else {}
-    files.write_log(workspace.log("client-train", round, client), [outcome.log[0] | head, *outcome.log[1:], *counted])
+    files.write_log(workspace.log("client-train", round, client), [outcome.log[0] | head | left_out, *outcome.log[1:]])
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     processes.agree(manifest)
     return manifest

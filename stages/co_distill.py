@@ -175,7 +175,7 @@ def _train(
     models.use("slm", "llm")
     slm = ready(workspace, round, models, "slm", inputs.theta)
     llm = ready(workspace, round, models, "llm", inputs.omega)
-    examples, _ = encoded(workspace, inputs.rows, slm.outline, llm.outline, report)
+    examples, _, left_out = encoded(workspace, inputs.rows, slm.outline, llm.outline, report)
     before, omega = adapters.take(slm.model), adapters.take(llm.model)
 
     unfinished = workspace.unfinished("co-distill", round)
@@ -203,10 +203,11 @@ def _train(
     slm_norms = adapters.check_trained(before, adapters.take(slm.model))
     if not processes.is_first:
         return Manifest.model_validate(processes.agree())
-    publish_model(workspace, round, llm, inputs.parents, outcome, outcome.metrics | llm_norms, places)
+    metrics = outcome.metrics | left_out
+    publish_model(workspace, round, llm, inputs.parents, outcome, metrics | llm_norms, places)
     parents = inputs.parents | {"llm-after": read_manifest(workspace.llm(round))[1]}
-    manifest = publish_model(workspace, round, slm, parents, outcome, outcome.metrics | slm_norms, places)
-    files.write_log(workspace.log("co-distill", round), outcome.log)
+    manifest = publish_model(workspace, round, slm, parents, outcome, metrics | slm_norms, places)
+    files.write_log(workspace.log("co-distill", round), [outcome.log[0] | left_out, *outcome.log[1:]])
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     processes.agree(manifest)
     return manifest

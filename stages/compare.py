@@ -16,6 +16,7 @@ from stages.evaluate import evaluate
 from stages.parts.config import Method
 from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
+from stages.parts.progress import PREPARE
 from stages.parts.workspace import Workspace
 from stages.run import derived, run
 from stages.status import status
@@ -113,7 +114,9 @@ def _check_sound(study: Study) -> None:
                 if step.condition in ("stale", "damaged"):
                     message = f"{step.name} of round {round.number} is {step.condition}: {step.reason}"
                     where = study.root.shown(workspace.root)
-                    raise Refused(message, where=where, mend=study.run_again(workspace))
+                    again = study.run_again(workspace)
+                    mend = f"{PREPARE}{study.inside(workspace)}" if step.command == PREPARE else again
+                    raise Refused(message, where=where, mend=mend)
 
 
 def _measured(study: Study, table: Table, metric: str) -> dict[Row, dict[str, Scores]]:

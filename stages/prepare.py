@@ -93,6 +93,7 @@ def _divide(
     summary = {
         "agreement_sha256": workspace.agreement_sha256,
         "sources": data.tasks or data.files,
+        "sources_sha256": workspace.sources_sha256(),
         "split": data.split,
         "rows": len(rows),
         "duplicates_dropped": len(rows) - len(unique),
@@ -126,6 +127,8 @@ def _publish(
             message = f"{workspace.shown(changed[0])} is there already and is not what prepare would write"
             raise Refused(message, where=changed[0], mend="move it away, or give --overwrite to replace it")
         if len(existing) == len(parties) and workspace.split.exists():
+            if files.read_own(workspace.split) != files.json_bytes(summary):  # other sources, the same rows of them
+                files.write(workspace.split, files.json_bytes(summary))
             report(Event("note", "already done"))
             return summary
     for path, share in parties.items():

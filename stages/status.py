@@ -17,6 +17,7 @@ from stages.parts.progress import Reader, Round, Step, enrolment
 from stages.parts.vault import SERVER
 from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace
 
+STALE_ROWS = "prepare dealt its rows before its tasks, or files, were edited"
 SIMULATES = "simulation = true in machine.toml, where one person plays all parties"
 
 
@@ -29,6 +30,8 @@ class Status:
     waiting_for: str
     changed: list[str] = field(default_factory=list)
     """With verify: results, logs, rows and checkpoints that are not as they were written."""
+    stale: list[str] = field(default_factory=list)
+    """Rows and results that are of other tasks, settings or adapters than lie here now: why, and what mends it."""
 
     @property
     def edited(self) -> str:
@@ -47,12 +50,20 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
     """
     reader = Reader(workspace, verify)
     rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
-    command, waiting_for = _next(workspace, rounds, party)
+    of_others = list(records.stale(workspace))
+    stale = [f"{workspace.shown(path)}: {why} ({mend})" for path, why, mend in of_others]
+    if reader.are_rows_stale:
+        stale.insert(
+            0, f"{workspace.shown(workspace.split)}: {STALE_ROWS} (fedcollm prepare tells whether the rows change)"
+        )
+    command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, [path for path, *_ in of_others])
     changed = [f"{workspace.shown(path)}: {found}" for path, found, _ in records.faults(workspace)] if verify else []
-    return Status(rounds, command, waiting_for, changed)
+    return Status(rounds, command, waiting_for, changed, stale)
 
 
-def _next(workspace: Workspace, rounds: list[Round], party: str | None) -> tuple[str, str]:
+def _next(
+    workspace: Workspace, rounds: list[Round], party: str | None, are_rows_stale: bool, stale: list[Path]
+) -> tuple[str, str]:
     """The first command that this machine, or the party, can give now; or, where there is none, what it waits for."""
     parties = [workspace.client_data(k) for k in workspace.clients] + [workspace.auxiliary_data]
     if not any(path.exists() for path in parties):
@@ -60,6 +71,8 @@ def _next(workspace: Workspace, rounds: list[Round], party: str | None) -> tuple
         if is_dealt and workspace.is_simulation and party is None:
             return "fedcollm prepare", ""
         return "", _rows_of(workspace, party) + (f", or {SIMULATES}" if is_dealt and party is None else "")
+    if are_rows_stale:
+        return ("fedcollm prepare", "") if party is None else ("", f"fedcollm prepare: {STALE_ROWS}")
     if workspace.agreement.aggregation.is_secure:
         before = enrolment(workspace, party)
         if any(before):
@@ -76,7 +89,7 @@ def _next(workspace: Workspace, rounds: list[Round], party: str | None) -> tuple
                 continue
             waiting_for = _missing_before(workspace, round, step) or _missing_rows(workspace, step)
             return ("", waiting_for) if waiting_for else (step.command, "")
-    return _score(workspace, rounds) if party in (None, SERVER) else ("", "")
+    return _score(workspace, rounds, stale) if party in (None, SERVER) else ("", "")
 
 
 def _rows_of(workspace: Workspace, party: str | None) -> str:
@@ -130,7 +143,7 @@ def _missing_updates(workspace: Workspace, number: int, updates: list[Step]) -> 
     return f"{missing} more updates of round {number} in exchange/, of {absent}" if missing > 0 else ""
 
 
-def _score(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:
+def _score(workspace: Workspace, rounds: list[Round], stale: list[Path]) -> tuple[str, str]:
     """The scores of what the last round left: missing where they are not there, or are another adapter's."""
     agreement, last = workspace.agreement, rounds[-1].number
     ended = workspace.round_result(last)
@@ -142,6 +155,7 @@ def _score(workspace: Workspace, rounds: list[Round]) -> tuple[str, str]:
         return command, ""
     found, adapter = files.read_json(result)[0], read_manifest(ended)[0].files[ADAPTER_WEIGHTS].sha256
     is_its = (found.get("adapter_sha256"), found.get("agreement_sha256")) == (adapter, workspace.agreement_sha256)
+    is_its &= result not in stale
     return ("" if is_its and found.get("tasks") else f"{command} --overwrite"), ""
 
 

@@ -28,8 +28,11 @@ def ready(workspace: Workspace, round: int, models: Models, role: Role, start: A
 
 def encoded(
     workspace: Workspace, rows: list[Row], slm: Outline, llm: Outline, report: Report
-) -> tuple[list[Example], int]:
-    """The auxiliary rows as tokens of the one vocabulary, and its size. Refused for a token that only one model has."""
+) -> tuple[list[Example], int, dict[str, float]]:
+    """The auxiliary rows as tokens of the one vocabulary, its size, and how many were left out, as tell_left_out says.
+
+    Refused for a token that only one model has.
+    """
     shared = check_one_vocabulary(slm, llm)
     examples = encode(
         rows,
@@ -39,12 +42,12 @@ def encoded(
         too_long=workspace.agreement.data.too_long,
         path=workspace.auxiliary_data,
     )
-    tell_left_out(rows, examples, workspace.auxiliary_data, report)
+    left_out = tell_left_out(rows, examples, workspace.auxiliary_data, report)
     largest = max(max(example.input_ids) for example in examples)
     if largest >= shared:
         message = f"the auxiliary data uses token {largest}, but the models share only the first {shared}"
         raise Refused(message, where=workspace.auxiliary_data, mend="take two models with one tokenizer")
-    return examples, shared
+    return examples, shared, left_out
 
 
 def recipe(workspace: Workspace, round: int, *roles: Role) -> Recipe:

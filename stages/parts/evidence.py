@@ -17,7 +17,8 @@ from stages.parts import files
 from stages.parts.config import Method, Role
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.manifest import Manifest, read_manifest
-from stages.parts.records import read_result
+from stages.parts.records import read_result, scored_by
+from stages.parts.subjects import folder_of
 from stages.parts.variants import Changes, baseline, check_data, open_variant, replica
 from stages.parts.workspace import AGREEMENT, Workspace
 
@@ -238,7 +239,7 @@ def _result(study: Study, workspace: Workspace, round: int | None, subject: str)
         message = f"{study.root.shown(path)}, of an earlier version, does not say which questions were right"
         raise Refused(message, where=path, mend=f"{mend} --overwrite")
     if round is not None:
-        _check_current(study, _folder(workspace, round, subject), result, path, mend)
+        _check_current(study, folder_of(workspace, round, subject), result, path, mend)
         base = study.root.result(None, _role(workspace, subject))
         if base.exists() and read_result(base).get("dtype") != result.get("dtype"):
             message = f"{study.root.shown(path)} was scored in another precision than {study.root.shown(base)}"
@@ -253,21 +254,12 @@ def _check_current(study: Study, folder: Path, result: dict[str, Any], path: Pat
         raise Refused(message, where=path, mend=mend)
 
 
-def _folder(workspace: Workspace, round: int, subject: str) -> Path:
-    if subject.startswith("client-"):
-        return workspace.client_adapter(round, int(subject.partition("-")[2]))
-    return {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[subject](round)
-
-
 def _evaluate(study: Study, workspace: Workspace, round: int | None, subject: str) -> str:
     """The command that makes a result; of a federation that is only half done, the one that goes on with it."""
     inside = study.inside(workspace)
-    if round is None:
-        return f"fedcollm evaluate --zero-shot --model {subject}{inside}"
-    if not _folder(workspace, round, subject).exists():
+    if round is not None and not folder_of(workspace, round, subject).exists():
         return f"fedcollm run{inside}"
-    whose = f"--client {subject.partition('-')[2]}" if subject.startswith("client-") else f"--model {subject}"
-    return f"fedcollm evaluate --round {round} {whose}{inside}"
+    return f"{scored_by(round, subject)}{inside}"
 
 
 def _correct(result: dict[str, Any], task: str, metric: str) -> np.ndarray:

@@ -25,7 +25,8 @@ class Verdict(NamedTuple):
     """Whether the old adapter is kept, and what the manifest says of it: gate_kept is 1.0 if it is.
 
     metrics: gate, the amount; gate_before and gate_after, the loss per answer token in nats with the old adapter and
-    with the average. gate_after is absent where it is no number.
+    with the average. gate_after is absent where it is no number. gate_rows_left_out:
+    how many of the rows were too long, if any.
     """
 
     keeps_old: bool
@@ -58,7 +59,7 @@ def gate(
         too_long=workspace.agreement.data.too_long,
         path=workspace.held_out_data,
     )
-    tell_left_out(rows, examples, workspace.held_out_data, report)
+    left_out = tell_left_out(rows, examples, workspace.held_out_data, report, "gate_rows_left_out")
     at_once = rows_at_once(_objective(slm), examples, settings, workspace.machine)
     before = _loss(slm, examples, at_once)
     if not math.isfinite(before):
@@ -72,7 +73,7 @@ def gate(
         report(Event("warning", f"the old adapter is kept: {words}, the gate is {amount:g}"))
     else:
         report(Event("note", words))
-    measured = {"gate": amount, "gate_before": before, "gate_kept": float(keeps_old)}
+    measured = {"gate": amount, "gate_before": before, "gate_kept": float(keeps_old), **left_out}
     return Verdict(keeps_old, measured | ({"gate_after": after} if math.isfinite(after) else {}))
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from stages.parts import files
 from stages.parts.config import ROLES
-from stages.parts.errors import Damaged, NotReady
+from stages.parts.errors import Damaged, NotReady, Problem
 from stages.parts.manifest import Manifest, check_names, place_of, read_artefact, read_manifest
 from stages.parts.vault import SERVER, Vault, client
 from stages.parts.workspace import SIGNATURE, Workspace
 
 Condition = Literal["done", "missing", "damaged", "stale"]
+
+PREPARE = "fedcollm prepare"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Reader:
         self._is_server = workspace.auxiliary_data.exists() or not self._federation.averages
         path = workspace.federation
         self._roster = files.sha256(files.read_json(path)[1]) if path.exists() else None
+        self._dealt = dealt(workspace)
+        self.are_rows_stale = are_rows_stale(workspace, self._dealt)
         self._before: dict[str, Step] = {}
         self._manifests: dict[Path, tuple[Manifest, str]] = {}
 
@@ -139,7 +143,26 @@ class Reader:
             return Step(
                 party, "missing", "is of an earlier attempt at the round", f"fedcollm {command}", here, party=party
             )
-        return self._step(place, party, command, {start.name: start.sha256}, here, party=party)
+        step = self._step(place, party, command, {start.name: start.sha256}, here, party=party)
+        log = self._workspace.log("client-train", number, number_of_client)
+        return self._of_rows(step, self._workspace.client_data(number_of_client), log)
+
+    def _of_rows(self, step: Step, data: Path, log: Path) -> Step:
+        """A finished step of training; stale if, in a simulation, `prepare` has dealt other rows since, or would."""
+        is_dealt = self._dealt.get("parties", {}).get(step.party, {}).get("sha256")
+        if step.condition != "done" or not is_dealt:
+            return step
+        if self.are_rows_stale:
+            reason, command = "trained on rows that prepare made before its tasks or files were edited", PREPARE
+        else:
+            named = files.logged_inputs(log).get("data")
+            if named in (None, is_dealt) or not data.exists() or named == files.sha256(files.read_own(data)):
+                return step
+            reason, command = (
+                f"trained on other rows than {self._workspace.shown(data)} has now",
+                f"{step.command} --overwrite",
+            )
+        return replace(step, condition="stale", reason=reason, command=command, changed=("rows",))
 
     def _aggregate(self, number: int, broadcast: Step, clients: dict[int, Step]) -> tuple[Step, list[int]]:
         """The average, and the clients whose updates came too late for it."""
@@ -164,6 +187,8 @@ class Reader:
         llm = self._step(workspace.llm(number), "llm", train["llm"], before | taught["llm"], self._is_server)
         parents = before | taught["slm"] | {"llm-after": llm.sha256}
         slm = self._step(workspace.slm(number), "slm", train["slm"], parents, self._is_server)
+        data, log = workspace.auxiliary_data, workspace.log("co-distill", number)
+        llm, slm = (self._of_rows(step, data, log) for step in (llm, slm))
         if slm.condition == llm.condition == "done":  # what is not there any more is not needed any more
             captured = [one for one in captured if one.condition != "missing"]
         return [*captured, llm, slm]
@@ -269,6 +294,27 @@ class Reader:
         if manifest.federation_sha256 and not os.path.lexists(folder / SIGNATURE):
             raise NotReady(f"{SIGNATURE} is missing", where=folder)
         return manifest, digest
+
+
+def dealt(workspace: Workspace) -> dict[str, Any]:
+    """What `prepare` says of its dealing in private/split.json; empty where it dealt nothing."""
+    try:
+        return files.read_json(workspace.split)[0]
+    except Problem:
+        return {}
+
+
+def are_rows_stale(workspace: Workspace, split: dict[str, Any]) -> bool:
+    """Whether `prepare` dealt its rows from tasks or files that were edited since; of an earlier version, unknown."""
+    named = split.get("sources_sha256")
+    if not named:
+        return False
+    try:
+        return bool(named != workspace.sources_sha256())
+    except FileNotFoundError:  # rows need their source no more
+        return False
+    except (Problem, OSError):
+        return True
 
 
 def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:

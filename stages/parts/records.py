@@ -14,7 +14,9 @@ from typing import Any
 
 from stages.parts import checkpoints, files
 from stages.parts.errors import Damaged, Problem
-from stages.parts.workspace import Workspace
+from stages.parts.manifest import read_manifest
+from stages.parts.subjects import folder_of, is_subject
+from stages.parts.workspace import AGREEMENT, Workspace
 
 DIGEST = "result_sha256"
 EARLIER = ("subject", "round", "agreement_sha256", "adapter_sha256", "manifest_sha256", "base", "tasks_sha256", "dtype")
@@ -36,6 +38,54 @@ def read_result(path: Path) -> dict[str, Any]:
     if is_changed:
         raise Damaged(f"{path.name} has been changed since it was written", where=path, mend=MEND)
     return result
+
+
+def stale(workspace: Workspace) -> Iterator[tuple[Path, str, str]]:
+    """Each result that is of other questions, settings or adapters than lie here now: its path, why, and the mend.
+
+    Damaged ones are left to `faults`; of an adapter that is not here nothing is said.
+    """
+    tasks_sha256: str | None = None
+    for path in sorted((workspace.root / "results").glob("*/*.json")):
+        number = path.parent.name.removeprefix("round-")
+        if not (number.isdecimal() or number == "zero-shot") or not is_subject(path.stem):
+            continue
+        try:
+            result = read_result(path)
+        except (Problem, OSError):
+            continue
+        if tasks_sha256 is None:
+            tasks_sha256 = _tasks_sha256(workspace)
+        round = None if number == "zero-shot" else int(number)
+        why = []
+        if result.get("tasks_sha256") != tasks_sha256:
+            why.append("tasks/, or data that it names, was edited since")
+        if result.get("agreement_sha256") != workspace.agreement_sha256:
+            why.append(f"{AGREEMENT} was edited since")
+        if round is not None and _is_of_another(folder_of(workspace, round, path.stem), result):
+            why.append("the adapter is another one now")
+        if why:
+            yield path, "; ".join(why), scored_by(round, path.stem)
+
+
+def _tasks_sha256(workspace: Workspace) -> str:
+    try:
+        return workspace.tasks_sha256()
+    except (Problem, OSError):
+        return ""
+
+
+def _is_of_another(adapter: Path, result: Mapping[str, Any]) -> bool:
+    try:
+        return read_manifest(adapter)[1] != result.get("manifest_sha256")
+    except (Problem, OSError):
+        return False
+
+
+def scored_by(round: int | None, subject: str) -> str:
+    """The command that makes a result."""
+    whose = f"--client {subject.partition('-')[2]}" if subject.startswith("client-") else f"--model {subject}"
+    return f"fedcollm evaluate {'--zero-shot' if round is None else f'--round {round}'} {whose}"
 
 
 def faults(workspace: Workspace) -> Iterator[tuple[Path, str, str]]:

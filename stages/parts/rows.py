@@ -198,12 +198,15 @@ def encode(
     return examples
 
 
-def tell_left_out(rows: Sequence[Row], examples: Sequence[Example], path: Path, report: Report) -> int:
-    """How many rows were too long and skipped, told."""
+def tell_left_out(
+    rows: Sequence[Row], examples: Sequence[Example], path: Path, report: Report, name: str = "rows_left_out"
+) -> dict[str, float]:
+    """How many rows were too long and skipped, told, and under this name for log and manifest; empty if none was."""
     left_out = len(rows) - len(examples)
-    if left_out:
-        report(Event("warning", f"{left_out} of {len(rows)} rows of {path.name} are too long and left out"))
-    return left_out
+    if not left_out:
+        return {}
+    report(Event("warning", f"{left_out} of {len(rows)} rows of {path.name} are too long and left out"))
+    return {name: left_out}
 
 
 def encode_row(row: Row, tokenizer: Tokenizer) -> Example:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Literal
 
 from stages.parts.errors import UsageProblem
@@ -22,19 +24,31 @@ def subject_of(model: Subject, client: int | None) -> str:
     return f"client-{client}"
 
 
+def is_subject(name: str) -> bool:
+    """Whether a name on disk is one of a subject."""
+    return re.fullmatch(r"slm|llm|aggregate|client-[1-9][0-9]{0,8}", name) is not None
+
+
+def folder_of(workspace: Workspace, round: int, subject: str) -> Path:
+    """Where the adapter of a subject lies after a round."""
+    if subject.startswith("client-"):
+        return workspace.client_adapter(round, int(subject.partition("-")[2]))
+    return {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[subject](round)
+
+
 def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | None) -> Artefact:
     """The subject's adapter after a round, every byte checked. Raises as read_artefact and check_belongs do."""
     workspace.check_round(round)
     stage: Stage
     if client is not None:
         workspace.check_client(client)
-        folder, stage = workspace.client_adapter(round, client), "client-train"
+        stage = "client-train"
         made_by = f"fedcollm client-train --client {client} --round {round}"
     else:
-        place = {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[model]
         step: Literal["aggregate", "co-distill"] = "aggregate" if model == "aggregate" else "co-distill"
         workspace.check_step(step, round)
-        folder, stage, made_by = place(round), step, f"fedcollm {step} --round {round}"
+        stage, made_by = step, f"fedcollm {step} --round {round}"
+    folder = folder_of(workspace, round, subject_of(model, client))
     require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
     artefact = read_artefact(folder)
     check_belongs(artefact, workspace, reader=None, stage=stage, round=round, client=client)

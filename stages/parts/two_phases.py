@@ -22,7 +22,6 @@ from stages.parts.manifest import Artefact, Manifest, already_made, check_belong
 from stages.parts.models import Models
 from stages.parts.processes import Processes
 from stages.parts.rows import LARGEST_DATA_BYTES, Row
-from stages.parts.training import Outcome
 from stages.parts.vault import SERVER
 from stages.parts.workspace import CAPTURE, Workspace, require
 
@@ -57,7 +56,7 @@ def capture(
         loaded = models or Models(workspace)
         loaded.use(role)
         outlines = {one: loaded.outline(one) for one in OTHER}
-        examples, shared = encoded(workspace, rows, outlines["slm"], outlines["llm"], report)
+        examples, shared, left_out = encoded(workspace, rows, outlines["slm"], outlines["llm"], report)
         source = capture_files.Source(
             data_sha256=data_sha256,
             rows_sha256=capture_files.rows_sha256(examples),
@@ -106,10 +105,10 @@ def capture(
             dtype=teacher.dtype,
             examples=len(examples),
             tokens=len(kept),
-            metrics={"top_k": float(top_k), "kept": float(kept.mean()), "kept_least": float(kept.min())},
+            metrics={"top_k": float(top_k), "kept": float(kept.mean()), "kept_least": float(kept.min())} | left_out,
             over=places[folder],
         )
-        files.write_log(log, [{"inputs": inputs}, {"wall_s": time.monotonic() - started}])
+        files.write_log(log, [{"inputs": inputs, **left_out}, {"wall_s": time.monotonic() - started}])
         shutil.rmtree(workspace.unfinished(name, round), ignore_errors=True)
         return manifest
 
@@ -221,7 +220,7 @@ def train_against(
     models = models or Models(workspace, processes)
     models.use(role)
     outlines = {one: models.outline(one) for one in OTHER}
-    examples, shared = encoded(workspace, inputs.rows, outlines["slm"], outlines["llm"], report)
+    examples, shared, left_out = encoded(workspace, inputs.rows, outlines["slm"], outlines["llm"], report)
     source = capture_files.Source(
         data_sha256=inputs.data_sha256,
         rows_sha256=capture_files.rows_sha256(examples),
@@ -259,11 +258,13 @@ def train_against(
         return Manifest.model_validate(processes.agree())
     # The SLM's manifest tells both models' losses, as in one phase.
     earlier = {name: value for name, value in llm.manifest.metrics.items() if name.startswith("llm_")} if llm else {}
-    manifest = publish_model(workspace, round, student, parents, outcome, outcome.metrics | earlier | norms, places)
+    metrics = outcome.metrics | left_out | earlier | norms
+    manifest = publish_model(workspace, round, student, parents, outcome, metrics, places)
+    log = [outcome.log[0] | left_out, *outcome.log[1:]]
     if role == "slm":
-        files.write_log(workspace.log("co-distill", round), _both_logs(workspace, round, outcome))
+        files.write_log(workspace.log("co-distill", round), _both_logs(workspace, round, log))
     else:
-        files.write_log(workspace.log(name, round), outcome.log)
+        files.write_log(workspace.log(name, round), log)
     shutil.rmtree(unfinished, ignore_errors=True)
     processes.agree(manifest)
     return manifest
@@ -294,11 +295,11 @@ def _short(value: object) -> str:
     return f"{value[:16]}..." if isinstance(value, str) else str(value)
 
 
-def _both_logs(workspace: Workspace, round: int, slm: Outcome) -> list[dict[str, Any]]:
+def _both_logs(workspace: Workspace, round: int, slm: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The log of the round, as in one phase: the LLM's and the SLM's losses of every step side by side."""
     log = files.read(workspace.log("co-distill-llm", round), limit_bytes=LARGEST_DATA_BYTES)
-    begun, *steps, ended = slm.log
+    begun, *steps, ended = slm
     other_begun, *others, other_ended = map(files.parse_json, log.splitlines())
     both = [{**other, **step} for step, other in zip(steps, others, strict=True)]
     inputs = {**other_begun["inputs"], **begun["inputs"]}
-    return [{"inputs": inputs}, *both, {"wall_s": ended["wall_s"] + other_ended["wall_s"]}]
+    return [begun | {"inputs": inputs}, *both, {"wall_s": ended["wall_s"] + other_ended["wall_s"]}]

@@ -146,6 +146,14 @@ class Workspace:
 
         return task_files.digest(self.tasks, self.home)
 
+    def sources_sha256(self) -> str:
+        """The digest of what `prepare` deals rows from: tasks and their local data, or JSONL files."""
+        if self.agreement.data.tasks:
+            return self.tasks_sha256()
+        return files.sha256(
+            "".join(files.sha256(files.read_own(self.local(name))) for name in self.agreement.data.files).encode()
+        )
+
     @property
     def private(self) -> Path:
         """What never leaves its machine."""

@@ -17,6 +17,7 @@ from stages.client_train import client_train
 from stages.parts.errors import Refused
 from stages.parts.events import Event
 from stages.parts.workspace import Workspace
+from stages.status import status
 
 Refusal = Callable[..., str]
 
@@ -145,14 +146,45 @@ def test_data_that_is_not_utf_8_is_refused(answered: Path, refused: Refusal) -> 
     assert "is not UTF-8" in refused(answered, 4, "client-train", "--client", 2, "--round", 1, "--overwrite")
 
 
-def test_rows_too_long_are_left_out_where_the_agreement_says_skip(
-    workspace_folder: Path, fedcollm: Callable[..., Outcome]
+@pytest.mark.parametrize("phases", [1, 2])
+def test_rows_too_long_are_left_out_and_counted_where_the_agreement_says_skip(
+    phases: int, workspace_folder: Path, fedcollm: Callable[..., Outcome]
 ) -> None:
-    edit(workspace_folder / "fedcollm.toml", "[evaluation]", '[data]\ntoo_long = "skip"\n\n[evaluation]')
-    path = workspace_folder / "private/client-2/train.jsonl"
+    here = workspace_folder
+    edit(here / "fedcollm.toml", "[evaluation]", '[data]\ntoo_long = "skip"\n\n[evaluation]')
+    server, auxiliary = here / "private/server", here / "private/server/auxiliary.jsonl"
+    auxiliary.write_text(2 * LONG + auxiliary.read_text())
+    (server / "held-out.jsonl").write_text(3 * LONG + auxiliary.read_text())
+    path = here / "private/client-2/train.jsonl"
     path.write_text(LONG + path.read_text())
-    assert fedcollm("broadcast", "--round", 1, "-w", workspace_folder).code == 0
-    assert fedcollm("client-train", "--client", 2, "--round", 1, "-w", workspace_folder).code == 0
+    told = {}
+    steps = ["broadcast", "client-train --client 1", "client-train --client 2", "client-train --client 3"]
+    steps += ["aggregate --gate 9"]
+    phased = [f"co-distill --phase {one}" for one in ("capture --model llm", "capture --model slm", "train")]
+    for step in [*steps, *(phased if phases == 2 else ["co-distill"])]:
+        outcome = fedcollm(*step.split(), "--round", 1, "-w", here)
+        assert outcome.code == 0, outcome.err
+        told[step] = outcome.err
+    assert "left out" not in told["client-train --client 1"]
+    assert "1 of 13 rows of train.jsonl are too long and left out" in told["client-train --client 2"]
+    assert "5 of 17 rows of held-out.jsonl are too long and left out" in told["aggregate --gate 9"]
+    assert all("2 of 14 rows of auxiliary.jsonl are too long" in told[one] for one in told if "co-distill" in one)
+    made = {"exchange/round-0001/client-2": 1.0, "private/server/round-0001/llm": 2.0}
+    made |= {"private/server/round-0001/slm": 2.0, "exchange/round-0001/client-1": None}
+    made |= {"private/server/round-0001/captured-slm": 2.0} if phases == 2 else {}
+    for folder, count in made.items():
+        metrics = json.loads((here / folder / "manifest.json").read_text())["metrics"]
+        assert metrics.get("rows_left_out") == count, folder
+    gated = json.loads((server / "round-0001/aggregate/manifest.json").read_text())["metrics"]
+    assert gated["gate_rows_left_out"] == 5.0
+    counts = {
+        path: json.loads(path.read_text().partition("\n")[0]) for path in here.glob("private/*/round-0001/*.jsonl")
+    }
+    logged = {str(path.relative_to(here / "private")): line for path, line in counts.items()}
+    assert logged["client-2/round-0001/client-train.jsonl"]["rows_left_out"] == 1
+    assert logged["server/round-0001/co-distill.jsonl"]["rows_left_out"] == 2
+    assert logged["server/round-0001/aggregate.jsonl"]["gate_rows_left_out"] == 5
+    assert not status(Workspace(here), verify=True).changed
 
 
 # --- models and tasks

@@ -157,3 +157,76 @@ def test_status_writes_nothing(words: tuple[str, ...], finished: Path, fedcollm:
     before = adapters(finished), sorted(finished.rglob("*"))
     assert fedcollm("status", *words, "-w", finished).code == 0
     assert (adapters(finished), sorted(finished.rglob("*"))) == before
+
+
+@pytest.fixture
+def simulated(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> Path:
+    """One round on rows that prepare dealt, scored."""
+    shutil.rmtree(workspace_folder / "private")
+    edit(workspace_folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
+    edit(workspace_folder / "fedcollm.toml", "[evaluation]", '[data]\ntasks = ["colours"]\n\n[evaluation]')
+    (workspace_folder / "machine.toml").write_text("simulation = true\n")
+    for words in (["prepare"], ["run", "--no-scores"], ["evaluate", "--round", 1]):
+        assert fedcollm(*words, "-w", workspace_folder).code == 0
+    assert "everything is done" in fedcollm("status", "-w", workspace_folder).out
+    return workspace_folder
+
+
+def test_an_edited_task_makes_rows_training_and_scores_stale(simulated: Path, fedcollm: Callable[..., Outcome]) -> None:
+    edit(simulated / "tasks/colours.yaml", '"{{question}}"', '"big {{question}}"')
+    said = fedcollm("status", "-w", simulated).out
+    assert "3 stale: 1, 2, 3" in said
+    assert "slm        stale  (trained on rows that prepare made before its tasks or files were edited)" in said
+    assert "stale: private/split.json: prepare dealt its rows before its tasks, or files, were edited" in said
+    assert (
+        "stale: results/round-0001/slm.json: tasks/, or data that it names, was edited since (fedcollm evaluate" in said
+    )
+    assert "next: fedcollm prepare" in said
+    assert "before its tasks, or files, were edited" in fedcollm("next", "--client", 2, "-w", simulated).err
+    refused = fedcollm("next", "-w", simulated)
+    assert refused.code == 5
+    assert "is not what prepare would write" in refused.err
+    assert fedcollm("prepare", "--overwrite", "-w", simulated).code == 0
+    found = status(Workspace(simulated))
+    reasons = {step.name: step.reason for step in found.rounds[0].steps}
+    assert reasons["client-2"] == "trained on other rows than private/client-2/train.jsonl has now"
+    assert reasons["llm"] == "trained on other rows than private/server/auxiliary.jsonl has now"
+    assert found.next_command == "fedcollm client-train --client 1 --round 1 --overwrite"
+    assert fedcollm("run", "--overwrite", "-w", simulated).code == 0
+    found = status(Workspace(simulated))
+    assert found.stale == []
+    assert all(round.is_done for round in found.rounds)
+
+
+def test_questions_that_were_edited_make_scores_stale_but_no_training(
+    simulated: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    (simulated / "data/test.jsonl").write_text((simulated / "data/train.jsonl").read_text() * 2)
+    assert status(Workspace(simulated)).next_command == "fedcollm prepare"
+    again = fedcollm("next", "-w", simulated)
+    assert (again.code, "already done" in again.err) == (0, True)
+    assert set(conditions(simulated, 1).values()) == {"done"}
+    left = fedcollm("next", "-w", simulated)
+    assert left.code == 3
+    assert "the next step replaces what is there: fedcollm evaluate --round 1 --model slm --overwrite" in left.err
+    assert fedcollm("evaluate", "--round", 1, "-w", simulated).code == 0
+    assert "everything is done" in fedcollm("status", "-w", simulated).out
+
+
+def test_files_that_rows_were_dealt_from_count_too_until_they_are_gone(bare_files: Path) -> None:
+    source = bare_files / "data/all.jsonl"
+    write_rows(source, rows(41))
+    assert status(Workspace(bare_files)).next_command == "fedcollm prepare"
+    source.unlink()
+    assert status(Workspace(bare_files)).next_command == "fedcollm broadcast --round 1"
+
+
+@pytest.fixture
+def bare_files(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> Path:
+    """Rows that prepare dealt from a JSONL file."""
+    shutil.rmtree(workspace_folder / "private")
+    write_rows(workspace_folder / "data/all.jsonl", rows(40))
+    edit(workspace_folder / "fedcollm.toml", "[evaluation]", '[data]\nfiles = ["data/all.jsonl"]\n\n[evaluation]')
+    assert fedcollm("prepare", "-w", workspace_folder).code == 0
+    assert status(Workspace(workspace_folder)).next_command == "fedcollm broadcast --round 1"
+    return workspace_folder
