@@ -158,6 +158,7 @@ def notes(found: dict[str, Any]) -> list[str]:
         f"seed{'s' if several else ''} {seeds}"
         + ("; ± is the standard deviation over seeds" if several else ": no error bar")
         + f"; {by_task[task]['questions']} questions, themselves a sample: ± {100 * by_task[task]['binomial']:.1f}",
+        *found["remarks"],
     ]
     if "fedavg-aux" in found["tables"]["slm"]:
         lines.append("FedAvg + D^a: the server trains both models on the auxiliary data, without distillation")

@@ -56,12 +56,18 @@ def scores(results: list[dict[str, Any]]) -> Table:
                 result["subject"],
                 "base" if result["round"] is None else str(result["round"]),
                 task,
-                str(found["questions"]),
+                asked(found),
                 "" if accuracy is None else f"{accuracy:.4f}",
                 "" if error is None else f"{error:.4f}",
                 others,
             )
     return table
+
+
+def asked(found: dict[str, Any]) -> str:
+    """How many questions were scored, of how many if of fewer, and how many of them without their beginning."""
+    number, in_all, cut = found["questions"], found["questions_in_all"], found["cut"]
+    return f"{number}{f' of {in_all}' if number < in_all else ''}{f', {cut} cut' if cut else ''}"
 
 
 def status(found: Status, workspace: Path | None) -> str:

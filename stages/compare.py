@@ -74,6 +74,7 @@ def compare(
         "tables": tables,
         "differences": {table: _differences(scores) for table, scores in measured.items()},
         "budgets": _budgets(study),
+        "remarks": evidence.remarks([study.root, *study.workspaces]),
     }
 
 

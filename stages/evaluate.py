@@ -70,6 +70,11 @@ def evaluate(
         for task, scores in result["tasks"].items():
             found = "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())
             report(Event("note", f"{task}: {found}"))
+            if scores["questions"] < scores["questions_in_all"]:
+                words = (
+                    f"only the first {scores['questions']} of {scores['questions_in_all']} questions of {task} count"
+                )
+                report(Event("warning", f"{words}, by evaluation.limit: no score of the whole task"))
         processes.agree(result)
         return result
 
@@ -119,9 +124,9 @@ def _score(
     from stages.parts.models import Models
 
     settings = workspace.agreement.evaluation
-    loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks)
+    loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks, report)
     for task in loaded:
-        tasks.check_answers(task)
+        tasks.check_answers(task, report)
     models = models or Models(workspace, processes)
     models.use(role)
     tuned = models.get(role) if adapter is None else models.with_adapter(role, adapter)

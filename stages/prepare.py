@@ -50,13 +50,13 @@ def _from_tasks(workspace: Workspace, report: Report) -> tuple[list[Row], set[st
 
     agreement = workspace.agreement
     rows: list[Row] = []
-    loaded = tasks.load(workspace, agreement.data.tasks)
+    loaded = tasks.load(workspace, agreement.data.tasks, report)
     for task in loaded:
         found = tasks.training_rows(task)
         report(Event("note", f"{task.config.task}: {len(found)} rows"))
         rows += found
     is_same = agreement.evaluation.tasks in ([], agreement.data.tasks)
-    scored = loaded if is_same else tasks.load(workspace, agreement.evaluation.tasks)
+    scored = loaded if is_same else tasks.load(workspace, agreement.evaluation.tasks, report)
     return rows, {prompt for task in scored for prompt in tasks.test_prompts(task)}
 
 

@@ -109,7 +109,7 @@ def _words(
         "name": workspace.agreement.federation.name,
         "measured": _measured(workspace),
         "headline": [one for one in headlines if one],
-        "summary": _summary(charts, compared),
+        "summary": _summary(charts, compared) + _left_out(workspace),
         "refusal": without_folders(compared) if isinstance(compared, str) else "",
         "tables": tables,
         "notes": notes,
@@ -190,6 +190,16 @@ def _summary(charts: list[Chart], compared: dict[str, Any] | str) -> str:
         f"{of}; ± is the standard deviation over seeds. A difference is named only where the 95 % interval over seeds "
         "and questions leaves no doubt of its sign."
     )
+
+
+def _left_out(workspace: Workspace) -> str:
+    """What the scores lack, and which are of other tasks than lie here now."""
+    from stages.parts.evidence import remarks
+    from stages.parts.page import without_folders
+
+    stale = status(workspace).stale
+    lines = [*remarks([workspace]), *([f"stale, and left out: {'; '.join(stale)}"] if stale else [])]
+    return "".join(f" {line[:1].upper()}{line[1:]}." for line in map(in_line, map(without_folders, lines)))
 
 
 def _provenance(workspace: Workspace) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ last round, of the agreement as it is now, of the adapter that is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,7 +15,7 @@ import numpy as np
 
 from stages.parts import files
 from stages.parts.config import Method, Role
-from stages.parts.errors import NotReady, Refused, UsageProblem
+from stages.parts.errors import NotReady, Problem, Refused, UsageProblem
 from stages.parts.manifest import Manifest, read_manifest
 from stages.parts.records import read_result, scored_by
 from stages.parts.subjects import folder_of
@@ -215,6 +215,39 @@ def answers(study: Study, workspace: Workspace, round: int | None, subject: str,
     return np.concatenate([_correct(result, task, metric) for task in result["tasks"]])
 
 
+def remarks(workspaces: Iterable[Workspace]) -> list[str]:
+    """What the scores of these workspaces lack, in sentences: questions left out by a limit, and questions cut.
+
+    From the results of bases and of last rounds, under today's agreement.
+    """
+    in_all, asked, cut = dict[str, int](), dict[str, int](), dict[str, int]()
+    for workspace in workspaces:
+        last = workspace.result(workspace.agreement.federation.rounds, "slm").parent
+        for path in [*workspace.result(None, "slm").parent.glob("*.json"), *last.glob("*.json")]:
+            try:
+                result = read_result(path)
+            except (Problem, OSError):
+                continue
+            for task, found in result["tasks"].items() if _is_of(result, workspace) else ():
+                asked[task] = min(asked.get(task, found["questions"]), found["questions"])
+                in_all[task] = max(in_all.get(task, 0), found.get("questions_in_all", found["questions"]))
+                cut[task] = max(cut.get(task, 0), found.get("cut", 0))
+    limited = [f"{count} of {in_all[task]} of {task}" for task, count in asked.items() if count < in_all[task]]
+    shortened = [f"up to {count} of {task}" for task, count in cut.items() if count]
+    lines = []
+    if limited:
+        lines.append(
+            f"only the first questions count, by evaluation.limit: {', '.join(limited)}; no score of a whole task"
+        )
+    if shortened:
+        lines.append(f"questions longer than a model's context, scored without their beginning: {', '.join(shortened)}")
+    return lines
+
+
+def _is_of(result: Mapping[str, Any], workspace: Workspace) -> bool:
+    return result.get("agreement_sha256") == workspace.agreement_sha256
+
+
 def _subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
     if table == "clients" or row == "centralized":
         last = workspace.agreement.federation.rounds
@@ -229,7 +262,7 @@ def _result(study: Study, workspace: Workspace, round: int | None, subject: str)
     if not path.exists():
         raise NotReady(f"there is no {study.root.shown(path)}", where=path, mend=mend)
     result = read_result(path)
-    if result.get("agreement_sha256") != workspace.agreement_sha256:
+    if not _is_of(result, workspace):
         message = f"{study.root.shown(path)} is a result of another agreement"
         raise Refused(message, where=path, mend=f"undo the edit of {AGREEMENT}, or {study.run_again(workspace)}")
     if result.get("tasks_sha256") != workspace.tasks_sha256():

@@ -127,8 +127,8 @@ def read_own(path: Path) -> bytes:
 
 
 def check_plain(folder: Path) -> None:
-    """Raise Damaged if anything below a user's own folder is neither file nor folder: libraries would hang."""
-    for path in sorted(folder.rglob("*")):
+    """Raise Damaged if a user's own folder, or anything below it, is neither file nor folder: libraries would hang."""
+    for path in [folder, *sorted(folder.rglob("*"))]:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise _not_plain(path)
 

@@ -66,10 +66,14 @@ def _data(workspace: Workspace) -> list[Missing]:
 
 
 def _tasks(workspace: Workspace) -> list[Missing]:
+    """Tasks that rows are still to be made of, and those that are scored here; a client's own machine loads none."""
     from stages.parts import tasks
 
-    found = []
-    for name in dict.fromkeys([*workspace.agreement.data.tasks, *workspace.agreement.evaluation.tasks]):
+    rows = [path for path in map(workspace.client_data, workspace.clients) if path.exists()]
+    if rows and not workspace.auxiliary_data.exists() and workspace.agreement.federation.averages:
+        return []
+    dealt, scored, found = workspace.agreement.data.tasks, workspace.agreement.evaluation.tasks, []
+    for name in dict.fromkeys([*(dealt if not (rows and scored) else []), *scored]):
         try:
             with bases.offline():
                 tasks.load(workspace, [name])

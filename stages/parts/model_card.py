@@ -134,7 +134,7 @@ def _scores(workspace: Workspace, adapter: Artefact, subject: str) -> list[dict[
     ours = _result(workspace.result(manifest.round, subject), manifest.files[ADAPTER_WEIGHTS].sha256, manifest.base)
     base = dict(_metrics(_result(workspace.result(None, manifest.role), None, manifest.base)))
     return [
-        {"task": task, "questions": questions, "metric": metric, "value": value, "base": base.get(key, ("-", 0))[0]}
+        {"task": task, "questions": questions, "metric": metric, "value": value, "base": base.get(key, ("-", ""))[0]}
         for key, (value, questions) in _metrics(ours)
         for task, metric in [key]
     ]
@@ -149,7 +149,7 @@ def _result(path: Path, adapter_sha256: str | None, base: BaseIdentity) -> dict[
     return dict(result["tasks"]) if is_this else {}
 
 
-def _metrics(tasks: dict[str, Any]) -> Iterator[tuple[tuple[str, str], tuple[str, int]]]:
+def _metrics(tasks: dict[str, Any]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
     """(task, metric) -> (value with its standard error, number of questions)."""
     for task, found in tasks.items():
         metrics = found["metrics"]
@@ -158,7 +158,9 @@ def _metrics(tasks: dict[str, Any]) -> Iterator[tuple[tuple[str, str], tuple[str
                 continue
             error = metrics.get(f"{name}_stderr")
             value = f"{metrics[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-            yield (task, name), (value, found["questions"])
+            in_all = found.get("questions_in_all", found["questions"])
+            asked = f"{found['questions']}" + (f" of {in_all}" if found["questions"] < in_all else "")
+            yield (task, name), (value, f"{asked}, {found['cut']} cut" if found.get("cut") else asked)
 
 
 def _hashes(adapter: Artefact) -> list[tuple[str, str]]:

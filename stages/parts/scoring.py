@@ -18,6 +18,7 @@ from stages.parts.events import Event, Report
 from stages.parts.models import PROBE_TEXTS, Tuned, naming_memory_knobs
 from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import Row, encode_row
+from stages.parts.tasks import HARMLESS
 
 
 class _Reporting(HFLM):  # type: ignore[misc]
@@ -119,7 +120,8 @@ def score(
     scope = contextlib.nullcontext() if with_adapter else model.disable_adapter()
     if with_adapter:
         adapters.check_acts(model, tuned.tokenizer.encode(PROBE_TEXTS[0])[: tuned.context])
-    with naming_memory_knobs(), scope, quiet.libraries():
+    telling = quiet.telling(report, "lm_eval", but_for=HARMLESS)
+    with naming_memory_knobs(), scope, quiet.libraries(), telling:
         lm = _Reporting(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
         lm.report, lm.processes, lm.shares = report, processes, shares
         try:
@@ -160,6 +162,7 @@ def _of_task(task: ConfigurableTask, results: dict[str, Any]) -> dict[str, Any]:
     return {
         "metrics": metrics,
         "questions": results["n-samples"][name]["effective"],
+        "questions_in_all": results["n-samples"][name]["original"],
         "correct": _correct(results["samples"][name]),
         "version": results["versions"].get(name),
         "prompt": prompt if isinstance(prompt, str) else "a function of the task",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,36 +21,58 @@ BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 """Readers of local files that only read; others of `datasets` unpickle, or ask a database."""
 CODE_KEYS = ("class", "custom_dataset", "unsafe_code", "use_prompt", "hf_evaluate", "trust_remote_code")
 GENERATION_CODE_KEYS = ("custom_generate", "assistant_model")
+MOST_VALUES = 1_000_000
+"""A task file that is larger, with everything that it refers to, is none."""
+MOST_FILES = 100_000
+"""A task that names more local files names a disk."""
 TRUST = "read them; if they are your own, or you trust them with this machine, set run_task_code = true in machine.toml"
 
 
-class _Function(str):
-    """What a task file says after !function."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # lm-eval's own
+    """Plain YAML, and every !function in it by name, also of a key that is given twice: lm-eval would import each."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.functions: list[str] = []
+
+    def note(self, node: Any) -> str:
+        """What stands after !function."""
+        self.functions.append(str(node.value))
+        return self.functions[-1]
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Plain YAML, and !function as the name it is."""
+_Loader.add_constructor("!function", _Loader.note)
 
 
-_Loader.add_constructor("!function", lambda _, node: _Function(node.value))
+def check_are_data(tasks: Path, home: Path, *, trusted: bool = False) -> None:
+    """Raise Refused for what in a task file would run code of its author's choice, naming the file and the key.
 
-
-def check_are_data(tasks: Path, home: Path) -> None:
-    """Raise Refused for what in a task file would run code of its author's choice, naming the file and the key."""
+    trusted: whether it may; then they are read all the same, since whatever is no YAML is told of here.
+    """
     for path in _task_files(tasks):
         shown = path.relative_to(home) if path.is_relative_to(home) else path
-        for mapping in _mappings(read(path)):
-            for key, value in mapping.items():
-                if found := _code(str(key), value):
-                    raise Refused(f"{shown} would run code: {found}", where=path, mend=TRUST)
+        value, functions = _read(path)
+        entries = [(str(key), value) for mapping in _mappings(value) for key, value in mapping.items()]
+        found = [f"!function {name}" for name in functions] + [one for entry in entries if (one := _code(*entry))]
+        if found and not trusted:
+            raise Refused(f"{shown} would run code: {found[0]}", where=path, mend=TRUST)
 
 
-def read(path: Path) -> Any:
-    """What a YAML file holds. Raises UsageProblem where it is none."""
+def _read(path: Path) -> tuple[Any, list[str]]:
+    """What a YAML file holds, and the functions that it names. Raises UsageProblem where it is none."""
     try:
-        return yaml.load(files.read_own(path), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        loader = _Loader(files.read_own(path))
+        value = loader.get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:
         raise UsageProblem(f"{path.name} is not YAML: {error}", where=path, mend="correct that line") from error
+    waiting, count = [value], 0
+    while waiting:
+        one, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            message = f"{path.name} refers to itself, or holds more than {MOST_VALUES} values"
+            raise UsageProblem(message, where=path, mend="write it without references")
+        waiting += [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
+    return value, loader.functions
 
 
 def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
@@ -60,13 +83,18 @@ def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
         if path not in own:
             found.add((path.name, path))
         try:
-            mappings = list(_mappings(read(path)))
+            mappings = list(_mappings(_read(path)[0]))
         except UsageProblem:
             continue  # told where the task is loaded
         for mapping in mappings:
             for key in ("data_files", "data_dir", "dataset_path"):
                 for name in _texts(mapping.get(key)):
                     found.update((f"{name}/{one.name}", one) for one in _matches(name, home))
+        if len(found) > MOST_FILES:
+            message = f"{path.name} names more than {MOST_FILES} local files"
+            raise UsageProblem(
+                message, where=path, mend="name its data_files one by one, or the folder that they lie in"
+            )
     return sorted(found)
 
 
@@ -89,6 +117,8 @@ def from_workspace(config: Any, home: Path) -> Any:
         else:
             changed[key] = from_workspace(value, home)
     named = [name for key in ("data_files", "data_dir") for name in _texts(changed.get(key))]
+    for name in named:
+        files.check_plain(Path(name))
     if any(seclusion.is_private(Path(name)) for name in named):
         changed["cache_dir"] = str(home / "private" / ".datasets")  # a copy of these rows is private too
     return changed
@@ -99,13 +129,11 @@ def _absolute(value: Any, home: Path) -> Any:
         return {key: _absolute(item, home) for key, item in value.items()}
     if isinstance(value, list):
         return [_absolute(item, home) for item in value]
-    return value if "://" in value else str(home / value)
+    return str(home / value) if isinstance(value, str) and "://" not in value else value
 
 
 def _code(key: str, value: Any) -> str | None:
     """What would be run, or None."""
-    if any(isinstance(one, _Function) for one in [value, *(value if isinstance(value, list) else [])]):
-        return f"{key}: !function {value}"
     if (key in CODE_KEYS or key in GENERATION_CODE_KEYS) and value not in (False, None):
         return f"{key}: {value}"
     if key == "dataset_path" and isinstance(value, str) and value not in BUILDERS and _is_builder(value):
@@ -138,7 +166,7 @@ def _task_files(tasks: Path) -> list[Path]:
             continue
         found[path] = None
         try:
-            config = read(path)
+            config = _read(path)[0]
         except UsageProblem:
             continue  # told by who needs it
         if isinstance(config, dict):
@@ -172,7 +200,7 @@ def _texts(value: Any) -> list[str]:
 def _matches(name: str, home: Path) -> list[Path]:
     """The local files that a name, a pattern or a folder stands for."""
     place = home / name
-    if place.is_dir():
-        return [path for path in sorted(place.rglob("*")) if path.is_file()]
-    found = [place] if place.is_file() else [Path(one) for one in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
-    return [path for path in found if path.exists()]
+    if place.is_file():
+        return [place]
+    found = place.rglob("*") if place.is_dir() else map(Path, glob.iglob(str(place), recursive=True))  # noqa: PTH207
+    return sorted(path for path in itertools.islice(found, MOST_FILES + 1) if path.is_file())

@@ -20,6 +20,7 @@ from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows i
 
 from stages.parts import files, quiet, seclusion, task_files
 from stages.parts.errors import NotReady, StorageProblem, UsageProblem
+from stages.parts.events import Event, Report, ignore
 from stages.parts.rows import Row
 from stages.parts.workspace import Workspace
 
@@ -41,15 +42,22 @@ def _sandbox() -> ImmutableSandboxedEnvironment:
 
 lm_eval.utils.env = _sandbox()  # all templates are rendered by this one
 
+HARMLESS = (
+    r"already-initialized model|`pretrained` model kwarg"  # as we want it
+    r"|Combined length of context|Left truncation applied"  # counted as cut
+    r"|is defined, but (aggregation|higher_is_better) is not"  # the metric's own are taken
+    r"|fewshot_(docs|split)"  # scored zero-shot
+)
+"""lm-eval's warnings that change no score, or that are told otherwise."""
+
 TRAINABLE = ("multiple_choice", "generate_until")
 
 
-def load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
+def load(workspace: Workspace, names: list[str], report: Report = ignore) -> list[ConfigurableTask]:
     """These tasks, groups resolved into theirs. Raises UsageProblem for a name that nothing defines."""
     files.check_plain(workspace.tasks)
-    if not workspace.machine.run_task_code:
-        task_files.check_are_data(workspace.tasks, workspace.home)
-    with quiet.libraries():
+    task_files.check_are_data(workspace.tasks, workspace.home, trusted=workspace.machine.run_task_code)
+    with quiet.libraries(), quiet.telling(report, "lm_eval", but_for=HARMLESS):
         return _load(workspace, names)
 
 
@@ -120,17 +128,35 @@ def _row(task: ConfigurableTask, doc: dict[str, Any], name: str, number: int) ->
     return Row(prompt, f"{task.config.target_delimiter}{_right_texts(task, doc, number)[0]}", label="", source=name)
 
 
-def check_answers(task: ConfigurableTask) -> None:
-    """Raise UsageProblem, naming a question, where its right answer is none that lm-eval could find right."""
+def check_answers(task: ConfigurableTask, report: Report = ignore) -> None:
+    """Raise UsageProblem, naming a question, where its right answer is none that lm-eval could find right.
+
+    Tells of questions whose right answer is the text of another choice too: which of the two wins is an accident.
+    """
+    alike = 0
     try:
         for number, doc in enumerate(task.eval_docs, 1):
             if task.OUTPUT_TYPE == "multiple_choice":
-                _right_choices(task, doc, number)
-            elif task.OUTPUT_TYPE == "generate_until":
+                right, choices = _right_choices(task, doc, number), task.doc_to_choice(doc)
+                alike += any(
+                    choices.count(choices[index]) > sum(choices[index] == choices[i] for i in right) for index in right
+                )
+            elif task.OUTPUT_TYPE in ("generate_until", "loglikelihood"):
                 _right_texts(task, doc, number)
         _check_meaning(task, task.eval_docs)
     except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise _mistaken(str(task.config.task), error) from error
+    name = task.config.task
+    if alike:
+        words = f"{alike} questions of {name} have a choice that reads like the right one and counts as wrong"
+        report(Event("warning", words))
+    if task.config.num_fewshot:
+        report(
+            Event(
+                "warning",
+                f"{name} asks for {task.config.num_fewshot} examples before each question; it is scored without",
+            )
+        )
 
 
 def _right_choices(task: ConfigurableTask, doc: dict[str, Any], number: int) -> list[int]:
@@ -147,7 +173,7 @@ def _right_choices(task: ConfigurableTask, doc: dict[str, Any], number: int) -> 
     found = [choices.index(one) if isinstance(one, str) and one in choices else one for one in named]
     if not found or not all(isinstance(one, int) and 0 <= one < len(choices) for one in found):
         raise _bad_question(task, number, f"its right answer {target!r} is none of its {len(choices)} choices")
-    return found
+    return list(map(int, found))  # of yes and no, true is 1
 
 
 def _check_meaning(task: ConfigurableTask, docs: Iterable[dict[str, Any]]) -> None:

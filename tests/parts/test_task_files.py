@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import pytest
 from builders import edit
 from stages.parts import tasks
 from stages.parts.errors import Problem, Refused, UsageProblem
+from stages.parts.missing import missing
 from stages.parts.workspace import Workspace
+from stages.status import status
 
 PROGRAM = "from pathlib import Path\nPath({!r}).touch()\ndef f(doc):\n    return doc['question']\n"
 
@@ -27,6 +31,19 @@ PROGRAM = "from pathlib import Path\nPath({!r}).touch()\ndef f(doc):\n    return
         ("dataset_path: json", "dataset_path: tasks/program.py"),
         ("task: colours", "task: colours\ngeneration_kwargs: {custom_generate: ./tasks}"),
         ("task: colours", "task: colours\nunsafe_code: true"),
+        ('"{{choices}}"', "[[!function program.f]]"),
+        (
+            "task: colours",
+            "task: colours\nfilter_list: [{name: x, filter: [{function: map, a: [[!function program.f]]}]}]",
+        ),
+        ("task: colours", "task: colours\nmore: {!function program.f : 1}"),
+        ("task: colours", "task: colours\nprocess_docs: !function program.f\nprocess_docs: null"),
+        ("task: colours", "task: colours\nmore: &x {a: !function program.f}\nmore: 1"),
+        ("task: colours", "task: colours\nmore: !function {a: program.f}"),
+        ("task: colours", "%TAG !e! !func\n---\ntask: colours\nprocess_docs: !e!tion program.f"),
+        ("task: colours", "task: colours\nclass: tasks.program.Task"),
+        ("task: colours", "task: colours\ncustom_dataset: tasks.program.f"),
+        ("task: colours", "group: many\ntask: [{task: inner, process_docs: !function program.f}]"),
     ],
 )
 def test_a_task_file_runs_no_code(workspace_folder: Path, tmp_path: Path, old: str, new: str) -> None:
@@ -107,3 +124,40 @@ def test_a_file_that_is_not_yaml_is_named(workspace_folder: Path) -> None:
     (workspace_folder / "tasks/broken.yaml").write_text("task: [\n")
     with pytest.raises(Problem, match=r"broken\.yaml is not YAML"):
         tasks.load(Workspace(workspace_folder), ["colours"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: mine\ndataset_kwargs: {data_files: &a [*a]}\n",
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdef", "bcdefg", strict=True))
+        + "task: mine\ndataset_kwargs: {data_files: *g}\n",
+        "[" * 5000,
+        "task: mine\nwhen: 2001-99-99\n",
+        "? [a, b]\n: c\n? {d: e}\n: f\n",
+        "task: !!python/name:os.system\n",
+    ],
+)
+def test_a_file_that_is_no_task_ends_in_words_and_stops_nothing_else(workspace_folder: Path, text: str) -> None:
+    (workspace_folder / "tasks/mine.yaml").write_text(text)
+    with pytest.raises(UsageProblem, match=r"mine\.yaml (refers to itself|is not YAML)"):
+        tasks.load(Workspace(workspace_folder), ["colours"])
+    (workspace_folder / "machine.toml").write_text("run_task_code = true\n")
+    with pytest.raises(UsageProblem, match=r"mine\.yaml (refers to itself|is not YAML)"):
+        tasks.load(Workspace(workspace_folder), ["colours"])
+    assert len(Workspace(workspace_folder).tasks_sha256()) == 64
+    (found,) = missing(Workspace(workspace_folder))
+    assert "mine.yaml" in found.what
+    status(Workspace(workspace_folder))
+    shutil.rmtree(workspace_folder / "private/server")
+    assert missing(Workspace(workspace_folder)) == []  # a client scores nothing
+
+
+@pytest.mark.parametrize("named", ["3", "/dev/zero", "[/dev/zero]", "{test: /dev/zero}", "{test: [1]}", "data/pipe"])
+def test_data_that_is_no_file_is_refused_at_once(workspace_folder: Path, named: str) -> None:
+    os.mkfifo(workspace_folder / "data/pipe")
+    edit(workspace_folder / "tasks/colours.yaml", "{train: data/train.jsonl, test: data/test.jsonl}", named)
+    with pytest.raises(Problem):
+        tasks.load(Workspace(workspace_folder), ["colours"])
+    Workspace(workspace_folder).tasks_sha256()

@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 from builders import COLOURS, ROOT, edit, questions
 from stages.parts import tasks
 from stages.parts.errors import NotReady, Problem, UsageProblem
+from stages.parts.events import Event
 from stages.parts.rows import Row
 from stages.parts.workspace import Workspace
 
@@ -167,3 +168,52 @@ def test_of_a_list_of_answers_to_be_generated_the_first_is_the_row(workspace_fol
     edit(path, '"{{answer}}"', target)
     edit(path, "metric: acc,", "metric: exact_match,")
     assert rows_of(workspace_folder, "colours")[0].completion == " the whale"
+
+
+@pytest.mark.parametrize(
+    ("key", "right"),
+    [(1, 1), ("blue", 1), (True, 1), (False, 0), ([1], 1), ([2, 0], 2), ("2", 2)],
+)
+def test_a_right_answer_is_the_same_in_training_and_in_scoring(workspace_folder: Path, key: object, right: int) -> None:
+    question = {"question": "which ?", "choices": ["red", "blue", "2"], "key": key}
+    for part in ("train", "test"):
+        (workspace_folder / f"data/{part}.jsonl").write_text(2 * (json.dumps(question) + "\n"))
+    edit(workspace_folder / "tasks" / "colours.yaml", '"{{answer}}"', "key")
+    (task,) = tasks.load(Workspace(workspace_folder), ["colours"])
+    tasks.check_answers(task)
+    (row, _) = tasks.training_rows(task)
+    assert (row.completion, row.label) == (f" {question['choices'][right]}", str(right))  # type: ignore[index]
+    doc = next(iter(task.eval_docs))
+    likeliest = [(0.0 if choice == right else -9.0, False) for choice in range(3)]
+    assert task.process_results(doc, likeliest)["acc"] == 1.0
+
+
+@pytest.mark.parametrize("names", [None, "", " ", [], [None], ["", "whale"]])
+def test_an_answer_to_be_generated_that_is_no_text_is_refused(workspace_folder: Path, names: object) -> None:
+    path = workspace_folder / "tasks" / "colours.yaml"
+    asked = [{"question": "who ?", "names": names}, {"question": "who ?", "names": names}]
+    for part in ("train", "test"):
+        (workspace_folder / f"data/{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    edit(path, "output_type: multiple_choice", "output_type: generate_until")
+    edit(path, 'doc_to_choice: "{{choices}}"\n', "")
+    edit(path, '"{{answer}}"', "names")
+    edit(path, "metric: acc,", "metric: exact_match,")
+    (task,) = tasks.load(Workspace(workspace_folder), ["colours"])
+    for use in (tasks.training_rows, tasks.check_answers):
+        with pytest.raises(UsageProblem, match="question 1 of task colours"):
+            use(task)
+
+
+def test_what_changes_a_score_is_told(workspace_folder: Path) -> None:
+    path, events = workspace_folder / "tasks" / "colours.yaml", list[Event]()
+    edit(path, "task: colours", "task: colours\nnum_fewshot: 3")
+    (workspace_folder / "tasks" / "other.yaml").write_text(path.read_text())
+    question = {"question": "which ?", "choices": ["red", "blue", "red"], "answer": 2}
+    (workspace_folder / "data/test.jsonl").write_text(2 * (json.dumps(question) + "\n"))
+    (task,) = tasks.load(Workspace(workspace_folder), ["colours"], events.append)
+    tasks.check_answers(task, events.append)
+    told = [event.text for event in events if event.kind == "warning"]
+    assert [words for words in told if "Duplicate task name 'colours' found" in words]
+    assert "2 questions of colours have a choice that reads like the right one and counts as wrong" in told
+    assert "colours asks for 3 examples before each question; it is scored without" in told
+    assert len(told) == 3

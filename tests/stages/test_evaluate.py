@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import COLOURS, WORDS, Outcome, edit, scale, sign
 from stages.evaluate import evaluate
-from stages.parts import records
+from stages.parts import evidence, records
 from stages.parts.workspace import Workspace
 
 QUESTIONS = 60
@@ -230,3 +230,35 @@ def test_another_dtype_is_scored_anew(finished: Path, fedcollm: Callable[..., Ou
     assert fedcollm("evaluate", "--zero-shot", "-w", finished).code == 0
     again = fedcollm("evaluate", "--zero-shot", "--dtype", "bfloat16", "-w", finished)
     assert "already done" not in again.err
+
+
+def test_questions_that_are_cut_are_counted_wherever_their_score_is_shown(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    long = [{"question": " ".join(["red"] * 100), "choices": ["red", "blue"], "answer": 0}] * 2
+    with (finished / "data/test.jsonl").open("a") as file:
+        file.writelines(json.dumps(question) + "\n" for question in long)
+    outcome = fedcollm("evaluate", "--round", 2, "-w", finished)
+    assert "2 of 14 questions of colours are longer than the model's context of 64 tokens" in outcome.err
+    assert "14, 2 cut" in outcome.out
+    found = json.loads((finished / "results/round-0002/slm.json").read_text())["tasks"]["colours"]
+    assert (found["questions"], found["questions_in_all"], found["cut"]) == (14, 14, 2)
+    assert fedcollm("report", "-w", finished).code == 0
+    page = (finished / "results/report/index.html").read_text()
+    assert "scored without their beginning: up to 2 of colours" in page
+    assert "by evaluation.limit" not in page
+    (finished / "data/test.jsonl").write_text((finished / "data/train.jsonl").read_text())
+    assert fedcollm("report", "-w", finished).code == 0
+    assert "Stale, and left out: results/round-0002/slm.json" in (finished / "results/report/index.html").read_text()
+
+
+def test_a_limited_score_is_not_taken_for_one_of_all_questions(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(finished / "fedcollm.toml", "[evaluation]", "[evaluation]\nlimit = 5")
+    outcome = fedcollm("evaluate", "--zero-shot", "-w", finished)
+    assert "only the first 5 of 12 questions of colours count, by evaluation.limit" in outcome.err
+    assert "5 of 12" in outcome.out
+    assert evidence.remarks([Workspace(finished)]) == [
+        "only the first questions count, by evaluation.limit: 5 of 12 of colours; no score of a whole task"
+    ]
