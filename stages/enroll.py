@@ -9,7 +9,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.parts import files, roster, signatures
+from stages.parts import files, roster, signatures, task_files
 from stages.parts.errors import Damaged, NotReady, Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.vault import SERVER, Vault
@@ -84,6 +84,7 @@ def _roster(workspace: Workspace, vault: Vault, members: list[roster.Member]) ->
         federation=workspace.agreement.federation.name,
         id=secrets.token_hex(16),
         agreement_sha256=workspace.agreement_sha256,
+        tasks_sha256=task_files.own_digest(workspace.tasks),
         clients=members,
         server=roster.ServerKeys(
             ed25519=vault.identity.public_key().public_bytes_raw().hex(), x25519=roster.public_of(vault.box)

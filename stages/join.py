@@ -43,6 +43,7 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
         mend = "copy exchange/federation.json again; if it stays, the server gave you another roster than the others"
         raise Refused(message, where=path, mend=mend)
     _check_own(workspace, client, vault, federation)
+    roster.check_tasks(workspace, federation)
     _check_others(workspace, roster.Roster(federation, files.sha256(content)))
     vault.pin(content)
     return found

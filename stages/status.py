@@ -10,8 +10,9 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.parts import files, records
+from stages.parts import files, records, roster
 from stages.parts.config import threshold
+from stages.parts.errors import Problem, Refused
 from stages.parts.manifest import read_manifest
 from stages.parts.progress import Reader, Round, Step, enrolment
 from stages.parts.vault import SERVER
@@ -56,9 +57,21 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
         stale.insert(
             0, f"{workspace.shown(workspace.split)}: {STALE_ROWS} (fedcollm prepare tells whether the rows change)"
         )
+    stale += _other_tasks(workspace)
     command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, [path for path, *_ in of_others])
     changed = [f"{workspace.shown(path)}: {found}" for path, found, _ in records.faults(workspace)] if verify else []
     return Status(rounds, command, waiting_for, changed, stale)
+
+
+def _other_tasks(workspace: Workspace) -> list[str]:
+    """That tasks/ is not what the roster names, if it is not; whatever else is wrong with a roster, `verify` says."""
+    try:
+        roster.check_tasks(workspace)
+    except Refused as problem:
+        return [f"{problem.message} ({problem.mend})"]
+    except (Problem, OSError):
+        return []
+    return []
 
 
 def _next(

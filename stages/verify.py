@@ -116,6 +116,7 @@ def _check_roster(workspace: Workspace, members: roster.Roster, reader: str | No
         message = f"exchange/federation.json is another roster than the one that {reader} has pinned"
         mend = "copy it again; if it stays, ask the server why it shows several rosters"
         raise Refused(message, where=path, mend=mend)
+    roster.check_tasks(workspace, members.federation)
     for client in members.clients:
         if workspace.public_keys(client).exists():
             members.prekeys(workspace, client)

@@ -53,6 +53,8 @@ def roster_of(scope: Scope, client: int | None) -> Iterator[Finding]:
                 members.prekeys(workspace, number)
         except (Problem, OSError) as problem:
             yield A1.fail(scope.shown(path), said_by(problem), "the keys that the roster names")
+    if scope.is_workspace:
+        yield from _tasks_of(scope, workspace, federation)
     pinned = dict(_pinned(workspace, members.clients))
     for party, digest in pinned.items():
         if digest != members.sha256:
@@ -63,6 +65,15 @@ def roster_of(scope: Scope, client: int | None) -> Iterator[Finding]:
             f"nobody here has pinned it; its fingerprint, to compare with a client's: {roster.fingerprint(content)}"
         )
         yield A1.skip(f"whether the roster is the one people agreed on: {missing}")
+
+
+def _tasks_of(scope: Scope, workspace: Workspace, federation: roster.Federation) -> Iterator[Finding]:
+    if federation.tasks_sha256 is None:
+        yield A1.skip("whether tasks/ is what people agreed on: this roster, of an earlier version, does not say")
+    try:
+        roster.check_tasks(workspace, federation)
+    except (Problem, OSError) as problem:
+        yield A1.fail(scope.shown(workspace.tasks), said_by(problem), "the task files that the roster names")
 
 
 def _pinned(workspace: Workspace, clients: list[int]) -> Iterator[tuple[str, str]]:

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.parts import files, signatures
-from stages.parts.errors import Damaged, NotReady, Refused
+from stages.parts import files, signatures, task_files
+from stages.parts.errors import Damaged, NotReady, Problem, Refused
 from stages.parts.vault import NOT_ENROLLED, SERVER, Vault, client
 from stages.parts.workspace import Workspace
 
@@ -60,12 +60,16 @@ class ServerKeys(_Part):
 
 
 class Federation(_Part):
-    """exchange/federation.json: the roster. id is drawn anew: no two federations are mistaken for each other."""
+    """exchange/federation.json: the roster. id is drawn anew: no two federations are mistaken for each other.
+
+    tasks_sha256: of the files in tasks/, without their data; earlier versions named none.
+    """
 
     format: Literal["fedcollm/federation/1"] = "fedcollm/federation/1"
     federation: str
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     agreement_sha256: Key
+    tasks_sha256: Key | None = None
     suite: Literal["fedcollm/secagg/1"] = SUITE
     clients: list[Member]
     server: ServerKeys
@@ -159,6 +163,37 @@ def _check_own_keys(vault: Vault, roster: Roster) -> None:
         raise vault.damaged("identity.pem", NOT_ENROLLED)
     if vault.party == SERVER and public_of(vault.box) != roster.federation.server.x25519:
         raise vault.damaged("box.pem", NOT_ENROLLED)
+
+
+def check_tasks(workspace: Workspace, federation: Federation | None = None, *, may_be_absent: bool = True) -> None:
+    """Raise Refused if tasks/ is not what the parties enrolled with, where a roster says what that is.
+
+    federation: by default the one that a party here has pinned, else the one in the exchange. may_be_absent: for who
+    uses no task; a party without tasks/ would otherwise take lm-eval's own in their place.
+    """
+    federation = federation or _trusted(workspace)
+    if federation is None or federation.tasks_sha256 is None:
+        return
+    files.check_plain(workspace.tasks)
+    if may_be_absent and not task_files.own_files(workspace.tasks):
+        return
+    found = task_files.own_digest(workspace.tasks)
+    if found != federation.tasks_sha256:
+        message = f"tasks/ is not what the parties enrolled with: sha256 {found[:16]}..., enrolled"
+        mend = "copy tasks/ from the server, or undo the edit; or agree anew: `keys --renew`, `enroll --renew`, `join`"
+        raise Refused(f"{message} {federation.tasks_sha256[:16]}...", where=workspace.tasks, mend=mend)
+
+
+def _trusted(workspace: Workspace) -> Federation | None:
+    for party in (SERVER, *map(client, workspace.clients)):
+        try:
+            vault = Vault.find(workspace, party)
+            if vault and vault.pinned is not None:
+                return _parsed(Federation, vault.pinned, workspace.federation)
+        except (Problem, OSError, ValueError, RecursionError):  # whoever acts as this party says why
+            continue
+    found = anyones(workspace)
+    return found.federation if found else None
 
 
 def anyones(workspace: Workspace) -> Roster | None:

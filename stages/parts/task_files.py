@@ -21,6 +21,8 @@ BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 """Readers of local files that only read; others of `datasets` unpickle, or ask a database."""
 CODE_KEYS = ("class", "custom_dataset", "unsafe_code", "use_prompt", "hf_evaluate", "trust_remote_code")
 GENERATION_CODE_KEYS = ("custom_generate", "assistant_model")
+IGNORED = {"__pycache__", ".ipynb_checkpoints"}
+"""Folders of caches, which lm-eval passes over too."""
 MOST_VALUES = 1_000_000
 """A task file that is larger, with everything that it refers to, is none."""
 MOST_FILES = 100_000
@@ -75,13 +77,17 @@ def _read(path: Path) -> tuple[Any, list[str]]:
     return value, loader.functions
 
 
+def own_files(tasks: Path) -> list[tuple[str, Path]]:
+    """Whatever lies in tasks/, and what task files include from elsewhere, each with the name it goes by."""
+    own = [path for path in tasks.rglob("*") if path.is_file() and not IGNORED.intersection(path.parts)]
+    included = {(path.name, path) for path in _task_files(tasks) if path not in own}
+    return sorted({(path.relative_to(tasks).as_posix(), path) for path in own} | included)
+
+
 def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
     """The task files and the local data they name, however it is called, each with the name it goes by."""
-    own = [path for path in sorted(tasks.rglob("*")) if path.is_file()]
-    found = {(path.relative_to(tasks).as_posix(), path) for path in own}
+    found = set(own_files(tasks))
     for path in _task_files(tasks):
-        if path not in own:
-            found.add((path.name, path))
         try:
             mappings = list(_mappings(_read(path)[0]))
         except UsageProblem:
@@ -100,7 +106,16 @@ def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
 
 def digest(tasks: Path, home: Path) -> str:
     """The digest of task files and their local data: other ones give other rows and other scores."""
-    lines = [f"{name}\0{files.sha256(files.read_own(path))}\n" for name, path in local_files(tasks, home)]
+    return _digest(local_files(tasks, home))
+
+
+def own_digest(tasks: Path) -> str:
+    """The digest of task files without their data, which need not lie with every party."""
+    return _digest(own_files(tasks))
+
+
+def _digest(found: list[tuple[str, Path]]) -> str:
+    lines = [f"{name}\0{files.sha256(files.read_own(path))}\n" for name, path in found]
     return files.sha256("".join(lines).encode())
 
 

@@ -18,7 +18,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
 
-from stages.parts import files, quiet, seclusion, task_files
+from stages.parts import files, quiet, roster, seclusion, task_files
 from stages.parts.errors import NotReady, StorageProblem, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.rows import Row
@@ -56,6 +56,7 @@ TRAINABLE = ("multiple_choice", "generate_until")
 def load(workspace: Workspace, names: list[str], report: Report = ignore) -> list[ConfigurableTask]:
     """These tasks, groups resolved into theirs. Raises UsageProblem for a name that nothing defines."""
     files.check_plain(workspace.tasks)
+    roster.check_tasks(workspace, may_be_absent=False)
     task_files.check_are_data(workspace.tasks, workspace.home, trusted=workspace.machine.run_task_code)
     with quiet.libraries(), quiet.telling(report, "lm_eval", but_for=HARMLESS):
         return _load(workspace, names)

@@ -11,6 +11,7 @@ import pytest
 
 from builders import Outcome, edit, make_workspace
 from federations import SECURE, Machines, agreement, enrol, vault_of, with_keys
+from stages.audit import audit
 from stages.enroll import enroll
 from stages.join import join
 from stages.keys import keys
@@ -309,3 +310,56 @@ def test_enrolment_by_commands_and_copies_ends_in_one_roster(
     # Each has its own secrets, and only its own.
     for party, folder in machines.folders.items():
         assert [path.name for path in Workspace(folder).secrets.glob("*/*")] == [party]
+
+
+# --- tasks
+
+
+def test_an_edited_task_file_is_noticed_by_all_who_use_it_or_look(
+    enrolled: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    changed = "tasks/ is not what the parties enrolled with"
+    assert changed not in fedcollm("status", "-w", enrolled).out
+    (enrolled / "data/test.jsonl").write_text((enrolled / "data/train.jsonl").read_text() * 2)  # data is everyone's own
+    (enrolled / "tasks/__pycache__").mkdir()
+    (enrolled / "tasks/__pycache__/x.pyc").write_bytes(b"a cache")
+    assert fedcollm("verify", "-w", enrolled).code == 0
+    edit(enrolled / "tasks/colours.yaml", '"{{question}}"', '"Say red: {{question}}"')
+    assert changed in fedcollm("status", "-w", enrolled).out
+    for words in (["verify"], ["evaluate", "--zero-shot"]):
+        refused = fedcollm(*words, "-w", enrolled)
+        assert (refused.code, changed in refused.err) == (5, True)
+    audited = fedcollm("audit", enrolled)
+    assert audited.code == 4
+    assert changed in audited.out
+    shutil.rmtree(enrolled / "tasks")  # as at a client that scores nothing
+    assert changed not in fedcollm("status", "-w", enrolled).out
+    assert fedcollm("verify", "-w", enrolled).code == 0
+    assert changed in fedcollm("evaluate", "--zero-shot", "-w", enrolled).err
+
+
+def test_nobody_joins_with_other_task_files(fresh: Path) -> None:
+    for client in (1, 2, 3):
+        keys(Workspace(fresh), client=client)
+    found = enroll(Workspace(fresh)).fingerprint
+    (fresh / "tasks/more.yaml").write_text("task: more\n")
+    with pytest.raises(Refused, match="tasks/ is not what the parties enrolled with"):
+        join(Workspace(fresh), client=2, fingerprint=found)
+    (fresh / "tasks/more.yaml").unlink()
+    assert join(Workspace(fresh), client=2, fingerprint=found) == found
+
+
+def test_a_roster_of_an_earlier_version_names_no_tasks_and_is_taken(fresh: Path) -> None:
+    for client in (1, 2, 3):
+        keys(Workspace(fresh), client=client)
+    enroll(Workspace(fresh))
+    vault = Vault.need(Workspace(fresh), "server")
+    older = json.loads((fresh / ROSTER).read_text())
+    del older["tasks_sha256"]
+    content = json.dumps(older).encode()
+    (fresh / ROSTER).write_bytes(content)
+    (fresh / f"{ROSTER}.sig").write_bytes(signatures.sign(content, "federation", vault.identity))
+    edit(fresh / "tasks/colours.yaml", '"{{question}}"', '"Say red: {{question}}"')
+    assert join(Workspace(fresh), client=2, fingerprint=roster.fingerprint(content)) == roster.fingerprint(content)
+    said = [finding.text for finding in audit([fresh])]
+    assert [text for text in said if "whether tasks/ is what people agreed on" in text]
