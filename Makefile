@@ -1,5 +1,5 @@
 # make demo: the whole thing in a few minutes. make test: lint, types, tests. Both set up .venv first.
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests docs bench clean
 MAKEFLAGS += --jobs=3
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,6 +25,9 @@ types: .venv/installed
 
 tests: .venv/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal --durations 10
+
+docs: .venv/installed
+	$(BIN)/python tests/generate_docs.py
 
 bench: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks

@@ -1,0 +1,47 @@
+"""The documentation is true: generated pages are current, and what a page lists is what the program has."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from builders import ROOT
+from generate_docs import pages
+
+DOCS = ROOT / "docs"
+
+
+def headings(path: Path) -> list[str]:
+    return re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+
+
+@pytest.mark.parametrize("name", ["commands.md", "settings.md"])
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_a_generated_page_is_current_whatever_the_terminal(
+    name: str, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    [made] = [text for path, text in pages().items() if path.name == name]
+    assert (DOCS / "reference" / name).read_text() == made, "run `python tests/generate_docs.py`"
+
+
+def test_every_exit_code_has_a_heading() -> None:
+    from stages.parts import checks, errors
+
+    known = {0, 1, errors.NOTHING_LEFT_EXIT_CODE, errors.INTERRUPTED_EXIT_CODE, checks.WARNED}
+    known |= {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
+    said = [int(heading.split(":")[0]) for heading in headings(DOCS / "reference/exit-codes.md")[1:]]
+    assert said == sorted(known)
+
+
+def test_every_check_of_the_audit_has_a_heading() -> None:
+    from stages.audit import CHECKS
+    from stages.parts.checks import Check
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("stages.")]
+    names = {one.id: one.name for module in modules for one in vars(module).values() if isinstance(one, Check)}
+    assert headings(DOCS / "reference/audit-checks.md")[1:] == [f"{id}: {names[id]}" for id in CHECKS]
