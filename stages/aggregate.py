@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +27,12 @@ from stages.parts.manifest import (
     Manifest,
     Unmasking,
     already_made,
-    check_belongs,
     publish,
-    read_artefact,
     read_manifest,
+    received,
 )
 from stages.parts.rows import Row, read_rows
+from stages.parts.tensor_files import largest_bytes
 from stages.parts.vault import SERVER
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace, require
 
@@ -93,8 +92,7 @@ def aggregate(
     report(Event("stage", f"aggregate, round {round}"))
     source = workspace.broadcast(round)
     require(source, f"the broadcast of round {round} is not there", f"fedcollm broadcast --round {round}")
-    theta = read_artefact(source)
-    check_belongs(theta, workspace, reader=SERVER, stage="broadcast", round=round)
+    theta = received(source, workspace, reader=SERVER, stage="broadcast", round=round)
     gated = _gate(workspace, gate)
     if keep_old:
         return _keep_old(workspace, theta, overwrite, report)
@@ -273,9 +271,8 @@ def _average(
     if settings.rule in OF_FACTORS:
         report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
     with threadpool_limits(1, "blas"):
-        limit_bytes = adapter_files.largest_bytes(theta.manifest.parameters)
-        for number, (client, update) in enumerate(_each(updates, limit_bytes), 1):
-            _check_update(workspace, update, client, round, theta)
+        for number, (client, update) in enumerate(_each(workspace, theta, updates), 1):
+            _check_update(update, client, round, theta)
             parents[f"client-{client}"] = update.sha256  # what was read now, should it have been replaced meanwhile
             combined.add(adapter_files.read_adapter(update, layout, lora), weight_of(update.manifest.examples))
             examples, tokens = examples + update.manifest.examples, tokens + update.manifest.tokens
@@ -340,22 +337,33 @@ def _pass(
     return gate(workspace, theta, average, gated.rows, amount=gated.amount, models=models, report=report)
 
 
-def _each(updates: dict[int, Path], limit_bytes: int) -> Iterator[tuple[int, Artefact]]:
+def _each(workspace: Workspace, theta: Artefact, updates: dict[int, Path]) -> Iterator[tuple[int, Artefact]]:
     """The artefacts one by one, the next being read and hashed while the last is added: two in memory, however many."""
     with ThreadPoolExecutor(max_workers=1) as reader:
-        paths = list(updates.items())
-        read = partial(read_artefact, limit_bytes=limit_bytes)
-        upcoming = reader.submit(read, paths[0][1])
-        for number, (client, _) in enumerate(paths):
+        limit_bytes = largest_bytes(theta.manifest.parameters)
+
+        def read(client: int) -> Artefact:
+            return received(
+                updates[client],
+                workspace,
+                reader=SERVER,
+                stage="client-train",
+                round=theta.manifest.round,
+                client=client,
+                limit_bytes=limit_bytes,
+            )
+
+        clients = list(updates)
+        upcoming = reader.submit(read, clients[0])
+        for number, client in enumerate(clients, 1):
             artefact = upcoming.result()
-            if number + 1 < len(paths):
-                upcoming = reader.submit(read, paths[number + 1][1])
+            if number < len(clients):
+                upcoming = reader.submit(read, clients[number])
             yield client, artefact
 
 
-def _check_update(workspace: Workspace, update: Artefact, client: int, round: int, theta: Artefact) -> None:
+def _check_update(update: Artefact, client: int, round: int, theta: Artefact) -> None:
     """Raise Refused unless this client trained it in this round from this broadcast on this base."""
-    check_belongs(update, workspace, reader=SERVER, stage="client-train", round=round, client=client)
     again = f"fedcollm client-train --client {client} --round {round} --overwrite, on client {client}'s machine"
     if max(update.manifest.examples, update.manifest.tokens, update.manifest.steps) > MOST_CLAIMED:
         message = f"client {client}'s update of round {round} says it saw more than {MOST_CLAIMED} examples or tokens"

@@ -126,7 +126,7 @@ def _start(state: Audit, folder: Folder) -> Tensors | None:
         return None
     path = workspace.broadcast(manifest.round) if workspace else folder.path.with_name("broadcast")
     if state.start is None or state.start[0] != path:
-        state.start = path, tensors_if_sound(path)
+        state.start = path, tensors_if_sound(path, folder.scope)
     return state.start[1]
 
 

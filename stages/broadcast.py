@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from stages.parts import files, openings, roster, turns
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Artefact, Manifest, Opening, already_made, check_belongs, publish, read_artefact
+from stages.parts.manifest import Artefact, Manifest, Opening, already_made, publish, received
 from stages.parts.vault import SERVER, Vault
 from stages.parts.workspace import Workspace, require
 
@@ -98,9 +98,7 @@ def _theta(workspace: Workspace, round: int) -> Artefact | None:
     stage: Literal["co-distill", "aggregate"] = "co-distill" if workspace.agreement.federation.distils else "aggregate"
     message = f"round {round} begins with the adapter that {stage} makes in round {round - 1}, which is not there"
     require(source, message, f"fedcollm {stage} --round {round - 1}")
-    theta = read_artefact(source)
-    check_belongs(theta, workspace, reader=SERVER, stage=stage, round=round - 1)
-    return theta
+    return received(source, workspace, reader=SERVER, stage=stage, round=round - 1)
 
 
 def _next(

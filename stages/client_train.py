@@ -22,10 +22,10 @@ from stages.parts.manifest import (
     Manifest,
     Stage,
     already_made,
-    check_belongs,
     publish,
-    read_artefact,
     read_manifest,
+    read_sound,
+    received,
 )
 from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import Example, Row, encode, read_rows, tell_left_out, warn_of_unspaced
@@ -138,7 +138,7 @@ def _mask(workspace: Workspace, theta: Artefact, client: int, overwrite: bool, r
     """Send the trained adapter masked; once for every opening of a round, unless what was sent is damaged."""
     from stages.parts import uploads
 
-    trained = read_artefact(workspace.client_adapter(theta.manifest.round, client))
+    trained = read_sound(workspace.client_adapter(theta.manifest.round, client), workspace)
     return uploads.send(workspace, theta, trained, client, overwrite=overwrite, report=report)
 
 
@@ -154,13 +154,7 @@ def _start(workspace: Workspace, client: int, round: int) -> Artefact:
         name = f"client {client}'s adapter of round {round - 1}"
         mend = f"fedcollm client-train --client {client} --round {round - 1}"
     require(source, f"{name} is not there", mend)
-    # Its place and its signature first: what nobody signed is not read at all.
-    return read_artefact(
-        source,
-        before=lambda found: check_belongs(
-            found, workspace, reader=party_of(client), stage=stage, round=made_in, client=by
-        ),
-    )
+    return received(source, workspace, reader=party_of(client), stage=stage, round=made_in, client=by)
 
 
 def _check_alone(processes: Processes) -> None:

@@ -18,7 +18,7 @@ from stages.parts.config import Role
 from stages.parts.distillation_inputs import Inputs, lock_of, omega_of, read_auxiliary, theta_of
 from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Manifest, already_made, read_artefact, read_manifest
+from stages.parts.manifest import Manifest, already_made, read_manifest, read_sound
 from stages.parts.processes import ALONE, Processes
 from stages.parts.workspace import AGREEMENT, Workspace
 
@@ -141,7 +141,7 @@ def _already_made(workspace: Workspace, round: int, inputs: Inputs, overwrite: b
     log = workspace.log("co-distill", round)
     done = already_made(slm, workspace, parents, overwrite=False, log=log, data=inputs.data_sha256)
     if done:
-        read_artefact(llm)
+        read_sound(llm, workspace)
     return done
 
 

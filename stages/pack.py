@@ -52,10 +52,10 @@ def pack(
     members: dict[str, bytes] = {}
     last = ""
     for parcel in _wanted(workspace, round, client, keys):
-        contents = parcels.collected(parcel, workspace, to=to)
-        if parcel.kind == "close" and to is not None and not parcels.is_for(to, contents):
+        if parcel.kind == "close" and to is not None and not parcels.is_for(to, parcel.folder(workspace)):
             report(Event("note", f"the close of round {round} is over others than client {to}: it is not packed"))
             continue
+        contents = parcels.collected(parcel, workspace, to=to)
         last = parcel.kind
         parcels.check(parcel, contents, workspace, parcel.folder(workspace))
         members |= {parcel.name(workspace, file): content for file, content in contents.items()}

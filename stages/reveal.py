@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Manifest, check_belongs, read_artefact
+from stages.parts.manifest import Manifest, received
 from stages.parts.vault import client as party_of
 from stages.parts.workspace import AGREEMENT, Workspace, require
 
@@ -29,8 +29,7 @@ def reveal(workspace: Workspace, *, client: int, round: int, report: Report = ig
 
     source = workspace.broadcast(round)
     require(source, f"the broadcast of round {round} is not there", "carry exchange/ here from the server")
-    theta = read_artefact(source)
-    check_belongs(theta, workspace, reader=party_of(client), stage="broadcast", round=round)
+    theta = received(source, workspace, reader=party_of(client), stage="broadcast", round=round)
     manifest = uploads.reveal(workspace, theta, client, report)
     code = roster.spoken(manifest.parents["close"], 32)
     report(Event("note", f"revealed, for good; the code of the close, the same at all clients: {code}"))

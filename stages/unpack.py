@@ -7,11 +7,13 @@ whatever the bundle holds: each folder whole or not at all, and nothing unless e
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.parts import files
-from stages.parts.bundles import read_bundle
+from stages.parts.bundles import Listing, read_bundle
 from stages.parts.errors import Damaged, NotReady, Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import spare_strangers
@@ -35,11 +37,19 @@ def unpack(
     from stages.parts import parcels
 
     require(path, f"{path.name} is not there", "name the bundle that has arrived: fedcollm unpack FILE")
-    bundle = read_bundle(path)
-    name = workspace.agreement.federation.name
-    if bundle.federation != name:
-        message = f"{path.name} is of another federation: {bundle.federation}, here it is {name}"
-        raise Refused(message, where=path, mend="unpack it in the workspace that it was made for")
+
+    def check(listing: Listing, read: Callable[[str], bytes]) -> None:
+        """Who made it and how large it is: before the bulk of it is read."""
+        name = workspace.agreement.federation.name
+        if listing.federation != name:
+            message = f"{path.name} is of another federation: {listing.federation}, here it is {name}"
+            raise Refused(message, where=path, mend="unpack it in the workspace that it was made for")
+        sizes = parcels.sorted_out({one.name: one.size_bytes for one in listing.members}, workspace, path)
+        for parcel, of in sizes.items():
+            where = path / parcel.name(workspace, "")
+            parcels.check_first(parcel, of, partial(_read_member, read, parcel, workspace), workspace, where)
+
+    bundle = read_bundle(path, check)
     sorted_out = parcels.sorted_out(bundle.members, workspace, path)
     for parcel, contents in sorted_out.items():
         parcels.check(parcel, contents, workspace, path / parcel.name(workspace, ""))
@@ -62,6 +72,10 @@ def unpack(
     if not new:
         report(Event("note", "already done"))
     return found
+
+
+def _read_member(read: Callable[[str], bytes], parcel: Parcel, workspace: Workspace, file: str) -> bytes:
+    return read(parcel.name(workspace, file))
 
 
 def _places(parcel: Parcel, contents: dict[str, bytes], workspace: Workspace) -> dict[Path, Content]:

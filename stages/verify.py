@@ -5,7 +5,6 @@ Reads every file of every folder that is on this machine. Writes nothing, loads 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from stages.parts import files, roster, vault
 from stages.parts.config import ROLES
 from stages.parts.errors import NotReady, Refused
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Artefact, Manifest, Stage, check_belongs, parent_place, read_artefact, read_manifest
+from stages.parts.manifest import Artefact, Manifest, Stage, parent_place, read_manifest, received
 from stages.parts.workspace import ADAPTER_WEIGHTS, Workspace
 
 
@@ -67,10 +66,7 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
             if not folder.exists():
                 continue
             inboxes = [path.name for path in folder.glob("client-*")] if stage == "close" else None
-            belongs = functools.partial(
-                check_belongs, workspace=workspace, reader=reader, stage=stage, round=round, client=client
-            )
-            artefact = read_artefact(folder, only=inboxes, before=belongs)
+            artefact = received(folder, workspace, reader=reader, stage=stage, round=round, client=client, only=inboxes)
             if _is_earlier(workspace, artefact.manifest):
                 report(Event("note", f"{workspace.shown(folder)} is of an earlier attempt at its round"))
             else:

@@ -5,10 +5,8 @@ Never a pickle, never a path out of a file. Arrays are NumPy's, so that nothing 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -18,18 +16,11 @@ from stages.parts import files
 from stages.parts.config import Lora
 from stages.parts.errors import BadNumbers, Damaged
 from stages.parts.manifest import Artefact, Manifest
+from stages.parts.tensor_files import CARRY_AGAIN, bad, read_header
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Tensors = dict[str, np.ndarray]
 Layout = dict[str, tuple[int, ...]]
-
-LARGEST_HEADER_BYTES = 1 << 20
-CARRY_AGAIN = "copy the folder again from its origin, or make it there again with --overwrite"
-
-
-def largest_bytes(numbers: int) -> int:
-    """The most that a file of so many 4-byte numbers can have, whatever else its header says."""
-    return 8 + LARGEST_HEADER_BYTES + 4 * numbers
 
 
 def layout_of(tensors: Mapping[str, np.ndarray]) -> Layout:
@@ -138,37 +129,8 @@ def _strict_layout(content: bytes, path: Path) -> Layout:
     """
     header = read_header(content, path)
     if header.pop("__metadata__", {"format": "pt"}) != {"format": "pt"}:
-        raise _bad(path, "carries unknown metadata")
+        raise bad(path, "carries unknown metadata")
     for name, entry in header.items():
         if entry["dtype"] != "F32":
-            raise _bad(path, f"holds {name} as {entry['dtype']}; adapters are exchanged as F32 (float32)")
+            raise bad(path, f"holds {name} as {entry['dtype']}; adapters are exchanged as F32 (float32)")
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
-
-
-def read_header(content: bytes, path: Path) -> dict[str, Any]:
-    """A safetensors header: small, strict JSON, that describes each tensor by dtype, shape and place, and no more.
-
-    Beside the tensors it may hold "__metadata__".
-    """
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or length > min(LARGEST_HEADER_BYTES, len(content) - 8) or content[8:9] != b"{":
-        is_pickle = content[:1] == b"\x80" or content[:2] == b"PK"
-        found = "is a pickle, which is never opened" if is_pickle else "is not a safetensors file, or is cut short"
-        raise _bad(path, found)
-    try:
-        header = files.parse_json(content[8 : 8 + length])
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, f"has a header that is not strict JSON: {error}") from error
-    for name, entry in header.items():
-        if name == "__metadata__":
-            if not isinstance(entry, dict):
-                raise _bad(path, "carries unknown metadata")
-            continue
-        is_plain = isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
-        if not (is_plain and isinstance(entry["shape"], list) and all(type(size) is int for size in entry["shape"])):
-            raise _bad(path, f"describes {json.dumps(name)} in an unknown way")
-    return header
-
-
-def _bad(path: Path, found: str) -> Damaged:
-    return Damaged(f"{path.name} {found}", where=path, mend=CARRY_AGAIN)

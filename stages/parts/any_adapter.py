@@ -15,8 +15,10 @@ import numpy as np
 import safetensors
 
 from stages.parts import files, lora_settings
-from stages.parts.adapter_files import Tensors, read_header
+from stages.parts.adapter_files import Tensors
+from stages.parts.audited import Scope, open_folder
 from stages.parts.errors import Damaged, NotReady, Problem, UsageProblem
+from stages.parts.tensor_files import check_head, read_header
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
@@ -129,14 +131,15 @@ def read_weights(folder: Path) -> AnyAdapter:
         found = sorted(folder.glob("adapter_model.*"))[0]
         mend = "save it again with PEFT, as safetensors"
         raise Damaged(f"{found.name} is never opened: only safetensors are", where=found, mend=mend)
-    return parse_weights(files.read(weights, limit_bytes=files.LARGEST_ADAPTER_BYTES), weights)
+    return parse_weights(files.read(weights, limit_bytes=files.LARGEST_ADAPTER_BYTES, look=check_head), weights)
 
 
-def tensors_if_sound(folder: Path) -> Tensors | None:
-    """The same, or None for an adapter that is not there or not sound."""
+def tensors_if_sound(folder: Path, scope: Scope) -> Tensors | None:
+    """The tensors of a folder that an audit looks at; None where it is not there, not vouched for, or not sound."""
+    content = open_folder(folder, scope).contents.get(ADAPTER_WEIGHTS)
     try:
-        return read_weights(folder).tensors
-    except (Problem, OSError):
+        return parse_weights(content, folder / ADAPTER_WEIGHTS).tensors if content is not None else None
+    except Problem:
         return None
 
 

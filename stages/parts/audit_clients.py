@@ -33,7 +33,7 @@ def clients_of(folders: list[Folder], client: int | None) -> Iterator[Finding]:
     compared, worst = 0, 0.0
     for place in dict.fromkeys(folder.path.parent for folder in folders):
         updates = {_client(folder): folder for folder in folders if folder.path.parent == place and _client(folder)}
-        start = tensors_if_sound(place / "broadcast")
+        start = tensors_if_sound(place / "broadcast", folders[0].scope)
         if start is None or len(updates) < 2:
             continue
         compared += 1

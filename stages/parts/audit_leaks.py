@@ -78,8 +78,12 @@ def leaks_between(folders: list[Folder], scopes: list[Scope], client: int | None
             if path in done or kind_of(status) or not scope.concerns(path, client):
                 continue
             total += 1
+            if status.st_size > files.READ_AT_ONCE_BYTES:
+                found = f"has {status.st_size} bytes that no manifest names, and is not searched"
+                yield A7.warn(scope.shown(path), found, f"{files.READ_AT_ONCE_BYTES} bytes at most, or none at all")
+                continue
             try:
-                content = files.read(path, limit_bytes=files.LARGEST_ADAPTER_BYTES)
+                content = files.read(path, limit_bytes=files.READ_AT_ONCE_BYTES)
             except (Problem, OSError):  # A2 says why
                 continue
             yield from _leaks(content, _json_in(content, path.name), path, scope, words)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
 
@@ -95,7 +94,7 @@ def drift_of(folders: list[Folder]) -> Iterator[Finding]:
     The update is the average less the broadcast; where no average is here, the next broadcast less this one.
     """
     begins, averages = _by_round(folders, "broadcast"), _by_round(folders, "aggregate")
-    ends = averages or {round - 1: path for round, path in begins.items()}
+    ends = averages or {round - 1: folder for round, folder in begins.items()}
     compared, before = 0, None
     for round in range(1, max(begins, default=0) + 1):
         update = _difference(begins[round], ends[round]) if round in begins and round in ends else None
@@ -109,8 +108,8 @@ def drift_of(folders: list[Folder]) -> Iterator[Finding]:
         yield A5.skip("two rounds one after the other, each with its broadcast, and its average or the next broadcast")
 
 
-def _by_round(folders: list[Folder], stage: str) -> dict[int, Path]:
-    return {one.manifest.round: one.path for one in folders if one.manifest and one.manifest.stage == stage}
+def _by_round(folders: list[Folder], stage: str) -> dict[int, Folder]:
+    return {one.manifest.round: one for one in folders if one.manifest and one.manifest.stage == stage}
 
 
 def _turn(before: Tensors, update: Tensors, round: int) -> Iterator[Finding]:
@@ -125,9 +124,9 @@ def _turn(before: Tensors, update: Tensors, round: int) -> Iterator[Finding]:
     yield A5.ok(said, where=where, measured={"cosine": cosine, "norm_ratio": ratio})
 
 
-def _difference(before: Path, after: Path) -> Tensors | None:
+def _difference(before: Folder, after: Folder) -> Tensors | None:
     """What was added, float64; None unless both are sound adapters of one layout."""
-    start, end = tensors_if_sound(before), tensors_if_sound(after)
+    start, end = (tensors_if_sound(one.path, one.scope) for one in (before, after))
     if start is None or end is None or layout_of(start) != layout_of(end):
         return None
     return {name: end[name].astype(np.float64) - tensor for name, tensor in start.items()}

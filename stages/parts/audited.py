@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stages.parts import files
+from stages.parts import files, tensor_files
 from stages.parts.config import Agreement
-from stages.parts.errors import Problem, UsageProblem
-from stages.parts.manifest import Manifest, read_manifest
+from stages.parts.errors import Damaged, Problem, UsageProblem
+from stages.parts.manifest import Artefact, Manifest, check_signed, check_sizes, read_manifest
 from stages.parts.roster import Roster, anyones
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_REVEAL, Workspace
 
@@ -159,27 +159,66 @@ def _adapter_folders(top: Path) -> Iterator[Path]:
 
 
 def open_folder(path: Path, scope: Scope) -> Folder:
-    """Read a folder once: JSON, safetensors and signatures; anything else is listed and never opened."""
+    """Read a folder once: JSON, safetensors and signatures; anything else is listed and never opened.
+
+    The manifest and the signature come first: a large file that they do not vouch for is not read.
+    """
     folder = Folder(path, scope)
     try:
         folder.names.extend(sorted(os.listdir(path)))  # noqa: PTH208  # names alone
     except OSError as problem:
         folder.unreadable["."] = said_by(problem)
-    for name in folder.names:
+    try:
+        manifest, digest = read_manifest(path)
+        folder = replace(folder, manifest=manifest, sha256=digest)
+    except (Problem, OSError) as problem:
+        folder = replace(folder, problem=said_by(problem))
+    for name in sorted(folder.names, key=lambda name: not _is_small(name)):
         if name.endswith(READ):
             try:
-                is_json = name.endswith((".json", ".sig"))
-                limit = files.LARGEST_JSON_BYTES if is_json else files.LARGEST_ADAPTER_BYTES
-                folder.contents[name] = files.read(path / name, limit_bytes=limit)
+                folder.contents[name] = _read(folder, name)
             except (Problem, OSError) as problem:
                 folder.unreadable[name] = said_by(problem)
     weights = folder.contents.get(ADAPTER_WEIGHTS)
-    folder = replace(folder, weights_sha256=files.sha256(weights) if weights is not None else "")
-    try:
-        manifest, digest = read_manifest(path)
-    except (Problem, OSError) as problem:
-        return replace(folder, problem=said_by(problem))
-    return replace(folder, manifest=manifest, sha256=digest)
+    folder = replace(folder, contents=dict(sorted(folder.contents.items())))
+    return replace(folder, weights_sha256=files.sha256(weights) if weights is not None else "")
+
+
+def _is_small(name: str) -> bool:
+    return name.endswith((".json", ".sig"))
+
+
+def _read(folder: Folder, name: str) -> bytes:
+    """One file, as large as it may be. Raises Damaged for a large one that is unsigned, or larger than it can be."""
+    path = folder.path / name
+    if _is_small(name):
+        return files.read(path, limit_bytes=files.LARGEST_JSON_BYTES)
+    if not path.is_symlink() and path.stat().st_size > files.READ_AT_ONCE_BYTES:
+        _check_vouched_for(folder, name)
+    return files.read(path, limit_bytes=files.LARGEST_ADAPTER_BYTES, look=tensor_files.check_head)
+
+
+def _check_vouched_for(folder: Folder, name: str) -> None:
+    """Raise unless a folder's manifest names a file, is signed where there is a roster, and names no impossible size.
+
+    A folder without a manifest is not ours; its files are judged by their heads.
+    """
+    manifest, content, workspace = folder.manifest, folder.contents.get(MANIFEST), folder.scope.workspace
+    if not folder.is_ours or (manifest is None and workspace is None):
+        return
+    size_bytes, unread = (folder.path / name).stat().st_size, "and is not read"
+    if manifest is None or content is None or name not in manifest.files:
+        raise Damaged(f"has {size_bytes} bytes that no manifest names, {unread}")
+    if size_bytes != manifest.files[name].size_bytes:
+        raise Damaged(f"has {size_bytes} bytes, its manifest says {manifest.files[name].size_bytes}; {unread}")
+    found = Artefact(folder.path, manifest, content, folder.sha256, {})
+    if folder.scope.members:
+        try:
+            check_signed(found, folder.scope.members, manifest.party)
+        except Problem as problem:
+            raise Damaged(f"has {size_bytes} bytes, {unread}: {problem.message}") from problem
+    if workspace and folder.scope.agreement:
+        check_sizes(found, workspace)
 
 
 def said_by(problem: Problem | OSError) -> str:

@@ -8,12 +8,13 @@ difference. There is nothing to inflate, and no name is ever a path.
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,6 +29,8 @@ MOST_MEMBERS = 1 << 15
 
 LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 LOCAL_FORM, CENTRAL_FORM, END_FORM = "<4s5H3I2H", "<4s6H3I5H2I", "<4s4H2IH"
+END_BYTES = struct.calcsize(CENTRAL_FORM) + len(LISTING) + struct.calcsize(END_FORM)
+"""What a bundle has after its members' entries, with the list's own."""
 VERSION, UNIX, FIRST_OF_1980, PLAIN_FILE = 10, 3 << 8, 0x21, 0o100644 << 16
 PACK_AGAIN = "have its sender `fedcollm pack` it again, and carry it as a binary file"
 
@@ -79,21 +82,31 @@ def bundle_bytes(federation: str, members: Mapping[str, bytes]) -> bytes:
     return b"".join(_archive({LISTING: files.json_bytes(listing.model_dump())} | dict(sorted(members.items()))))
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: Path, before: Callable[[Listing, Callable[[str], bytes]], None] | None = None) -> Bundle:
     """The files of a bundle, each with the digest that it lists. Their names are still to be judged.
 
+    before: raises for a list whose members are not worth reading; it can have small ones read, by their names.
     Raises NotReady for one that is cut short, Damaged for anything but what `bundle_bytes` makes.
     """
-    content = files.read(path, limit_bytes=LARGEST_BUNDLE_BYTES)
+
+    def look(file: IO[bytes], size_bytes: int, path: Path) -> None:
+        head = file.read(files.LARGEST_JSON_BYTES + LARGEST_NAME)
+        listing, size = _listing(head, path)
+        length = _start(size) + listing.size_bytes + END_BYTES
+        file.seek(max(size_bytes - struct.calcsize(END_FORM), 0))
+        is_complete = file.read(len(END)) == END
+        if size_bytes < length and not is_complete:
+            raise _cut_short(f"has {size_bytes} bytes of {length}", path)
+        if size_bytes != length:
+            raise _damaged(f"has {size_bytes} bytes, its own list makes {length}", head, path)
+        if before:
+            before(listing, lambda name: _member(file, listing, _start(size), name, path))
+
+    content = files.read(path, limit_bytes=LARGEST_BUNDLE_BYTES, look=look)
+    if len(content) <= files.READ_AT_ONCE_BYTES:
+        look(io.BytesIO(content), len(content), path)
     listing, size = _listing(content, path)
-    start = struct.calcsize(LOCAL_FORM) + len(LISTING) + size
-    own = struct.calcsize(CENTRAL_FORM) + len(LISTING) + struct.calcsize(END_FORM)
-    length = start + listing.size_bytes + own
-    is_complete = content[-struct.calcsize(END_FORM) :][:4] == END
-    if len(content) < length and not is_complete:
-        raise _cut_short(f"has {len(content)} bytes of {length}", path)
-    if len(content) != length:
-        raise _damaged(f"has {len(content)} bytes, its own list makes {length}", content, path)
+    start = _start(size)
     members = {LISTING: content[start - size : start]}
     for member in listing.members:
         start += struct.calcsize(LOCAL_FORM) + len(member.name)
@@ -104,6 +117,25 @@ def read_bundle(path: Path) -> Bundle:
     _check_bytes(content, members, path)
     del members[LISTING]
     return Bundle(listing.federation, members)
+
+
+def _start(listing_bytes: int) -> int:
+    """Where the members of a bundle begin, after its list."""
+    return struct.calcsize(LOCAL_FORM) + len(LISTING) + listing_bytes
+
+
+def _member(file: IO[bytes], listing: Listing, start: int, name: str, path: Path) -> bytes:
+    """One small member of an open bundle. Raises Damaged unless it has the digest that the bundle lists."""
+    for member in listing.members:
+        start += struct.calcsize(LOCAL_FORM) + len(member.name)
+        if member.name == name:
+            file.seek(start)
+            content = file.read(min(member.size_bytes, files.LARGEST_JSON_BYTES))
+            if files.sha256(content) != member.sha256:
+                raise _damaged(f"holds {name} with another sha256 than it lists", b"", path)
+            return content
+        start += member.size_bytes
+    return b""
 
 
 def _listing(content: bytes, path: Path) -> tuple[Listing, int]:

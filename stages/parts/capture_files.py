@@ -27,9 +27,9 @@ import safetensors
 import safetensors.numpy
 
 from stages.parts import files
-from stages.parts.adapter_files import read_header
 from stages.parts.errors import BadNumbers, Damaged
 from stages.parts.rows import Example
+from stages.parts.tensor_files import read_header
 
 FORMAT = "fedcollm-capture/1"
 AGAIN = "capture again with --overwrite"

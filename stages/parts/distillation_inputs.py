@@ -8,7 +8,7 @@ from pathlib import Path
 from stages.parts.config import Role
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report
-from stages.parts.manifest import Artefact, check_belongs, read_artefact
+from stages.parts.manifest import Artefact, received
 from stages.parts.rows import Row, read_rows, warn_of_unspaced
 from stages.parts.vault import SERVER
 from stages.parts.workspace import Workspace, require
@@ -51,9 +51,7 @@ def theta_of(workspace: Workspace, round: int) -> Artefact:
     """What the SLM starts from."""
     source = workspace.aggregate(round)
     require(source, f"the aggregate of round {round} is not there", f"fedcollm aggregate --round {round}")
-    theta = read_artefact(source)
-    check_belongs(theta, workspace, reader=SERVER, stage="aggregate", round=round)
-    return theta
+    return received(source, workspace, reader=SERVER, stage="aggregate", round=round)
 
 
 def omega_of(workspace: Workspace, round: int) -> Artefact | None:
@@ -62,9 +60,7 @@ def omega_of(workspace: Workspace, round: int) -> Artefact | None:
         return None
     earlier = workspace.llm(round - 1)
     require(earlier, f"the LLM's adapter of round {round - 1} is not there", f"fedcollm co-distill --round {round - 1}")
-    omega = read_artefact(earlier)
-    check_belongs(omega, workspace, reader=SERVER, stage="co-distill", round=round - 1)
-    return omega
+    return received(earlier, workspace, reader=SERVER, stage="co-distill", round=round - 1)
 
 
 def lock_of(workspace: Workspace, round: int) -> Path:

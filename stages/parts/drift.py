@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.parts.adapter_files import Tensors, layout_of, read_adapter
-from stages.parts.manifest import read_artefact
+from stages.parts.manifest import read_sound
 from stages.parts.workspace import Workspace
 
 HELD_BYTES = 256 << 20
@@ -69,7 +69,7 @@ def inner_products(start: Tensors, adapters: Sequence[Callable[[], Tensors]]) ->
 
 def _adapter(workspace: Workspace, folder: Path, like: Tensors | None) -> Tensors:
     layout = layout_of(like) if like else None
-    return read_adapter(read_artefact(folder), layout, workspace.agreement.slm.lora)
+    return read_adapter(read_sound(folder, workspace), layout, workspace.agreement.slm.lora)
 
 
 def _update(found: Tensors, start: Tensors) -> np.ndarray:

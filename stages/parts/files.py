@@ -34,6 +34,8 @@ LARGEST_JSON_BYTES = 4 << 20
 LARGEST_LOG_BYTES = 1 << 30
 LARGEST_ADAPTER_BYTES = 4 << 30
 LARGEST_OWN_BYTES = 8 << 30
+READ_AT_ONCE_BYTES = 16 << 20
+"""A larger file is judged by its head before the rest is read."""
 ABANDONED_AFTER_S = 3600
 LONGEST_PAUSE_S = 2.0
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -81,11 +83,19 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read(path: Path, *, limit_bytes: int, levels: int = 1, named_bytes: int | None = None) -> bytes:
+def read(
+    path: Path,
+    *,
+    limit_bytes: int,
+    levels: int = 1,
+    named_bytes: int | None = None,
+    look: Callable[[IO[bytes], int, Path], None] | None = None,
+) -> bytes:
     """The whole content of a plain file. Raises NotReady if it is absent, Damaged if it is anything else.
 
     levels: how many of the path's last parts are opened without following symbolic links. named_bytes: what its
-    manifest says that it has; a larger file is not read.
+    manifest says that it has; a larger file is not read. look: raises for an open file, of so many bytes, whose head
+    says that the rest is not worth reading; small files are read at once.
     """
     descriptor = _open(path, levels)
     try:
@@ -99,6 +109,9 @@ def read(path: Path, *, limit_bytes: int, levels: int = 1, named_bytes: int | No
             message = f"{path.name} has {status.st_size} bytes, its manifest says {named_bytes}"
             raise Damaged(message, where=path, mend=FOLDER_AGAIN)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
+            if look and status.st_size > READ_AT_ONCE_BYTES:
+                look(file, status.st_size, path)
+                file.seek(0)
             content = file.read(status.st_size + 1)
     finally:
         os.close(descriptor)

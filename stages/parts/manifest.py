@@ -19,10 +19,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from stages.parts import files, roster, signatures, vault
+from stages.parts import files, roster, signatures, tensor_files, vault
 from stages.parts.config import ROLES, Lora, Quantization, Role
 from stages.parts.errors import Damaged, NotReady, Refused
 from stages.parts.roster import Roster
+from stages.parts.shamir import SHARE_BYTES
 from stages.parts.vault import Vault
 from stages.parts.workspace import (
     ADAPTER_CONFIG,
@@ -40,6 +41,9 @@ from stages.parts.workspace import (
 
 FORMAT: Literal["fedcollm/1"] = "fedcollm/1"
 LIBRARIES = ("fedcollm", "torch", "transformers", "peft", "safetensors", "numpy")
+
+SEAL_BYTES = 64
+"""More than the salt and the tag of a sealed row have."""
 
 LEVELS = 3
 """exchange/round-0005/client-2/ and a file: none of the last three parts may be a symbolic link."""
@@ -225,7 +229,8 @@ def read_artefact(
     mend = files.FOLDER_AGAIN
     for name, entry in wanted.items():
         path = folder / name
-        content = files.read(path, limit_bytes=limit_bytes, levels=LEVELS, named_bytes=entry.size_bytes)
+        look = tensor_files.check_head if path.suffix == ".safetensors" else None
+        content = files.read(path, limit_bytes=limit_bytes, levels=LEVELS, named_bytes=entry.size_bytes, look=look)
         if len(content) < entry.size_bytes:
             message = f"{name} has {len(content)} bytes of {entry.size_bytes}: still arriving, or cut short"
             raise NotReady(message, where=path, mend=f"wait, or {mend}")
@@ -237,6 +242,42 @@ def read_artefact(
             raise Damaged(message, where=path, mend=mend)
         contents[name] = content
     return Artefact(folder, manifest, signed, files.sha256(signed), contents)
+
+
+def received(
+    folder: Path,
+    workspace: Workspace,
+    *,
+    reader: str | None,
+    stage: Stage,
+    round: int,
+    client: int | None = None,
+    only: Iterable[str] | None = None,
+    limit_bytes: int = files.LARGEST_ADAPTER_BYTES,
+) -> Artefact:
+    """A folder as read_artefact has it, of which nothing but the manifest is read unless check_belongs lets it pass."""
+    belongs = functools.partial(
+        check_belongs, workspace=workspace, reader=reader, stage=stage, round=round, client=client
+    )
+    return read_artefact(folder, only=only, limit_bytes=limit_bytes, before=belongs)
+
+
+def read_sound(folder: Path, workspace: Workspace, *, only: Iterable[str] | None = None) -> Artefact:
+    """A folder of this machine's own federation, whatever it is and where: its signature and its sizes come first.
+
+    Raises Refused for one of another roster.
+    """
+
+    def check(found: Artefact) -> None:
+        members = roster.anyones(workspace)
+        if members and found.manifest.federation_sha256 != members.sha256:
+            message = f"{workspace.shown(folder)} is of another roster than this federation's"
+            raise Refused(message, where=found.path / MANIFEST, mend="make it again with --overwrite")
+        if members:
+            check_signed(found, members, found.manifest.party)
+        check_sizes(found, workspace)
+
+    return read_artefact(folder, only=only, before=check)
 
 
 def expected_names(manifest: Manifest) -> set[str] | None:
@@ -295,6 +336,8 @@ def check_belongs(
 ) -> None:
     """Raise unless the artefact is what its place says, made under this workspace's agreement, by whom the roster says.
 
+    Looks at its manifest and signature alone, and so can be asked before anything else is read.
+
     reader: the party that is about to use it, whose roster counts: "client-2", "server"; None for those who only look.
     """
     manifest = artefact.manifest
@@ -321,6 +364,34 @@ def check_belongs(
             elif name.startswith("roster"):
                 mend = "it was made before this federation enrolled, or for another: make it again with --overwrite"
             raise Refused(message, where=artefact.path / MANIFEST, mend=mend)
+    check_sizes(artefact, workspace)
+
+
+def check_sizes(artefact: Artefact, workspace: Workspace) -> None:
+    """Raise Damaged for a manifest that names a larger file than its folder can have.
+
+    By the numbers of the adapter, the clients of the agreement, and where the base model is here, by that.
+    """
+    manifest = artefact.manifest
+    for name, entry in manifest.files.items():
+        most = _most_bytes(manifest, name, workspace, entry.size_bytes)
+        if entry.size_bytes > most:
+            message = f"its manifest says that {name} has {entry.size_bytes} bytes, here it can have {most} at most"
+            raise Damaged(message, where=artefact.path / MANIFEST, mend=files.COPY_AGAIN)
+
+
+def _most_bytes(manifest: Manifest, name: str, workspace: Workspace, size_bytes: int) -> int:
+    if name == CAPTURE:
+        return files.LARGEST_ADAPTER_BYTES
+    if name == SEALED_SHARES or _is_inbox(name):
+        clients = len(workspace.clients)
+        return tensor_files.largest_bytes(clients * (SEAL_BYTES + SHARE_BYTES * clients))
+    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE):
+        return files.LARGEST_JSON_BYTES
+    most = min(tensor_files.largest_bytes(manifest.parameters + 3), files.LARGEST_ADAPTER_BYTES)
+    if size_bytes > files.READ_AT_ONCE_BYTES and (known := tensor_files.most_numbers(workspace, manifest.role)):
+        return min(most, tensor_files.largest_bytes(known))
+    return most
 
 
 def place_of(manifest: Manifest) -> str:
@@ -462,14 +533,13 @@ def already_made(
     """
     if overwrite or not os.path.lexists(folder):
         return None
-    artefact = read_artefact(folder)
-    manifest = artefact.manifest
+    manifest, _ = read_manifest(folder)
+    members = roster.pinned(workspace, manifest.party)
     changed = sorted(
         name for name in manifest.parents.keys() | parents.keys() if manifest.parents.get(name) != parents.get(name)
     )
     if manifest.agreement_sha256 != workspace.agreement_sha256:
         changed.append("fedcollm.toml")
-    members = roster.pinned(workspace, manifest.party)
     if members and manifest.federation_sha256 != members.sha256:
         changed.append("the roster")
     if opening and manifest.opening != opening:
@@ -483,4 +553,10 @@ def already_made(
     if changed:
         message = f"{workspace.shown(folder)} was made from other inputs; changed since: {', '.join(changed)}"
         raise Refused(message, where=folder, mend="give the command again with --overwrite to replace it")
-    return manifest
+
+    def check(found: Artefact) -> None:
+        if members:
+            check_signed(found, members, found.manifest.party)
+        check_sizes(found, workspace)
+
+    return read_artefact(folder, before=check).manifest

@@ -15,7 +15,7 @@ from stages.parts import roster
 from stages.parts.config import threshold
 from stages.parts.errors import Damaged, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Artefact, Opening, check_belongs, read_artefact, read_manifest
+from stages.parts.manifest import Artefact, Opening, read_manifest, received
 from stages.parts.one_time import transcript
 from stages.parts.roster import Roster
 from stages.parts.vault import LARGEST_JUMP, SERVER, Vault
@@ -260,8 +260,7 @@ def _has_followed(workspace: Workspace, opening: Opening, before: Kept | None, r
     place = workspace.broadcast(round - 1)
     if before is None or before.close_sha256 or not place.exists():
         return False
-    later = read_artefact(place)
-    check_belongs(later, workspace, reader=party_of(client), stage="broadcast", round=round - 1)
+    later = received(place, workspace, reader=party_of(client), stage="broadcast", round=round - 1)
     return later.sha256 == opening.previous_sha256 and later.manifest.attempt > before.attempt
 
 

@@ -7,17 +7,17 @@ these as every other path here. A folder is checked in memory, before it is sent
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from stages.parts import files
+from stages.parts import files, roster, signatures
 from stages.parts.adapter_files import read_adapter
-from stages.parts.errors import Damaged, Refused
-from stages.parts.manifest import Artefact, Manifest, expected_names, inbox
+from stages.parts.errors import Damaged, NotReady, Refused
+from stages.parts.manifest import Artefact, Manifest, check_sizes, expected_names, inbox, read_manifest
 from stages.parts.workspace import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -99,14 +99,23 @@ def is_sealed(file: str) -> bool:
     return re.fullmatch(SEALED_INBOX, file) is not None
 
 
-def is_for(client: int, close: Mapping[str, bytes]) -> bool:
+def is_for(client: int, close: Path) -> bool:
     """Whether a close, by its manifest, has a file for this client. One without a manifest is for others to judge."""
-    return MANIFEST not in close or f'"{inbox(client)}"'.encode() in close[MANIFEST]
+    try:
+        return inbox(client) in read_manifest(close)[0].files
+    except (Damaged, NotReady):
+        return True
 
 
-def sorted_out(members: Mapping[str, bytes], workspace: Workspace, where: Path) -> dict[Parcel, dict[str, bytes]]:
-    """The files of a bundle by what they belong to. Raises Refused for a name that is not exchanged here."""
-    parcels: dict[Parcel, dict[str, bytes]] = {}
+T = TypeVar("T")
+
+
+def sorted_out(members: Mapping[str, T], workspace: Workspace, where: Path) -> dict[Parcel, dict[str, T]]:
+    """The files of a bundle, or their sizes, by what they belong to.
+
+    Raises Refused for a name that is not exchanged here.
+    """
+    parcels: dict[Parcel, dict[str, T]] = {}
     for name, content in members.items():
         parcel, file = _parse(name, workspace)
         if parcel is None:
@@ -144,7 +153,7 @@ def collected(parcel: Parcel, workspace: Workspace, *, to: int | None = None) ->
     if folder.is_symlink() or not folder.is_dir():
         raise Damaged(f"{folder.name} is no folder, or a link to one", where=folder, mend="put the folder itself there")
     names = sorted(path.name for path in folder.iterdir()) if parcel.is_folder else parcel.public_files(workspace)
-    contents = {}
+    wanted = []
     for name in names:
         path = folder / name
         if parcel.is_folder and not parcel.takes(name, workspace):
@@ -153,9 +162,16 @@ def collected(parcel: Parcel, workspace: Workspace, *, to: int | None = None) ->
         sealed = re.fullmatch(SEALED_INBOX, name) if parcel.kind == "close" else None
         if sealed and to not in (None, int(sealed[1])):
             continue
-        contents[name] = files.read(path, limit_bytes=files.LARGEST_ADAPTER_BYTES, levels=parcel.levels)
-        if PRIVATE_KEY in contents[name]:
-            raise _secret(path)
+        wanted.append(name)
+
+    def read(name: str) -> bytes:
+        return files.read(folder / name, limit_bytes=files.LARGEST_ADAPTER_BYTES, levels=parcel.levels)
+
+    check_first(parcel, {name: (folder / name).lstat().st_size for name in wanted}, read, workspace, folder)
+    contents = {name: read(name) for name in wanted}
+    for name, content in contents.items():
+        if PRIVATE_KEY in content:
+            raise _secret(folder / name)
     return contents
 
 
@@ -169,6 +185,40 @@ def _refuse_stranger(path: Path) -> None:
 def _secret(path: Path) -> Refused:
     mend = "move it out of the workspace, and make new keys: whoever has the folder may have read it"
     return Refused(f"{path.name} is or holds a secret key, which is never sent", where=path, mend=mend)
+
+
+def check_first(
+    parcel: Parcel, sizes: Mapping[str, int], read: Callable[[str], bytes], workspace: Workspace, where: Path
+) -> None:
+    """Raise unless a manifest and its signature let the rest of a folder pass, before that is read.
+
+    sizes: of the files that are there, in bytes. read: gives a small one. where: what to call the folder.
+    """
+    for name, size_bytes in sizes.items():
+        if name.endswith((".json", ".sig")) and size_bytes > files.LARGEST_JSON_BYTES:
+            message = f"{name} has {size_bytes} bytes, at most {files.LARGEST_JSON_BYTES} are expected"
+            raise Damaged(message, where=where / name, mend=files.COPY_AGAIN)
+    if not parcel.is_folder or MANIFEST not in sizes:
+        return
+    content = read(MANIFEST)
+    manifest = _manifest(content, where)
+    _check_claims(parcel, manifest, workspace, where)
+    _check_names(parcel, manifest, sizes.keys(), where)
+    for name, entry in manifest.files.items():
+        if sizes.get(name, 0) > max(entry.size_bytes, files.READ_AT_ONCE_BYTES):
+            message = f"{name} has {sizes[name]} bytes, its manifest says {entry.size_bytes}"
+            raise Damaged(message, where=where / name, mend=files.COPY_AGAIN)
+    if members := roster.anyones(workspace):
+        if manifest.federation_sha256 != members.sha256:
+            message = f"{where.name} is of another roster than the one in exchange/"
+            raise Refused(message, where=where / MANIFEST, mend="unpack the newest roster first, and join it")
+        if SIGNATURE not in sizes:
+            message = f"{where.name} is not signed, which every folder of this federation is"
+            raise Damaged(message, where=where, mend=files.COPY_AGAIN)
+        signature = _json(SIGNATURE, read(SIGNATURE), where)
+        key = members.key_of(manifest.party)
+        signatures.check_value(signature, content, manifest.stage, key, where / MANIFEST, manifest.party)
+    check_sizes(Artefact(where, manifest, content, files.sha256(content), {}), workspace)
 
 
 def check(parcel: Parcel, contents: Mapping[str, bytes], workspace: Workspace, where: Path) -> None:
@@ -185,14 +235,10 @@ def check(parcel: Parcel, contents: Mapping[str, bytes], workspace: Workspace, w
         return
     if MANIFEST not in contents:
         raise Damaged(f"{where.name} has no {MANIFEST}", where=where, mend=files.COPY_AGAIN)
-    try:
-        manifest = Manifest.model_validate(_json(MANIFEST, contents[MANIFEST], where))
-    except ValidationError as error:
-        first = error.errors()[0]
-        message = f"not a manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise Damaged(message, where=where / MANIFEST, mend=files.COPY_AGAIN) from None
+    manifest = _manifest(contents[MANIFEST], where)
     _check_claims(parcel, manifest, workspace, where)
-    _check_files(parcel, manifest, contents, where)
+    _check_names(parcel, manifest, contents.keys(), where)
+    _check_files(manifest, contents, where)
     if ADAPTER_WEIGHTS in contents:
         artefact = Artefact(
             path=where,
@@ -204,6 +250,15 @@ def check(parcel: Parcel, contents: Mapping[str, bytes], workspace: Workspace, w
         read_adapter(artefact, None, workspace.agreement.slm.lora)
 
 
+def _manifest(content: bytes, where: Path) -> Manifest:
+    try:
+        return Manifest.model_validate(_json(MANIFEST, content, where))
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = f"not a manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise Damaged(message, where=where / MANIFEST, mend=files.COPY_AGAIN) from None
+
+
 def _json(name: str, content: bytes, where: Path) -> dict[str, object]:
     try:
         return files.parse_json(content)
@@ -211,9 +266,9 @@ def _json(name: str, content: bytes, where: Path) -> dict[str, object]:
         raise Damaged(f"{name} is not valid JSON: {error}", where=where / name, mend=files.COPY_AGAIN) from None
 
 
-def _check_files(parcel: Parcel, manifest: Manifest, contents: Mapping[str, bytes], where: Path) -> None:
+def _check_names(parcel: Parcel, manifest: Manifest, names: Set[str], where: Path) -> None:
     """Raise Damaged unless the files are those that the manifest lists, and it lists what such a folder has."""
-    listed, found, expected = set(manifest.files), contents.keys() - {MANIFEST, SIGNATURE}, expected_names(manifest)
+    listed, found, expected = set(manifest.files), names - {MANIFEST, SIGNATURE}, expected_names(manifest)
     inboxes = set(filter(is_sealed, listed))
     if listed != (inboxes if expected is None else expected):
         message = f"the manifest lists {sorted(listed)}, which is not what {where.name} has"
@@ -224,7 +279,11 @@ def _check_files(parcel: Parcel, manifest: Manifest, contents: Mapping[str, byte
             f"{sorted(missing)[0]} is missing" if missing else f"{sorted(found - listed)[0]} is not in the manifest"
         )
         raise Damaged(message, where=where, mend=files.COPY_AGAIN)
-    for name in sorted(found):
+
+
+def _check_files(manifest: Manifest, contents: Mapping[str, bytes], where: Path) -> None:
+    """Raise Damaged unless every file has the size and the digest that the manifest names."""
+    for name in sorted(contents.keys() - {MANIFEST, SIGNATURE}):
         entry = manifest.files[name]
         if (len(contents[name]), files.sha256(contents[name])) != (entry.size_bytes, entry.sha256):
             message = f"{name} is not the file its manifest names: {len(contents[name])} bytes, sha256 "

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from stages.parts import files
 from stages.parts.config import ROLES
-from stages.parts.errors import Damaged, NotReady, Problem
-from stages.parts.manifest import Manifest, check_names, place_of, read_artefact, read_manifest
+from stages.parts.errors import Damaged, NotReady, Problem, Refused
+from stages.parts.manifest import Manifest, check_names, place_of, read_manifest, read_sound
 from stages.parts.vault import SERVER, Vault, client
 from stages.parts.workspace import SIGNATURE, Workspace
 
@@ -259,7 +259,7 @@ class Reader:
         again = f"{command}{again}"
         try:
             manifest, digest = self._read(folder)
-        except (Damaged, NotReady) as problem:
+        except (Damaged, NotReady, Refused) as problem:
             if isinstance(problem, NotReady) and not here:  # on its way; nothing is on its way to who made it
                 return Step(name, "missing", problem.message, command, here, party=party)
             return Step(name, "damaged", problem.message, again, here, party=party)
@@ -281,8 +281,8 @@ class Reader:
         manifest, digest = self._manifest(folder)
         # Of a close each client has its own inbox.
         wanted = [name for name in manifest.files if manifest.stage != "close" or (folder / name).exists()]
-        if self._verify:
-            read_artefact(folder, only=wanted)
+        if self._verify and manifest.federation_sha256 == self._roster:  # what is of another is stale anyway
+            read_sound(folder, self._workspace, only=wanted)
         check_names(folder, manifest, wanted)
         for name in wanted:
             entry, found = manifest.files[name], (folder / name).lstat().st_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -44,6 +45,12 @@ def check(content: bytes, kind: str, public: bytes, where: Path, whose: str, *, 
         problem.message = f"{path.name} is not there: {where.name} counts only with {whose}'s signature"
         problem.mend = "wait until it is copied too, or copy it again"
         raise
+    check_value(value, content, kind, public, where, whose)
+
+
+def check_value(value: dict[str, Any], content: bytes, kind: str, public: bytes, where: Path, whose: str) -> None:
+    """The same of a signature that has been read. Raises Damaged."""
+    path = where.with_name(f"{where.name}.sig")
     expected = {"v": 1, "alg": "ed25519", "key_id": key_id(public), "type": f"fedcollm/{kind}"}
     for field, wanted in expected.items():
         if value.get(field) != wanted:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from stages.parts.errors import UsageProblem
-from stages.parts.manifest import Artefact, Stage, check_belongs, read_artefact
+from stages.parts.manifest import Artefact, Stage, received
 from stages.parts.workspace import Workspace, require
 
 Subject = Literal["slm", "llm", "aggregate"]
@@ -37,7 +37,7 @@ def folder_of(workspace: Workspace, round: int, subject: str) -> Path:
 
 
 def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | None) -> Artefact:
-    """The subject's adapter after a round, every byte checked. Raises as read_artefact and check_belongs do."""
+    """The subject's adapter after a round, every byte checked. Raises as received does."""
     workspace.check_round(round)
     stage: Stage
     if client is not None:
@@ -50,6 +50,4 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
         stage, made_by = step, f"fedcollm {step} --round {round}"
     folder = folder_of(workspace, round, subject_of(model, client))
     require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
-    artefact = read_artefact(folder)
-    check_belongs(artefact, workspace, reader=None, stage=stage, round=round, client=client)
-    return artefact
+    return received(folder, workspace, reader=None, stage=stage, round=round, client=client)

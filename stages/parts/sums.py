@@ -14,18 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from stages.parts import files, masking, reveals, ring, unmasking
-from stages.parts.adapter_files import Tensors, largest_bytes, layout_of, read_adapter
+from stages.parts.adapter_files import Tensors, layout_of, read_adapter
 from stages.parts.errors import Damaged, NotReady, Problem, Refused
 from stages.parts.events import Event, Report
 from stages.parts.manifest import (
     Artefact,
+    Manifest,
     Masking,
     Unmasking,
-    check_belongs,
     inbox,
     publish,
-    read_artefact,
     read_manifest,
+    read_sound,
+    received,
 )
 from stages.parts.openings import Kept, recall, remember, transcript_of
 from stages.parts.uploads import opening_of, round_of, survivors_of
@@ -62,14 +63,12 @@ def _close(workspace: Workspace, theta: Artefact, report: Report, overwrite: boo
     round = theta.manifest.round
     target = workspace.close(round)
     place, before = files.Place(target), _closed_before(workspace, theta)
-    if os.path.lexists(target):
-        closed = read_artefact(target)
-        if not (overwrite and _is_former(closed, theta)):
-            check_belongs(closed, workspace, reader=SERVER, stage="close", round=round)
-            if closed.manifest.transcript == transcript_of(theta):
-                return _kept(workspace, theta, closed)
-            if closed.manifest.attempt >= theta.manifest.attempt:
-                survivors_of(closed, theta, None)  # says what is wrong with it
+    if os.path.lexists(target) and not (overwrite and _is_former(read_manifest(target)[0], theta)):
+        closed = received(target, workspace, reader=SERVER, stage="close", round=round)
+        if closed.manifest.transcript == transcript_of(theta):
+            return _kept(workspace, theta, closed)
+        if closed.manifest.attempt >= theta.manifest.attempt:
+            survivors_of(closed, theta, None)  # says what is wrong with it
     if before:
         raise _lost(workspace, round, before)
     updates = dict(_arrived(workspace, theta, report))
@@ -90,7 +89,7 @@ def _close(workspace: Workspace, theta: Artefact, report: Report, overwrite: boo
         over=place,  # of an earlier attempt, or an earlier roster
     )
     report(Event("note", f"round {round} is closed over client {_names(updates)}"))
-    return _kept(workspace, theta, read_artefact(target))
+    return _kept(workspace, theta, received(target, workspace, reader=SERVER, stage="close", round=round))
 
 
 def _closed_before(workspace: Workspace, theta: Artefact) -> str | None:
@@ -122,9 +121,9 @@ def _lost(workspace: Workspace, round: int, before: str | None) -> Refused:
     return Refused(message, where=workspace.close(round), mend=mend)
 
 
-def _is_former(artefact: Artefact, theta: Artefact) -> bool:
+def _is_former(manifest: Manifest, theta: Artefact) -> bool:
     """Whether it was made before the parties enrolled anew."""
-    return artefact.manifest.federation_sha256 != theta.manifest.federation_sha256
+    return manifest.federation_sha256 != theta.manifest.federation_sha256
 
 
 def late(workspace: Workspace, closed: Artefact) -> list[int]:
@@ -135,15 +134,14 @@ def late(workspace: Workspace, closed: Artefact) -> list[int]:
 
 def _arrived(workspace: Workspace, theta: Artefact, report: Report) -> Iterator[tuple[int, Artefact]]:
     """The shares and the manifest of each update of this opening of the round, by client."""
-    clients = len(opening_of(theta).clients)
-    rows_bytes = clients * masking.sealed_row_bytes(clients)
-    for client, place in workspace.client_updates(theta.manifest.round).items():
+    round = theta.manifest.round
+    for client, place in workspace.client_updates(round).items():
         try:
             if read_manifest(place)[0].attempt < theta.manifest.attempt:
                 report(Event("warning", f"client {client}'s update is of an earlier attempt at this round"))
                 continue
-            update = read_artefact(place, limit_bytes=largest_bytes(max(theta.manifest.parameters + 3, rows_bytes)))
-            _check_update(workspace, theta, update, client)
+            update = received(place, workspace, reader=SERVER, stage="client-train", round=round, client=client)
+            _check_update(theta, update, client)
         except NotReady as problem:
             report(Event("warning", f"client {client}'s update has not arrived whole: {problem.message}"))
             continue
@@ -152,9 +150,8 @@ def _arrived(workspace: Workspace, theta: Artefact, report: Report) -> Iterator[
         yield client, update
 
 
-def _check_update(workspace: Workspace, theta: Artefact, update: Artefact, client: int) -> None:
+def _check_update(theta: Artefact, update: Artefact, client: int) -> None:
     round, opening = theta.manifest.round, opening_of(theta)
-    check_belongs(update, workspace, reader=SERVER, stage="client-train", round=round, client=client)
     again = f"there: fedcollm client-train --client {client} --round {round}; then carry exchange/ here"
     if client not in opening.clients:
         raise Refused(
@@ -245,7 +242,7 @@ def open_sum(workspace: Workspace, theta: Artefact, closed: Artefact, report: Re
             commit_selves={k: _masking(update).commit_self for k, update in manifests.items()},
             commit_pairs={k: _commitments(update) for k, update in manifests.items()},
         )
-        total = unmasking.unmask(_vectors(updates, closed, theta, report), opened, keys)
+        total = unmasking.unmask(_vectors(workspace, updates, closed, theta, report), opened, keys)
     except Problem as problem:
         problem.where = problem.where or closed.path
         give_up = f"fedcollm aggregate --round {round} --keep-old, then fedcollm broadcast --round {round + 1}"
@@ -260,8 +257,8 @@ def open_sum(workspace: Workspace, theta: Artefact, closed: Artefact, report: Re
 
 def _listed(workspace: Workspace, closed: Artefact, client: int, place: Path) -> Artefact:
     """A survivor's update, which must be the one that was closed over; its vector is read later."""
-    update = read_artefact(place, only=[])
-    check_belongs(update, workspace, reader=SERVER, stage="client-train", round=closed.manifest.round, client=client)
+    round = closed.manifest.round
+    update = received(place, workspace, reader=SERVER, stage="client-train", round=round, client=client, only=[])
     if update.sha256 != closed.manifest.parents.get(party_of(client)):
         message = f"client {client}'s update is not the one that the round was closed over"
         raise Damaged(message, where=place, mend="put the update back that arrived before the close")
@@ -280,11 +277,11 @@ def _reveals(
         if not os.path.lexists(place):
             continue
         try:
-            reveal = read_artefact(place, limit_bytes=files.LARGEST_JSON_BYTES)
-            if _is_former(reveal, theta):
+            if _is_former(read_manifest(place)[0], theta):
                 report(Event("warning", f"client {client}'s reveal is of another roster, and is passed over"))
                 continue
-            check_belongs(reveal, workspace, reader=SERVER, stage="reveal", round=theta.manifest.round, client=client)
+            round = theta.manifest.round
+            reveal = received(place, workspace, reader=SERVER, stage="reveal", round=round, client=client)
         except NotReady:
             continue
         if reveal.manifest.parents != {"close": closed.sha256}:
@@ -306,10 +303,12 @@ def _reveals(
     return found
 
 
-def _vectors(updates: dict[int, Path], closed: Artefact, theta: Artefact, report: Report) -> Iterator[np.ndarray]:
+def _vectors(
+    workspace: Workspace, updates: dict[int, Path], closed: Artefact, theta: Artefact, report: Report
+) -> Iterator[np.ndarray]:
     """The survivors' masked vectors, one in memory at a time."""
     for number, (client, place) in enumerate(updates.items(), 1):
-        update = read_artefact(place, only=[MASKED_UPDATE])
+        update = read_sound(place, workspace, only=[MASKED_UPDATE])
         y = _vector(update, theta.manifest.parameters)
         if _digest(y) != (closed.manifest.closing or {}).get(party_of(client)):
             raise Damaged(f"client {client}'s masked vector is not the one closed over", where=place)

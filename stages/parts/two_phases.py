@@ -18,7 +18,7 @@ from stages.parts.distillation import encoded, publish_model, ready, recipe, wei
 from stages.parts.distillation_inputs import OTHER, Inputs, lock_of, omega_of, theta_of
 from stages.parts.errors import NotReady, Refused
 from stages.parts.events import Event, Report
-from stages.parts.manifest import Artefact, Manifest, already_made, check_belongs, publish, read_artefact, read_manifest
+from stages.parts.manifest import Artefact, Manifest, already_made, publish, read_manifest, received
 from stages.parts.models import Models
 from stages.parts.processes import Processes
 from stages.parts.rows import LARGEST_DATA_BYTES, Row
@@ -143,8 +143,7 @@ def train(
     taught_by, parents = None, inputs.parents
     if not target.exists() or place.exists():  # what served a finished model may have been cleared away
         require(place, f"the {teacher.upper()} of round {round} is not captured", capture)
-        taught_by = read_artefact(place)
-        check_belongs(taught_by, workspace, reader=SERVER, stage="capture", round=round)
+        taught_by = received(place, workspace, reader=SERVER, stage="capture", round=round)
         parents |= {place.name: taught_by.sha256}
     elif before := read_manifest(target)[0].parents.get(place.name):
         parents |= {place.name: before}
@@ -177,8 +176,7 @@ def _llm_after(workspace: Workspace, round: int, captured: Artefact | None) -> A
     """The LLM as it was trained in two phases in this round; by the base that was captured."""
     place, mend = workspace.llm(round), f"fedcollm co-distill --round {round} --phase train --model llm"
     require(place, f"the LLM of round {round} is not trained: the SLM comes last", mend)
-    llm = read_artefact(place)
-    check_belongs(llm, workspace, reader=SERVER, stage="co-distill", round=round)
+    llm = received(place, workspace, reader=SERVER, stage="co-distill", round=round)
     if "captured-slm" not in llm.manifest.parents:
         raise Refused(f"round {round}'s LLM was trained in one phase", where=place, mend=f"{mend} --overwrite")
     if captured and llm.manifest.base != captured.manifest.base:

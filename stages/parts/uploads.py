@@ -22,10 +22,10 @@ from stages.parts.manifest import (
     Manifest,
     Masking,
     Opening,
-    check_belongs,
     inbox,
     publish,
-    read_artefact,
+    read_sound,
+    received,
     spare_strangers,
 )
 from stages.parts.openings import Kept, recall, remember, transcript_of
@@ -68,7 +68,7 @@ def sent(workspace: Workspace, theta: Artefact, client: int) -> Manifest | None:
     kept = recall(Vault.need(workspace, party_of(client)), theta.manifest.round)
     if kept is None or kept.y_sha256 is None or not os.path.lexists(target):
         return None
-    manifest = read_artefact(target).manifest
+    manifest = read_sound(target, workspace).manifest
     is_this = manifest.transcript == transcript_of(theta) and manifest.masking is not None
     return manifest if is_this and manifest.masking and manifest.masking.y_sha256 == kept.y_sha256 else None
 
@@ -179,7 +179,7 @@ def _send_again(workspace: Workspace, theta: Artefact, kept: Kept, client: int) 
     round = theta.manifest.round
     target, own = workspace.client_update(round, client), workspace.masked_update(round, client)
     try:
-        made = read_artefact(own)
+        made = read_sound(own, workspace)
         signature = files.read(own / SIGNATURE, limit_bytes=files.LARGEST_JSON_BYTES)
     except (Damaged, NotReady):
         made = None
@@ -268,8 +268,8 @@ def _closed(workspace: Workspace, theta: Artefact, client: int) -> tuple[Artefac
     place = workspace.close(round)
     mend = f"on the server: fedcollm aggregate --round {round}; then carry {workspace.shown(place)} here"
     require(place, f"round {round} is not closed yet", mend)
-    closed = read_artefact(place, only=[inbox(client)])
-    check_belongs(closed, workspace, reader=party_of(client), stage="close", round=round)
+    reader = party_of(client)
+    closed = received(place, workspace, reader=reader, stage="close", round=round, only=[inbox(client)])
     survivors = survivors_of(closed, theta, client)
     least = workspace.agreement.quorum(len(opening_of(theta).clients))
     if len(survivors) < least:

@@ -10,8 +10,8 @@ import safetensors
 import safetensors.numpy
 
 from stages.parts import files
-from stages.parts.adapter_files import read_header
 from stages.parts.errors import Damaged
+from stages.parts.tensor_files import read_header
 
 KINDS: dict[str, np.dtype[np.unsignedinteger]] = {"U32": np.dtype("<u4"), "U8": np.dtype("u1")}
 
