@@ -107,8 +107,9 @@ def sweep(
             raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
         found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
         swept = sheets.swept(found)
-        as_text = texts.lines((sheet.markdown() for sheet in swept), "\n\n")
-        opened.console.result(found, as_text if as_markdown else Group(*(sheet.drawn() for sheet in swept)))
+        as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found["remarks"]], "\n\n")
+        as_tables = Group(*(sheet.drawn() for sheet in swept), *found["remarks"])
+        opened.console.result(found, as_text if as_markdown else as_tables)
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -58,6 +58,8 @@ def sweep(
     made_by = shlex.join(["fedcollm", "sweep", *(word for key in grid for word in ("--set", _words(key, grid[key])))])
     for settings in points:
         variants.check(workspace, settings)
+    from stages.parts.evidence import remarks
+
     models = models or Models(workspace)
     workspaces = []
     for number, settings in enumerate(points, 1):
@@ -71,6 +73,7 @@ def sweep(
         "metric": metric,
         "axes": [key for key in grid if key != SEED],
         **_table(workspace, points, workspaces, metric),
+        "remarks": remarks([workspace, *workspaces]),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from stages.parts import files
 from stages.parts.config import ROLES
 from stages.parts.errors import Damaged, NotReady, Problem, Refused
+from stages.parts.events import Event, Report
 from stages.parts.manifest import Manifest, check_names, place_of, read_manifest, read_sound
 from stages.parts.vault import SERVER, Vault, client
 from stages.parts.workspace import SIGNATURE, Workspace
@@ -315,6 +316,13 @@ def are_rows_stale(workspace: Workspace, split: dict[str, Any]) -> bool:
         return False
     except (Problem, OSError):
         return True
+
+
+def warn_of_stale_rows(workspace: Workspace, report: Report) -> None:
+    """Tell of training on rows that `prepare` dealt from what was edited since."""
+    if are_rows_stale(workspace, dealt(workspace)):
+        words = "these rows were dealt before their tasks, or files, were edited"
+        report(Event("warning", f"{words}: {PREPARE} tells whether they change"))
 
 
 def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:

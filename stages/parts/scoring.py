@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,12 +14,12 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
 from stages.parts import adapters, files, quiet
-from stages.parts.errors import UsageProblem
+from stages.parts.errors import BadNumbers, UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import PROBE_TEXTS, Tuned, naming_memory_knobs
 from stages.parts.processes import ALONE, Processes
 from stages.parts.rows import Row, encode_row
-from stages.parts.tasks import HARMLESS
+from stages.parts.tasks import HARMLESS, MISTAKES, mistaken
 
 
 class _Reporting(HFLM):  # type: ignore[misc]
@@ -130,16 +131,18 @@ def score(
             cut = {str(task.config.task): _cut(lm, task, limit, report) for task in tasks}
             results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
         except TemplateError as error:
-            mend = "correct doc_to_text, doc_to_choice or doc_to_target in its task file"
-            raise UsageProblem(f"a task's template does not fit its data: {error}", mend=mend) from error
+            raise mistaken(", ".join(str(task.config.task) for task in tasks), error) from error
     model.train(was_training)
     assert results is not None
-    return {task.config.task: _of_task(task, results) | cut[str(task.config.task)] for task in tasks}
+    return {task.config.task: _of_task(task, results, report) | cut[str(task.config.task)] for task in tasks}
 
 
 def _cut(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Report) -> dict[str, Any]:
     """How many questions are cut, told, and the digest of all that is asked: what the scores depend on."""
-    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    try:
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+    except MISTAKES as error:
+        raise mistaken(str(task.config.task), error) from error
     asked = [(one.doc_id, one.idx, one.args) for one in task.instances]
     cut, questions = len(lm.cut(task.instances)), len({one.doc_id for one in task.instances})
     if cut:
@@ -148,7 +151,7 @@ def _cut(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Repo
     return {"cut": cut, "questions_sha256": files.sha256(repr(asked).encode())}
 
 
-def _of_task(task: ConfigurableTask, results: dict[str, Any]) -> dict[str, Any]:
+def _of_task(task: ConfigurableTask, results: dict[str, Any], report: Report) -> dict[str, Any]:
     name = task.config.task
     metrics = {
         key.removesuffix(",none"): value
@@ -158,6 +161,14 @@ def _of_task(task: ConfigurableTask, results: dict[str, Any]) -> dict[str, Any]:
     if not metrics:
         mend = "correct metric_list in its task file: acc, acc_norm, exact_match, ..."
         raise UsageProblem(f"task {name} gave no score: no metric that lm-eval knows, or no question", mend=mend)
+    for key, value in metrics.items():
+        if not math.isfinite(value):
+            mend = "compute with --dtype float32; or leave that metric out of metric_list in its task file"
+            raise BadNumbers(f"{key} of task {name} is {value}", mend=mend)
+    measured = {key.partition(",")[0] for key in results["results"][name]}
+    if absent := sorted(set(task._metric_fn_list) - measured):
+        words = f"{name} asks for {', '.join(absent)}, which lm-eval does not measure of {task.OUTPUT_TYPE}"
+        report(Event("warning", words))
     prompt = task.config.doc_to_text
     return {
         "metrics": metrics,

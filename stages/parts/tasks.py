@@ -50,6 +50,11 @@ HARMLESS = (
 )
 """lm-eval's warnings that change no score, or that are told otherwise."""
 
+MISTAKES = (
+    *(TemplateError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError, MemoryError),
+)
+"""What a template that does not fit its data raises."""
+
 TRAINABLE = ("multiple_choice", "generate_until")
 
 
@@ -106,8 +111,8 @@ def training_rows(task: ConfigurableTask) -> list[Row]:
         rows = [_row(task, doc, name, number) for number, doc in enumerate(task.training_docs(), 1)]
         _check_meaning(task, task.training_docs())
         return rows
-    except (TemplateError, LookupError, TypeError, ValueError) as error:
-        raise _mistaken(name, error) from error
+    except MISTAKES as error:
+        raise mistaken(name, error) from error
 
 
 def test_prompts(task: ConfigurableTask) -> Iterator[str]:
@@ -115,8 +120,8 @@ def test_prompts(task: ConfigurableTask) -> Iterator[str]:
     try:
         for doc in task.eval_docs:
             yield str(task.fewshot_context(doc, num_fewshot=0))
-    except (TemplateError, LookupError, TypeError, ValueError) as error:
-        raise _mistaken(str(task.config.task), error) from error
+    except MISTAKES as error:
+        raise mistaken(str(task.config.task), error) from error
 
 
 def _row(task: ConfigurableTask, doc: dict[str, Any], name: str, number: int) -> Row:
@@ -145,9 +150,13 @@ def check_answers(task: ConfigurableTask, report: Report = ignore) -> None:
             elif task.OUTPUT_TYPE in ("generate_until", "loglikelihood"):
                 _right_texts(task, doc, number)
         _check_meaning(task, task.eval_docs)
-    except (TemplateError, LookupError, TypeError, ValueError) as error:
-        raise _mistaken(str(task.config.task), error) from error
+    except MISTAKES as error:
+        raise mistaken(str(task.config.task), error) from error
     name = task.config.task
+    if task.config.metric_list == []:
+        raise UsageProblem(
+            f"task {name} names no metric", mend="correct metric_list in its task file: acc, acc_norm, ..."
+        )
     if alike:
         words = f"{alike} questions of {name} have a choice that reads like the right one and counts as wrong"
         report(Event("warning", words))
@@ -234,9 +243,10 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
         )
         raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", where=where, mend=mend) from error
     except Exception as error:  # whatever a mistake in a task file makes lm-eval, datasets or jinja raise
-        raise _mistaken(name, error, where) from error
+        raise mistaken(name, error, where) from error
 
 
-def _mistaken(name: str, error: Exception, where: Path | None = None) -> UsageProblem:
+def mistaken(name: str, error: Exception, where: Path | None = None) -> UsageProblem:
+    """What to say of a task that lm-eval, datasets or jinja cannot make sense of."""
     message = f"task {name} cannot be used: {type(error).__name__}: {error}"
     return UsageProblem(message, where=where, mend="correct its task file, or the data that it names")

@@ -262,3 +262,25 @@ def test_a_limited_score_is_not_taken_for_one_of_all_questions(
     assert evidence.remarks([Workspace(finished)]) == [
         "only the first questions count, by evaluation.limit: 5 of 12 of colours; no score of a whole task"
     ]
+
+
+def test_a_metric_that_is_not_measured_is_told(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    task = finished / "tasks/colours.yaml"
+    edit(task, "metric_list: [", "metric_list: [{metric: bleu, aggregation: bleu, higher_is_better: true}, ")
+    outcome = fedcollm("evaluate", "--zero-shot", "-w", finished)
+    assert "colours asks for bleu, which lm-eval does not measure of multiple_choice" in outcome.err
+    task.write_text(task.read_text().partition("metric_list")[0] + "metric_list: []\n")
+    outcome = fedcollm("evaluate", "--zero-shot", "-w", finished)
+    assert (outcome.code, "task colours names no metric" in outcome.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ question.nothing.more }}"]
+)
+def test_a_template_that_cannot_be_rendered_ends_in_words(
+    text: str, finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(finished / "tasks/colours.yaml", '"{{question}}"', f"'{text}'")
+    outcome = fedcollm("evaluate", "--zero-shot", "-w", finished)
+    assert outcome.code == 2
+    assert "task colours cannot be used" in outcome.err

@@ -183,6 +183,7 @@ def test_an_edited_task_makes_rows_training_and_scores_stale(simulated: Path, fe
     )
     assert "next: fedcollm prepare" in said
     assert "before its tasks, or files, were edited" in fedcollm("next", "--client", 2, "-w", simulated).err
+    assert "dealt before their tasks, or files, were edited" in fedcollm("run", "--no-scores", "-w", simulated).err
     refused = fedcollm("next", "-w", simulated)
     assert refused.code == 5
     assert "is not what prepare would write" in refused.err
