@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -182,6 +183,30 @@ def test_rows_that_were_changed_since_training_are_refused(studied: Path, refuse
     write_rows(data, rows(5))
     said = refuses(5, "put those rows back, or fedcollm run --overwrite")
     assert "private/client-2/train.jsonl is not what was trained on in round 1" in said
+
+
+def test_rows_that_were_dealt_before_their_task_was_edited_are_refused(
+    studied: Path, refuses: Callable[..., str]
+) -> None:
+    digest = hashlib.sha256((studied / "private/client-1/train.jsonl").read_bytes()).hexdigest()
+    split = {"sources_sha256": "0" * 64, "parties": {"client-1": {"sha256": digest}}}
+    (studied / "private/split.json").write_text(json.dumps(split))
+    said = refuses(5, "fedcollm prepare")
+    assert (
+        "client-1 of round 1 is stale: trained on rows that prepare made before its tasks or files were edited" in said
+    )
+
+
+def test_what_scores_lack_stands_below_the_tables(studied: Path, fedcollm: Callable[..., Outcome]) -> None:
+    assert "questions longer" not in fedcollm("compare", "-w", studied).out
+    path = studied / "results/zero-shot/slm.json"
+    result = json.loads(path.read_text())
+    result["tasks"]["colours"] |= {"cut": 2, "questions_in_all": 90}
+    rewrite(path, result)
+    for form in ([], ["--markdown"]):
+        said = " ".join(fedcollm("compare", *form, "-w", studied).out.split())
+        assert "questions longer than a model's context, scored without their beginning: up to 2 of colours" in said
+        assert "only the first questions count, by evaluation.limit: 20 of 90 of colours" in said
 
 
 def test_a_metric_that_is_not_right_or_wrong_is_named_with_those_that_are(refuses: Callable[..., str]) -> None:
