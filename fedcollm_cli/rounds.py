@@ -22,7 +22,7 @@ from fedcollm_cli.session import (
     WorkspaceOption,
     session,
 )
-from stages.parts.errors import NOTHING_LEFT_EXIT_CODE, UsageProblem
+from stages.parts.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
 from stages.parts.manifest import Manifest
 
 
@@ -342,7 +342,8 @@ def status(
     """Tell what is done and what comes next.
 
     Which steps are done, missing, damaged or stale, from the files alone, and the literal next command. Reads the
-    manifests of the whole workspace, writes nothing, loads no model.
+    manifests of the whole workspace, writes nothing, loads no model. With --verify it ends with exit code 4 if anything
+    is not as it was written, and says what it does not cover.
 
     Example: fedcollm status
     """
@@ -351,6 +352,8 @@ def status(
 
         found = stage(opened.workspace, verify=verify)
         opened.console.result(views.status_value(found, workspace), views.status(found, workspace))
+    if verify and found.is_damaged:
+        raise typer.Exit(Damaged.exit_code)
 
 
 def _published(opened: Session, folder: Path, manifest: Manifest) -> None:

@@ -103,6 +103,8 @@ def status(found: Status, workspace: Path | None) -> str:
         lines.append(found.edited)
     lines += [f"stale: {one}" for one in found.stale]
     lines += [f"changed since it was written: {one}" for one in found.changed]
+    if found.not_covered:
+        lines.append(f"not covered: {found.not_covered}")
     if found.next_command:
         lines.append(f"next: {with_workspace(found.next_command, workspace)}")
     elif found.waiting_for:

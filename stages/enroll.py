@@ -36,13 +36,15 @@ def enroll(workspace: Workspace, *, renew: bool = False, report: Report = ignore
 
 def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
     members = _members(workspace)
+    Vault.erase_unfinished(workspace, SERVER)
     vault = None if renew else Vault.find(workspace, SERVER)
     if vault is None:
         vault = Vault.make(workspace, SERVER)
     content = vault.pinned
     if content is None:
         content = _roster(workspace, vault, members)
-        vault.pin(content)
+        with vault.alone(report):
+            vault.pin(content)
     else:
         report(Event("note", "already enrolled"))
         pinned = roster.pinned(workspace, SERVER)

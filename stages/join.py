@@ -45,7 +45,8 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
     _check_own(workspace, client, vault, federation)
     roster.check_tasks(workspace, federation)
     _check_others(workspace, roster.Roster(federation, files.sha256(content)))
-    vault.pin(content)
+    with vault.alone(report):
+        vault.pin(content)
     return found
 
 

@@ -44,14 +44,16 @@ def keys(workspace: Workspace, *, client: int, renew: bool = False, report: Repo
 
 def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Made:
     party, path = party_of(client), workspace.public_keys(client)
+    Vault.erase_unfinished(workspace, party)
     vault = None if renew else Vault.find(workspace, party)
     if vault is None:
-        vault = _new(workspace, client)
+        vault = Vault.make(workspace, party)
     else:
         report(Event("note", "already made"))
-    public = vault.kept(PUBLIC)
-    if public is None:  # stopped before it was kept: nobody has seen these keys
-        public = _public(workspace, client, vault)
+    with vault.alone(report):
+        public = vault.kept(PUBLIC)
+        if public is None:  # stopped before it was kept: nobody has seen these keys
+            public = _public(workspace, client, vault)
     try:
         roster.PublicKeys.model_validate(public)
     except ValidationError as error:
@@ -66,12 +68,6 @@ def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Mad
     files.write(path.with_name(f"{path.name}.sig"), signatures.sign(content, "keys", vault.identity))
     files.write(path, content)
     return Made(path, signatures.key_id(bytes.fromhex(public["ed25519"])))
-
-
-def _new(workspace: Workspace, client: int) -> Vault:
-    vault = Vault.make(workspace, party_of(client))
-    _public(workspace, client, vault)
-    return vault
 
 
 def _public(workspace: Workspace, client: int, vault: Vault) -> dict[str, Any]:

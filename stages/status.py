@@ -1,6 +1,7 @@
 """status: what is done, missing, damaged or stale, from the files alone, and the next command on this machine.
 
-Reads manifests and file sizes; with verify, every byte. Loads no model and writes nothing.
+Reads manifests and file sizes; with verify, every byte, and whatever else was written with a digest. Loads no model and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.parts import files, records, roster
+from stages.parts import records, roster
 from stages.parts.config import threshold
-from stages.parts.errors import Problem, Refused
+from stages.parts.errors import Damaged, Problem, Refused
 from stages.parts.manifest import read_manifest
 from stages.parts.progress import Reader, Round, Step, enrolment
 from stages.parts.vault import SERVER
@@ -30,9 +31,16 @@ class Status:
     next_command: str
     waiting_for: str
     changed: list[str] = field(default_factory=list)
-    """With verify: results, logs, rows and checkpoints that are not as they were written."""
+    """With verify: results, logs, rows, checkpoints, keys and secrets that are not as they were written."""
     stale: list[str] = field(default_factory=list)
     """Rows and results that are of other tasks, settings or adapters than lie here now: why, and what mends it."""
+    not_covered: str = ""
+    """With verify: what nothing was held against."""
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether anything is not as it was written."""
+        return bool(self.changed) or any(step.condition == "damaged" for one in self.rounds for step in one.steps)
 
     @property
     def edited(self) -> str:
@@ -59,8 +67,11 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
         )
     stale += _other_tasks(workspace)
     command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, [path for path, *_ in of_others])
-    changed = [f"{workspace.shown(path)}: {found}" for path, found, _ in records.faults(workspace)] if verify else []
-    return Status(rounds, command, waiting_for, changed, stale)
+    if not verify:
+        return Status(rounds, command, waiting_for, stale=stale)
+    faults = (*records.faults(workspace), *records.others(workspace))
+    changed = [f"{workspace.shown(path)}: {found}" for path, found, _ in faults]
+    return Status(rounds, command, waiting_for, changed, stale, records.NOT_COVERED)
 
 
 def _other_tasks(workspace: Workspace) -> list[str]:
@@ -166,7 +177,10 @@ def _score(workspace: Workspace, rounds: list[Round], stale: list[Path]) -> tupl
     result = workspace.result(last, ended.name)
     if not result.exists():
         return command, ""
-    found, adapter = files.read_json(result)[0], read_manifest(ended)[0].files[ADAPTER_WEIGHTS].sha256
+    try:
+        found, adapter = records.read_result(result), read_manifest(ended)[0].files[ADAPTER_WEIGHTS].sha256
+    except Damaged:  # of the adapter itself, its round says so
+        return f"{command} --overwrite", ""
     is_its = (found.get("adapter_sha256"), found.get("agreement_sha256")) == (adapter, workspace.agreement_sha256)
     is_its &= result not in stale
     return ("" if is_its and found.get("tasks") else f"{command} --overwrite"), ""

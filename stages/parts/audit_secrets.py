@@ -1,4 +1,4 @@
-"""A8, secrets: no key lies in the workspace, where a copy of the folder would carry it, and none is open to others."""
+"""A8, secrets: no key lies in the workspace, which a copy carries along; none is damaged or open to others."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def vaults_of(workspace: Workspace) -> Iterator[Finding]:
     found = 0
     for party in (vault.SERVER, *map(vault.client, workspace.clients)):
         try:
-            found += vault.Vault.find(workspace, party) is not None
+            own = vault.Vault.find(workspace, party)
+            found += own is not None
+            for fault in own.faults() if own else ():
+                yield A8.fail(str(fault.where), fault.message, "the secret as it was written")
         except (Problem, OSError) as problem:
             where = problem.where if isinstance(problem, Problem) else problem.filename
             yield A8.fail(str(where), said_by(problem), "0700, its files 0600, outside every workspace")

@@ -81,7 +81,8 @@ def _pinned(workspace: Workspace, clients: list[int]) -> Iterator[tuple[str, str
     for party in (vault.SERVER, *map(vault.client, clients)):
         try:
             own = vault.Vault.find(workspace, party)
+            content = own.pinned if own else None
         except (Problem, OSError):  # A8 says why
             continue
-        if own and own.pinned is not None:
-            yield party, files.sha256(own.pinned)
+        if content is not None:
+            yield party, files.sha256(content)

@@ -1,22 +1,29 @@
-"""What a workspace keeps beside its folders with manifests: results, private logs, rows, checkpoints.
+"""What a workspace keeps beside its folders with manifests: results, private logs, rows, tasks, checkpoints, secrets.
 
 Each is held against a digest that was written with it. That notices damage and edits; who means to forge can write the
-digest anew. Not covered: machine.toml, private/split.json, TensorBoard's files, the report, and base models, which are
-hashed whenever they are loaded.
+digest anew.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.parts import checkpoints, files
+from stages.parts import checkpoints, files, roster, spending
 from stages.parts.errors import Damaged, Problem
-from stages.parts.manifest import read_manifest
+from stages.parts.manifest import Artefact, check_signed, read_artefact, read_manifest
 from stages.parts.subjects import folder_of, is_subject
-from stages.parts.workspace import AGREEMENT, Workspace
+from stages.parts.vault import SERVER, Vault, client
+from stages.parts.workspace import AGREEMENT, SIGNATURE, Workspace
+
+NOT_COVERED = (
+    "machine.toml, private/split.json, exports/, slurm/, TensorBoard's files, the report; tasks/ before anything is "
+    "scored; base models, which are hashed when they are loaded"
+)
+"""By `status --verify`."""
 
 DIGEST = "result_sha256"
 EARLIER = ("subject", "round", "agreement_sha256", "adapter_sha256", "manifest_sha256", "base", "tasks_sha256", "dtype")
@@ -88,22 +95,69 @@ def scored_by(round: int | None, subject: str) -> str:
     return f"fedcollm evaluate {'--zero-shot' if round is None else f'--round {round}'} {whose}"
 
 
-def faults(workspace: Workspace) -> Iterator[tuple[Path, str, str]]:
-    """Each record that is not as it was written: its path, what was found, and what was expected."""
-    for path in sorted((workspace.root / "results").glob("*/*.json")):
-        if path.parent.name.startswith(("round-", "zero-shot")):
-            yield from _fault(path, read_result)
+Fault = tuple[Path, str, str]
+"""A path, what was found there, and what was expected."""
+
+
+def faults(workspace: Workspace) -> Iterator[Fault]:
+    """Each record that is not as it was written."""
+    results = sorted((workspace.root / "results").glob("*/*.json"))
+    for path in (path for path in results if path.parent.name.startswith(("round-", "zero-shot"))):
+        yield from _fault(path, read_result)
     for path in sorted(workspace.private.glob("*/round-*/*.jsonl")):
         yield from _fault(path, files.check_log)
-    for client in workspace.clients:
-        yield from _rows(workspace, workspace.client_data(client), "client-train", client)
+    for k in workspace.clients:
+        yield from _rows(workspace, workspace.client_data(k), "client-train", k)
     yield from _rows(workspace, workspace.auxiliary_data, "co-distill", None)
+    yield from _rows(workspace, workspace.held_out_data, "aggregate", None, name="held-out")
     for path in sorted(workspace.private.glob(f"*/round-*/.*/*/checkpoint-*/{checkpoints.COMPLETE}")):
         if not checkpoints.is_whole(path.parent):
             yield path.parent, "is not what was sealed: training will pass it over", "the bytes that were written"
 
 
-def _fault(path: Path, read: Any) -> Iterator[tuple[Path, str, str]]:
+def others(workspace: Workspace) -> Iterator[Fault]:
+    """The same of what other checks of an audit look at: keys and roster, ledgers, a client's own adapters, secrets."""
+    if os.path.lexists(workspace.federation):
+        yield from _fault(workspace.federation, roster.read_federation)
+    for k in workspace.clients:
+        if os.path.lexists(workspace.public_keys(k)):
+            yield from _fault(workspace.public_keys(k), roster.read_keys)
+        yield from _fault(workspace.privacy_ledger(k), spending.read_ledger)
+    yield from _signatures(workspace)
+    for folder in sorted(workspace.private.glob("client-*/round-*/*/")):
+        if not folder.name.startswith(".") or folder.name == workspace.masked_update(1, 1).name:
+            yield from _fault(folder, read_artefact)
+    for party in (SERVER, *map(client, workspace.clients)):
+        vault = Vault.find(workspace, party)
+        for problem in vault.faults() if vault else ():
+            yield Path(problem.where or ""), problem.message, "the secret as it was written"
+
+
+def _signatures(workspace: Workspace) -> Iterator[Fault]:
+    """Every folder's signature, by the roster in exchange/; of one that cannot be read, its round says so."""
+    try:
+        members = roster.anyones(workspace)
+    except (Problem, OSError):
+        return
+    if members is None:
+        return
+    for top in (workspace.exchange, workspace.private):
+        for path in sorted(top.glob(f"**/round-*/*/{SIGNATURE}")):
+            try:
+                folder = read_artefact(path.parent, only=[])
+            except (Problem, OSError):
+                continue
+            by = folder.manifest.client
+            yield from _fault(
+                path, functools.partial(_check_signed, folder, members, SERVER if by is None else client(by))
+            )
+
+
+def _check_signed(folder: Artefact, members: roster.Roster, party: str, _: Path) -> None:
+    check_signed(folder, members, party)
+
+
+def _fault(path: Path, read: Callable[[Path], object]) -> Iterator[Fault]:
     try:
         read(path)
     except Problem as problem:
@@ -112,11 +166,11 @@ def _fault(path: Path, read: Any) -> Iterator[tuple[Path, str, str]]:
         yield path, error.strerror or str(error), "a file that can be read"
 
 
-def _rows(workspace: Workspace, data: Path, stage: str, client: int | None) -> Iterator[tuple[Path, str, str]]:
-    """A party's rows against the newest log of a training on them."""
+def _rows(workspace: Workspace, data: Path, stage: str, client: int | None, *, name: str = "data") -> Iterator[Fault]:
+    """A party's rows against the newest log of a stage that has read them. name: what the log calls them."""
     for round in range(workspace.agreement.federation.rounds, 0, -1):
         log = workspace.log(stage, round, client)
-        named = files.logged_inputs(log).get("data")
+        named = files.logged_inputs(log).get(name)
         if not named:
             continue
         if os.path.lexists(data):
@@ -126,6 +180,6 @@ def _rows(workspace: Workspace, data: Path, stage: str, client: int | None) -> I
                 yield data, str(problem), "rows that can be read"
                 return
             if found != named:
-                said = f"the rows that {workspace.shown(log)} was trained on, {named[:16]}..."
+                said = f"the rows that {workspace.shown(log)} names, {named[:16]}..."
                 yield data, f"sha256 {found[:16]}...", said
         return

@@ -1,20 +1,24 @@
 """A party's secrets: its identity key, its one-time keys, the roster it has pinned, and what it did in each round.
 
 They lie outside the workspace, so that copying a workspace cannot carry them: in machine.toml's `secrets`, by default
-fedcollm/ in the user's data folder, one folder for each workspace and party. Refused where others could read them.
+fedcollm/ in the user's data folder, one folder for each workspace and party. Refused where others could read them. Each
+is held against a digest that was written with it: a damaged one is named and never used.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -27,7 +31,10 @@ from stages.parts.workspace import SECRETS_MARKER, Workspace
 LARGEST_JUMP = 8
 """How many one-time keys may be passed over at once, so that a server cannot burn them."""
 
-LOCK = "lock"
+LOCK, PINNED = "lock", "federation.json"
+DIGEST = "record_sha256"
+MADE, JOINED = "made", "joined"
+"""Records: the sha256 of the two keys, which a vault of an earlier version lacks; that of the roster."""
 NOT_ENROLLED = "is not the one that it enrolled with: damaged, or of another party"
 
 SERVER: Literal["server"] = "server"
@@ -51,11 +58,7 @@ class Vault:
         pointer = workspace.secrets_pointer(party)
         if not pointer.exists():
             return None
-        name = str(files.read_json(pointer)[0].get("folder"))
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}-[0-9a-f]{16}", name):
-            mend = f"fedcollm {_maker(party)} --renew makes new keys, for a new federation"
-            raise Damaged(f"{pointer.name} names no folder of keys", where=pointer, mend=mend)
-        vault = Vault(workspace.secrets / name / party, party)
+        vault = Vault(workspace.secrets / _named_by(pointer, party) / party, party)
         vault._check(workspace)
         return vault
 
@@ -74,30 +77,51 @@ class Vault:
         name = f"{workspace.agreement.federation.name}-{secrets.token_hex(8)}"
         vault = Vault(workspace.secrets / name / party, party)
         vault._check_outside(workspace)
+        pointer, unfinished = workspace.secrets_pointer(party), workspace.secrets_unfinished(party)
+        Vault.erase_unfinished(workspace, party)
+        files.write(unfinished, files.json_bytes({"folder": name}))
         for folder in (vault.root.parent.parent, vault.root.parent, vault.root):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         vault._keep(SECRETS_MARKER, b"Secret keys of fedcollm. Never copy this folder.\n")
         vault._keep(LOCK, b"")
-        for key, kind in (("identity", Ed25519PrivateKey), ("box", X25519PrivateKey)):
-            made = kind.generate()
-            pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-            vault._keep(f"{key}.pem", made.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+        pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        made = {
+            f"{key}.pem": kind.generate().private_bytes(pem, pkcs8, serialization.NoEncryption())
+            for key, kind in (("identity", Ed25519PrivateKey), ("box", X25519PrivateKey))
+        }
+        for file, content in made.items():
+            vault._keep(file, content)
+        vault.keep(MADE, {file: files.sha256(content) for file, content in made.items()})
         vault.keep("ratchet", {"slot": 0, "seed": secrets.token_hex(32)})
-        files.write(workspace.secrets_pointer(party), files.json_bytes({"folder": name}))
+        files.write(pointer, files.json_bytes({"folder": name}))
+        unfinished.unlink()
         return vault
+
+    @staticmethod
+    def erase_unfinished(workspace: Workspace, party: str) -> None:
+        """Erase the secrets of a vault whose making was killed: no pointer names it, so that it is never used."""
+        pointer, unfinished = workspace.secrets_pointer(party), workspace.secrets_unfinished(party)
+        if not unfinished.exists():
+            return
+        name = _named_by(unfinished, party)
+        if not pointer.exists() or _named_by(pointer, party) != name:
+            shutil.rmtree(workspace.secrets / name, ignore_errors=True)
+        unfinished.unlink()
 
     @property
     def identity(self) -> Ed25519PrivateKey:
         """What the party signs with."""
         key = self._key("identity")
-        assert isinstance(key, Ed25519PrivateKey)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise self.damaged("identity.pem")
         return key
 
     @property
     def box(self) -> X25519PrivateKey:
         """What opens the reveals that are sealed to the server."""
         key = self._key("box")
-        assert isinstance(key, X25519PrivateKey)
+        if not isinstance(key, X25519PrivateKey):
+            raise self.damaged("box.pem")
         return key
 
     @contextlib.contextmanager
@@ -114,10 +138,9 @@ class Vault:
             yield
 
     def _erase_drafts(self) -> None:
-        """Erase what a process that was killed left of seeds and shares; nobody else writes these meanwhile."""
+        """Erase what a process that was killed left of keys, seeds and shares; nobody else writes these meanwhile."""
         for draft in self.root.glob(".*.partial"):
-            if draft.name.startswith((".ratchet.json.", ".round-")):
-                draft.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
 
     def prekeys(self, slots: int) -> list[str]:
         """The public one-time keys of the first so many slots, from the first secret on."""
@@ -159,26 +182,55 @@ class Vault:
             raise self.damaged("ratchet.json", NOT_ENROLLED)
 
     def keep(self, name: str, value: dict[str, Any]) -> None:
-        """Remember a JSON value, on disk when this returns."""
-        self._keep(f"{name}.json", files.json_bytes(value))
+        """Remember a JSON value, with the digest of it, on disk when this returns."""
+        self._keep(f"{name}.json", files.json_bytes(value | {DIGEST: files.sha256(files.json_bytes(value))}))
 
     def kept(self, name: str) -> dict[str, Any] | None:
-        """A value that was kept, or None."""
+        """A value that was kept, or None. Raises Damaged if it is not as it was written."""
         path = self.root / f"{name}.json"
+        if not path.exists():
+            return None
         try:
-            return files.read_json(path)[0] if path.exists() else None
+            value, _ = files.read_json(path)
         except Damaged as problem:
             raise self.damaged(path.name) from problem
+        named = value.pop(DIGEST, None)
+        is_of_earlier_version = named is None and not (self.root / f"{MADE}.json").exists()
+        if not is_of_earlier_version and named != files.sha256(files.json_bytes(value)):
+            raise self.damaged(path.name)
+        return value
 
     def pin(self, roster: bytes) -> None:
         """Trust this roster, and no other, from now on."""
-        self._keep("federation.json", roster)
+        self.keep(JOINED, {"roster_sha256": files.sha256(roster)})
+        self._keep(PINNED, roster)
 
     @property
     def pinned(self) -> bytes | None:
-        """The roster that this party trusts, byte for byte."""
-        path = self.root / "federation.json"
-        return files.read(path, limit_bytes=files.LARGEST_JSON_BYTES) if path.exists() else None
+        """The roster that this party trusts, byte for byte. Raises Damaged if it is not the one that was pinned."""
+        path = self.root / PINNED
+        if not path.exists():
+            return None
+        content, joined = files.read(path, limit_bytes=files.LARGEST_JSON_BYTES), self.kept(JOINED)
+        if joined is not None and joined.get("roster_sha256") != files.sha256(content):
+            raise self.damaged(PINNED)
+        return content
+
+    def faults(self) -> Iterator[Damaged]:
+        """Each secret that is not as it was written, or is gone."""
+        names = {path.stem for path in self.root.glob("[!.]*.json") if path.name != PINNED}
+        looks: list[Callable[[], object]] = [
+            lambda: self.identity,
+            lambda: self.box,
+            self._ratchet,
+            lambda: self.pinned,
+        ]
+        looks += [functools.partial(self.kept, name) for name in sorted(names - {"ratchet", MADE})]
+        for look in looks:
+            try:
+                look()
+            except Damaged as problem:
+                yield problem
 
     def damaged(self, name: str, how: str = "is damaged") -> Damaged:
         """One of the party's secrets cannot be read, or is another."""
@@ -198,10 +250,13 @@ class Vault:
 
     def _key(self, name: str) -> object:
         path = self.root / f"{name}.pem"
+        made = self.kept(MADE)
         try:
             content = files.read(path, limit_bytes=files.LARGEST_JSON_BYTES)
+            if made and made.get(path.name) != files.sha256(content):
+                raise self.damaged(path.name, NOT_ENROLLED)
             return serialization.load_pem_private_key(content, password=None)
-        except (NotReady, ValueError, TypeError) as error:
+        except (NotReady, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise self.damaged(path.name) from error
 
     def _check(self, workspace: Workspace) -> None:
@@ -233,3 +288,12 @@ class Vault:
 def _maker(party: str) -> str:
     """The command that makes a party's keys."""
     return "enroll" if party == SERVER else f"keys --client {party.removeprefix('client-')}"
+
+
+def _named_by(pointer: Path, party: str) -> str:
+    """The name of the folder of keys that a pointer holds."""
+    name = str(files.read_json(pointer)[0].get("folder"))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}-[0-9a-f]{16}", name):
+        mend = f"fedcollm {_maker(party)} --renew makes new keys, for a new federation"
+        raise Damaged(f"{pointer.name} names no folder of keys", where=pointer, mend=mend)
+    return name

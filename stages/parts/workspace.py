@@ -202,6 +202,10 @@ class Workspace:
         """The name of a party's folder of keys: no secret itself."""
         return self.private / party / "keys.json"
 
+    def secrets_unfinished(self, party: str) -> Path:
+        """The same while keys are being made: left over where that was killed, so that the next can erase them."""
+        return self.private / party / "keys-unfinished.json"
+
     def public_keys(self, client: int) -> Path:
         """A client's public keys, from the client to the server; the signature is beside it, .sig."""
         return self.root / "exchange" / "keys" / f"client-{client}.json"

@@ -282,9 +282,7 @@ def test_a_servers_box_that_is_not_the_rosters_is_refused(enrolled: Path) -> Non
 
 
 def test_a_seed_that_is_not_the_one_enrolled_is_refused_before_anything_is_trained(opened: Path) -> None:
-    path = vault_of(opened, "client-2") / "ratchet.json"
-    value = json.loads(path.read_text())
-    path.write_text(json.dumps(value | {"seed": "00" + value["seed"][2:] if value["seed"][:2] != "00" else "11" * 32}))
+    Vault.need(Workspace(opened), "client-2").keep("ratchet", {"slot": 0, "seed": "11" * 32})
     assert "ratchet.json of client-2 is not the one" in refusal(opened, theta_of(opened)).message
 
 

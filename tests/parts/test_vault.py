@@ -6,14 +6,16 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from federations import with_keys
-from stages.parts import one_time
+from stages.parts import files, one_time
 from stages.parts.errors import Damaged, NotReady, Refused, StorageProblem
 from stages.parts.vault import LARGEST_JUMP, SERVER, Vault
 from stages.parts.workspace import Workspace
@@ -38,6 +40,7 @@ def test_a_vault_is_for_its_user_alone_and_outside_the_workspace(workspace: Work
         "lock",
         "identity.pem",
         "box.pem",
+        "made.json",
         "ratchet.json",
     }
     for path in (tmp_path / "keys").rglob("*"):
@@ -228,6 +231,7 @@ def test_a_key_that_was_passed_is_gone_for_good(workspace: Workspace) -> None:
     vault.advance(2)
     kept = json.loads((vault.root / "ratchet.json").read_text())
     # Two links further, by the derivation itself.
+    assert kept.pop("record_sha256")
     assert kept == {"slot": 2, "seed": one_time.next_seed(one_time.next_seed(bytes.fromhex(first))).hex()}
     assert not any(first.encode() in path.read_bytes() for path in vault.root.iterdir())
     for slot in (0, 1):
@@ -264,7 +268,8 @@ def test_a_vault_shows_nothing_secret_of_itself(workspace: Workspace) -> None:
 
 def test_what_a_killed_process_left_of_seeds_and_shares_is_erased_by_the_next(workspace: Workspace) -> None:
     vault = Vault.make(workspace, "client-2")
-    left = [vault.root / f".{name}.12-ab.partial" for name in ("ratchet.json", "round-0001.json")]
+    names = ("ratchet.json", "round-0001.json", "identity.pem", "public.json", "federation.json")
+    left = [vault.root / f".{name}.12-ab.partial" for name in names]
     for path in left:
         path.write_text('{"slot": 0, "seed": "00"}')
     with vault.alone():
@@ -281,3 +286,79 @@ def test_a_one_time_key_is_held_against_the_one_that_was_published(workspace: Wo
         vault.check_own(0, second)
     vault.advance(1)
     vault.check_own(0, second)  # gone: nothing to hold it against
+
+
+class KilledError(BaseException):
+    """The process ends here; not an Exception: no code of ours may catch it and go on."""
+
+
+@pytest.mark.parametrize("at", ["identity.pem", "box.pem", "made.json", "ratchet.json", "keys.json"])
+def test_secrets_of_a_making_that_was_killed_are_erased_by_the_next(
+    at: str, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files.write
+
+    def dying(path: Path, content: bytes, **how: Any) -> None:
+        if path.name == at:
+            (path.parent / f".{at}.12-ab.partial").write_bytes(content)
+            raise KilledError
+        write(path, content, **how)
+
+    monkeypatch.setattr(files, "write", dying)
+    with pytest.raises(KilledError):
+        Vault.make(workspace, "client-2")
+    [left] = (tmp_path / "keys").iterdir()
+    monkeypatch.undo()
+    vault = Vault.make(workspace, "client-2")
+    assert list((tmp_path / "keys").iterdir()) == [vault.root.parent] != [left]
+    assert not workspace.secrets_unfinished("client-2").exists()
+
+
+def test_keys_that_were_made_are_not_erased_where_the_process_was_killed_just_then(workspace: Workspace) -> None:
+    vault = Vault.make(workspace, "client-2")
+    workspace.secrets_unfinished("client-2").write_bytes(workspace.secrets_pointer("client-2").read_bytes())
+    Vault.erase_unfinished(workspace, "client-2")
+    assert Vault.need(workspace, "client-2") == vault
+    assert vault.identity
+    assert not workspace.secrets_unfinished("client-2").exists()
+
+
+def test_one_flipped_bit_anywhere_in_a_secret_is_named_and_the_secret_is_not_used(workspace: Workspace) -> None:
+    vault = Vault.make(workspace, "client-2")
+    vault.keep("round-0001", {"attempt": 1})
+    vault.pin(b"roster\n")
+    uses: dict[str, Callable[[], object]] = {
+        "identity.pem": lambda: vault.identity,
+        "box.pem": lambda: vault.box,
+        "made.json": lambda: vault.identity,
+        "ratchet.json": lambda: vault.advance(0),
+        "round-0001.json": lambda: vault.kept("round-0001"),
+        "joined.json": lambda: vault.pinned,
+        "federation.json": lambda: vault.pinned,
+    }
+    assert {path.name for path in vault.root.iterdir()} - {".fedcollm-secrets", "lock"} == set(uses)
+    assert list(vault.faults()) == []
+    for name, use in uses.items():
+        content = (vault.root / name).read_bytes()
+        for at in range(len(content)):
+            (vault.root / name).write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
+            with pytest.raises(Damaged, match=name) as caught:
+                use()
+            assert "put it back from a copy" in (caught.value.mend or "")
+            if at % 50 == 0:
+                assert name in [problem.where.name for problem in vault.faults() if problem.where]
+        (vault.root / name).write_bytes(content)
+    assert list(vault.faults()) == []
+
+
+def test_secrets_of_an_earlier_version_which_wrote_no_digests_are_taken(workspace: Workspace) -> None:
+    vault = Vault.make(workspace, "client-2")
+    vault.pin(b"roster\n")
+    seed = (vault.kept("ratchet") or {})["seed"]
+    for name in ("made.json", "joined.json"):
+        (vault.root / name).unlink()
+    (vault.root / "ratchet.json").write_bytes(files.json_bytes({"slot": 0, "seed": seed}))
+    assert vault.pinned == b"roster\n"
+    assert vault.identity
+    assert vault.advance(0)
+    assert list(vault.faults()) == []
