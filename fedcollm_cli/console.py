@@ -156,6 +156,8 @@ class Console:
             self._err.print(f"  in    {problem.where}")
         if problem.mend:
             self._err.print(f"  mend  {problem.mend}")
+        if problem.edited and problem.edited not in problem.message:
+            self._err.print(f"  edit  fedcollm.toml was edited since something was published here: {problem.edited}")
 
     def say(self, text: str) -> None:
         """A sentence on stderr, whatever quiet says."""

@@ -15,6 +15,7 @@ import typer
 
 from fedcollm_cli.console import Console
 from fedcollm_cli.launched import Launch, is_first, launched
+from stages.parts import edits
 from stages.parts.errors import INTERRUPTED_EXIT_CODE, Problem
 from stages.parts.files import naming_storage_faults
 from stages.parts.processes import ALONE, Processes
@@ -119,7 +120,11 @@ def session(
         console.tells_failures = True  # what all would say alike has been checked
         joined = join(launch, found.machine.device)
         with joined.ending_together():
-            yield Session(found, console, joined)
+            try:
+                yield Session(found, console, joined)
+            except Problem as problem:
+                problem.edited = edits.since_last(found)
+                raise
 
 
 def join(launch: Launch, device: str) -> Processes:

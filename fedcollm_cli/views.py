@@ -99,6 +99,8 @@ def status(found: Status, workspace: Path | None) -> str:
     if len(begun) < len(found.rounds):
         first, last = len(begun) + 1, len(found.rounds)
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
+    if found.scores:
+        lines.append(f"scores of round {found.rounds[-1].number}: {_summary(found.scores)}")
     if found.edited:
         lines.append(found.edited)
     lines += [f"stale: {one}" for one in found.stale]
@@ -106,20 +108,23 @@ def status(found: Status, workspace: Path | None) -> str:
     if found.not_covered:
         lines.append(f"not covered: {found.not_covered}")
     if found.next_command:
-        lines.append(f"next: {with_workspace(found.next_command, workspace)}")
+        only = ", only where all parties have agreed on the edit" if found.edited else ""
+        lines.append(f"next{only}: {with_workspace(found.next_command, workspace)}")
     elif found.waiting_for:
         lines.append(f"waiting for {found.waiting_for}")
     else:
         is_done = all(round.is_done for round in found.rounds)
-        lines.append("everything is done" if is_done else "this machine's part is done")
+        is_scored = all(score.condition == "done" for score in found.scores if "client" not in score.name)
+        everything = "everything is done" + ("" if is_scored else " but scores, which `fedcollm evaluate` makes")
+        lines.append(everything if is_done else "this machine's part is done")
     return texts.lines(lines)
 
 
-def _summary(clients: list[Any]) -> str:
-    """How many clients are in which condition, naming those not done."""
+def _summary(several: list[Any]) -> str:
+    """How many clients, or scores, are in which condition, naming those not done."""
     parts = []
-    for condition, count in Counter(step.condition for step in clients).items():
-        names = [step.name.partition("-")[2] for step in clients if step.condition == condition]
+    for condition, count in Counter(one.condition for one in several).items():
+        names = [re.sub(r"^\w+-", "", one.name) for one in several if one.condition == condition]
         shown = ", ".join(names[:MOST_NAMED]) + (f" and {count - MOST_NAMED} more" if count > MOST_NAMED else "")
         parts.append(f"{count} {condition}" if condition == "done" else f"{count} {condition}: {shown}")
     return "; ".join(parts)

@@ -9,7 +9,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.parts import files, roster, signatures, task_files
+from stages.parts import edits, files, roster, signatures, task_files
 from stages.parts.errors import Damaged, NotReady, Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.vault import SERVER, Vault
@@ -43,6 +43,7 @@ def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
     content = vault.pinned
     if content is None:
         content = _roster(workspace, vault, members)
+        edits.keep(workspace)
         with vault.alone(report):
             vault.pin(content)
     else:

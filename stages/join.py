@@ -5,7 +5,7 @@ Reads exchange/federation.json and exchange/keys. Writes nothing into the worksp
 
 from __future__ import annotations
 
-from stages.parts import files, roster
+from stages.parts import edits, files, roster
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.vault import Vault
@@ -45,6 +45,7 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
     _check_own(workspace, client, vault, federation)
     roster.check_tasks(workspace, federation)
     _check_others(workspace, roster.Roster(federation, files.sha256(content)))
+    edits.keep(workspace)
     with vault.alone(report):
         vault.pin(content)
     return found

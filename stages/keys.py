@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stages.parts import files, roster, signatures
+from stages.parts import edits, files, roster, signatures
 from stages.parts.errors import Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.vault import NOT_ENROLLED, Vault
@@ -63,6 +63,7 @@ def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Mad
         raise Refused(f"client {client} has keys for another agreement", where=path, mend=mend)
     if public["ed25519"] != vault.identity.public_key().public_bytes_raw().hex():
         raise vault.damaged("identity.pem", NOT_ENROLLED)
+    edits.keep(workspace)
     content = files.json_bytes(public)
     # The signature first, since what it signs counts from its arrival on.
     files.write(path.with_name(f"{path.name}.sig"), signatures.sign(content, "keys", vault.identity))

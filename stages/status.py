@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
-from stages.parts import records, roster
+from stages.parts import edits, records, roster
 from stages.parts.config import threshold
 from stages.parts.errors import Damaged, Problem, Refused
-from stages.parts.manifest import read_manifest
 from stages.parts.progress import Reader, Round, Step, enrolment
 from stages.parts.vault import SERVER
-from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace
+from stages.parts.workspace import AGREEMENT, MANIFEST, Workspace
 
 STALE_ROWS = "prepare dealt its rows before its tasks, or files, were edited"
 SIMULATES = "simulation = true in machine.toml, where one person plays all parties"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What lm-eval said of one model after the last round: of "slm", "llm", "aggregate" or "client 2"."""
+
+    name: str
+    condition: Literal["done", "missing"]
+    command: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,9 @@ class Status:
     rounds: list[Round]
     next_command: str
     waiting_for: str
+    scores: list[Score] = field(default_factory=list)
+    edited: str = ""
+    """That the agreement is another than what is here was made under: which keys, and what to do first; or empty."""
     changed: list[str] = field(default_factory=list)
     """With verify: results, logs, rows, checkpoints, keys and secrets that are not as they were written."""
     stale: list[str] = field(default_factory=list)
@@ -41,15 +54,6 @@ class Status:
     def is_damaged(self) -> bool:
         """Whether anything is not as it was written."""
         return bool(self.changed) or any(step.condition == "damaged" for one in self.rounds for step in one.steps)
-
-    @property
-    def edited(self) -> str:
-        """That the agreement is another than what is here was made under, and what to do first; empty if it is not."""
-        stale = [step for round in self.rounds for step in round.steps if AGREEMENT in step.changed]
-        if not stale:
-            return ""
-        count = "1 step" if len(stale) == 1 else f"{len(stale)} steps"
-        return f"{AGREEMENT} was edited after {count} had been made under it: undo the edit first, or agree on it anew"
 
 
 def status(workspace: Workspace, *, verify: bool = False, party: str | None = None) -> Status:
@@ -66,12 +70,24 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
             0, f"{workspace.shown(workspace.split)}: {STALE_ROWS} (fedcollm prepare tells whether the rows change)"
         )
     stale += _other_tasks(workspace)
-    command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, [path for path, *_ in of_others])
+    scores = _scores(workspace, rounds[-1].number, [path for path, *_ in of_others])
+    command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, scores)
+    found = Status(rounds, command, waiting_for, scores, _edited(workspace, reader.other_agreements), stale=stale)
     if not verify:
-        return Status(rounds, command, waiting_for, stale=stale)
+        return found
     faults = (*records.faults(workspace), *records.others(workspace))
-    changed = [f"{workspace.shown(path)}: {found}" for path, found, _ in faults]
-    return Status(rounds, command, waiting_for, changed, stale, records.NOT_COVERED)
+    changed = [f"{workspace.shown(path)}: {what}" for path, what, _ in faults]
+    return replace(found, changed=changed, not_covered=records.NOT_COVERED)
+
+
+def _edited(workspace: Workspace, others: Counter[str]) -> str:
+    if not others:
+        return ""
+    [(digest, _)] = others.most_common(1)
+    count = "1 step" if others.total() == 1 else f"{others.total()} steps"
+    which = edits.since(workspace, digest) or f"in what is not known here, compare its sha256 with {digest}"
+    said = f"{AGREEMENT} was edited after {count} had been made under it: {which}"
+    return f"{said}. Undo the edit first, or agree on it anew"
 
 
 def _other_tasks(workspace: Workspace) -> list[str]:
@@ -86,7 +102,7 @@ def _other_tasks(workspace: Workspace) -> list[str]:
 
 
 def _next(
-    workspace: Workspace, rounds: list[Round], party: str | None, are_rows_stale: bool, stale: list[Path]
+    workspace: Workspace, rounds: list[Round], party: str | None, are_rows_stale: bool, scores: list[Score]
 ) -> tuple[str, str]:
     """The first command that this machine, or the party, can give now; or, where there is none, what it waits for."""
     parties = [workspace.client_data(k) for k in workspace.clients] + [workspace.auxiliary_data]
@@ -113,7 +129,9 @@ def _next(
                 continue
             waiting_for = _missing_before(workspace, round, step) or _missing_rows(workspace, step)
             return ("", waiting_for) if waiting_for else (step.command, "")
-    return _score(workspace, rounds, stale) if party in (None, SERVER) else ("", "")
+    ended = [score for score in scores if score.name == workspace.round_result(rounds[-1].number).name]
+    is_asked = party in (None, SERVER) and bool(ended) and ended[0].condition == "missing"
+    return (ended[0].command if is_asked else ""), ""
 
 
 def _rows_of(workspace: Workspace, party: str | None) -> str:
@@ -167,23 +185,33 @@ def _missing_updates(workspace: Workspace, number: int, updates: list[Step]) -> 
     return f"{missing} more updates of round {number} in exchange/, of {absent}" if missing > 0 else ""
 
 
-def _score(workspace: Workspace, rounds: list[Round], stale: list[Path]) -> tuple[str, str]:
-    """The scores of what the last round left: missing where they are not there, or are another adapter's."""
-    agreement, last = workspace.agreement, rounds[-1].number
+def _scores(workspace: Workspace, last: int, stale: list[Path]) -> list[Score]:
+    """The scores of what the last round left on this machine: the server's models, and its own clients' SLMs."""
+    agreement = workspace.agreement
+    if not (agreement.evaluation.tasks or agreement.data.tasks):
+        return []
     ended = workspace.round_result(last)
-    if not ended.exists() or not (agreement.evaluation.tasks or agreement.data.tasks):
-        return "", ""
-    command = f"fedcollm evaluate --round {last} --model {ended.name}"
-    result = workspace.result(last, ended.name)
+    made = {ended.name: (ended, f"--model {ended.name}")}
+    made |= {"llm": (workspace.llm(last), "--model llm")} if agreement.federation.distils else {}
+    own = [k for k in workspace.clients if workspace.client_data(k).exists()]
+    made |= {f"client {k}": (workspace.client_adapter(last, k), f"--client {k}") for k in own}
+    return [
+        _scored(workspace, name, last, stale, f"fedcollm evaluate --round {last} {which}")
+        for name, (adapter, which) in made.items()
+        if (adapter / MANIFEST).exists()
+    ]
+
+
+def _scored(workspace: Workspace, name: str, last: int, stale: list[Path], command: str) -> Score:
+    """Missing where it is not there, is damaged, or is another adapter's, another agreement's or of other questions."""
+    result = workspace.result(last, name.replace(" ", "-"))
     if not result.exists():
-        return command, ""
+        return Score(name, "missing", command)
     try:
-        found, adapter = records.read_result(result), read_manifest(ended)[0].files[ADAPTER_WEIGHTS].sha256
-    except Damaged:  # of the adapter itself, its round says so
-        return f"{command} --overwrite", ""
-    is_its = (found.get("adapter_sha256"), found.get("agreement_sha256")) == (adapter, workspace.agreement_sha256)
-    is_its &= result not in stale
-    return ("" if is_its and found.get("tasks") else f"{command} --overwrite"), ""
+        is_its = bool(records.read_result(result).get("tasks")) and result not in stale
+    except Damaged:
+        is_its = False
+    return Score(name, "done", command) if is_its else Score(name, "missing", f"{command} --overwrite")
 
 
 def with_workspace(command: str, folder: Path | None) -> str:

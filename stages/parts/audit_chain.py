@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.parts import edits
 from stages.parts.audit_signatures import A1, roster_of, signature_of
 from stages.parts.audited import Folder, Scope
 from stages.parts.checks import Finding, number_of
@@ -33,7 +34,9 @@ def manifest_of(folder: Folder) -> Iterator[Finding]:
     ]
     for name, found, expected in claims:
         if found != expected:
-            yield A1.fail(folder.shown, f"is of another {name}: {_short(found)}", _short(expected))
+            edited = edits.since(workspace, manifest.agreement_sha256)
+            said = f"; edited since: {edited}" if edited and name != "federation" else ""
+            yield A1.fail(folder.shown, f"is of another {name}: {_short(found)}{said}", _short(expected))
     yield from signature_of(folder)
     numbers = [("round", manifest.round, agreement.federation.rounds)]
     numbers += [("client", manifest.client, agreement.federation.clients)] if manifest.client else []

@@ -11,6 +11,7 @@ class Problem(Exception):
     message: what happened, naming the expected and the found.
     where: the file or folder concerned.
     mend: what the reader can do about it, a literal command where there is one.
+    edited: what the command line adds where the agreement was edited before, since that may be the cause.
     """
 
     exit_code = 1
@@ -20,6 +21,7 @@ class Problem(Exception):
         self.message = message
         self.where = where
         self.mend = mend
+        self.edited = ""
 
 
 class UsageProblem(Problem):

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from stages.parts import files
+from stages.parts import edits, files
 from stages.parts.config import Method, Role
 from stages.parts.errors import NotReady, Problem, Refused, UsageProblem
 from stages.parts.manifest import Manifest, read_manifest
@@ -264,6 +264,8 @@ def _result(study: Study, workspace: Workspace, round: int | None, subject: str)
     result = read_result(path)
     if not _is_of(result, workspace):
         message = f"{study.root.shown(path)} is a result of another agreement"
+        if edited := edits.since(workspace, str(result.get("agreement_sha256"))):
+            message += f"; edited since: {edited}"
         raise Refused(message, where=path, mend=f"undo the edit of {AGREEMENT}, or {study.run_again(workspace)}")
     if result.get("tasks_sha256") != workspace.tasks_sha256():
         message = f"{study.root.shown(path)} is of other questions: a task or its data has changed since"

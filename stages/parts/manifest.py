@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from stages.parts import files, roster, signatures, tensor_files, vault
+from stages.parts import edits, files, roster, signatures, tensor_files, vault
 from stages.parts.config import ROLES, Lora, Quantization, Role
 from stages.parts.errors import Damaged, NotReady, Refused
 from stages.parts.roster import Roster
@@ -47,6 +47,8 @@ SEAL_BYTES = 64
 
 LEVELS = 3
 """exchange/round-0005/client-2/ and a file: none of the last three parts may be a symbolic link."""
+
+EDITED = "undo the edit of fedcollm.toml, which is the same for all; only where all agreed on it, --overwrite"
 
 KEPT_OLD = "kept_old"
 """The metric of an aggregate that is the broadcast's adapter, since the round was given up."""
@@ -359,8 +361,11 @@ def check_belongs(
             shown = workspace.shown(artefact.path)
             message = f"{shown} is of another {name}: {_short(found)}{masked}, here it is {_short(expected)}"
             mend = "take it out, and copy what belongs there"
-            if name.startswith(("agreement", "LoRA")):
-                mend = "undo the edit of fedcollm.toml, which is the same for all; or make this again, --overwrite"
+            edited = edits.since(workspace, manifest.agreement_sha256)
+            if edited and name.startswith(("federation", "agreement", "LoRA")):
+                message, mend = f"{message}; edited since in fedcollm.toml: {edited}", EDITED
+            elif name.startswith(("agreement", "LoRA")):
+                mend = EDITED
             elif name.startswith("roster"):
                 mend = "it was made before this federation enrolled, or for another: make it again with --overwrite"
             raise Refused(message, where=artefact.path / MANIFEST, mend=mend)
@@ -493,6 +498,7 @@ def publish(
         versions=dict(versions()),
     )
     content = files.json_bytes(manifest.model_dump())
+    edits.keep(workspace)
     signature = {}
     if members:
         signature = {SIGNATURE: signatures.sign(content, stage, Vault.need(workspace, party).identity)}
@@ -552,7 +558,11 @@ def already_made(
             changed.append("the training data")
     if changed:
         message = f"{workspace.shown(folder)} was made from other inputs; changed since: {', '.join(changed)}"
-        raise Refused(message, where=folder, mend="give the command again with --overwrite to replace it")
+        mend = "give the command again with --overwrite to replace it"
+        if manifest.agreement_sha256 != workspace.agreement_sha256:
+            edited = edits.since(workspace, manifest.agreement_sha256)
+            message, mend = message + (f": {edited}" if edited else ""), EDITED
+        raise Refused(message, where=folder, mend=mend)
 
     def check(found: Artefact) -> None:
         if members:

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from stages.parts import files, roster, signatures
+from stages.parts import edits, files, roster, signatures
 from stages.parts.adapter_files import read_adapter
 from stages.parts.errors import Damaged, NotReady, Refused
 from stages.parts.manifest import Artefact, Manifest, check_sizes, expected_names, inbox, read_manifest
@@ -303,5 +303,8 @@ def _check_claims(parcel: Parcel, manifest: Manifest, workspace: Workspace, wher
     for name, found, expected in claims:
         if found != expected:
             message = f"{where.name} is of another {name}: {str(found)[:40]}, here it is {str(expected)[:40]}"
+            edited = edits.since(workspace, manifest.agreement_sha256)
+            if edited and name in ("federation", "agreement"):
+                message += f"; edited since in fedcollm.toml: {edited}"
             mend = "give it to the workspace it was made for; or, if fedcollm.toml was edited here or there, undo that"
             raise Refused(message, where=where / MANIFEST, mend=mend)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,6 +73,8 @@ class Reader:
         self._roster = files.sha256(files.read_json(path)[1]) if path.exists() else None
         self._dealt = dealt(workspace)
         self.are_rows_stale = are_rows_stale(workspace, self._dealt)
+        self.other_agreements: Counter[str] = Counter()
+        """Digests of agreements that are not the one here: how many folders were made under each."""
         self._before: dict[str, Step] = {}
         self._manifests: dict[Path, tuple[Manifest, str]] = {}
 
@@ -270,6 +273,7 @@ class Reader:
         changed = [key for key, digest in parents.items() if digest and manifest.parents.get(key) != digest]
         if manifest.agreement_sha256 != self._workspace.agreement_sha256:
             changed.append("fedcollm.toml")
+            self.other_agreements[manifest.agreement_sha256] += 1
         if self._roster and manifest.federation_sha256 != self._roster:
             changed.append("roster")
         if changed:

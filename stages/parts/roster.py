@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.parts import files, signatures, task_files
+from stages.parts import edits, files, signatures, task_files
 from stages.parts.errors import Damaged, NotReady, Problem, Refused
 from stages.parts.vault import NOT_ENROLLED, SERVER, Vault, client
 from stages.parts.workspace import Workspace
@@ -151,6 +151,8 @@ def pinned(workspace: Workspace, party: str) -> Roster | None:
             f"fedcollm.toml has changed since the parties enrolled: sha256 {workspace.agreement_sha256[:16]}..., "
             f"enrolled {roster.federation.agreement_sha256[:16]}..."
         )
+        if edited := edits.since(workspace, roster.federation.agreement_sha256):
+            message += f"; {edited}"
         mend = "undo the edit; or agree anew: `keys --renew` at every client, `enroll --renew` at the server, `join`"
         raise Refused(message, where=workspace.root / "fedcollm.toml", mend=mend)
     _check_own_keys(vault, roster)

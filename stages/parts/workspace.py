@@ -62,18 +62,19 @@ class Workspace:
     # --- settings
 
     @functools.cached_property
-    def _agreement_bytes(self) -> bytes:
+    def agreement_bytes(self) -> bytes:
+        """fedcollm.toml, byte for byte."""
         return files.read(self.root / AGREEMENT, limit_bytes=LARGEST_TOML_BYTES)
 
     @functools.cached_property
     def agreement(self) -> Agreement:
         """What all parties agreed on."""
-        return parse(Agreement, self._agreement_bytes, self.root / AGREEMENT)
+        return parse(Agreement, self.agreement_bytes, self.root / AGREEMENT)
 
     @functools.cached_property
     def agreement_sha256(self) -> str:
         """The digest that every manifest carries: that of fedcollm.toml as it lies there."""
-        return files.sha256(self._agreement_bytes)
+        return files.sha256(self.agreement_bytes)
 
     @functools.cached_property
     def machine(self) -> Machine:
@@ -169,6 +170,10 @@ class Workspace:
         """Whether one person plays all parties here, as machine.toml says, or as `prepare` was once told by hand."""
         said = self.machine.simulation
         return self.split.exists() if said is None else said
+
+    def agreed(self, sha256: str) -> Path:
+        """A copy of the agreement of this digest, under which something was published here."""
+        return self.private / "agreements" / f"{sha256[:16]}.toml"
 
     def client_data(self, client: int) -> Path:
         """D^k."""

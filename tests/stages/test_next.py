@@ -145,8 +145,11 @@ def test_after_an_edit_of_the_agreement_the_edit_is_undone_first(
     edit(finished / "fedcollm.toml", "seed = 7", "seed = 8")
     outcome = fedcollm("next", "-w", finished)
     assert outcome.code == 3
-    assert "fedcollm.toml was edited after 14 steps had been made under it: undo the edit first" in outcome.err
-    assert "undo the edit first" in fedcollm("status", "-w", finished).out
+    edited = "fedcollm.toml was edited after 14 steps had been made under it: federation.seed was 7, is 8 (cp private/"
+    assert edited in outcome.err
+    said = fedcollm("status", "-w", finished).out
+    assert edited in said
+    assert said.index("Undo the edit first") < said.index("next, only where all parties have agreed on the edit: ")
     assert published(finished) == before
 
 

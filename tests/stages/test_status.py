@@ -25,7 +25,15 @@ def test_a_finished_workspace_is_done_and_a_fresh_one_missing(finished: Path, fe
     assert conditions(finished, 2) == dict.fromkeys(STEPS, "done")
     assert "next: fedcollm evaluate --round 2 --model slm" in fedcollm("status", "-w", finished).out
     assert fedcollm("evaluate", "--round", 2, "--model", "slm", "-w", finished).code == 0
-    assert "everything is done" in fedcollm("status", "-w", finished).out
+    others = ["--model llm", *(f"--client {k}" for k in (1, 2, 3))]
+    for done, which in enumerate(others, start=1):
+        said = fedcollm("status", "-w", finished).out
+        assert f"scores of round 2: {done} done; {5 - done} missing: {which.replace('--model ', '').strip('-')}" in said
+        assert ("everything is done but scores" in said) == (which == "--model llm")
+        assert fedcollm("evaluate", "--round", 2, *which.split(), "-w", finished).code == 0
+    assert "scores of round 2: 5 done\neverything is done\n" in fedcollm("status", "-w", finished).out
+    (finished / "tasks/colours.yaml").write_text((finished / "tasks/colours.yaml").read_text() + "\n")
+    assert "scores of round 2: 5 missing: slm" in fedcollm("status", "-w", finished).out
     shutil.rmtree(finished / "exchange")
     shutil.rmtree(finished / "private/server/round-0001")
     assert conditions(finished, 1) == dict.fromkeys(STEPS, "missing")
@@ -91,7 +99,7 @@ def test_the_next_command_is_right_all_the_way_from_an_empty_workspace_to_the_en
         assert outcome.code == 0, outcome.err
         assert "already done" not in outcome.err
         given.append(" ".join(command[1 : command.index("--workspace")]))
-    assert said.splitlines()[-1] == "everything is done"
+    assert said.splitlines()[-1].startswith("everything is done but scores")
     trains = ["client-train --client 1", "client-train --client 2", "client-train --client 3"]
     by_hand = [
         f"{command} --round {round}"
