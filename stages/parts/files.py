@@ -289,6 +289,7 @@ def write(
     levels = _below_exchange(path) if levels is None else levels
     check_no_link(path, levels)
     make_folder(path.parent)
+    _erase_abandoned(path)
     draft, _ = _drafts(path)
     try:
         _write(draft, content, mode)
@@ -340,10 +341,7 @@ def publishing(
     check()
     make_folder(folder.parent)
     put_right(folder)
-    for abandoned in _left_beside(folder, "partial"):  # by a process that was killed
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - abandoned.lstat().st_mtime > ABANDONED_AFTER_S:
-                shutil.rmtree(abandoned, ignore_errors=True)
+    _erase_abandoned(folder)
     draft, replaced = _drafts(folder)
     try:
         make_folder(draft)
@@ -408,8 +406,37 @@ def _put_back(replaced: Path, folder: Path) -> None:
 
 def _drafts(path: Path) -> tuple[Path, Path]:
     """Where a new content of path is made, and where the old one goes; each process of each machine has its own."""
-    own = f"{os.getpid()}-{secrets.token_hex(4)}"
+    own = f"{os.getpid()}-{_machine()}{secrets.token_hex(4)}"
     return path.with_name(f".{path.name}.{own}.partial"), path.with_name(f".{path.name}.{own}.replaced")
+
+
+def _machine() -> str:
+    """How a draft's name tells this machine from others: eight digits."""
+    return sha256(os.uname().nodename.encode())[:8]
+
+
+def _erase_abandoned(path: Path) -> None:
+    """Erase drafts in path's folder whose processes were killed here, and old ones of path by whomever."""
+    beside = set(_left_beside(path, "partial"))
+    for draft in path.parent.glob(".*.partial"):
+        with contextlib.suppress(OSError):
+            is_old = draft in beside and time.time() - draft.lstat().st_mtime > ABANDONED_AFTER_S
+            if is_old or _has_ended(draft):
+                _remove(draft)
+
+
+def _has_ended(draft: Path) -> bool:
+    """Whether the process whose draft this is ran on this machine and is no more."""
+    found = re.fullmatch(rf"\..+\.([0-9]{{1,9}})-{_machine()}[0-9a-f]{{8}}\.partial", draft.name)
+    if found is None:
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def _left_beside(path: Path, ending: str) -> list[Path]:

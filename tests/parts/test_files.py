@@ -155,6 +155,28 @@ def test_what_killed_processes_left_beside_is_no_hindrance_and_goes_in_time(tmp_
     assert [path.name for path in drafts(tmp_path)] == [".place.8.partial"]  # whose process may live
 
 
+def killed_while_writing(path: Path) -> None:
+    """Another process, which is killed when the draft is whole and has not its name yet."""
+    code = (
+        "import os, sys; from pathlib import Path; from stages.parts import files;"
+        "Path.replace = Path.rename = lambda *_: os.kill(os.getpid(), 9);"
+        "files.write(Path(sys.argv[1]), b'half')"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code, str(path)], env=environment).returncode == -9
+
+
+def test_what_a_process_that_was_killed_here_left_is_erased_by_the_next_that_writes_there(tmp_path: Path) -> None:
+    for name in ("slm.json", "llm.json"):
+        killed_while_writing(tmp_path / name)
+    assert len(drafts(tmp_path)) == 1  # the second erased the first's, and was killed itself
+    (tmp_path / f".llm.json.{os.getpid()}-{drafts(tmp_path)[0].name.split('-')[1]}").touch()  # of one that lives
+    (tmp_path / ".notes.partial").touch()  # whose ever that is
+    files.write(tmp_path / "slm.json", b"whole")
+    assert {path.name.split("-")[0] for path in drafts(tmp_path)} == {f".llm.json.{os.getpid()}", ".notes.partial"}
+    assert (tmp_path / "slm.json").read_bytes() == b"whole"
+
+
 @pytest.mark.parametrize("which", [1, 2])
 def test_a_file_is_written_whole_or_not_at_all(
     tmp_path: Path, failing_fsync: Callable[[int], None], which: int

@@ -132,6 +132,24 @@ def test_a_loss_that_rose_is_warned_of(workspace_folder: Path, fedcollm: Callabl
     assert "warning: client 1's loss rose in training" in outcome.err
 
 
+def test_an_adapter_that_ran_away_is_not_published(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    """Adam's first step moves each weight by the learning rate, whatever the gradient: no rounding decides this.
+
+    Taken for the one red row of all, it makes the loss of the others rise.
+    """
+    edit(workspace_folder / "fedcollm.toml", "\nlearning_rate = 1e-2", "\nlearning_rate = 300.0")
+    edit(workspace_folder / "fedcollm.toml", "steps = 6\nbatch_size = 4", "steps = 1\nbatch_size = 1")
+    data = [row | {"completion": " blue" if i else " red"} for i, row in enumerate(rows(12))]
+    write_rows(workspace_folder / "private/client-1/train.jsonl", data)
+    assert fedcollm("broadcast", "--round", 1, "-w", workspace_folder).code == 0
+    before = published(workspace_folder)
+    outcome = fedcollm("client-train", "--round", 1, "--client", 1, "-w", workspace_folder)
+    assert outcome.code == 6
+    assert "the SLM's adapter has moved a weight by 300 while its loss rose: more than 100" in outcome.err
+    assert "mend  lower the learning rate" in outcome.err
+    assert published(workspace_folder) == before
+
+
 def test_a_micro_batch_changes_memory_and_not_the_numbers(finished: Path) -> None:
     before = manifest_of(finished)["metrics"]
     (finished / "machine.toml").write_text("micro_batch = 1\n")
