@@ -54,7 +54,7 @@ class Console:
     """Draws events: a live view on a terminal, plain lines elsewhere, nothing when quiet. Use as a context."""
 
     def __init__(self, *, quiet: bool, as_json: bool, is_muted: bool = False) -> None:
-        # Stages silence stderr while libraries chatter. What cannot be written is shown escaped, as by Python's own.
+        # Libraries are silenced by taking stderr away. What cannot be written is shown escaped, as by Python's own.
         copy = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         self._err = _Harmless(file=copy, soft_wrap=True)
         self._quiet = quiet
@@ -63,6 +63,7 @@ class Console:
         self.tells_failures = not is_muted
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._result: tuple[Any, str | Table | Group] | None = None
         self._round = self._stage = ""
         self._started = self._said = 0.0
 
@@ -84,6 +85,8 @@ class Console:
             self._end_stage()
         if self._progress:
             self._progress.stop()
+        if self._result:
+            self._write(*self._result)
 
     def report(self, event: Event) -> None:
         """Show one event; this is the callable that stages are given."""
@@ -132,12 +135,12 @@ class Console:
             self._err.print(f"  {self._stage}  {event.step}/{event.total}  {_losses(event.values)}".rstrip())
 
     def result(self, value: Any, text: str | Table | Group) -> None:
-        """The outcome, on stdout: value as JSON if that was asked for, else text."""
-        if self._is_muted:
-            return
-        self._end_stage()
-        if self._progress:
-            self._progress.stop()
+        """The outcome, for stdout when the command has ended: value as JSON if that was asked for, else text."""
+        if not self._is_muted:
+            self._end_stage()
+            self._result = value, text
+
+    def _write(self, value: Any, text: str | Table | Group) -> None:
         if self._as_json:
             sys.stdout.write(json.dumps(_printable(value), indent=2, sort_keys=True) + "\n")
         elif not isinstance(text, str):

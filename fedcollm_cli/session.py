@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from stages.parts import edits
 from stages.parts.errors import INTERRUPTED_EXIT_CODE, Problem
 from stages.parts.files import naming_storage_faults
 from stages.parts.processes import ALONE, Processes
+from stages.parts.quiet import libraries as silent_libraries
 from stages.parts.workspace import MachineFlags, Workspace
 
 WorkspaceOption = Annotated[
@@ -65,9 +67,12 @@ def guarded(console: Console) -> Iterator[None]:
         signal.signal(number, _interrupt)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("TOKENIZERS_PARALLELISM", "HF_UPDATE_DOWNLOAD_COUNTS"):
+        os.environ.setdefault(name, "false")
+    # With it, bitsandbytes would fetch programs from the hub as it is imported, and transformers as it loads a model.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     try:
-        with console, naming_storage_faults():
+        with naming_storage_faults(), console, silent_libraries():
             yield
     except Problem as problem:
         console.error(problem)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from stages.parts.events import Event, Report
 
@@ -18,12 +20,12 @@ MOST_LETTERS = 300
 def libraries() -> Iterator[None]:
     """Drop what libraries, and the programs they call, print to stdout and stderr meanwhile; what they raise passes.
 
-    The console writes to a copy of stderr, made before, and is not silenced.
+    The console writes to a copy of stderr, made before, and is not silenced; its result it writes afterwards.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.ExitStack() as stack:
-        nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+        nowhere = _nowhere()
         for stream in (1, 2):
             kept = os.dup(stream)
             os.dup2(nowhere.fileno(), stream)
@@ -32,6 +34,12 @@ def libraries() -> Iterator[None]:
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    """Never closed: a library that is imported meanwhile logs to it from then on."""
+    return open(os.devnull, "w")  # noqa: PTH123
 
 
 @contextlib.contextmanager

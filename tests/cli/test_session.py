@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
+import logging
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -13,6 +19,8 @@ import typer
 from fedcollm_cli import session
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import show_one_gpu
+from stages.parts.errors import Damaged
+from stages.parts.events import Event
 
 
 @pytest.mark.parametrize(
@@ -53,3 +61,48 @@ def test_a_signal_whose_exception_a_library_drops_is_heeded_a_little_later(
         work()
     assert stopped.value.exit_code == 75
     assert "interrupted" in capfd.readouterr().err
+
+
+def test_what_libraries_print_while_a_command_runs_reaches_nobody_and_its_own_words_do(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(quiet=False, as_json=True)
+    with session.guarded(console):
+        print("a notice")
+        os.write(1, b"a line from C\n")
+        subprocess.run(["sh", "-c", "echo a program; echo of a library >&2"], check=True)
+        logging.getLogger("some.library").addHandler(kept := logging.StreamHandler())
+        logging.getLogger("some.library").warning("a warning")
+        console.report(Event("warning", "three rows are left out"))
+        console.result({"rows": 3}, "3 rows")
+    logging.getLogger("some.library").warning("later, by what was made meanwhile")
+    logging.getLogger("some.library").removeHandler(kept)
+    assert capfd.readouterr() == ('{\n  "rows": 3\n}\n', "warning: three rows are left out\n")
+
+
+def test_a_result_is_written_before_the_failure_that_comes_after_it(capfd: pytest.CaptureFixture[str]) -> None:
+    console = Console(quiet=False, as_json=False)
+
+    def work() -> None:
+        with session.guarded(console):
+            console.result(["A1"], "A1 FAIL")
+            raise Damaged("one check failed", where="exchange", mend="copy it again")
+
+    with pytest.raises(typer.Exit) as ended:
+        work()
+    assert ended.value.exit_code == 4
+    found = capfd.readouterr()
+    assert found.out == "A1 FAIL\n"
+    assert found.err.startswith("error: one check failed\n")
+
+
+def test_programs_that_libraries_would_fetch_from_the_hub_are_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernels.py").write_text("raise AssertionError('it would fetch now')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    with session.guarded(Console(quiet=True, as_json=False)):
+        assert importlib.util.find_spec("kernels") is None
+        with pytest.raises(ImportError):
+            importlib.import_module("kernels")
