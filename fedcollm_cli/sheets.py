@@ -167,6 +167,8 @@ def notes(found: dict[str, Any]) -> list[str]:
         lines.append(f"what distillation bought beyond that, in points: {'; '.join(words)}")
     if found["paper"]:
         lines.append(f"paper: setting {found['paper']['setting']}; {found['paper']['source']}")
+        if others := found["paper"]["other_models"]:
+            lines.append(f"the paper's figures are of other models: {'; '.join(others)}")
     if found["absent"]:
         lines.append("not run: " + "; ".join(f"fedcollm run --method {method}" for method in found["absent"]))
     return lines

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stages.evaluate import evaluate
-from stages.parts.config import Method
+from stages.parts.config import Method, Role
 from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.progress import PREPARE
@@ -70,7 +70,7 @@ def compare(
         "absent": [method for method in evidence.METHODS if method not in study.methods],
         "clients": workspace.agreement.federation.clients,
         "rounds": workspace.agreement.federation.rounds,
-        "paper": _paper(paper, tables) if paper else None,
+        "paper": _paper(workspace, paper, tables, report) if paper else None,
         "tables": tables,
         "differences": {table: _differences(scores) for table, scores in measured.items()},
         "budgets": _budgets(study),
@@ -177,9 +177,9 @@ def _budgets(study: Study) -> dict[str, Any]:
     return {method: {party: asdict(done) for party, done in spent(runs[method]).items()} for method in study.methods}
 
 
-def _paper(setting: str, tables: dict[Table, dict[str, Any]]) -> dict[str, Any]:
-    """What the paper reports for the tasks that are here, in %, by table and row."""
-    from stages.parts import paper
+def _paper(workspace: Workspace, setting: str, tables: dict[Table, dict[str, Any]], report: Report) -> dict[str, Any]:
+    """What the paper reports for the tasks that are here, in %, by table and row; and of which models, if of others."""
+    from stages.parts import base_names, paper
 
     known = paper.tables()["accuracy"]["llm"]
     here = [task for task in tables["slm"]["zero-shot"] if task != ALL]
@@ -187,9 +187,15 @@ def _paper(setting: str, tables: dict[Table, dict[str, Any]]) -> dict[str, Any]:
     if not tasks:
         message = f"the paper has no task of this workspace: {', '.join(here)}"
         raise UsageProblem(message, mend=f"the paper's are: {', '.join(known)}")
-    models: dict[Table, Literal["llm", "slm"]] = {"llm": "llm", "clients": "slm"}
+    models: dict[Table, Role] = {"llm": "llm", "clients": "slm"}
+    theirs: dict[Role, str] = {"slm": paper.SETTINGS[setting].slm, "llm": paper.SETTINGS[setting].llm}
+    ours = {role: base_names.name_of(workspace, role) for role in theirs}
+    others = [f"{theirs[role]}, not of {ours[role]}" for role in theirs if ours[role] != theirs[role]]
+    if others:
+        report(Event("warning", f"the paper's figures of {setting} are of other models: {'; '.join(others)}"))
     return {
         "setting": setting,
+        "other_models": others,
         "source": paper.tables()["source"],
         "tables": {
             table: {

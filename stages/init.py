@@ -5,6 +5,7 @@ Writes fedcollm.toml, machine.toml, README.md, run_rounds.sh, Snakefile, profile
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import json
 import re
@@ -38,15 +39,17 @@ def init(
 ) -> Workspace:
     """Make folder a workspace.
 
-    tasks: lm-eval tasks to train and score on, instead of the template's; their names are looked up by `prepare`.
-    Raises UsageProblem for an unknown template or what is no name, Refused rather than replace a file.
+    tasks: lm-eval tasks to train and score on, instead of the template's. Raises UsageProblem for an unknown template
+    or task, Refused rather than replace a file or make a workspace inside another.
     """
+    source = importlib.resources.files("workspace_template")
     _check(template, tasks)
     if (folder / AGREEMENT).exists():
         raise Refused("there is a workspace already", where=folder / AGREEMENT, mend="choose another folder")
-    source = importlib.resources.files("workspace_template")
+    _check_outside(folder)
     values = {"name": _name(folder), "seed": str(seed), "clients": str(clients), "rounds": str(rounds)}
     whole = _contents(source, "")
+    _check_known([name for name in tasks if f"tasks/{name}.yaml" not in whole])
     if template == "demo":
         chains = {name: whole[name] for name in whole if name.startswith(CHAINS)}
         contents = _contents(source / "demo", "") | chains
@@ -78,6 +81,31 @@ def _check(template: str, tasks: Sequence[str]) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name):
             mend = "such as --task arc_easy: letters, digits and _ . + - ; several tasks are several --task"
             raise UsageProblem(f"{name!r} is not a task's name", mend=mend)
+
+
+def _check_outside(folder: Path) -> None:
+    """Raise Refused for a folder inside a workspace, where commands would take the one or the other for theirs."""
+    for above in folder.absolute().parents:
+        if (above / AGREEMENT).is_file():
+            message = f"{folder.name} would lie inside another workspace"
+            mend = "choose a folder outside of it; other methods, seeds and settings of that study: run --method, sweep"
+            raise Refused(message, where=above / AGREEMENT, mend=mend)
+
+
+def _check_known(names: Sequence[str]) -> None:
+    """Raise UsageProblem for a name that no task of lm-eval's has."""
+    if not names:
+        return
+    from stages.parts.tasks import shipped
+
+    known = shipped()
+    for name in names:
+        if name not in known:
+            like = difflib.get_close_matches(name, known, n=3)
+            mend = (f"one of {', '.join(like)}? " if like else "") + (
+                f"for a task of your own: leave --task out, write tasks/{name}.yaml and name it in {AGREEMENT}"
+            )
+            raise UsageProblem(f"lm-eval has no task named {name!r}", mend=mend)
 
 
 def _name(folder: Path) -> str:

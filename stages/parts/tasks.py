@@ -6,7 +6,6 @@ name is not found there, since indexing them takes long. Relative data_files are
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,26 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
 
 from stages.parts import files, quiet, roster, seclusion, task_files
-from stages.parts.errors import NotReady, StorageProblem, UsageProblem
+from stages.parts.errors import NotReady, UsageProblem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.rows import Row
 from stages.parts.workspace import Workspace
 
-UNWRITABLE = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST),
-    *(errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ESTALE),
-}
-"""Of the errors of a file system, those that waiting does not mend: rights, space, the disk."""
-
 
 def _sandbox() -> ImmutableSandboxedEnvironment:
     """lm-eval's own way to render templates, but without a way out of them."""
-    sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null)
     sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
     for name in ("lipsum", "cycler", "joiner"):  # objects with a module behind them, of no use in a prompt
         del sandbox.globals[name]
     return sandbox
+
+
+def _not_null(value: object) -> object:
+    """What a template prints. Raises TemplateError for null, which would be printed as the word None."""
+    if value is None:
+        raise TemplateError("a field is null, where its template prints it")
+    return value
 
 
 lm_eval.utils.env = _sandbox()  # all templates are rendered by this one
@@ -52,8 +52,9 @@ HARMLESS = (
 
 MISTAKES = (
     *(TemplateError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError, MemoryError),
+    AssertionError,
 )
-"""What a template that does not fit its data raises."""
+"""What a template that does not fit its data, or a null in them, makes jinja and lm-eval raise."""
 
 TRAINABLE = ("multiple_choice", "generate_until")
 
@@ -65,6 +66,12 @@ def load(workspace: Workspace, names: list[str], report: Report = ignore) -> lis
     task_files.check_are_data(workspace.tasks, workspace.home, trusted=workspace.machine.run_task_code)
     with quiet.libraries(), quiet.telling(report, "lm_eval", but_for=HARMLESS):
         return _load(workspace, names)
+
+
+def shipped() -> list[str]:
+    """The names of lm-eval's own tasks, groups and tags."""
+    with quiet.libraries():
+        return list(TaskManager().all_tasks)
 
 
 def _load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
@@ -107,21 +114,25 @@ def training_rows(task: ConfigurableTask) -> list[Row]:
         raise UsageProblem(message, mend="choose another task, or bring JSONL rows")
     if not task.has_training_docs():
         raise UsageProblem(f"task {name} has no training split", mend="set training_split in its task file")
+    rows, number = list[Row](), 0
     try:
-        rows = [_row(task, doc, name, number) for number, doc in enumerate(task.training_docs(), 1)]
+        for number, doc in enumerate(task.training_docs(), 1):
+            rows.append(_row(task, doc, name, number))
+        number = 0
         _check_meaning(task, task.training_docs())
-        return rows
     except MISTAKES as error:
-        raise mistaken(name, error) from error
+        raise mistaken(name, error, number=number) from error
+    return rows
 
 
 def test_prompts(task: ConfigurableTask) -> Iterator[str]:
     """The prompts that evaluation will score."""
+    number = 0
     try:
-        for doc in task.eval_docs:
+        for number, doc in enumerate(task.eval_docs, 1):  # noqa: B007
             yield str(task.fewshot_context(doc, num_fewshot=0))
     except MISTAKES as error:
-        raise mistaken(str(task.config.task), error) from error
+        raise mistaken(str(task.config.task), error, number=number) from error
 
 
 def _row(task: ConfigurableTask, doc: dict[str, Any], name: str, number: int) -> Row:
@@ -135,13 +146,15 @@ def _row(task: ConfigurableTask, doc: dict[str, Any], name: str, number: int) ->
 
 
 def check_answers(task: ConfigurableTask, report: Report = ignore) -> None:
-    """Raise UsageProblem, naming a question, where its right answer is none that lm-eval could find right.
+    """Raise UsageProblem, naming a question, where it has no text or no answer that lm-eval could find right.
 
     Tells of questions whose right answer is the text of another choice too: which of the two wins is an accident.
     """
-    alike = 0
+    alike = number = 0
     try:
         for number, doc in enumerate(task.eval_docs, 1):
+            if task.doc_to_text(doc) is None:
+                raise _bad_question(task, number, "its text is null", "doc_to_text")
             if task.OUTPUT_TYPE == "multiple_choice":
                 right, choices = _right_choices(task, doc, number), task.doc_to_choice(doc)
                 alike += any(
@@ -149,9 +162,10 @@ def check_answers(task: ConfigurableTask, report: Report = ignore) -> None:
                 )
             elif task.OUTPUT_TYPE in ("generate_until", "loglikelihood"):
                 _right_texts(task, doc, number)
+        number = 0
         _check_meaning(task, task.eval_docs)
     except MISTAKES as error:
-        raise mistaken(str(task.config.task), error) from error
+        raise mistaken(str(task.config.task), error, number=number) from error
     name = task.config.task
     if task.config.metric_list == []:
         raise UsageProblem(
@@ -214,8 +228,10 @@ def _right_texts(task: ConfigurableTask, doc: dict[str, Any], number: int) -> li
     return found
 
 
-def _bad_question(task: ConfigurableTask, number: int, found: str) -> UsageProblem:
-    mend = "correct doc_to_target or doc_to_choice in its task file (an index counts from 0), or its data"
+def _bad_question(
+    task: ConfigurableTask, number: int, found: str, keys: str = "doc_to_target or doc_to_choice"
+) -> UsageProblem:
+    mend = f"correct {keys} in its task file (an index counts from 0), or its data"
     return UsageProblem(f"question {number} of task {task.config.task}: {found}", mend=mend)
 
 
@@ -228,25 +244,36 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
             seclusion.make_folder(cache)
         with seclusion.shutting_out(cache):
             return list(manager.load([spec])["tasks"].values())
-    except FileNotFoundError as error:
-        raise NotReady(
-            f"the data of task {name} is not there: {error}", where=where, mend="check data_files in its task file"
-        ) from error
-    except (ConnectionError, OSError) as error:
-        if error.errno in UNWRITABLE:
-            message = f"task {name}: its data cannot be read, or the cache of datasets not be written: {error.strerror}"
-            mend = f"{files.storage_mend(error)}; or set HF_HOME to a folder that can be written"
-            raise StorageProblem(message, where=error.filename, mend=mend) from error
+    except OSError as error:  # a ConnectionError too
+        if error.errno in files.UNWRITABLE or _is_of_cache(error, kwargs.get("cache_dir")):
+            what = f"task {name}: its data cannot be read, or the cache of datasets not be written"
+            raise files.unwritable_cache(what, error) from error
+        if isinstance(error, FileNotFoundError):
+            message, mend = f"the data of task {name} is not there: {error}", "check data_files in its task file"
+            raise NotReady(message, where=where, mend=mend) from error
         mend = (
             "`fedcollm prefetch` where there is a network, "
             "or point its task file at local files (see the workspace README)"
         )
         raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", where=where, mend=mend) from error
     except Exception as error:  # whatever a mistake in a task file makes lm-eval, datasets or jinja raise
+        if isinstance(spec, dict):
+            task_files.check_lines(spec)
         raise mistaken(name, error, where) from error
 
 
-def mistaken(name: str, error: Exception, where: Path | None = None) -> UsageProblem:
-    """What to say of a task that lm-eval, datasets or jinja cannot make sense of."""
-    message = f"task {name} cannot be used: {type(error).__name__}: {error}"
+def _is_of_cache(error: OSError, cache: str | None) -> bool:
+    """Whether it is the cache of datasets that is not there, as behind a link to nothing, rather than the data."""
+    from datasets import config
+
+    place, whole = Path(str(error.filename)), Path(cache or config.HF_DATASETS_CACHE)
+    return error.errno is not None and (place.is_relative_to(whole) or whole.is_relative_to(place))
+
+
+def mistaken(name: str, error: BaseException, where: Path | None = None, number: int = 0) -> UsageProblem:
+    """What to say of a task, or of its question of that number, that lm-eval, datasets or jinja cannot make sense of."""
+    while error.__cause__ is not None:  # datasets says that something went wrong, and what did below it
+        error = error.__cause__
+    place = f", question {number}" if number else ""
+    message = f"task {name}{place} cannot be used: {type(error).__name__}: {error}"
     return UsageProblem(message, where=where, mend="correct its task file, or the data that it names")

@@ -215,8 +215,11 @@ def test_the_papers_figures_stand_beside_a_task_of_the_paper(
     edit(folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
     run(Workspace(folder))
     # Tables 1 and 2 of the paper, setting S1, ARC-E.
-    said = fedcollm("compare", "--paper", "s1", "--markdown", "-w", folder).out
-    assert "| method | arc_easy | arc_easy, paper |" in said
+    outcome = fedcollm("compare", "--paper", "s1", "--markdown", "-w", folder)
+    assert "| method | arc_easy | arc_easy, paper |" in outcome.out
+    others = "of other models: gpt2, not of models/slm; gpt2-large, not of models/llm\n"
+    assert f"the paper's figures are {others}" in outcome.out
+    assert f"warning: the paper's figures of s1 are {others}" in outcome.err
     paper = json.loads(fedcollm("compare", "--paper", "s1", "--json", "-w", folder).out)["paper"]
     for table, model in {"llm": "llm", "clients": "slm"}.items():
         for row, by_task in paper["tables"][table].items():

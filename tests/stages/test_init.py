@@ -119,3 +119,26 @@ def test_the_demo_takes_no_other_tasks(tmp_path: Path, fedcollm: Callable[..., O
     assert outcome.code == 2
     assert "the demo has tasks of its own" in outcome.err
     assert "leave --task out" in outcome.err
+
+
+def test_a_task_that_nobody_knows_is_refused_and_one_of_lm_evals_is_taken(
+    tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("init", tmp_path / "study", "--task", "arc_easy", "--task", "arc_hard")
+    assert outcome.code == 2
+    assert "lm-eval has no task named 'arc_hard'" in outcome.err
+    assert "arc_" in outcome.err.partition("mend")[2]
+    assert "write tasks/arc_hard.yaml and name it in fedcollm.toml" in outcome.err
+    assert not (tmp_path / "study").exists()
+    assert init(tmp_path / "study", tasks=["arc_easy", "piqa"]).agreement.data.tasks == ["arc_easy", "piqa"]
+
+
+@pytest.mark.parametrize("place", ["inner", "private/client-1/inner"])
+def test_a_workspace_is_never_made_inside_another(place: str, tmp_path: Path, fedcollm: Callable[..., Outcome]) -> None:
+    init(tmp_path / "study")
+    outcome = fedcollm("init", tmp_path / "study" / place)
+    assert outcome.code == 5
+    assert "inner would lie inside another workspace" in outcome.err
+    assert str(tmp_path / "study/fedcollm.toml") in outcome.err
+    assert "choose a folder outside of it" in outcome.err
+    assert not (tmp_path / "study" / place).exists()
