@@ -29,7 +29,7 @@ from stages.parts.manifest import (
 )
 from stages.parts.processes import ALONE, Processes
 from stages.parts.progress import warn_of_stale_rows
-from stages.parts.rows import Example, Row, encode, read_rows, tell_left_out, warn_of_unspaced
+from stages.parts.rows import Example, Row, encode, read_rows, tell_left_out, warn_of_spacing
 from stages.parts.vault import client as party_of
 from stages.parts.workspace import MANIFEST, Workspace, require
 
@@ -66,7 +66,7 @@ def client_train(
     mend = f"on client {client}'s machine, put JSONL rows there; in a simulation, `fedcollm prepare` makes them"
     require(data, f"client {client} has no training data here", mend)
     rows, data_sha256 = read_rows(data)
-    warn_of_unspaced(rows, report)
+    warn_of_spacing(rows, report)
     warn_of_stale_rows(workspace, report)
     theta = _start(workspace, client, round)
     is_secure = workspace.agreement.aggregation.is_secure

@@ -15,7 +15,7 @@ from typing import Any
 from stages.parts import files
 from stages.parts.errors import Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.rows import Row, read_rows, rows_bytes
+from stages.parts.rows import Row, read_rows, rows_bytes, warn_of_spacing
 from stages.parts.workspace import AGREEMENT, MACHINE, Workspace, require
 
 
@@ -41,6 +41,7 @@ def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = i
         rows, test = _from_tasks(workspace, report)
     else:
         rows, test = [row for name in data.files for row in _from_file(workspace, name)], None
+    warn_of_spacing(rows, report)
     parties, summary = _divide(workspace, rows, test)
     return _publish(workspace, parties, summary, overwrite, report)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from stages.parts import edits, records, roster
+from stages.parts import edits, files, records, roster
 from stages.parts.config import threshold
 from stages.parts.errors import Damaged, Problem, Refused
 from stages.parts.progress import Reader, Round, Step, enrolment
@@ -140,6 +140,8 @@ def _rows_of(workspace: Workspace, party: str | None) -> str:
         return "data: private/client-k/train.jsonl at client k, private/server/auxiliary.jsonl at the server"
     k = party.removeprefix("client-")
     place = workspace.auxiliary_data if party == SERVER else workspace.client_data(int(k))
+    if place.is_symlink():
+        return f"data of {party}: {files.not_there(place).message}"
     return f"data of {party}: JSONL rows of its own, in {workspace.shown(place)}"
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.parts import files
 from stages.parts.config import Role
 from stages.parts.errors import NotReady
 from stages.parts.workspace import Workspace
@@ -35,6 +36,8 @@ def folder(workspace: Workspace, role: Role) -> Path:
             if any(Path(found).glob(weights)):
                 break
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and (error.errno in files.UNWRITABLE or error.filename):
+            raise files.unwritable_cache(f"the {role.upper()} cannot be put into the hub's cache", error) from error
         mend = (
             f"`fedcollm prefetch --model {role}` where there is a network, "
             f"or set models.{role} in machine.toml to a local folder"

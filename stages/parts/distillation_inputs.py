@@ -9,7 +9,7 @@ from stages.parts.config import Role
 from stages.parts.errors import UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.manifest import Artefact, received
-from stages.parts.rows import Row, read_rows, warn_of_unspaced
+from stages.parts.rows import Row, read_rows, warn_of_spacing
 from stages.parts.vault import SERVER
 from stages.parts.workspace import Workspace, require
 
@@ -42,7 +42,7 @@ def read_auxiliary(workspace: Workspace, report: Report) -> tuple[list[Row], str
     data = workspace.auxiliary_data
     require(data, "the server has no auxiliary data", "put JSONL rows there, or make them with `fedcollm prepare`")
     rows, data_sha256 = read_rows(data, unlabelled=True)
-    warn_of_unspaced(rows, report)
+    warn_of_spacing(rows, report)
     _tell_of_unlabelled(workspace, rows, report)
     return rows, data_sha256
 

@@ -40,6 +40,11 @@ ABANDONED_AFTER_S = 3600
 LONGEST_PAUSE_S = 2.0
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 """What a file system says that has no locks."""
+UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ESTALE, errno.ELOOP),
+}
+"""Of the errors of a file system, those that waiting does not mend: rights, space, the disk."""
 
 
 class Seen(NamedTuple):
@@ -139,6 +144,14 @@ def read_own(path: Path) -> bytes:
         os.close(descriptor)
 
 
+def not_there(path: Path) -> NotReady:
+    """The error about a user's own file that is absent, or a link that leads to nothing here."""
+    if path.is_symlink():
+        message = f"{path.name} is a symbolic link to {path.readlink()}, which is not there on this machine"
+        return NotReady(message, where=path, mend="put the file there, or mount what it lies on, or replace the link")
+    return NotReady(f"{path.name} is not there", where=path, mend="put it there")
+
+
 def check_plain(folder: Path) -> None:
     """Raise Damaged if a user's own folder, or anything below it, is neither file nor folder: libraries would hang."""
     for path in [folder, *sorted(folder.rglob("*"))]:
@@ -172,7 +185,7 @@ def _open(path: Path, levels: int) -> int:
             error.filename = str(path)
             raise
         mend = "put the file itself in its place"
-        message = f"{path.name} is a symbolic link, or lies in one; exchanged files are never followed"
+        message = f"{path.name} is a symbolic link, or lies in one, which is never followed here"
         raise Damaged(message, where=path, mend=mend) from None
     finally:
         if parent >= 0:
@@ -524,6 +537,12 @@ def storage_mend(error: Exception) -> str:
     """What mends a failed read or write. Of libraries that have errors of their own, a full disk is the likely one."""
     full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "free some space and give the same command again" if full else "check the permissions and the disk"
+
+
+def unwritable_cache(what: str, error: OSError) -> StorageProblem:
+    """The error about a cache of the hub's libraries that the file system refuses."""
+    mend = f"{storage_mend(error)}; or set HF_HOME, or whichever variable names that folder, to one that can be written"
+    return StorageProblem(f"{what}: {error.strerror}", where=error.filename, mend=mend)
 
 
 def _remove(folder: Path) -> None:

@@ -29,7 +29,6 @@ DIGEST = "result_sha256"
 EARLIER = ("subject", "round", "agreement_sha256", "adapter_sha256", "manifest_sha256", "base", "tasks_sha256", "dtype")
 LATER = ("limit", "batch_size", "weights_dtype", "versions", "tasks")
 MEND = "score again: fedcollm evaluate ... --overwrite"
-LARGEST_ROWS_BYTES = 8 << 30
 
 
 def stamped(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +174,7 @@ def _rows(workspace: Workspace, data: Path, stage: str, client: int | None, *, n
             continue
         if os.path.lexists(data):
             try:
-                found = files.sha256(files.read(data, limit_bytes=LARGEST_ROWS_BYTES))
+                found = files.sha256(files.read_own(data))
             except (Problem, OSError) as problem:
                 yield data, str(problem), "rows that can be read"
                 return

@@ -18,7 +18,6 @@ from stages.parts.errors import Damaged
 from stages.parts.events import Event, Report
 from stages.parts.texts import lines
 
-LARGEST_DATA_BYTES = 8 << 30
 MOST_LISTED = 20
 """How many bad lines of a file one error tells."""
 
@@ -65,11 +64,15 @@ class Tokenizer(Protocol):
 
 
 def read_rows(path: Path, *, unlabelled: bool = False) -> tuple[list[Row], str]:
-    """The rows of a file and the sha256 of its bytes. Raises Damaged naming every bad line, and the mend.
+    """The rows of a file, or of what a link leads to, and the sha256 of its bytes.
 
-    unlabelled: whether rows {"prompt": ...} may be among them.
+    unlabelled: whether rows {"prompt": ...} may be among them. Raises Damaged naming every bad line, and the mend, and
+    NotReady for a file that is not there.
     """
-    content = files.read(path, limit_bytes=LARGEST_DATA_BYTES)
+    try:
+        content = files.read_own(path)
+    except FileNotFoundError:
+        raise files.not_there(path) from None
     rows: list[Row] = []
     found: dict[int, str] = {}
     for number, line in enumerate(_lines(content, path), 1):
@@ -78,10 +81,24 @@ def read_rows(path: Path, *, unlabelled: bool = False) -> tuple[list[Row], str]:
         except _BadRow as error:
             found[number] = str(error)
     if found:
-        raise _bad_lines(path, found, unlabelled)
+        expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
+        raise _bad_lines(path, found, expected + (', or {"prompt": "..."} alone' if unlabelled else ""))
     if not rows:
         raise Damaged(f"{path.name} is empty", where=path, mend='put rows {"prompt": ..., "completion": ...} in it')
     return rows, files.sha256(content)
+
+
+def check_json_lines(path: Path) -> None:
+    """Raise Damaged, naming every bad line, unless a file is JSON lines of objects, or empty ones, of whatever keys."""
+    found: dict[int, str] = {}
+    for number, line in enumerate(_lines(files.read_own(path), path), 1):
+        try:
+            if line.strip():
+                _parsed(line)
+        except _BadRow as error:
+            found[number] = str(error)
+    if found:
+        raise _bad_lines(path, found, "expected a JSON object")
 
 
 def _lines(content: bytes, path: Path) -> list[str]:
@@ -101,10 +118,8 @@ class _BadRow(ValueError):
     """What is wrong with one line."""
 
 
-def _bad_lines(path: Path, found: dict[int, str], unlabelled: bool) -> Damaged:
+def _bad_lines(path: Path, found: dict[int, str], expected: str) -> Damaged:
     """The error about a file's bad lines: the first in full, some of the others, and how many there are."""
-    expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
-    expected += ', or {"prompt": "..."} alone' if unlabelled else ""
     (first, what), *others = found.items()
     shown = [f"line {number}: {other}" for number, other in others[: MOST_LISTED - 1]]
     if len(found) > MOST_LISTED:
@@ -123,9 +138,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _row(line: str, unlabelled: bool) -> Row:
-    if not line.strip():
-        raise _BadRow("an empty line")
+def _parsed(line: str) -> dict[str, Any]:
     try:
         value: Any = json.loads(line, object_pairs_hook=_object)
     except _BadRow:
@@ -134,6 +147,13 @@ def _row(line: str, unlabelled: bool) -> Row:
         raise _BadRow(f"not JSON ({error})") from None
     if not isinstance(value, dict):
         raise _BadRow(f"a {type(value).__name__}")
+    return value
+
+
+def _row(line: str, unlabelled: bool) -> Row:
+    if not line.strip():
+        raise _BadRow("an empty line")
+    value = _parsed(line)
     # Another key may be a completion with its name misspelt.
     is_unlabelled = unlabelled and value.keys() <= {"prompt", "label", "source"}
     for key in ("prompt",) if is_unlabelled else ("prompt", "completion"):
@@ -149,12 +169,21 @@ def _row(line: str, unlabelled: bool) -> Row:
     return Row(value["prompt"], value.get("completion"), label, source)
 
 
-def warn_of_unspaced(rows: Sequence[Row], report: Report) -> None:
-    """Tell how many answers stand right against their prompt: a mistake, mostly, that nothing else shows."""
+def warn_of_spacing(rows: Sequence[Row], report: Report) -> None:
+    """Tell how many answers stand right against their prompt, or two spaces from it: nothing else shows that."""
     labelled = [(row.prompt, row.completion) for row in rows if row.completion is not None]
     unspaced = sum(not (prompt[-1].isspace() or completion[0].isspace()) for prompt, completion in labelled)
     if unspaced:
         report(Event("warning", f"{unspaced} of {len(labelled)} completions begin without a space after their prompt"))
+    doubled = sum(is_doubly_spaced(prompt, completion) for prompt, completion in labelled)
+    if doubled:
+        report(Event("warning", f"{doubled} of {len(labelled)} completions have two spaces or more before them"))
+
+
+def is_doubly_spaced(prompt: str, completion: str) -> bool:
+    """Whether more than one space parts an answer from its prompt: models have hardly ever read that."""
+    spaces = len(prompt) - len(prompt.rstrip(" ")) + len(completion) - len(completion.lstrip(" "))
+    return bool(prompt) and spaces > 1
 
 
 def rows_bytes(rows: Iterable[Row]) -> bytes:

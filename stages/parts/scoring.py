@@ -18,7 +18,7 @@ from stages.parts.errors import BadNumbers, UsageProblem
 from stages.parts.events import Event, Report
 from stages.parts.models import PROBE_TEXTS, Tuned, naming_memory_knobs
 from stages.parts.processes import ALONE, Processes
-from stages.parts.rows import Row, encode_row
+from stages.parts.rows import Row, encode_row, is_doubly_spaced
 from stages.parts.tasks import HARMLESS, MISTAKES, mistaken
 
 
@@ -148,6 +148,13 @@ def _cut(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Repo
     if cut:
         words = f"{cut} of {questions} questions of {task.config.task} are longer than the model's context"
         report(Event("warning", f"{words} of {lm.max_length} tokens: scored without their beginning"))
+    answered = (one for one in task.instances if one.request_type == "loglikelihood")
+    doubled = {one.doc_id for one in answered if is_doubly_spaced(*one.args[:2])}
+    if doubled:
+        words = (
+            f"{len(doubled)} of {questions} questions of {task.config.task} have two spaces or more before an answer"
+        )
+        report(Event("warning", f"{words}: one is in doc_to_text or the choices, another is target_delimiter"))
     return {"cut": cut, "questions_sha256": files.sha256(repr(asked).encode())}
 
 

@@ -104,6 +104,12 @@ def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
+def data_files(config: Any) -> list[Path]:
+    """The local files of data that a configuration from the workspace names."""
+    names = [name for mapping in _mappings(config) for name in _texts(mapping.get("data_files"))]
+    return [path for name in names for path in _matches(name, Path())]
+
+
 def digest(tasks: Path, home: Path) -> str:
     """The digest of task files and their local data: other ones give other rows and other scores."""
     return _digest(local_files(tasks, home))

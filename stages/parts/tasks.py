@@ -20,7 +20,7 @@ from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows i
 from stages.parts import files, quiet, roster, seclusion, task_files
 from stages.parts.errors import NotReady, UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.rows import Row
+from stages.parts.rows import Row, check_json_lines
 from stages.parts.workspace import Workspace
 
 
@@ -257,8 +257,9 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
         )
         raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", where=where, mend=mend) from error
     except Exception as error:  # whatever a mistake in a task file makes lm-eval, datasets or jinja raise
-        if isinstance(spec, dict):
-            task_files.check_lines(spec)
+        for path in task_files.data_files(spec):
+            if path.suffix == ".jsonl":
+                check_json_lines(path)
         raise mistaken(name, error, where) from error
 
 
@@ -271,9 +272,9 @@ def _is_of_cache(error: OSError, cache: str | None) -> bool:
 
 
 def mistaken(name: str, error: BaseException, where: Path | None = None, number: int = 0) -> UsageProblem:
-    """What to say of a task, or of its question of that number, that lm-eval, datasets or jinja cannot make sense of."""
+    """What to say of a task, or of one of its questions, that lm-eval, datasets or jinja cannot make sense of."""
     while error.__cause__ is not None:  # datasets says that something went wrong, and what did below it
         error = error.__cause__
-    place = f", question {number}" if number else ""
-    message = f"task {name}{place} cannot be used: {type(error).__name__}: {error}"
+    place = f", at question {number}" if number else ""
+    message = f"task {name} cannot be used{place}: {type(error).__name__}: {error}"
     return UsageProblem(message, where=where, mend="correct its task file, or the data that it names")

@@ -21,7 +21,7 @@ from stages.parts.events import Event, Report
 from stages.parts.manifest import Artefact, Manifest, already_made, publish, read_manifest, received
 from stages.parts.models import Models
 from stages.parts.processes import Processes
-from stages.parts.rows import LARGEST_DATA_BYTES, Row
+from stages.parts.rows import Row
 from stages.parts.vault import SERVER
 from stages.parts.workspace import CAPTURE, Workspace, require
 
@@ -295,7 +295,7 @@ def _short(value: object) -> str:
 
 def _both_logs(workspace: Workspace, round: int, slm: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The log of the round, as in one phase: the LLM's and the SLM's losses of every step side by side."""
-    log = files.read(workspace.log("co-distill-llm", round), limit_bytes=LARGEST_DATA_BYTES)
+    log = files.read(workspace.log("co-distill-llm", round), limit_bytes=files.LARGEST_OWN_BYTES)
     begun, *steps, ended = slm
     other_begun, *others, other_ended = map(files.parse_json, log.splitlines())
     both = [{**other, **step} for step, other in zip(steps, others, strict=True)]

@@ -222,6 +222,6 @@ def _link(source: Path, target: Path) -> None:
     make_folder(target.parent)
     target.unlink(missing_ok=True)
     try:
-        target.hardlink_to(source)
+        target.hardlink_to(source.resolve())  # of a link, what it leads to
     except OSError:  # another file system, or one without hard links
         files.write(target, files.read_own(source))

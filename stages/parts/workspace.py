@@ -80,7 +80,7 @@ class Workspace:
     def machine(self) -> Machine:
         """Settings of this machine, with the command's flags over them."""
         path = self.root / MACHINE
-        content = files.read(path, limit_bytes=LARGEST_TOML_BYTES) if path.exists() else b""
+        content = files.read_own(path) if path.exists() else b""
         machine = parse(Machine, content, path)
         changed = {key: value for key, value in self.flags.model_dump().items() if value is not None}
         try:
@@ -368,4 +368,4 @@ class Workspace:
 def require(path: Path, message: str, mend: str) -> None:
     """Raise NotReady with this message unless path exists."""
     if not path.exists():
-        raise NotReady(message, where=path, mend=mend)
+        raise files.not_there(path) if path.is_symlink() else NotReady(message, where=path, mend=mend)

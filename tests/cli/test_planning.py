@@ -235,3 +235,25 @@ def test_a_model_is_fetched_once_and_then_found_without_a_network(
     assert go("0", "prefetch", "--model", "slm", "--no-tasks") == "somebody/tiny: fetched\n"
     assert go("1", "prefetch", "--model", "slm") == "somebody/tiny: was here already\ncolours: was here already\n"
     assert "nothing is missing here" in go("1", "plan")
+
+
+@pytest.mark.slow
+def test_nothing_is_asked_of_a_hub_that_nobody_asked_for_and_a_cache_that_cannot_be_written_is_told_as_such(
+    workspace_folder: Path, hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+
+    def go(home: str, *words: str) -> Outcome:
+        found = {"HF_HOME": str(tmp_path / home), "HF_ENDPOINT": hub[0], "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-m", "fedcollm_cli", *words, "-q", "-w", str(workspace_folder)]
+        environment = os.environ | found | {"HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    scored = go("home", "evaluate", "--zero-shot", "--model", "slm")
+    assert (scored.code, scored.err, hub[1]) == (0, "", [])
+    edit(workspace_folder / "fedcollm.toml", '"models/slm"', '"somebody/tiny"')
+    failed = go("file/home", "prefetch", "--model", "slm", "--no-tasks")
+    assert failed.code == 8
+    assert "the SLM cannot be put into the hub's cache" in failed.err
+    assert "set HF_HOME, or whichever variable names that folder" in failed.err

@@ -13,7 +13,7 @@ import pytest
 
 from builders import SHARED_DATA, rows, tiny_model, write_rows
 from stages.parts.errors import Damaged, NotReady
-from stages.parts.rows import Example, Row, encode, encode_row, read_rows, rows_bytes, warn_of_unspaced
+from stages.parts.rows import Example, Row, encode, encode_row, read_rows, rows_bytes, warn_of_spacing
 
 GOOD = '{"prompt": "Q", "completion": " A"}'
 TOKENIZERS = {"gpt2": SHARED_DATA / "tokenizers/gpt2", "llama (adds <s>)": SHARED_DATA / "models/stories3M"}
@@ -301,9 +301,27 @@ def test_an_unlabelled_row_must_fit_too() -> None:
     assert encoded([Row("Q?????", None)]) == [Example([ord(letter) for letter in "Q?????"], 6)]
 
 
+@pytest.mark.parametrize(("prompt", "completion"), [("Q ", " a"), ("Q", "  a"), ("Q  ", "a"), ("Q\n ", " a")])
+def test_completions_after_two_spaces_are_counted(prompt: str, completion: str) -> None:
+    told: list[str] = []
+    rows = [Row(prompt, completion), Row("Q ", "a"), Row("Q", " a"), Row("Q\n", " a"), Row("Q  ", None)]
+    warn_of_spacing(rows, lambda event: told.append(event.text))
+    assert told == ["1 of 4 completions have two spaces or more before them"]
+
+
+def test_rows_behind_a_link_are_read_and_a_link_to_nothing_is_told_as_such(tmp_path: Path) -> None:
+    elsewhere = write_rows(tmp_path / "scratch/rows.jsonl", rows(5))
+    link = tmp_path / "train.jsonl"
+    link.symlink_to("scratch/rows.jsonl")
+    assert read_rows(link) == read_rows(elsewhere)
+    elsewhere.unlink()
+    with pytest.raises(NotReady, match=r"train\.jsonl is a symbolic link to scratch/rows\.jsonl, which is not there"):
+        read_rows(link)
+
+
 def test_completions_without_a_space_are_counted_among_the_labelled_rows_alone() -> None:
     told: list[str] = []
-    warn_of_unspaced([Row("Q", "a"), Row("Q", " a"), Row("Q", None)], lambda event: told.append(event.text))
+    warn_of_spacing([Row("Q", "a"), Row("Q", " a"), Row("Q", None)], lambda event: told.append(event.text))
     assert told == ["1 of 2 completions begin without a space after their prompt"]
-    warn_of_unspaced([Row("Q", None)], lambda event: told.append(event.text))
+    warn_of_spacing([Row("Q", None)], lambda event: told.append(event.text))
     assert len(told) == 1

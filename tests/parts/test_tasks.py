@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from lm_eval.tasks import TaskManager
 
 from builders import COLOURS, ROOT, edit, questions
 from stages.parts import tasks
-from stages.parts.errors import NotReady, Problem, UsageProblem
+from stages.parts.errors import Damaged, NotReady, Problem, StorageProblem, UsageProblem
 from stages.parts.events import Event
 from stages.parts.rows import Row
 from stages.parts.workspace import Workspace
@@ -217,3 +219,61 @@ def test_what_changes_a_score_is_told(workspace_folder: Path) -> None:
     assert "2 questions of colours have a choice that reads like the right one and counts as wrong" in told
     assert "colours asks for 3 examples before each question; it is scored without" in told
     assert len(told) == 3
+
+
+@pytest.mark.parametrize("text", ['"Q : {{question}} A :"', "question"])
+def test_a_null_in_a_question_is_never_read_as_the_word_none(workspace_folder: Path, text: str) -> None:
+    path = workspace_folder / "data/test.jsonl"
+    first, second, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, json.dumps(json.loads(second) | {"question": None}), *rest]))
+    (workspace_folder / "data/train.jsonl").write_text(path.read_text())
+    edit(workspace_folder / "tasks" / "colours.yaml", '"{{question}}"', text)
+    task = tasks.load(Workspace(workspace_folder), ["colours"])[0]
+    for read in (tasks.check_answers, tasks.training_rows, lambda task: list(tasks.test_prompts(task))):
+        with pytest.raises(UsageProblem, match="question 2"):
+            read(task)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", ["byte order mark", "ends of another system", "gzip", "empty lines"])
+def test_questions_are_read_as_editors_and_programs_save_them(workspace_folder: Path, kind: str) -> None:
+    path = workspace_folder / "data/train.jsonl"
+    content = path.read_bytes()
+    expected = rows_of(workspace_folder, "colours")
+    path.write_bytes(
+        {
+            "byte order mark": b"\xef\xbb\xbf" + content,
+            "ends of another system": content.replace(b"\n", b"\r\n"),
+            "gzip": gzip.compress(content, mtime=0),
+            "empty lines": content + b"\n\n",
+        }[kind]
+    )
+    assert rows_of(workspace_folder, "colours") == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("nonsense", "not JSON"),
+        ('{"question": "Q", "question": "R", "choices": ["a", "b"], "answer": 0}', "the key 'question' appears twice"),
+    ],
+)
+def test_all_bad_lines_of_questions_are_told_by_file_and_number(workspace_folder: Path, line: str, found: str) -> None:
+    path = workspace_folder / "data/test.jsonl"
+    path.write_text(f"{path.read_text()}{line}\n[\n")
+    with pytest.raises(Damaged, match=rf"^line 13 of test\.jsonl: {found}(?s:.*)\n  - line 14: not JSON") as caught:
+        rows_of(workspace_folder, "colours")
+    assert caught.value.mend == "correct these 2 lines of test.jsonl"
+
+
+@pytest.mark.parametrize("place", ["file/cache", "dangling/cache/datasets", "dangling", "loop/cache"])
+def test_a_cache_that_cannot_be_written_is_a_fault_of_storage_and_nothing_to_wait_for(
+    workspace_folder: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "scratch that is not mounted")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / place))
+    with pytest.raises(StorageProblem, match="the cache of datasets not be written") as caught:
+        rows_of(workspace_folder, "colours")
+    assert caught.value.exit_code == 8
+    assert "set HF_HOME" in str(caught.value.mend)

@@ -293,3 +293,11 @@ def test_where_long_rows_are_skipped_centralized_takes_the_steps_that_co_distill
     run(workspace, scores=False)
     # 12 of the 20 rows fit, 4 to a step
     assert variants.baseline(workspace, "centralized")[1]["client_training.steps"] == 3
+
+
+def test_rows_behind_a_link_are_the_derived_workspaces_too(workspace_folder: Path) -> None:
+    place = workspace_folder / "private/client-2/train.jsonl"
+    place.rename(workspace_folder.parent / "scratch.jsonl")
+    place.symlink_to("../../../scratch.jsonl")
+    child = make(workspace_folder, "seeds/seed-8", {"federation.seed": 8})
+    assert child.client_data(2).read_bytes() == place.read_bytes()

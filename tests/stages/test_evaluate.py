@@ -284,3 +284,22 @@ def test_a_template_that_cannot_be_rendered_ends_in_words(
     outcome = fedcollm("evaluate", "--zero-shot", "-w", finished)
     assert outcome.code == 2
     assert "task colours cannot be used" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "count"),
+    [
+        ('"{{question}}"', '"{{question}} "', 12),  # and lm-eval's own delimiter
+        ("metric_list", 'target_delimiter: "  "\nmetric_list', 12),
+        ('"{{question}}"', '"{{question}} "\ntarget_delimiter: ""', 0),
+    ],
+)
+def test_questions_with_two_spaces_before_their_answers_are_counted(
+    old: str, new: str, count: int, workspace_folder: Path
+) -> None:
+    edit(workspace_folder / "tasks/colours.yaml", old, new)
+    told: list[str] = []
+    evaluate(Workspace(workspace_folder), report=lambda event: told.append(f"{event.kind}: {event.text}"))
+    warnings = [text for text in told if text.startswith("warning")]
+    words = f"warning: {count} of 12 questions of colours have two spaces or more before an answer"
+    assert [text.partition(": one is")[0] for text in warnings] == ([words] if count else [])

@@ -239,3 +239,12 @@ def bare_files(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> Path
     assert fedcollm("prepare", "-w", workspace_folder).code == 0
     assert status(Workspace(workspace_folder)).next_command == "fedcollm broadcast --round 1"
     return workspace_folder
+
+
+def test_rows_behind_a_link_to_nothing_are_missed_by_those_words(workspace_folder: Path) -> None:
+    shutil.rmtree(workspace_folder / "private")
+    place = workspace_folder / "private/client-2/train.jsonl"
+    place.parent.mkdir(parents=True)
+    place.symlink_to("/scratch/of/another/machine.jsonl")
+    told = status(Workspace(workspace_folder), party="client-2").waiting_for
+    assert "data of client-2: train.jsonl is a symbolic link to /scratch/of/another/machine.jsonl, which is not" in told
