@@ -65,7 +65,8 @@ def rounds_of(scope: Scope, folders: list[Folder]) -> Iterator[Finding]:
         if scope.members and len(opening.clients) < len(scope.members.clients):
             few = f"is opened for {len(opening.clients)} of {len(scope.members.clients)} clients: {opening.clients}"
             yield A9.warn(theta.shown, few, "all of the roster, unless --without was agreed on")
-        yield from _round([one for one in ours if _said(one).round == round], theta, opening)
+        least = scope.agreement.quorum(len(opening.clients)) if scope.agreement else opening.threshold
+        yield from _round([one for one in ours if _said(one).round == round], theta, opening, least)
     yield A9.ok(f"{number_of(len(begins), 'round')}: transcripts, commitments, closes and reveals agree")
 
 
@@ -103,8 +104,8 @@ def _prekeys(theta: Folder, opening: Opening, scope: Scope) -> Iterator[Finding]
             yield A9.fail(theta.shown, f"names another key of {party_of(client)}", f"its own of slot {opening.slot}")
 
 
-def _round(folders: list[Folder], theta: Folder, opening: Opening) -> Iterator[Finding]:
-    """What was sent in one round, closed, and revealed."""
+def _round(folders: list[Folder], theta: Folder, opening: Opening, least: int) -> Iterator[Finding]:
+    """What was sent in one round, closed, and revealed. least: how many the agreement wants in its sum."""
     transcript = transcript_of(_artefact(theta))
     of_this = [one for one in folders if _said(one).attempt == _said(theta).attempt]  # A1 tells of earlier attempts
     masked = [one for one in of_this if _said(one).masking]
@@ -116,7 +117,7 @@ def _round(folders: list[Folder], theta: Folder, opening: Opening) -> Iterator[F
             yield A9.fail(one.shown, found, f"{transcript[:16]}...")
     yield from _commitments(masked, theta, opening)
     for closed in closes:
-        yield from _close(closed, masked, opening)
+        yield from _close(closed, masked, opening, max(least, opening.threshold))
         yield from _reveals(closed, reveals, folders, opening)
     if not closes and reveals:
         yield A9.warn(reveals[0].shown, "reveals for a close that is not here")
@@ -143,12 +144,12 @@ def _commitments(masked: list[Folder], theta: Folder, opening: Opening) -> Itera
         yield A9.fail(theta.shown, f"{found}: they were shown different rounds, or have damaged keys")
 
 
-def _close(closed: Folder, masked: list[Folder], opening: Opening) -> Iterator[Finding]:
+def _close(closed: Folder, masked: list[Folder], opening: Opening, least: int) -> Iterator[Finding]:
     """Enough survivors, each with the vector that it sent, and an inbox for each."""
     manifest = _said(closed)
     closing = manifest.closing or {}
-    if len(closing) < opening.threshold:
-        yield A9.fail(closed.shown, f"closes over {number_of(len(closing), 'client')}", f"{opening.threshold} or more")
+    if len(closing) < least:
+        yield A9.fail(closed.shown, f"closes over {number_of(len(closing), 'client')}", f"{least} or more")
     if strangers := sorted(closing.keys() - {party_of(k) for k in opening.clients}):
         yield A9.fail(closed.shown, f"closes over {', '.join(strangers)}", f"clients of {opening.clients}")
     numbers = [k for k in opening.clients if party_of(k) in closing]

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 
 from federations import vault_of
+from stages.audit import audit
 from stages.broadcast import broadcast
+from stages.client_train import client_train
 from stages.parts import openings, signatures
 from stages.parts.errors import Damaged, NotReady, Problem, Refused, UsageProblem
-from stages.parts.manifest import Artefact, read_artefact
+from stages.parts.manifest import Artefact, inbox, publish, read_artefact
 from stages.parts.openings import Kept, accept, recall, remember
 from stages.parts.vault import LARGEST_JUMP, SERVER, Vault
 from stages.parts.workspace import Workspace
+from stages.reveal import reveal
 
 PLACE = "exchange/round-0001/broadcast"
 
@@ -379,3 +382,44 @@ def refusal_of_round_2(folder: Path, theta: Artefact) -> Problem:
     with pytest.raises(Refused) as caught:
         accept(Workspace(folder), theta, 2)
     return caught.value
+
+
+def test_a_close_over_fewer_than_was_agreed_is_not_revealed_for_and_fails_the_audit(
+    enrolled: Path, tmp_path: Path
+) -> None:
+    """Three of four are enough to unmask; without min_clients the parties agreed on all."""
+    folder = four(enrolled, tmp_path)
+    workspace = Workspace(folder)
+    theta = broadcast(workspace, round=1)
+    sent = {f"client-{k}": client_train(workspace, client=k, round=1) for k in (1, 2, 3)}
+    publish(
+        workspace.close(1),
+        {inbox(k): b"-" for k in (1, 2, 3)},
+        workspace,
+        stage="close",
+        round=1,
+        parents={"broadcast": theta_of(folder).sha256}
+        | {party: read_artefact(workspace.client_update(1, int(party[-1])), only=[]).sha256 for party in sent},
+        base=theta.base,
+        parameters=0,
+        transcript=openings.transcript_of(theta_of(folder)),
+        closing={party: one.masking.y_sha256 for party, one in sent.items() if one.masking},
+    )
+    with pytest.raises(
+        Refused, match=r"closed over 3 of 4 clients; by the agreement its sum is of 4 or more"
+    ) as caught:
+        reveal(workspace, client=2, round=1)
+    assert "reveal nothing" in (caught.value.mend or "")
+    assert not workspace.reveal(1, 2).exists()
+    said = [one.text for one in audit([folder]) if (one.id, one.level) == ("A9", "FAIL")]
+    assert said == ["exchange/round-0001/close: closes over 3 clients; expected 4 or more"]
+
+
+def test_a_broadcast_beyond_the_agreed_rounds_is_taken_by_nobody(opened: Path) -> None:
+    with pytest.raises(UsageProblem, match="there is no round 3: the agreement has rounds 1 to 2"):
+        client_train(Workspace(opened), client=2, round=3)
+    theta = reopened(opened, lambda manifest: manifest.update(round=3))
+    with pytest.raises(Refused, match="is of another round: 3, here it is 1"):
+        client_train(Workspace(opened), client=2, round=1)
+    assert kept(opened) is None
+    assert theta.manifest.round == 3

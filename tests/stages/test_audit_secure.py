@@ -23,6 +23,7 @@ from damages import (
     problems,
 )
 from stages.audit import audit
+from stages.parts.vault import Vault
 from stages.parts.workspace import Workspace
 from stages.run import run
 
@@ -68,8 +69,8 @@ def swap_signatures(folder: Path) -> None:
 
 def another_roster(folder: Path) -> None:
     """The server shows its machine one roster, and client 2 has pinned another."""
-    [path] = (folder.parent / "keys").rglob("client-2/federation.json")
-    path.write_bytes(path.read_bytes().replace(b'"federation": "tiny"', b'"federation": "wide"'))
+    vault = Vault.need(Workspace(folder), "client-2")
+    vault.pin((vault.pinned or b"").replace(b'"federation": "tiny"', b'"federation": "wide"'))
 
 
 FORGED: dict[str, tuple[Harm, str]] = {
