@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.parts import bases
+from stages.parts import base_files, bases
 from stages.parts.base_names import name_of
 from stages.parts.config import ROLES, Budget, Distillation, Role
-from stages.parts.errors import Damaged, NotReady, Problem, UsageProblem
+from stages.parts.errors import Damaged, NotReady, UsageProblem
 from stages.parts.rows import Extent, encode, extent, read_rows
 from stages.parts.workspace import Workspace
 
@@ -359,12 +359,7 @@ def _tokenizer(workspace: Workspace) -> Any:
     from stages.parts.base_loading import load_tokenizer
 
     folder = bases.configuration(workspace, "slm")
-    if folder is None:
-        return None
-    try:
-        return load_tokenizer(folder, "the SLM")
-    except Problem:
-        return None
+    return load_tokenizer(folder, "the SLM") if folder and base_files.tokenizer_files(folder) else None
 
 
 def _length(here: _Here, budget: Budget, rows: Extent | None) -> int:

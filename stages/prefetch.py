@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stages.parts import bases
+from stages.parts import base_files, bases
 from stages.parts.base_names import name_of
 from stages.parts.config import Role
 from stages.parts.errors import NotReady
@@ -41,11 +41,15 @@ def prefetch(
 
 
 def _model(workspace: Workspace, role: Role) -> Fetched:
-    name = workspace.agreement.model_of(role).model
-    if here := bases.whole_folder(workspace, role):
-        return Fetched(name_of(workspace, role), True, workspace.shown(here))
-    fetched = bases.folder(workspace, role)
-    if not bases.whole_folder(workspace, role):
+    from stages.parts.base_loading import check_unread
+
+    settings = workspace.agreement.model_of(role)
+    name, was_here = settings.model, bases.whole_folder(workspace, role)
+    fetched = was_here or bases.folder(workspace, role)
+    check_unread(fetched, role, settings.quantization)
+    if was_here:
+        return Fetched(name_of(workspace, role), True, workspace.shown(fetched))
+    if not base_files.weight_files(fetched):
         mend = f"put all its files there; or, for a model of the hub, `fedcollm prefetch --model {role}` with a network"
         raise NotReady(f"the {role.upper()} {name} is here without its weights", where=fetched, mend=mend)
     return Fetched(name, False, workspace.shown(fetched))

@@ -36,12 +36,11 @@ REASONS = {
     "stages/pack.py": "the bundle that is already in the place of the one to write",
     "stages/parts/checkpoints.py": "checkpoints of one's own, and the notes beside them",
     "stages/parts/private_training.py": "a checkpoint of this machine, weights only",
-    "stages/parts/bases.py": "a base model, from the user's disk or the hub's cache",
+    "stages/parts/tensor_files.py": "the header of a base model's weights, from the user's disk",
     "stages/parts/base_files.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/base_loading.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/base_names.py": "the configuration of a base model, from the user's disk",
     "stages/parts/models.py": "a base model, from the user's disk or the hub's cache",
-    "stages/parts/shapes.py": "a base model, from the user's disk or the hub's cache",
     "stages/parts/exports.py": "a base model; and a draft of an export that was just written, loaded back",
     "stages/export.py": "a draft of an export that was just written, for its digests",
 }

@@ -1,7 +1,7 @@
 """The nouns. Each part imports only parts that stand before it here.
 
 plain: errors, events, quiet, texts, paper, shamir, config, accounting, seclusion, files, turns, checkpoints,
-    processes, one_time, task_files, workspace, edits, bundles, vault, signatures, roster, bases, base_files,
+    processes, one_time, task_files, workspace, edits, bundles, vault, signatures, roster, base_files, bases,
     tensor_files, manifest, spending, openings, said, progress, chain, ledger, base_names, rows, distillation_inputs,
     variants, subjects, records, model_card, checks, audited, audit_signatures, audit_chain, audit_files, audit_leaks,
     audit_secrets, audit_privacy

@@ -190,13 +190,24 @@ def _distance(before: Tensors, after: Tensors) -> float:
     return float(np.sqrt(sum(np.sum((after[name] - before[name]).astype(np.float64) ** 2) for name in after)))
 
 
+NO_SETTING_OF_TRAINING = (
+    "compute with --dtype float32; should that not help, take another base: the learning rate is not it"
+)
+"""The mend where a model says NaN before anything was trained."""
+
+
 @torch.no_grad()
 def logits(model: PeftModel | PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
-    """What the model says to one text, without dropout: [length, vocabulary], float32, on the CPU."""
+    """What the model says to one text, without dropout: [length, vocabulary], float32, on the CPU.
+
+    Raises BadNumbers if that is no number, whatever the weights are: of NaN nothing can be compared or chosen.
+    """
     was_training = model.training
     model.eval()
     found: torch.Tensor = model(input_ids=torch.tensor([token_ids], device=model.device)).logits[0]
     model.train(was_training)
+    if bool(torch.isnan(found).any()) or bool(torch.isposinf(found).any()):
+        raise BadNumbers("the model's logits are NaN or infinite", mend=NO_SETTING_OF_TRAINING)
     return found.float().cpu()
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.parts import files
+from stages.parts import base_files, files
 from stages.parts.config import Role
 from stages.parts.errors import NotReady
 from stages.parts.workspace import Workspace
@@ -15,6 +14,9 @@ from stages.parts.workspace import Workspace
 CONFIGURATION = ["*.json", "*.txt", "*.model", "*.jinja"]
 WEIGHTS = ("*.safetensors", "*.bin")
 """In the order of preference: pickled weights are taken only where a model has no others."""
+
+NEVER_LOADED = ["*/*", "consolidated.*", "*.onnx*"]
+"""Further copies of the weights, as large as those that are loaded."""
 
 
 def folder(workspace: Workspace, role: Role) -> Path:
@@ -31,9 +33,12 @@ def folder(workspace: Workspace, role: Role) -> Path:
     try:
         for weights in WEIGHTS:
             found = snapshot_download(
-                settings.model, revision=settings.revision, allow_patterns=[*CONFIGURATION, weights]
+                settings.model,
+                revision=settings.revision,
+                allow_patterns=[*CONFIGURATION, weights],
+                ignore_patterns=NEVER_LOADED,
             )
-            if any(Path(found).glob(weights)):
+            if base_files.is_whole(Path(found)):
                 break
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         if isinstance(error, OSError) and (error.errno in files.UNWRITABLE or error.filename):
@@ -59,7 +64,7 @@ def own_folder(workspace: Workspace, role: Role) -> Path | None:
 def whole_folder(workspace: Workspace, role: Role) -> Path | None:
     """The base model's folder if it is here with all its weights; never asks the hub."""
     found = own_folder(workspace, role) or cached(workspace, role)
-    return found if found is not None and _has_weights(found) else None
+    return found if found is not None and base_files.is_whole(found) else None
 
 
 def configuration(workspace: Workspace, role: Role) -> Path | None:
@@ -78,18 +83,6 @@ def cached(workspace: Workspace, role: Role) -> Path | None:
         return Path(snapshot_download(settings.model, revision=settings.revision, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError):  # not there; or no hub id at all
         return None
-
-
-def _has_weights(folder: Path) -> bool:
-    """Whether config.json and every weight file are there: all that an index names, if there is one."""
-    if not (folder / "config.json").is_file():
-        return False
-    for weights in WEIGHTS:
-        for index in folder.glob(f"{weights}.index.json"):
-            return all((folder / name).is_file() for name in set(json.loads(index.read_text())["weight_map"].values()))
-        if any(folder.glob(weights)):
-            return True
-    return False
 
 
 @contextlib.contextmanager

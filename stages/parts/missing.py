@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.parts import bases
+from stages.parts import base_files, bases
 from stages.parts.config import ROLES, Role
-from stages.parts.errors import Problem
+from stages.parts.errors import Damaged, Problem
 from stages.parts.workspace import AGREEMENT, Workspace
 
 
@@ -34,6 +34,10 @@ def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
         return []
     what = f"the {role.upper()} {workspace.agreement.model_of(role).model}, {whose}"
     if own := bases.own_folder(workspace, role):
+        try:
+            base_files.weight_files(own)
+        except Damaged as problem:
+            return [Missing(f"{what}: {problem.message}", problem.mend or "")]
         return [Missing(what, f"put it into {workspace.shown(own)}, or set models.{role} in machine.toml")]
     return [Missing(what, f"fedcollm prefetch --model {role}")]
 

@@ -14,11 +14,20 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from stages.parts import adapters, base_files, bases, batches, quantization, quiet
+from stages.parts import adapters, base_files, bases, batches, quantization
 from stages.parts.adapter_files import read_adapter
-from stages.parts.base_loading import PROBE, check_fits, is_out_of_memory, load_model, load_tokenizer
+from stages.parts.base_loading import (
+    PROBE,
+    check_fits,
+    check_unread,
+    is_out_of_memory,
+    load_model,
+    load_tokenizer,
+    not_finite,
+    read_configuration,
+)
 from stages.parts.config import Machine, Quantization, Role
 from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
@@ -140,20 +149,14 @@ class Models:
         if role in self._roles:
             return self._roles[role].outline
         folder = bases.configuration(self._workspace, role)
+        mend = f"`fedcollm prefetch --model {role}` where there is a network, or set models.{role} in machine.toml"
         if folder is None:
-            mend = f"`fedcollm prefetch --model {role}` where there is a network, or set models.{role} in machine.toml"
             raise NotReady(f"the {role.upper()}'s configuration and tokenizer are not here", mend=mend)
-        base_files.configuration(folder, role)
-        try:
-            with quiet.libraries():
-                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                vocabulary, context = int(config.get_text_config().vocab_size), _context(config)
-        except Exception as error:  # the classes of each architecture raise what they like
-            message = f"the {role.upper()}'s configuration cannot be read: {error}"
-            raise UsageProblem(message, where=folder, mend=f"check {role}.model in fedcollm.toml") from error
-        tokenizer = load_tokenizer(folder, f"the {role.upper()}")
-        check_fits(tokenizer, vocabulary, f"the {role.upper()}")
-        return Outline(tokenizer, vocabulary, context)
+        tokenizer = check_unread(folder, role, self._workspace.agreement.model_of(role).quantization)
+        config = read_configuration(folder, f"the {role.upper()}")
+        if tokenizer is None:
+            raise NotReady(f"the {role.upper()}'s tokenizer is not here", where=folder, mend=mend)
+        return Outline(tokenizer, int(config.get_text_config().vocab_size), _context(config))
 
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:
         """As get, but the base must be the one named by identity. Raises Refused otherwise."""
@@ -246,7 +249,7 @@ def identify(folder: Path, tokenizer: Any, quantization: Quantization | None = N
     architecture = str(json.loads((folder / "config.json").read_text()).get("model_type", "unknown"))
     return BaseIdentity(
         architecture=architecture,
-        weights_sha256=_weights_sha256(folder),
+        weights_sha256=_weights_sha256(folder, looks_for_nan=quantization is not None),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         quantization=quantization,
     )
@@ -259,8 +262,11 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([vocabulary, encodings]).encode()).hexdigest()
 
 
-def _weights_sha256(folder: Path) -> str:
-    """Of the files that are loaded, whatever else lies beside them. Raises Damaged if one cannot be read."""
+def _weights_sha256(folder: Path, *, looks_for_nan: bool) -> str:
+    """Of the files that are loaded, whatever else lies beside them. Raises Damaged if one cannot be read.
+
+    looks_for_nan: raise it for NaN and infinity too, which few bits would hide.
+    """
     lines = []
     for path in base_files.weight_files(folder):
         if path.suffix != ".safetensors":  # an old checkpoint: pickled weights of a base model, by file
@@ -268,17 +274,19 @@ def _weights_sha256(folder: Path) -> str:
                 lines.append(f"{path.name} {hashlib.file_digest(binary, 'sha256').hexdigest()}\n")
             continue
         try:
-            lines += _tensor_lines(path)
+            lines += _tensor_lines(path, looks_for_nan)
         except SafetensorError as error:
             message = f"{path.name} is cut short or damaged: {error}"
             raise Damaged(message, where=path, mend=base_files.FETCH_AGAIN) from error
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def _tensor_lines(path: Path) -> Iterator[str]:
+def _tensor_lines(path: Path, looks_for_nan: bool) -> Iterator[str]:
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             tensor = file.get_tensor(name)
+            if looks_for_nan and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise not_finite("the base", name, path)
             content = tensor.contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
             yield f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(content).hexdigest()}\n"
 

@@ -79,6 +79,11 @@ class _Reporting(HFLM):  # type: ignore[misc]
         own = requests[rank::count]
         self._done, self._total = 0, len(own)
         answers = answer(own, disable_tqdm=True) if own else []
+        for request, one in zip(own, answers, strict=True):
+            likelihood = one[0] if isinstance(one, tuple) else one
+            if isinstance(likelihood, float) and math.isnan(likelihood):
+                message = f"question {request.doc_id + 1} of task {request.task_name}: an answer's likelihood is NaN"
+                raise BadNumbers(message, mend=adapters.NO_SETTING_OF_TRAINING)
         if count == 1:
             return answers
         all_answers = self.processes.gather(answers)
@@ -119,10 +124,12 @@ def score(
     was_training = model.training
     model.eval()
     scope = contextlib.nullcontext() if with_adapter else model.disable_adapter()
+    probe = tuned.tokenizer.encode(PROBE_TEXTS[0])[: tuned.context]
     if with_adapter:
-        adapters.check_acts(model, tuned.tokenizer.encode(PROBE_TEXTS[0])[: tuned.context])
+        adapters.check_acts(model, probe)
     telling = quiet.telling(report, "lm_eval", but_for=HARMLESS)
     with naming_memory_knobs(), scope, quiet.libraries(), telling:
+        adapters.logits(model, probe)  # which raises if they are no numbers
         lm = _Reporting(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
         lm.report, lm.processes, lm.shares = report, processes, shares
         try:

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from stages.parts import adapters, bases, paper, quiet
+from stages.parts import adapters, base_files, base_loading, bases, paper
 from stages.parts.adapter_files import Layout
 from stages.parts.config import Lora, Model, Quantization, Role
-from stages.parts.errors import NotReady, UsageProblem
+from stages.parts.errors import NotReady
 from stages.parts.models import context_of
 from stages.parts.workspace import AGREEMENT, Workspace
 
@@ -57,16 +56,13 @@ class Shape:
 def of_workspace(workspace: Workspace, role: Role, dtype: torch.dtype = torch.float32) -> Shape:
     """The agreed model, by the configuration that is here, or else the shipped one of a base model of the paper.
 
-    Raises NotReady where there is neither.
+    Raises NotReady where there is neither, and what loading it would, as far as that is known without its weights.
     """
     settings = workspace.agreement.model_of(role)
     shipped = None if bases.own_folder(workspace, role) else paper.checkpoints().get(settings.model)
     if found := bases.configuration(workspace, role):
-        try:
-            config = AutoConfig.from_pretrained(found)
-        except (OSError, ValueError) as error:
-            message = f"the {role.upper()}'s configuration cannot be read: {error}"
-            raise UsageProblem(message, where=found, mend=f"check {role}.model in fedcollm.toml") from error
+        base_loading.check_unread(found, role, settings.quantization)
+        config = base_loading.read_configuration(found, f"the {role.upper()}")
         stored = _stored_dtype(found, config) or (shipped.stored_dtype if shipped else None)
         came_from = workspace.shown(found / "config.json")
     elif shipped:
@@ -82,11 +78,10 @@ def _stored_dtype(folder: Path, config: Any) -> str | None:
 
     Weights are not read, only the header that describes them.
     """
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (not a dict)
-            largest = max(slices, key=lambda one: math.prod(one.get_shape()))
-            return DTYPE_NAMES.get(largest.get_dtype())
+    for path in base_files.weight_files(folder):
+        if path.suffix == ".safetensors" and (tensors := base_files.headers(path)):
+            dtype, _ = max(tensors.values(), key=lambda one: math.prod(one[1]))
+            return DTYPE_NAMES.get(dtype)
     said = config.dtype
     return None if said is None else str(said).removeprefix("torch.")
 
@@ -104,8 +99,7 @@ def of_paper(setting: str, role: Role) -> Shape:
 def _shape(
     config: Any, settings: Model, stored: str | None, came_from: str, dtype: torch.dtype, workspace: Workspace | None
 ) -> Shape:
-    with torch.device("meta"), quiet.libraries():
-        base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    base = base_loading.empty_model(config, dtype, f"the model {settings.model}", None)
     base.config.use_cache = False
     if workspace and workspace.machine.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages.parts import checkpoints, files, quiet, trackers
+from stages.parts import adapters, checkpoints, files, quiet, trackers
 from stages.parts.config import Budget, Machine
 from stages.parts.dry_step import rows_at_once
 from stages.parts.errors import BadNumbers, Refused, StorageProblem, UsageProblem
@@ -303,8 +303,7 @@ def refuse_unless_finite_before(losses: Mapping[str, float]) -> None:
     for name, loss in losses.items():
         if not math.isfinite(loss):
             message = f"{name} is {loss} before any step: so say the base and the adapter that training begins from"
-            mend = "compute with --dtype float32; should that not help, take another base: the learning rate is not it"
-            raise BadNumbers(message, mend=mend)
+            raise BadNumbers(message, mend=adapters.NO_SETTING_OF_TRAINING)
 
 
 def snapshot(objective: Objective) -> dict[str, torch.Tensor]:

@@ -50,13 +50,13 @@ def test_a_configuration_alone_is_no_whole_model(workspace_folder: Path, cached:
     assert bases.configuration(Workspace(workspace_folder), "slm") == cached
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_weights_in_parts_are_whole_when_all_that_the_index_names_are_there(
-    workspace_folder: Path, cached: Path, ending: str
+    workspace_folder: Path, cached: Path, name: str
 ) -> None:
     (cached / "model.safetensors").unlink()
-    parts = [f"model-0000{i}-of-00002.{ending}" for i in (1, 2)]
-    (cached / f"model.{ending}.index.json").write_text(json.dumps({"weight_map": {"a": parts[0], "b": parts[1]}}))
+    parts = [f"part-{i}-of-{name}" for i in (1, 2)]
+    (cached / f"{name}.index.json").write_text(json.dumps({"weight_map": {"a": parts[0], "b": parts[1]}}))
     (cached / parts[0]).touch()
     assert bases.whole_folder(Workspace(workspace_folder), "slm") is None
     (cached / parts[1]).touch()

@@ -190,9 +190,9 @@ def test_a_configuration_that_is_none_is_named(workspace_folder: Path) -> None:
     (workspace_folder / "models").unlink()
     (workspace_folder / "models" / "slm").mkdir(parents=True)
     (workspace_folder / "models" / "slm" / "config.json").write_text(json.dumps({"model_type": "no such"}))
-    with pytest.raises(UsageProblem, match="the SLM's configuration cannot be read") as caught:
+    with pytest.raises(UsageProblem, match="the SLM cannot be loaded: ") as caught:
         plan(Workspace(workspace_folder))
-    assert caught.value.mend == "check slm.model in fedcollm.toml"
+    assert "check slm.model in fedcollm.toml" in str(caught.value.mend)
 
 
 def test_unlabelled_auxiliary_rows_count_as_rows(workspace_folder: Path) -> None:
