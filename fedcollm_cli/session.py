@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -46,6 +47,7 @@ ProcessesOption = Annotated[
     typer.Option("--processes", min=1, help="How many torchrun was told to start; with any other number it refuses."),
 ]
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 HEEDED_WITHIN_S = 5
 """Seconds from a signal to the end of a command, cleaning up included, before it is interrupted once more."""
 
@@ -63,8 +65,10 @@ class Session:
 def guarded(console: Console) -> Iterator[None]:
     """The one place that turns what went wrong into a message and an exit code."""
     _Ending.is_asked = False
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):
+    for number in SIGNALS:
         signal.signal(number, _interrupt)
+    atexit.unregister(_heed_no_more)
+    atexit.register(_heed_no_more)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     for name in ("TOKENIZERS_PARALLELISM", "HF_UPDATE_DOWNLOAD_COUNTS"):
@@ -85,6 +89,13 @@ def guarded(console: Console) -> Iterator[None]:
         signal.alarm(0)
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Of a type of its own: CPython remembers each plain KeyboardInterrupt that has left an exec(), as libraries call.
+
+    However well it was caught, the process then ends by SIGINT, whatever exit code it was to have.
+    """
+
+
 class _Ending:
     """Whether this command has been interrupted already: further signals must not break its end off."""
 
@@ -97,7 +108,13 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
         return
     _Ending.is_asked = True
     signal.alarm(HEEDED_WITHIN_S)
-    raise KeyboardInterrupt
+    raise _Interrupted
+
+
+def _heed_no_more() -> None:
+    """While the interpreter ends it puts Python's handlers away, but not this: a late signal must not be the end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -66,6 +70,28 @@ def test_a_signal_in_training_exits_75_and_leaves_nothing_half_written(
     assert "Traceback" not in said
     assert published(finished) == before
     assert drafts(finished) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]]
+)
+def test_a_storm_of_signals_to_the_very_end_of_the_process_is_75(numbers: list[signal.Signals], finished: Path) -> None:
+    lengthen(finished, 100_000, checkpoint_steps=5)
+    words = ["client-train", "--round", "1", "--client", "2", "-w", str(finished)]
+    with subprocess.Popen([sys.executable, "-m", "fedcollm_cli", *words], stderr=subprocess.PIPE, text=True) as work:
+        deadline = time.monotonic() + 120
+        while work.poll() is None and not has_checkpoint(finished):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for number in itertools.cycle(numbers):
+            if work.poll() is not None:
+                break
+            work.send_signal(number)
+            time.sleep(0.001)
+        assert work.stderr is not None
+        said = work.stderr.read()
+    assert (work.returncode, "Traceback" in said) == (75, False), said
 
 
 @pytest.mark.slow

@@ -45,6 +45,20 @@ def test_cuda_sees_the_chosen_gpu_alone(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
+def test_a_signal_within_code_that_is_executed_from_text_is_75_too() -> None:
+    program = """
+import os, signal, sys, time, typer
+from fedcollm_cli import session
+from fedcollm_cli.console import Console
+try:
+    with session.guarded(Console(quiet=True, as_json=False)):
+        exec("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)")
+except typer.Exit as end:
+    sys.exit(end.exit_code)
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 75
+
+
 def test_a_signal_whose_exception_a_library_drops_is_heeded_a_little_later(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
