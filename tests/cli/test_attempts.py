@@ -14,6 +14,7 @@ import safetensors.numpy
 from builders import Outcome
 from federations import SECURE, Machines, agreement
 from stages.parts.manifest import read_manifest
+from stages.parts.vault import Vault
 from stages.parts.workspace import Workspace
 from stages.status import status
 
@@ -204,16 +205,16 @@ def test_reveal_says_what_it_waits_for_and_where_it_has_no_place(
     machines.give("server", "aggregate", "--round", 1, code=3)
     machines.down(2)
     # On a machine with the keys, and without what it masked: such as one restored from an old copy.
-    [kept] = Workspace(machines.folders["client-2"]).secrets.rglob("round-0001.json")
-    content = kept.read_text()
-    kept.write_text(json.dumps(json.loads(content) | {"own_shares": None}))
+    vault = Vault.need(Workspace(machines.folders["client-2"]), "client-2")
+    kept = vault.kept("round-0001") or {}
+    vault.keep("round-0001", kept | {"own_shares": None})
     assert "client 2 has masked no update of this round here" in machines.client(2, "reveal", "--round", 1, code=5).err
-    kept.write_text(json.dumps(json.loads(content) | {"y_sha256": "0" * 64}))
+    vault.keep("round-0001", kept | {"y_sha256": "0" * 64})
     said = machines.client(2, "reveal", "--round", 1, code=5).err
     assert "exchange/round-0001/client-2 is client-2's own, of attempt 0, and its keys know nothing of it" in said
     assert "mend  put the newest keys back" in said
-    assert json.loads(kept.read_text())["reveal"] is None
-    kept.write_text(content)
+    assert (vault.kept("round-0001") or {})["reveal"] is None
+    vault.keep("round-0001", kept)
     machines.client(2, "reveal", "--round", 1)
 
 
