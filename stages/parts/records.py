@@ -175,6 +175,9 @@ def _rows(workspace: Workspace, data: Path, stage: str, client: int | None, *, n
         if os.path.lexists(data):
             try:
                 found = files.sha256(files.read_own(data))
+            except FileNotFoundError:
+                yield data, files.not_there(data).message, "rows that can be read"
+                return
             except (Problem, OSError) as problem:
                 yield data, str(problem), "rows that can be read"
                 return

@@ -133,3 +133,13 @@ def test_status_with_verify_ends_with_4_where_anything_is_damaged_and_says_what_
     assert found.code == 4
     assert "changed since it was written: private/server/round-0001/aggregate.jsonl" in found.out
     assert json.loads(fedcollm("status", "--verify", "--json", "-w", scored).out)["changed"]
+
+
+def test_rows_behind_a_link_are_held_against_their_log_and_a_link_to_nothing_is_named(finished: Path) -> None:
+    rows = finished / "private/client-2/train.jsonl"
+    rows.rename(elsewhere := finished.parent / "scratch.jsonl")
+    rows.symlink_to(elsewhere)
+    assert status(Workspace(finished), verify=True).changed == []
+    elsewhere.unlink()
+    (said,) = status(Workspace(finished), verify=True).changed
+    assert "train.jsonl is a symbolic link to" in said
