@@ -118,7 +118,7 @@ def _sections(name: str, text: str, kind: type[BaseModel]) -> Iterator[str]:
             yield f"| `{line}` | {_takes(field)} | {_default(field)} | {_cell(meaning)} |"
         if rows:
             yield ""
-    missing = sorted(".".join(key) for key in set(_keys(kind)) - seen)
+    missing = sorted(".".join(key) for key in set(keys(kind)) - seen)
     if missing:
         raise SystemExit(f"the template's {name} does not name: {', '.join(missing)}")
 
@@ -147,12 +147,12 @@ def _model(kind: type[BaseModel], place: tuple[str, ...]) -> type[BaseModel]:
     return kind
 
 
-def _keys(kind: type[BaseModel], place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def keys(kind: type[BaseModel], place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every key of a file that is not itself a table."""
     for name, field in kind.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _keys(inner, (*place, name))
+            yield from keys(inner, (*place, name))
         else:
             yield (*place, name)
 

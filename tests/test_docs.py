@@ -1,35 +1,91 @@
-"""The documentation is true: generated pages are current, and what a page lists is what the program has."""
+"""The documentation is true: links, commands, options, settings and snippets, and the pages that are generated."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import typer
 
 from builders import ROOT, Outcome
-from generate_docs import pages
+from fedcollm_cli.main import app
+from generate_docs import keys, pages
+from stages.parts.config import Agreement, Machine
 
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "workspace_template" / "README.md", *sorted(DOCS.rglob("*.md"))]
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+
+GENERATED = ["reference/commands.md", "reference/settings.md"]
+NOT_RUN = {
+    "README.md": "it trains base models from the hub",
+    "docs/explanation/bad-updates.md": "it is one command in the middle of a round",
+    "docs/explanation/what-distillation-bought.md": "it trains for an hour",
+    "docs/how-to/between-organisations.md": "it is for several machines",
+    "docs/how-to/big-models.md": "it is for a round in progress",
+    "docs/how-to/compare-and-sweep.md": "it trains every method from many seeds",
+    "docs/how-to/hand-a-model-on.md": "it is for a finished round 5",
+    "docs/how-to/several-gpus.md": "it is for several GPUs",
+    "docs/how-to/slurm.md": "it is for a cluster",
+    "docs/how-to/snakemake.md": "it installs another program",
+}
+"""Pages whose snippets are only read: why. On the other pages each is run, or says itself why not."""
+OF_OTHERS = {
+    *("--cores", "--config", "--profile", "--dag", "--rulegraph", "--unlock", "--until"),  # snakemake's
+    *("--signals-to-handle", "--qos", "--constraint", "--gres", "--mem"),  # torchrun's and sbatch's
+}
 
 
-def headings(path: Path) -> list[str]:
-    return re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+class Fence(NamedTuple):
+    """A block of code. mark: what the comment above it says."""
+
+    kind: str
+    text: str
+    mark: str
 
 
-@pytest.mark.parametrize("name", ["commands.md", "settings.md"])
+FENCE = re.compile(r"(?:^<!-- (?P<mark>[^>\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+def fences(path: Path, *kinds: str) -> list[Fence]:
+    found = [Fence(one["kind"], one["text"], one["mark"] or "") for one in FENCE.finditer(path.read_text())]
+    return [fence for fence in found if not kinds or fence.kind in kinds]
+
+
+def prose(path: Path) -> str:
+    return FENCE.sub("", path.read_text())
+
+
+def inline_code(path: Path) -> list[str]:
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(path))]
+
+
+def unprompted(text: str) -> str:
+    """Shell as a machine takes it: without the name of the machine in front."""
+    return re.sub(r"^\w+\$ +", "", text, flags=re.M)
+
+
+# --- what is generated, and what lists something
+
+
+@pytest.mark.parametrize("name", GENERATED)
 @pytest.mark.parametrize("columns", ["40", "200"])
 def test_a_generated_page_is_current_whatever_the_terminal(
     name: str, columns: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    [made] = [text for path, text in pages().items() if path.name == name]
-    assert (DOCS / "reference" / name).read_text() == made, "run `python tests/generate_docs.py`"
+    assert (DOCS / name).read_text() == pages()[DOCS / name], "run `make docs`"
 
 
 def test_every_exit_code_has_a_heading() -> None:
@@ -50,9 +106,157 @@ def test_every_check_of_the_audit_has_a_heading() -> None:
     assert headings(DOCS / "reference/audit-checks.md")[1:] == [f"{id}: {names[id]}" for id in CHECKS]
 
 
+# --- links
+
+
+def headings(path: Path) -> list[str]:
+    return re.findall(r"^#+ (.+)$", prose(path), re.M)
+
+
+def anchors(path: Path) -> Iterator[str]:
+    """Of every heading, as GitHub makes them."""
+    seen: dict[str, int] = {}
+    for heading in headings(path):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        yield f"{slug}-{seen[slug]}" if slug in seen else slug
+        seen[slug] = seen.get(slug, 0) + 1
+
+
+def links(path: Path) -> list[str]:
+    text = re.sub(r"`[^`]*`", "", prose(path))
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("https://")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_leads_somewhere(name: str) -> None:
+    for link in links(ROOT / name):
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_found_from_the_first() -> None:
+    assert {(DOCS / link).resolve() for link in links(DOCS / "README.md")} >= {*DOCS.rglob("*.md")} - {
+        DOCS / "README.md"
+    }
+
+
+# --- commands, options and settings
+
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+OPTIONS = {name: {word for one in command.params for word in one.opts} for name, command in COMMANDS.items()}
+CALL = re.compile(r"(?<![\w./~-])fedcollm(?:_cli)? +(?=[\w-])([^\n#`|;&)]+)")
+
+
+def calls(path: Path) -> Iterator[list[str]]:
+    """The words after `fedcollm`, wherever code calls it; and after a command's name alone, in a sentence."""
+    code = [unprompted(fence.text).replace("\\\n", " ") for fence in fences(path, "sh")] + inline_code(path)
+    for text in code:
+        yield from (found[1].split() for found in CALL.finditer(text))
+    yield from (words for words in map(str.split, inline_code(path)) if words[0] in COMMANDS and len(words) > 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_and_option_exists(name: str) -> None:
+    for command, *words in calls(ROOT / name):
+        if command == "COMMAND":
+            continue
+        assert command in COMMANDS, (command, words)
+        named = {word.partition("=")[0] for word in words if word.startswith("-")}
+        assert named <= OPTIONS[command] | {"--help"}, (command, words)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_option_in_a_sentence_is_some_commands(name: str) -> None:
+    known = set.union(*OPTIONS.values(), OF_OTHERS, {"--help"})
+    said = {re.split("[= ]", code)[0] for code in inline_code(ROOT / name) if code.startswith("--")}
+    assert said <= known
+
+
+KEYS = {*keys(Agreement), *keys(Machine)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_exists(name: str) -> None:
+    tables = "|".join(sorted({key[0] for key in KEYS if len(key) > 1}))
+    for code in inline_code(ROOT / name):
+        found = re.match(rf"((?:{tables})(?:\.[a-z_]+)+)(?: = .*)?$", code)
+        assert not found or code.endswith((".toml", ".json")) or tuple(found[1].split(".")) in KEYS, code
+    for fence in fences(ROOT / name, "toml"):
+        for table, inner in tomllib.loads(fence.text).items():
+            assert {(table, key) for key in inner} <= KEYS, fence.text
+
+
 # --- snippets
 
-FENCE = re.compile(r"(?:<!-- not run: (?P<why>[^>\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_snippet_is_well_formed(name: str) -> None:
+    for kind, text, _ in fences(ROOT / name):
+        match kind:
+            case "sh":
+                done = subprocess.run(["bash", "-n"], input=unprompted(text), capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+            case "json":
+                assert all(json.loads(line) for line in text.splitlines())
+            case "python":
+                compile(text, name, "exec")
+            case _:
+                assert kind in ("", "text", "toml", "yaml"), kind
+
+
+PLACES = {"a finished workspace": "finished_once", "an empty folder": "tmp_path"}
+"""What a mark says, and the fixture."""
+MARK = re.compile(rf"not run: \w.+|runs in: (?P<place>{'|'.join(PLACES)})|run by: (?P<test>tests/[\w/]+\.py)")
+
+
+def snippets() -> Iterator[Any]:
+    """Every snippet that is marked as one that runs: where it stands, its text and its place."""
+    for name in NAMES:
+        for number, (_, text, mark) in enumerate(fences(ROOT / name, "sh"), 1):
+            if (found := MARK.fullmatch(mark)) and found["place"]:
+                yield pytest.param(f"{name}, {number}", text, found["place"], id=f"{name}, {number}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_snippet_is_run_or_says_why_not(name: str) -> None:
+    marks = [mark for _, _, mark in fences(ROOT / name, "sh")]
+    if name in NOT_RUN:
+        assert "" in marks, "nothing is left there that is not run"
+    elif name != "docs/tutorial.md":  # which is run whole
+        assert all(MARK.fullmatch(mark) for mark in marks), marks
+    tests = [found["test"] for mark in marks if (found := MARK.fullmatch(mark)) and found["test"]]
+    assert all(Path(name).name in (ROOT / test).read_text() for test in tests)
+
+
+@pytest.mark.parametrize(("where", "text", "place"), snippets())
+def test_a_snippet_runs(where: str, text: str, place: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder: Path = request.getfixturevalue(PLACES[place])
+    program = tmp_path / "bin" / "fedcollm"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m fedcollm_cli "$@"\n')
+    program.chmod(0o755)
+    path = f"export PATH={shlex.quote(f'{program.parent}:{Path(sys.executable).parent}')}:$PATH\n"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", path + text], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(words in done.stdout for words in said(where, folder)), done.stdout
+
+
+def said(where: str, folder: Path) -> list[str]:
+    """What a snippet prints, in part."""
+    if where.startswith("docs/how-to/plan-and-prefetch.md"):
+        return ["s1-arc_easy"]
+    broadcast = (folder / "exchange/round-0001/broadcast/manifest.json").read_bytes()
+    digest = hashlib.sha256(broadcast).hexdigest()
+    return {
+        "docs/how-to/audit.md, 1": ["result: clean (exit 0)", "tensors: 2 differ, 0 identical"],
+        "docs/how-to/audit.md, 2": ["adapter_config.json: OK", "adapter_model.safetensors: OK"],
+        "docs/how-to/audit.md, 3": [f"{digest}  exchange", f'"broadcast": "{digest}"'],
+        "docs/how-to/audit.md, 4": ["metadata {'format': 'pt'}", "lora_A.weight F32 [4, 16] largest 0."],
+        "docs/how-to/audit.md, 5": ["nothing does"],
+        "docs/how-to/audit.md, 6": [json.loads(broadcast)["base"]["weights_sha256"]],
+    }[where]
 
 
 @pytest.mark.slow
@@ -62,11 +266,10 @@ def test_the_tutorial_goes_from_nothing_to_a_report(
     """Line by line as it stands there, but that the base models are tiny ones in local folders."""
     monkeypatch.chdir(tmp_path)
     given = []
-    for fence in FENCE.finditer((DOCS / "tutorial.md").read_text()):
-        name = re.match(r"# (\S+\.(?:py|yaml))\n", fence["text"])
-        if name:
-            Path(name[1]).write_text(fence["text"])
-        for line in fence["text"].splitlines() if fence["kind"] == "sh" and not fence["why"] else ():
+    for kind, text, mark in fences(DOCS / "tutorial.md"):
+        if name := re.match(r"# (\S+\.(?:py|yaml))\n", text):
+            Path(name[1]).write_text(text)
+        for line in text.splitlines() if kind == "sh" and not mark else ():
             words = shlex.split(line, comments=True)
             given.append(words[1:2])
             if words[0] == "fedcollm":

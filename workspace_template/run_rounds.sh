@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every round of the federation by the separate commands, on one machine. Copy what you need into your own job scripts.
 # In secure mode it plays all parties with their keys: between organisations each runs its own lines, in this order, and
-# exchange/ is carried between them ("Between organisations" and "Secure aggregation" in fedcollm's README).
+# exchange/ is carried between them (docs/how-to/between-organisations.md and secure-round.md of fedcollm).
 # Run it again after a stop: what is done is passed over. Between machines, `fedcollm next` takes a party's next step.
 set -euo pipefail
 cd "$(dirname "$0")"

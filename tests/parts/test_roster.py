@@ -27,8 +27,8 @@ def test_a_fingerprint_is_two_hundred_bits_of_the_digest_in_base32() -> None:
     assert roster.fingerprint(content) == "-".join(letters[i : i + 4] for i in range(0, 40, 4))
 
 
-def test_the_readmes_recipe_prints_the_fingerprint(enrolled: Path) -> None:
-    [recipe] = re.findall(r"python -c '(import base64, hashlib\n[^']+)'", (ROOT / "README.md").read_text())
+def test_the_recipe_in_the_docs_prints_the_fingerprint(enrolled: Path) -> None:
+    [recipe] = re.findall(r"python -c '(import base64, hashlib\n[^']+)'", (ROOT / "docs/how-to/keys.md").read_text())
     done = subprocess.run([sys.executable, "-c", recipe], cwd=enrolled, capture_output=True, text=True, check=True)
     content = (enrolled / "exchange/federation.json").read_bytes()
     assert roster.is_fingerprint(done.stdout.strip(), content)

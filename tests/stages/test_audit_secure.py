@@ -268,11 +268,11 @@ def test_a_client_that_vanished_before_the_close_costs_nothing_but_is_told(secur
 # --- by hand
 
 
-def test_a_signature_and_the_fingerprint_are_checked_by_hand_as_the_readme_says(secure: Path) -> None:
+def test_a_signature_and_the_fingerprint_are_checked_by_hand_as_the_docs_say(secure: Path) -> None:
     from stages.parts.roster import fingerprint
 
-    section = (ROOT / "README.md").read_text().split("## Keys and signatures")[1].split("\n## ")[0]
-    command = re.findall(r"```sh\n(.*?)```", section, re.S)[1]
+    page = (ROOT / "docs/how-to/keys.md").read_text()
+    [command] = [text for text in re.findall(r"```sh\n(.*?)```", page, re.S) if text.startswith("python -c")]
     done = subprocess.run(["bash", "-e", "-c", command], cwd=secure, capture_output=True, text=True)
     mark = fingerprint((secure / "exchange/federation.json").read_bytes()).replace("-", "")
     assert done.stdout.splitlines() == ["signed by the server as fedcollm/broadcast", mark], done.stderr
