@@ -16,7 +16,7 @@ from stages.parts.chain import Chain, base_subjects, chain, server_subjects
 from stages.parts.config import Role, Slurm
 from stages.parts.errors import NotReady, Refused, UsageProblem
 from stages.parts.events import Event, Report, ignore
-from stages.parts.progress import Reader, enrolment
+from stages.parts.progress import PREPARE, STALE_ROWS, Reader, enrolment
 from stages.parts.texts import lines
 from stages.parts.vault import SERVER, client
 from stages.parts.workspace import MACHINE, Workspace
@@ -68,6 +68,8 @@ def jobs(workspace: Workspace, *, only: str | None = None, window: int | None = 
     if workspace.agreement.aggregation.is_secure:
         _check_enrolled(workspace, parties)
     reader = Reader(workspace, verify=False)
+    if reader.are_rows_stale:
+        raise Refused(STALE_ROWS, where=workspace.split, mend=f"{PREPARE}, which tells whether the rows change")
     rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
     found = chain(workspace, rounds, parties, window=window)
     if found.waiting_for and not found.jobs:

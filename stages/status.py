@@ -16,11 +16,10 @@ from typing import Literal
 from stages.parts import edits, files, records, roster
 from stages.parts.config import threshold
 from stages.parts.errors import Damaged, Problem, Refused
-from stages.parts.progress import Reader, Round, Step, enrolment
+from stages.parts.progress import PREPARE, STALE_ROWS, Reader, Round, Step, enrolment
 from stages.parts.vault import SERVER
 from stages.parts.workspace import AGREEMENT, MANIFEST, Workspace
 
-STALE_ROWS = "prepare dealt its rows before its tasks, or files, were edited"
 SIMULATES = "simulation = true in machine.toml, where one person plays all parties"
 
 
@@ -112,7 +111,7 @@ def _next(
             return "fedcollm prepare", ""
         return "", _rows_of(workspace, party) + (f", or {SIMULATES}" if is_dealt and party is None else "")
     if are_rows_stale:
-        return ("fedcollm prepare", "") if party is None else ("", f"fedcollm prepare: {STALE_ROWS}")
+        return (PREPARE, "") if party is None else ("", f"{PREPARE}: {STALE_ROWS}")
     if workspace.agreement.aggregation.is_secure:
         before = enrolment(workspace, party)
         if any(before):

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.parts import records
 from stages.parts.config import threshold
 from stages.parts.errors import Refused
 from stages.parts.progress import Round, Step
@@ -136,12 +137,13 @@ def _is_scored(workspace: Workspace) -> bool:
 
 
 def _is_unscored(workspace: Workspace) -> bool:
-    """Whether a score of the last round, or of the bases, is missing here."""
+    """Whether a score of the last round, or of the bases, is missing here, or stale."""
     last = workspace.agreement.federation.rounds
     subjects = [*server_subjects(workspace), *(f"client-{client}" for client in workspace.client_adapters(last))]
     bases = base_subjects(workspace)
     paths = [workspace.result(last, name) for name in subjects] + [workspace.result(None, name) for name in bases]
-    return not all(path.exists() for path in paths)
+    stale = {path for path, *_ in records.stale(workspace)}
+    return any(path in stale or not path.exists() for path in paths)
 
 
 def server_subjects(workspace: Workspace) -> list[str]:

@@ -24,6 +24,7 @@ from stages.parts.workspace import SIGNATURE, Workspace
 Condition = Literal["done", "missing", "damaged", "stale"]
 
 PREPARE = "fedcollm prepare"
+STALE_ROWS = "prepare dealt the rows before its tasks, or files, were edited"
 
 
 @dataclass(frozen=True)
@@ -325,8 +326,7 @@ def are_rows_stale(workspace: Workspace, split: dict[str, Any]) -> bool:
 def warn_of_stale_rows(workspace: Workspace, report: Report) -> None:
     """Tell of training on rows that `prepare` dealt from what was edited since."""
     if are_rows_stale(workspace, dealt(workspace)):
-        words = "these rows were dealt before their tasks, or files, were edited"
-        report(Event("warning", f"{words}: {PREPARE} tells whether they change"))
+        report(Event("warning", f"{STALE_ROWS}: {PREPARE} tells whether the rows change"))
 
 
 def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:

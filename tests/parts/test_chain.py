@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
 
-from builders import edit
+from builders import edit, rewrite
 from federations import SECURE, agreement
 from stages.parts.chain import Job
 from stages.parts.errors import NotReady, Refused
@@ -50,6 +51,28 @@ def test_a_finished_federation_lacks_its_scores_and_then_nothing(finished: Path)
     for client in (1, 2, 3):
         (finished / f"results/round-0002/client-{client}.json").touch()
     assert listed(finished) == []
+
+
+def test_scores_of_other_questions_are_made_again(finished: Path) -> None:
+    here = Workspace(finished)
+    current = {"tasks_sha256": here.tasks_sha256(), "agreement_sha256": here.agreement_sha256}
+    names = ["zero-shot/slm", "zero-shot/llm", "round-0002/slm", "round-0002/llm"]
+    for name in [*names, *(f"round-0002/client-{client}" for client in (1, 2, 3))]:
+        path = finished / f"results/{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        adapter = finished / ("exchange" if "client" in name else "private/server") / name
+        digest = hashlib.sha256((adapter / "manifest.json").read_bytes()).hexdigest() if "round" in name else None
+        rewrite(path, current | {"manifest_sha256": digest})
+    assert listed(finished) == []
+    (finished / "data/test.jsonl").write_text((finished / "data/train.jsonl").read_text() * 2)
+    assert listed(finished) == ["evaluate 2"]
+
+
+def test_nothing_is_trained_on_rows_whose_task_was_edited(workspace_folder: Path) -> None:
+    (workspace_folder / "private/split.json").write_text(f'{{"sources_sha256": "{64 * "0"}"}}')
+    with pytest.raises(Refused, match="prepare dealt the rows before its tasks") as caught:
+        listed(workspace_folder)
+    assert "fedcollm prepare" in str(caught.value.mend)
 
 
 def test_only_the_clients_that_have_not_answered_are_asked(answered: Path) -> None:

@@ -185,13 +185,15 @@ def test_an_edited_task_makes_rows_training_and_scores_stale(simulated: Path, fe
     said = fedcollm("status", "-w", simulated).out
     assert "3 stale: 1, 2, 3" in said
     assert "slm        stale  (trained on rows that prepare made before its tasks or files were edited)" in said
-    assert "stale: private/split.json: prepare dealt its rows before its tasks, or files, were edited" in said
+    assert "stale: private/split.json: prepare dealt the rows before its tasks, or files, were edited" in said
     assert (
         "stale: results/round-0001/slm.json: tasks/, or data that it names, was edited since (fedcollm evaluate" in said
     )
     assert "next: fedcollm prepare" in said
     assert "before its tasks, or files, were edited" in fedcollm("next", "--client", 2, "-w", simulated).err
-    assert "dealt before their tasks, or files, were edited" in fedcollm("run", "--no-scores", "-w", simulated).err
+    assert (
+        "dealt the rows before its tasks, or files, were edited" in fedcollm("run", "--no-scores", "-w", simulated).err
+    )
     refused = fedcollm("next", "-w", simulated)
     assert refused.code == 5
     assert "is not what prepare would write" in refused.err
