@@ -26,11 +26,12 @@ SHORT = {"llm": "the LLM", "clients": "clients' own SLMs", "slm": "the server's 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table in words: drawn on a terminal, or written as Markdown."""
+    """A table in words: drawn on a terminal, or written as Markdown. named: so many columns first hold names."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
+    named: int = 1
 
     def drawn(self) -> Group:
         """For a terminal."""
@@ -46,7 +47,7 @@ class Sheet:
         lines = [
             [texts.in_markdown(name) for name in self.columns],
             ["---", *("---:" for _ in self.columns[1:])],
-            *self.rows,
+            *([*map(texts.in_markdown, row[: self.named]), *row[self.named :]] for row in self.rows),
         ]
         return texts.lines([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
 
@@ -178,7 +179,8 @@ def as_lines(found: dict[str, Any]) -> str:
     """CSV: a line for each table, method, task, seed and model; "mean" is that of several clients' models."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["table", "method", "task", "seed", "model", "questions", found["metric"], "paper"])
+    columns = ["table", "method", "task", "seed", "model", "questions", found["metric"], "paper"]
+    writer.writerow(map(texts.in_cell, columns))
     for name, rows in found["tables"].items():
         reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
         for row, by_task in rows.items():
@@ -188,9 +190,8 @@ def as_lines(found: dict[str, Any]) -> str:
                 for model, by_seed in models.items():
                     figure = reported.get(row, {}).get(task, "") if model == next(reversed(models)) else ""
                     for seed, value in zip(seeds, by_seed, strict=True):
-                        writer.writerow(
-                            [name, row, texts.in_line(task), seed, model, one["questions"], f"{value:.6f}", figure]
-                        )
+                        cells = [name, row, task, seed, model, one["questions"], f"{value:.6f}", figure]
+                        writer.writerow(map(texts.in_cell, cells))
     return texts.lines(out.getvalue().rstrip("\n").split("\n"))
 
 
@@ -204,8 +205,8 @@ def swept(found: dict[str, Any]) -> list[Sheet]:
     minus = [[_difference(row["minus_first"][table]) for table in tables] for row in found["rows"][1:]]
     seeds = f"seed{'s' if len(found['seeds']) > 1 else ''} {', '.join(map(str, found['seeds']))}"
     return [
-        Sheet(f"{found['metric']} in %, {seeds}", columns, _joined(values, scores)),
-        *([Sheet(f"minus the first row, {POINTS}", columns, _joined(values[1:], minus))] if minus else []),
+        Sheet(f"{found['metric']} in %, {seeds}", columns, _joined(values, scores), len(axes)),
+        *([Sheet(f"minus the first row, {POINTS}", columns, _joined(values[1:], minus), len(axes))] if minus else []),
     ]
 
 

@@ -126,6 +126,7 @@ def _measured(study: Study, table: Table, metric: str) -> dict[Row, dict[str, Sc
 
     rows = [row for row in evidence.ROWS[table] if row == "zero-shot" or row in study.methods]
     found = {row: evidence.scores(study, table, row, metric) for row in rows}
+    evidence.check_tasks([by_task for by_subject in found.values() for by_task in by_subject.values()])
     return {
         row: {
             subject: by_task | {ALL: np.concatenate(list(by_task.values()), axis=1)}

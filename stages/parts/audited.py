@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -129,7 +130,8 @@ def scope_of(path: Path) -> Scope:
     if not path.exists():
         raise UsageProblem("there is no such folder", where=path, mend="name a folder, or a whole workspace")
     if not path.is_dir():
-        raise UsageProblem(f"{path.name} is not a folder", where=path, mend=f"fedcollm audit {path.parent}")
+        mend = f"fedcollm audit {shlex.quote(str(path.parent))}"
+        raise UsageProblem(f"{path.name} is not a folder", where=path, mend=mend)
     absolute = Path(os.path.abspath(path))  # noqa: PTH100  # not resolved: a link that people name may be followed
     try:
         workspace = Workspace.find(absolute)

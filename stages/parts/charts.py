@@ -11,6 +11,8 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
+from stages.parts.texts import in_cell
+
 Row = dict[str, Any]
 Spec = dict[str, Any]
 
@@ -86,5 +88,5 @@ class Chart:
         out = io.StringIO()
         writer = csv.DictWriter(out, list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows({key: in_cell(value) for key, value in row.items()} for row in self.rows)
         return out.getvalue()

@@ -202,7 +202,18 @@ def mean_of(by_subject: Mapping[str, Scores]) -> Scores:
     return {task: np.mean([found[task] for found in by_subject.values()], axis=0) for task in first}
 
 
+def check_tasks(scored: Sequence[Mapping[str, Any]]) -> None:
+    """Raise Refused unless all results, by task, are of the same tasks."""
+    for by_task in scored:
+        if by_task.keys() != scored[0].keys():
+            odd = sorted(by_task.keys() ^ scored[0].keys())
+            message = f"some results have scores of {odd[0]!r}, and some have none"
+            mend = "score them all again, with evaluate --overwrite"
+            raise Refused(message, where="results", mend=mend)
+
+
 def _scores(of_seeds: Sequence[dict[str, Any]], metric: str) -> Scores:
+    check_tasks([one["tasks"] for one in of_seeds])
     return {task: np.stack([_correct(one, task, metric) for one in of_seeds]) for task in of_seeds[0]["tasks"]}
 
 

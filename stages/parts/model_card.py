@@ -5,7 +5,6 @@ Nothing in it names a person, a host or a path, and there is no time in it: the 
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,12 +17,13 @@ from stages.parts import files
 from stages.parts.config import Budget, Method
 from stages.parts.manifest import Artefact, BaseIdentity, Manifest
 from stages.parts.records import read_result
-from stages.parts.texts import in_line, in_markdown
+from stages.parts.texts import in_code, in_line, in_markdown
 from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST, Workspace
 
 TEMPLATE = "model_card.md.j2"
 PLAIN_NAME = re.compile(r"[A-Za-z][\w.-]*(/[\w.-]+)?", re.ASCII)
-"""Needs no quotes in YAML."""
+NO_TEXTS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+"""What needs no quotes in YAML, unless it means something else there."""
 
 LOSSES = {
     "slm_ft": "SLM, cross-entropy of the answers, nats a token",
@@ -62,9 +62,8 @@ def model_card(
         keep_trailing_newline=True,
         finalize=_told,
     )
-    environment.filters |= {"quoted": json.dumps, "in_shell": lambda text: shlex.quote(in_line(text))}
-    environment.filters["front"] = lambda name: name if PLAIN_NAME.fullmatch(name) else json.dumps(name)
-    environment.filters["marked"] = in_markdown
+    environment.filters |= {"quoted": in_code, "in_shell": lambda text: shlex.quote(in_line(text))}
+    environment.filters |= {"marked": in_markdown, "front": _in_front_matter}
     return environment.get_template(TEMPLATE).render(
         manifest=manifest,
         agreement=workspace.agreement,
@@ -80,6 +79,12 @@ def model_card(
         evaluate=f"fedcollm evaluate --round {manifest.round} {model}",
         hashes=_hashes(adapter),
     )
+
+
+def _in_front_matter(name: str) -> str:
+    """A text of the YAML at the card's head."""
+    is_plain = PLAIN_NAME.fullmatch(name) and name.lower() not in NO_TEXTS
+    return name if is_plain else in_code(name)
 
 
 def _told(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Text that came from a file, made safe where people read it: on a terminal, a page, a chart or a card.
+"""Text that came from a file, made safe where people read it: on a terminal, a page, a chart, a card or a sheet.
 
 Names, values and messages may be another party's. No character of them that a terminal obeys, and no line end, gets
 through: what cannot be printed is shown escaped. Only lines that were put together here are more than one.
@@ -6,11 +6,16 @@ through: what cannot be printed is shown escaped. Only lines that were put toget
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
+from typing import Any
 
 MARKUP = re.compile(r"[\\`*\[\]<>|&~$#!]|(?<!\w)_|_(?!\w)")
 """What Markdown obeys in the middle of a line; an underscore between letters is one."""
+FORMULA = re.compile(r"\s*[=+@\uff0b\uff1d\uff20\uff0d-]")
+FIGURE = re.compile(r"[+-]?([0-9.]+(e[+-]?[0-9]+)?)?")
+"""A number, or a sign alone, which is what it seems."""
 
 
 class Lines(str):
@@ -37,6 +42,19 @@ def shown(text: str) -> str:
 def lines(texts: Iterable[str], between: str = "\n") -> Lines:
     """Several texts, each on its own line, or, of Lines, on its own lines."""
     return Lines(between.join(map(shown, texts)))
+
+
+def in_cell(value: Any) -> Any:
+    """A value of a CSV file. A text on one line, and none that a spreadsheet would compute as a formula."""
+    if not isinstance(value, str):
+        return value
+    text = in_line(value)
+    return f"'{text}" if FORMULA.match(text) and not FIGURE.fullmatch(text) else text
+
+
+def in_code(text: str) -> str:
+    """As a string of Python, JSON or YAML, in double quotes."""
+    return json.dumps(in_line(text), ensure_ascii=False)
 
 
 def in_markdown(text: str) -> str:

@@ -13,6 +13,8 @@ import pytest
 
 from builders import Outcome, edit, make_study, rewrite, rows, write_rows
 from stages.parts.budgets import spent
+from stages.parts.errors import Refused
+from stages.parts.evidence import check_tasks
 from stages.parts.workspace import Workspace
 from stages.run import run
 
@@ -305,3 +307,9 @@ def test_a_baseline_has_no_baselines_and_is_compared_from_where_it_belongs(
     outcome = fedcollm("compare", "-w", inside)
     assert outcome.code == 2
     assert f"mend  fedcollm compare --workspace {studied_once}" in outcome.err
+
+
+def test_results_of_different_tasks_are_named() -> None:
+    check_tasks([{"arc": 1, "obqa": 1}, {"obqa": 1, "arc": 1}])
+    with pytest.raises(Refused, match="some results have scores of 'obqa', and some have none"):
+        check_tasks([{"arc": 1}, {"arc": 1, "obqa": 1}])
