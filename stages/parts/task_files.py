@@ -54,6 +54,10 @@ def check_are_data(tasks: Path, home: Path, *, trusted: bool = False) -> None:
     for path in _task_files(tasks):
         shown = path.relative_to(home) if path.is_relative_to(home) else path
         value, functions = _read(path)
+        for name in _texts(value.get("include")) if isinstance(value, dict) else []:
+            if not (path.resolve().parent / name).is_file():
+                message = f"{shown} includes {name}, which is not there"
+                raise UsageProblem(message, where=path, mend="name a task file, from the folder that this one lies in")
         entries = [(str(key), value) for mapping in _mappings(value) for key, value in mapping.items()]
         found = [f"!function {name}" for name in functions] + [one for entry in entries if (one := _code(*entry))]
         if found and not trusted:
@@ -159,7 +163,7 @@ def _code(key: str, value: Any) -> str | None:
         return f"{key}: {value}"
     if key == "dataset_path" and isinstance(value, str) and value not in BUILDERS and _is_builder(value):
         return f"dataset_path: {value}, a reader that is more than a reader of rows"
-    if key == "metric" and isinstance(value, str) and not _is_metric(value):
+    if key == "metric" and not (isinstance(value, str) and _is_metric(value)):
         return f"metric: {value}, which lm-eval does not know and would fetch as a program"
     return None
 

@@ -56,6 +56,7 @@ MISTAKES = (
 )
 """What a template that does not fit its data, or a null in them, makes jinja and lm-eval raise."""
 
+ANSWER = "correct doc_to_target or doc_to_choice in its task file (an index counts from 0), or its data"
 TRAINABLE = ("multiple_choice", "generate_until")
 
 
@@ -74,7 +75,7 @@ def shipped() -> list[str]:
         return list(TaskManager().all_tasks)
 
 
-def _load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
+def _load(workspace: Workspace, names: list[str], above: tuple[str, ...] = ()) -> list[ConfigurableTask]:
     local = TaskManager(include_path=str(workspace.tasks), include_defaults=False)
     shipped: TaskManager | None = None
     tasks: list[ConfigurableTask] = []
@@ -84,13 +85,19 @@ def _load(workspace: Workspace, names: list[str]) -> list[ConfigurableTask]:
             shipped = shipped or TaskManager()
             manager = shipped
         if name not in manager.all_tasks:
-            known = ", ".join(local.all_tasks) or "none"
+            known = ", ".join(map(str, local.all_tasks)) or "none"
             mend = f"known in this workspace: {known}; or put a task file in {workspace.shown(workspace.tasks)}/"
             raise UsageProblem(f"no task named {name!r}, here or in lm-eval", where=workspace.tasks, mend=mend)
         entry = manager.task_index[name]
         members = _members(entry) if manager is local else []
         if members and all(isinstance(member, str) for member in members):
-            tasks += _load(workspace, members)  # one by one, each with its own data
+            if name in above:
+                message, mend = (
+                    f"the group {name} is a member of itself",
+                    "name tasks, or other groups, in its task file",
+                )
+                raise UsageProblem(message, where=entry.yaml_path, mend=mend)
+            tasks += _load(workspace, members, (*above, name))  # one by one, each with its own data
             continue
         spec: Any = name
         if manager is local and entry.yaml_path is not None and entry.kind.name == "TASK":
@@ -256,6 +263,9 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
             "or point its task file at local files (see the workspace README)"
         )
         raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", where=where, mend=mend) from error
+    except IndexError as error:  # it looks at the first question while it makes the task
+        message = f"question 1 of task {name}: its right answer is none of its choices, or it has none"
+        raise UsageProblem(message, where=where, mend=ANSWER) from error
     except Exception as error:  # whatever a mistake in a task file makes lm-eval, datasets or jinja raise
         for path in task_files.data_files(spec):
             if path.suffix == ".jsonl":

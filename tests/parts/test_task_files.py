@@ -27,6 +27,7 @@ PROGRAM = "from pathlib import Path\nPath({!r}).touch()\ndef f(doc):\n    return
         ("task: colours", "task: colours\ninclude: ../outside/more"),
         ("metric: acc,", "metric: ./tasks/program.py,"),
         ("metric: acc,", "metric: acc, hf_evaluate: true,"),
+        ("metric: acc,", "metric: 7,"),
         ("dataset_path: json", "dataset_path: pandas"),
         ("dataset_path: json", "dataset_path: tasks/program.py"),
         ("task: colours", "task: colours\ngeneration_kwargs: {custom_generate: ./tasks}"),

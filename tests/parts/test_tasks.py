@@ -144,7 +144,7 @@ def test_a_right_answer_that_is_none_of_the_choices_is_refused(workspace_folder:
     for part in ("train", "test"):
         (workspace_folder / f"data/{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     edit(workspace_folder / "tasks" / "colours.yaml", '"{{answer}}"', "key")
-    with pytest.raises(UsageProblem, match=r"colours") as caught:
+    with pytest.raises(UsageProblem, match=r"question 1 of task colours: ") as caught:
         tasks.check_answers(tasks.load(Workspace(workspace_folder), ["colours"])[0])
     assert "data" in str(caught.value.mend)
 
@@ -277,3 +277,18 @@ def test_a_cache_that_cannot_be_written_is_a_fault_of_storage_and_nothing_to_wai
         rows_of(workspace_folder, "colours")
     assert caught.value.exit_code == 8
     assert "set HF_HOME" in str(caught.value.mend)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("task: colours", "group: colours\ntask: [colours]", "the group colours is a member of itself"),
+        ("task: colours", "task: 5", "no task named 'colours'"),
+        ("task: colours", "task: colours\ninclude: nothing.yaml", "includes nothing.yaml, which is not there"),
+        ("task: colours", "task: colours\nnonsense: 1", "nonsense"),
+    ],
+)
+def test_a_mistake_in_a_task_file_is_named(workspace_folder: Path, old: str, new: str, found: str) -> None:
+    edit(workspace_folder / "tasks" / "colours.yaml", old, new)
+    with pytest.raises(UsageProblem, match=found):
+        tasks.load(Workspace(workspace_folder), ["colours"])
