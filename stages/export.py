@@ -137,11 +137,12 @@ def _write_and_prove(
         device = models.device
         tuned = models.with_adapter(role, adapter)
         base = Path(tuned.tokenizer.name_or_path)
+        tokenizer = tuned.tokenizer
         tuned = exports.in_full(tuned, settings) if merged else tuned
         expected = exports.reference(tuned)
         if merged:
             exports.write_merged(draft, tuned, base)
-            exports.copy_tokenizer(draft, base)
+            exports.copy_tokenizer(draft, base, tokenizer)
         del models, tuned
         gc.collect()  # modules refer to each other in circles
         quantized = quantization.loading(role, settings.quantization, torch.float32, device)

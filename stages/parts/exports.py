@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from stages.parts import adapters, quantization, quiet
-from stages.parts.base_loading import load_model, load_tokenizer
+from stages.parts.base_loading import PROBE, load_model, load_tokenizer
 from stages.parts.config import Model
 from stages.parts.errors import BadNumbers, StorageProblem
 from stages.parts.models import PROBE_TEXTS, Tuned, tokenizer_sha256
@@ -89,8 +89,12 @@ def write_merged(draft: Path, tuned: Tuned, base: Path) -> None:
         path.chmod((draft / "config.json").stat().st_mode)  # safetensors lets none but the owner read what it writes
 
 
-def copy_tokenizer(draft: Path, base: Path) -> None:
-    """The base's own files: one that transformers writes anew cannot be read by its earlier versions."""
+def copy_tokenizer(draft: Path, base: Path, tokenizer: Any) -> None:
+    """The base's own files: one that transformers writes anew cannot be read by its earlier versions.
+
+    An end token that they add to every text is taken out, as it was for training and scoring: after it a model does not
+    go on with its prompt. tokenizer: as it was tuned with.
+    """
     for path in (path for pattern in TOKENIZER_FILES for path in base.glob(pattern)):
         if path.is_file():
             shutil.copyfile(path, draft / path.name)
@@ -98,7 +102,22 @@ def copy_tokenizer(draft: Path, base: Path) -> None:
     if settings.exists():
         found = json.loads(settings.read_bytes())
         kept = {key: value for key, value in found.items() if key not in ABOUT_A_MACHINE}
+        if kept.get("add_eos_token"):
+            kept["add_eos_token"] = False
         settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+    words = draft / "tokenizer.json"
+    if words.exists() and encoded_by(draft) != tokenizer.encode(PROBE):
+        whole = json.loads(words.read_bytes())
+        whole["post_processor"] = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]
+        words.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+
+
+def encoded_by(folder: Path) -> list[int]:
+    """The probe's tokens as any user of transformers gets them from a folder's tokenizer, an end token included."""
+    with quiet.libraries():
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    tokens: list[int] = tokenizer.encode(PROBE)
+    return tokens
 
 
 @contextlib.contextmanager
@@ -152,7 +171,8 @@ def _largest_difference(some: list[torch.Tensor], others: list[torch.Tensor]) ->
 
 
 def check_tokenizer(draft: Path, expected_sha256: str) -> None:
-    """Raise BadNumbers unless the tokenizer, loaded back, is the base's by content."""
-    if tokenizer_sha256(load_tokenizer(draft, "the export")) != expected_sha256:
+    """Raise BadNumbers unless the tokenizer, loaded back, is the base's by content, and ends no text by itself."""
+    tokenizer = load_tokenizer(draft, "the export")
+    if tokenizer_sha256(tokenizer) != expected_sha256 or encoded_by(draft) != tokenizer.encode(PROBE):
         mend = "check the version of transformers; export the adapter, without --merged"
         raise BadNumbers("the export's tokenizer is not the base's", where=draft, mend=mend)

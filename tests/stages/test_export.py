@@ -212,6 +212,28 @@ def test_a_tokenizer_that_arrives_otherwise_is_not_published(finished: Path, mon
     assert list((finished / "exports").iterdir()) == []
 
 
+def test_an_export_ends_no_text_though_the_base_s_tokenizer_does(tmp_path: Path, base_models: Path) -> None:
+    models = shutil.copytree(base_models, tmp_path / "ending")
+    words = models / "slm" / "tokenizer.json"
+    end: Any = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<eos>", "type_id": 0}}]
+    special = {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}}
+    ending = {"type": "TemplateProcessing", "single": end, "pair": end, "special_tokens": special}
+    words.write_text(json.dumps(json.loads(words.read_text()) | {"post_processor": ending}))
+    base: Any = AutoTokenizer.from_pretrained(models / "slm")
+    assert base.encode(TEXT)[-1] == 1
+    workspace = Workspace(make_workspace(tmp_path / "study", models))
+    broadcast(workspace, round=1)
+    client_train(workspace, client=1, round=1)
+    export(workspace, round=1, client=1, merged=True)
+    folder = workspace.export(1, "client-1", merged=True)
+    found: Any = AutoTokenizer.from_pretrained(folder)
+    assert found.encode(TEXT) == base.encode(TEXT)[:-1]
+    assert found.get_vocab() == base.get_vocab()
+    assert "the one in this folder does not" in (folder / "README.md").read_text()
+    export(workspace, round=1, client=1)
+    assert "take it off a prompt" in (workspace.export(1, "client-1", merged=False) / "README.md").read_text()
+
+
 def test_an_adapter_that_changes_nothing_is_not_published(finished: Path) -> None:
     scale(finished / "private/server/round-0002/slm", 0)
     with pytest.raises(BadNumbers, match="its logits are the base's"):
