@@ -106,6 +106,10 @@ def test_every_check_of_the_audit_has_a_heading() -> None:
     assert headings(DOCS / "reference/audit-checks.md")[1:] == [f"{id}: {names[id]}" for id in CHECKS]
 
 
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 200
+
+
 # --- links
 
 
