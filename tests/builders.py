@@ -146,6 +146,30 @@ def make_base_models(folder: Path) -> Path:
     return folder
 
 
+def make_wide_models(folder: Path, base_models: Path) -> Path:
+    """Two Llama-shaped models with random weights, of layers wide enough to have blocks of 64 weights."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    for role, layers in (("slm", 1), ("llm", 2)):
+        tokenizer = AutoTokenizer.from_pretrained(base_models / role)
+        torch.manual_seed(layers)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=1,
+            initializer_range=0.2,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+    return folder
+
+
 def make_workspace(folder: Path, base_models: Path) -> Path:
     folder.mkdir()
     (folder / "fedcollm.toml").write_text(AGREEMENT)

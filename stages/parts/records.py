@@ -103,6 +103,8 @@ def faults(workspace: Workspace) -> Iterator[Fault]:
     results = sorted((workspace.root / "results").glob("*/*.json"))
     for path in (path for path in results if path.parent.name.startswith(("round-", "zero-shot"))):
         yield from _fault(path, read_result)
+    for path in sorted(workspace.private.glob("agreements/*.toml")):
+        yield from _fault(path, _check_copy)
     for path in sorted(workspace.private.glob("*/round-*/*.jsonl")):
         yield from _fault(path, files.check_log)
     for k in workspace.clients:
@@ -112,6 +114,12 @@ def faults(workspace: Workspace) -> Iterator[Fault]:
     for path in sorted(workspace.private.glob(f"*/round-*/.*/*/checkpoint-*/{checkpoints.COMPLETE}")):
         if not checkpoints.is_whole(path.parent):
             yield path.parent, "is not what was sealed: training will pass it over", "the bytes that were written"
+
+
+def _check_copy(path: Path) -> None:
+    """Raise Damaged unless a kept copy of the agreement has the digest that it is named by."""
+    if not files.sha256(files.read_own(path)).startswith(path.stem):
+        raise Damaged("is not the agreement that its name says", where=path, mend="remove it: it is a copy")
 
 
 def others(workspace: Workspace) -> Iterator[Fault]:

@@ -288,7 +288,16 @@ def test_two_parties_at_once_are_no_next_step(four: Callable[..., Machines]) -> 
 def test_status_as_json_says_whose_each_step_is(four: Callable[..., Machines]) -> None:
     machines = four()
     found = json.loads(machines.give("client-2", "status", "--json").out)
-    assert found.keys() == {"rounds", "next_command", "waiting_for", "changed"}
+    assert found.keys() == {
+        "rounds",
+        "next_command",
+        "waiting_for",
+        "changed",
+        "not_covered",
+        "stale",
+        "scores",
+        "edited",
+    }
     first = found["rounds"][0]
     assert first.keys() == {"number", "steps", "late"}
     fields = {"name", "condition", "reason", "command", "here", "sha256", "party", "changed"}

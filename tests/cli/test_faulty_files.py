@@ -184,7 +184,7 @@ FORGED: dict[str, tuple[Harm, list[str]]] = {
     "05 header said to be of 101 MB": (header(101_000_000), NOT_OURS),
     "05 header of 101 MB": (
         header(101_000_000, text=b"{" + b" " * 101_000_000),
-        [f"{MASKED} has 101000009 bytes, at most "],
+        [f"its manifest says that {MASKED} has 101000009 bytes, here it can have "],
     ),
     "06 a tensor twice": (twice, [f"{MASKED} has a header that is not strict JSON: the key 'y' appears twice"]),
     "06 a tensor too many": (array("y", more=np.zeros(3, "u4")), ["holds more U32 [3], y U32 ", "expected y U32 "]),

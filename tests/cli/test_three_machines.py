@@ -66,8 +66,8 @@ def test_three_machines_that_share_only_the_exchange_end_where_one_machine_ends(
         # It has seen the broadcasts and its own updates; no other client's, and nothing of the server's.
         seen = {f"exchange/round-{round:04d}/{what}" for round in ROUNDS for what in ("broadcast", f"client-{k}")}
         assert {str(Path(name).parent) for name in held} == seen
-        assert [path.name for path in (folder / "private").iterdir()] == [f"client-{k}"]
-    assert [path.name for path in (server / "private").iterdir()] == ["server"]
+        assert {path.name for path in (folder / "private").iterdir()} == {"agreements", f"client-{k}"}
+    assert {path.name for path in (server / "private").iterdir()} == {"agreements", "server"}
 
 
 def test_what_travels_holds_no_training_text(tmp_path: Path, together: Path, fedcollm: Callable[..., Outcome]) -> None:

@@ -162,9 +162,14 @@ def test_a_flag_that_names_no_device_is_refused_like_any_setting(workspace: Work
 
 
 def test_settings_that_are_a_link_or_no_text_are_refused(workspace: Workspace) -> None:
-    (workspace.root / "machine.toml").symlink_to("/etc/hostname")
-    with pytest.raises(Damaged, match="symbolic link"):
+    (workspace.root / "machine.toml").symlink_to(workspace.root / "elsewhere")  # one's own: a link is read
+    (workspace.root / "elsewhere").write_bytes(b"no settings \xff")
+    with pytest.raises(UsageProblem, match="not UTF-8"):
         workspace.machine  # noqa: B018
+    (workspace.root / "fedcollm.toml").rename(workspace.root / "agreed")
+    (workspace.root / "fedcollm.toml").symlink_to(workspace.root / "agreed")
+    with pytest.raises(Damaged, match="symbolic link"):
+        Workspace(workspace.root).agreement  # noqa: B018
 
 
 def test_paths_are_shown_from_the_workspace_down(workspace: Workspace) -> None:

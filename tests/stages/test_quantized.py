@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import edit, rows, write_rows
+from builders import edit, make_wide_models, rows, write_rows
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
@@ -42,27 +42,7 @@ def quantized(folder: Path, bits: str, *roles: str) -> Path:
 
 @pytest.fixture(scope="session")
 def wide_models(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
-    """Two Llama-shaped models with random weights, of layers wide enough to have blocks of 64 weights."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("wide")
-    for role, layers in (("slm", 1), ("llm", 2)):
-        tokenizer = AutoTokenizer.from_pretrained(base_models / role)
-        torch.manual_seed(layers)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            bos_token_id=1,
-            eos_token_id=1,
-            initializer_range=0.2,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder / role)
-        tokenizer.save_pretrained(folder / role)
-    return folder
+    return make_wide_models(tmp_path_factory.mktemp("wide"), base_models)
 
 
 @pytest.fixture
