@@ -137,7 +137,7 @@ def score(
                 task.set_config(key="num_fewshot", value=0)
             cut = {str(task.config.task): _cut(lm, task, limit, report) for task in tasks}
             results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
-        except TemplateError as error:
+        except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise mistaken(", ".join(str(task.config.task) for task in tasks), error) from error
     model.train(was_training)
     assert results is not None

@@ -23,6 +23,8 @@ CODE_KEYS = ("class", "custom_dataset", "unsafe_code", "use_prompt", "hf_evaluat
 GENERATION_CODE_KEYS = ("custom_generate", "assistant_model")
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 """Folders of caches, which lm-eval passes over too."""
+LOCAL_SCHEMES = ("file:", "local:")
+"""What else `datasets` takes for a path."""
 MOST_VALUES = 1_000_000
 """A task file that is larger, with everything that it refers to, is none."""
 MOST_FILES = 100_000
@@ -139,14 +141,52 @@ def from_workspace(config: Any, home: Path) -> Any:
             changed[key] = _absolute(value, home)
         elif key == "dataset_path" and isinstance(value, str) and value not in BUILDERS and (home / value).is_dir():
             changed[key] = str(home / value)
+            _check_card(home / value)
         else:
             changed[key] = from_workspace(value, home)
-    named = [name for key in ("data_files", "data_dir") for name in _texts(changed.get(key))]
+    if not (named := _named(changed)):
+        return changed
     for name in named:
         files.check_plain(Path(name))
+    # A cache of its own for each content: `datasets` takes rows for unchanged by their path and time alone.
+    found = [(name, path) for name in named for path in _matches(name, home)]
+    cache = _datasets_cache() / "fedcollm" / _digest(found)[:16]
     if any(seclusion.is_private(Path(name)) for name in named):
-        changed["cache_dir"] = str(home / "private" / ".datasets")  # a copy of these rows is private too
-    return changed
+        cache = home / "private" / ".datasets" / cache.name  # a copy of these rows is private too
+    if "data_files" not in changed and "data_dir" not in changed:
+        changed["dataset_kwargs"] = (changed.get("dataset_kwargs") or {}) | {"cache_dir": str(cache)}
+        return changed
+    return changed | {"cache_dir": str(cache)}
+
+
+def _named(changed: dict[Any, Any]) -> list[str]:
+    """The local data that one mapping names by itself: its files, or a folder that is its dataset_path."""
+    named = [name for key in ("data_files", "data_dir") for name in _texts(changed.get(key))]
+    path = changed.get("dataset_path")
+    return [*named, *([path] if isinstance(path, str) and Path(path).is_absolute() else [])]
+
+
+def _datasets_cache() -> Path:
+    import datasets.config
+
+    return Path(datasets.config.HF_DATASETS_CACHE)
+
+
+def _check_card(folder: Path) -> None:
+    """Raise Refused where the card of a folder of data names files elsewhere: what is scored is what lies in it."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    head = files.read_own(card).decode(errors="replace").partition("---")[2].partition("\n---")[0]
+    try:
+        loaded = _Loader(head.encode()).get_single_data()
+    except yaml.YAMLError as error:
+        raise UsageProblem(f"the head of {card.name} is not YAML: {error}", where=card, mend="remove it") from error
+    for mapping in _mappings(loaded):
+        for name in [text for key in ("data_files", "data_dir", "path") for text in _texts(mapping.get(key))]:
+            if "://" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+                message = f"{card.name} names {name}, outside the folder {folder.name}"
+                raise Refused(message, where=card, mend="name the data itself, as data_files in the task file")
 
 
 def _absolute(value: Any, home: Path) -> Any:
@@ -154,6 +194,9 @@ def _absolute(value: Any, home: Path) -> Any:
         return {key: _absolute(item, home) for key, item in value.items()}
     if isinstance(value, list):
         return [_absolute(item, home) for item in value]
+    if isinstance(value, str) and (value.startswith(LOCAL_SCHEMES) or "::" in value):
+        mend = "name the file itself: its path from the workspace"
+        raise UsageProblem(f"data_files names {value}, whose contents are not seen here", mend=mend)
     return str(home / value) if isinstance(value, str) and "://" not in value else value
 
 

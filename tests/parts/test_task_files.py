@@ -121,6 +121,43 @@ def test_the_digest_sees_a_folder_of_data(workspace_folder: Path, key: str) -> N
     assert Workspace(workspace_folder).tasks_sha256() != before
 
 
+def test_an_edit_is_loaded_though_path_and_time_are_those_of_before(workspace_folder: Path) -> None:
+    path = workspace_folder / "data/test.jsonl"
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    (before,) = tasks.load(Workspace(workspace_folder), ["colours"])
+    path.write_text(path.read_text().replace('"answer": 0', '"answer": 1'))
+    os.utime(path, ns=times)  # as cp -p and rsync -t leave it
+    (after,) = tasks.load(Workspace(workspace_folder), ["colours"])
+    answers = [[doc["answer"] for doc in task.eval_docs] for task in (before, after)]
+    assert answers == [[0, 1, 2] * 4, [1, 1, 2] * 4]
+
+
+def test_a_card_of_data_that_leads_out_of_its_folder_is_refused(workspace_folder: Path) -> None:
+    folder = workspace_folder / "data/deep"
+    folder.mkdir()
+    head = "configs:\n- config_name: default\n  data_files:\n  - split: test\n    path: {}\n"
+    edit(workspace_folder / "tasks/colours.yaml", "dataset_path: json\n", "dataset_path: data/deep\n")
+    edit(
+        workspace_folder / "tasks/colours.yaml",
+        "dataset_kwargs: {data_files: {train: data/train.jsonl, test: data/test.jsonl}}\n",
+        "",
+    )
+    edit(workspace_folder / "tasks/colours.yaml", "training_split: train\n", "")
+    shutil.copy(workspace_folder / "data/test.jsonl", folder / "inside.jsonl")
+    (folder / "README.md").write_text(f"---\n{head.format('inside.jsonl')}---\n")
+    assert len(tasks.load(Workspace(workspace_folder), ["colours"])[0].eval_docs) == 12
+    (folder / "README.md").write_text(f"---\n{head.format('../test.jsonl')}---\n")
+    with pytest.raises(Refused, match=r"README\.md names \.\./test\.jsonl, outside"):
+        tasks.load(Workspace(workspace_folder), ["colours"])
+
+
+@pytest.mark.parametrize("name", ["file://{}/data/test.jsonl", "local://{}/data/test.jsonl", "zip://x::{}/data/x.zip"])
+def test_data_by_another_name_than_its_path_is_refused(workspace_folder: Path, name: str) -> None:
+    edit(workspace_folder / "tasks/colours.yaml", "test: data/test.jsonl", f"test: '{name.format(workspace_folder)}'")
+    with pytest.raises(UsageProblem, match="whose contents are not seen here"):
+        tasks.load(Workspace(workspace_folder), ["colours"])
+
+
 def test_a_file_that_is_not_yaml_is_named(workspace_folder: Path) -> None:
     (workspace_folder / "tasks/broken.yaml").write_text("task: [\n")
     with pytest.raises(Problem, match=r"broken\.yaml is not YAML"):

@@ -269,6 +269,9 @@ def test_a_metric_that_is_not_measured_is_told(finished: Path, fedcollm: Callabl
     edit(task, "metric_list: [", "metric_list: [{metric: bleu, aggregation: bleu, higher_is_better: true}, ")
     outcome = fedcollm("evaluate", "--zero-shot", "-w", finished)
     assert "colours asks for bleu, which lm-eval does not measure of multiple_choice" in outcome.err
+    edit(task, "{metric: acc, aggregation: mean,", "{metric: acc, aggregation: bleu,")
+    outcome = fedcollm("evaluate", "--zero-shot", "-w", finished)
+    assert (outcome.code, "error: task colours" in outcome.err) == (2, True), outcome.err
     task.write_text(task.read_text().partition("metric_list")[0] + "metric_list: []\n")
     outcome = fedcollm("evaluate", "--zero-shot", "-w", finished)
     assert (outcome.code, "task colours names no metric" in outcome.err) == (2, True)
