@@ -316,7 +316,8 @@ def next(
     """Do whatever is the next step of a party.
 
     For cron and job scripts: one call takes one step, reads and writes what that step does, and prints its command.
-    Where nothing can be done yet it says whom it waits for, with exit code 3; where nothing is left to do, 9.
+    Where nothing can be done yet it says whom it waits for, with exit code 3; where nothing is left to do, 9; under an
+    edited agreement, 5.
     What a person must decide, to join a roster or to replace something, it leaves to them.
     Without --client and --server: of any party with data here.
 

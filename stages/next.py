@@ -17,8 +17,8 @@ from stages.co_distill import co_distill
 from stages.enroll import enroll
 from stages.evaluate import evaluate
 from stages.keys import keys
-from stages.parts import files
-from stages.parts.errors import NotReady
+from stages.parts import files, roster
+from stages.parts.errors import NotReady, Refused
 from stages.parts.events import Event, Report, ignore
 from stages.parts.manifest import read_manifest
 from stages.parts.workspace import AGREEMENT, Workspace
@@ -42,13 +42,15 @@ STAGES: dict[str, Callable[..., Any]] = {
 def next(workspace: Workspace, *, party: str | None = None, report: Report = ignore) -> str:
     """Do the next step of a party, "server" or "client-2", or of any on this machine. Returns its command, or "".
 
-    A step that would replace something is left to a person. Raises NotReady naming what the party waits for, and Held
-    while another process takes the party's step: a cron job that is faster than its steps must not pile up.
+    A step that would replace something is left to a person. Raises NotReady naming what the party waits for, Refused
+    under an edited agreement, which no waiting mends, and Held while another process takes the party's step: a cron job
+    that is faster than its steps must not pile up.
     """
     found = status(workspace, party=party)
     if found.edited:
         mend = "undo the edit first; where all parties have agreed on it, `fedcollm status` names what begins anew"
-        raise NotReady(found.edited, where=workspace.root / AGREEMENT, mend=mend)
+        raise Refused(found.edited, where=workspace.root / AGREEMENT, mend=mend)
+    roster.check_agreement(workspace, party)
     if found.waiting_for:
         raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend="fedcollm status shows all of it")
     if not found.next_command:

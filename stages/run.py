@@ -20,13 +20,16 @@ from stages.enroll import enroll
 from stages.evaluate import evaluate
 from stages.join import join
 from stages.keys import keys
+from stages.parts import roster
 from stages.parts.config import Method
-from stages.parts.errors import NotReady
+from stages.parts.errors import NotReady, Refused
 from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import read_manifest
-from stages.parts.workspace import Workspace
+from stages.parts.manifest import EDITED, read_manifest
+from stages.parts.progress import Reader
+from stages.parts.workspace import AGREEMENT, Workspace
 from stages.prepare import prepare
 from stages.reveal import reveal
+from stages.status import edited
 
 if TYPE_CHECKING:
     from stages.parts.models import Models
@@ -69,6 +72,8 @@ def run(
     is_derived = workspace.home != workspace.root  # the bases are scored where it was derived from
     if workspace.agreement.aggregation.is_secure:
         _enrol(workspace, renew=overwrite, report=report)
+    if not overwrite:
+        _check_agreement(workspace, rounds[-1])
     results = [score(model="slm"), score(model="llm")] if scores and not is_derived else []
     for round in rounds:
         report(Event("round", f"{federation.method}, round {round} of {federation.rounds}"))
@@ -111,6 +116,16 @@ def derived(
     if variants.deals_anew(parent, changes):
         prepare(variant, overwrite=overwrite, report=report)
     return variant
+
+
+def _check_agreement(workspace: Workspace, last: int) -> None:
+    """Raise Refused, before anything is scored, if the rounds so far were made under another agreement."""
+    roster.check_agreement(workspace)
+    reader = Reader(workspace, verify=False)
+    for round in range(1, last + 1):
+        reader.round(round)
+    if found := edited(workspace, reader.other_agreements):
+        raise Refused(found, where=workspace.root / AGREEMENT, mend=EDITED)
 
 
 def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:

@@ -71,7 +71,7 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
     stale += _other_tasks(workspace)
     scores = _scores(workspace, rounds[-1].number, [path for path, *_ in of_others])
     command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, scores)
-    found = Status(rounds, command, waiting_for, scores, _edited(workspace, reader.other_agreements), stale=stale)
+    found = Status(rounds, command, waiting_for, scores, edited(workspace, reader.other_agreements), stale=stale)
     if not verify:
         return found
     faults = (*records.faults(workspace), *records.others(workspace))
@@ -79,7 +79,8 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
     return replace(found, changed=changed, not_covered=records.NOT_COVERED)
 
 
-def _edited(workspace: Workspace, others: Counter[str]) -> str:
+def edited(workspace: Workspace, others: Counter[str]) -> str:
+    """That fedcollm.toml was edited since these were made, counted by the digest of their agreement; "" if none."""
     if not others:
         return ""
     [(digest, _)] = others.most_common(1)

@@ -159,6 +159,14 @@ def pinned(workspace: Workspace, party: str) -> Roster | None:
     return roster
 
 
+def check_agreement(workspace: Workspace, party: str | None = None) -> None:
+    """Raise Refused if a party, by default any with keys here, has pinned a roster of another agreement."""
+    for one in [party] if party else [SERVER, *map(client, workspace.clients)]:
+        vault = Vault.find(workspace, one)
+        if vault is not None and vault.pinned is not None:
+            pinned(workspace, one)
+
+
 def _check_own_keys(vault: Vault, roster: Roster) -> None:
     """Raise Damaged unless the party's secret keys are those that the roster names: what they sign, others refuse."""
     if vault.identity.public_key().public_bytes_raw() != roster.key_of(vault.party):

@@ -96,7 +96,7 @@ def test_a_refusal_of_the_step_itself_is_told_as_it_is(enrolled: Path) -> None:
     workspace = Workspace(enrolled)
     step(workspace)
     edit(enrolled / "fedcollm.toml", "seed = 7", "seed = 8")
-    with pytest.raises((NotReady, Refused)) as caught:
+    with pytest.raises(Refused) as caught:
         step(Workspace(enrolled), party="client-2")
     assert caught.value.mend
 
@@ -144,13 +144,20 @@ def test_after_an_edit_of_the_agreement_the_edit_is_undone_first(
     before = published(finished)
     edit(finished / "fedcollm.toml", "seed = 7", "seed = 8")
     outcome = fedcollm("next", "-w", finished)
-    assert outcome.code == 3
+    assert outcome.code == 5
     edited = "fedcollm.toml was edited after 14 steps had been made under it: federation.seed was 7, is 8 (cp private/"
     assert edited in outcome.err
     said = fedcollm("status", "-w", finished).out
     assert edited in said
     assert said.index("Undo the edit first") < said.index("next, only where all parties have agreed on the edit: ")
     assert published(finished) == before
+
+
+@pytest.mark.parametrize("party", ["client-2", "server", None])
+def test_who_enrolled_under_another_agreement_does_not_wait_for_a_round(party: str | None, enrolled: Path) -> None:
+    edit(enrolled / "fedcollm.toml", "seed = 7", "seed = 8")
+    with pytest.raises(Refused, match=r"fedcollm\.toml has changed since the parties enrolled"):
+        step(Workspace(enrolled), party=party)
 
 
 def test_a_score_of_another_adapter_is_missing(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:

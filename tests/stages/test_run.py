@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import pytest
+
+from builders import edit
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
+from stages.parts.errors import Refused
 from stages.parts.workspace import Workspace
+from stages.run import run
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -37,3 +42,17 @@ def test_clients_receive_in_round_two_what_co_distill_wrote_in_round_one_byte_fo
     workspace = Workspace(finished_once)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (workspace.broadcast(2) / name).read_bytes() == (workspace.slm(1) / name).read_bytes()
+
+
+def test_run_under_an_edited_agreement_is_refused_before_anything_is_scored(finished: Path) -> None:
+    result = finished / "results/zero-shot/slm.json"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text("a score under the agreement before")
+    before = digests(finished)
+    edit(finished / "fedcollm.toml", "seed = 7", "seed = 8")
+    with pytest.raises(Refused, match=r"federation\.seed was 7, is 8") as caught:
+        run(Workspace(finished))
+    assert "--overwrite" in (caught.value.mend or "")
+    assert result.read_text() == "a score under the agreement before"
+    assert [path for path in (finished / "results").rglob("*") if path.is_file()] == [result]
+    assert digests(finished) == before
