@@ -83,14 +83,14 @@ def status(found: Status, workspace: Path | None) -> str:
             for kind in ("client", "reveal")
         }
         lines.append(f"round {round.number}")
+        is_collected = any(step.name == "aggregate" and step.here for step in round.steps)  # by the server, from all
         for step in round.steps:
             kind = step.name.partition("-")[0]
             if step not in by_kind.get(kind, []):
-                is_elsewhere = step.condition == "missing" and not (step.here or step.reason)
-                condition = "not on this machine" if is_elsewhere else step.condition
-                lines.append(f"  {step.name:<{width}}{condition}{f'  ({step.reason})' if step.reason else ''}")
+                reason = f"  ({step.reason})" if step.reason else ""
+                lines.append(f"  {step.name:<{width}}{_condition(step)}{reason}")
             elif step is by_kind[kind][0]:
-                lines.append(f"  {f'{kind}s':<{width}}{_summary(by_kind[kind])}")
+                lines.append(f"  {f'{kind}s':<{width}}{_summary(by_kind[kind], is_collected)}")
                 lines += [
                     f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason
                 ]
@@ -120,11 +120,23 @@ def status(found: Status, workspace: Path | None) -> str:
     return texts.lines(lines)
 
 
-def _summary(several: list[Any]) -> str:
-    """How many clients, or scores, are in which condition, naming those not done."""
+def _condition(step: Any) -> str:
+    """Another party's folder that is not here is not said to be missing: it may never come here."""
+    is_elsewhere = step.condition == "missing" and not (step.here or step.reason)
+    return "not on this machine" if is_elsewhere else str(step.condition)
+
+
+def _summary(several: list[Any], is_collected: bool = True) -> str:
+    """How many clients, or scores, are in which condition, naming those not done.
+
+    is_collected: whether those of all parties are to arrive on this machine.
+    """
     parts = []
-    for condition, count in Counter(one.condition for one in several).items():
-        names = [re.sub(r"^\w+-", "", one.name) for one in several if one.condition == condition]
+    conditions = [one.condition if is_collected else _condition(one) for one in several]
+    for condition, count in Counter(conditions).items():
+        names = [
+            re.sub(r"^\w+-", "", one.name) for one, its in zip(several, conditions, strict=True) if its == condition
+        ]
         shown = ", ".join(names[:MOST_NAMED]) + (f" and {count - MOST_NAMED} more" if count > MOST_NAMED else "")
         parts.append(f"{count} {condition}" if condition == "done" else f"{count} {condition}: {shown}")
     return "; ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -54,6 +55,21 @@ def test_a_damaged_step_says_why_and_how_to_make_it_again(finished: Path, fedcol
         f"client-2   damaged  (adapter_model.safetensors has 99 bytes of {size}: still arriving, or cut short)" in said
     )
     assert "next: fedcollm client-train --client 2 --round 1 --overwrite" in said
+
+
+def test_what_other_clients_send_is_missing_at_the_server_and_elsewhere_not_on_this_machine(
+    summed: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    for k in (1, 3):
+        shutil.rmtree(summed / f"private/client-{k}")
+        for kind in ("client", "reveal"):
+            shutil.rmtree(summed / f"exchange/round-0001/{kind}-{k}", ignore_errors=True)
+    shutil.rmtree(summed / "private/server/round-0001", ignore_errors=True)
+    for place, condition in (("server", "missing"), ("client-2", "not on this machine")):
+        said = fedcollm("status", "-w", summed).out
+        for kind in ("clients", "reveals"):
+            assert re.search(rf"{kind} .*\b2 {condition}: 1, 3", said), (place, said)
+        shutil.rmtree(summed / "private/server", ignore_errors=True)
 
 
 def test_what_was_made_from_something_since_replaced_is_stale(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
