@@ -27,9 +27,11 @@ class Enrolled:
 def enroll(workspace: Workspace, *, renew: bool = False, report: Report = ignore) -> Enrolled:
     """Make the roster, or publish it again. Raises NotReady naming the clients whose keys have not arrived.
 
-    renew: a new federation with the keys that are there now.
+    renew: a new federation with the keys that are there now. Raises Refused on a machine that is not the server's.
     """
     report(Event("stage", "enroll"))
+    if not renew:
+        roster.check_is_new(workspace, SERVER)
     with files.held(workspace.secrets_pointer(SERVER).with_suffix(".lock"), report=report):
         return _enroll(workspace, renew, report)
 

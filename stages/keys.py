@@ -34,10 +34,12 @@ def keys(workspace: Workspace, *, client: int, renew: bool = False, report: Repo
     """Make a client's keys, or publish those it has again.
 
     renew: for a new federation; the old keys stay where they are and are used no more. Raises Refused if there are keys
-    for another agreement.
+    for another agreement, and on a machine that is not this client's.
     """
     workspace.check_client(client)
     report(Event("stage", f"keys, client {client}"))
+    if not renew:
+        roster.check_is_new(workspace, party_of(client))
     with files.held(workspace.secrets_pointer(party_of(client)).with_suffix(".lock"), report=report):
         return _keys(workspace, client, renew, report)
 

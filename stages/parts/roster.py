@@ -167,6 +167,31 @@ def check_agreement(workspace: Workspace, party: str | None = None) -> None:
             pinned(workspace, one)
 
 
+def check_is_new(workspace: Workspace, party: str) -> None:
+    """Raise Refused if a party without a vault here has its keys elsewhere: new ones would replace those enrolled."""
+    if Vault.find(workspace, party) is not None:
+        return
+    own = workspace.federation if party == SERVER else workspace.public_keys(int(party.removeprefix("client-")))
+    joined = [one for one in (SERVER, *map(client, workspace.clients)) if _has_joined(workspace, one)]
+    if not joined and not own.exists() and not workspace.federation.exists():
+        return
+    name = party.replace("-", " ")
+    verb = "enroll" if party == SERVER else f"keys --{name}"
+    arrived = "the roster has arrived" if workspace.federation.exists() else f"public keys of {name} are here"
+    here = ", ".join(joined).replace("-", " ")
+    who = f"{here} {'have' if len(joined) > 1 else 'has'} joined here" if joined else arrived
+    mend = f"give the command on the machine of {name}; only for a new federation: fedcollm {verb} --renew"
+    raise Refused(f"{who}; the keys of {name} are on its own machine", where=own, mend=mend)
+
+
+def _has_joined(workspace: Workspace, party: str) -> bool:
+    try:
+        vault = Vault.find(workspace, party)
+        return vault is not None and vault.pinned is not None
+    except (Problem, OSError):  # whoever acts as this party says why
+        return False
+
+
 def _check_own_keys(vault: Vault, roster: Roster) -> None:
     """Raise Damaged unless the party's secret keys are those that the roster names: what they sign, others refuse."""
     if vault.identity.public_key().public_bytes_raw() != roster.key_of(vault.party):

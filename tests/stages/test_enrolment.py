@@ -85,6 +85,39 @@ def test_nobody_else_has_keys_made(fresh: Path) -> None:
     assert not (fresh / "exchange").exists()
 
 
+def without_keys(folder: Path, *parties: str) -> Workspace:
+    """The machine of the other parties: these have no vault on it."""
+    workspace = Workspace(folder)
+    for party in parties:
+        workspace.secrets_pointer(party).unlink()
+    return workspace
+
+
+@pytest.mark.parametrize("party", ["server", "client-2"])
+def test_on_another_partys_machine_no_new_identity_is_made(
+    party: str, enrolled: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    workspace = without_keys(enrolled, "server", "client-1", "client-2")
+    before = exchanged(enrolled)
+    name = party.replace("-", " ")
+    for words in (f"next --{name}", "enroll" if party == "server" else f"keys --{name}"):
+        outcome = fedcollm(*words.split(), "-w", enrolled)
+        assert outcome.code == 5, outcome.err
+        assert f"client 3 has joined here; the keys of {name} are on its own machine" in outcome.err
+        assert "--renew" in outcome.err
+    assert exchanged(enrolled) == before
+    assert Vault.find(workspace, party) is None
+    without_keys(enrolled, "client-3")
+    (enrolled / f"{ROSTER}.sig").unlink()
+    with pytest.raises(Refused, match="the roster has arrived"):
+        keys(workspace, client=1)
+    (enrolled / ROSTER).unlink()
+    with pytest.raises(Refused, match="public keys of client 1 are here"):
+        keys(workspace, client=1)
+    keys(workspace, client=1, renew=True)
+    assert exchanged(enrolled)[f"{KEYS}/client-1.json"] != before[f"{KEYS}/client-1.json"]
+
+
 # --- enroll
 
 
