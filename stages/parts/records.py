@@ -1,7 +1,7 @@
 """What a workspace keeps beside its folders with manifests: results, private logs, rows, tasks, checkpoints, secrets.
 
-Each is held against a digest that was written with it. That notices damage and edits; who means to forge can write the
-digest anew.
+Each is compared with the digest that was written with it. That notices damage and edits; who means to forge can write
+the digest anew.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 They lie outside the workspace, so that copying a workspace cannot carry them: in machine.toml's `secrets`, by default
 fedcollm/ in the user's data folder, one folder for each workspace and party. Refused where others could read them. Each
-is held against a digest that was written with it: a damaged one is named and never used.
+is compared with the digest that was written with it: a damaged one is named and never used.
 """
 
 from __future__ import annotations
