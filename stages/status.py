@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from stages.parts import edits, files, records, roster
+from stages.parts import edits, files, records
 from stages.parts.config import threshold
-from stages.parts.errors import Damaged, Problem, Refused
-from stages.parts.progress import PREPARE, STALE_ROWS, Reader, Round, Step, enrolment
+from stages.parts.errors import Damaged
+from stages.parts.progress import PREPARE, STALE_ROWS, Reader, Round, Step, enrolment, other_tasks
 from stages.parts.vault import SERVER
 from stages.parts.workspace import AGREEMENT, MANIFEST, Workspace
 
@@ -68,9 +68,10 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
         stale.insert(
             0, f"{workspace.shown(workspace.split)}: {STALE_ROWS} (fedcollm prepare tells whether the rows change)"
         )
-    stale += _other_tasks(workspace)
     scores = _scores(workspace, rounds[-1].number, [path for path, *_ in of_others])
     command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, scores)
+    if (others := other_tasks(workspace)) and others not in waiting_for:
+        stale.append(others)
     found = Status(rounds, command, waiting_for, scores, edited(workspace, reader.other_agreements), stale=stale)
     if not verify:
         return found
@@ -88,17 +89,6 @@ def edited(workspace: Workspace, others: Counter[str]) -> str:
     which = edits.since(workspace, digest) or f"in what is not known here, compare its sha256 with {digest}"
     said = f"{AGREEMENT} was edited after {count} had been made under it: {which}"
     return f"{said}. Undo the edit first, or agree on it anew"
-
-
-def _other_tasks(workspace: Workspace) -> list[str]:
-    """That tasks/ is not what the roster names, if it is not; whatever else is wrong with a roster, `verify` says."""
-    try:
-        roster.check_tasks(workspace)
-    except Refused as problem:
-        return [f"{problem.message} ({problem.mend})"]
-    except (Problem, OSError):
-        return []
-    return []
 
 
 def _next(

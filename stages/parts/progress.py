@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.parts import files
+from stages.parts import files, roster
 from stages.parts.config import ROLES
 from stages.parts.errors import Damaged, NotReady, Problem, Refused
 from stages.parts.events import Event, Report
@@ -329,6 +329,20 @@ def warn_of_stale_rows(workspace: Workspace, report: Report) -> None:
         report(Event("warning", f"{STALE_ROWS}: {PREPARE} tells whether the rows change"))
 
 
+def other_tasks(workspace: Workspace, *, of_exchange: bool = False) -> str:
+    """That tasks/ is not what the roster names, if it is not; whatever else is wrong with a roster, `verify` says.
+
+    of_exchange: the roster that lies in the exchange, to be joined, and not one pinned before.
+    """
+    try:
+        roster.check_tasks(workspace, roster.read_federation(workspace.federation)[0] if of_exchange else None)
+    except Refused as problem:
+        return f"{problem.message} ({problem.mend})"
+    except (Problem, OSError):
+        return ""
+    return ""
+
+
 def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:
     """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it.
 
@@ -350,5 +364,7 @@ def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:
             return ("", f"exchange/keys of {', '.join(absent)}") if absent else ("fedcollm enroll", "")
         if not workspace.federation.exists():
             return "", "the roster, exchange/federation.json, from the server's `fedcollm enroll`"
+        if others := other_tasks(workspace, of_exchange=True):
+            return "", f"the tasks/ of the roster, before anybody joins: {others}"
         return "", f"a person to compare the roster's fingerprint: fedcollm join --{one.replace('-', ' ')}"
     return "", ""

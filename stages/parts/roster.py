@@ -23,6 +23,9 @@ SUITE: Literal["fedcollm/secagg/1"] = "fedcollm/secagg/1"
 FINGERPRINT_LETTERS = 40
 """200 bits in base32, so that nobody finds two rosters of one fingerprint in fewer than some 2^100 trials."""
 
+MOST_NAMED = 8
+"""How many files are named before the rest is counted."""
+
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[int, Field(ge=1, le=2**31)]
 LEVELS = 3
@@ -215,8 +218,14 @@ def check_tasks(workspace: Workspace, federation: Federation | None = None, *, m
     found = task_files.own_digest(workspace.tasks)
     if found != federation.tasks_sha256:
         message = f"tasks/ is not what the parties enrolled with: sha256 {found[:16]}..., enrolled"
+        message = f"{message} {federation.tasks_sha256[:16]}..."
         mend = "copy tasks/ from the server, or undo the edit; or agree anew: `keys --renew`, `enroll --renew`, `join`"
-        raise Refused(f"{message} {federation.tasks_sha256[:16]}...", where=workspace.tasks, mend=mend)
+        agreement = workspace.agreement
+        if spare := task_files.spare_files(workspace.tasks, [*agreement.evaluation.tasks, *agreement.data.tasks]):
+            more = f" and {len(spare) - MOST_NAMED} more" if len(spare) > MOST_NAMED else ""
+            message += f"; tasks/ also holds {', '.join(spare[:MOST_NAMED])}{more}"
+            mend = f"remove what the server did not send, or {mend}"
+        raise Refused(message, where=workspace.tasks, mend=mend)
 
 
 def _trusted(workspace: Workspace) -> Federation | None:

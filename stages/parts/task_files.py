@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,47 @@ def own_files(tasks: Path) -> list[tuple[str, Path]]:
     own = [path for path in tasks.rglob("*") if path.is_file() and not IGNORED.intersection(path.parts)]
     included = {(path.name, path) for path in _task_files(tasks) if path not in own}
     return sorted({(path.relative_to(tasks).as_posix(), path) for path in own} | included)
+
+
+def spare_files(tasks: Path, names: Iterable[str]) -> list[str]:
+    """What lies in tasks/ and none of these tasks needs, nor what they include, group or call; of two, the deeper."""
+    found = {path: _read_if_sound(path) for path in _task_files(tasks)}
+    defined: dict[str, Path] = {}
+    for path in sorted(found, key=lambda path: (len(path.parts), path)):
+        for name in _names(found[path][0]):
+            defined.setdefault(name, path)
+    asked, needed = set(names), set[Path]()
+    waiting = [defined[name] for name in asked if name in defined]
+    waiting += [path for path, (value, _) in found.items() if isinstance(value, dict) and asked & _tags(value)]
+    while waiting:
+        path = waiting.pop()
+        if path in needed:
+            continue
+        needed.add(path)
+        value, functions = found.get(path, (None, []))
+        waiting += [path.parent / f"{function.split('.')[0]}.py" for function in functions]
+        for one in _mappings(value):
+            waiting += [path.resolve().parent / name for name in _texts(one.get("include"))]
+            waiting += [defined[name] for name in _texts(one.get("task")) if name in defined]
+    needed |= {path.resolve() for path in needed}
+    return [name for name, path in own_files(tasks) if not {path, path.resolve()} & needed]
+
+
+def _read_if_sound(path: Path) -> tuple[Any, list[str]]:
+    try:
+        return _read(path)
+    except UsageProblem:
+        return None, []
+
+
+def _names(value: Any) -> list[str]:
+    """What a task file defines: a task, or a group."""
+    found = [value.get("task"), value.get("group")] if isinstance(value, dict) else []
+    return [name for name in found if isinstance(name, str)]
+
+
+def _tags(value: dict[Any, Any]) -> set[str]:
+    return set(_texts([value.get("tag")]))
 
 
 def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:

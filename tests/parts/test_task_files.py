@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builders import edit
-from stages.parts import tasks
+from stages.parts import task_files, tasks
 from stages.parts.errors import Problem, Refused, UsageProblem
 from stages.parts.missing import missing
 from stages.parts.workspace import Workspace
@@ -199,3 +199,24 @@ def test_data_that_is_no_file_is_refused_at_once(workspace_folder: Path, named: 
     with pytest.raises(Problem):
         tasks.load(Workspace(workspace_folder), ["colours"])
     Workspace(workspace_folder).tasks_sha256()
+
+
+def test_spare_files_are_those_that_no_asked_task_includes_groups_tags_or_calls(tmp_path: Path) -> None:
+    texts = {
+        "many.yaml": "group: many\ntask: [one, {task: two}]\n",
+        "one.yaml": "include: base/common\ntask: one\nprocess_docs: !function utils.deal\n",
+        "base/common": "output_type: multiple_choice\n",
+        "utils.py": "",
+        "two.yaml": "task: two\n",
+        "tagged.yaml": "task: three\ntag: some\n",
+        "copy/two.yaml": "task: two\n",
+        "broken.yaml": "task: [",
+        "README.md": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    always = ["README.md", "broken.yaml", "copy/two.yaml"]
+    assert task_files.spare_files(tmp_path, ["many", "some"]) == always
+    one = {"one.yaml", "base/common", "utils.py"}
+    assert task_files.spare_files(tmp_path, ["one"]) == sorted(texts.keys() - one)

@@ -396,3 +396,25 @@ def test_a_roster_of_an_earlier_version_names_no_tasks_and_is_taken(fresh: Path)
     assert join(Workspace(fresh), client=2, fingerprint=roster.fingerprint(content)) == roster.fingerprint(content)
     said = [finding.text for finding in audit([fresh])]
     assert [text for text in said if "whether tasks/ is what people agreed on" in text]
+
+
+def test_task_files_that_the_server_did_not_send_are_named_before_anybody_joins(
+    enrolled: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    found = roster.fingerprint((enrolled / ROSTER).read_bytes())
+    (vault_of(enrolled, "client-2") / "federation.json").unlink()
+    join_it = ["join", "--client", 2, "--fingerprint", found, "-w", enrolled]
+    task = (enrolled / "tasks/colours.yaml").read_text()
+    (enrolled / "tasks/arc_easy.yaml").write_text(task.replace("task: colours", "task: arc_easy"))
+    (enrolled / "tasks/tasks").mkdir()
+    (enrolled / "tasks/tasks/colours.yaml").write_text(task)  # by `cp -r tasks tasks`
+    refused, said = fedcollm(*join_it), fedcollm("status", "-w", enrolled).out
+    assert refused.code == 5
+    for told in (refused.err, said):
+        assert "tasks/ also holds arc_easy.yaml, tasks/colours.yaml" in told.replace("\n", " ")
+        assert "remove what the server did not send" in told
+    assert "fedcollm join" not in said
+    (enrolled / "tasks/arc_easy.yaml").unlink()
+    shutil.rmtree(enrolled / "tasks/tasks")
+    assert "fedcollm join --client 2" in fedcollm("status", "-w", enrolled).out
+    assert fedcollm(*join_it).code == 0
