@@ -375,6 +375,7 @@ def _check_update(update: Artefact, client: int, round: int, theta: Artefact) ->
     if update.manifest.parents != {"broadcast": theta.sha256}:
         message = f"client {client}'s update of round {round} was trained from another broadcast than the one here"
         raise Refused(message, where=update.path, mend=f"carry exchange/ there; then {again}")
-    if update.manifest.base != theta.manifest.base:
+    if name := update.manifest.base.differs(theta.manifest.base):
         message = f"client {client}'s update of round {round} was trained on another base model or tokenizer"
+        message += ", by its configuration" if name == "settings_sha256" else f", by its {name}"
         raise Refused(message, where=update.path, mend=again)

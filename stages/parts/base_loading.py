@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from stages.parts import base_files, quiet
@@ -70,6 +70,17 @@ def read_configuration(folder: Path, whose: str) -> Any:
     if config._attn_implementation not in HERE:  # another one gives the same numbers, if it is here at all
         config._attn_implementation = None
     return config
+
+
+def read_generation(folder: Path, whose: str) -> Any:
+    """How the model in a folder generates, as transformers takes it from there. Raises UsageProblem."""
+    if not (folder / "generation_config.json").exists():
+        return GenerationConfig.from_model_config(read_configuration(folder, whose))
+    try:
+        with quiet.libraries():
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # it checks each value, and raises what it likes
+        raise cannot_load(whose, folder / "generation_config.json", error) from error
 
 
 def empty_model(config: Any, dtype: torch.dtype, whose: str, where: Path | None) -> Any:

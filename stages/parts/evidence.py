@@ -17,7 +17,7 @@ from stages.parts import edits, files
 from stages.parts.config import Method, Role
 from stages.parts.errors import NotReady, Problem, Refused, UsageProblem
 from stages.parts.manifest import Manifest, read_manifest
-from stages.parts.records import read_result, scored_by
+from stages.parts.records import is_of_base, read_result, scored_by
 from stages.parts.subjects import folder_of
 from stages.parts.variants import Changes, baseline, check_data, open_variant, replica
 from stages.parts.workspace import AGREEMENT, Workspace
@@ -136,12 +136,12 @@ def _check_alike(study: Study) -> None:
         for role, place in _tuned(workspace):
             manifest, _ = read_manifest(place)
             other = first.setdefault(role, manifest)
-            if (manifest.base, manifest.dtype) != (other.base, other.dtype):
+            if not manifest.base.is_of(other.base) or manifest.dtype != other.dtype:
                 message = f"{study.root.shown(place)} was tuned from another base or in another precision than the rest"
                 raise Refused(message, where=place, mend=study.run_again(workspace))
     for role, manifest in first.items():
         path = study.root.result(None, role)
-        if path.exists() and read_result(path).get("base") != manifest.base.model_dump():
+        if path.exists() and not is_of_base(read_result(path), manifest.base):
             message = f"{study.root.shown(path)} is of another base model than was tuned"
             raise Refused(message, where=path, mend=f"fedcollm evaluate --zero-shot --model {role} --overwrite")
 

@@ -74,14 +74,28 @@ class FileEntry(_Part):
 class BaseIdentity(_Part):
     """Which base model and tokenizer an adapter belongs to, by content: of the weights as published.
 
-    quantization: how they are held while an adapter is trained on them; another way is another base. Where there is
-    none it is not written either.
+    settings_sha256: of the configuration, how it generates and the special tokens; earlier versions wrote none.
+    quantization: how the weights are held while an adapter is trained on them; another way is another base. Where there
+    is none it is not written either.
     """
 
     architecture: str
     weights_sha256: Sha256
     tokenizer_sha256: Sha256
+    settings_sha256: Sha256 | None = None
     quantization: Quantization | None = None
+
+    def differs(self, other: BaseIdentity) -> str | None:
+        """The first field that another base differs in, None if it is this one; settings count where both tell them."""
+        for name in type(self).model_fields:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs and not (name == "settings_sha256" and None in (ours, theirs)):
+                return name
+        return None
+
+    def is_of(self, other: BaseIdentity) -> bool:
+        """Whether both are of one base."""
+        return self.differs(other) is None
 
     @model_serializer(mode="wrap")
     def _without_what_is_not(self, whole: SerializerFunctionWrapHandler) -> dict[str, str]:

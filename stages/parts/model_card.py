@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from stages.parts import files
 from stages.parts.config import Budget, Method
 from stages.parts.manifest import Artefact, BaseIdentity, Manifest
-from stages.parts.records import read_result
+from stages.parts.records import is_of_base, read_result
 from stages.parts.texts import in_code, in_line, in_markdown
 from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST, Workspace
 
@@ -150,7 +150,7 @@ def _result(path: Path, adapter_sha256: str | None, base: BaseIdentity) -> dict[
     if not path.exists():
         return {}
     result = read_result(path)
-    is_this = result.get("adapter_sha256") == adapter_sha256 and result.get("base") == base.model_dump()
+    is_this = result.get("adapter_sha256") == adapter_sha256 and is_of_base(result, base)
     return dict(result["tasks"]) if is_this else {}
 
 

@@ -27,7 +27,9 @@ from stages.parts.base_loading import (
     load_tokenizer,
     not_finite,
     read_configuration,
+    read_generation,
 )
+from stages.parts.base_names import NO_SHAPE
 from stages.parts.config import Machine, Quantization, Role
 from stages.parts.errors import BadNumbers, Damaged, NotReady, Refused, UsageProblem
 from stages.parts.manifest import Artefact, BaseIdentity
@@ -40,6 +42,22 @@ PROBE_TEXTS = (
     "naïve café — “quotes”, 数学, Ελληνικά, 🙂",
 )
 """What a tokenizer must encode alike to count as the same one: its vocabulary alone does not show its merges."""
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+VARYING = {
+    *NO_SHAPE,
+    "_attn_implementation",
+    "_commit_hash",
+    "_from_model_config",
+    "attn_implementation",
+    "cache_config",
+    "cache_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "quantization_config",
+}
+"""Settings that may differ between copies of one model: names, precisions, versions, ways to the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -161,14 +179,16 @@ class Models:
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:
         """As get, but the base must be the one named by identity. Raises Refused otherwise."""
         tuned = self.get(role)
-        for name in ("architecture", "weights_sha256", "tokenizer_sha256", "quantization"):
+        if name := tuned.identity.differs(identity):
             here, there = (str(getattr(one, name) or "none")[:16] for one in (tuned.identity, identity))
-            if getattr(tuned.identity, name) != getattr(identity, name):
-                message = f"the {role.upper()} here is not the one of {whose}: {name} is {here}, there {there}"
-                mend = f"use the same {role}.model and revision everywhere; see models.{role} in machine.toml"
-                if name == "weights_sha256":
-                    mend += "; the same weights pickled (*.bin), or in another precision, are other files: copy theirs"
-                raise Refused(message, where=self._workspace.root, mend=mend)
+            message = f"the {role.upper()} here is not the one of {whose}: {name} is {here}, there {there}"
+            mend = f"use the same {role}.model and revision everywhere; see models.{role} in machine.toml"
+            if name == "weights_sha256":
+                mend += "; the same weights pickled (*.bin), or in another precision, are other files: copy theirs"
+            if name == "settings_sha256":
+                message = f"{message}; the weights are the same, another configuration lies beside them"
+                mend += "; copy config.json, generation_config.json and the tokenizer's files of the others"
+            raise Refused(message, where=self._workspace.root, mend=mend)
         return tuned
 
     def with_adapter(self, role: Role, artefact: Artefact) -> Tuned:
@@ -251,6 +271,7 @@ def identify(folder: Path, tokenizer: Any, quantization: Quantization | None = N
         architecture=architecture,
         weights_sha256=_weights_sha256(folder, looks_for_nan=quantization is not None),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
+        settings_sha256=_settings_sha256(folder, tokenizer),
         quantization=quantization,
     )
 
@@ -260,6 +281,31 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     encodings = [tokenizer.encode(text) for text in PROBE_TEXTS]
     return hashlib.sha256(json.dumps([vocabulary, encodings]).encode()).hexdigest()
+
+
+def _settings_sha256(folder: Path, tokenizer: Any) -> str:
+    """Of what else decides a model's numbers and texts: its configuration, how it generates, its special tokens."""
+    configuration, generation = read_configuration(folder, "the base"), read_generation(folder, "the base")
+    special = {name: str(getattr(tokenizer, name)) for name in SPECIAL_TOKENS if getattr(tokenizer, name) is not None}
+    told = [_told(one) for one in (configuration, generation)]
+    return hashlib.sha256(json.dumps([*told, special], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _told(settings: Any) -> dict[str, Any]:
+    """What differs from the defaults of its class, to which later versions of transformers add."""
+    try:
+        plain: dict[str, Any] = type(settings)().to_dict()
+    except Exception:  # the classes of each architecture raise what they like; some have no defaults
+        plain = {}
+    told: dict[str, Any] = settings.to_diff_dict()
+    changed = {key: value for key, value in told.items() if key not in plain or plain[key] != value}
+    return dict(_without_varying(changed))
+
+
+def _without_varying(settings: Any) -> Any:
+    if isinstance(settings, dict):
+        return {str(key): _without_varying(value) for key, value in settings.items() if key not in VARYING}
+    return settings
 
 
 def _weights_sha256(folder: Path, *, looks_for_nan: bool) -> str:

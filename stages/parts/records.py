@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from stages.parts import checkpoints, files, roster, spending
 from stages.parts.errors import Damaged, Problem
-from stages.parts.manifest import Artefact, check_signed, read_artefact, read_manifest
+from stages.parts.manifest import Artefact, BaseIdentity, check_signed, read_artefact, read_manifest
 from stages.parts.subjects import folder_of, is_subject
 from stages.parts.vault import SERVER, Vault, client
 from stages.parts.workspace import AGREEMENT, SIGNATURE, Workspace
@@ -44,6 +46,14 @@ def read_result(path: Path) -> dict[str, Any]:
     if is_changed:
         raise Damaged(f"{path.name} has been changed since it was written", where=path, mend=MEND)
     return result
+
+
+def is_of_base(result: Mapping[str, Any], base: BaseIdentity) -> bool:
+    """Whether a result is of this base model."""
+    try:
+        return BaseIdentity.model_validate(result.get("base")).is_of(base)
+    except ValidationError:
+        return False
 
 
 def stale(workspace: Workspace) -> Iterator[tuple[Path, str, str]]:

@@ -179,7 +179,7 @@ def _llm_after(workspace: Workspace, round: int, captured: Artefact | None) -> A
     llm = received(place, workspace, reader=SERVER, stage="co-distill", round=round)
     if "captured-slm" not in llm.manifest.parents:
         raise Refused(f"round {round}'s LLM was trained in one phase", where=place, mend=f"{mend} --overwrite")
-    if captured and llm.manifest.base != captured.manifest.base:
+    if captured and not llm.manifest.base.is_of(captured.manifest.base):
         message = f"{workspace.shown(captured.path)} is of another LLM than {workspace.shown(place)}"
         raise Refused(message, where=captured.path, mend="capture again with --overwrite, with the same base")
     return llm

@@ -106,6 +106,63 @@ def test_a_base_other_than_the_broadcasts_is_refused_by_what_differs(
     assert "machine.toml" in str(caught.value.mend)
 
 
+def edited(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("config.json", {"n_head": 4}),
+        ("config.json", {"activation_function": "relu"}),
+        ("generation_config.json", {"repetition_penalty": 5.0}),
+        ("generation_config.json", {"suppress_tokens": [3, 4]}),
+        ("tokenizer_config.json", {"eos_token": "<unk>"}),
+        ("tokenizer_config.json", {"pad_token": "<unk>"}),
+    ],
+)
+def test_other_settings_beside_the_same_weights_are_another_base(file: str, values: dict[str, Any], llm: Path) -> None:
+    before = identity_of(llm)
+    edited(llm / file, **values)
+    after = identity_of(llm)
+    assert after.differs(before) == "settings_sha256"
+    assert (after.weights_sha256, after.tokenizer_sha256) == (before.weights_sha256, before.tokenizer_sha256)
+
+
+def test_names_versions_and_precisions_are_no_part_of_a_base(llm: Path) -> None:
+    before = identity_of(llm)
+    edited(llm / "config.json", _name_or_path="elsewhere", dtype="bfloat16", use_cache=False, transformers_version="5")
+    edited(llm / "generation_config.json", transformers_version="5.0", use_cache=False)
+    assert identity_of(llm) == before
+    # A setting left out is its class's default, and how to generate is then what config.json says.
+    config = json.loads((llm / "config.json").read_text())
+    del config["activation_function"], config["n_inner"]
+    (llm / "config.json").write_text(json.dumps(config))
+    (llm / "generation_config.json").unlink()
+    assert identity_of(llm) == before
+
+
+def test_a_model_saved_again_in_another_precision_has_the_same_settings(llm: Path) -> None:
+    before = identity_of(llm)
+    model, put_back = rewritten(llm)
+    model.bfloat16()
+    put_back()
+    assert identity_of(llm).settings_sha256 == before.settings_sha256
+
+
+def test_a_generation_config_that_cannot_be_read_is_refused(llm: Path) -> None:
+    (llm / "generation_config.json").write_text("{")
+    with pytest.raises(UsageProblem) as caught:
+        identity_of(llm)
+    assert str(caught.value.where).endswith("generation_config.json")
+
+
+def test_a_base_of_an_earlier_version_that_told_no_settings_is_taken(workspace_folder: Path, base_models: Path) -> None:
+    earlier = identity_of(base_models / "slm").model_copy(update={"settings_sha256": None})
+    assert models_with(workspace_folder).expect("slm", earlier, "the broadcast").identity.is_of(earlier)
+    assert not earlier.is_of(earlier.model_copy(update={"tokenizer_sha256": "0" * 64}))
+
+
 # --- one vocabulary
 
 

@@ -186,3 +186,17 @@ def test_numbers_that_were_none_before_any_step_are_not_blamed_on_the_learning_r
     assert "take another base" in said
     assert "lower the learning rate" not in said
     assert not list((workspace_folder / "private/client-1").glob("**/checkpoint-*"))
+
+
+def test_a_base_with_another_configuration_than_the_broadcasts_is_refused(
+    workspace_folder: Path, base_models: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    assert fedcollm("broadcast", "--round", 1, "-w", workspace_folder).code == 0
+    (workspace_folder / "models").unlink()
+    shutil.copytree(base_models, workspace_folder / "models")
+    config = workspace_folder / "models/slm/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_head": 4}))
+    outcome = fedcollm("client-train", "--client", 1, "--round", 1, "-w", workspace_folder)
+    assert outcome.code == 5
+    assert "another configuration lies beside them" in outcome.err
+    assert not (workspace_folder / "exchange/round-0001/client-1").exists()

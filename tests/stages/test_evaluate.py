@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -224,6 +225,25 @@ def test_a_changed_task_is_scored_anew(finished: Path, fedcollm: Callable[..., O
     assert fedcollm("evaluate", "--zero-shot", "-w", finished).code == 0
     edit(finished / "tasks/colours.yaml", "version: 1.0", "version: 2.0")
     assert "already done" not in fedcollm("evaluate", "--zero-shot", "-w", finished).err
+
+
+def test_a_base_that_generates_otherwise_is_scored_anew(
+    finished: Path, base_models: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    (finished / "models").unlink()
+    shutil.copytree(base_models, finished / "models")
+    words = ("evaluate", "--zero-shot", "-w", finished)
+    result = finished / "results/zero-shot/slm.json"
+    assert fedcollm(*words).code == 0
+    assert "already done" in fedcollm(*words).err
+    generation = finished / "models/slm/generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"repetition_penalty": 5.0}))
+    assert "already done" not in fedcollm(*words).err
+    # An earlier version wrote nothing of it: its result is taken.
+    of_earlier_version = records.read_result(result)
+    del of_earlier_version["base"]["settings_sha256"]
+    result.write_text(json.dumps(records.stamped(of_earlier_version)))
+    assert "already done" in fedcollm(*words).err
 
 
 def test_another_dtype_is_scored_anew(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
