@@ -35,7 +35,7 @@ def audit(
     The chain of manifests and signatures, files, layout, numbers, drift, clients' updates against each other, leaks,
     keys, secure aggregation, the privacy ledger; a line for each check. Reads every byte of the workspace, or of any
     folder, another tool's PEFT adapter too; writes nothing, loads no model, opens no pickle. Exit code 4 if a check
-    failed.
+    failed, 3 where nothing was exchanged yet.
 
     Example: fedcollm audit --client 2 --strict
     """

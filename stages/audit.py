@@ -27,8 +27,8 @@ from stages.parts.audit_privacy import privacy_of
 from stages.parts.audit_secagg import masked_of, rounds_of
 from stages.parts.audit_secrets import secrets_in, vaults_of
 from stages.parts.audited import Folder, Scope, folders_in, open_folder, scope_of
-from stages.parts.checks import Finding, told
-from stages.parts.errors import Problem
+from stages.parts.checks import Finding, count, told
+from stages.parts.errors import NotReady, Problem
 from stages.parts.events import Event, Report, ignore
 from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -59,7 +59,7 @@ def audit(
 
     paths: workspaces, exchanges, rounds or adapter folders. client: what concerns this one alone. canaries: strings
     that no byte that travels may hold. Raises UsageProblem for a path that is not there, and for a client that no
-    federation among them has.
+    federation among them has; NotReady for a workspace in which nothing was exchanged.
     """
     state = Audit([scope_of(path) for path in paths], client, words_of_this_machine(canaries))
     for scope in state.scopes:
@@ -78,7 +78,18 @@ def audit(
         report(Event("step", folder.shown, step=number, total=len(places)))
     for id, check in CHECKS.items():
         found[id] += check.whole(state, found[id])
-    return [finding for id in CHECKS for finding in told(found[id])]
+    findings = [finding for id in CHECKS for finding in told(found[id])]
+    if not places and not any(count(findings, level) for level in ("FAIL", "WARN")):
+        _check_exchanged(state.scopes)
+    return findings
+
+
+def _check_exchanged(scopes: Sequence[Scope]) -> None:
+    """Raise NotReady for workspaces in which no file was exchanged, so that no check looked at anything."""
+    exchanges = [scope.exchanged for scope in scopes if scope.is_workspace]
+    if len(exchanges) == len(scopes) and not any(path.is_file() for top in exchanges for path in top.rglob("*")):
+        message = "nothing has been exchanged yet: nothing was checked"
+        raise NotReady(message, where=exchanges[0], mend="audit it after the first step; fedcollm status names that")
 
 
 def _look(state: Audit, folder: Folder, found: dict[str, list[Finding]]) -> None:

@@ -124,7 +124,10 @@ def _audited(workspace: Workspace) -> dict[str, Any]:
     """What audit finds: a row for each problem, and for each check without one."""
     from stages.parts.page import without_folders
 
-    found = audit([workspace.root])
+    try:
+        found = audit([workspace.root])
+    except NotReady as problem:
+        return {"rows": [], "result": problem.message}
     rows = [(one.id, one.level, one.check, in_line(without_folders(one.text))) for one in lines(found)]
     return {"rows": rows, "result": result(found, strict=False)}
 

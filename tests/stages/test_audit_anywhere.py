@@ -21,7 +21,7 @@ from damages import (
     problems,
 )
 from stages.audit import audit
-from stages.parts.errors import UsageProblem
+from stages.parts.errors import NotReady, UsageProblem
 from stages.parts.workspace import Workspace
 from stages.run import run
 
@@ -86,6 +86,16 @@ def test_an_empty_folder_has_nothing_to_check_and_says_so(tmp_path: Path) -> Non
     found = audit([tmp_path])
     assert problems(found) == []
     assert {one.id for one in found if one.level == "SKIP"} >= {"A3", "A4", "A5", "A6", "A7"}
+
+
+def test_a_workspace_in_which_nothing_was_exchanged_is_not_called_clean(workspace_folder: Path) -> None:
+    with pytest.raises(NotReady, match="nothing has been exchanged yet: nothing was checked"):
+        audit([workspace_folder])
+    (workspace_folder / "exchange/keys").mkdir(parents=True)
+    with pytest.raises(NotReady):
+        audit([workspace_folder], client=2)
+    (workspace_folder / "exchange/keys/client-2.pem").write_text("-----BEGIN PRIVATE KEY-----")
+    assert any(line.startswith("A8 FAIL") for line in problems(audit([workspace_folder])))
 
 
 def test_a_path_that_is_not_there_and_a_file_are_refused_by_name(finished_once: Path, tmp_path: Path) -> None:

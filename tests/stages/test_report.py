@@ -89,6 +89,14 @@ def test_without_anything_it_says_what_to_do_first(fedcollm: Fedcollm, workspace
     assert not (workspace_folder / "results").exists()
 
 
+def test_logs_alone_are_reported_without_an_audit(fedcollm: Fedcollm, finished: Path) -> None:
+    shutil.rmtree(finished / "exchange")
+    for adapters in finished.glob("private/*/round-*/*/"):
+        shutil.rmtree(adapters)
+    assert fedcollm("report", "-w", finished).code == 0
+    assert "nothing has been exchanged yet: nothing was checked" in text_of(page_of(finished))
+
+
 def test_a_data_split_alone_is_nothing_to_report(fedcollm: Fedcollm, workspace_folder: Path) -> None:
     split = {"parties": {"client-1": {"labels": {"0": 3}, "sources": {"colours": 3}}}}
     (workspace_folder / "private" / "split.json").write_text(json.dumps(split))
