@@ -65,10 +65,15 @@ def broadcast(
 def _first(
     workspace: Workspace, attempt: int, opening: Opening | None, models: Models | None, over: files.Place
 ) -> Manifest:
-    """theta^1: PEFT's initialisation (B = 0), drawn once: an average of different ones would be none."""
-    from stages.parts import adapters
+    """theta^1: PEFT's initialisation (B = 0), drawn once: an average of different ones would be none.
+
+    An LLM that is here, and needed later in the round, is checked without reading its weights before anyone trains.
+    """
+    from stages.parts import adapters, bases, shapes
     from stages.parts.models import Models
 
+    if workspace.agreement.federation.distils and bases.configuration(workspace, "llm"):
+        shapes.of_workspace(workspace, "llm")
     models = models or Models(workspace)
     models.use("slm")
     slm = models.get("slm")

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import safetensors.numpy
 import torch
 from peft import PeftModel
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import edit
 from stages.broadcast import broadcast
+from stages.parts.errors import Damaged, UsageProblem
 from stages.parts.manifest import Manifest
 from stages.parts.workspace import Workspace
 
@@ -104,3 +106,24 @@ def test_the_broadcast_of_round_two_names_the_adapter_it_was(finished_once: Path
     manifest = json.loads((finished_once / "exchange/round-0002/broadcast/manifest.json").read_text())
     source = (finished_once / "private/server/round-0001/slm/manifest.json").read_bytes()
     assert manifest["parents"] == {"slm": hashlib.sha256(source).hexdigest()}
+
+
+def test_an_llm_that_co_distill_could_not_take_is_refused_before_anyone_trains(
+    workspace_folder: Path, base_models: Path, tmp_path: Path
+) -> None:
+    edit(workspace_folder / "fedcollm.toml", "[llm.lora]", '[llm.lora]\ntarget_modules = ["q_proj"]')
+    with pytest.raises(UsageProblem, match="'q_proj' fits no layer"):
+        broadcast(Workspace(workspace_folder), round=1)
+    assert not (workspace_folder / "exchange/round-0001/broadcast").exists()
+    edit(workspace_folder / "fedcollm.toml", '\ntarget_modules = ["q_proj"]', "")
+
+    llm = shutil.copytree(base_models / "llm", tmp_path / "llm")
+    weights = safetensors.numpy.load_file(llm / "model.safetensors")
+    del weights["transformer.ln_f.weight"]
+    safetensors.numpy.save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    (workspace_folder / "machine.toml").write_text(f'[models]\nllm = "{llm}"\n')
+    with pytest.raises(Damaged, match="the LLM's weights are missing"):
+        broadcast(Workspace(workspace_folder), round=1)
+
+    shutil.rmtree(llm)
+    broadcast(Workspace(workspace_folder), round=1)
