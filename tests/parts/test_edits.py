@@ -80,7 +80,7 @@ def test_without_a_sound_copy_no_key_is_named(how: str, finished: Path, fedcollm
     assert edits.since(Workspace(finished), sha256) == ""
     assert edits.since_last(Workspace(finished)) == ""
     outcome = fedcollm("next", "-w", finished)
-    assert (outcome.code, sha256 in outcome.err) == (3, True)
+    assert (outcome.code, sha256 in outcome.err) == (5, True)
     shutil.rmtree(finished / "private/agreements")
     assert fedcollm("status", "-w", finished).code == 0
 
