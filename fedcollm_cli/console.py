@@ -24,9 +24,9 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from stages.parts.errors import Problem
-from stages.parts.events import Event
-from stages.parts.texts import Lines, printable, shown
+from stages.runtime.errors import Problem
+from stages.runtime.events import Event
+from stages.runtime.texts import Lines, printable, shown
 
 PLAIN_INTERVAL_S = 10.0
 """How often a long stage says how far it is where there is no terminal to draw on."""

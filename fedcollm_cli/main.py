@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from fedcollm_cli import (
-    __version__,
+from fedcollm_cli import __version__
+from fedcollm_cli.commands import (
     auditing,
     carrying,
     comparing,

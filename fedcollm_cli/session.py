@@ -16,13 +16,13 @@ from typing import Annotated, Literal
 import typer
 
 from fedcollm_cli.console import Console
-from fedcollm_cli.launched import Launch, is_first, launched
-from stages.parts import edits
-from stages.parts.errors import INTERRUPTED_EXIT_CODE, Problem
-from stages.parts.files import naming_storage_faults
-from stages.parts.processes import ALONE, Processes
-from stages.parts.quiet import libraries as silent_libraries
-from stages.parts.workspace import MachineFlags, Workspace
+from fedcollm_cli.torchrun import Launch, is_first, launched
+from stages.files.writing import naming_storage_faults
+from stages.runtime.errors import INTERRUPTED_EXIT_CODE, Problem
+from stages.runtime.processes import ALONE, Processes
+from stages.runtime.quiet import libraries as silent_libraries
+from stages.workspace import edits
+from stages.workspace.paths import MachineFlags, Workspace
 
 WorkspaceOption = Annotated[
     Path | None,
@@ -153,7 +153,7 @@ def join(launch: Launch, device: str) -> Processes:
     """The processes of this command, met."""
     if launch.processes == 1:
         return ALONE
-    from stages.parts import processes
+    from stages.runtime import processes
 
     return processes.join(launch.rank, launch.processes, local_rank=launch.local_rank, device=device)
 

@@ -18,10 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.parts import files, turns
-from stages.parts.errors import NotReady, Refused, UsageProblem
-from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import (
+from stages.artefacts import turns
+from stages.artefacts.manifest import (
     KEPT_OLD,
     Artefact,
     Manifest,
@@ -31,15 +29,18 @@ from stages.parts.manifest import (
     read_manifest,
     received,
 )
-from stages.parts.rows import Row, read_rows
-from stages.parts.tensor_files import largest_bytes
-from stages.parts.vault import SERVER
-from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace, require
+from stages.artefacts.tensor_files import largest_bytes
+from stages.data.rows import Row, read_rows
+from stages.files import writing
+from stages.parties.vault import SERVER
+from stages.runtime.errors import NotReady, Refused, UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace, require
 
 if TYPE_CHECKING:
-    from stages.parts.adapter_files import Tensors
-    from stages.parts.gate import Verdict
-    from stages.parts.models import Models
+    from stages.aggregation.gate import Verdict
+    from stages.artefacts.adapter_files import Tensors
+    from stages.models.loading import Models
 
 MOST_CLAIMED = 1 << 40
 """Examples, tokens or steps of one client in one round; the sum of all clients' must stay a number that is counted."""
@@ -175,10 +176,10 @@ def _keep_old(workspace: Workspace, theta: Artefact, overwrite: bool, report: Re
 
 def _close(workspace: Workspace, theta: Artefact, overwrite: bool, report: Report) -> Artefact:
     """Secure mode: whose updates are summed, decided once."""
-    from stages.parts import sums
+    from stages.secagg import summing
 
-    closed = sums.close(workspace, theta, report, overwrite=overwrite)
-    for client in sums.late(workspace, closed):
+    closed = summing.close(workspace, theta, report, overwrite=overwrite)
+    for client in summing.late(workspace, closed):
         report(Event("warning", f"client {client}'s update came after the close: it is left out, and stays masked"))
     return closed
 
@@ -187,9 +188,9 @@ def _unmask(
     workspace: Workspace, theta: Artefact, closed: Artefact, parents: dict[str, str], report: Report
 ) -> _Average:
     """Secure mode: the survivors' sum, and nothing of each of them."""
-    from stages.parts import sums
+    from stages.secagg import summing
 
-    found = sums.open_sum(workspace, theta, closed, report)
+    found = summing.open_sum(workspace, theta, closed, report)
     for warning in found.warnings:
         report(Event("warning", warning))
     return _Average(found.average, parents, unmasking=found.unmasking)
@@ -218,7 +219,7 @@ def _already_made(
     done = already_made(target, workspace, parents, overwrite=overwrite)
     if done is None or gated is None:
         return done
-    logged = files.logged_inputs(workspace.log("aggregate", round)).get("held-out")
+    logged = writing.logged_inputs(workspace.log("aggregate", round)).get("held-out")
     changed = ["the gate"] if done.metrics.get("gate") != gated.amount else []
     changed += ["the held-out rows"] if logged not in (None, gated.data_sha256) else []
     if changed:
@@ -260,8 +261,8 @@ def _average(
     """Plain mode: every update is read, and combined by the agreement's rule."""
     from threadpoolctl import threadpool_limits
 
-    from stages.parts import adapter_files
-    from stages.parts.aggregators import WEIGHTINGS, aggregator
+    from stages.aggregation.rules import WEIGHTINGS, aggregator
+    from stages.artefacts import adapter_files
 
     settings, lora = workspace.agreement.aggregation, workspace.agreement.slm.lora
     old = adapter_files.read_adapter(theta, None, lora)
@@ -294,7 +295,7 @@ def _publish(
     report: Report,
 ) -> Manifest:
     """Publish the average, or, where the gate keeps it out, the broadcast's adapter."""
-    from stages.parts import adapter_files
+    from stages.artefacts import adapter_files
 
     adapter_files.check_finite(average.tensors, "the average")
     round, metrics = theta.manifest.round, average.metrics
@@ -322,7 +323,7 @@ def _publish(
         unmasking=average.unmasking,
         over=places[workspace.aggregate(round)],
     )
-    files.write_log(workspace.log("aggregate", round), [begun, {"wall_s": time.monotonic() - started}])
+    writing.write_log(workspace.log("aggregate", round), [begun, {"wall_s": time.monotonic() - started}])
     return manifest
 
 
@@ -330,8 +331,8 @@ def _pass(
     workspace: Workspace, theta: Artefact, average: Tensors, gated: _Gate, models: Models | None, report: Report
 ) -> Verdict:
     """Put the average to the gate."""
-    from stages.parts.gate import gate
-    from stages.parts.models import Models
+    from stages.aggregation.gate import gate
+    from stages.models.loading import Models
 
     models = models or Models(workspace)
     return gate(workspace, theta, average, gated.rows, amount=gated.amount, models=models, report=report)

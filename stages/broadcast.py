@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
-from stages.parts import files, openings, roster, turns
-from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Artefact, Manifest, Opening, already_made, publish, received
-from stages.parts.vault import SERVER, Vault
-from stages.parts.workspace import Workspace, require
+from stages.artefacts import turns
+from stages.artefacts.manifest import Artefact, Manifest, Opening, already_made, publish, received
+from stages.files import writing
+from stages.parties import roster
+from stages.parties.vault import SERVER, Vault
+from stages.runtime.events import Event, Report, ignore
+from stages.secagg import openings
+from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
-    from stages.parts.models import Models
+    from stages.models.loading import Models
 
 
 def broadcast(
@@ -63,16 +66,17 @@ def broadcast(
 
 
 def _first(
-    workspace: Workspace, attempt: int, opening: Opening | None, models: Models | None, over: files.Place
+    workspace: Workspace, attempt: int, opening: Opening | None, models: Models | None, over: writing.Place
 ) -> Manifest:
     """theta^1: PEFT's initialisation (B = 0), drawn once: an average of different ones would be none.
 
     An LLM that is here, and needed later in the round, is checked without reading its weights before anyone trains.
     """
-    from stages.parts import adapters, bases, shapes
-    from stages.parts.models import Models
+    from stages.bases import base_folders
+    from stages.models import adapters, shapes
+    from stages.models.loading import Models
 
-    if workspace.agreement.federation.distils and bases.configuration(workspace, "llm"):
+    if workspace.agreement.federation.distils and base_folders.configuration(workspace, "llm"):
         shapes.of_workspace(workspace, "llm")
     models = models or Models(workspace)
     models.use("slm")
@@ -107,7 +111,7 @@ def _theta(workspace: Workspace, round: int) -> Artefact | None:
 
 
 def _next(
-    workspace: Workspace, round: int, theta: Artefact, attempt: int, opening: Opening | None, over: files.Place
+    workspace: Workspace, round: int, theta: Artefact, attempt: int, opening: Opening | None, over: writing.Place
 ) -> Manifest:
     """What the round before left, byte for byte."""
     return publish(

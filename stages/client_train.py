@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.parts import files, openings, said, spending, turns
-from stages.parts.errors import BadNumbers, Refused, UsageProblem
-from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import (
+from stages.accounting import budget
+from stages.artefacts import turns
+from stages.artefacts.manifest import (
     Artefact,
     Manifest,
     Stage,
@@ -27,16 +26,20 @@ from stages.parts.manifest import (
     read_sound,
     received,
 )
-from stages.parts.processes import ALONE, Processes
-from stages.parts.progress import warn_of_stale_rows
-from stages.parts.rows import Example, Row, encode, read_rows, tell_left_out, warn_of_spacing
-from stages.parts.vault import client as party_of
-from stages.parts.workspace import MANIFEST, Workspace, require
+from stages.data.rows import Example, Row, encode, read_rows, tell_left_out, warn_of_spacing
+from stages.files import writing
+from stages.parties.vault import client as party_of
+from stages.progress.rounds import warn_of_stale_rows
+from stages.runtime.errors import BadNumbers, Refused, UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.runtime.processes import ALONE, Processes
+from stages.secagg import openings, said
+from stages.workspace.paths import MANIFEST, Workspace, require
 
 if TYPE_CHECKING:
-    from stages.parts.adapter_files import Tensors
-    from stages.parts.models import Models, Tuned
-    from stages.parts.objective import Objective
+    from stages.artefacts.adapter_files import Tensors
+    from stages.models.loading import Models, Tuned
+    from stages.training.objective import Objective
 
 
 def client_train(
@@ -104,9 +107,9 @@ def client_train(
 
 def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: list[Row], overwrite: bool) -> None:
     """Raise before training if what it gives could not be sent: masked already, or of too many examples."""
-    from stages.parts import uploads
+    from stages.secagg import sending
 
-    if overwrite and uploads.whole(workspace, theta, client):
+    if overwrite and sending.whole(workspace, theta, client):
         round = theta.manifest.round
         message = (
             f"client {client} has sent its masked update of this opening of round {round}, which cannot be replaced"
@@ -124,9 +127,9 @@ def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: li
 
 
 def _is_masked(workspace: Workspace, theta: Artefact, client: int) -> bool:
-    from stages.parts import uploads
+    from stages.secagg import sending
 
-    return uploads.is_made(workspace, theta, client)
+    return sending.is_made(workspace, theta, client)
 
 
 def _is_earlier(target: Path, theta: Artefact) -> bool:
@@ -138,10 +141,10 @@ def _is_earlier(target: Path, theta: Artefact) -> bool:
 
 def _mask(workspace: Workspace, theta: Artefact, client: int, overwrite: bool, report: Report) -> Manifest:
     """Send the trained adapter masked; once for every opening of a round, unless what was sent is damaged."""
-    from stages.parts import uploads
+    from stages.secagg import sending
 
     trained = read_sound(workspace.client_adapter(theta.manifest.round, client), workspace)
-    return uploads.send(workspace, theta, trained, client, overwrite=overwrite, report=report)
+    return sending.send(workspace, theta, trained, client, overwrite=overwrite, report=report)
 
 
 def _start(workspace: Workspace, client: int, round: int) -> Artefact:
@@ -171,12 +174,12 @@ def _check_privacy(
     """Everything about privacy that can be refused before a model is loaded."""
     unfinished = workspace.unfinished("client-train", round, client)
     if reset:
-        spending.reset(workspace, client)
+        budget.reset(workspace, client)
         shutil.rmtree(unfinished, ignore_errors=True)
         report(Event("warning", f"client {client}'s privacy ledger begins anew: epsilon counts from zero"))
     # A run that goes on has paid; where rows may be left out, their number is known when they have been tokenised.
     is_known = (overwrite or not unfinished.exists()) and workspace.agreement.data.too_long == "refuse"
-    spending.check(workspace, client=client, round=round, examples=len(rows) if is_known else None)
+    budget.check(workspace, client=client, round=round, examples=len(rows) if is_known else None)
     if workspace.machine.trackers:
         report(Event("warning", "trackers get nothing: differential privacy does not cover the losses of training"))
 
@@ -194,9 +197,11 @@ def _train(
     places: turns.Places,
     report: Report,
 ) -> Manifest:
-    from stages.parts import adapter_files, adapters, trackers, training
-    from stages.parts.models import Models
-    from stages.parts.objective import Objective, task_loss
+    from stages.artefacts import adapter_files
+    from stages.models import adapters
+    from stages.models.loading import Models
+    from stages.training import trackers, training
+    from stages.training.objective import Objective, task_loss
 
     agreement, machine = workspace.agreement, workspace.machine
     settings, lora, privacy = agreement.client_training, agreement.slm.lora, agreement.privacy
@@ -227,11 +232,11 @@ def _train(
     )
     train = partial(training.train, objective, tracking=tracking, processes=processes)
     if privacy.is_on:
-        from stages.parts import private_training
+        from stages.privacy import dp_sgd
 
-        reserve = partial(spending.reserve, workspace, client, round, len(examples))
-        finish = partial(spending.finish, workspace, client, round)
-        train = partial(private_training.train, slm, clip=privacy.max_grad_norm, reserve=reserve, finish=finish)
+        reserve = partial(budget.reserve, workspace, client, round, len(examples))
+        finish = partial(budget.finish, workspace, client, round)
+        train = partial(dp_sgd.train, slm, clip=privacy.max_grad_norm, reserve=reserve, finish=finish)
     outcome = train(
         examples, recipe, machine=machine, folder=unfinished, inputs=inputs, overwrite=overwrite, report=report
     )
@@ -260,11 +265,13 @@ def _train(
         examples=outcome.examples,
         tokens=outcome.tokens,
         metrics={name: value for name, value in metrics.items() if not (privacy.is_on and name in outcome.metrics)},
-        privacy=spending.claim(workspace, client),
+        privacy=budget.claim(workspace, client),
         over=places[workspace.client_adapter(round, client)],
     )
     head = {"ledger_sha256": manifest.privacy.ledger_sha256} if manifest.privacy else {}
-    files.write_log(workspace.log("client-train", round, client), [outcome.log[0] | head | left_out, *outcome.log[1:]])
+    writing.write_log(
+        workspace.log("client-train", round, client), [outcome.log[0] | head | left_out, *outcome.log[1:]]
+    )
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     processes.agree(manifest)
     return manifest
@@ -279,7 +286,8 @@ def _keep_short(
     report: Report,
 ) -> dict[str, float]:
     """Shorten the update to max_update_norm. Returns its norms, and where it was shortened the loss after that."""
-    from stages.parts import adapters, dry_step
+    from stages.models import adapters
+    from stages.training import micro_batch
 
     trained, largest = adapters.take(slm.model), workspace.agreement.aggregation.max_update_norm
     norms = adapters.check_trained(received, trained)
@@ -287,7 +295,7 @@ def _keep_short(
         return norms
     report(Event("note", f"update shortened from norm {norms['update_norm']:.4g} to {largest:g}"))
     adapters.put(slm.model, adapters.shortened(received, trained, largest))
-    rows = dry_step.rows_at_once(objective, examples, workspace.agreement.client_training, workspace.machine)
+    rows = micro_batch.rows_at_once(objective, examples, workspace.agreement.client_training, workspace.machine)
     after = objective.measure(examples, rows)
     return adapters.check_trained(received, adapters.take(slm.model)) | {"slm_ft_after": after["slm_ft"]}
 

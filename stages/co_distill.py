@@ -13,17 +13,18 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Literal
 
-from stages.parts import files, turns
-from stages.parts.config import Role
-from stages.parts.distillation_inputs import Inputs, lock_of, omega_of, read_auxiliary, theta_of
-from stages.parts.errors import Refused, UsageProblem
-from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Manifest, already_made, read_manifest, read_sound
-from stages.parts.processes import ALONE, Processes
-from stages.parts.workspace import AGREEMENT, Workspace
+from stages.artefacts import turns
+from stages.artefacts.manifest import Manifest, already_made, read_manifest, read_sound
+from stages.distillation.inputs import Inputs, lock_of, omega_of, read_auxiliary, theta_of
+from stages.files import writing
+from stages.runtime.errors import Refused, UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.runtime.processes import ALONE, Processes
+from stages.workspace.agreement import Role
+from stages.workspace.paths import AGREEMENT, Workspace
 
 if TYPE_CHECKING:
-    from stages.parts.models import Models
+    from stages.models.loading import Models
 
 Phase = Literal["capture", "train"]
 TOP_K = 64
@@ -59,13 +60,13 @@ def co_distill(
         report(Event("stage", f"co-distill, round {round}{words}"))
     rows, data_sha256 = read_auxiliary(workspace, report)
     if phase == "capture":
-        from stages.parts import two_phases
+        from stages.distillation import two_phases
 
         assert model
         return two_phases.capture(workspace, round, model, top_k or TOP_K, rows, data_sha256, overwrite, models, report)
     inputs = Inputs(theta_of(workspace, round), omega_of(workspace, round), rows, data_sha256)
     if phase == "train":
-        from stages.parts import two_phases
+        from stages.distillation import two_phases
 
         roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
         made = [two_phases.train(workspace, round, one, inputs, overwrite, models, processes, report) for one in roles]
@@ -94,7 +95,7 @@ def _help(
     if phase != "train":
         inputs, again = processes.agree()
         return _train(workspace, round, inputs, again, models, processes, {}, report)
-    from stages.parts import two_phases
+    from stages.distillation import two_phases
 
     while what := processes.agree():
         role, inputs, taught_by, parents, llm, again = what
@@ -164,10 +165,11 @@ def _train(
     places: turns.Places,
     report: Report,
 ) -> Manifest:
-    from stages.parts import adapters, trackers, training
-    from stages.parts.distillation import encoded, publish_model, ready, recipe, weights
-    from stages.parts.models import Models
-    from stages.parts.objective import Objective, mutual_losses
+    from stages.distillation.side import encoded, publish_model, ready, recipe, weights
+    from stages.models import adapters
+    from stages.models.loading import Models
+    from stages.training import trackers, training
+    from stages.training.objective import Objective, mutual_losses
 
     settings = workspace.agreement.distillation
     tracking = trackers.tracking(workspace, "co-distill", round)
@@ -207,7 +209,7 @@ def _train(
     publish_model(workspace, round, llm, inputs.parents, outcome, metrics | llm_norms, places)
     parents = inputs.parents | {"llm-after": read_manifest(workspace.llm(round))[1]}
     manifest = publish_model(workspace, round, slm, parents, outcome, metrics | slm_norms, places)
-    files.write_log(workspace.log("co-distill", round), [outcome.log[0] | left_out, *outcome.log[1:]])
+    writing.write_log(workspace.log("co-distill", round), [outcome.log[0] | left_out, *outcome.log[1:]])
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     processes.agree(manifest)
     return manifest

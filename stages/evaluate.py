@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.parts import files, records, turns
-from stages.parts.errors import UsageProblem
-from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Artefact, BaseIdentity, versions
-from stages.parts.processes import ALONE, Processes
-from stages.parts.subjects import Subject, adapter_of, subject_of
-from stages.parts.workspace import ADAPTER_WEIGHTS, AGREEMENT, Workspace
+from stages.artefacts import records, turns
+from stages.artefacts.manifest import Artefact, BaseIdentity, versions
+from stages.artefacts.subjects import Subject, adapter_of, subject_of
+from stages.files import writing
+from stages.runtime.errors import UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.runtime.processes import ALONE, Processes
+from stages.workspace.paths import ADAPTER_WEIGHTS, AGREEMENT, Workspace
 
 if TYPE_CHECKING:
-    from stages.parts.config import Role
-    from stages.parts.models import Models
+    from stages.models.loading import Models
+    from stages.workspace.agreement import Role
 
 
 def evaluate(
@@ -48,7 +49,7 @@ def evaluate(
     report(Event("stage", f"evaluate {name}"))
     adapter = None if round is None else adapter_of(workspace, model, round, client)
     if adapter is None:
-        from stages.parts.models import Models
+        from stages.models.loading import Models
 
         models = models or Models(workspace, processes)
         base = models.get(role).identity
@@ -67,7 +68,7 @@ def evaluate(
     def make(places: turns.Places) -> dict[str, Any]:
         processes.agree({"role": role, "adapter": adapter})
         result = what | _score(workspace, role, adapter, models, processes, report)
-        files.write(target, files.json_bytes(records.stamped(result)), over=places[target])
+        writing.write(target, writing.json_bytes(records.stamped(result)), over=places[target])
         for task, scores in result["tasks"].items():
             found = "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())
             report(Event("note", f"{task}: {found}"))
@@ -121,8 +122,9 @@ def _score(
     processes: Processes,
     report: Report,
 ) -> dict[str, Any]:
-    from stages.parts import scoring, tasks
-    from stages.parts.models import Models
+    from stages.data import tasks
+    from stages.evaluation import scoring
+    from stages.models.loading import Models
 
     settings = workspace.agreement.evaluation
     loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks, report)

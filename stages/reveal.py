@@ -5,11 +5,11 @@ Reads exchange/round-t/{broadcast,close}. Writes exchange/round-t/reveal-k, seal
 
 from __future__ import annotations
 
-from stages.parts.errors import UsageProblem
-from stages.parts.events import Event, Report, ignore
-from stages.parts.manifest import Manifest, received
-from stages.parts.vault import client as party_of
-from stages.parts.workspace import AGREEMENT, Workspace, require
+from stages.artefacts.manifest import Manifest, received
+from stages.parties.vault import client as party_of
+from stages.runtime.errors import UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.paths import AGREEMENT, Workspace, require
 
 
 def reveal(workspace: Workspace, *, client: int, round: int, report: Report = ignore) -> Manifest:
@@ -25,12 +25,13 @@ def reveal(workspace: Workspace, *, client: int, round: int, report: Report = ig
         raise UsageProblem(
             "there is nothing to reveal: updates are sent readable", where=workspace.root / AGREEMENT, mend=mend
         )
-    from stages.parts import roster, uploads
+    from stages.parties import roster
+    from stages.secagg import sending
 
     source = workspace.broadcast(round)
     require(source, f"the broadcast of round {round} is not there", "carry exchange/ here from the server")
     theta = received(source, workspace, reader=party_of(client), stage="broadcast", round=round)
-    manifest = uploads.reveal(workspace, theta, client, report)
+    manifest = sending.reveal(workspace, theta, client, report)
     code = roster.spoken(manifest.parents["close"], 32)
     report(Event("note", f"revealed, for good; the code of the close, the same at all clients: {code}"))
     return manifest

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from stages.parts.adapter_files import Layout, Tensors
-    from stages.parts.models import Tuned
-    from stages.parts.rows import Example
+    from stages.artefacts.adapter_files import Layout, Tensors
+    from stages.data.rows import Example
+    from stages.models.loading import Tuned
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -301,11 +301,11 @@ def tiny_model(family: Family = "gpt2", *, vocabulary: int = 40, width: int = 32
 
 def tuned(role: Literal["slm", "llm"], *, family: Family = "gpt2", dropout: float = 0.0, **shape: int) -> Tuned:
     """A tiny model with an adapter of random values, as stages hold it; it has no tokenizer and no identity."""
-    from stages.parts import adapters as parts
-    from stages.parts import batches
-    from stages.parts.config import Lora, Model
-    from stages.parts.manifest import BaseIdentity
-    from stages.parts.models import Tuned
+    from stages.artefacts.manifest import BaseIdentity
+    from stages.models import adapters as parts
+    from stages.models.loading import Tuned
+    from stages.training import batches
+    from stages.workspace.agreement import Lora, Model
 
     base = tiny_model(family, **({"seed": 1 if role == "slm" else 2} | shape))
     packs = batches.packs(base)
@@ -326,7 +326,7 @@ def random_adapter(layout: Layout, *, seed: int, scale: float = 0.1) -> Tensors:
 
 def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int = 0) -> list[Example]:
     """Rows of random tokens, each of so many prompt tokens and so many answer tokens."""
-    from stages.parts.rows import Example
+    from stages.data.rows import Example
 
     draw = random.Random(seed)
     return [
@@ -336,7 +336,8 @@ def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int 
 
 def rewrite(result: Path, value: dict[str, Any]) -> None:
     """A result as another evaluation might have written it: with a digest of its own."""
-    from stages.parts import files, records
+    from stages.artefacts import records
+    from stages.files import writing
 
     value.pop(records.DIGEST, None)
-    result.write_bytes(files.json_bytes(records.stamped(value)))
+    result.write_bytes(writing.json_bytes(records.stamped(value)))

@@ -63,8 +63,8 @@ def workspace_folder(tmp_path: Path, base_models: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
     """A workspace in which `run` has done both rounds, without scores; made once."""
-    from stages.parts.workspace import Workspace
-    from stages.run import run
+    from stages.federation.run import run
+    from stages.workspace.paths import Workspace
 
     folder = make_workspace(tmp_path_factory.mktemp("finished") / "study", base_models)
     run(Workspace(folder), scores=False)
@@ -74,11 +74,11 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -
 @pytest.fixture(scope="session")
 def studied_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
     """A workspace with every method from the seeds 7 and 8, scored; made once, by what `compare --seeds 7,8` runs."""
-    import stages.parts.scoring
-    import stages.parts.training  # noqa: F401
-    from stages.compare import run_all
-    from stages.parts.evidence import METHODS
-    from stages.parts.workspace import Workspace
+    import stages.evaluation.scoring
+    import stages.training.training  # noqa: F401
+    from stages.federation.compare import run_all
+    from stages.study.results import METHODS
+    from stages.workspace.paths import Workspace
 
     gc.freeze()
     folder = make_study(tmp_path_factory.mktemp("studied") / "study", base_models)
@@ -102,8 +102,8 @@ def finished(finished_once: Path, tmp_path: Path) -> Path:
 def reported_once(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished workspace with scores, FedAvg beside it, and a report; made once, to be read only."""
     from fedcollm_cli.main import app
-    from stages.parts.workspace import Workspace
-    from stages.run import run
+    from stages.federation.run import run
+    from stages.workspace.paths import Workspace
 
     folder = shutil.copytree(finished_once, tmp_path_factory.mktemp("reported") / "study", symlinks=True)
     run(Workspace(folder))
@@ -116,7 +116,7 @@ def reported_once(finished_once: Path, tmp_path_factory: pytest.TempPathFactory)
 def enrolled_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> tuple[Path, Path]:
     """A workspace of secure aggregation in which all have joined and no round has begun, and its keys; made once."""
     from federations import agreement, enrol, with_keys
-    from stages.parts.workspace import Workspace
+    from stages.workspace.paths import Workspace
 
     top = tmp_path_factory.mktemp("enrolled")
     folder = with_keys(make_workspace(top / "study", base_models), top / "keys")
@@ -137,8 +137,8 @@ def enrolled(enrolled_once: tuple[Path, Path], tmp_path: Path) -> Path:
 def summed_once(tmp_path_factory: pytest.TempPathFactory, enrolled_once: tuple[Path, Path]) -> tuple[Path, Path]:
     """The same after `run`: two rounds of secure aggregation; made once."""
     from federations import copied
-    from stages.parts.workspace import Workspace
-    from stages.run import run
+    from stages.federation.run import run
+    from stages.workspace.paths import Workspace
 
     top = tmp_path_factory.mktemp("summed")
     folder = copied(enrolled_once, top)

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from builders import sign
-from stages.parts.checks import Finding
+from stages.audit.checks import Finding
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 CLIENT = "exchange/round-0001/client-2"

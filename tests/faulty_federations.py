@@ -13,14 +13,14 @@ from builders import edit, make_workspace, rows, sign, write_rows
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
-from stages.enroll import enroll
-from stages.join import join
-from stages.keys import keys
-from stages.parts import signatures
-from stages.parts.errors import NotReady
-from stages.parts.vault import Vault
-from stages.parts.workspace import Workspace
+from stages.parties import signatures
+from stages.parties.enroll import enroll
+from stages.parties.join import join
+from stages.parties.keys import keys
+from stages.parties.vault import Vault
 from stages.reveal import reveal as give_reveal
+from stages.runtime.errors import NotReady
+from stages.workspace.paths import Workspace
 
 CLIENTS = (1, 2, 3, 4)
 SECURE = '[aggregation]\nmode = "secure"\nmin_clients = 3\n'

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from builders import AGREEMENT, Outcome, make_workspace
-from stages.enroll import enroll
-from stages.join import join
-from stages.keys import keys
-from stages.parts.workspace import Workspace
+from stages.parties.enroll import enroll
+from stages.parties.join import join
+from stages.parties.keys import keys
+from stages.workspace.paths import Workspace
 
 CLIENTS = (1, 2, 3)
 SECURE = 'mode = "secure"\n'

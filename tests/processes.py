@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import pytest
 
-HEAVY = ["stages.parts.training", "stages.parts.scoring", "fedcollm_cli.main"]
+HEAVY = ["stages.training.training", "stages.evaluation.scoring", "fedcollm_cli.main"]
 PATIENCE_S = 120.0
 
 
@@ -144,7 +144,7 @@ def _meet(
 ) -> None:
     import torch
 
-    from stages.parts import processes
+    from stages.runtime import processes
 
     torch.set_num_threads(1)
     talk.send(function(processes.join(rank, count, local_rank=rank, device="cpu", address=address), *arguments))

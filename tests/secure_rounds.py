@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from stages.parts import masking, one_time, reveals, unmasking
-from stages.parts.masking import Masked, Round
-from stages.parts.shamir import Draw
-from stages.parts.unmasking import Opened
+from stages.parties import one_time_keys
+from stages.secagg import masking, reveals, unmasking
+from stages.secagg.masking import Masked, Round
+from stages.secagg.shamir import Draw
+from stages.secagg.unmasking import Opened
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Masking:
 
 
 def new_keys(clients: Sequence[int], opening: bytes = b"opening") -> tuple[Round, dict[int, X25519PrivateKey]]:
-    keys = {k: one_time.prekey(hashlib.sha256(b"%d" % k).digest()) for k in clients}
+    keys = {k: one_time_keys.prekey(hashlib.sha256(b"%d" % k).digest()) for k in clients}
     prekeys = {k: key.public_key().public_bytes_raw() for k, key in keys.items()}
-    return Round(one_time.transcript(opening), prekeys), keys
+    return Round(one_time_keys.transcript(opening), prekeys), keys
 
 
 def masked_round(

@@ -19,7 +19,7 @@ import typer
 from builders import ROOT, Outcome
 from fedcollm_cli.main import app
 from generate_docs import keys, pages
-from stages.parts.config import Agreement, Machine
+from stages.workspace.agreement import Agreement, Machine
 
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
@@ -89,7 +89,8 @@ def test_a_generated_page_is_current_whatever_the_terminal(
 
 
 def test_every_exit_code_has_a_heading() -> None:
-    from stages.parts import checks, errors
+    from stages.audit import checks
+    from stages.runtime import errors
 
     known = {0, 1, errors.NOTHING_LEFT_EXIT_CODE, errors.INTERRUPTED_EXIT_CODE, checks.WARNED}
     known |= {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
@@ -98,8 +99,8 @@ def test_every_exit_code_has_a_heading() -> None:
 
 
 def test_every_check_of_the_audit_has_a_heading() -> None:
-    from stages.audit import CHECKS
-    from stages.parts.checks import Check
+    from stages.audit.audit import CHECKS
+    from stages.audit.checks import Check
 
     modules = [module for name, module in sys.modules.items() if name.startswith("stages.")]
     names = {one.id: one.name for module in modules for one in vars(module).values() if isinstance(one, Check)}

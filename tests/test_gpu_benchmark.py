@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.parts.config import Lora, Model
+from stages.workspace.agreement import Lora, Model
 from tests.benchmarks import gpu
 
 TINY = {"n_positions": 256, "n_embd": 32, "n_head": 2, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 1}

@@ -1,4 +1,4 @@
-"""One reader: every exchanged file is opened by stages/parts/files.py, read once into memory, never mapped, unpickled
+"""One reader: every exchanged file is opened by stages/files/writing.py, read once into memory, never mapped, unpickled
 or handed to a library by its path. Held twice: in the source, and while whole rounds run."""
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ ARCHIVES = {"zipfile", "tarfile", "pickle", "mmap", "marshal", "shelve", "joblib
 
 REASONS = {
     "fedcollm_cli/console.py": "the terminal",
-    "stages/parts/files.py": "the one reader and the one writer",
-    "stages/parts/quiet.py": "/dev/null",
-    "stages/parts/page.py": "the page's template, in the package",
-    "stages/parts/paper.py": "the paper's tables, in the package",
-    "stages/init.py": "the workspace's template, in the package; a workspace to be made",
-    "stages/slurm.py": "its scripts' templates, in the package; scripts that it wrote earlier",
-    "stages/pack.py": "the bundle that is already in the place of the one to write",
-    "stages/parts/checkpoints.py": "checkpoints of one's own, and the notes beside them",
-    "stages/parts/private_training.py": "a checkpoint of this machine, weights only",
-    "stages/parts/tensor_files.py": "the header of a base model's weights, from the user's disk",
-    "stages/parts/base_files.py": "a base model, from the user's disk or the hub's cache",
-    "stages/parts/base_loading.py": "a base model, from the user's disk or the hub's cache",
-    "stages/parts/base_names.py": "the configuration of a base model, from the user's disk",
-    "stages/parts/models.py": "a base model, from the user's disk or the hub's cache",
-    "stages/parts/exports.py": "a base model; and a draft of an export that was just written, loaded back",
-    "stages/export.py": "a draft of an export that was just written, for its digests",
+    "stages/files/writing.py": "the one reader and the one writer",
+    "stages/runtime/quiet.py": "/dev/null",
+    "stages/report/page.py": "the page's template, in the package",
+    "stages/paper/reported.py": "the paper's tables, in the package",
+    "stages/workspace/init.py": "the workspace's template, in the package; a workspace to be made",
+    "stages/federation/slurm.py": "its scripts' templates, in the package; scripts that it wrote earlier",
+    "stages/exchange/pack.py": "the bundle that is already in the place of the one to write",
+    "stages/artefacts/checkpoints.py": "checkpoints of one's own, and the notes beside them",
+    "stages/privacy/dp_sgd.py": "a checkpoint of this machine, weights only",
+    "stages/artefacts/tensor_files.py": "the header of a base model's weights, from the user's disk",
+    "stages/bases/base_files.py": "a base model, from the user's disk or the hub's cache",
+    "stages/models/base_loading.py": "a base model, from the user's disk or the hub's cache",
+    "stages/bases/base_names.py": "the configuration of a base model, from the user's disk",
+    "stages/models/loading.py": "a base model, from the user's disk or the hub's cache",
+    "stages/export/exported.py": "a base model; and a draft of an export that was just written, loaded back",
+    "stages/export/export.py": "a draft of an export that was just written, for its digests",
 }
 """Modules that open files by themselves, and which: none of them is exchanged."""
 
@@ -104,7 +104,7 @@ def watch(event, details):
     path, mode, flags = details
     frame = sys._getframe(1)
     reader = frame.f_code.co_filename
-    is_ours = reader.endswith("stages/parts/files.py")
+    is_ours = reader.endswith("stages/files/writing.py")
     if is_ours and not os.path.isabs(path):  # one part of a path, below the folder before it
         path = frame.f_locals["path"]
     elif not lies_there(path):

@@ -29,19 +29,22 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from builders import AGREEMENT, random_adapter, rows, write_rows
 from stages import client_train as client_train_module
+from stages.artefacts import adapter_files
+from stages.artefacts import manifest as manifests
+from stages.artefacts.manifest import Artefact, BaseIdentity, Opening, inbox, publish, read_artefact
 from stages.client_train import client_train
-from stages.enroll import enroll
-from stages.join import join
-from stages.keys import keys
-from stages.parts import adapter_files, files, masking, openings, reveals, ring, unmasking
-from stages.parts import manifest as manifests
-from stages.parts.config import threshold
-from stages.parts.errors import Problem
-from stages.parts.manifest import Artefact, BaseIdentity, Opening, inbox, publish, read_artefact
-from stages.parts.uploads import round_of
-from stages.parts.vault import SERVER, Vault
-from stages.parts.vectors import array_bytes, read_array
-from stages.parts.workspace import (
+from stages.files import writing
+from stages.parties.enroll import enroll
+from stages.parties.join import join
+from stages.parties.keys import keys
+from stages.parties.vault import SERVER, Vault
+from stages.reveal import reveal
+from stages.runtime.errors import Problem
+from stages.secagg import fixed_point, masking, openings, reveals, unmasking
+from stages.secagg.sending import round_of
+from stages.secagg.vectors import array_bytes, read_array
+from stages.workspace.agreement import threshold
+from stages.workspace.paths import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MASKED_UPDATE,
@@ -49,7 +52,6 @@ from stages.parts.workspace import (
     SEALED_SHARES,
     Workspace,
 )
-from stages.reveal import reveal
 
 EXAMPLES = int(os.environ.get("FEDCOLLM_PROTOCOL_EXAMPLES", "0"))
 CLIENTS, ROUNDS = range(1, 6), (1, 2)
@@ -68,7 +70,7 @@ def update_of(round: int, client: int) -> adapter_files.Tensors:
 
 def train(workspace: Workspace, client: int, round: int, rows: object, data_sha256: str, theta: Artefact, *_: object):  # type: ignore[no-untyped-def]
     """In the place of client-train's training."""
-    files.write_log(workspace.log("client-train", round, client), [{"inputs": {"data": data_sha256}}])
+    writing.write_log(workspace.log("client-train", round, client), [{"inputs": {"data": data_sha256}}])
     weights = adapter_files.weights_bytes(update_of(round, client))
     return publish(
         workspace.client_adapter(round, client),
@@ -166,7 +168,7 @@ class Protocol(RuleBasedStateMachine):
         self.restored: set[int] = set()
         self._patches = contextlib.ExitStack()
         self._patches.enter_context(mock.patch.object(client_train_module, "_train", train))
-        self._patches.enter_context(mock.patch.object(files, "_sync"))  # no power fails here
+        self._patches.enter_context(mock.patch.object(writing, "_sync"))  # no power fails here
 
     def teardown(self) -> None:
         self._patches.close()
@@ -358,7 +360,7 @@ class Protocol(RuleBasedStateMachine):
     @contextlib.contextmanager
     def _perhaps_crashing(self, crashes: bool, name: str) -> Iterator[None]:
         """If so, the machine dies after the vault was written, before what it knows is published."""
-        real = files.publish
+        real = writing.publish
 
         def dying(folder: Path, contents: dict[str, bytes], **how: Any) -> None:
             if name in contents and "exchange" in folder.relative_to(self.world).parts:
@@ -503,7 +505,7 @@ class Protocol(RuleBasedStateMachine):
             )
             total = unmasking.unmask((u.y for u in close.survivors.values()), opened, keyed, threads=1)
             encoded = [
-                ring.encode(ring.flatten(update_of(u.round, k)), bound=1.0, clients=len(keyed.clients))
+                fixed_point.encode(fixed_point.flatten(update_of(u.round, k)), bound=1.0, clients=len(keyed.clients))
                 for k, u in close.survivors.items()
             ]
             np.testing.assert_array_equal(total, np.sum(encoded, axis=0, dtype=np.uint32))

@@ -14,9 +14,9 @@ import numpy as np
 
 from builders import AGREEMENT
 from stages.aggregate import aggregate
-from stages.parts import adapter_files
-from stages.parts.manifest import BaseIdentity, publish
-from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace
+from stages.artefacts import adapter_files
+from stages.artefacts.manifest import BaseIdentity, publish
+from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace
 
 LAYERS, WIDTH, RANK = 24, 2048, 16  # OPT-1.3B's shape on q_proj and v_proj: 3,145,728 parameters
 BASE = BaseIdentity(architecture="opt", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
@@ -85,7 +85,7 @@ def peak_bytes(folder: Path) -> int:
     """The largest resident size of a process that aggregates once."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from stages.aggregate import aggregate; from stages.parts.workspace import Workspace\n"
+        "from stages.aggregate import aggregate; from stages.workspace.paths import Workspace\n"
         "aggregate(Workspace(Path(sys.argv[1])), round=1)\n"
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
     )

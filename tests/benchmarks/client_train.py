@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from stages.parts import schedule, training
-from stages.parts.config import ClientTraining, Machine
-from stages.parts.objective import Objective, task_loss
-from stages.parts.rows import Example
+from stages.data.rows import Example
+from stages.training import schedule, training
+from stages.training.objective import Objective, task_loss
+from stages.workspace.agreement import ClientTraining, Machine
 from tests.benchmarks import gpt2_on_arc as arc
 
 STEPS, LAYERS, RATE = 16, 12, 1e-3

@@ -10,12 +10,12 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 
-from stages.parts import schedule, training
-from stages.parts.config import Distillation, Machine, Role
-from stages.parts.losses import cross_entropy
-from stages.parts.models import Tuned
-from stages.parts.objective import Losses, Objective, mutual_losses, task_loss
-from stages.parts.rows import Example
+from stages.data.rows import Example
+from stages.models.loading import Tuned
+from stages.training import schedule, training
+from stages.training.losses import cross_entropy
+from stages.training.objective import Losses, Objective, mutual_losses, task_loss
+from stages.workspace.agreement import Distillation, Machine, Role
 from tests.benchmarks import gpt2_on_arc as arc
 
 STEPS, RATE, LAYERS = 8, 1e-3, {"slm": 6, "llm": 12}

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 
 from builders import AGREEMENT, SHARED_DATA
-from stages.parts.manifest import BaseIdentity, publish
-from stages.parts.workspace import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace
+from stages.artefacts.manifest import BaseIdentity, publish
+from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace
 
 FEDCOLLM = [sys.executable, "-m", "fedcollm_cli"]
 ARC_SCRIPT = Path(__file__).parents[1] / "arc_easy.sh"

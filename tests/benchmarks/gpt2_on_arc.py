@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from builders import SHARED_DATA
-from stages.parts import adapters, batches
-from stages.parts.config import Lora, Model, Role
-from stages.parts.manifest import BaseIdentity
-from stages.parts.models import Tuned
-from stages.parts.rows import Example, Row, encode_row
+from stages.artefacts.manifest import BaseIdentity
+from stages.data.rows import Example, Row, encode_row
+from stages.models import adapters
+from stages.models.loading import Tuned
+from stages.training import batches
+from stages.workspace.agreement import Lora, Model, Role
 
 BATCH, PAD = 8, 50256
 SETTINGS = Model(model="gpt2", lora=Lora(r=8, alpha=16, target_modules=["c_attn"]))

@@ -21,14 +21,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from builders import examples
-from stages.parts import adapters, batches, capture_files, captures, memory, paper, shapes, training
-from stages.parts.config import Distillation, Lora, Machine, Model, Role
-from stages.parts.losses import top_k
-from stages.parts.manifest import BaseIdentity
-from stages.parts.models import Tuned
-from stages.parts.objective import Losses, Objective, mutual_losses, task_loss
-from stages.parts.rows import Example
-from stages.plan import ADAM_BYTES, TOP_K, _beside_a_capture
+from stages.artefacts.manifest import BaseIdentity
+from stages.data.rows import Example
+from stages.distillation import captures, top_k_logits
+from stages.models import adapters, shapes
+from stages.models.loading import Tuned
+from stages.paper import reported
+from stages.planning import memory
+from stages.planning.plan import ADAM_BYTES, TOP_K, _beside_a_capture
+from stages.training import batches, training
+from stages.training.losses import top_k
+from stages.training.objective import Losses, Objective, mutual_losses, task_loss
+from stages.workspace.agreement import Distillation, Lora, Machine, Model, Role
 
 ROWS, PROMPT, ANSWER, STEPS = 16, 120, 8, 8
 IDENTITY = BaseIdentity(architecture="random", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
@@ -47,8 +51,8 @@ class Pair:
     @staticmethod
     def of_paper(name: str) -> Pair:
         """One of s1, s2, s3."""
-        preset = paper.SETTINGS[name]
-        known = paper.checkpoints()
+        preset = reported.SETTINGS[name]
+        known = reported.checkpoints()
         lora = Lora(r=preset.rank, alpha=2 * preset.rank, target_modules=list(preset.target_modules))
         configs: dict[Role, dict[str, Any]] = {"slm": known[preset.slm].config, "llm": known[preset.llm].config}
         return Pair(name, configs, Model(model="random", lora=lora))
@@ -79,7 +83,7 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     ceiling = matmul_flops(device)
     name = torch.cuda.get_device_name(device)
     table = [(f"bfloat16 matrix products of 8192 x 8192, {name}", f"{ceiling / 1e12:.0f} TFLOP/s", "")]
-    for setting in paper.SETTINGS:
+    for setting in reported.SETTINGS:
         for one in of_pair(Pair.of_paper(setting), device, torch.bfloat16, steps=STEPS * repeats):
             said = f"{one.tokens_per_s:,.0f} tokens/s, {one.flops / ceiling:.2f} of the ceiling"
             assert one.peak_bytes
@@ -135,7 +139,7 @@ def _trained(
     dtype: torch.dtype,
     budget: Distillation,
     some: list[Example],
-    teacher: capture_files.Captured | None = None,
+    teacher: top_k_logits.Captured | None = None,
 ) -> Measured:
     """A training stage, by the stage's own loop. losses: None for those beside a capture."""
     _begin(device)
@@ -183,11 +187,11 @@ def _of_capture(budget: Distillation, role: Role) -> Losses:
 
 def _captured(
     pair: Pair, role: Role, device: torch.device, dtype: torch.dtype, some: list[Example], rows: int
-) -> tuple[Measured, capture_files.Captured]:
+) -> tuple[Measured, top_k_logits.Captured]:
     _begin(device)
     teacher = _tuned(pair, role, device, dtype)
     vocabulary = min(config["vocab_size"] for config in pair.configs.values())
-    source = capture_files.Source("0" * 64, capture_files.rows_sha256(some), 1.0, vocabulary, TOP_K)
+    source = top_k_logits.Source("0" * 64, top_k_logits.rows_sha256(some), 1.0, vocabulary, TOP_K)
     found = []
 
     def once() -> None:

@@ -15,8 +15,8 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from secure_rounds import new_keys
-from stages.parts import keystreams, masking, ring, unmasking
-from stages.parts.unmasking import Opened
+from stages.secagg import fixed_point, masking, prg, unmasking
+from stages.secagg.unmasking import Opened
 
 PARAMETERS, CLIENTS, MISSING = 10_000_000, 64, 6
 SENT_PARAMETERS = 3_145_728  # OPT-1.3B with LoRA of rank 16 on q_proj and v_proj
@@ -67,7 +67,7 @@ def unmasking_once() -> Callable[[], object]:
     values[-2] = len(survivors)
     values[-1] = masking.checksum(round.transcript, values[:-1])
     masked = values.copy()
-    keystreams.add(masked, list(unmasking.remaining_streams(opened, round)), threads=1)
+    prg.add(masked, list(unmasking.remaining_streams(opened, round)), threads=1)
     uploads = [masked] + [np.zeros_like(masked)] * (len(survivors) - 1)
 
     def unmask() -> None:
@@ -103,7 +103,7 @@ def error(clients: int, size: int = 50_000) -> float:
     rng = np.random.default_rng(clients)
     common = rng.standard_t(4, size) * 3.5e-3
     updates = [(common + rng.standard_t(4, size) * 2e-3).astype(np.float32) for _ in range(clients)]
-    total = sum(ring.encode(update, bound=BOUND, clients=clients) for update in updates)
-    mean, _, _ = ring.decode(total, bound=BOUND, clients=clients)
+    total = sum(fixed_point.encode(update, bound=BOUND, clients=clients) for update in updates)
+    mean, _, _ = fixed_point.decode(total, bound=BOUND, clients=clients)
     exact = np.mean(updates, axis=0, dtype=np.float64)
     return float(np.sqrt(np.mean((mean - exact) ** 2) / np.mean(exact**2)))

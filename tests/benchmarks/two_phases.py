@@ -18,12 +18,12 @@ from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
+from stages.data.prepare import prepare
 from stages.evaluate import evaluate
-from stages.init import init
-from stages.parts.models import Models
-from stages.parts.quiet import libraries
-from stages.parts.workspace import CAPTURE, Workspace
-from stages.prepare import prepare
+from stages.models.loading import Models
+from stages.runtime.quiet import libraries
+from stages.workspace.init import init
+from stages.workspace.paths import CAPTURE, Workspace
 from tests.benchmarks import gpt2_on_arc as arc
 
 WHOLE = 1 << 20
@@ -101,8 +101,8 @@ def on_arc_easy(top: Path, seed: int) -> Workspace:
 
 def in_the_demos_world(top: Path, seed: int) -> Workspace:
     """The demo's study from a seed, its models built once."""
-    from stages.demo import WORLD_SEED, _build_models
-    from stages.parts.world import build_world, write_world
+    from stages.demo.demo import WORLD_SEED, _build_models
+    from stages.demo.world import build_world, write_world
 
     folder = top / f"seed-{seed}"
     if folder.exists():

@@ -13,10 +13,10 @@ import safetensors.numpy
 
 from builders import Outcome
 from federations import SECURE, Machines, agreement
-from stages.parts.manifest import read_manifest
-from stages.parts.vault import Vault
-from stages.parts.workspace import Workspace
-from stages.status import status
+from stages.artefacts.manifest import read_manifest
+from stages.parties.vault import Vault
+from stages.progress.status import status
+from stages.workspace.paths import Workspace
 
 FOUR = (1, 2, 3, 4)
 ROUND = "exchange/round-0001"

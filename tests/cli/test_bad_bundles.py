@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from builders import bundled, contents, drafts, edit, published, sign
-from stages.parts.bundles import bundle_bytes
-from stages.parts.errors import Problem
-from stages.parts.workspace import Workspace
-from stages.unpack import unpack
+from stages.exchange.bundles import bundle_bytes
+from stages.exchange.unpack import unpack
+from stages.runtime.errors import Problem
+from stages.workspace.paths import Workspace
 
 ROUND = "exchange/round-0001"
 UPDATE = "round-0001/client-2"

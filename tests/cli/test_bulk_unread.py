@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from builders import Outcome
-from stages.parts import bundles, files, shapes, tensor_files
-from stages.parts.errors import Damaged
-from stages.parts.workspace import Workspace
+from stages.artefacts import tensor_files
+from stages.exchange import bundles
+from stages.files import writing
+from stages.models import shapes
+from stages.runtime.errors import Damaged
+from stages.workspace.paths import Workspace
 
 HUGE = 512 << 20
 MOST_READ = 128 << 20
@@ -141,11 +144,11 @@ def bundle_of(path: Path, workspace: Path, round: str, folder: str, *, named: di
     listing = bundles.Listing(
         federation="tiny",
         members=[
-            bundles.Member(name=name, size_bytes=size, sha256=files.sha256(small.get(name, b"")))
+            bundles.Member(name=name, size_bytes=size, sha256=writing.sha256(small.get(name, b"")))
             for name, size in sorted(sizes.items())
         ],
     )
-    head = files.json_bytes(listing.model_dump())
+    head = writing.json_bytes(listing.model_dump())
     with path.open("wb") as file:
         file.write(b"".join(list(bundles._archive({bundles.LISTING: head}))[:2]))
         for name, size in sorted(sizes.items()):
@@ -227,5 +230,5 @@ def test_a_header_has_to_make_the_file_that_it_heads(header: dict[str, object], 
     os.truncate(path, HUGE)
     before = bytes_read()
     with pytest.raises(Damaged, match=found):
-        files.read(path, limit_bytes=files.LARGEST_ADAPTER_BYTES, look=tensor_files.check_head)
+        writing.read(path, limit_bytes=writing.LARGEST_ADAPTER_BYTES, look=tensor_files.check_head)
     assert bytes_read() - before < 2 * tensor_files.LARGEST_HEADER_BYTES

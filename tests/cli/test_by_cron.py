@@ -17,14 +17,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from builders import Outcome, rows, write_rows
 from federations import CLIENTS, Machines, agreement, vault_of
-from stages.parts import masking, one_time, shamir
-from stages.parts.ledger import transfers
-from stages.parts.manifest import read_artefact
-from stages.parts.uploads import round_of
-from stages.parts.vault import Vault
-from stages.parts.vectors import read_array
-from stages.parts.workspace import Workspace
-from stages.status import status
+from stages.artefacts.manifest import read_artefact
+from stages.exchange.transfers import transfers
+from stages.parties import one_time_keys
+from stages.parties.vault import Vault
+from stages.progress.status import status
+from stages.secagg import masking, shamir
+from stages.secagg.sending import round_of
+from stages.secagg.vectors import read_array
+from stages.workspace.paths import Workspace
 
 IN_DATA, IN_PATH, USER = "Xylophone-4711", "Quetzalcoatl-0815", "Rumpelstiltskin-42"
 PARTIES = ("server", *(f"client-{k}" for k in CLIENTS))
@@ -243,8 +244,8 @@ def chain(seed: str, length: int) -> list[X25519PrivateKey]:
     """The first one-time keys of a seed."""
     found, link = [], bytes.fromhex(seed)
     for _ in range(length):
-        found.append(one_time.prekey(link))
-        link = one_time.next_seed(link)
+        found.append(one_time_keys.prekey(link))
+        link = one_time_keys.next_seed(link)
     return found
 
 
@@ -258,8 +259,8 @@ def test_no_secret_is_in_any_workspace_nor_in_what_any_command_said(federation: 
         link = bytes.fromhex(federation.seeds[party])
         for slot in range(4):
             secrets[f"{party}'s seed {slot}"] = link
-            secrets[f"{party}'s one-time key {slot}"] = one_time.prekey(link).private_bytes_raw()
-            link = one_time.next_seed(link)
+            secrets[f"{party}'s one-time key {slot}"] = one_time_keys.prekey(link).private_bytes_raw()
+            link = one_time_keys.next_seed(link)
     for number in (1, 2):
         secrets |= {f"b of {k} in {number}": mask for k, mask in own_masks(federation, number).items()}
         for k in CLIENTS:

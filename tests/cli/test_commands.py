@@ -16,8 +16,8 @@ import typer
 from builders import ROOT, Outcome, edit, published, rows, write_rows
 from fedcollm_cli import __version__
 from fedcollm_cli.main import app
-from stages.parts import records
-from stages.parts.workspace import Workspace
+from stages.artefacts import records
+from stages.workspace.paths import Workspace
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 READS = set(COMMANDS) - {"init", "demo", "keys"}

@@ -14,10 +14,10 @@ import torch
 
 from builders import Outcome, edit, published
 from stages.client_train import client_train
-from stages.parts.errors import Refused
-from stages.parts.events import Event
-from stages.parts.workspace import Workspace
-from stages.status import status
+from stages.progress.status import status
+from stages.runtime.errors import Refused
+from stages.runtime.events import Event
+from stages.workspace.paths import Workspace
 
 Refusal = Callable[..., str]
 

@@ -30,9 +30,9 @@ from faulty_federations import (
     signed,
     train,
 )
-from stages.parts import reveals
-from stages.parts.vault import Vault
-from stages.parts.workspace import Workspace
+from stages.parties.vault import Vault
+from stages.secagg import reveals
+from stages.workspace.paths import Workspace
 
 Fedcollm, Refused, Secure = Callable[..., Outcome], Callable[..., str], Callable[[str], Path]
 Give = Callable[..., Outcome]

@@ -19,13 +19,13 @@ from safetensors.numpy import load_file
 import fedcollm_cli.console
 from builders import Outcome, edit, published, rows, write_rows
 from processes import start
-from stages.audit import audit
+from stages.accounting.accountant import Charge, total_epsilon
+from stages.accounting.budget import charges, read_ledger
+from stages.audit.audit import audit
 from stages.client_train import client_train
-from stages.parts.accounting import Charge, total_epsilon
-from stages.parts.events import Event
-from stages.parts.spending import charges, read_ledger
-from stages.parts.workspace import Workspace
-from stages.status import status
+from stages.progress.status import status
+from stages.runtime.events import Event
+from stages.workspace.paths import Workspace
 
 Fedcollm = Callable[..., Outcome]
 Refuse = Callable[..., str]

@@ -19,8 +19,8 @@ import typer
 from fedcollm_cli import session
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import show_one_gpu
-from stages.parts.errors import Damaged
-from stages.parts.events import Event
+from stages.runtime.errors import Damaged
+from stages.runtime.events import Event
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ import pytest
 from builders import ROOT, adapters, drafts, edit
 from federations import secrets_of
 from processes import start
-from stages.init import init
-from stages.parts.workspace import Workspace
-from stages.run import run
+from stages.federation.run import run
+from stages.workspace.init import init
+from stages.workspace.paths import Workspace
 
 MARKERS = ".snakemake/fedcollm"
 SNAKEFILE = ROOT / "workspace_template/Snakefile"

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from builders import Outcome, rewrite
-from stages.parts.charts import Chart
-from stages.parts.manifest import read_artefact
-from stages.parts.model_card import model_card
-from stages.parts.texts import in_cell, in_code
-from stages.parts.workspace import Workspace
+from stages.artefacts.manifest import read_artefact
+from stages.export.model_card import model_card
+from stages.report.charts import Chart
+from stages.runtime.texts import in_cell, in_code
+from stages.workspace.paths import Workspace
 
 Fedcollm = Callable[..., Outcome]
 

@@ -18,9 +18,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from builders import NO_NUMBERS, Outcome, drafts, edit, published, sign
-from fedcollm_cli.launched import launched
+from fedcollm_cli.torchrun import launched
 from processes import Command, start, start_together
-from stages.parts.errors import UsageProblem
+from stages.runtime.errors import UsageProblem
 
 ADAPTERS = {
     "client-train": ["exchange/round-0001/client-2"],

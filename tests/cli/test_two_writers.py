@@ -14,13 +14,13 @@ import pytest
 from builders import Outcome, adapters, drafts, published
 from federations import agreement, secrets_of, with_keys
 from processes import start
+from stages.accounting.budget import charges, read_ledger
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
-from stages.parts.errors import NotReady
-from stages.parts.spending import charges, read_ledger
-from stages.parts.workspace import Workspace
 from stages.reveal import reveal
+from stages.runtime.errors import NotReady
+from stages.workspace.paths import Workspace
 
 SERVER, CLIENT, EXCHANGE = "private/server/round-0001", "private/client-1/round-0001", "exchange/round-0001"
 WAITS, DONE, SECOND = "waiting for it (process", "already done", "another process published it first"

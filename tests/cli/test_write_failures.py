@@ -19,11 +19,13 @@ from pathlib import Path
 import pytest
 
 from builders import Outcome, drafts, edit, make_workspace, published, rows, write_rows
-from stages.parts import files, roster, spending
-from stages.parts.errors import StorageProblem
-from stages.parts.manifest import read_artefact
-from stages.parts.vault import Vault
-from stages.parts.workspace import Workspace
+from stages.accounting import budget
+from stages.artefacts.manifest import read_artefact
+from stages.files import writing
+from stages.parties import roster
+from stages.parties.vault import Vault
+from stages.runtime.errors import StorageProblem
+from stages.workspace.paths import Workspace
 from storage_faults import FailingDisk, Kind
 
 Call = Callable[..., Outcome]
@@ -252,7 +254,7 @@ def test_a_disk_that_fails_under_the_privacy_ledger_loses_no_line_and_nothing_is
     edit(toml, "[evaluation]", "[privacy]\nnoise_multiplier = 1.0\ndelta = 1e-5\n\n[evaluation]")
     workspace, disk = Workspace(workspace_folder), FailingDisk(tmp_path, monkeypatch)
     path = workspace.privacy_ledger(1)
-    spending.reserve(workspace, 1, 1, 12, "first", 0)
+    budget.reserve(workspace, 1, 1, 12, "first", 0)
     first = path.read_bytes()
     for kind in KINDS:
         for which, error in errors():
@@ -260,8 +262,8 @@ def test_a_disk_that_fails_under_the_privacy_ledger_loses_no_line_and_nothing_is
             disk.arm(kind, which, error)
             said = None
             try:
-                with files.naming_storage_faults():
-                    spending.reserve(workspace, 1, 2, 12, "second", 0)
+                with writing.naming_storage_faults():
+                    budget.reserve(workspace, 1, 2, 12, "second", 0)
             except StorageProblem as problem:
                 said = Path(str(problem.where)).name, problem.mend
             if not disk.disarm():
@@ -271,7 +273,7 @@ def test_a_disk_that_fails_under_the_privacy_ledger_loses_no_line_and_nothing_is
             assert said[0] == path.parent.name or said[0].startswith(f".{path.name}.{os.getpid()}-")
             assert said[1] == MENDS[error]
             assert drafts(tmp_path) == []
-            assert len(spending.charges(spending.read_ledger(path))) in (1, 2)
-            spending.reserve(workspace, 1, 2, 12, "second", 0)
+            assert len(budget.charges(budget.read_ledger(path))) in (1, 2)
+            budget.reserve(workspace, 1, 2, 12, "second", 0)
             assert path.read_bytes().startswith(first)
-            assert len(spending.charges(spending.read_ledger(path))) == 2
+            assert len(budget.charges(budget.read_ledger(path))) == 2

@@ -14,8 +14,8 @@ import pytest
 from builders import ROOT, adapters, edit, make_workspace, rows, write_rows
 from clusters import Cluster, absent, cluster
 from federations import agreement, enrol, with_keys
-from stages.parts.errors import INTERRUPTED_EXIT_CODE
-from stages.parts.workspace import Workspace
+from stages.runtime.errors import INTERRUPTED_EXIT_CODE
+from stages.workspace.paths import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(absent()), reason=f"no Slurm here: {absent()}")]
 PATIENCE_S = 300.0

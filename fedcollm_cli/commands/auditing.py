@@ -1,0 +1,134 @@
+"""The commands for auditors, audit and diff: their options, and what they found as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.table import Table
+
+from fedcollm_cli.console import Console
+from fedcollm_cli.session import JsonOption, QuietOption, WorkspaceOption, guarded, session
+from stages.runtime import texts
+
+if TYPE_CHECKING:
+    from stages.audit.diff import Difference
+
+
+def audit(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Adapter folders, rounds, exchanges or workspaces. Default: this one.")
+    ] = None,
+    client: Annotated[int | None, typer.Option("--client", min=1, help="Only what concerns this client.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 10 if there are warnings.")] = False,
+    canary: Annotated[
+        list[str] | None, typer.Option("--canary", help="A string that nothing that travels may hold; repeatable.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check all that was exchanged, as an auditor would.
+
+    The chain of manifests and signatures, files, layout, numbers, drift, clients' updates against each other, leaks,
+    keys, secure aggregation, the privacy ledger; a line for each check. Reads every byte of the workspace, or of any
+    folder, another tool's PEFT adapter too; writes nothing, loads no model, opens no pickle. Exit code 4 if a check
+    failed, 3 where nothing was exchanged yet.
+
+    Example: fedcollm audit --client 2 --strict
+    """
+    console = Console(quiet=quiet, as_json=as_json)
+    with guarded(console):
+        from stages.audit.audit import audit as stage
+        from stages.audit.checks import exit_code, lines, result
+        from stages.workspace.paths import Workspace
+
+        given = paths or [Workspace.find(workspace or Path.cwd()).root]
+        found = stage(given, client=client, canaries=canary or (), report=console.report)
+        shown = [f"{one.id:<3} {one.level:<4} {one.check:<8} {one.text}" for one in lines(found)]
+        console.result([one.as_json() for one in found], texts.lines([*shown, result(found, strict=strict)]))
+        raise typer.Exit(exit_code(found, strict=strict))
+
+
+def verify(
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Walk the chain of manifests and signatures.
+
+    From round 1 on: every byte against its manifest, every manifest against the signature of the party that the roster
+    names, its place, the agreement and the folders it was made from. Reads all folders on this machine, writes nothing.
+    Stops at the first broken link, names it, and ends with the exit code of its fault.
+
+    Example: fedcollm verify
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from dataclasses import asdict
+
+        from stages.audit.verify import verify as stage
+
+        found = stage(opened.workspace, report=opened.console.report)
+        opened.console.result(asdict(found), found.as_text)
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An adapter folder, ours or any of PEFT's.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two adapters, tensor by tensor and in what they add.
+
+    Norms, cosine, largest difference and effective rank of each tensor; of each layer the norms, difference and cosine
+    of what is added to its weights, B A scaled as PEFT does; where their configurations differ, and what of them is not
+    understood. Reads the two folders and writes nothing; exit code 0 whether they are equal or not.
+
+    Example: fedcollm diff exchange/round-0001/broadcast exchange/round-0002/broadcast
+    """
+    console = Console(quiet=True, as_json=as_json)
+    with guarded(console):
+        from stages.audit.diff import diff as stage
+
+        found = stage(first, second)
+        console.result(found.as_json(), Group(_tensors(found), *_layers(found), *_words(found)))
+
+
+def _tensors(found: Difference) -> Table:
+    table = _table("tensor", "norm A", "norm B", "cosine", "max |A-B|", "rank A", "rank B")
+    for one in found.tensors:
+        numbers = [one.norm_a, one.norm_b, one.cosine, one.largest_difference, one.rank_a, one.rank_b]
+        table.add_row(_brief(one.name), *map(_shown, numbers))
+    return table
+
+
+def _layers(found: Difference) -> list[Table]:
+    """What each adds to a layer's weights."""
+    table = _table("added to", "|BA| A", "|BA| B", "cosine", "|BA A-B|")
+    for one in found.layers:
+        table.add_row(_brief(one.name), *map(_shown, [one.norm_a, one.norm_b, one.cosine, one.difference]))
+    return [table] if found.layers else []
+
+
+def _table(first: str, *more: str) -> Table:
+    table = Table()
+    table.add_column(first, overflow="fold")
+    for name in more:
+        table.add_column(name, justify="right", overflow="fold", no_wrap=True)
+    return table
+
+
+def _brief(name: str) -> str:
+    return name.removeprefix("base_model.model.").removesuffix(".weight")
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4g}"
+
+
+def _words(found: Difference) -> list[str]:
+    lines = [f"only in A: {name}" for name in found.only_in_a] + [f"only in B: {name}" for name in found.only_in_b]
+    lines += [f"{key}: {a!r} in A, {b!r} in B" for key, (a, b) in found.config.items()]
+    lines += [f"not understood in {which}: {said}" for which, all in found.not_understood.items() for said in all]
+    return [*lines, found.verdict]

@@ -1,0 +1,79 @@
+"""The commands for parties that mail their files: pack and unpack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, WorkspaceOption, session
+from stages.runtime import texts
+from stages.runtime.errors import UsageProblem
+
+ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace another file that is there.")]
+
+
+def pack(
+    round: Annotated[int | None, typer.Option("--round", min=1, help="What is sent in this round.")] = None,
+    client: Annotated[int | None, typer.Option("--client", min=1, help="By this client.")] = None,
+    server: Annotated[bool, typer.Option("--server", help="By the server.")] = False,
+    to: Annotated[int | None, typer.Option("--to", min=1, help="Without what the server sends to others.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Instead: the client's public keys.")] = False,
+    roster: Annotated[bool, typer.Option("--roster", help="Instead: the roster and all public keys.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="The file to write. Default: a name in here.")] = None,
+    workspace: WorkspaceOption = None,
+    overwrite: ReplaceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make one file of what a party sends.
+
+    To mail or to carry. Reads exchange/round-t/client-k and reveal-k; with --server, broadcast and close; with --keys,
+    exchange/keys/client-k.json; with --roster, exchange/federation.json and all of exchange/keys. Checks it as unpack
+    does. Writes a ZIP without compression, such as NAME-round-0005-client-2.fedcollm, in the current folder; the same
+    files give the same bytes. Never packs a secret key.
+
+    Example: fedcollm pack --client 2 --round 5
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.exchange.pack import pack as stage
+
+        if round is not None and server == (client is not None):
+            mend = "fedcollm pack --client 2 --round 5, or fedcollm pack --server --round 5"
+            raise UsageProblem("pack needs a sender: either --client or --server", mend=mend)
+        packed = stage(
+            opened.workspace,
+            folder=Path.cwd(),
+            round=round,
+            client=client,
+            to=to,
+            keys=keys,
+            roster=roster,
+            output=output and output.absolute(),
+            overwrite=overwrite,
+            report=opened.console.report,
+        )
+        opened.console.result(packed, packed["path"])
+
+
+def unpack(
+    file: Annotated[Path, typer.Argument(help="The bundle.")],
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Put what another party packed into its place.
+
+    Reads one bundle. Writes the folders and files of exchange/ that it holds, each whole, and nothing unless all of it
+    is sound and of this federation, agreement and round. What is there already with the same bytes is left alone; other
+    bytes are refused.
+
+    Example: fedcollm unpack tiny-round-0005-client-2.fedcollm
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.exchange.unpack import unpack as stage
+
+        found = stage(opened.workspace, file.absolute(), overwrite=overwrite, report=opened.console.report)
+        opened.console.result(found, texts.lines([*found["unpacked"], *found["already"]]))

@@ -1,0 +1,130 @@
+"""The commands that set federations side by side: compare and sweep."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, get_args
+
+import typer
+from rich.console import Group
+
+from fedcollm_cli.session import DeviceOption, DtypeOption, JsonOption, QuietOption, WorkspaceOption, session
+from fedcollm_cli.views import tables
+from stages.runtime import texts
+from stages.runtime.errors import UsageProblem
+from stages.workspace.agreement import Method
+
+
+def compare(
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Such as 1,2,3: run what is missing of these. Default: what is there.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="Such as fedavg,fedcollm. Default: all with --seeds, else those there."),
+    ] = None,
+    paper: Annotated[
+        Literal["s1", "s2", "s3"] | None, typer.Option("--paper", help="Print the paper's figures beside.")
+    ] = None,
+    metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
+    collect: Annotated[bool, typer.Option("--collect", help="With --seeds: run nothing, read what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --seeds: run everything again, as the settings are now.")
+    ] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout: a line for each row, task and seed.")] = False,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Compare all methods, as the paper's Tables 1 and 2 do.
+
+    Every method on the same data with the same budgets: a ledger of steps, examples and tokens is checked first. Reads
+    results/ here, in baselines/ and in seeds/. With --seeds, runs what is missing of them. Gives means, deviations over
+    seeds, paired differences with 95 % intervals, and names no winner that these do not support. fedavg-aux trains on
+    the auxiliary data without distillation: FedCoLLM minus that is what distillation bought.
+
+    Example: fedcollm compare --seeds 1,2,3
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.federation.compare import compare as stage
+
+        if as_json + as_markdown + as_csv > 1:
+            raise UsageProblem("--json, --markdown and --csv exclude each other", mend="give one of them")
+        if overwrite and (collect or seeds is None):
+            mend = "fedcollm compare --seeds 1,2,3 --overwrite"
+            raise UsageProblem("--overwrite is for what --seeds runs", mend=mend)
+        found = stage(
+            opened.workspace,
+            seeds=_seeds(seeds),
+            methods=_methods(methods),
+            paper=paper,
+            metric=metric,
+            collect=collect,
+            overwrite=overwrite,
+            report=opened.console.report,
+        )
+        if as_csv:
+            opened.console.result(found, tables.as_lines(found))
+        elif as_markdown:
+            opened.console.result(found, tables.as_markdown(found))
+        else:
+            opened.console.result(found, tables.comparison(found))
+
+
+def sweep(
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary.")
+    ] = None,
+    metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
+    workspace: WorkspaceOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Run everything again, as the settings are now.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Run an ablation: every combination of some settings.
+
+    Reads this workspace's models, tasks and data. Writes a workspace for each combination into sweeps/, and prints
+    their scores and each one's difference from the first. With federation.seed among the settings, means over seeds
+    and 95 % intervals. What is done is passed over.
+
+    Example: fedcollm sweep --set distillation.lambda_slm=0,0.5,1 --set federation.seed=1,2,3
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.federation.sweep import parse_setting
+        from stages.federation.sweep import sweep as stage
+
+        settings = [parse_setting(text) for text in set_ or []]
+        grid = dict(settings)
+        if len(grid) < len(settings):
+            raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
+        found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
+        swept = tables.swept(found)
+        as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found["remarks"]], "\n\n")
+        as_tables = Group(*(sheet.drawn() for sheet in swept), *found["remarks"])
+        opened.console.result(found, as_text if as_markdown else as_tables)
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UsageProblem(f"--seeds {text!r} is not a list of seeds", mend="such as --seeds 1,2,3")
+    return sorted({int(seed) for seed in text.split(",")})
+
+
+def _methods(text: str | None) -> list[Method] | None:
+    if text is None:
+        return None
+    known: tuple[Method, ...] = get_args(Method)
+    unknown = [name for name in text.split(",") if name not in known]
+    if unknown:
+        raise UsageProblem(f"there is no method {unknown[0]!r}", mend=f"there are: {', '.join(known)}")
+    return [method for method in known if method in text.split(",")]

@@ -1,0 +1,81 @@
+"""The commands that a federation with keys begins with: each client's keys, the server's roster, and joining it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedcollm_cli.session import ClientOption, JsonOption, QuietOption, WorkspaceOption, session
+
+RenewOption = Annotated[
+    bool, typer.Option("--renew", help="New ones, for a new federation; what was made before no longer counts.")
+]
+
+
+def keys(
+    client: ClientOption,
+    renew: RenewOption = False,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Client: make the keys that sign and mask.
+
+    Secret keys go to the user's own data folder, outside the workspace (machine.toml's `secrets`). Writes
+    exchange/keys/client-k.json and its .sig, which go to the server. Secure aggregation needs keys; in plain mode they
+    are a choice: with them every exchanged file is signed.
+
+    Example: fedcollm keys --client 2
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.parties.keys import keys as stage
+
+        made = stage(opened.workspace, client=client, renew=renew, report=opened.console.report)
+        shown = opened.workspace.shown(made.path)
+        opened.console.result({"path": shown, "key_id": made.key_id}, shown)
+
+
+def enroll(
+    renew: RenewOption = False,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Server: make the roster of all clients.
+
+    Reads exchange/keys/client-k.json of every client. Writes exchange/federation.json and its .sig, which go to the
+    clients with exchange/keys. Prints the roster's fingerprint, which clients compare with each other before they join.
+
+    Example: fedcollm enroll
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.parties.enroll import enroll as stage
+
+        found = stage(opened.workspace, renew=renew, report=opened.console.report)
+        value = {"path": opened.workspace.shown(found.path), "fingerprint": found.fingerprint}
+        opened.console.result(value, found.fingerprint)
+
+
+def join(
+    client: ClientOption,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option("--fingerprint", help="The roster's, as another client read it out: XXXX-XXXX-..., 40 letters."),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Client: trust the roster from now on.
+
+    Reads exchange/federation.json and exchange/keys. Without --fingerprint it prints the roster's: read it to another
+    client, not to the server, which could give each client a roster of its own. Writes nothing into the workspace.
+
+    Example: fedcollm join --client 2 --fingerprint 3QOV-2B4K-7XDL-55AQ-ZK3T-LW6E-H2MD-Q5RA-4NVJ-OY7C
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.parties.join import join as stage
+
+        found = stage(opened.workspace, client=client, fingerprint=fingerprint, report=opened.console.report)
+        opened.console.result({"client": client, "fingerprint": found}, f"client {client} has joined {found}")

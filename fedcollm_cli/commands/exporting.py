@@ -1,0 +1,60 @@
+"""The command that hands a model on: export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fedcollm_cli.session import (
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    RoundOption,
+    WorkspaceOption,
+    session,
+)
+
+
+def export(
+    round: RoundOption,
+    model: Annotated[
+        Literal["slm", "llm", "aggregate"],
+        typer.Option("--model", help="Which of the server's: slm and llm after co-distill, aggregate the SLM before."),
+    ] = "slm",
+    client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Whole weights and tokenizer, instead of an adapter.")
+    ] = False,
+    to: Annotated[Path | None, typer.Option("--to", help="The folder to write. Default: in exports/.")] = None,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+) -> None:
+    """Write a model as others load it, with a model card.
+
+    A folder for PEFT, or merged weights for transformers. Reads private/server/round-t/slm, llm or aggregate, or
+    exchange/round-t/client-k, and the base; for the card, results/ and private/split.json. Writes
+    exports/MODEL-round-t. Loads it back first, and publishes it only if its logits are those of base and adapter.
+
+    Example: fedcollm export --round 5 --model llm --merged
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device) as opened:
+        from stages.export.export import export as stage
+
+        made = stage(
+            opened.workspace,
+            model=model,
+            round=round,
+            client=client,
+            merged=merged,
+            folder=to and to.absolute(),
+            overwrite=overwrite,
+            report=opened.console.report,
+        )
+        folder = to or opened.workspace.export(round, made["subject"], merged=merged)
+        opened.console.result({"path": opened.workspace.shown(folder), **made}, opened.workspace.shown(folder))

@@ -1,0 +1,85 @@
+"""The command that hands a federation to a cluster's queue: slurm."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, WorkspaceOption, session
+from stages.runtime import texts
+from stages.runtime.events import Event
+
+
+def slurm(
+    jobs: Annotated[
+        bool, typer.Option("--jobs", help="Write nothing: list the jobs that are missing, as submit.sh reads them.")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option("--only", help="client-2, say, or server: that party's jobs alone. Default: all here.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=1, help="Submit so many rounds; a job after them submits the next.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option("--partition", help="As sbatch takes it.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="As sbatch takes it.")] = None,
+    gpus_per_task: Annotated[
+        int | None, typer.Option("--gpus-per-task", min=0, help="GPUs of each process of a stage.")
+    ] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option("--cpus-per-task", min=1, help="Cores of each process of a stage.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Processes of a training stage, on one node.")
+    ] = None,
+    mem: Annotated[str | None, typer.Option("--mem", help="Memory of a job, such as 32G.")] = None,
+    time: Annotated[str | None, typer.Option("--time", help="Time limit of a job, such as 04:00:00.")] = None,
+    parallel: Annotated[int | None, typer.Option("--parallel", min=1, help="At most so many clients at once.")] = None,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write job scripts for a Slurm cluster.
+
+    Writes slurm/submit.sh and the scripts that it submits: for each round an array of clients and a job of the server,
+    each to begin when the one before has ended well, and the scores at the end. Run slurm/submit.sh again after a stop:
+    what is done is passed over. Reads the settings; what a site asks for can stand in [slurm] of machine.toml, over
+    which options win. Submits nothing.
+
+    A job that nears its time limit stops at a checkpoint and goes back into the queue, as does, up to
+    slurm.retries times, one that crashed. Settings, damaged files, refusals and bad numbers are not tried again.
+
+    Example: fedcollm slurm --partition gpu --gpus-per-task 1 --time 04:00:00
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.federation.slurm import jobs as listing
+        from stages.federation.slurm import slurm as stage
+
+        report = opened.console.report
+        if jobs:
+            found = listing(opened.workspace, only=only, window=window)
+            if found.waiting_for:
+                report(Event("note", f"after these it waits for {found.waiting_for}"))
+            if not found.jobs:
+                report(Event("note", "nothing is left to do"))
+            lines = (f"{job.script} {job.round} {job.tasks}".rstrip() for job in found.jobs)
+            opened.console.result(asdict(found), texts.lines(lines))
+            return
+        asked = {
+            "partition": partition,
+            "account": account,
+            "gpus_per_task": gpus_per_task,
+            "cpus_per_task": cpus_per_task,
+            "mem": mem,
+            "time": time,
+            "window": window,
+            "parallel": parallel,
+        }
+        flags = {key: value for key, value in asked.items() if value is not None}
+        written = stage(
+            opened.workspace, only=only, processes=processes, flags=flags, overwrite=overwrite, report=report
+        )
+        shown = [opened.workspace.shown(path) for path in written]
+        opened.console.result(shown, texts.lines(shown))

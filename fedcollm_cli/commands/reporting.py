@@ -1,0 +1,36 @@
+"""report: its options, and its result in words."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from fedcollm_cli.session import JsonOption, QuietOption, WorkspaceOption, session
+from fedcollm_cli.views.tables import notes, sheets
+
+
+def report(
+    metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write one page of charts and tables on all that is here.
+
+    Reads results/, manifests, exchanged adapters and this machine's private logs, here and, for the comparison, in
+    baselines/ and seeds/. Writes results/report: index.html, one self-contained file without scripts that needs no
+    network, and every chart's data as CSV. What is not on this machine is left out, and the page says why.
+
+    Example: fedcollm report
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.report.report import write_report
+
+        written = write_report(opened.workspace, in_words=in_words, metric=metric, report=opened.console.report)
+        opened.console.result(written, str(written["path"]))
+
+
+def in_words(found: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    """What compare found, as tables in words and the notes below them."""
+    return sheets(found), notes(found)

@@ -1,0 +1,375 @@
+"""The commands of Algorithm 1, run, which gives them all, and status, which tells where a federation stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fedcollm_cli.session import (
+    ClientOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OverwriteOption,
+    ProcessesOption,
+    QuietOption,
+    RoundOption,
+    Session,
+    WorkspaceOption,
+    session,
+)
+from fedcollm_cli.views import progress
+from stages.artefacts.manifest import Manifest
+from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
+
+
+def broadcast(
+    round: RoundOption,
+    without: Annotated[
+        list[int] | None,
+        typer.Option("--without", help="Secure mode: open the round without this client; may be given several times."),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+) -> None:
+    """Server: publish a round's adapter to all clients.
+
+    Round 1 makes a fresh adapter from the federation's seed. Round t reads private/server/round-(t-1)/slm and
+    publishes it byte for byte. Writes exchange/round-t/broadcast. Where there are keys this opens the round, and
+    --overwrite opens it again: what clients sent before no longer counts.
+
+    Example: fedcollm broadcast --round 1
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device) as opened:
+        from stages.broadcast import broadcast as stage
+
+        manifest = stage(
+            opened.workspace, round=round, without=without, overwrite=overwrite, report=opened.console.report
+        )
+        _published(opened, opened.workspace.broadcast(round), manifest)
+
+
+def client_train(
+    client: ClientOption,
+    round: RoundOption,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    reset_privacy: Annotated[
+        bool,
+        typer.Option("--i-understand-reset", help="Forget what was spent of the privacy budget and count from zero."),
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Client: tune a round's adapter on private data.
+
+    Local training of Eq. 3. Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Writes
+    exchange/round-t/client-k, the one folder that goes to the server. Stopped, the same command goes on from its
+    last checkpoint.
+
+    With epsilon or noise_multiplier under [privacy], training is differentially private for each row, and what it
+    spends is written to private/client-k/privacy-ledger.jsonl beforehand. Beyond the budget it ends with exit code 6.
+    --overwrite spends again.
+
+    Example: fedcollm client-train --client 2 --round 1
+    """
+    with session(
+        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
+    ) as opened:
+        from stages.client_train import client_train as stage
+
+        manifest = stage(
+            opened.workspace,
+            client=client,
+            round=round,
+            overwrite=overwrite,
+            reset_privacy=reset_privacy,
+            processes=opened.processes,
+            report=opened.console.report,
+        )
+        _published(opened, opened.workspace.client_update(round, client), manifest)
+
+
+def aggregate(
+    round: RoundOption,
+    gate: Annotated[
+        float | None, typer.Option("--gate", help="Keep the old adapter if the held-out loss rises by more than this.")
+    ] = None,
+    keep_old: Annotated[
+        bool, typer.Option("--keep-old", help="Give the round up: go on with its broadcast's adapter.")
+    ] = False,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Server: average the clients' adapters.
+
+    Reads exchange/round-t/broadcast and every exchange/round-t/client-k that has arrived; fewer than min_clients is
+    exit code 3. Writes private/server/round-t/aggregate. The manifest tells, per layer, the cross term of averaging
+    A and B apart; with another aggregation.rule than mean, what the rule did to whom.
+
+    With --gate, or aggregation.gate, the SLM's loss on private/server/held-out.jsonl decides: if it rises by more than
+    that, in nats per answer token, what is written is the broadcast's adapter, and the round goes on. No model is
+    loaded without a gate.
+
+    In secure mode the first call closes the round, in exchange/round-t/close, and ends with exit code 3; once enough
+    clients have revealed, the second unmasks the sum. Where that cannot be done, --keep-old gives the round up.
+
+    Example: fedcollm aggregate --round 1 --gate 0.1
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.aggregate import aggregate as stage
+
+        manifest = stage(
+            opened.workspace,
+            round=round,
+            gate=gate,
+            keep_old=keep_old,
+            overwrite=overwrite,
+            report=opened.console.report,
+        )
+        _published(opened, opened.workspace.aggregate(round), manifest)
+
+
+def reveal(
+    client: ClientOption,
+    round: RoundOption,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Client: help to unmask a round's sum.
+
+    Secure mode only. Reads exchange/round-t/broadcast and exchange/round-t/close, which names the clients whose updates
+    are summed. Writes exchange/round-t/reveal-k, sealed to the server. A client reveals for one such list in a round,
+    for ever; the same command again sends the same bytes again.
+
+    Example: fedcollm reveal --client 2 --round 1
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.reveal import reveal as stage
+
+        manifest = stage(opened.workspace, client=client, round=round, report=opened.console.report)
+        _published(opened, opened.workspace.reveal(round, client), manifest)
+
+
+def co_distill(
+    round: RoundOption,
+    phase: Annotated[
+        Literal["capture", "train"] | None,
+        typer.Option("--phase", help="One of two phases, each with one model in memory. Default: both models at once."),
+    ] = None,
+    model: Annotated[
+        Literal["slm", "llm"] | None,
+        typer.Option("--model", help="In two phases: which model; train takes both in turn without it."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, help="capture: how many tokens of each position are kept. Default: 64."),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Server: let LLM and SLM teach each other.
+
+    Mutual distillation on the auxiliary data, Eq. 4 to 6. Reads private/server/round-t/aggregate,
+    private/server/round-(t-1)/llm and private/server/auxiliary.jsonl. Writes private/server/round-t/slm and llm,
+    and the losses of every step in private/server/round-t/co-distill.jsonl.
+
+    Where the two do not fit on one device, in two phases: `--phase capture --model llm` and `--model slm` write what
+    each says of the auxiliary data to private/server/round-t/captured-llm and captured-slm; then `--phase train` trains
+    each against the other's capture, the LLM first. Each loads one model at a time. The teacher then stands still for
+    the round. The LLM can be captured as soon as the round before is done, while clients train.
+
+    Example: fedcollm co-distill --round 1 --phase capture --model llm
+    """
+    with session(
+        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
+    ) as opened:
+        from stages.co_distill import co_distill as stage
+
+        manifest = stage(
+            opened.workspace,
+            round=round,
+            phase=phase,
+            model=model,
+            top_k=top_k,
+            overwrite=overwrite,
+            processes=opened.processes,
+            report=opened.console.report,
+        )
+        here = opened.workspace
+        made = {"slm": here.slm(round), "llm": here.llm(round)}[manifest.role]
+        _published(opened, here.captured(round, manifest.role) if phase == "capture" else made, manifest)
+
+
+def evaluate(
+    round: Annotated[int | None, typer.Option("--round", min=1, help="The round t; with --zero-shot, none.")] = None,
+    model: Annotated[
+        Literal["slm", "llm", "aggregate"],
+        typer.Option("--model", help="Which of the server's: slm and llm after co-distill, aggregate the SLM before."),
+    ] = "slm",
+    client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
+    zero_shot: Annotated[bool, typer.Option("--zero-shot", help="The base alone, without an adapter.")] = False,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Score a model by lm-eval, zero-shot.
+
+    On the tasks of [evaluation]. Reads private/server/round-t/slm, llm or aggregate, or exchange/round-t/client-k.
+    Writes results/round-t/*.json, or results/zero-shot/*.json. Proves first that the adapter is in the model and
+    changes its logits.
+
+    Example: fedcollm evaluate --round 1 --model llm
+    """
+    with session(
+        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
+    ) as opened:
+        from stages.evaluate import evaluate as stage
+
+        if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
+            mend = "fedcollm evaluate --round 1 --model slm; for a base alone, --zero-shot with --model slm or llm"
+            raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
+        result = stage(
+            opened.workspace,
+            model=model,
+            round=round,
+            client=client,
+            overwrite=overwrite,
+            processes=opened.processes,
+            report=opened.console.report,
+        )
+        path = opened.workspace.shown(opened.workspace.result(round, result["subject"]))
+        opened.console.result({"path": path, **result}, progress.scores([result]))
+
+
+def run(
+    method: Annotated[
+        Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"] | None,
+        typer.Option("--method", help="Another method than the agreement's, in baselines/METHOD."),
+    ] = None,
+    rounds: Annotated[str | None, typer.Option("--rounds", help="Such as 3 or 1-5. Default: all.")] = None,
+    scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Whether to evaluate too.")] = True,
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Every step of every round, in one process.
+
+    All on this machine. Base models are loaded once. Reads and writes exactly the files of the separate commands; what
+    is done is passed over, so that the same command goes on after a stop.
+
+    With --method, the same federation by another method, on the same data with the same budgets, in baselines/METHOD, a
+    workspace of its own. fedavg: no training at the server. fedavg-aux: the server trains both models on the auxiliary
+    data, without distillation. standalone: each client alone. centralized: the LLM on the data of all parties together.
+
+    Example: fedcollm run --method fedavg-aux
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.federation.run import run as stage
+
+        results = stage(
+            opened.workspace,
+            method=method,
+            rounds=_rounds(rounds),
+            scores=scores,
+            overwrite=overwrite,
+            report=opened.console.report,
+        )
+        opened.console.result(results, progress.scores(results) if results else "done")
+
+
+def next(
+    client: Annotated[int | None, typer.Option("--client", min=1, help="The client whose step it is.")] = None,
+    server: Annotated[bool, typer.Option("--server", help="The server's step.")] = False,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Do whatever is the next step of a party.
+
+    For cron and job scripts: one call takes one step, reads and writes what that step does, and prints its command.
+    Where nothing can be done yet it says whom it waits for, with exit code 3; where nothing is left to do, 9; under an
+    edited agreement, 5.
+    What a person must decide, to join a roster or to replace something, it leaves to them.
+    Without --client and --server: of any party with data here.
+
+    Example: fedcollm next --client 2
+    """
+    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
+        from stages.federation.next import next as stage
+
+        if client is not None and server:
+            raise UsageProblem("--client and --server are two parties", mend="give one of them")
+        party = "server" if server else None if client is None else f"client-{opened.workspace.check_client(client)}"
+        done = stage(opened.workspace, party=party, report=opened.console.report)
+        opened.console.result({"command": done}, done or "nothing is left to do")
+    if not done:
+        raise typer.Exit(NOTHING_LEFT_EXIT_CODE)
+
+
+def status(
+    verify: Annotated[bool, typer.Option("--verify", help="Read and hash every byte, instead of sizes alone.")] = False,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what is done and what comes next.
+
+    Which steps are done, missing, damaged or stale, from the files alone, and the literal next command. Reads the
+    manifests of the whole workspace, writes nothing, loads no model. With --verify it ends with exit code 4 if anything
+    is not as it was written, and says what it does not cover.
+
+    Example: fedcollm status
+    """
+    with session(workspace, as_json=as_json, quiet=True) as opened:
+        from stages.progress.status import status as stage
+
+        found = stage(opened.workspace, verify=verify)
+        opened.console.result(progress.status_value(found, workspace), progress.status(found, workspace))
+    if verify and found.is_damaged:
+        raise typer.Exit(Damaged.exit_code)
+
+
+def _published(opened: Session, folder: Path, manifest: Manifest) -> None:
+    """The result of a stage that makes an adapter: its folder, or its manifest as JSON."""
+    shown = opened.workspace.shown(folder)
+    opened.console.result({"path": shown, **manifest.model_dump()}, shown)
+
+
+def _rounds(text: str | None) -> range | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if first > last:
+        raise UsageProblem(
+            f"--rounds {text!r} is not a round or a range of rounds", mend="such as --rounds 3, or --rounds 1-5"
+        )
+    return range(first, last + 1)

@@ -1,0 +1,93 @@
+"""The commands that a study begins with: init, prepare, and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcollm_cli.commands.reporting import in_words
+from fedcollm_cli.console import Console
+from fedcollm_cli.session import (
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    WorkspaceOption,
+    guarded,
+    session,
+    show_one_gpu,
+)
+from fedcollm_cli.views import progress
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    template: Annotated[str, typer.Option(help="demo, blank, or the paper's settings s1, s2, s3.")] = "blank",
+    task: Annotated[
+        list[str] | None, typer.Option(help="An lm-eval task to train and score on; repeatable. Default: arc_easy.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="K, the number of clients (the demo has four).")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="T, the number of rounds (the demo has two).")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="The federation's seed.")] = 1,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a new workspace from a template.
+
+    Writes fedcollm.toml with every key explained, machine.toml, README.md, run_rounds.sh, a Snakefile and task files.
+    s1: GPT-2 with GPT-2-large. s2: OPT-1.3B with OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B. The paper has a
+    federation for each of its tasks: commonsense_qa, openbookqa, arc_challenge, arc_easy.
+
+    Example: fedcollm init study --template s1
+    """
+    console = Console(quiet=quiet, as_json=as_json)
+    with guarded(console):
+        from stages.workspace.init import init as stage
+
+        workspace = stage(folder, template=template, tasks=task or [], seed=seed, clients=clients, rounds=rounds)
+        console.result({"path": str(workspace.root)}, f"{folder}")
+
+
+def prepare(
+    workspace: WorkspaceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Divide a public dataset among the parties.
+
+    To simulate a federation. Reads the lm-eval tasks or JSONL files that [data] names. Writes
+    private/client-k/train.jsonl, private/server/auxiliary.jsonl, with data.held_out_share also held-out.jsonl beside
+    it, and private/split.json. Prints rows and labels per party.
+
+    Example: fedcollm prepare
+    """
+    with session(workspace, as_json=as_json, quiet=quiet) as opened:
+        from stages.data.prepare import prepare as stage
+
+        summary = stage(opened.workspace, overwrite=overwrite, report=opened.console.report)
+        path = opened.workspace.shown(opened.workspace.split)
+        opened.console.result({"path": path, **summary}, progress.split(summary))
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to make the demo's workspace.")] = Path("fedcollm-demo"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show a whole federation in minutes.
+
+    With models and data made on the spot; nothing is downloaded. Builds a small closed world of questions and two
+    tiny base models, runs every method by the same stages, scores them by lm-eval, compares them and writes a report.
+    What is done is kept in the folder and passed over the next time.
+
+    Example: fedcollm demo
+    """
+    console = Console(quiet=quiet, as_json=as_json)
+    with guarded(console):
+        from stages.demo.demo import demo as stage
+
+        show_one_gpu("auto")
+        measured = stage(folder, in_words=in_words, report=console.report)
+        console.result(measured, progress.demo(measured))

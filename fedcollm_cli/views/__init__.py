@@ -1,0 +1,1 @@
+"""Results as people read them: what alone draws tables and texts."""

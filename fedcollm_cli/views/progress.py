@@ -1,0 +1,161 @@
+"""Results as people read them: tables and short texts made from what stages return."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+
+from fedcollm_cli.views.tables import comparison
+from stages.runtime import texts
+
+if TYPE_CHECKING:
+    from stages.progress.status import Status
+
+MOST_NAMED = 8
+"""How many clients a line of `status` names before it counts the rest."""
+
+
+def split(summary: dict[str, Any]) -> Table:
+    """What `prepare` dealt: rows, labels and sources per party."""
+    dropped, in_test = summary["duplicates_dropped"], summary["also_in_test"]
+    checked = "not compared with a test set" if in_test is None else f"{in_test} prompts are also in test"
+    caption = f"{summary['rows']} rows, {dropped} duplicates dropped; {checked}"
+    if unlabelled := summary["auxiliary"]["unlabelled"]:
+        caption += f"; {unlabelled} of the server's rows are unlabelled"
+    if "held_out" in summary:
+        caption += f"; {summary['held_out']['rows']} more are held out for the gate"
+    table = Table(title=f"split: {summary['split']}", caption=caption)
+    for name in ("party", "rows", "answer labels", "sources"):
+        table.add_column(name, justify="right" if name == "rows" else "left")
+    for party, found in summary["parties"].items():
+        table.add_row(party, str(found["rows"]), _counts(found["labels"]), _counts(found["sources"]))
+    return table
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return "  ".join(f"{name or '-'}: {count}" for name, count in counts.items())
+
+
+def scores(results: list[dict[str, Any]]) -> Table:
+    """lm-eval's scores, a row for each model and task."""
+    table = Table()
+    for name in ("model", "round", "task", "questions", "acc", "stderr", "other"):
+        table.add_column(name, justify="left" if name in ("model", "task", "other") else "right")
+    for result in results:
+        for task, found in result["tasks"].items():
+            metrics = dict(found["metrics"])
+            accuracy, error = metrics.pop("acc", None), metrics.pop("acc_stderr", None)
+            others = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.endswith("_stderr"))
+            table.add_row(
+                result["subject"],
+                "base" if result["round"] is None else str(result["round"]),
+                task,
+                asked(found),
+                "" if accuracy is None else f"{accuracy:.4f}",
+                "" if error is None else f"{error:.4f}",
+                others,
+            )
+    return table
+
+
+def asked(found: dict[str, Any]) -> str:
+    """How many questions were scored, of how many if of fewer, and how many of them without their beginning."""
+    number, in_all, cut = found["questions"], found["questions_in_all"], found["cut"]
+    return f"{number}{f' of {in_all}' if number < in_all else ''}{f', {cut} cut' if cut else ''}"
+
+
+def status(found: Status, workspace: Path | None) -> str:
+    """A line for each step of each round that has begun; what the clients of a round send on one line."""
+    from stages.progress.status import with_workspace
+
+    lines = []
+    width = 2 + max([9, *(len(step.name) for round in found.rounds for step in round.steps)])
+    begun = [round for round in found.rounds if any(step.condition != "missing" or step.reason for step in round.steps)]
+    for round in begun:
+        by_kind = {
+            kind: [step for step in round.steps if re.fullmatch(rf"{kind}-\d+", step.name)]
+            for kind in ("client", "reveal")
+        }
+        lines.append(f"round {round.number}")
+        is_collected = any(step.name == "aggregate" and step.here for step in round.steps)  # by the server, from all
+        for step in round.steps:
+            kind = step.name.partition("-")[0]
+            if step not in by_kind.get(kind, []):
+                reason = f"  ({step.reason})" if step.reason else ""
+                lines.append(f"  {step.name:<{width}}{_condition(step)}{reason}")
+            elif step is by_kind[kind][0]:
+                lines.append(f"  {f'{kind}s':<{width}}{_summary(by_kind[kind], is_collected)}")
+                lines += [
+                    f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason
+                ]
+        if round.late:
+            lines.append(f"  late, not in the aggregate: client {', '.join(map(str, round.late))}")
+    if len(begun) < len(found.rounds):
+        first, last = len(begun) + 1, len(found.rounds)
+        lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
+    if found.scores:
+        lines.append(f"scores of round {found.rounds[-1].number}: {_summary(found.scores)}")
+    if found.edited:
+        lines.append(found.edited)
+    lines += [f"stale: {one}" for one in found.stale]
+    lines += [f"changed since it was written: {one}" for one in found.changed]
+    if found.not_covered:
+        lines.append(f"not covered: {found.not_covered}")
+    if found.next_command:
+        only = ", only where all parties have agreed on the edit" if found.edited else ""
+        lines.append(f"next{only}: {with_workspace(found.next_command, workspace)}")
+    elif found.waiting_for:
+        lines.append(f"waiting for {found.waiting_for}")
+    else:
+        is_done = all(round.is_done for round in found.rounds)
+        is_scored = all(score.condition == "done" for score in found.scores if "client" not in score.name)
+        everything = "everything is done" + ("" if is_scored else " but scores, which `fedcollm evaluate` makes")
+        lines.append(everything if is_done else "this machine's part is done")
+    return texts.lines(lines)
+
+
+def _condition(step: Any) -> str:
+    """Another party's folder that is not here is not said to be missing: it may never come here."""
+    is_elsewhere = step.condition == "missing" and not (step.here or step.reason)
+    return "not on this machine" if is_elsewhere else str(step.condition)
+
+
+def _summary(several: list[Any], is_collected: bool = True) -> str:
+    """How many clients, or scores, are in which condition, naming those not done.
+
+    is_collected: whether those of all parties are to arrive on this machine.
+    """
+    parts = []
+    conditions = [one.condition if is_collected else _condition(one) for one in several]
+    for condition, count in Counter(conditions).items():
+        names = [
+            re.sub(r"^\w+-", "", one.name) for one, its in zip(several, conditions, strict=True) if its == condition
+        ]
+        shown = ", ".join(names[:MOST_NAMED]) + (f" and {count - MOST_NAMED} more" if count > MOST_NAMED else "")
+        parts.append(f"{count} {condition}" if condition == "done" else f"{count} {condition}: {shown}")
+    return "; ".join(parts)
+
+
+def status_value(found: Status, workspace: Path | None) -> dict[str, Any]:
+    """The same for machines."""
+    from stages.progress.status import with_workspace
+
+    return asdict(found) | {"next_command": with_workspace(found.next_command, workspace)}
+
+
+def demo(measured: dict[str, Any]) -> Group:
+    """The comparison, and where to look on."""
+    lines = (
+        f"guessing gives 25.0, knowing every rule of this world {measured['rule_accuracy']:.1f}",
+        f"base models: {measured['models']}; the study: {measured['workspace']}, with baselines/ and seeds/",
+        f"the report: {measured['report']}",
+        f"error bars: cd {measured['workspace']} && fedcollm compare --seeds 1,2,3",
+        f"look inside: cd {measured['workspace']} && fedcollm status",
+    )
+    return Group(comparison(measured["comparison"]), *lines)

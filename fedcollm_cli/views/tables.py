@@ -1,0 +1,214 @@
+"""Tables in words: what compare and sweep found, for a terminal, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+
+from stages.paper.reported import LABELS
+from stages.runtime import texts
+
+TITLES = {
+    "llm": "the server's LLM (the paper's Table 1)",
+    "clients": "the clients' own SLMs, mean of {clients} (the paper's Table 2)",
+    "slm": "the server's SLM, which the clients would go on with",
+}
+POINTS = "points [95 % interval; * where it excludes zero]"
+SHORT = {"llm": "the LLM", "clients": "clients' own SLMs", "slm": "the server's SLM"}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table in words: drawn on a terminal, or written as Markdown. named: so many columns first hold names."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    named: int = 1
+
+    def drawn(self) -> Group:
+        """For a terminal."""
+        table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        for number, name in enumerate(self.columns):
+            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        for row in self.rows:
+            table.add_row(*row)
+        return Group(self.title, table)
+
+    def markdown(self) -> str:
+        """For a README or a paper's draft."""
+        lines = [
+            [texts.in_markdown(name) for name in self.columns],
+            ["---", *("---:" for _ in self.columns[1:])],
+            *([*map(texts.in_markdown, row[: self.named]), *row[self.named :]] for row in self.rows),
+        ]
+        return texts.lines([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def comparison(found: dict[str, Any]) -> Group:
+    """All tables, and what they rest on."""
+    return Group(*(sheet.drawn() for sheet in sheets(found)), *notes(found))
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """The same, to be pasted."""
+    return texts.lines([*(sheet.markdown() for sheet in sheets(found)), *notes(found)], "\n\n")
+
+
+def sheets(found: dict[str, Any]) -> list[Sheet]:
+    """Tables 1 and 2, the server's SLM, the differences, the budgets."""
+    tables = [_accuracies(found, name) for name in found["tables"]]
+    return [*tables, *([_differences(found)] if any(found["differences"].values()) else []), _budgets(found)]
+
+
+def _accuracies(found: dict[str, Any], name: str) -> Sheet:
+    rows = found["tables"][name]
+    tasks = _tasks(rows)
+    reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
+    in_paper = [task for task in tasks if any(task in row for row in reported.values())]
+    title = TITLES[name].format(clients=found["clients"])
+    return Sheet(
+        f"{title}: {found['metric']} in %",
+        ["method", *tasks, *(f"{task}, paper" for task in in_paper)],
+        [
+            [
+                LABELS[row],
+                *(_accuracy(by_task[task]) for task in tasks),
+                *(str(reported[row].get(task, "-")) for task in in_paper),
+            ]
+            for row, by_task in rows.items()
+        ],
+    )
+
+
+def _tasks(rows: dict[str, Any]) -> list[str]:
+    """The tasks' columns; that of all together only where there are several."""
+    tasks = list(next(iter(rows.values())))
+    return tasks if len(tasks) > 2 else tasks[:1]
+
+
+def _accuracy(found: dict[str, Any]) -> str:
+    deviation = found["deviation"]
+    return f"{100 * found['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def _differences(found: dict[str, Any]) -> Sheet:
+    """FedCoLLM minus each other method, over all questions: a column for each table."""
+    tables = found["differences"]
+    others = [row for row in LABELS if any(row in rows for rows in tables.values())]
+    lines = [
+        [LABELS[row], *(_difference(_overall(tables[name][row])) if row in tables[name] else "-" for name in tables)]
+        for row in others
+    ]
+    title = f"FedCoLLM minus the other methods, {POINTS}"
+    return Sheet(title, ["minus", *(SHORT[name] for name in tables)], lines)
+
+
+def _overall(by_task: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = by_task[_tasks({"": by_task})[-1]]
+    return found
+
+
+def _difference(found: dict[str, Any]) -> str:
+    mean, half = 100 * found["mean"], found["half_width"]
+    if half is None:
+        return f"{mean:+.1f} (one {'seed' if found['seeds_error'] is None else 'question'})"
+    return f"{mean:+.1f} [{mean - 100 * half:.1f}, {mean + 100 * half:.1f}]{'*' if found['is_supported'] else ''}"
+
+
+def _bought(found: dict[str, Any]) -> str:
+    if found["half_width"] is None:
+        reading = " (one seed or question: no error bar)"
+    elif found["half_width"] == 0:
+        reading = " (the same answers: distillation has not reached them)"
+    else:
+        reading = "" if found["is_supported"] else ", not beyond its error bars"
+    return f"{100 * found['mean']:+.1f}{reading}"
+
+
+def _budgets(found: dict[str, Any]) -> Sheet:
+    rows = []
+    for method, parties in found["budgets"].items():
+        clients = [done for party, done in parties.items() if party != "server"]
+        server = [parties["server"]] if "server" in parties else []
+        each = [_range(clients, key) for key in ("steps", "examples", "tokens")]
+        rows.append([LABELS[method], *each, *(_range(server, key) for key in ("steps", "examples", "tokens"))])
+    columns = [f"{party} {key}" for party in ("client", "server") for key in ("steps", "examples", "tokens")]
+    return Sheet(f"what training took of each party, {found['rounds']} rounds together", ["method", *columns], rows)
+
+
+def _range(clients: Sequence[dict[str, int]], key: str) -> str:
+    values = sorted({client[key] for client in clients})
+    return "-".join(map(str, dict.fromkeys([values[0], values[-1]]))) if values else "-"
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What the tables rest on."""
+    _, by_task = next(iter(found["tables"]["slm"].items()))
+    task = _tasks(found["tables"]["slm"])[-1]
+    seeds = ", ".join(map(str, found["seeds"]))
+    several = len(found["seeds"]) > 1
+    lines = [
+        f"seed{'s' if several else ''} {seeds}"
+        + ("; ± is the standard deviation over seeds" if several else ": no error bar")
+        + f"; {by_task[task]['questions']} questions, themselves a sample: ± {100 * by_task[task]['binomial']:.1f}",
+        *found["remarks"],
+    ]
+    if "fedavg-aux" in found["tables"]["slm"]:
+        lines.append("FedAvg + D^a: the server trains both models on the auxiliary data, without distillation")
+    if bought := {name: rows["fedavg-aux"] for name, rows in found["differences"].items() if "fedavg-aux" in rows}:
+        words = [f"{SHORT[name]} {_bought(_overall(by_task))}" for name, by_task in bought.items()]
+        lines.append(f"what distillation bought beyond that, in points: {'; '.join(words)}")
+    if found["paper"]:
+        lines.append(f"paper: setting {found['paper']['setting']}; {found['paper']['source']}")
+        if others := found["paper"]["other_models"]:
+            lines.append(f"the paper's figures are of other models: {'; '.join(others)}")
+    if found["absent"]:
+        lines.append("not run: " + "; ".join(f"fedcollm run --method {method}" for method in found["absent"]))
+    return lines
+
+
+def as_lines(found: dict[str, Any]) -> str:
+    """CSV: a line for each table, method, task, seed and model; "mean" is that of several clients' models."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = ["table", "method", "task", "seed", "model", "questions", found["metric"], "paper"]
+    writer.writerow(map(texts.in_cell, columns))
+    for name, rows in found["tables"].items():
+        reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
+        for row, by_task in rows.items():
+            seeds = found["seeds"] if row != "zero-shot" else [""]
+            for task, one in by_task.items():
+                models = one["by_subject"] | ({"mean": one["by_seed"]} if len(one["by_subject"]) > 1 else {})
+                for model, by_seed in models.items():
+                    figure = reported.get(row, {}).get(task, "") if model == next(reversed(models)) else ""
+                    for seed, value in zip(seeds, by_seed, strict=True):
+                        cells = [name, row, task, seed, model, one["questions"], f"{value:.6f}", figure]
+                        writer.writerow(map(texts.in_cell, cells))
+    return texts.lines(out.getvalue().rstrip("\n").split("\n"))
+
+
+def swept(found: dict[str, Any]) -> list[Sheet]:
+    """A row for each combination of settings: the models' scores, and their differences from the first row's."""
+    axes = [key.rpartition(".")[2] for key in found["axes"]]
+    values = [[str(row["settings"][key]) for key in found["axes"]] for row in found["rows"]]
+    tables = list(found["rows"][0]["scores"])
+    columns = [*axes, *(SHORT[table] for table in tables)]
+    scores = [[_accuracy(row["scores"][table]) for table in tables] for row in found["rows"]]
+    minus = [[_difference(row["minus_first"][table]) for table in tables] for row in found["rows"][1:]]
+    seeds = f"seed{'s' if len(found['seeds']) > 1 else ''} {', '.join(map(str, found['seeds']))}"
+    return [
+        Sheet(f"{found['metric']} in %, {seeds}", columns, _joined(values, scores), len(axes)),
+        *([Sheet(f"minus the first row, {POINTS}", columns, _joined(values[1:], minus), len(axes))] if minus else []),
+    ]
+
+
+def _joined(lefts: list[list[str]], rights: list[list[str]]) -> list[list[str]]:
+    return [[*left, *right] for left, right in zip(lefts, rights, strict=True)]

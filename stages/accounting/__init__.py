@@ -1,0 +1,1 @@
+"""What privacy was spent: the accountant, the ledger, the budget."""

@@ -1,0 +1,136 @@
+"""The two files of an adapter that PEFT reads, written and read strictly: float32 safetensors, exact names and shapes.
+
+Never a pickle, never a path out of a file. Arrays are NumPy's, so that nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from stages.artefacts.manifest import Artefact, Manifest
+from stages.artefacts.tensor_files import CARRY_AGAIN, bad, read_header
+from stages.files import writing
+from stages.runtime.errors import BadNumbers, Damaged
+from stages.workspace.agreement import Lora
+from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+Tensors = dict[str, np.ndarray]
+Layout = dict[str, tuple[int, ...]]
+
+
+def layout_of(tensors: Mapping[str, np.ndarray]) -> Layout:
+    """Names and shapes."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def weights_bytes(tensors: Tensors) -> bytes:
+    """adapter_model.safetensors: float32, sorted by name, so that equal adapters are equal bytes."""
+    ordered = {name: np.ascontiguousarray(tensors[name], dtype=np.float32) for name in sorted(tensors)}
+    return safetensors.numpy.save(ordered, metadata={"format": "pt"})
+
+
+def config_bytes(lora: Lora, *, target_modules: list[str], fan_in_fan_out: bool) -> bytes:
+    """adapter_config.json, as PEFT, vLLM and lm-eval read it. The base is not named; the manifest has its digest."""
+    return writing.json_bytes(
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": None,
+            "r": lora.r,
+            "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout,
+            "target_modules": sorted(target_modules),
+            "fan_in_fan_out": fan_in_fan_out,
+            "bias": "none",
+            "inference_mode": True,
+        }
+    )
+
+
+def read_adapter(artefact: Artefact, expected: Layout | None, lora: Lora) -> Tensors:
+    """The adapter's tensors, float32 and finite, of exactly the expected names and shapes where those are given.
+
+    Raises Damaged for anything else than such a safetensors file or a config of another LoRA shape, BadNumbers for NaN
+    or infinity.
+    """
+    check_config(artefact.contents[ADAPTER_CONFIG], artefact.path / ADAPTER_CONFIG, lora)
+    path = artefact.path / ADAPTER_WEIGHTS
+    content = artefact.contents[ADAPTER_WEIGHTS]
+    found = _strict_layout(content, path)
+    if expected is not None:
+        check_layout(found, expected, path, _whose(artefact.manifest))
+    try:
+        tensors = safetensors.numpy.load(content)
+    except safetensors.SafetensorError as error:
+        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=CARRY_AGAIN) from error
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_config(content: bytes, path: Path, lora: Lora) -> None:
+    """Raise Damaged, naming the first difference, unless adapter_config.json is what config_bytes writes."""
+    try:
+        value = writing.parse_json(content)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=CARRY_AGAIN) from None
+    modules = lora.target_modules or [str(name) for name in value.get("target_modules") or []]
+    flag = bool(value.get("fan_in_fan_out"))
+    expected = writing.parse_json(config_bytes(lora, target_modules=modules, fan_in_fan_out=flag))
+    for key in sorted(value.keys() | expected.keys()):
+        if value.get(key) != expected.get(key):
+            message = f"{path.name} says {key} = {value.get(key)!r}, the agreement says {expected.get(key)!r}"
+            raise Damaged(message, where=path, mend=CARRY_AGAIN)
+
+
+def check_layout(found: Layout, expected: Layout, path: Path, whose: str) -> None:
+    """Raise Damaged, naming the first difference, unless names and shapes are exactly those expected."""
+    missing, superfluous = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    mend = f"make it again {whose} with the agreement's lora settings and --overwrite"
+    if missing:
+        raise Damaged(f"the adapter lacks {missing[0]} ({len(missing)} tensors missing)", where=path, mend=mend)
+    if superfluous:
+        message = (
+            f"the adapter has {superfluous[0]}, which the base model does not ({len(superfluous)} tensors too many)"
+        )
+        raise Damaged(message, where=path, mend=mend)
+    for name in sorted(expected):
+        if found[name] == expected[name]:
+            continue
+        if ".lora_A." in name and found[name][1:] == expected[name][1:]:
+            message = f"the adapter has rank {found[name][0]}, the agreement says {expected[name][0]}"
+        else:
+            message = f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
+        raise Damaged(message, where=path, mend=mend)
+
+
+def check_finite(tensors: Tensors, path: Path | str) -> None:
+    """Raise BadNumbers if any value is NaN or infinite."""
+    for name, tensor in tensors.items():
+        # The square is finite only if all values are, and is quick; should it overflow, the values are looked at.
+        if not np.isfinite(np.vdot(tensor, tensor)) and not np.isfinite(tensor).all():
+            mend = "lower the learning rate or set max_grad_norm, then train again with --overwrite"
+            raise BadNumbers(f"{name} holds NaN or infinity", where=path, mend=mend)
+
+
+def _whose(manifest: Manifest) -> str:
+    return f"on client {manifest.client}'s machine" if manifest.client else "on the server"
+
+
+def _strict_layout(content: bytes, path: Path) -> Layout:
+    """The names and shapes that a safetensors header declares.
+
+    The library accepts duplicate keys, any metadata and any type; here the header is plain JSON, small, says nothing
+    else, and every tensor is F32.
+    """
+    header = read_header(content, path)
+    if header.pop("__metadata__", {"format": "pt"}) != {"format": "pt"}:
+        raise bad(path, "carries unknown metadata")
+    for name, entry in header.items():
+        if entry["dtype"] != "F32":
+            raise bad(path, f"holds {name} as {entry['dtype']}; adapters are exchanged as F32 (float32)")
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}

@@ -1,0 +1,53 @@
+"""Which model a command is about: the SLM, the LLM or the average at the server, or one client's SLM, after a round."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from stages.artefacts.manifest import Artefact, Stage, received
+from stages.runtime.errors import UsageProblem
+from stages.workspace.paths import Workspace, require
+
+Subject = Literal["slm", "llm", "aggregate"]
+"""The server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it."""
+
+
+def subject_of(model: Subject, client: int | None) -> str:
+    """The subject's name on disk: "slm", "llm", "aggregate", or "client-2". A client has an SLM only."""
+    if client is None:
+        return model
+    if model != "slm":
+        mend = f"give --client {client} alone, or --model {model}"
+        raise UsageProblem("a client has an SLM only: --client and --model exclude each other", mend=mend)
+    return f"client-{client}"
+
+
+def is_subject(name: str) -> bool:
+    """Whether a name on disk is one of a subject."""
+    return re.fullmatch(r"slm|llm|aggregate|client-[1-9][0-9]{0,8}", name) is not None
+
+
+def folder_of(workspace: Workspace, round: int, subject: str) -> Path:
+    """Where the adapter of a subject lies after a round."""
+    if subject.startswith("client-"):
+        return workspace.client_adapter(round, int(subject.partition("-")[2]))
+    return {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[subject](round)
+
+
+def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | None) -> Artefact:
+    """The subject's adapter after a round, every byte checked. Raises as received does."""
+    workspace.check_round(round)
+    stage: Stage
+    if client is not None:
+        workspace.check_client(client)
+        stage = "client-train"
+        made_by = f"fedcollm client-train --client {client} --round {round}"
+    else:
+        step: Literal["aggregate", "co-distill"] = "aggregate" if model == "aggregate" else "co-distill"
+        workspace.check_step(step, round)
+        stage, made_by = step, f"fedcollm {step} --round {round}"
+    folder = folder_of(workspace, round, subject_of(model, client))
+    require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
+    return received(folder, workspace, reader=None, stage=stage, round=round, client=client)

@@ -1,0 +1,1 @@
+"""Looking back: every check of what was exchanged."""

@@ -1,0 +1,233 @@
+"""audit: what an auditor asks of a workspace, an exchange or one adapter, and what was found.
+
+Reads every file of what it is given, strictly, and nothing else; writes nothing and loads no model. A damaged file is
+a finding, never an end.
+"""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from stages.artefacts.adapter_files import Layout, Tensors, layout_of
+from stages.audit.check_chain import chain, manifest_of
+from stages.audit.check_clients import A6, clients_of
+from stages.audit.check_files import files_between, files_of
+from stages.audit.check_layout import A3, layout_of_adapter, layout_of_capture, same_layout
+from stages.audit.check_leaks import Words, leaks_between, leaks_of
+from stages.audit.check_numbers import drift_of, numbers_in_all, numbers_of
+from stages.audit.check_privacy import privacy_of
+from stages.audit.check_secagg import masked_of, rounds_of
+from stages.audit.check_secrets import secrets_in, vaults_of
+from stages.audit.checks import Finding, count, told
+from stages.audit.folders import Folder, Scope, folders_in, open_folder, scope_of
+from stages.audit.foreign_adapters import AnyAdapter, parse_weights, tensors_if_sound
+from stages.files import writing
+from stages.runtime.errors import NotReady, Problem
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+
+@dataclass
+class Audit:
+    """What is looked at, and what is remembered of each folder once its bytes are gone.
+
+    folders: those that concern the client that was asked for, or all. beside: the others, to compare with.
+    layouts: of each adapter that can be read; finite: those without NaN and infinity.
+    start: the broadcast of the round that is being looked at.
+    """
+
+    scopes: list[Scope]
+    client: int | None
+    words: Words
+    folders: list[Folder] = field(default_factory=list)
+    beside: list[Folder] = field(default_factory=list)
+    layouts: dict[Path, Layout] = field(default_factory=dict)
+    finite: set[Path] = field(default_factory=set)
+    start: tuple[Path, Tensors | None] | None = None
+
+
+def audit(
+    paths: Sequence[Path], *, client: int | None = None, canaries: Sequence[str] = (), report: Report = ignore
+) -> list[Finding]:
+    """Every finding of every check, in the order of the checks.
+
+    paths: workspaces, exchanges, rounds or adapter folders. client: what concerns this one alone. canaries: strings
+    that no byte that travels may hold. Raises UsageProblem for a path that is not there, and for a client that no
+    federation among them has; NotReady for a workspace in which nothing was exchanged.
+    """
+    state = Audit([scope_of(path) for path in paths], client, words_of_this_machine(canaries))
+    for scope in state.scopes:
+        if client is not None and scope.agreement is not None and scope.workspace is not None:
+            scope.workspace.check_client(client)
+    found: dict[str, list[Finding]] = {id: [] for id in CHECKS}
+    report(Event("stage", "audit"))
+    places = [(scope, path) for scope in state.scopes for path in folders_in(scope)]
+    for number, (scope, path) in enumerate(places, 1):
+        folder = open_folder(path, scope)
+        if scope.concerns(path, client):
+            _look(state, folder, found)
+        else:
+            state.beside.append(folder.closed())
+            _adapter(state, folder)
+        report(Event("step", folder.shown, step=number, total=len(places)))
+    for id, check in CHECKS.items():
+        found[id] += check.whole(state, found[id])
+    findings = [finding for id in CHECKS for finding in told(found[id])]
+    if not places and not any(count(findings, level) for level in ("FAIL", "WARN")):
+        _check_exchanged(state.scopes)
+    return findings
+
+
+def _check_exchanged(scopes: Sequence[Scope]) -> None:
+    """Raise NotReady for workspaces in which no file was exchanged, so that no check looked at anything."""
+    exchanges = [scope.exchanged for scope in scopes if scope.is_workspace]
+    if len(exchanges) == len(scopes) and not any(path.is_file() for top in exchanges for path in top.rglob("*")):
+        message = "nothing has been exchanged yet: nothing was checked"
+        raise NotReady(message, where=exchanges[0], mend="audit it after the first step; fedcollm status names that")
+
+
+def _look(state: Audit, folder: Folder, found: dict[str, list[Finding]]) -> None:
+    """Every check of one folder, while its bytes are in memory."""
+    adapter, problem = _adapter(state, folder)
+    if problem:
+        found["A3"].append(A3.fail(folder.shown, problem, "an adapter that can be read"))
+    for id, check in CHECKS.items():
+        found[id] += check.each(state, folder, adapter)
+    state.folders.append(folder.closed())
+
+
+def _adapter(state: Audit, folder: Folder) -> tuple[AnyAdapter | None, str]:
+    """Its adapter, or why it cannot be read; neither where it is not there, which A2 says."""
+    weights, settings = folder.contents.get(ADAPTER_WEIGHTS), folder.contents.get(ADAPTER_CONFIG)
+    if weights is None:
+        return None, ""
+    try:
+        adapter = parse_weights(weights, folder.path / ADAPTER_WEIGHTS)
+    except Problem as problem:
+        return None, problem.message
+    state.layouts[folder.path] = layout_of(adapter.tensors)
+    if all(np.isfinite(tensor).all() for tensor in adapter.tensors.values()):
+        state.finite.add(folder.path)
+    try:
+        config = writing.parse_json(settings) if settings is not None else {}
+    except (ValueError, RecursionError) as error:
+        return adapter, f"{ADAPTER_CONFIG} is not valid JSON: {error}"
+    return replace(adapter, config=config), ""
+
+
+def words_of_this_machine(canaries: Sequence[str] = ()) -> Words:
+    """What no file that travels may hold: this user's and this machine's names, and the words that people gave."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user that the system has no name for
+        user = ""
+    return Words(user, socket.gethostname().partition(".")[0], tuple(canaries))
+
+
+def _start(state: Audit, folder: Folder) -> Tensors | None:
+    """The broadcast of the round that an SLM's adapter is of, unless it is that itself; one is kept at a time."""
+    manifest, workspace = folder.manifest, folder.scope.workspace
+    if manifest is None or manifest.role != "slm" or folder.place is None or manifest.stage == "broadcast":
+        return None
+    path = workspace.broadcast(manifest.round) if workspace else folder.path.with_name("broadcast")
+    if state.start is None or state.start[0] != path:
+        state.start = path, tensors_if_sound(path, folder.scope)
+    return state.start[1]
+
+
+def _numbers(state: Audit, folder: Folder, adapter: AnyAdapter | None) -> Iterable[Finding]:
+    return numbers_of(folder, adapter, _start(state, folder)) if adapter else ()
+
+
+def _drift(state: Audit, found: list[Finding]) -> Iterator[Finding]:
+    for scope in state.scopes:
+        yield from drift_of([folder for folder in state.folders if folder.scope is scope])
+
+
+def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
+    for scope in state.scopes:
+        if scope.agreement and scope.agreement.aggregation.is_secure:
+            yield A6.skip("secure mode: nobody sees a single client's update")
+            continue
+        sound = [one for one in state.folders + state.beside if one.scope is scope and one.path in state.finite]
+        try:
+            yield from clients_of(_of_one_layout(state, sound), state.client)
+        except Problem as problem:  # it was sound a moment ago
+            yield A6.fail(scope.shown(Path(problem.where or "")), f"changed during the audit: {problem.message}")
+
+
+def _of_one_layout(state: Audit, folders: list[Folder]) -> list[Folder]:
+    """Those with the layout of their broadcast; A3 tells of the others."""
+    clients = [folder for folder in folders if folder.manifest and folder.manifest.stage == "client-train"]
+    return [
+        folder
+        for folder in clients
+        if state.layouts[folder.path] == state.layouts.get(folder.path.with_name("broadcast"))
+    ]
+
+
+def _rounds(state: Audit, found: list[Finding]) -> Iterator[Finding]:
+    for scope in state.scopes:
+        every = [folder for folder in state.folders + state.beside if folder.scope is scope]
+        yield from rounds_of(scope, every)
+
+
+def _privacy(state: Audit, found: list[Finding]) -> Iterator[Finding]:
+    for scope in state.scopes:
+        yield from privacy_of(scope, [one for one in state.folders if one.scope is scope], state.client)
+
+
+def _secrets(state: Audit, found: list[Finding]) -> Iterator[Finding]:
+    for scope in state.scopes:
+        yield from secrets_in(scope)
+        if scope.workspace and scope.agreement and scope.is_workspace:
+            yield from vaults_of(scope.workspace)
+
+
+Each = Callable[[Audit, Folder, AnyAdapter | None], Iterable[Finding]]
+Whole = Callable[[Audit, list[Finding]], Iterable[Finding]]
+
+
+def _nothing(state: Audit, folder: Folder, adapter: AnyAdapter | None) -> Iterable[Finding]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How one check looks. whole: at all together, given what was found of each. each: at one folder."""
+
+    whole: Whole
+    each: Each = _nothing
+
+
+CHECKS: dict[str, Looks] = {
+    "A1": Looks(
+        lambda state, found: chain(state.folders, state.scopes, state.client),
+        lambda state, folder, _: manifest_of(folder),
+    ),
+    "A2": Looks(
+        lambda state, found: files_between(state.folders, state.scopes, state.client),
+        lambda state, folder, _: files_of(folder),
+    ),
+    "A3": Looks(
+        lambda state, found: same_layout(state.layouts, state.folders),
+        lambda state, folder, adapter: layout_of_adapter(folder, adapter) if adapter else layout_of_capture(folder),
+    ),
+    "A4": Looks(lambda state, found: numbers_in_all(found), _numbers),
+    "A5": Looks(_drift),
+    "A6": Looks(_clients),
+    "A7": Looks(
+        lambda state, found: leaks_between(state.folders, state.scopes, state.client, state.words),
+        lambda state, folder, _: leaks_of(folder, state.words),
+    ),
+    "A8": Looks(_secrets),
+    "A9": Looks(_rounds, lambda state, folder, _: masked_of(folder)),
+    "A10": Looks(_privacy),
+}
+"""Every check by its number; another one is another line."""

@@ -1,0 +1,200 @@
+"""A1, the chain: every manifest is ours, at its place, made from what lies there, and none contradicts another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.artefacts.manifest import Manifest, parent_place, place_of, read_manifest, round_of_parent
+from stages.audit.check_signatures import A1, roster_of, signature_of
+from stages.audit.checks import Finding, number_of
+from stages.audit.folders import Folder, Scope
+from stages.runtime.errors import Problem
+from stages.workspace import edits
+from stages.workspace.paths import ADAPTER_WEIGHTS, AGREEMENT
+
+
+def manifest_of(folder: Folder) -> Iterator[Finding]:
+    """Of one folder: that its manifest can be read, belongs where it lies, and was made under this agreement."""
+    manifest = folder.manifest
+    if manifest is None:
+        if folder.is_ours:
+            yield A1.fail(folder.shown, folder.problem, "a manifest of this tool")
+        else:
+            yield A1.skip("no manifest: another tool made it", where=folder.shown)
+        return
+    if folder.place not in (None, place_of(manifest)) and not _is_kept(folder):
+        yield A1.fail(folder.shown, f"it says it is {place_of(manifest)}", f"{folder.place}")
+    agreement, workspace = folder.scope.agreement, folder.scope.workspace
+    if agreement is None or workspace is None:
+        return
+    claims: list[tuple[str, object, object]] = [
+        ("federation", manifest.federation, agreement.federation.name),
+        (f"agreement, the sha256 of {AGREEMENT}", manifest.agreement_sha256, workspace.agreement_sha256),
+    ]
+    for name, found, expected in claims:
+        if found != expected:
+            edited = edits.since(workspace, manifest.agreement_sha256)
+            said = f"; edited since: {edited}" if edited and name != "federation" else ""
+            yield A1.fail(folder.shown, f"is of another {name}: {_short(found)}{said}", _short(expected))
+    yield from signature_of(folder)
+    numbers = [("round", manifest.round, agreement.federation.rounds)]
+    numbers += [("client", manifest.client, agreement.federation.clients)] if manifest.client else []
+    for name, number, last in numbers:
+        if number > last:
+            yield A1.fail(folder.shown, f"is of {name} {number}", f"{name} 1 to {last}")
+
+
+def _is_kept(folder: Folder) -> bool:
+    """Whether it is a client's adapter that stays with the client: secure mode sends its masked form."""
+    manifest, workspace, agreement = folder.manifest, folder.scope.workspace, folder.scope.agreement
+    if manifest is None or manifest.client is None or workspace is None or agreement is None:
+        return False
+    return agreement.aggregation.is_secure and folder.path == workspace.client_adapter(manifest.round, manifest.client)
+
+
+def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Iterator[Finding]:
+    """Of all folders together: parents, forks, one federation and one base for each model; and the roster."""
+    for scope in scopes:
+        if scope.workspace and scope.agreement is None:
+            yield A1.fail(AGREEMENT, "cannot be read: fedcollm status says why", "the agreement")
+        yield from roster_of(scope, client)
+    ours = [folder for folder in folders if folder.manifest]
+    yield from _forks(ours)
+    yield from _agreement(ours)
+    known = {folder.path: folder.sha256 for folder in ours}
+    earlier = {folder.path for folder in ours if _is_earlier(folder)}
+    elsewhere: list[str] = []
+    for folder in ours:
+        if folder.path in earlier:
+            yield A1.skip("is of an earlier attempt at its round, which counts no more", where=folder.shown)
+        for name, digest in _manifest(folder).parents.items():
+            parent = parent_of(folder, name)
+            here = parent and (known.get(parent) or _digest(parent))
+            if not here:
+                elsewhere.append(f"{name} for {folder.place or folder.shown}")
+            elif folder.path in earlier:
+                continue
+            elif here != digest and parent:
+                found = f"was made from another {name} than lies in {folder.scope.shown(parent)}: {_short(digest)}"
+                yield A1.fail(folder.shown, found, _short(here))
+        yield from _left_out(folder, ours)
+        yield from _other_weights(folder, {other.path: other for other in ours})
+    if ours:
+        yield _summary(ours, elsewhere)
+
+
+def _is_earlier(folder: Folder) -> bool:
+    """Whether it belongs to an attempt at its round that was given up: the broadcast beside it is of a later one."""
+    manifest, workspace = _manifest(folder), folder.scope.workspace
+    if manifest.stage in ("broadcast", "capture", "co-distill") or folder.place is None:
+        return False
+    path = workspace.broadcast(manifest.round) if workspace else folder.path.with_name("broadcast")
+    try:
+        return manifest.attempt < read_manifest(path)[0].attempt
+    except (Problem, OSError):
+        return False
+
+
+def parent_of(folder: Folder, name: str) -> Path | None:
+    """Where a parent of this name belongs: in the workspace, or in the same exchange. None if that cannot be told."""
+    manifest, workspace = _manifest(folder), folder.scope.workspace
+    if folder.place is None:
+        return None
+    if workspace is None:
+        return folder.path.parents[1] / f"round-{round_of_parent(manifest, name):04d}" / name
+    return parent_place(workspace, manifest, name)
+
+
+def _digest(folder: Path) -> str:
+    """The digest of a manifest that is not among those looked at; empty where none can be read."""
+    try:
+        return read_manifest(folder)[1]
+    except (Problem, OSError):
+        return ""
+
+
+def _forks(ours: list[Folder]) -> Iterator[Finding]:
+    """Two folders that claim to be the same step of the same federation, and are not the same bytes."""
+    first: dict[tuple[str, str, bool], Folder] = {}
+    for folder in ours:
+        manifest = _manifest(folder)
+        same = first.setdefault((manifest.federation, place_of(manifest), _is_kept(folder)), folder)
+        if same.sha256 != folder.sha256:
+            found = f"contradicts {same.shown}: both say they are {place_of(manifest)}, sha256 {_short(folder.sha256)}"
+            yield A1.fail(folder.shown, found, _short(same.sha256))
+
+
+def _agreement(ours: list[Folder]) -> Iterator[Finding]:
+    """Folders of one federation that differ in the agreement, the base model or the shape of the adapter."""
+    first: dict[tuple[str, str], Folder] = {}
+    for folder in ours:
+        manifest = _manifest(folder)
+        before = first.setdefault((manifest.federation, manifest.role), folder)
+        other = _manifest(before)
+        for name in ("agreement_sha256", "base", "lora"):
+            ours, theirs = getattr(manifest, name), getattr(other, name)
+            if ours != theirs and not (name == "base" and manifest.base.is_of(other.base)):
+                yield A1.fail(folder.shown, f"has another {name} than {before.shown}", "the same in all folders")
+
+
+def _left_out(folder: Folder, ours: list[Folder]) -> Iterator[Finding]:
+    """Updates of a round that are here and not in its average."""
+    manifest = _manifest(folder)
+    if manifest.stage != "aggregate":
+        return
+    for other in ours:
+        update = _manifest(other)
+        if _is_kept(other) or _is_earlier(other):
+            continue
+        of_round = update.stage == "client-train" and (update.federation, update.round) == (
+            manifest.federation,
+            manifest.round,
+        )
+        if of_round and f"client-{update.client}" not in manifest.parents:
+            yield A1.warn(other.shown, "is not in the average of its round: it came too late, or was left out")
+
+
+def _other_weights(folder: Folder, ours: dict[Path, Folder]) -> Iterator[Finding]:
+    """A broadcast that sends other weights than those of the adapter it says that it was made from."""
+    if _manifest(folder).stage != "broadcast":
+        return
+    own = _manifest(folder).files[ADAPTER_WEIGHTS].sha256 if ADAPTER_WEIGHTS in _manifest(folder).files else ""
+    for name, digest in _manifest(folder).parents.items():
+        place = parent_of(folder, name)
+        parent = ours.get(place) if place else None
+        named = _manifest(parent).files.get(ADAPTER_WEIGHTS) if parent else None
+        if parent and named and parent.sha256 == digest and named.sha256 != own:
+            yield A1.fail(
+                folder.file(ADAPTER_WEIGHTS), f"is not that of {parent.shown}: {_short(own)}", _short(named.sha256)
+            )
+
+
+def _summary(ours: list[Folder], elsewhere: list[str]) -> Finding:
+    manifests = [_manifest(folder) for folder in ours]
+    rounds = sorted({manifest.round for manifest in manifests})
+    names = ", ".join(sorted({manifest.federation for manifest in manifests}))
+    said = f"federation {names}, {_rounds(rounds)}: {number_of(len(ours), 'manifest')}"
+    keys = {(folder.scope.path, _manifest(folder).party) for folder in ours if folder.scope.members}
+    said += f" signed by {number_of(len(keys), 'key')}" if keys else ""
+    if elsewhere:
+        return A1.ok(f"{said}; {number_of(len(elsewhere), 'parent')} not on this machine: {_some(elsewhere)}")
+    return A1.ok(f"{said}, every parent is here" + (", back to round 1" if rounds[0] == 1 else ""))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _rounds(rounds: list[int]) -> str:
+    return f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]} to {rounds[-1]}"
+
+
+def _manifest(folder: Folder) -> Manifest:
+    assert folder.manifest is not None
+    return folder.manifest
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:16]}..." if len(text) == 64 else text

@@ -1,0 +1,124 @@
+"""A6, the clients: whose update is unlike the others', in length or direction, and whose is another's. Plain mode only.
+
+What it finds is a reason to ask, not a proof: clients with data of their own kind go their own way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from stages.aggregation.drift import inner_products
+from stages.aggregation.rules import Mean
+from stages.artefacts.adapter_files import Tensors
+from stages.audit.checks import Check, Finding, number_of
+from stages.audit.folders import Folder
+from stages.audit.foreign_adapters import read_weights, tensors_if_sound
+
+A6 = Check("A6", "clients")
+
+LARGEST_Z = 3.5
+"""Iglewicz and Hoaglin, 1993."""
+FEWEST_FOR_Z = 5
+LEAST_COSINE = -0.5
+
+
+def clients_of(folders: list[Folder], client: int | None) -> Iterator[Finding]:
+    """Of every round of one workspace or exchange: each update against the others.
+
+    folders: those whose adapter can be read, is finite and has the broadcast's layout. client: tell of this one alone.
+    """
+    compared, worst = 0, 0.0
+    for place in dict.fromkeys(folder.path.parent for folder in folders):
+        updates = {_client(folder): folder for folder in folders if folder.path.parent == place and _client(folder)}
+        start = tensors_if_sound(place / "broadcast", folders[0].scope)
+        if start is None or len(updates) < 2:
+            continue
+        compared += 1
+        terms = cross_terms(updates)
+        worst = max(worst, *terms.values(), 0.0)
+        yield from _copies(updates, client)
+        yield from _outliers(updates, start, client)
+        text = f"cross term of the average: {100 * max(terms.values(), default=0.0):.1f} % at most"
+        yield A6.ok(text, where=folders[0].scope.shown(place), measured=terms)
+    if compared:
+        yield A6.ok(f"{number_of(compared, 'round')}: no copy, no outlier; cross term at most {100 * worst:.1f} %")
+    else:
+        yield A6.skip("a round with its broadcast and two updates or more")
+
+
+def _client(folder: Folder) -> int:
+    return (folder.manifest.client or 0) if folder.manifest else 0
+
+
+def _copies(updates: dict[int, Folder], client: int | None) -> Iterator[Finding]:
+    first: dict[str, int] = {}
+    for k, folder in updates.items():
+        same = first.setdefault(folder.weights_sha256, k)
+        if same != k and client in (None, k, same):
+            yield A6.warn(folder.shown, f"is client {same}'s update, byte for byte", "an update of its own")
+
+
+def _outliers(updates: dict[int, Folder], start: Tensors, client: int | None) -> Iterator[Finding]:
+    products = inner_products(start, [functools.partial(_read, folder) for folder in updates.values()])
+    norms = np.sqrt(np.diag(products))
+    cosines, others, z = pairwise(products), toward_the_rest(products), robust_z(norms)
+    for number, (k, folder) in enumerate(updates.items()):
+        if client not in (None, k):
+            continue
+        if norms[number] == 0:
+            yield A6.warn(folder.shown, "is the broadcast, sent back", "an update")
+            continue
+        among = np.delete(cosines[number], number)
+        said = f"norm {norms[number]:.3g}, cosine to the others {among.min():.2f} to {among.max():.2f}"
+        said += f", to the mean of the rest {others[number]:.2f}"
+        measured = {"norm": norms[number], "cosine_to_rest": others[number]}
+        if z is not None:
+            said, measured = f"{said}, z of the norm {z[number]:.1f}", measured | {"z": z[number]}
+            if abs(z[number]) > LARGEST_Z:
+                yield A6.warn(folder.shown, said, f"z from -{LARGEST_Z} to {LARGEST_Z}")
+        if others[number] < LEAST_COSINE:
+            yield A6.warn(folder.shown, said, f"not against the rest: cosine above {LEAST_COSINE}")
+        yield A6.ok(said, where=folder.shown, measured={name: float(value) for name, value in measured.items()})
+
+
+def _read(folder: Folder) -> Tensors:
+    return read_weights(folder.path).tensors
+
+
+def cross_terms(updates: dict[int, Folder]) -> dict[str, float]:
+    """||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| of each layer, every client weighing the same."""
+    mean = Mean()
+    for folder in updates.values():
+        mean.add(_read(folder), 1)
+    return mean.cross_terms()
+
+
+def pairwise(products: np.ndarray) -> np.ndarray:
+    """The cosine of every two updates, [K, K]; zero where one of them is none."""
+    norms = np.sqrt(np.diag(products))
+    lengths = np.outer(norms, norms)
+    cosines: np.ndarray = np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
+    return cosines
+
+
+def toward_the_rest(products: np.ndarray) -> np.ndarray:
+    """The cosine of each update to the mean of all others, [K]; zero where either is none."""
+    own = np.diag(products)
+    to_all = products.sum(axis=1)
+    rest = np.sqrt(np.maximum(products.sum() - 2 * to_all + own, 0))
+    lengths = np.sqrt(own) * rest
+    cosines: np.ndarray = np.divide(to_all - own, lengths, out=np.zeros(len(own)), where=lengths > 0)
+    return cosines
+
+
+def robust_z(norms: np.ndarray) -> np.ndarray | None:
+    """0.6745 (log norm - median) / MAD of every update, [K]; None for fewer than five, or where MAD is zero."""
+    if len(norms) < FEWEST_FOR_Z or not norms.all():
+        return None
+    logs = np.log(norms)
+    distance = np.abs(logs - np.median(logs))
+    spread = np.median(distance)
+    return 0.6745 * (logs - np.median(logs)) / spread if spread > 0 else None

@@ -1,0 +1,139 @@
+"""A7, leaks: what exchanged files say of a person, a machine or a place; and words that people ask for."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from re import Pattern
+from typing import Any
+
+from stages.audit.checks import Check, Finding, number_of
+from stages.audit.folders import READ, Folder, Scope, every_file, kind_of
+from stages.files import writing
+from stages.runtime.errors import Problem
+
+A7 = Check("A7", "leaks")
+
+ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'=(,:])(?:file://|~?/[\w.-]+/|[A-Za-z]:[\\/]|\\\\\w)")
+EMAIL = re.compile(r"[\w.+-]+@[\w-]+\.[A-Za-z]{2,}")
+UUID = re.compile(r"(?<![0-9A-Fa-f])[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}(?![0-9A-Fa-f])")
+ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]*:[0-9A-Fa-f:]+)(?![\w.:])")
+ED25519 = re.compile(r"[A-Za-z0-9+/]{86}==")  # 64 random bytes, which may look like anything
+COUNTS = ("examples", "tokens", "sample_count")
+SHORTEST_NAME = 2
+
+
+@dataclass(frozen=True)
+class Words:
+    """What to look for beside patterns: the names of this machine and its user, and words that people gave."""
+
+    user: str = ""
+    host: str = ""
+    canaries: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def kinds(self) -> Mapping[str, Pattern[str]]:
+        """What a string may tell, and by what one knows it."""
+        named = {"this user's name": self.user, "this machine's name": self.host}
+        return {"an absolute path": ABSOLUTE_PATH, "an e-mail address": EMAIL} | {
+            name: re.compile(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", re.IGNORECASE)
+            for name, word in named.items()
+            if len(word) >= SHORTEST_NAME
+        }
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def leaks_of(folder: Folder, words: Words) -> Iterator[Finding]:
+    """Of one folder that travels."""
+    if not folder.path.is_relative_to(folder.scope.exchanged):
+        return
+    agreement = folder.scope.agreement
+    is_secure = agreement is not None and agreement.aggregation.is_secure and folder.path.name.startswith("client-")
+    for name, content in folder.contents.items():
+        value = _json_in(content, name)
+        yield from _leaks(content, value, folder.path / name, folder.scope, words)
+        for count in COUNTS if is_secure and value else ():
+            if value and value.get(count):
+                yield A7.fail(folder.file(name), f"tells {count}", "nothing of a client's data, in secure mode")
+
+
+def leaks_between(folders: list[Folder], scopes: list[Scope], client: int | None, words: Words) -> Iterator[Finding]:
+    """Of whatever else travels, in those folders or outside them; and how much was looked at."""
+    done = {folder.path / name for folder in folders for name in folder.names if name.endswith(READ)}
+    total = sum(path.is_relative_to(scope.exchanged) for scope in scopes for path in done)
+    for scope in scopes:
+        for path, status in every_file(scope.exchanged) if scope.exchanged.is_dir() else ():
+            if path in done or kind_of(status) or not scope.concerns(path, client):
+                continue
+            total += 1
+            if status.st_size > writing.READ_AT_ONCE_BYTES:
+                found = f"has {status.st_size} bytes that no manifest names, and is not searched"
+                yield A7.warn(scope.shown(path), found, f"{writing.READ_AT_ONCE_BYTES} bytes at most, or none at all")
+                continue
+            try:
+                content = writing.read(path, limit_bytes=writing.READ_AT_ONCE_BYTES)
+            except (Problem, OSError):  # A2 says why
+                continue
+            yield from _leaks(content, _json_in(content, path.name), path, scope, words)
+    if not total:
+        yield A7.skip("nothing that travels is here")
+        return
+    asked = f"; {number_of(len(words.canaries), 'canary string')} searched in every byte" if words.canaries else ""
+    yield A7.ok(f"{number_of(total, 'file')}: no path, name or address of a machine or a person{asked}")
+
+
+def _leaks(content: bytes, value: dict[str, Any] | None, path: Path, scope: Scope, words: Words) -> Iterator[Finding]:
+    shown, name = scope.shown(path), str(path.relative_to(scope.exchanged))
+    for number, canary in enumerate(words.canaries, 1):
+        forms = {canary.encode(), json.dumps(canary)[1:-1].encode(), canary.encode("utf-16-le")}
+        if canary in name or any(form in content for form in forms):
+            yield A7.fail(shown, f"holds canary string {number}")
+    for place, text in [("its name", name), *_strings(value)]:
+        certain = [kind for kind, pattern in words.kinds.items() if pattern.search(text)]
+        if certain:
+            yield A7.fail(shown, f"{place} tells {' and '.join(certain)}")
+        if UUID.search(text):
+            yield A7.warn(shown, f"{place} holds a UUID")
+        if any(_is_address(found[0]) for found in ADDRESS.finditer(text)):
+            yield A7.warn(shown, f"{place} holds what may be an IP address")
+
+
+def _json_in(content: bytes, name: str) -> dict[str, Any] | None:
+    """A JSON file, or the header of a safetensors file, if it can be read at all."""
+    if name.endswith(".safetensors"):
+        content = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    elif not name.endswith((".json", ".sig")):
+        return None
+    if len(content) > writing.LARGEST_JSON_BYTES:
+        return None
+    try:
+        return writing.parse_json(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _strings(value: object) -> Iterator[tuple[str, str]]:
+    """Every string in a JSON value with the keys that lead to it; keys are strings too. No depth is too deep."""
+    left = [("", value)]
+    while left:
+        place, inner = left.pop()
+        if isinstance(inner, str) and not ED25519.fullmatch(inner):
+            yield place, inner
+        elif isinstance(inner, dict):
+            for key, under in inner.items():
+                yield f"a key in {place}" if place else "a key", key
+                left.append((f"{place}.{key}" if place else key, under))
+        elif isinstance(inner, list):
+            left.extend((place, under) for under in inner)

@@ -1,0 +1,132 @@
+"""A4 and A5, the numbers: what an adapter holds, how large it is, and whether rounds turn back on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import sqrt
+
+import numpy as np
+
+from stages.artefacts.adapter_files import Tensors, layout_of
+from stages.audit.checks import Check, Finding, number_of
+from stages.audit.folders import Folder
+from stages.audit.foreign_adapters import AnyAdapter, B, product_spectrum, rank_of, tensors_if_sound
+from stages.workspace.paths import ADAPTER_WEIGHTS
+
+A4, A5 = Check("A4", "numbers"), Check("A5", "drift")
+
+LEAST_COSINE, LARGEST_RATIO = -0.5, 3.0
+"""An update that turns back on the one before it, or is so many times as long, is worth a look."""
+
+
+def numbers_of(folder: Folder, adapter: AnyAdapter, start: Tensors | None) -> Iterator[Finding]:
+    """Of one adapter. start: the broadcast of its round, if it is here."""
+    weights = folder.file(ADAPTER_WEIGHTS)
+    is_finite = True
+    for name, tensor in adapter.tensors.items():
+        nan, infinite = int(np.isnan(tensor).sum()), int(np.isinf(tensor).sum())
+        if nan or infinite:
+            is_finite = False
+            kinds = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count]
+            yield A4.fail(weights, f"{name}: {' and '.join(kinds)} of {tensor.size}", "finite")
+    if not is_finite:
+        return
+    zeros = [name for name, tensor in adapter.tensors.items() if not tensor.any()]
+    second = [name for name in adapter.tensors if name.endswith(B)]
+    begins = folder.manifest is not None and (folder.manifest.stage, folder.manifest.round) == ("broadcast", 1)
+    is_untrained = bool(second) and set(second) <= set(zeros)
+    if is_untrained and not begins:
+        yield A4.warn(weights, "every B is zero: training did nothing", "some B that is not")
+    for name in zeros:
+        if not (is_untrained and name in second):
+            yield A4.warn(weights, f"{name}: all {adapter.tensors[name].size} values are zero")
+    measured = _measured(adapter, start)
+    said = f"largest value {measured['largest']:.3g}, norm {measured['norm']:.3g}"
+    said += f", update {measured['update_norm']:.3g}" if "update_norm" in measured else ""
+    ranks = [value for name, value in measured.items() if name.startswith("effective_rank/")]
+    said += f", effective rank {min(ranks):.2f} to {max(ranks):.2f}" if ranks else ""
+    yield A4.ok(said + (", untrained as round 1 begins" if is_untrained else ""), where=folder.shown, measured=measured)
+
+
+def _measured(adapter: AnyAdapter, start: Tensors | None) -> dict[str, float]:
+    """largest: of all absolute values; norm: of all as one vector; update_norm: of the difference from start.
+
+    product_norm/LAYER: the Frobenius norm of the scaled B A, what the adapter adds; effective_rank/LAYER: of B A.
+    """
+    tensors = adapter.tensors
+    found = {
+        "largest": max((float(np.abs(tensor).max(initial=0)) for tensor in tensors.values()), default=0.0),
+        "norm": _norm(tensors),
+    }
+    if start is not None and layout_of(start) == layout_of(tensors):
+        found["update_norm"] = _norm({name: tensors[name].astype(np.float64) - start[name] for name in start})
+    for module, a, b in adapter.modules():
+        spectrum = product_spectrum(a, b)
+        if (norm := adapter.adds(module)) is not None:
+            found[f"product_norm/{module}"] = norm
+        if spectrum.any():
+            found[f"effective_rank/{module}"] = rank_of(spectrum)
+    return found
+
+
+def _norm(tensors: Tensors) -> float:
+    return sqrt(sum(float(np.linalg.norm(tensor.astype(np.float64))) ** 2 for tensor in tensors.values()))
+
+
+def numbers_in_all(found: list[Finding]) -> Iterator[Finding]:
+    """A summary of what was measured of each."""
+    sound = [finding.measured for finding in found if finding.level == "OK"]
+    if not sound:
+        yield A4.skip("no adapter that can be read is here")
+        return
+    ranges = []
+    for key, name in (("largest", "largest value"), ("norm", "norm"), ("update_norm", "update")):
+        values = [measured[key] for measured in sound if key in measured]
+        ranges += [f"{name} {min(values):.3g} to {max(values):.3g}"] if values else []
+    ranks = [value for one in sound for key, value in one.items() if key.startswith("effective_rank/")]
+    ranges += [f"effective rank {min(ranks):.2f} to {max(ranks):.2f}"] if ranks else []
+    yield A4.ok(f"{number_of(len(sound), 'adapter')}, every value finite; {', '.join(ranges)}")
+
+
+def drift_of(folders: list[Folder]) -> Iterator[Finding]:
+    """Each round's update of the global adapter against the one of the round before, of one workspace or exchange.
+
+    The update is the average less the broadcast; where no average is here, the next broadcast less this one.
+    """
+    begins, averages = _by_round(folders, "broadcast"), _by_round(folders, "aggregate")
+    ends = averages or {round - 1: folder for round, folder in begins.items()}
+    compared, before = 0, None
+    for round in range(1, max(begins, default=0) + 1):
+        update = _difference(begins[round], ends[round]) if round in begins and round in ends else None
+        if update is not None and before is not None:
+            compared += 1
+            yield from _turn(before, update, round)
+        before = update
+    if compared:
+        yield A5.ok(f"{number_of(compared, 'round')} compared with the one before")
+    else:
+        yield A5.skip("two rounds one after the other, each with its broadcast, and its average or the next broadcast")
+
+
+def _by_round(folders: list[Folder], stage: str) -> dict[int, Folder]:
+    return {one.manifest.round: one for one in folders if one.manifest and one.manifest.stage == stage}
+
+
+def _turn(before: Tensors, update: Tensors, round: int) -> Iterator[Finding]:
+    lengths = _norm(before), _norm(update)
+    if not all(lengths) or not all(np.isfinite(lengths)) or before.keys() != update.keys():
+        return
+    product = sum(float(np.vdot(before[name], update[name])) for name in update)
+    cosine, ratio = product / (lengths[0] * lengths[1]), lengths[1] / lengths[0]
+    said, where = f"cosine to the update before {cosine:.2f}, norm ratio {ratio:.2f}", f"round {round:04d}"
+    if cosine < LEAST_COSINE or ratio > LARGEST_RATIO:
+        yield A5.warn(where, said, f"above {LEAST_COSINE}, below {LARGEST_RATIO}")
+    yield A5.ok(said, where=where, measured={"cosine": cosine, "norm_ratio": ratio})
+
+
+def _difference(before: Folder, after: Folder) -> Tensors | None:
+    """What was added, float64; None unless both are sound adapters of one layout."""
+    start, end = (tensors_if_sound(one.path, one.scope) for one in (before, after))
+    if start is None or end is None or layout_of(start) != layout_of(end):
+        return None
+    return {name: end[name].astype(np.float64) - tensor for name, tensor in start.items()}

@@ -1,0 +1,59 @@
+"""A8, secrets: no key lies in the workspace, which a copy carries along; none is damaged or open to others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.audit.checks import Check, Finding
+from stages.audit.folders import Scope, every_file, kind_of, said_by
+from stages.files import writing
+from stages.parties import vault
+from stages.runtime.errors import Problem
+from stages.workspace.paths import SECRETS_MARKER, Workspace
+
+A8 = Check("A8", "secrets")
+
+NAMES = ("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "identity.key", "ratchet.json", ".netrc", ".htpasswd")
+ENDINGS = (".key", ".p12", ".pfx", ".jks", ".keystore")
+PRIVATE_KEY = b"PRIVATE KEY-----"
+LARGEST_KEY_FILE_BYTES = 1 << 20
+"""Larger files hold weights and rows; keys are small."""
+
+
+def secrets_in(scope: Scope) -> Iterator[Finding]:
+    """Anywhere under the workspace, or the folder that was named."""
+    top = scope.workspace.root if scope.workspace and scope.is_workspace else scope.path
+    for path, status in every_file(top):
+        if kind_of(status):
+            continue
+        if path.name == SECRETS_MARKER:
+            yield A8.fail(scope.shown(path.parent), "is a folder of secret keys", "keys outside the workspace")
+        elif path.name in NAMES or path.name.endswith(ENDINGS):
+            yield A8.fail(scope.shown(path), "is named like a secret key", "keys outside the workspace")
+        elif status.st_size <= LARGEST_KEY_FILE_BYTES and PRIVATE_KEY in _content(path):
+            yield A8.fail(scope.shown(path), "holds a private key", "keys outside the workspace")
+    yield A8.ok("no key lies here")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return writing.read(path, limit_bytes=LARGEST_KEY_FILE_BYTES)
+    except (Problem, OSError):
+        return b""
+
+
+def vaults_of(workspace: Workspace) -> Iterator[Finding]:
+    """The folders of keys that parties of this workspace have on this machine: outside it, and their owner's alone."""
+    found = 0
+    for party in (vault.SERVER, *map(vault.client, workspace.clients)):
+        try:
+            own = vault.Vault.find(workspace, party)
+            found += own is not None
+            for fault in own.faults() if own else ():
+                yield A8.fail(str(fault.where), fault.message, "the secret as it was written")
+        except (Problem, OSError) as problem:
+            where = problem.where if isinstance(problem, Problem) else problem.filename
+            yield A8.fail(str(where), said_by(problem), "0700, its files 0600, outside every workspace")
+    if not found:
+        yield A8.skip("modes of the folder of keys: no keys on this machine")

@@ -1,0 +1,1 @@
+"""Rows and questions: reading them, dividing them, asking them."""

@@ -1,0 +1,99 @@
+"""How a public dataset becomes K private ones: IID, Dirichlet by label, or by task.
+
+Every function deals each row to exactly one client, and none goes away empty-handed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from stages.data.rows import Row
+from stages.runtime.errors import UsageProblem
+
+Deal = list[list[Row]]
+
+
+def iid(rows: Sequence[Row], clients: int, *, alpha: float, rng: np.random.Generator) -> Deal:
+    """Rows dealt in turn from a shuffled pack: shares differ by one row at most."""
+    order = rng.permutation(len(rows))
+    return [[rows[i] for i in order[client::clients]] for client in range(clients)]
+
+
+def dirichlet(rows: Sequence[Row], clients: int, *, alpha: float, rng: np.random.Generator) -> Deal:
+    """Each label's rows divided in proportions drawn from Dirichlet(alpha): the smaller alpha, the more one-sided."""
+    deal: Deal = [[] for _ in range(clients)]
+    for label in sorted({row.label for row in rows}):
+        of_label = [row for row in rows if row.label == label]
+        order = rng.permutation(len(of_label))
+        cuts = np.floor(np.cumsum(rng.dirichlet([alpha] * clients))[:-1] * len(of_label)).astype(int)
+        for client, share in enumerate(np.split(order, cuts)):
+            deal[client] += [of_label[i] for i in share]
+    return deal
+
+
+def by_task(rows: Sequence[Row], clients: int, *, alpha: float, rng: np.random.Generator) -> Deal:
+    """Whole tasks to clients in turn; where clients outnumber tasks, those that share a task share it IID."""
+    tasks = sorted({row.source for row in rows})
+    deal: Deal = [[] for _ in range(clients)]
+    for number, task in enumerate(tasks):
+        takers = list(range(number % clients, clients, len(tasks)))
+        of_task = [row for row in rows if row.source == task]
+        for client, share in zip(takers, iid(of_task, len(takers), alpha=alpha, rng=rng), strict=True):
+            deal[client] += share
+    return deal
+
+
+SPLITS: dict[Literal["iid", "dirichlet", "by-task"], Callable[..., Deal]] = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "by-task": by_task,
+}
+
+
+def split(
+    rows: Sequence[Row],
+    clients: int,
+    *,
+    kind: Literal["iid", "dirichlet", "by-task"],
+    alpha: float,
+    auxiliary_share: float,
+    seed: int,
+) -> tuple[Deal, list[Row]]:
+    """Each client's rows, and the auxiliary rows: that share of the shuffled pack, set aside first.
+
+    Raises UsageProblem if a party would be left without rows.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows))
+    taken = round(auxiliary_share * len(rows))
+    auxiliary = [rows[i] for i in order[:taken]]
+    deal = SPLITS[kind]([rows[i] for i in order[taken:]], clients, alpha=alpha, rng=rng)
+    empty = [f"client {number}" for number, share in enumerate(deal, 1) if not share]
+    empty += [] if auxiliary else ["the server (auxiliary)"]
+    if empty:
+        message = f"this split leaves {', '.join(empty)} without rows ({len(rows)} rows, {clients} clients, {kind})"
+        raise UsageProblem(message, mend="use more data, fewer clients, another split or a larger dirichlet_alpha")
+    return deal, auxiliary
+
+
+def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """The rows but for the last of them, that share, which are kept from training. split has shuffled them.
+
+    Raises UsageProblem if a share above 0 leaves either side without rows.
+    """
+    kept = len(rows) - round(share * len(rows))
+    if share and not 0 < kept < len(rows):
+        side = "to hold out" if kept else "to train on"
+        message = f"data.held_out_share {share:g} of the server's {len(rows)} rows leaves none {side}"
+        raise UsageProblem(message, mend="use more data, a larger auxiliary_share or another held_out_share")
+    return list(rows[:kept]), list(rows[kept:])
+
+
+def unlabel(rows: Sequence[Row], share: float, *, seed: int) -> list[Row]:
+    """The rows in their order, that share of them, drawn at random, without completion and label."""
+    drawn = set(np.random.default_rng(seed).permutation(len(rows))[: round(share * len(rows))].tolist())
+    return [replace(row, completion=None, label="") if i in drawn else row for i, row in enumerate(rows)]

@@ -1,0 +1,138 @@
+"""prepare, a simulation's first step: a public dataset divided among the clients and the server.
+
+Reads lm-eval tasks (by their own prompts) or JSONL files, as [data] in fedcollm.toml says.
+Writes private/client-k/train.jsonl for every k, private/server/auxiliary.jsonl, with data.held_out_share
+private/server/held-out.jsonl, and, last, private/split.json.
+Parties with data of their own put it in those places instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from stages.data.rows import Row, read_rows, rows_bytes, warn_of_spacing
+from stages.files import writing
+from stages.runtime.errors import Refused, UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.paths import AGREEMENT, MACHINE, Workspace, require
+
+
+def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = ignore) -> dict[str, Any]:
+    """Split the dataset of the agreement. Returns what split.json says: sources, duplicates, rows and labels per party.
+
+    No row lands in two places: rows that occur twice are used once. Rows whose prompt is also a test prompt are
+    counted, not removed. Data that is already there is never replaced unless overwrite says so.
+    """
+    data = workspace.agreement.data
+    report(Event("stage", "prepare"))
+    if workspace.machine.simulation is False:
+        message = "prepare deals public rows to all parties of a simulation; machine.toml says that this is none"
+        raise Refused(
+            message, where=workspace.root / MACHINE, mend="put the party's own rows in their place; see status"
+        )
+    if bool(data.tasks) == bool(data.files):
+        mend = "list lm-eval tasks or JSONL files there; parties with their own data skip prepare"
+        raise UsageProblem(
+            "prepare needs exactly one of data.tasks and data.files", where=workspace.root / AGREEMENT, mend=mend
+        )
+    if data.tasks:
+        rows, test = _from_tasks(workspace, report)
+    else:
+        rows, test = [row for name in data.files for row in _from_file(workspace, name)], None
+    warn_of_spacing(rows, report)
+    parties, summary = _divide(workspace, rows, test)
+    return _publish(workspace, parties, summary, overwrite, report)
+
+
+def _from_tasks(workspace: Workspace, report: Report) -> tuple[list[Row], set[str]]:
+    from stages.data import tasks
+
+    agreement = workspace.agreement
+    rows: list[Row] = []
+    loaded = tasks.load(workspace, agreement.data.tasks, report)
+    for task in loaded:
+        found = tasks.training_rows(task)
+        report(Event("note", f"{task.config.task}: {len(found)} rows"))
+        rows += found
+    is_same = agreement.evaluation.tasks in ([], agreement.data.tasks)
+    scored = loaded if is_same else tasks.load(workspace, agreement.evaluation.tasks, report)
+    return rows, {prompt for task in scored for prompt in tasks.test_prompts(task)}
+
+
+def _from_file(workspace: Workspace, name: str) -> list[Row]:
+    path = workspace.local(name)
+    require(path, f"the data file {name} is not there", "correct data.files in fedcollm.toml")
+    return [
+        Row(row.prompt, row.completion, row.label, row.source or str(Path(name).with_suffix("")))
+        for row in read_rows(path)[0]
+    ]
+
+
+def _divide(
+    workspace: Workspace, rows: list[Row], test: set[str] | None
+) -> tuple[dict[Path, list[Row]], dict[str, Any]]:
+    from stages.data.partition import hold_out, split, unlabel
+
+    agreement, data = workspace.agreement, workspace.agreement.data
+    unique = list({(row.prompt, row.completion): row for row in rows}.values())
+    clients = agreement.federation.clients
+    deal, auxiliary = split(
+        unique,
+        clients,
+        kind=data.split,
+        alpha=data.dirichlet_alpha,
+        auxiliary_share=data.auxiliary_share or 1 / (clients + 1),
+        seed=workspace.seed_for("prepare", 1),
+    )
+    parties = {workspace.client_data(k): share for k, share in zip(workspace.clients, deal, strict=True)}
+    auxiliary, held_out = hold_out(auxiliary, data.held_out_share or 0.0)
+    auxiliary = unlabel(auxiliary, data.unlabelled_share or 0.0, seed=workspace.seed_for("unlabel", 1))
+    parties[workspace.auxiliary_data] = auxiliary
+    unlabelled = sum(row.completion is None for row in auxiliary)
+    summary = {
+        "agreement_sha256": workspace.agreement_sha256,
+        "sources": data.tasks or data.files,
+        "sources_sha256": workspace.sources_sha256(),
+        "split": data.split,
+        "rows": len(rows),
+        "duplicates_dropped": len(rows) - len(unique),
+        "also_in_test": None if test is None else sum(row.prompt in test for row in unique),
+        "auxiliary": {"labelled": len(auxiliary) - unlabelled, "unlabelled": unlabelled},
+        "parties": {path.parent.name: _counts(share) for path, share in parties.items()},
+    }
+    if held_out:
+        parties[workspace.held_out_data] = held_out
+        summary["held_out"] = _counts(held_out)
+    return parties, summary
+
+
+def _counts(share: list[Row]) -> dict[str, Any]:
+    """What split.json says of some rows."""
+    return {
+        "rows": len(share),
+        "sha256": writing.sha256(rows_bytes(share)),
+        "labels": dict(sorted(Counter(row.label for row in share).items())),
+        "sources": dict(sorted(Counter(row.source for row in share).items())),
+    }
+
+
+def _publish(
+    workspace: Workspace, parties: dict[Path, list[Row]], summary: dict[str, Any], overwrite: bool, report: Report
+) -> dict[str, Any]:
+    if not overwrite:
+        existing = [path for path in parties if path.exists()]
+        changed = [path for path in existing if writing.read_own(path) != rows_bytes(parties[path])]
+        if changed:
+            message = f"{workspace.shown(changed[0])} is there already and is not what prepare would write"
+            raise Refused(message, where=changed[0], mend="move it away, or give --overwrite to replace it")
+        if len(existing) == len(parties) and workspace.split.exists():
+            if writing.read_own(workspace.split) != writing.json_bytes(summary):  # other sources, the same rows of them
+                writing.write(workspace.split, writing.json_bytes(summary))
+            report(Event("note", "already done"))
+            return summary
+    for path, share in parties.items():
+        writing.write(path, rows_bytes(share))
+    writing.write(workspace.split, writing.json_bytes(summary))
+    return summary

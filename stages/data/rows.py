@@ -1,0 +1,274 @@
+"""The one training format: JSON lines {"prompt": ..., "completion": ...}, read strictly and turned into tokens.
+
+A row is tokenised exactly as lm-eval tokenises a context and its continuation, so that what is trained is what is
+scored. Auxiliary rows may be unlabelled: without a completion, two models can still teach each other what follows the
+prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from stages.files import writing
+from stages.runtime.errors import Damaged
+from stages.runtime.events import Event, Report
+from stages.runtime.texts import lines
+
+MOST_LISTED = 20
+"""How many bad lines of a file one error tells."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example. label and source (a task's name) are known only where `prepare` made it.
+
+    completion: None for an unlabelled row.
+    """
+
+    prompt: str
+    completion: str | None
+    label: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids; the first prompt_tokens of them are not trained on: all of them, if it is unlabelled."""
+
+    input_ids: list[int]
+    prompt_tokens: int
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens carry cross-entropy."""
+        return len(self.input_ids) - self.prompt_tokens
+
+    @property
+    def distilled_positions(self) -> int:
+        """At how many positions models can teach each other: one for each answer token, or the end of the prompt."""
+        return max(self.answer_tokens, 1)
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is needed here."""
+
+    bos_token: str | None
+    eos_token: str | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer adds by itself or without."""
+
+
+def read_rows(path: Path, *, unlabelled: bool = False) -> tuple[list[Row], str]:
+    """The rows of a file, or of what a link leads to, and the sha256 of its bytes.
+
+    unlabelled: whether rows {"prompt": ...} may be among them. Raises Damaged naming every bad line, and the mend, and
+    NotReady for a file that is not there.
+    """
+    try:
+        content = writing.read_own(path)
+    except FileNotFoundError:
+        raise writing.not_there(path) from None
+    rows: list[Row] = []
+    found: dict[int, str] = {}
+    for number, line in enumerate(_lines(content, path), 1):
+        try:
+            rows.append(_row(line, unlabelled))
+        except _BadRow as error:
+            found[number] = str(error)
+    if found:
+        expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
+        raise _bad_lines(path, found, expected + (', or {"prompt": "..."} alone' if unlabelled else ""))
+    if not rows:
+        raise Damaged(f"{path.name} is empty", where=path, mend='put rows {"prompt": ..., "completion": ...} in it')
+    return rows, writing.sha256(content)
+
+
+def check_json_lines(path: Path) -> None:
+    """Raise Damaged, naming every bad line, unless a file is JSON lines of objects, or empty ones, of whatever keys."""
+    found: dict[int, str] = {}
+    for number, line in enumerate(_lines(writing.read_own(path), path), 1):
+        try:
+            if line.strip():
+                _parsed(line)
+        except _BadRow as error:
+            found[number] = str(error)
+    if found:
+        raise _bad_lines(path, found, "expected a JSON object")
+
+
+def _lines(content: bytes, path: Path) -> list[str]:
+    """The text of a file as lines; a byte order mark before the first is passed over."""
+    if content.startswith(b"\x1f\x8b"):
+        mend = f"unpack it: gunzip -c {path.name} > rows.jsonl && mv rows.jsonl {path.name}"
+        raise Damaged(f"{path.name} is compressed with gzip", where=path, mend=mend)
+    try:
+        # Not splitlines(): JSON text may hold U+2028, which is no end of a JSON line.
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{path.name} is not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+class _BadRow(ValueError):
+    """What is wrong with one line."""
+
+
+def _bad_lines(path: Path, found: dict[int, str], expected: str) -> Damaged:
+    """The error about a file's bad lines: the first in full, some of the others, and how many there are."""
+    (first, what), *others = found.items()
+    shown = [f"line {number}: {other}" for number, other in others[: MOST_LISTED - 1]]
+    if len(found) > MOST_LISTED:
+        shown.append(f"and {len(found) - MOST_LISTED} lines more")
+    message = lines([f"line {first} of {path.name}: {what}; {expected}", *shown], "\n  - ")
+    mend = f"correct line {first} of {path.name}" if not others else f"correct these {len(found)} lines of {path.name}"
+    return Damaged(message, where=f"{path}:{first}", mend=mend)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _BadRow(f"the key {twice[:80]!r} appears twice")
+    return value
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        value: Any = json.loads(line, object_pairs_hook=_object)
+    except _BadRow:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _BadRow(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise _BadRow(f"a {type(value).__name__}")
+    return value
+
+
+def _row(line: str, unlabelled: bool) -> Row:
+    if not line.strip():
+        raise _BadRow("an empty line")
+    value = _parsed(line)
+    # Another key may be a completion with its name misspelt.
+    is_unlabelled = unlabelled and value.keys() <= {"prompt", "label", "source"}
+    for key in ("prompt",) if is_unlabelled else ("prompt", "completion"):
+        if key not in value:
+            raise _BadRow(f"no {key}")
+        if not isinstance(value[key], str) or not value[key].strip():
+            raise _BadRow(f"{key} is not text, or is empty")
+        try:
+            value[key].encode()
+        except UnicodeEncodeError:
+            raise _BadRow(f"{key} holds half a character, a surrogate without its other") from None
+    label, source = ("" if value.get(key) is None else str(value[key]) for key in ("label", "source"))
+    return Row(value["prompt"], value.get("completion"), label, source)
+
+
+def warn_of_spacing(rows: Sequence[Row], report: Report) -> None:
+    """Tell how many answers stand right against their prompt, or two spaces from it: nothing else shows that."""
+    labelled = [(row.prompt, row.completion) for row in rows if row.completion is not None]
+    unspaced = sum(not (prompt[-1].isspace() or completion[0].isspace()) for prompt, completion in labelled)
+    if unspaced:
+        report(Event("warning", f"{unspaced} of {len(labelled)} completions begin without a space after their prompt"))
+    doubled = sum(is_doubly_spaced(prompt, completion) for prompt, completion in labelled)
+    if doubled:
+        report(Event("warning", f"{doubled} of {len(labelled)} completions have two spaces or more before them"))
+
+
+def is_doubly_spaced(prompt: str, completion: str) -> bool:
+    """Whether more than one space parts an answer from its prompt: models have hardly ever read that."""
+    spaces = len(prompt) - len(prompt.rstrip(" ")) + len(completion) - len(completion.lstrip(" "))
+    return bool(prompt) and spaces > 1
+
+
+def rows_bytes(rows: Iterable[Row]) -> bytes:
+    """Rows as JSON lines; label and source stay behind."""
+    values = (
+        {"prompt": row.prompt} | ({} if row.completion is None else {"completion": row.completion}) for row in rows
+    )
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    context: int,
+    too_long: Literal["refuse", "skip"],
+    path: Path,
+) -> list[Example]:
+    """Every row as tokens, at most max_length and at most the model's context of them.
+
+    Rows that do not fit are refused by line (raises Damaged) or skipped; nothing is ever cut.
+    """
+    limit = min(max_length, context)
+    examples = []
+    for number, row in enumerate(rows, 1):
+        example = encode_row(row, tokenizer)
+        if example.prompt_tokens < 1:
+            message = f"line {number} of {path.name} is too short: there is no token of a prompt before its answer"
+            raise Damaged(message, where=f"{path}:{number}", mend="give the row a longer prompt")
+        if len(example.input_ids) <= limit:
+            examples.append(example)
+        elif too_long == "refuse":
+            bound = f"max_length is {max_length}, the model's context {context}"
+            message = f"line {number} of {path.name} has {len(example.input_ids)} tokens; {bound}"
+            raised = "" if limit == context else "raise max_length, "
+            mend = f'shorten the row, {raised}or agree on data.too_long = "skip"'
+            raise Damaged(message, where=f"{path}:{number}", mend=mend)
+    if not examples:
+        raise Damaged(f"no row of {path.name} fits in {limit} tokens", where=path, mend="raise max_length")
+    return examples
+
+
+def tell_left_out(
+    rows: Sequence[Row], examples: Sequence[Example], path: Path, report: Report, name: str = "rows_left_out"
+) -> dict[str, float]:
+    """How many rows were too long and skipped, told, and under this name for log and manifest; empty if none was."""
+    left_out = len(rows) - len(examples)
+    if not left_out:
+        return {}
+    report(Event("warning", f"{left_out} of {len(rows)} rows of {path.name} are too long and left out"))
+    return {name: left_out}
+
+
+def encode_row(row: Row, tokenizer: Tokenizer) -> Example:
+    """One row as tokens: whitespace at the end of the prompt belongs to the completion, as in lm-eval."""
+    # Nor does a prompt that spells the first special token out, as chat templates do, get it twice.
+    first = tokenizer.bos_token or tokenizer.eos_token  # as in lm-eval
+    is_spelled_out = bool(first) and row.prompt.startswith(str(first))
+    context = tokenizer.encode(row.prompt.rstrip(), add_special_tokens=not is_spelled_out)
+    if row.completion is None:
+        return Example(context, len(context))
+    whole = tokenizer.encode(row.prompt + row.completion, add_special_tokens=not is_spelled_out)
+    # A tokenizer may merge across the border; the answer then starts where the prompt's own tokens end.
+    return Example(whole, min(len(context), len(whole) - 1))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How many rows parties have, the fewest and the most, and the longest row and answer in tokens, if known."""
+
+    fewest: int
+    most: int
+    longest: int | None = None
+    longest_answer: int | None = None
+
+
+def extent(paths: Iterable[Path], tokenizer: Tokenizer | None, *, unlabelled: bool = False) -> Extent | None:
+    """The extent of the files that are there; None if there is none of them. Raises Damaged as read_rows does."""
+    found = [read_rows(path, unlabelled=unlabelled)[0] for path in paths if path.exists()]
+    if not found:
+        return None
+    fewest, most = min(map(len, found)), max(map(len, found))
+    if tokenizer is None:
+        return Extent(fewest, most)
+    examples = [encode_row(row, tokenizer) for rows in found for row in rows]
+    longest = max(len(example.input_ids) for example in examples)
+    return Extent(fewest, most, longest, max(example.distilled_positions for example in examples))

@@ -1,0 +1,1 @@
+"""All of it, on a small world of its own."""

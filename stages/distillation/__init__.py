@@ -1,0 +1,1 @@
+"""Mutual distillation, in one phase or in two."""

@@ -1,0 +1,192 @@
+"""Co-distillation in two phases: a teacher is captured once, without its student; a student learns from the capture.
+
+Only one of the two models is in memory at any time. What it costs: the teacher stands still for the whole round, where
+in one phase both move together step by step; and only its k likeliest tokens are known one by one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.artefacts import checkpoints
+from stages.data.rows import Example
+from stages.distillation import top_k_logits
+from stages.distillation.top_k_logits import Captured, Source
+from stages.files import writing
+from stages.models.loading import Tuned, naming_memory_knobs
+from stages.runtime.errors import UsageProblem
+from stages.runtime.events import Event, Report
+from stages.training.batches import Batch, answer_logits, collate
+from stages.training.losses import DIVERGENCES, TopK, captured_distillation, cross_entropy, top_k
+from stages.training.micro_batch import rows_that_fit
+from stages.training.objective import Losses, Objective, Tokens
+from stages.workspace.agreement import Distillation
+
+TAUGHT = "taught_"
+"""What the parts of a TopK are called in a batch, before their own names."""
+
+
+# --- capture
+
+
+def capture(
+    teacher: Tuned,
+    examples: Sequence[Example],
+    source: Source,
+    *,
+    rows: int,
+    finds_rows: bool = False,
+    every: int,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    overwrite: bool = False,
+    report: Report,
+) -> Captured:
+    """What the teacher says at every distilled position, without dropout, so many rows at a time.
+
+    Of each batch only the k likeliest tokens are kept. Every so many batches what there is goes to the folder, and a
+    run with equal inputs that was stopped goes on from there; the caller removes it. finds_rows: whether to try how
+    many rows fit, and take fewer if not all do.
+    """
+    total = sum(example.distilled_positions for example in examples)
+    largest = top_k_logits.largest_bytes(len(examples), total, min(source.top_k, source.vocabulary))
+    over = largest - writing.LARGEST_ADAPTER_BYTES
+    if over > 0:
+        fits = max(min(source.top_k, source.vocabulary) + -over // (8 * total), 1)
+        message = f"a capture of {total} positions with --top-k {source.top_k} would have {largest} bytes"
+        raise UsageProblem(message, mend=f"give --top-k {fits} or less")
+    if finds_rows:
+        once = partial(_said, teacher, source=source, report=lambda _: None)
+        rows = rows_that_fit(lambda some: once([some]), examples, rows, report=report)
+    wanted = writing.json_bytes({**inputs, "rows": rows})
+    if overwrite or not checkpoints.is_of(folder, wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.write(folder / checkpoints.INPUTS, wanted)
+    batches = [examples[start : start + rows] for start in range(0, len(examples), rows)]
+    parts = []
+    for start in range(0, len(batches), every):
+        some = batches[start : start + every]
+        place = folder / f"batches-{start}.safetensors"
+        if not place.exists():
+            with naming_memory_knobs():
+                part = _said(teacher, some, source, report=partial(_tell, report, start, len(batches)))
+            top_k_logits.check(part, f"what the {teacher.role.upper()} says")
+            writing.write(place, top_k_logits.capture_bytes(part))
+        content = writing.read(place, limit_bytes=writing.LARGEST_ADAPTER_BYTES)
+        parts.append(top_k_logits.parse_capture(content, place))
+    return Captured(
+        source,
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("positions", "tokens", "log_probabilities", "confidence")
+        ),
+    )
+
+
+@torch.no_grad()
+def _said(teacher: Tuned, batches: Sequence[Sequence[Example]], source: Source, *, report: Any) -> Captured:
+    """The capture of some batches."""
+    was_training = teacher.model.training
+    teacher.model.eval()
+    found = []
+    for number, batch in enumerate(batches):
+        tensors = collate(batch, may_pack=teacher.packs, hidden_size=teacher.hidden_size)
+        device = teacher.model.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=teacher.autocast):
+            logits = answer_logits(teacher.model, {name: tensor.to(device) for name, tensor in tensors.items()})
+        short = top_k(logits[..., : source.vocabulary], source.top_k, temperature=source.temperature)
+        found.append([part.cpu().numpy() for part in short])
+        report(number)
+    teacher.model.train(was_training)
+    positions = [example.distilled_positions for batch in batches for example in batch]
+    tokens, log_probabilities, confidence = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Captured(source, np.array(positions, np.int32), tokens.astype(np.int32), log_probabilities, confidence)
+
+
+def _tell(report: Report, before: int, total: int, number: int) -> None:
+    report(Event("step", "capturing", step=before + number + 1, total=total))
+
+
+# --- train
+
+
+@dataclass(frozen=True)
+class Taught(Example):
+    """A row with a captured teacher: what it says there begins at this position of the capture."""
+
+    first: int
+
+
+class TaughtObjective(Objective):
+    """One half of Eq. 6: a student's cross-entropy, and its divergence from a teacher that was captured.
+
+    Its examples are those of `taught`.
+    """
+
+    def __init__(self, student: Tuned, captured: Captured, settings: Distillation, weights: Mapping[str, float]):
+        super().__init__([student], taught_losses(student.role, settings, captured.source.vocabulary), weights)
+        self._captured = captured
+
+    def collate(self, examples: Sequence[Example], step: Tokens | None = None) -> Batch:
+        """A batch, with what the teacher says of it."""
+        places = np.concatenate([np.arange(one.first, one.first + one.distilled_positions) for one in _all(examples)])
+        found = self._captured
+        short = TopK(
+            torch.from_numpy(found.tokens[places].astype(np.int64)),
+            torch.from_numpy(found.log_probabilities[places]),
+            torch.from_numpy(found.confidence[places]),
+        )
+        return super().collate(examples, step) | as_batch(short)
+
+    def losses_of(self, logits: Mapping[str, Tensor], batch: Batch, tokens: Tokens) -> dict[str, Tensor]:
+        """Every named loss; the teacher comes in the batch, beside the student's logits."""
+        return super().losses_of({**logits, **{name: batch[name] for name in _NAMES}}, batch, tokens)
+
+
+_NAMES = [f"{TAUGHT}{name}" for name in TopK._fields]
+
+
+def as_batch(teacher: TopK) -> Batch:
+    """What a teacher says, as parts of a batch."""
+    return dict(zip(_NAMES, teacher, strict=True))
+
+
+def taught_losses(role: str, settings: Distillation, vocabulary: int) -> Losses:
+    """Eq. 4 and Eq. 5 of one model, whose teacher's TopK stands beside its logits."""
+    distilled = partial(
+        captured_distillation,
+        vocabulary=vocabulary,
+        temperature=settings.temperature,
+        divergence=DIVERGENCES[settings.divergence],
+        min_confidence=settings.min_confidence,
+    )
+
+    def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        teacher = TopK(*(logits[name] for name in _NAMES))
+        return {
+            f"{role}_ft": cross_entropy(logits[role], labels, tokens.labelled),
+            f"{role}_kd": distilled(logits[role], teacher, tokens.distilled),
+        }
+
+    return losses
+
+
+def taught(examples: Sequence[Example], captured: Captured) -> list[Taught]:
+    """The rows that were captured, each with its place in the capture."""
+    firsts = captured.firsts.tolist()
+    return [Taught(row.input_ids, row.prompt_tokens, first) for row, first in zip(examples, firsts, strict=True)]
+
+
+def _all(examples: Sequence[Example]) -> list[Taught]:
+    found = [one for one in examples if isinstance(one, Taught)]
+    assert len(found) == len(examples), "only rows that were captured can be taught"
+    return found

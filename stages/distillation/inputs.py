@@ -1,0 +1,81 @@
+"""What a co-distillation starts from: the aggregate, the LLM's adapter of the round before, and the auxiliary rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.artefacts.manifest import Artefact, received
+from stages.data.rows import Row, read_rows, warn_of_spacing
+from stages.parties.vault import SERVER
+from stages.runtime.errors import UsageProblem
+from stages.runtime.events import Event, Report
+from stages.workspace.agreement import Role
+from stages.workspace.paths import Workspace, require
+
+OTHER: dict[Role, Role] = {"slm": "llm", "llm": "slm"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one run of the stage starts from. omega is None in round 1: the LLM's adapter is made fresh."""
+
+    theta: Artefact
+    omega: Artefact | None
+    rows: list[Row]
+    data_sha256: str
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """The sha256 of each manifest that it starts from, by name."""
+        return {"aggregate": self.theta.sha256} | self.parents_of("llm")
+
+    def parents_of(self, role: Role) -> dict[str, str]:
+        """The adapter that this model starts from."""
+        if role == "slm":
+            return {"aggregate": self.theta.sha256}
+        return {"llm": self.omega.sha256} if self.omega else {}
+
+
+def read_auxiliary(workspace: Workspace, report: Report) -> tuple[list[Row], str]:
+    """The auxiliary rows and their digest."""
+    data = workspace.auxiliary_data
+    require(data, "the server has no auxiliary data", "put JSONL rows there, or make them with `fedcollm prepare`")
+    rows, data_sha256 = read_rows(data, unlabelled=True)
+    warn_of_spacing(rows, report)
+    _tell_of_unlabelled(workspace, rows, report)
+    return rows, data_sha256
+
+
+def theta_of(workspace: Workspace, round: int) -> Artefact:
+    """What the SLM starts from."""
+    source = workspace.aggregate(round)
+    require(source, f"the aggregate of round {round} is not there", f"fedcollm aggregate --round {round}")
+    return received(source, workspace, reader=SERVER, stage="aggregate", round=round)
+
+
+def omega_of(workspace: Workspace, round: int) -> Artefact | None:
+    """What the LLM starts from; None in round 1."""
+    if round == 1:
+        return None
+    earlier = workspace.llm(round - 1)
+    require(earlier, f"the LLM's adapter of round {round - 1} is not there", f"fedcollm co-distill --round {round - 1}")
+    return received(earlier, workspace, reader=SERVER, stage="co-distill", round=round - 1)
+
+
+def lock_of(workspace: Workspace, round: int) -> Path:
+    """Held by whoever trains in a round, in one phase or in two."""
+    return workspace.log("co-distill", round).with_suffix(".lock")
+
+
+def _tell_of_unlabelled(workspace: Workspace, rows: list[Row], report: Report) -> None:
+    """Tell how many rows only distillation learns from. Raises UsageProblem if that leaves a model without a loss."""
+    unlabelled = sum(row.completion is None for row in rows)
+    if unlabelled:
+        report(Event("note", f"{unlabelled} of {len(rows)} auxiliary rows are unlabelled: distillation alone"))
+    settings = workspace.agreement.distillation
+    for role, weight in (("slm", settings.lambda_slm), ("llm", settings.lambda_llm)):
+        if unlabelled == len(rows) and weight == 0:
+            message = f"nothing would teach the {role.upper()}: no auxiliary row has a completion, lambda_{role} is 0"
+            mend = f"add rows with a completion to it, or agree on distillation.lambda_{role} = 1.0"
+            raise UsageProblem(message, where=workspace.auxiliary_data, mend=mend)

@@ -1,0 +1,1 @@
+"""Scores from lm-eval tasks, and of whom."""

@@ -1,0 +1,214 @@
+"""Accuracy by lm-evaluation-harness: its own scoring on a model that is already in memory, nothing re-implemented."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from lm_eval import evaluate
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+
+from stages.data.rows import Row, encode_row, is_doubly_spaced
+from stages.data.tasks import HARMLESS, MISTAKES, mistaken
+from stages.files import writing
+from stages.models import adapters
+from stages.models.loading import PROBE_TEXTS, Tuned, naming_memory_knobs
+from stages.runtime import quiet
+from stages.runtime.errors import BadNumbers, UsageProblem
+from stages.runtime.events import Event, Report
+from stages.runtime.processes import ALONE, Processes
+
+
+class _Reporting(HFLM):  # type: ignore[misc]
+    """lm-eval's Hugging Face model, which also says how far it is.
+
+    Of several processes each scores its share of the requests; lm-eval sees all answers in all of them. shares: False
+    where the model is spread over the processes, so that each must take part in every forward pass.
+    """
+
+    report: Report
+    processes: Processes = ALONE
+    shares = True
+    _done = 0
+    _total = 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._shared(super().loglikelihood, requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return self._shared(super().generate_until, requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        return self._shared(super().loglikelihood_rolling, requests)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As a row is split for training: what is trained is what is scored."""
+        example = encode_row(Row(context, continuation), self.tokenizer)
+        return example.input_ids[: example.prompt_tokens], example.input_ids[example.prompt_tokens :]
+
+    def cut(self, requests: Iterable[Any]) -> set[Any]:
+        """The questions of these requests that do not fit into the context: lm-eval drops their beginning.
+
+        Raises UsageProblem for an answer that does not fit by itself.
+        """
+        found = set()
+        for request in requests:
+            if request.request_type == "loglikelihood":
+                context, answer = request.args[:2]
+                before, after = self._encode_pair(context, answer) if context else ([self.prefix_token_id], [])
+                wanted = len(after if context else self.tok_encode(answer, add_special_tokens=False))
+                longest, room = len(before) + wanted - 1, self.max_length
+            elif request.request_type == "generate_until":
+                wanted = int(request.args[1].get("max_gen_toks", self.max_gen_toks))
+                longest, room = len(self.tok_encode(request.args[0])), self.max_length - wanted
+            else:
+                continue  # scored window by window: nothing is dropped
+            if wanted >= self.max_length:
+                message = f"an answer to question {request.doc_id + 1} of task {request.task_name} has {wanted} tokens"
+                mend = "shorten it or max_gen_toks, or take a model of a longer context"
+                raise UsageProblem(f"{message}; the model's context is {self.max_length}", mend=mend)
+            if longest > room:
+                found.add(request.doc_id)
+        return found
+
+    def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+        count, rank = (self.processes.count, self.processes.rank) if self.shares else (1, 0)
+        own = requests[rank::count]
+        self._done, self._total = 0, len(own)
+        answers = answer(own, disable_tqdm=True) if own else []
+        for request, one in zip(own, answers, strict=True):
+            likelihood = one[0] if isinstance(one, tuple) else one
+            if isinstance(likelihood, float) and math.isnan(likelihood):
+                message = f"question {request.doc_id + 1} of task {request.task_name}: an answer's likelihood is NaN"
+                raise BadNumbers(message, mend=adapters.NO_SETTING_OF_TRAINING)
+        if count == 1:
+            return answers
+        all_answers = self.processes.gather(answers)
+        return [all_answers[i % count][i // count] for i in range(len(requests))]
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tell(len(inps))
+        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tell(len(context))
+        tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        return tokens
+
+    def _tell(self, rows: int) -> None:
+        self._done = min(self._done + rows, self._total)
+        self.report(Event("step", "scoring", step=self._done, total=self._total))
+
+
+def score(
+    tuned: Tuned,
+    tasks: Sequence[ConfigurableTask],
+    *,
+    with_adapter: bool,
+    limit: int | None,
+    batch_size: int,
+    processes: Processes = ALONE,
+    shares: bool = True,
+    report: Report,
+) -> dict[str, Any]:
+    """Each task's metrics, number of questions, version and prompt, zero-shot, and which questions were right.
+
+    with_adapter: score the base with its adapter, after proof that the adapter changes the logits; else the base alone.
+    processes: all get all the scores; each does its share of the work, unless shares is False.
+    """
+    model = tuned.model
+    was_training = model.training
+    model.eval()
+    scope = contextlib.nullcontext() if with_adapter else model.disable_adapter()
+    probe = tuned.tokenizer.encode(PROBE_TEXTS[0])[: tuned.context]
+    if with_adapter:
+        adapters.check_acts(model, probe)
+    telling = quiet.telling(report, "lm_eval", but_for=HARMLESS)
+    with naming_memory_knobs(), scope, quiet.libraries(), telling:
+        adapters.logits(model, probe)  # which raises if they are no numbers
+        lm = _Reporting(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
+        lm.report, lm.processes, lm.shares = report, processes, shares
+        try:
+            for task in tasks:
+                task.set_config(key="num_fewshot", value=0)
+            cut = {str(task.config.task): _cut(lm, task, limit, report) for task in tasks}
+            results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
+        except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise mistaken(", ".join(str(task.config.task) for task in tasks), error) from error
+    model.train(was_training)
+    assert results is not None
+    return {task.config.task: _of_task(task, results, report) | cut[str(task.config.task)] for task in tasks}
+
+
+def _cut(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Report) -> dict[str, Any]:
+    """How many questions are cut, told, and the digest of all that is asked: what the scores depend on."""
+    try:
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+    except MISTAKES as error:
+        raise mistaken(str(task.config.task), error) from error
+    asked = [(one.doc_id, one.idx, one.args) for one in task.instances]
+    cut, questions = len(lm.cut(task.instances)), len({one.doc_id for one in task.instances})
+    if cut:
+        words = f"{cut} of {questions} questions of {task.config.task} are longer than the model's context"
+        report(Event("warning", f"{words} of {lm.max_length} tokens: scored without their beginning"))
+    answered = (one for one in task.instances if one.request_type == "loglikelihood")
+    doubled = {one.doc_id for one in answered if is_doubly_spaced(*one.args[:2])}
+    if doubled:
+        words = (
+            f"{len(doubled)} of {questions} questions of {task.config.task} have two spaces or more before an answer"
+        )
+        report(Event("warning", f"{words}: one is in doc_to_text or the choices, another is target_delimiter"))
+    return {"cut": cut, "questions_sha256": writing.sha256(repr(asked).encode())}
+
+
+def _of_task(task: ConfigurableTask, results: dict[str, Any], report: Report) -> dict[str, Any]:
+    name = task.config.task
+    metrics = {
+        key.removesuffix(",none"): value
+        for key, value in results["results"][name].items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and "," in key
+    }
+    if not metrics:
+        mend = "correct metric_list in its task file: acc, acc_norm, exact_match, ..."
+        raise UsageProblem(f"task {name} gave no score: no metric that lm-eval knows, or no question", mend=mend)
+    for key, value in metrics.items():
+        if not math.isfinite(value):
+            mend = "compute with --dtype float32; or leave that metric out of metric_list in its task file"
+            raise BadNumbers(f"{key} of task {name} is {value}", mend=mend)
+    measured = {key.partition(",")[0] for key in results["results"][name]}
+    if absent := sorted(set(task._metric_fn_list) - measured):
+        words = f"{name} asks for {', '.join(absent)}, which lm-eval does not measure of {task.OUTPUT_TYPE}"
+        report(Event("warning", words))
+    prompt = task.config.doc_to_text
+    return {
+        "metrics": metrics,
+        "questions": results["n-samples"][name]["effective"],
+        "questions_in_all": results["n-samples"][name]["original"],
+        "correct": _correct(results["samples"][name]),
+        "version": results["versions"].get(name),
+        "prompt": prompt if isinstance(prompt, str) else "a function of the task",
+        "num_fewshot": results["n-shot"].get(name, 0),
+    }
+
+
+def _correct(samples: list[dict[str, Any]]) -> dict[str, str]:
+    """For each metric that is 0 or 1 for every question, the questions in their order: "0110" is two of four right.
+
+    With them two models are compared question by question, which tells far more than two means.
+    """
+    values: dict[str, list[Any]] = {}
+    for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
+        suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+        for metric in sample["metrics"]:
+            values.setdefault(f"{metric}{suffix}", []).append(sample[metric])
+    return {
+        metric: "".join(str(int(value)) for value in found)
+        for metric, found in values.items()
+        if all(isinstance(value, int | float) and value in (0, 1) for value in found)
+    }

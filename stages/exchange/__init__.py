@@ -1,0 +1,1 @@
+"""What travels: as folders, or as one file to mail or carry."""

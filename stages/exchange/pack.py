@@ -1,0 +1,134 @@
+"""pack: what a party sends, as one file to mail or to carry.
+
+Reads from exchange/ what this party has made: a client's update and reveal, the server's broadcast and close, a
+client's public keys, or the roster with everybody's. Writes one file, outside the exchange; the same files give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.exchange.bundles import bundle_bytes
+from stages.files import writing
+from stages.runtime.errors import Refused, UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.paths import Workspace, require
+
+if TYPE_CHECKING:
+    from stages.exchange.parcels import Parcel
+
+SECOND_LEGS = ("close", "reveal")
+"""What goes along in a secure round once there is one; the bundle is named by it."""
+
+
+def pack(
+    workspace: Workspace,
+    *,
+    folder: Path,
+    round: int | None = None,
+    client: int | None = None,
+    to: int | None = None,
+    keys: bool = False,
+    roster: bool = False,
+    output: Path | None = None,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> dict[str, Any]:
+    """Write a bundle; returns its path, digest and members. Checked before it is written, as `unpack` checks it.
+
+    With round: what the client sends in it, or, without one, the server; to: for this client, without what the close
+    holds for others. keys: instead, the client's public keys. roster: instead, the roster and every client's keys.
+    folder: where a bundle goes that has no output.
+    Raises Refused rather than pack a secret key, or replace another file.
+    """
+    _check_words(round, client, to, keys, roster)
+    for number in filter(None, (client, to)):
+        workspace.check_client(number)
+    from stages.exchange import parcels
+
+    members: dict[str, bytes] = {}
+    last = ""
+    for parcel in _wanted(workspace, round, client, keys):
+        if parcel.kind == "close" and to is not None and not parcels.is_for(to, parcel.folder(workspace)):
+            report(Event("note", f"the close of round {round} is over others than client {to}: it is not packed"))
+            continue
+        contents = parcels.collected(parcel, workspace, to=to)
+        last = parcel.kind
+        parcels.check(parcel, contents, workspace, parcel.folder(workspace))
+        members |= {parcel.name(workspace, file): content for file, content in contents.items()}
+    content = bundle_bytes(workspace.agreement.federation.name, members)
+    path = output or folder / _name(workspace, round, client, to, keys, last)
+    _write(path, content, overwrite, report)
+    listed = [
+        {"name": name, "size_bytes": len(members[name]), "sha256": writing.sha256(members[name])}
+        for name in sorted(members)
+    ]
+    return {"path": str(path), "size_bytes": len(content), "sha256": writing.sha256(content), "members": listed}
+
+
+def _check_words(round: int | None, client: int | None, to: int | None, keys: bool, roster: bool) -> None:
+    """Raise UsageProblem unless exactly one thing is asked for."""
+    what = [round is not None, keys, roster]
+    if sum(what) != 1 or (keys and client is None) or (roster and client is not None):
+        mend = "fedcollm pack --client 2 --round 5, or --server --round 5, --keys --client 2, --roster"
+        raise UsageProblem(
+            "pack needs one thing to pack: a round of a client or of the server, keys, roster", mend=mend
+        )
+    if to is not None and (round is None or client is not None):
+        mend = "fedcollm pack --server --round 5 --to 2"
+        raise UsageProblem("--to is for what the server sends in a round", mend=mend)
+
+
+def _wanted(workspace: Workspace, round: int | None, client: int | None, keys: bool) -> list[Parcel]:
+    """What is to be packed, all of it there. A close or a reveal goes along once there is one."""
+    from stages.exchange.parcels import Parcel
+
+    if round is None:
+        return _public(workspace, client, keys)
+    workspace.check_round(round)
+    first = Parcel("broadcast", round) if client is None else Parcel("client", round, client)
+    then = Parcel("close", round) if client is None else Parcel("reveal", round, client)
+    name = f"the broadcast of round {round}" if client is None else f"client {client}'s update of round {round}"
+    by = f"broadcast --round {round}" if client is None else f"client-train --client {client} --round {round}"
+    require(first.folder(workspace), f"{name} is not there", f"fedcollm {by}")
+    return [first, *([then] if os.path.lexists(then.folder(workspace)) else [])]
+
+
+def _public(workspace: Workspace, client: int | None, keys: bool) -> list[Parcel]:
+    """A client's public keys, or the roster and all keys that the server has."""
+    from stages.exchange.parcels import Parcel
+
+    if keys:
+        assert client is not None
+        wanted = [Parcel("keys", client=client)]
+    else:
+        here = [k for k in workspace.clients if workspace.public_keys(k).exists()]
+        wanted = [Parcel("federation"), *(Parcel("keys", client=k) for k in here)]
+    for parcel in wanted:
+        by = f"keys --client {parcel.client}" if parcel.client else "enroll"
+        for file in parcel.public_files(workspace):
+            require(parcel.folder(workspace) / file, f"{file} is not there", f"fedcollm {by}")
+    return wanted
+
+
+def _name(workspace: Workspace, round: int | None, client: int | None, to: int | None, keys: bool, last: str) -> str:
+    """What a bundle is called. last: of what it carries, which tells the two legs of a secure round apart."""
+    federation = workspace.agreement.federation.name
+    if round is None:
+        return f"{federation}-keys-client-{client}.fedcollm" if keys else f"{federation}-roster.fedcollm"
+    sender = "server" if client is None else f"client-{client}"
+    leg = f"-{last}" if last in SECOND_LEGS else ""
+    return f"{federation}-round-{round:04d}-{sender}{leg}{f'-to-{to}' if to else ''}.fedcollm"
+
+
+def _write(path: Path, content: bytes, overwrite: bool, report: Report) -> None:
+    if os.path.lexists(path) and not overwrite:
+        if path.is_file() and path.read_bytes() == content:
+            report(Event("note", "already done"))
+            return
+        mend = "name another place with --output, or give the command again with --overwrite"
+        raise Refused(f"{path.name} is there already, with other bytes", where=path, mend=mend)
+    writing.write(path, content)

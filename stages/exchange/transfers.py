@@ -1,0 +1,91 @@
+"""What has travelled: the bytes of every folder in exchange/, by round, sender and receiver; of keys and roster too.
+
+Sizes are those of each folder's files, as its manifest names them, with the manifest and its signature; no other file
+is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.artefacts.manifest import inbox, read_manifest
+from stages.workspace.paths import MANIFEST, Workspace
+
+SERVER = "server"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One folder on its way: "server" to "client-2", or back. parameters: 0 where it holds no adapter.
+
+    round: 0 is before the first, when keys go to the server, and the roster with everybody's keys to each client.
+    """
+
+    round: int
+    sender: str
+    receiver: str
+    size_bytes: int
+    parameters: int
+
+
+def transfers(workspace: Workspace) -> list[Transfer]:
+    """What the folders in exchange/ say has been sent; a broadcast goes to each of the K clients.
+
+    Raises Damaged for a folder whose manifest cannot be read.
+    """
+    found = _enrolment(workspace)
+    for round in range(1, workspace.agreement.federation.rounds + 1):
+        broadcast = workspace.broadcast(round)
+        if os.path.lexists(broadcast):
+            size_bytes, parameters = _size(broadcast)
+            found += [Transfer(round, SERVER, client(k), size_bytes, parameters) for k in workspace.clients]
+        for k, update in workspace.client_updates(round).items():
+            found.append(Transfer(round, client(k), SERVER, *_size(update)))
+        found += _unmasking(workspace, round)
+    return found
+
+
+def client(number: int) -> str:
+    """How the ledger calls a client."""
+    return f"client-{number}"
+
+
+def _enrolment(workspace: Workspace) -> list[Transfer]:
+    """Keys to the server; the roster, with all keys, back to everybody."""
+    keys = {k: _signed(path) for k in workspace.clients if (path := workspace.public_keys(k)).exists()}
+    found = [Transfer(0, client(k), SERVER, size_bytes, 0) for k, size_bytes in keys.items()]
+    if workspace.federation.exists():
+        size_bytes = _signed(workspace.federation) + sum(keys.values())
+        found += [Transfer(0, SERVER, client(k), size_bytes, 0) for k in workspace.clients]
+    return found
+
+
+def _unmasking(workspace: Workspace, round: int) -> list[Transfer]:
+    """Secure mode: the close with each survivor's own inbox, and what each reveals."""
+    found, close = [], workspace.close(round)
+    if os.path.lexists(close):
+        boxes = read_manifest(close)[0].files
+        for k in workspace.clients:
+            if inbox(k) in boxes:
+                found.append(
+                    Transfer(round, SERVER, client(k), _signed(close / MANIFEST) + boxes[inbox(k)].size_bytes, 0)
+                )
+    for k in workspace.clients:
+        if os.path.lexists(workspace.reveal(round, k)):
+            found.append(Transfer(round, client(k), SERVER, *_size(workspace.reveal(round, k))))
+    return found
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    """Bytes of a folder's files, its manifest and its signature, and its parameters."""
+    manifest, _ = read_manifest(folder)
+    listed = sum(entry.size_bytes for entry in manifest.files.values())
+    return _signed(folder / MANIFEST) + listed, manifest.parameters
+
+
+def _signed(path: Path) -> int:
+    """Bytes of a file and of the signature beside it, if there is one."""
+    signature = path.with_name(f"{path.name}.sig")
+    return path.lstat().st_size + (signature.lstat().st_size if os.path.lexists(signature) else 0)

@@ -1,0 +1,1 @@
+"""A model as others load it, with its card."""

@@ -1,0 +1,165 @@
+"""export: one model in the form that others load, a PEFT folder or merged weights, with a model card.
+
+Reads the adapter that `evaluate` reads, and for the card results/ and private/split.json where they are there.
+Writes exports/NAME-round-t or another folder; export.json in it says what it was made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.artefacts.manifest import Artefact, versions
+from stages.artefacts.subjects import Subject, adapter_of, subject_of
+from stages.bases.base_names import hub_id, name_of
+from stages.export.model_card import model_card
+from stages.files import writing
+from stages.runtime.errors import Damaged, Refused
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MODEL_CARD, Workspace
+
+if TYPE_CHECKING:
+    from stages.workspace.agreement import Role
+
+FORMAT = "fedcollm-export/1"
+
+
+def export(
+    workspace: Workspace,
+    *,
+    model: Subject = "slm",
+    round: int,
+    client: int | None = None,
+    merged: bool = False,
+    folder: Path | None = None,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> dict[str, Any]:
+    """Write one model as others load it. Returns what export.json says.
+
+    model, client: as evaluate has them. merged: whole weights instead of an adapter. folder: instead of the place in
+    exports/. Before it is published, the export is loaded back and proven to have the logits of base and adapter, and
+    not those of the base; BadNumbers otherwise.
+    """
+    subject = subject_of(model, client)
+    report(Event("stage", f"export {subject}, round {round}{', merged' if merged else ''}"))
+    adapter = adapter_of(workspace, model, round, client)
+    role: Role = "llm" if subject == "llm" else "slm"
+    base_model = hub_id(workspace, role)
+    revision = workspace.agreement.model_of(role).revision if base_model else None
+    card = model_card(workspace, adapter, subject, merged=merged, base_model=base_model, revision=revision).encode()
+    what = {
+        "format": FORMAT,
+        "federation": adapter.manifest.federation,
+        "subject": subject,
+        "round": round,
+        "merged": merged,
+        "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256,
+        "manifest_sha256": adapter.sha256,
+        "agreement_sha256": workspace.agreement_sha256,
+        "base": adapter.manifest.base.model_dump() | {"model": base_model, "revision": revision},
+        "model_card_sha256": writing.sha256(card),
+    }
+    target = folder or workspace.export(round, subject, merged=merged)
+    if done := _already_made(target, what, workspace.shown(target), overwrite=overwrite):
+        report(Event("note", "already done"))
+        return done
+    with writing.publishing(target) as draft:
+        if not merged:
+            _write_adapter(draft, adapter, base_model, revision)
+        proof = _write_and_prove(draft, workspace, role, adapter, merged=merged)
+        (draft / MODEL_CARD).write_bytes(card)
+        made = what | {"proof": proof, "files": _digests(draft), "versions": versions()}
+        (draft / EXPORT).write_bytes(writing.json_bytes(made))
+    words = f"off by {proof['error']:.2g} at most, where the adapter moves them by {proof['change']:.2g}"
+    if base_model is None:
+        report(Event("note", f"its base has no name that others know: it was tuned on {name_of(workspace, role)}"))
+    report(Event("note", f"loaded back, its logits are those of base and adapter: {words}"))
+    return made
+
+
+def _already_made(target: Path, what: dict[str, Any], shown: str, *, overwrite: bool) -> dict[str, Any] | None:
+    """What export.json of a whole export of the same inputs says, or None: make it.
+
+    Raises Refused for an export of other inputs, and, whatever overwrite says, for a folder that is not an export.
+    """
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return None
+    elsewhere = "name another folder with --to, or move that one away"
+    earlier = writing.read_json(target / EXPORT)[0] if (target / EXPORT).is_file() else {}
+    if earlier.get("format") != FORMAT:
+        raise Refused(f"{shown} is there already and is not an export", where=target, mend=elsewhere)
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    if strangers := sorted(found - earlier["files"].keys() - {EXPORT}):
+        message = f"{shown} holds {strangers[0]}, which no export made"
+        raise Refused(message, where=target / strangers[0], mend=elsewhere)
+    if overwrite:
+        return None
+    mend = "give the command again with --overwrite to replace it"
+    if changed := [key.removesuffix("_sha256") for key in what if earlier.get(key) != what[key]]:
+        message = f"{shown} was exported from other inputs; changed since: {', '.join(changed)}"
+        raise Refused(message, where=target, mend=mend)
+    for name, entry in earlier["files"].items():
+        path = target / name
+        if not path.is_file() or path.stat().st_size != entry["size_bytes"]:
+            raise Damaged(f"{name} of an earlier export is missing or was changed", where=path, mend=mend)
+    return earlier
+
+
+def _write_adapter(draft: Path, adapter: Artefact, base_model: str | None, revision: str | None) -> None:
+    """The exchanged files, the base named where it has a name; the weights byte for byte."""
+    config = writing.parse_json(adapter.contents[ADAPTER_CONFIG])
+    config |= {"base_model_name_or_path": base_model, "revision": revision}
+    (draft / ADAPTER_CONFIG).write_bytes(writing.json_bytes(config))
+    (draft / ADAPTER_WEIGHTS).write_bytes(adapter.contents[ADAPTER_WEIGHTS])
+
+
+def _write_and_prove(
+    draft: Path, workspace: Workspace, role: Role, adapter: Artefact, *, merged: bool
+) -> dict[str, Any]:
+    """Write merged weights, or take the adapter that was written; then load the draft back. Returns the proof.
+
+    In float32 whatever the settings say; of the two models that are compared only one is in memory at a time.
+    """
+    import torch
+
+    from stages.export import exported
+    from stages.models import quantization
+    from stages.models.loading import Models, naming_memory_knobs
+
+    settings = workspace.agreement.model_of(role)
+    in_float32 = dataclasses.replace(workspace, flags=workspace.flags.model_copy(update={"dtype": "float32"}))
+    with naming_memory_knobs("export on a machine with more memory, or with --device cpu: it computes in float32"):
+        models = Models(in_float32)
+        device = models.device
+        tuned = models.with_adapter(role, adapter)
+        base = Path(tuned.tokenizer.name_or_path)
+        tokenizer = tuned.tokenizer
+        tuned = exported.in_full(tuned, settings) if merged else tuned
+        expected = exported.reference(tuned)
+        if merged:
+            exported.write_merged(draft, tuned, base)
+            exported.copy_tokenizer(draft, base, tokenizer)
+        del models, tuned
+        gc.collect()  # modules refer to each other in circles
+        quantized = quantization.loading(role, settings.quantization, torch.float32, device)
+        found = exported.load_merged(draft, device) if merged else exported.load_adapter(draft, base, device, quantized)
+        dtype = exported.stored_dtype(base) if merged else torch.float32
+        proof = exported.check_logits(found, expected, dtype)
+    if merged:
+        exported.check_tokenizer(draft, adapter.manifest.base.tokenizer_sha256)
+    return proof | {"stored_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _digests(draft: Path) -> dict[str, dict[str, Any]]:
+    """sha256 and size of every file, read in pieces: merged weights are large."""
+    found = {}
+    for path in sorted(path for path in draft.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(draft).as_posix()] = {"sha256": digest, "size_bytes": path.stat().st_size}
+    return found

@@ -1,0 +1,179 @@
+"""The model card of an export: what manifest, agreement, `prepare` and `evaluate` have written down, as a README.
+
+Nothing in it names a person, a host or a path, and there is no time in it: the same files give the same card.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from stages.artefacts.manifest import Artefact, BaseIdentity, Manifest
+from stages.artefacts.records import is_of_base, read_result
+from stages.files import writing
+from stages.runtime.texts import in_code, in_line, in_markdown
+from stages.workspace.agreement import Budget, Method
+from stages.workspace.paths import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST, Workspace
+
+TEMPLATE = "model_card.md.j2"
+PLAIN_NAME = re.compile(r"[A-Za-z][\w.-]*(/[\w.-]+)?", re.ASCII)
+NO_TEXTS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+"""What needs no quotes in YAML, unless it means something else there."""
+
+LOSSES = {
+    "slm_ft": "SLM, cross-entropy of the answers, nats a token",
+    "slm_kd": "SLM, divergence from the LLM, nats a token",
+    "llm_ft": "LLM, cross-entropy of the answers, nats a token",
+    "llm_kd": "LLM, divergence from the SLM, nats a token",
+}
+
+
+FEDAVG = "clients tune LoRA adapters of a small language model on data that stay where they are; a server averages them"
+METHODS: dict[Method, str] = {
+    "fedcollm": f"FedCoLLM (https://arxiv.org/abs/2411.11707): {FEDAVG} and lets small and large model teach each "
+    "other.",
+    "fedavg": f"FedAvg, a baseline of FedCoLLM: {FEDAVG}.",
+    "fedavg-aux": f"a baseline of FedCoLLM: {FEDAVG} and tunes small and large model on data of its own, each by "
+    "itself.",
+    "standalone": "a baseline of FedCoLLM: no adapter is averaged, each client goes on with its own.",
+    "centralized": "a baseline of FedCoLLM that no federation could have: one party with everyone's data.",
+}
+
+
+def model_card(
+    workspace: Workspace, adapter: Artefact, subject: str, *, merged: bool, base_model: str | None, revision: str | None
+) -> str:
+    """The card as Markdown, with the front matter that the hub reads.
+
+    subject: "slm", "llm", "aggregate" or "client-2". base_model, revision: of the base on a hub, None for a folder.
+    """
+    manifest = adapter.manifest
+    model = f"--client {manifest.client}" if manifest.client else f"--model {subject}"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_told,
+    )
+    environment.filters |= {"quoted": in_code, "in_shell": lambda text: shlex.quote(in_line(text))}
+    environment.filters |= {"marked": in_markdown, "front": _in_front_matter}
+    return environment.get_template(TEMPLATE).render(
+        manifest=manifest,
+        agreement=workspace.agreement,
+        subject=subject,
+        merged=merged,
+        base_model=base_model,
+        revision=revision,
+        method=method_of(manifest, workspace.agreement.federation.method),
+        budget=_budget,
+        losses=_losses(manifest),
+        parties=_rows_of_parties(workspace),
+        scores=_scores(workspace, adapter, subject),
+        evaluate=f"fedcollm evaluate --round {manifest.round} {model}",
+        hashes=_hashes(adapter),
+    )
+
+
+def _in_front_matter(name: str) -> str:
+    """A text of the YAML at the card's head."""
+    is_plain = PLAIN_NAME.fullmatch(name) and name.lower() not in NO_TEXTS
+    return name if is_plain else in_code(name)
+
+
+def _told(value: Any) -> Any:
+    """What the template prints of its own accord or of others': each on one line."""
+    return in_line(value) if type(value) is str else value
+
+
+def method_of(manifest: Manifest, method: Method) -> str:
+    """How an adapter was made, in a sentence or two."""
+    whose, large = f"The small model of client {manifest.client}", "The large model"
+    distilled = method == "fedcollm"
+    last = {
+        "standalone": f"{whose}, tuned on its own data alone",
+        "centralized": f"{large}, tuned on the data of all parties in one place",
+    }.get(method) or {
+        "client-train": f"{whose}, tuned on its own data from what the server sent",
+        "aggregate": "The average of the clients' small models",
+        "slm": "The small model: the average of the clients', then "
+        + ("taught by the server's large one" if distilled else "tuned on the server's auxiliary data"),
+        "llm": f"{large}: tuned at the server"
+        + (", and taught by the clients' averaged small one" if distilled else ""),
+    }[manifest.role if manifest.stage == "co-distill" else manifest.stage]
+    return f"{last}. Made with {METHODS[method]}"
+
+
+def _budget(settings: Budget) -> str:
+    length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
+    return f"{length} of AdamW, {settings.rows_per_step} rows a step"
+
+
+def _losses(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return [
+        (words, f"{manifest.metrics[f'{name}_before']:.4g}", f"{manifest.metrics[f'{name}_after']:.4g}")
+        for name, words in LOSSES.items()
+        if f"{name}_before" in manifest.metrics
+    ]
+
+
+def _rows_of_parties(workspace: Workspace) -> list[tuple[str, int]]:
+    """What `prepare` dealt under this agreement; nothing where the parties have data of their own."""
+    if not workspace.split.exists():
+        return []
+    split, _ = writing.read_json(workspace.split)
+    if split["agreement_sha256"] != workspace.agreement_sha256:
+        return []
+    return [(party, found["rows"]) for party, found in split["parties"].items()]
+
+
+def _scores(workspace: Workspace, adapter: Artefact, subject: str) -> list[dict[str, Any]]:
+    """What `evaluate` measured of this very adapter, beside the same of its base alone; empty if it did not."""
+    manifest = adapter.manifest
+    ours = _result(workspace.result(manifest.round, subject), manifest.files[ADAPTER_WEIGHTS].sha256, manifest.base)
+    base = dict(_metrics(_result(workspace.result(None, manifest.role), None, manifest.base)))
+    return [
+        {"task": task, "questions": questions, "metric": metric, "value": value, "base": base.get(key, ("-", ""))[0]}
+        for key, (value, questions) in _metrics(ours)
+        for task, metric in [key]
+    ]
+
+
+def _result(path: Path, adapter_sha256: str | None, base: BaseIdentity) -> dict[str, Any]:
+    """The tasks of a result, if it is there and of this adapter (None: of the base alone) on this base."""
+    if not path.exists():
+        return {}
+    result = read_result(path)
+    is_this = result.get("adapter_sha256") == adapter_sha256 and is_of_base(result, base)
+    return dict(result["tasks"]) if is_this else {}
+
+
+def _metrics(tasks: dict[str, Any]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """(task, metric) -> (value with its standard error, number of questions)."""
+    for task, found in tasks.items():
+        metrics = found["metrics"]
+        for name in sorted(metrics):
+            if name.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{name}_stderr")
+            value = f"{metrics[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+            in_all = found.get("questions_in_all", found["questions"])
+            asked = f"{found['questions']}" + (f" of {in_all}" if found["questions"] < in_all else "")
+            yield (task, name), (value, f"{asked}, {found['cut']} cut" if found.get("cut") else asked)
+
+
+def _hashes(adapter: Artefact) -> list[tuple[str, str]]:
+    manifest = adapter.manifest
+    return [
+        (f"the adapter, `{ADAPTER_WEIGHTS}`", manifest.files[ADAPTER_WEIGHTS].sha256),
+        (f"its manifest, `{MANIFEST}`", adapter.sha256),
+        (f"the agreement of all parties, `{AGREEMENT}`", manifest.agreement_sha256),
+        ("the base's weights", manifest.base.weights_sha256),
+        ("the base's tokenizer", manifest.base.tokenizer_sha256),
+    ]

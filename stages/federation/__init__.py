@@ -1,0 +1,1 @@
+"""Driving the steps: run, next, compare, sweep, Slurm."""

@@ -1,0 +1,191 @@
+"""run: whole federations on one machine, in one process, by the same stages; what chains them is here.
+
+Base models are loaded once. It leaves exactly the files that the separate commands leave, and goes on from whatever is
+there. Another method than the agreement's runs in baselines/<method>, on the same data.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.aggregate import aggregate
+from stages.artefacts.manifest import EDITED, read_manifest
+from stages.broadcast import broadcast
+from stages.client_train import client_train
+from stages.co_distill import co_distill
+from stages.data.prepare import prepare
+from stages.evaluate import evaluate
+from stages.parties import roster
+from stages.parties.enroll import enroll
+from stages.parties.join import join
+from stages.parties.keys import keys
+from stages.progress.rounds import Reader
+from stages.progress.status import edited
+from stages.reveal import reveal
+from stages.runtime.errors import NotReady, Refused
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.agreement import Method
+from stages.workspace.paths import AGREEMENT, Workspace
+
+if TYPE_CHECKING:
+    from stages.models.loading import Models
+    from stages.study.variants import Changes
+
+
+def run(
+    workspace: Workspace,
+    *,
+    method: Method | None = None,
+    rounds: range | None = None,
+    scores: bool = True,
+    overwrite: bool = False,
+    models: Models | None = None,
+    report: Report = ignore,
+) -> list[dict[str, Any]]:
+    """Every step of these rounds (default: all). Returns the scores, unless scores is False.
+
+    method: by default the agreement's. Scored are the server's models after every round, and each client's SLM after
+    the last (where nothing is averaged, after each); before, the bases alone.
+    """
+    from stages.models.loading import Models
+
+    _keep_imports()
+    models = models or Models(workspace)
+    if method not in (None, workspace.agreement.federation.method):
+        from stages.study import variants
+
+        folder, changes = variants.baseline(workspace, method)
+        made_by = f"fedcollm run --method {method}"
+        workspace = derived(workspace, folder, changes, made_by=made_by, overwrite=overwrite, report=report)
+        models = models.of(workspace)
+    federation, evaluation = workspace.agreement.federation, workspace.agreement.evaluation
+    rounds = rounds or range(1, federation.rounds + 1)
+    for round in (rounds[0], rounds[-1]):
+        workspace.check_round(round)
+    scores = scores and bool(evaluation.tasks or workspace.agreement.data.tasks)
+    score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
+
+    is_derived = workspace.home != workspace.root  # the bases are scored where it was derived from
+    if workspace.agreement.aggregation.is_secure:
+        _enrol(workspace, renew=overwrite, report=report)
+    if not overwrite:
+        _check_agreement(workspace, rounds[-1])
+    results = [score(model="slm"), score(model="llm")] if scores and not is_derived else []
+    for round in rounds:
+        report(Event("round", f"{federation.method}, round {round} of {federation.rounds}"))
+        _round(workspace, round, overwrite, models, report)
+        if scores and federation.distils:
+            results += [score(model="slm", round=round), score(model="llm", round=round)]
+        elif scores and federation.averages:
+            results += [score(model="aggregate", round=round)]
+        if scores and (round == rounds[-1] or not federation.averages):
+            results += [score(round=round, client=client) for client in workspace.client_adapters(round)]
+    return results
+
+
+@functools.cache
+def _keep_imports() -> None:
+    """Keep what is imported out of garbage collection, which Trainer asks for whenever it begins: 0.2 s each time.
+
+    Once in a process: a second time would keep the models of an earlier run for ever.
+    """
+    from stages.training import training  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
+def derived(
+    parent: Workspace,
+    folder: Path,
+    changes: Changes,
+    *,
+    made_by: str,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> Workspace:
+    """A workspace derived from parent, ready to run: made if it is not there, with data of its own if need be."""
+    from stages.study import variants
+
+    variant = variants.make_variant(parent, folder, changes, made_by=made_by, overwrite=overwrite)
+    report(Event("note", f"in {parent.shown(folder)}"))
+    if variants.deals_anew(parent, changes):
+        prepare(variant, overwrite=overwrite, report=report)
+    return variant
+
+
+def _check_agreement(workspace: Workspace, last: int) -> None:
+    """Raise Refused, before anything is scored, if the rounds so far were made under another agreement."""
+    roster.check_agreement(workspace)
+    reader = Reader(workspace, verify=False)
+    for round in range(1, last + 1):
+        reader.round(round)
+    if found := edited(workspace, reader.other_agreements):
+        raise Refused(found, where=workspace.root / AGREEMENT, mend=EDITED)
+
+
+def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:
+    """One round of Algorithm 1, as far as the method goes."""
+    federation = workspace.agreement.federation
+    if federation.averages or round == 1:
+        broadcast(workspace, round=round, overwrite=overwrite, models=models, report=report)
+    for client in _here(workspace, round, overwrite):
+        client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
+    if federation.averages:
+        _aggregate(workspace, round, overwrite, models, report)
+    if federation.distils:
+        co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
+
+
+def _enrol(workspace: Workspace, *, renew: bool, report: Report) -> None:
+    """Keys for every party, where one machine plays them all: each joins the roster that is made here."""
+    report(Event("stage", "keys, enroll, join"))
+    here = [client for client in workspace.clients if workspace.client_data(client).exists()]
+    for client in here:
+        keys(workspace, client=client, renew=renew)
+    enrolled = enroll(workspace, renew=renew)
+    for client in here:
+        join(workspace, client=client, fingerprint=enrolled.fingerprint)
+
+
+def _aggregate(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:
+    """The average; in secure mode the close, each client's reveal, and then the average."""
+    average = partial(aggregate, workspace, round=round, overwrite=overwrite, models=models, report=report)
+    if not workspace.agreement.aggregation.is_secure or (workspace.aggregate(round).exists() and not overwrite):
+        average()
+        return
+    try:
+        average()
+    except NotReady:
+        if not workspace.close(round).exists():
+            raise
+        closed = read_manifest(workspace.close(round))[0].closing or {}
+        for client in workspace.client_adapters(round):
+            if f"client-{client}" in closed:
+                reveal(workspace, client=client, round=round, report=report)
+        average()
+
+
+def _here(workspace: Workspace, round: int, overwrite: bool) -> list[int]:
+    """The clients to train on this machine in a round.
+
+    Not those whose update came from elsewhere, as at a real server; nor, where a quorum is enough, those without data
+    here, or those that a finished average did without, unless that is to be made again.
+    """
+    clients = list(workspace.clients)
+    if workspace.aggregate(round).exists() and not overwrite:
+        averaged = read_manifest(workspace.aggregate(round))[0].parents
+        clients = [client for client in clients if f"client-{client}" in averaged]
+    opening = read_manifest(workspace.broadcast(round))[0].opening if workspace.broadcast(round).exists() else None
+    clients = [client for client in clients if opening is None or client in opening.clients]
+    may_be_absent = workspace.agreement.aggregation.min_clients is not None
+    return [
+        client
+        for client in clients
+        if workspace.client_data(client).exists()
+        or not (may_be_absent or workspace.client_update(round, client).exists())
+    ]

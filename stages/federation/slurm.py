@@ -1,0 +1,198 @@
+"""slurm: job scripts that run a federation on a Slurm cluster, and the list of jobs that are missing.
+
+Reads the settings; for the list, everything that status reads. Writes slurm/*.sbatch, slurm/*.sh. Submits nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from stages.federation.jobs import Chain, base_subjects, chain, server_subjects
+from stages.files import writing
+from stages.parties.vault import SERVER, client
+from stages.progress.rounds import PREPARE, STALE_ROWS, Reader, enrolment
+from stages.runtime.errors import NotReady, Refused, UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.runtime.texts import lines
+from stages.workspace.agreement import Role, Slurm
+from stages.workspace.paths import MACHINE, Workspace
+
+BRIEF = ("broadcast", "close", "reveal", "window")
+"""Scripts that train and score nothing: they ask for no GPU and for nothing of server_options or client_options."""
+
+
+def slurm(
+    workspace: Workspace,
+    *,
+    only: str | None = None,
+    processes: int | None = None,
+    flags: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> list[Path]:
+    """Write the scripts. Returns their paths, submit.sh last.
+
+    only: the one party whose jobs are submitted here, "server" or "client-2". processes: of a training stage; default:
+    as machine.toml says. flags: keys of its [slurm] with values that win over its own. Raises Refused rather than
+    replace a script that was changed.
+    """
+    _check_party(workspace, only)
+    settings = _settings(workspace, flags or {})
+    contents = _scripts(workspace, settings, only, processes or workspace.machine.processes or 1)
+    for name, content in contents.items():
+        path = workspace.slurm / name
+        if path.exists() and path.read_text() != content and not overwrite:
+            message = f"{workspace.shown(path)} is there already, and differs"
+            raise Refused(message, where=path, mend="give the command again with --overwrite to replace the scripts")
+    for name, content in contents.items():
+        writing.write(workspace.slurm / name, content.encode(), mode=0o777 if name.endswith(".sh") else 0o666)
+    for absent in _missing(workspace, _parties(workspace, only) or {SERVER}, scores=True):
+        report(Event("warning", f"missing here, to be mended before slurm/submit.sh: {absent}"))
+    return [workspace.slurm / name for name in contents]
+
+
+def jobs(workspace: Workspace, *, only: str | None = None, window: int | None = None) -> Chain:
+    """What is left to submit, from what lies in the workspace now.
+
+    Raises NotReady where compute nodes would miss a model, rows or a dataset, or nothing can be done yet.
+    """
+    _check_party(workspace, only)
+    parties = _parties(workspace, only)
+    if not parties:
+        mend = "`fedcollm status` names what is missing; in a simulation, `fedcollm prepare` makes it"
+        raise NotReady(f"{only or 'every party'} has no data here", where=workspace.private, mend=mend)
+    if workspace.agreement.aggregation.is_secure:
+        _check_enrolled(workspace, parties)
+    reader = Reader(workspace, verify=False)
+    if reader.are_rows_stale:
+        raise Refused(STALE_ROWS, where=workspace.split, mend=f"{PREPARE}, which tells whether the rows change")
+    rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
+    found = chain(workspace, rounds, parties, window=window)
+    if found.waiting_for and not found.jobs:
+        mend = "`fedcollm status` shows all of it"
+        raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend=mend)
+    scores = any(job.script == "evaluate" for job in found.jobs)
+    if found.jobs and (absent := _missing(workspace, parties, scores=scores)):
+        message = lines(["missing here, and compute nodes fetch nothing:", *absent], "\n  - ")
+        raise NotReady(message, where=workspace.root, mend="mend that on this machine, then submit again")
+    return found
+
+
+def _check_party(workspace: Workspace, party: str | None) -> None:
+    known = {SERVER, *map(client, workspace.clients)}
+    if party is not None and party not in known:
+        mend = f"give --only server, or --only client-1 to client-{len(workspace.clients)}"
+        raise UsageProblem(f"there is no party {party!r}", where=workspace.root, mend=mend)
+
+
+def _check_enrolled(workspace: Workspace, parties: set[str]) -> None:
+    """Raise NotReady if a party has no keys or has not joined: jobs cannot compare fingerprints."""
+    for party in sorted(parties):
+        command, waiting_for = enrolment(workspace, party)
+        if command or waiting_for:
+            message = f"{party} is not enrolled for secure aggregation"
+            message += f", and waits for {waiting_for}" if waiting_for else ""
+            raise NotReady(message, where=workspace.root, mend=command or "`fedcollm next` takes a party's next step")
+
+
+def _parties(workspace: Workspace, only: str | None) -> set[str]:
+    """Who is on this machine, by their data; where nothing is averaged, the server is whoever has the clients'."""
+    here = {client(k) for k in workspace.clients if workspace.client_data(k).exists()}
+    if workspace.auxiliary_data.exists() or (here and not workspace.agreement.federation.averages):
+        here.add(SERVER)
+    return here & {only} if only else here
+
+
+def _missing(workspace: Workspace, parties: set[str], *, scores: bool) -> list[str]:
+    """What these parties' jobs need and would not find, each with what mends it."""
+    from stages.planning.missing import missing
+
+    is_server = SERVER in parties
+    roles: list[Role] = ["slm", "llm"] if is_server and workspace.agreement.federation.distils else ["slm"]
+    found = missing(workspace, roles=roles, scores=scores and is_server)
+    return [lines([one.what, f"    mend  {one.mend}"]) for one in found]
+
+
+# --- scripts
+
+
+def _settings(workspace: Workspace, flags: Mapping[str, object]) -> Slurm:
+    try:
+        return Slurm.model_validate(workspace.machine.slurm.model_dump() | dict(flags))
+    except ValidationError as error:
+        found = [(".".join(map(str, one["loc"])), one["msg"], one["input"]) for one in error.errors()]
+        mistakes = [f"{key}: {message}, found {value!r}" for key, message, value in found]
+        mend = f"as sbatch takes them, such as --time 04:00:00 --mem 32G; [slurm] of {MACHINE} explains them"
+        raise UsageProblem(lines(["what Slurm is asked for", *mistakes], "\n  - "), mend=mend) from error
+
+
+def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes: int) -> dict[str, str]:
+    """The text of each script that this federation needs."""
+    from jinja2 import Environment, StrictUndefined
+
+    agreement = workspace.agreement
+    federation, is_secure = agreement.federation, agreement.aggregation.is_secure
+    arguments = (f" --only {only}" if only else "") + (f" --window {settings.window}" if settings.window else "")
+    values = {
+        "name": federation.name,
+        "rounds": federation.rounds,
+        "clients": federation.clients,
+        "distils": federation.distils,
+        "two_phases": settings.two_phases,
+        "quorum": agreement.aggregation.min_clients is not None and federation.averages,
+        "bases": base_subjects(workspace),
+        "models": server_subjects(workspace),
+        "setup": settings.setup,
+        "processes": processes,
+        "retries": settings.retries,
+        "window": settings.window,
+        "cpus": settings.cpus_per_task,
+        "limit": f"%{settings.parallel}" if settings.parallel else "",
+        "arguments": arguments,
+    }
+    wanted = {
+        "stage.sh": True,
+        "rank.sh": processes > 1,
+        "client.sbatch": only != SERVER,
+        "close.sbatch": is_secure and only in (None, SERVER),
+        "reveal.sbatch": is_secure and only != SERVER,
+        "broadcast.sbatch": only in (None, SERVER),
+        "server.sbatch": only in (None, SERVER) and federation.averages,
+        "evaluate.sbatch": only in (None, SERVER),
+        "window.sbatch": settings.window is not None,
+        "submit.sh": True,
+    }
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False)
+    source = importlib.resources.files("workspace_template") / "slurm"
+    return {
+        name: environment.from_string((source / name).read_text()).render(
+            values, directives=_directives(settings, name.partition(".")[0], processes)
+        )
+        for name, is_wanted in wanted.items()
+        if is_wanted
+    }
+
+
+def _directives(settings: Slurm, script: str, processes: int) -> list[str]:
+    """The #SBATCH lines of one script. Of an option that is there twice, Slurm takes the last."""
+    is_brief = script in BRIEF
+    gpus = 0 if is_brief else processes * (settings.gpus_per_task or 0)
+    values = {
+        "nodes": 1,
+        "ntasks": 1 if is_brief else processes,
+        "cpus-per-task": settings.cpus_per_task,
+        "gres": f"gpu:{gpus}" if gpus else None,
+        "mem": settings.mem,
+        "time": settings.time,
+        "partition": settings.partition,
+        "account": settings.account,
+        "signal": None if is_brief else f"USR1@{settings.stop_before_s}",
+    }
+    lines = [f"--{name}={value}" for name, value in values.items() if value is not None] + settings.options
+    if is_brief:
+        return lines
+    return lines + (settings.client_options if script == "client" else settings.server_options)

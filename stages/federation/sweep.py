@@ -1,0 +1,170 @@
+"""sweep: an ablation: the federation once for every combination of some settings, and one table at the end.
+
+Writes a workspace for each combination into sweeps/, on the same models and data (dealt anew only where a setting of
+the deal itself changes). What is done is passed over, so that the same command goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from stages.federation.run import derived, run
+from stages.runtime.errors import UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.paths import Workspace
+
+if TYPE_CHECKING:
+    from stages.models.loading import Models
+    from stages.study.results import Study, Table
+
+SEED = "federation.seed"
+FIXED = {
+    "federation.method": "for other methods: fedcollm compare",
+    "federation.name": "leave it out: a sweep keeps the federation's name",
+}
+
+Settings = dict[str, Any]
+
+
+def sweep(
+    workspace: Workspace,
+    *,
+    grid: Mapping[str, Sequence[Any]],
+    metric: str = "acc",
+    overwrite: bool = False,
+    models: Models | None = None,
+    report: Report = ignore,
+) -> dict[str, Any]:
+    """Run every combination and compare their scores after the last round, each with the first.
+
+    grid: values by dotted key of fedcollm.toml. A grid over federation.seed gives means and error bars, not rows.
+    Raises UsageProblem, before anything is run, for a combination that is no valid agreement.
+    """
+    from stages.models.loading import Models
+    from stages.study import variants
+
+    points = _points(workspace, grid)
+    dealt = [key for key in grid if key.startswith("data.") and key != "data.too_long"]
+    if dealt and not workspace.split.exists():
+        mend = "fedcollm prepare, if [data] says from what; rows that the parties brought are not dealt"
+        raise UsageProblem(f"{dealt[0]} changes nothing here: prepare has not dealt the rows", mend=mend)
+    made_by = shlex.join(["fedcollm", "sweep", *(word for key in grid for word in ("--set", _words(key, grid[key])))])
+    for settings in points:
+        variants.check(workspace, settings)
+    from stages.study.results import remarks
+
+    models = models or Models(workspace)
+    workspaces = []
+    for number, settings in enumerate(points, 1):
+        name = point_name(settings)
+        report(Event("round", f"{number} of {len(points)}: {name}"))
+        place = workspace.sweep_point(name)
+        point = derived(workspace, place, settings, made_by=made_by, overwrite=overwrite, report=report)
+        run(point, overwrite=overwrite, models=models.of(point), report=report)
+        workspaces.append(point)
+    return {
+        "metric": metric,
+        "axes": [key for key in grid if key != SEED],
+        **_table(workspace, points, workspaces, metric),
+        "remarks": remarks([workspace, *workspaces]),
+    }
+
+
+def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    evaluation = workspace.agreement.evaluation
+    for key, values in grid.items():
+        if key in FIXED:
+            raise UsageProblem(f"{key} is not for a sweep", mend=FIXED[key])
+        if key.startswith("evaluation.") or (key == "data.tasks" and not evaluation.tasks):
+            message = f"{key} decides the questions, and scores on different ones cannot be compared"
+            raise UsageProblem(message, mend=f"leave {key} out; other questions need a workspace of their own")
+        if not values:
+            raise UsageProblem(f"no value for {key}", mend=f"such as --set {key}=1,2")
+    if not grid:
+        raise UsageProblem("nothing to vary", mend="such as --set distillation.lambda_slm=0,0.5,1")
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    names = Counter(map(point_name, points))
+    if twice := [name for name, count in names.items() if count > 1]:
+        mend = "sweep over one of them at a time, or leave out what is said twice"
+        raise UsageProblem(f"two combinations would have the same folder: sweeps/{twice[0]}", mend=mend)
+    return points
+
+
+def point_name(settings: Settings) -> str:
+    """A folder's name that says what is set: lambda_slm=0.5,order=alternating. Tables are named where they must be."""
+    words = []
+    for key, value in settings.items():
+        last = key.rpartition(".")[2]
+        is_unique = sum(other.rpartition(".")[2] == last for other in settings) == 1
+        text = re.sub(r"[^A-Za-z0-9._+-]+", "-", str(value)).strip("-")
+        words.append(f"{last if is_unique else key}={text}")
+    return ",".join(words)
+
+
+def _table(workspace: Workspace, points: list[Settings], workspaces: list[Workspace], metric: str) -> dict[str, Any]:
+    """One row for each combination of what is not the seed."""
+    from stages.study.results import Study
+
+    rows: dict[str, tuple[Settings, Study]] = {}
+    for settings, place in zip(points, workspaces, strict=True):
+        federation = place.agreement.federation
+        shown = {key: value for key, value in settings.items() if key != SEED}
+        _, study = rows.setdefault(point_name(shown), (shown, Study(workspace, {})))
+        study.runs[federation.seed] = {federation.method: place}
+    found = [{"settings": shown, **_scores(study, metric)} for shown, study in rows.values()]
+    first = found[0].pop("arrays")
+    for row in found[1:]:
+        row["minus_first"] = _differences(row.pop("arrays"), first)
+    return {"seeds": next(iter(rows.values()))[1].seeds, "rows": found}
+
+
+def _scores(study: Study, metric: str) -> dict[str, Any]:
+    """Of each of the federation's models, over all questions of all tasks."""
+    import numpy as np
+
+    from stages.study import results
+    from stages.study.statistics import estimate
+
+    method = study.methods[0]
+    tables: list[Table] = [table for table, rows in results.ROWS.items() if method in rows]
+    means = {table: results.mean_of(results.scores(study, table, method, metric)) for table in tables}
+    arrays = {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
+    return {"arrays": arrays, "scores": {table: asdict(estimate(found)) for table, found in arrays.items()}}
+
+
+def _differences(arrays: dict[Table, Any], first: dict[Table, Any]) -> dict[str, Any]:
+    from stages.study.statistics import difference
+
+    return {table: difference(scores, first[table]).as_dict() for table, scores in arrays.items()}
+
+
+def _words(key: str, values: Sequence[Any]) -> str:
+    """What parse_setting reads."""
+    return f"{key}={','.join(str(value) for value in values)}"
+
+
+def parse_setting(text: str) -> tuple[str, list[Any]]:
+    """The key and the values of "key=a,b", each as TOML would read it; what TOML would not is text."""
+    key, equals, values = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageProblem(
+            f"--set {text!r} is not KEY=VALUE,VALUE", mend="such as --set distillation.lambda_slm=0,0.5,1"
+        )
+    try:
+        return key.strip(), tomllib.loads(f"values = [{values}]")["values"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), [_value(one) for one in values.split(",")]
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()

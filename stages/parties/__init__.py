@@ -1,0 +1,1 @@
+"""Who takes part: keys, the roster, signatures, and what a party remembers."""

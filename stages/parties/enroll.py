@@ -1,0 +1,100 @@
+"""enroll, the server's first step where there are keys: the roster of all clients, which every party pins.
+
+Reads exchange/keys/client-k.json of every client. Writes exchange/federation.json and its .sig.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.files import writing
+from stages.parties import roster, signatures
+from stages.parties.vault import SERVER, Vault
+from stages.runtime.errors import Damaged, NotReady, Refused
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace import edits, task_files
+from stages.workspace.paths import Workspace
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """The roster, and the fingerprint that clients read to each other."""
+
+    path: Path
+    fingerprint: str
+
+
+def enroll(workspace: Workspace, *, renew: bool = False, report: Report = ignore) -> Enrolled:
+    """Make the roster, or publish it again. Raises NotReady naming the clients whose keys have not arrived.
+
+    renew: a new federation with the keys that are there now. Raises Refused on a machine that is not the server's.
+    """
+    report(Event("stage", "enroll"))
+    if not renew:
+        roster.check_is_new(workspace, SERVER)
+    with writing.held(workspace.secrets_pointer(SERVER).with_suffix(".lock"), report=report):
+        return _enroll(workspace, renew, report)
+
+
+def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
+    members = _members(workspace)
+    Vault.erase_unfinished(workspace, SERVER)
+    vault = None if renew else Vault.find(workspace, SERVER)
+    if vault is None:
+        vault = Vault.make(workspace, SERVER)
+    content = vault.pinned
+    if content is None:
+        content = _roster(workspace, vault, members)
+        edits.keep(workspace)
+        with vault.alone(report):
+            vault.pin(content)
+    else:
+        report(Event("note", "already enrolled"))
+        pinned = roster.pinned(workspace, SERVER)
+        if pinned is None or pinned.federation.clients != members:
+            message = "a client's keys are other ones than those enrolled"
+            mend = "put the earlier files back; or, for a new federation: fedcollm enroll --renew"
+            raise Refused(message, where=workspace.public_keys(members[0].client).parent, mend=mend)
+    path = workspace.federation
+    # The signature first, since what it signs counts from its arrival on.
+    writing.write(path.with_name(f"{path.name}.sig"), signatures.sign(content, "federation", vault.identity))
+    writing.write(path, content)
+    return Enrolled(path, roster.fingerprint(content))
+
+
+def _members(workspace: Workspace) -> list[roster.Member]:
+    """Every client of the agreement, with keys for this agreement, no two of them alike."""
+    absent = [client for client in workspace.clients if not workspace.public_keys(client).exists()]
+    if absent:
+        message = f"the public keys of client {', '.join(map(str, absent))} are not there"
+        mend = f"there: fedcollm keys --client {absent[0]}; then carry exchange/keys here"
+        raise NotReady(message, where=workspace.public_keys(absent[0]), mend=mend)
+    members: list[roster.Member] = []
+    for client in workspace.clients:
+        path = workspace.public_keys(client)
+        keys, content = roster.read_keys(path)
+        if (keys.agreement_sha256, keys.client) != (workspace.agreement_sha256, client):
+            message = f"client {client} made its keys under another agreement (sha256 of fedcollm.toml)"
+            mend = f"give all parties the same fedcollm.toml; then, there: fedcollm keys --client {client} --renew"
+            raise Refused(message, where=path, mend=mend)
+        roster.check_prekeys(workspace, keys, path)
+        if any(member.ed25519 == keys.ed25519 for member in members):
+            raise Damaged(f"client {client} has the key of another client", where=path, mend="each makes its own keys")
+        members.append(roster.Member(client=client, ed25519=keys.ed25519, keys_sha256=writing.sha256(content)))
+    return members
+
+
+def _roster(workspace: Workspace, vault: Vault, members: list[roster.Member]) -> bytes:
+    federation = roster.Federation(
+        federation=workspace.agreement.federation.name,
+        id=secrets.token_hex(16),
+        agreement_sha256=workspace.agreement_sha256,
+        tasks_sha256=task_files.own_digest(workspace.tasks),
+        clients=members,
+        server=roster.ServerKeys(
+            ed25519=vault.identity.public_key().public_bytes_raw().hex(), x25519=roster.public_of(vault.box)
+        ),
+    )
+    return writing.json_bytes(federation.model_dump())

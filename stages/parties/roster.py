@@ -1,0 +1,313 @@
+"""Who takes part: the clients' public keys, and the roster that every party pins after reading its fingerprint aloud.
+
+A roster is bound to one agreement. Whoever has pinned one takes nothing that is not signed by the key it names.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stages.files import writing
+from stages.parties import signatures
+from stages.parties.vault import NOT_ENROLLED, SERVER, Vault, client
+from stages.runtime.errors import Damaged, NotReady, Problem, Refused
+from stages.workspace import edits, task_files
+from stages.workspace.paths import Workspace
+
+SUITE: Literal["fedcollm/secagg/1"] = "fedcollm/secagg/1"
+FINGERPRINT_LETTERS = 40
+"""200 bits in base32, so that nobody finds two rosters of one fingerprint in fewer than some 2^100 trials."""
+
+MOST_NAMED = 8
+"""How many files are named before the rest is counted."""
+
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Number = Annotated[int, Field(ge=1, le=2**31)]
+LEVELS = 3
+"""exchange/keys/client-2.json: how deep below the workspace; none of these may be a symbolic link."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PublicKeys(_Part):
+    """exchange/keys/client-k.json: what a client signs with, and a one-time key for each opening of a round."""
+
+    format: Literal["fedcollm/keys/1"] = "fedcollm/keys/1"
+    federation: str
+    agreement_sha256: Key
+    client: Number
+    ed25519: Key
+    prekeys: list[Key]
+
+
+class Member(_Part):
+    """A client of the roster."""
+
+    client: Number
+    ed25519: Key
+    keys_sha256: Key
+
+
+class ServerKeys(_Part):
+    """What the server signs with, and what reveals are sealed to."""
+
+    ed25519: Key
+    x25519: Key
+
+
+class Federation(_Part):
+    """exchange/federation.json: the roster. id is drawn anew: no two federations are mistaken for each other.
+
+    tasks_sha256: of the files in tasks/, without their data; earlier versions named none.
+    """
+
+    format: Literal["fedcollm/federation/1"] = "fedcollm/federation/1"
+    federation: str
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    agreement_sha256: Key
+    tasks_sha256: Key | None = None
+    suite: Literal["fedcollm/secagg/1"] = SUITE
+    clients: list[Member]
+    server: ServerKeys
+
+
+@dataclass(frozen=True)
+class Roster:
+    """A roster that a party has pinned, and the digest of its bytes."""
+
+    federation: Federation
+    sha256: str
+
+    def key_of(self, party: str) -> bytes:
+        """The public key that a party signs with. Raises Refused for one that the roster does not have."""
+        if party == SERVER:
+            return bytes.fromhex(self.federation.server.ed25519)
+        for member in self.federation.clients:
+            if client(member.client) == party:
+                return bytes.fromhex(member.ed25519)
+        raise Refused(f"{party} is not in this federation's roster", mend="the server's `enroll` makes a roster")
+
+    @property
+    def server_box(self) -> bytes:
+        """The public key that reveals are sealed to."""
+        return bytes.fromhex(self.federation.server.x25519)
+
+    @property
+    def clients(self) -> list[int]:
+        """Every client, ascending."""
+        return [member.client for member in self.federation.clients]
+
+    def prekeys(self, workspace: Workspace, number: int) -> list[str]:
+        """A client's one-time public keys, from the very file that the roster names."""
+        path = workspace.public_keys(number)
+        found, content = read_keys(path)
+        expected = next(member.keys_sha256 for member in self.federation.clients if member.client == number)
+        if writing.sha256(content) != expected:
+            message = f"{path.name} is not the file that the roster names, whose sha256 is {expected[:16]}..."
+            raise Damaged(message, where=path, mend="copy exchange/keys again from the server")
+        return found.prekeys
+
+
+def fingerprint(roster: bytes) -> str:
+    """The first 200 bits of the roster's sha256 in base32, in groups of four, to be read over the phone."""
+    return spoken(writing.sha256(roster), FINGERPRINT_LETTERS)
+
+
+def spoken(digest: str, letters: int) -> str:
+    """The first letters of a hexadecimal digest in base32, in groups of four."""
+    text = base64.b32encode(bytes.fromhex(digest)).decode()[:letters]
+    return "-".join(text[start : start + 4] for start in range(0, letters, 4))
+
+
+def is_fingerprint(typed: str, roster: bytes) -> bool:
+    """Whether what a person typed is the roster's fingerprint: case, dashes and blanks do not matter."""
+    return re.sub(r"[\s-]", "", typed).upper() == fingerprint(roster).replace("-", "")
+
+
+def pinned(workspace: Workspace, party: str) -> Roster | None:
+    """The roster that this party has pinned; None in plain mode where there are no keys.
+
+    Raises NotReady if the federation has a roster, or needs one, that the party has not pinned yet; Refused if it is of
+    another agreement than fedcollm.toml is now; Damaged if the party's own keys are not those that it names.
+    """
+    vault = Vault.find(workspace, party)
+    content = vault.pinned if vault else None
+    if content is None:
+        if workspace.agreement.aggregation.is_secure or workspace.federation.exists():
+            mend = "fedcollm enroll" if party == SERVER else f"fedcollm join --{party.replace('-', ' ')}"
+            raise NotReady(f"{party} has not joined this federation", where=workspace.federation, mend=mend)
+        return None
+    assert vault is not None
+    try:
+        roster = Roster(_parsed(Federation, content, workspace.federation), writing.sha256(content))
+    except (Damaged, ValueError, RecursionError) as error:
+        raise vault.damaged("federation.json") from error
+    if roster.federation.agreement_sha256 != workspace.agreement_sha256:
+        message = (
+            f"fedcollm.toml has changed since the parties enrolled: sha256 {workspace.agreement_sha256[:16]}..., "
+            f"enrolled {roster.federation.agreement_sha256[:16]}..."
+        )
+        if edited := edits.since(workspace, roster.federation.agreement_sha256):
+            message += f"; {edited}"
+        mend = "undo the edit; or agree anew: `keys --renew` at every client, `enroll --renew` at the server, `join`"
+        raise Refused(message, where=workspace.root / "fedcollm.toml", mend=mend)
+    _check_own_keys(vault, roster)
+    return roster
+
+
+def check_agreement(workspace: Workspace, party: str | None = None) -> None:
+    """Raise Refused if a party, by default any with keys here, has pinned a roster of another agreement."""
+    for one in [party] if party else [SERVER, *map(client, workspace.clients)]:
+        vault = Vault.find(workspace, one)
+        if vault is not None and vault.pinned is not None:
+            pinned(workspace, one)
+
+
+def check_is_new(workspace: Workspace, party: str) -> None:
+    """Raise Refused if a party without a vault here has its keys elsewhere: new ones would replace those enrolled."""
+    if Vault.find(workspace, party) is not None:
+        return
+    own = workspace.federation if party == SERVER else workspace.public_keys(int(party.removeprefix("client-")))
+    joined = [one for one in (SERVER, *map(client, workspace.clients)) if _has_joined(workspace, one)]
+    if not joined and not own.exists() and not workspace.federation.exists():
+        return
+    name = party.replace("-", " ")
+    verb = "enroll" if party == SERVER else f"keys --{name}"
+    arrived = "the roster has arrived" if workspace.federation.exists() else f"public keys of {name} are here"
+    here = ", ".join(joined).replace("-", " ")
+    who = f"{here} {'have' if len(joined) > 1 else 'has'} joined here" if joined else arrived
+    mend = f"give the command on the machine of {name}; only for a new federation: fedcollm {verb} --renew"
+    raise Refused(f"{who}; the keys of {name} are on its own machine", where=own, mend=mend)
+
+
+def _has_joined(workspace: Workspace, party: str) -> bool:
+    try:
+        vault = Vault.find(workspace, party)
+        return vault is not None and vault.pinned is not None
+    except (Problem, OSError):  # whoever acts as this party says why
+        return False
+
+
+def _check_own_keys(vault: Vault, roster: Roster) -> None:
+    """Raise Damaged unless the party's secret keys are those that the roster names: what they sign, others refuse."""
+    if vault.identity.public_key().public_bytes_raw() != roster.key_of(vault.party):
+        raise vault.damaged("identity.pem", NOT_ENROLLED)
+    if vault.party == SERVER and public_of(vault.box) != roster.federation.server.x25519:
+        raise vault.damaged("box.pem", NOT_ENROLLED)
+
+
+def check_tasks(workspace: Workspace, federation: Federation | None = None, *, may_be_absent: bool = True) -> None:
+    """Raise Refused if tasks/ is not what the parties enrolled with, where a roster says what that is.
+
+    federation: by default the one that a party here has pinned, else the one in the exchange. may_be_absent: for who
+    uses no task; a party without tasks/ would otherwise take lm-eval's own in their place.
+    """
+    federation = federation or _trusted(workspace)
+    if federation is None or federation.tasks_sha256 is None:
+        return
+    writing.check_plain(workspace.tasks)
+    if may_be_absent and not task_files.own_files(workspace.tasks):
+        return
+    found = task_files.own_digest(workspace.tasks)
+    if found != federation.tasks_sha256:
+        message = f"tasks/ is not what the parties enrolled with: sha256 {found[:16]}..., enrolled"
+        message = f"{message} {federation.tasks_sha256[:16]}..."
+        mend = "copy tasks/ from the server, or undo the edit; or agree anew: `keys --renew`, `enroll --renew`, `join`"
+        agreement = workspace.agreement
+        if spare := task_files.spare_files(workspace.tasks, [*agreement.evaluation.tasks, *agreement.data.tasks]):
+            more = f" and {len(spare) - MOST_NAMED} more" if len(spare) > MOST_NAMED else ""
+            message += f"; tasks/ also holds {', '.join(spare[:MOST_NAMED])}{more}"
+            mend = f"remove what the server did not send, or {mend}"
+        raise Refused(message, where=workspace.tasks, mend=mend)
+
+
+def _trusted(workspace: Workspace) -> Federation | None:
+    for party in (SERVER, *map(client, workspace.clients)):
+        try:
+            vault = Vault.find(workspace, party)
+            if vault and vault.pinned is not None:
+                return _parsed(Federation, vault.pinned, workspace.federation)
+        except (Problem, OSError, ValueError, RecursionError):  # whoever acts as this party says why
+            continue
+    found = anyones(workspace)
+    return found.federation if found else None
+
+
+def anyones(workspace: Workspace) -> Roster | None:
+    """The roster in the workspace, for those who take no part, such as auditors; it is pinned by nobody here."""
+    if not workspace.federation.exists():
+        return None
+    federation, content = read_federation(workspace.federation)
+    return Roster(federation, writing.sha256(content))
+
+
+def read_keys(path: Path) -> tuple[PublicKeys, bytes]:
+    """A client's public keys, which prove by their own signature that the client has the secret ones."""
+    _, content = writing.read_json(path, levels=LEVELS)
+    keys = _parsed(PublicKeys, content, path)
+    if path.name != f"{client(keys.client)}.json":
+        raise Damaged(f"{path.name} holds the keys of client {keys.client}", where=path, mend=writing.COPY_AGAIN)
+    signatures.check(content, "keys", bytes.fromhex(keys.ed25519), path, client(keys.client), levels=LEVELS)
+    return keys, content
+
+
+def read_federation(path: Path) -> tuple[Federation, bytes]:
+    """The roster as it lies in the exchange, signed by the server it names; who has pinned it reads its own copy."""
+    _, content = writing.read_json(path, levels=LEVELS - 1)
+    federation = _parsed(Federation, content, path)
+    numbers = [member.client for member in federation.clients]
+    if numbers != sorted(set(numbers)) or len({member.ed25519 for member in federation.clients}) != len(numbers):
+        raise Damaged("the roster names a client or a key twice", where=path, mend=writing.COPY_AGAIN)
+    key = bytes.fromhex(federation.server.ed25519)
+    signatures.check(content, "federation", key, path, "the server", levels=LEVELS - 1)
+    return federation, content
+
+
+def slots(workspace: Workspace) -> int:
+    """How many times rounds can be opened with a client's keys: each round twice, and a few more."""
+    return 2 * workspace.agreement.federation.rounds + 8
+
+
+def check_prekeys(workspace: Workspace, keys: PublicKeys, path: Path) -> None:
+    """Raise Damaged unless a client gave one key for each slot, no two alike, and a secret can be agreed on with each.
+
+    With one of low order (RFC 7748, 6.1) nobody could mask: this client would stop every round.
+    """
+    mend = f"there: fedcollm keys --client {keys.client} --renew; then carry exchange/keys here"
+    if not len(keys.prekeys) == len(set(keys.prekeys)) == slots(workspace):
+        message = f"client {keys.client} gives {len(set(keys.prekeys))} one-time keys, not {slots(workspace)}"
+        raise Damaged(message, where=path, mend=mend)
+    throwaway = X25519PrivateKey.generate()
+    for slot, key in enumerate(keys.prekeys):
+        try:
+            throwaway.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(key)))
+        except ValueError as error:
+            message = f"the one-time key {slot} of client {keys.client} is no X25519 key to agree on a secret with"
+            raise Damaged(message, where=path, mend=mend) from error
+
+
+def public_of(secret: X25519PrivateKey) -> str:
+    """A public key as it stands in our files."""
+    return secret.public_key().public_bytes_raw().hex()
+
+
+P = TypeVar("P", bound=BaseModel)
+
+
+def _parsed(kind: type[P], content: bytes, path: Path) -> P:
+    value: Any = writing.parse_json(content)
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise Damaged(f"{path.name}: {key}: {first['msg']}", where=path, mend=writing.COPY_AGAIN) from error

@@ -1,0 +1,1 @@
+"""Looking ahead: steps, memory, bytes, and what is missing here."""

@@ -1,0 +1,125 @@
+"""comm-cost: the bytes that travel, and Table 3 of the paper.
+
+Reads the manifests in exchange/ and the configuration of the SLM; writes nothing, loads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.bases.base_names import name_of
+from stages.exchange.transfers import SERVER, Transfer, client, transfers
+from stages.paper import reported
+from stages.runtime.errors import NotReady
+from stages.workspace.paths import Workspace
+
+if TYPE_CHECKING:
+    from stages.models.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one party sent and received in one round, in bytes; of one party over all rounds, round is None.
+
+    Round 0 is before the first: keys and the roster.
+    """
+
+    round: int | None
+    party: str
+    sent_bytes: int
+    received_bytes: int
+
+
+@dataclass(frozen=True)
+class Full:
+    """The base model and its adapter, as they would travel: parameters, and bytes one way.
+
+    adapter_bytes: of adapter_model.safetensors; a folder's two JSON files add some thousand.
+    stored_bytes: of the full model in the type of its checkpoint; None where that is not known.
+    """
+
+    model: str
+    parameters: int
+    adapter_parameters: int
+    adapter_bytes: int
+    float32_bytes: int
+    stored_dtype: str | None
+    stored_bytes: int | None
+
+
+@dataclass(frozen=True)
+class CommCost:
+    """rounds, totals: what has travelled, by party. full: None if the SLM's configuration is not here."""
+
+    clients: int
+    rounds: list[Sent]
+    totals: list[Sent]
+    full: Full | None
+
+
+@dataclass(frozen=True)
+class Table3:
+    """One setting: counted from configurations, and what the paper says."""
+
+    setting: str
+    full: Full
+    paper: reported.Transmitted
+
+    @property
+    def percent(self) -> float:
+        """Parameters sent per client and round, one way, of those of the full model."""
+        return 100 * self.full.adapter_parameters / self.full.parameters
+
+
+def comm_cost(workspace: Workspace) -> CommCost:
+    """The bytes of this workspace. Without an exchanged file yet, rounds are empty, and full says what will travel."""
+    found = transfers(workspace)
+    parties = [SERVER, *map(client, workspace.clients)]
+    rounds = sorted({transfer.round for transfer in found})
+    by_round = [
+        _sent(round, party, [one for one in found if one.round == round]) for round in rounds for party in parties
+    ]
+    totals = [_sent(None, party, found) for party in parties] if found else []
+    return CommCost(len(workspace.clients), by_round, totals, _full_of(workspace))
+
+
+def table_3(settings: Sequence[str]) -> list[Table3]:
+    """Table 3 from configurations alone, for these settings of the paper: s1, s2, s3."""
+    from stages.models import shapes
+
+    return [
+        Table3(name, _full(reported.SETTINGS[name].slm, shapes.of_paper(name, "slm")), reported.transmitted(name))
+        for name in settings
+    ]
+
+
+def _sent(round: int | None, party: str, found: Sequence[Transfer]) -> Sent:
+    sent = sum(one.size_bytes for one in found if one.sender == party)
+    return Sent(round, party, sent, sum(one.size_bytes for one in found if one.receiver == party))
+
+
+def _full_of(workspace: Workspace) -> Full | None:
+    from stages.models import shapes
+
+    try:
+        shape = shapes.of_workspace(workspace, "slm")
+    except NotReady:
+        return None
+    return _full(name_of(workspace, "slm"), shape)
+
+
+def _full(model: str, shape: Shape) -> Full:
+    from stages.models import shapes
+
+    size = shapes.DTYPE_BYTES.get(shape.stored_dtype or "")
+    return Full(
+        model,
+        shape.parameters,
+        shape.adapter_parameters,
+        shapes.file_bytes(shape.layout),
+        shapes.FLOAT32_BYTES * shape.parameters,
+        shape.stored_dtype,
+        size * shape.parameters if size else None,
+    )

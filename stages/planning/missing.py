@@ -1,0 +1,86 @@
+"""What a workspace names and this machine does not have: models, data, tasks' datasets, each with what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stages.bases import base_files, base_folders
+from stages.runtime.errors import Damaged, Problem
+from stages.workspace.agreement import ROLES, Role
+from stages.workspace.paths import AGREEMENT, Workspace
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What is not here, and the command or the act that mends it."""
+
+    what: str
+    mend: str
+
+
+def missing(workspace: Workspace, *, roles: Sequence[Role] = ROLES, scores: bool = True) -> list[Missing]:
+    """All of it; the hub is not asked. Data of other parties are not missing where one party's are here.
+
+    roles: the base models that are needed here. scores: whether the tasks are.
+    """
+    whose = {"slm": "of every party", "llm": "of the server alone"}
+    models = [one for role in roles for one in _model(workspace, role, whose[role])]
+    return [*models, *_bitsandbytes(workspace, roles), *_data(workspace), *(_tasks(workspace) if scores else [])]
+
+
+def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
+    if base_folders.whole_folder(workspace, role):
+        return []
+    what = f"the {role.upper()} {workspace.agreement.model_of(role).model}, {whose}"
+    if own := base_folders.own_folder(workspace, role):
+        try:
+            base_files.weight_files(own)
+        except Damaged as problem:
+            return [Missing(f"{what}: {problem.message}", problem.mend or "")]
+        return [Missing(what, f"put it into {workspace.shown(own)}, or set models.{role} in machine.toml")]
+    return [Missing(what, f"fedcollm prefetch --model {role}")]
+
+
+def _bitsandbytes(workspace: Workspace, roles: Sequence[Role]) -> list[Missing]:
+    wanted = [role for role in roles if workspace.agreement.model_of(role).quantization]
+    if not wanted:
+        return []
+    from stages.models import quantization
+
+    if quantization.is_installed():
+        return []
+    what = f"bitsandbytes, for {' and '.join(f'{role}.quantization' for role in wanted)}"
+    return [Missing(what, quantization.INSTALL)]
+
+
+def _data(workspace: Workspace) -> list[Missing]:
+    parties = [workspace.auxiliary_data, *(workspace.client_data(k) for k in workspace.clients)]
+    if any(path.exists() for path in parties):
+        return []
+    data = workspace.agreement.data
+    if not (data.tasks or data.files) or not workspace.is_simulation:
+        simulates = ", or set simulation = true in machine.toml where one person plays all parties"
+        mend = f"put JSONL rows into {workspace.shown(parties[1])} and so on{simulates}"
+        return [Missing("training data", mend)]
+    absent = [name for name in data.files if not workspace.local(name).exists()]
+    if absent:
+        return [Missing(f"the data file {name}", f"correct data.files in {AGREEMENT}") for name in absent]
+    return [Missing("training data", "fedcollm prepare")]
+
+
+def _tasks(workspace: Workspace) -> list[Missing]:
+    """Tasks that rows are still to be made of, and those that are scored here; a client's own machine loads none."""
+    from stages.data import tasks
+
+    rows = [path for path in map(workspace.client_data, workspace.clients) if path.exists()]
+    if rows and not workspace.auxiliary_data.exists() and workspace.agreement.federation.averages:
+        return []
+    dealt, scored, found = workspace.agreement.data.tasks, workspace.agreement.evaluation.tasks, []
+    for name in dict.fromkeys([*(dealt if not (rows and scored) else []), *scored]):
+        try:
+            with base_folders.offline():
+                tasks.load(workspace, [name])
+        except Problem as problem:
+            found.append(Missing(problem.message.splitlines()[0], problem.mend or ""))
+    return found

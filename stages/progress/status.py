@@ -1,0 +1,213 @@
+"""status: what is done, missing, damaged or stale, from the files alone, and the next command on this machine.
+
+Reads manifests and file sizes; with verify, every byte, and whatever else was written with a digest. Loads no model and
+writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from stages.artefacts import records
+from stages.files import writing
+from stages.parties.vault import SERVER
+from stages.progress.rounds import PREPARE, STALE_ROWS, Reader, Round, Step, enrolment, other_tasks
+from stages.runtime.errors import Damaged
+from stages.workspace import edits
+from stages.workspace.agreement import threshold
+from stages.workspace.paths import AGREEMENT, MANIFEST, Workspace
+
+SIMULATES = "simulation = true in machine.toml, where one person plays all parties"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What lm-eval said of one model after the last round: of "slm", "llm", "aggregate" or "client 2"."""
+
+    name: str
+    condition: Literal["done", "missing"]
+    command: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """All rounds, and what to do next: a literal command, or what this machine waits for."""
+
+    rounds: list[Round]
+    next_command: str
+    waiting_for: str
+    scores: list[Score] = field(default_factory=list)
+    edited: str = ""
+    """That the agreement is another than what is here was made under: which keys, and what to do first; or empty."""
+    changed: list[str] = field(default_factory=list)
+    """With verify: results, logs, rows, checkpoints, keys and secrets that are not as they were written."""
+    stale: list[str] = field(default_factory=list)
+    """Rows and results that are of other tasks, settings or adapters than lie here now: why, and what mends it."""
+    not_covered: str = ""
+    """With verify: what nothing was held against."""
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether anything is not as it was written."""
+        return bool(self.changed) or any(step.condition == "damaged" for one in self.rounds for step in one.steps)
+
+
+def status(workspace: Workspace, *, verify: bool = False, party: str | None = None) -> Status:
+    """The state of a workspace, as this machine sees it.
+
+    party: whose next step is wanted, "server" or "client-2"; by default that of any party on this machine.
+    """
+    reader = Reader(workspace, verify)
+    rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
+    of_others = list(records.stale(workspace))
+    stale = [f"{workspace.shown(path)}: {why} ({mend})" for path, why, mend in of_others]
+    if reader.are_rows_stale:
+        stale.insert(
+            0, f"{workspace.shown(workspace.split)}: {STALE_ROWS} (fedcollm prepare tells whether the rows change)"
+        )
+    scores = _scores(workspace, rounds[-1].number, [path for path, *_ in of_others])
+    command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, scores)
+    if (others := other_tasks(workspace)) and others not in waiting_for:
+        stale.append(others)
+    found = Status(rounds, command, waiting_for, scores, edited(workspace, reader.other_agreements), stale=stale)
+    if not verify:
+        return found
+    faults = (*records.faults(workspace), *records.others(workspace))
+    changed = [f"{workspace.shown(path)}: {what}" for path, what, _ in faults]
+    return replace(found, changed=changed, not_covered=records.NOT_COVERED)
+
+
+def edited(workspace: Workspace, others: Counter[str]) -> str:
+    """That fedcollm.toml was edited since these were made, counted by the digest of their agreement; "" if none."""
+    if not others:
+        return ""
+    [(digest, _)] = others.most_common(1)
+    count = "1 step" if others.total() == 1 else f"{others.total()} steps"
+    which = edits.since(workspace, digest) or f"in what is not known here, compare its sha256 with {digest}"
+    said = f"{AGREEMENT} was edited after {count} had been made under it: {which}"
+    return f"{said}. Undo the edit first, or agree on it anew"
+
+
+def _next(
+    workspace: Workspace, rounds: list[Round], party: str | None, are_rows_stale: bool, scores: list[Score]
+) -> tuple[str, str]:
+    """The first command that this machine, or the party, can give now; or, where there is none, what it waits for."""
+    parties = [workspace.client_data(k) for k in workspace.clients] + [workspace.auxiliary_data]
+    if not any(path.exists() for path in parties):
+        is_dealt = bool(workspace.agreement.data.tasks or workspace.agreement.data.files)
+        if is_dealt and workspace.is_simulation and party is None:
+            return "fedcollm prepare", ""
+        return "", _rows_of(workspace, party) + (f", or {SIMULATES}" if is_dealt and party is None else "")
+    if are_rows_stale:
+        return (PREPARE, "") if party is None else ("", f"{PREPARE}: {STALE_ROWS}")
+    if workspace.agreement.aggregation.is_secure:
+        before = enrolment(workspace, party)
+        if any(before):
+            return before
+    for round in rounds:
+        if round.is_done:
+            continue
+        is_closed = any(step.name == "close" and step.condition == "done" for step in round.steps)
+        has_gone_on = os.path.lexists(workspace.broadcast(round.number + 1))
+        for step in round.steps:
+            is_asked = step.party == party if party else step.here
+            is_over = has_gone_on or (is_closed and step.name == step.party)
+            if step.condition == "done" or not is_asked or (is_over and step.condition == "missing" and _is_sent(step)):
+                continue
+            waiting_for = _missing_before(workspace, round, step) or _missing_rows(workspace, step)
+            return ("", waiting_for) if waiting_for else (step.command, "")
+    ended = [score for score in scores if score.name == workspace.round_result(rounds[-1].number).name]
+    is_asked = party in (None, SERVER) and bool(ended) and ended[0].condition == "missing"
+    return (ended[0].command if is_asked else ""), ""
+
+
+def _rows_of(workspace: Workspace, party: str | None) -> str:
+    """Where a party's own rows belong; nobody else can bring them, and none are made up."""
+    if party is None:
+        return "data: private/client-k/train.jsonl at client k, private/server/auxiliary.jsonl at the server"
+    k = party.removeprefix("client-")
+    place = workspace.auxiliary_data if party == SERVER else workspace.client_data(int(k))
+    if place.is_symlink():
+        return f"data of {party}: {writing.not_there(place).message}"
+    return f"data of {party}: JSONL rows of its own, in {workspace.shown(place)}"
+
+
+def _missing_rows(workspace: Workspace, step: Step) -> str:
+    """Of a client's training, the rows, where they are not here."""
+    is_training = step.name == step.party != SERVER
+    return "" if step.here or not is_training else _rows_of(workspace, step.party)
+
+
+def _is_sent(step: Step) -> bool:
+    """Whether it is what a client sends: once the next round has begun, that comes too late."""
+    return step.party != SERVER
+
+
+def _missing_before(workspace: Workspace, round: Round, step: Step) -> str:
+    """What a step needs that is not there yet, in words; empty if it can be taken."""
+    by_name = {other.name: other for other in round.steps}
+    updates = [other for other in round.steps if other.name == other.party]
+    needed = ["broadcast", "close"] if step.name.startswith("reveal-") else ["broadcast"] if step in updates else []
+    for before in [by_name[name] for name in needed if name in by_name]:
+        if before.condition != "done":
+            why = f": {before.reason}" if before.reason else ""
+            return f"the {before.name} of round {round.number}, in exchange/{why}"
+    is_secure = "close" in by_name
+    if step.name == ("close" if is_secure else "aggregate"):
+        return _missing_updates(workspace, round.number, updates)
+    if step.name == "aggregate":
+        reveals = [other for other in round.steps if other.name.startswith("reveal-")]
+        missing = threshold(len(updates)) - sum(reveal.condition == "done" for reveal in reveals)
+        absent = ", ".join(reveal.party for reveal in reveals if reveal.condition != "done")
+        return f"{missing} more reveals of round {round.number} in exchange/, of {absent}" if missing > 0 else ""
+    return ""
+
+
+def _missing_updates(workspace: Workspace, number: int, updates: list[Step]) -> str:
+    unsound = [update for update in updates if update.condition in ("damaged", "stale")]
+    if unsound:
+        first = unsound[0]
+        return f"a sound update: {first.name} of round {number} is {first.condition}, {first.reason}"
+    needed = min(workspace.agreement.aggregation.min_clients or len(updates), len(updates))
+    missing = needed - sum(update.condition == "done" for update in updates)
+    absent = ", ".join(update.name for update in updates if update.condition != "done")
+    return f"{missing} more updates of round {number} in exchange/, of {absent}" if missing > 0 else ""
+
+
+def _scores(workspace: Workspace, last: int, stale: list[Path]) -> list[Score]:
+    """The scores of what the last round left on this machine: the server's models, and its own clients' SLMs."""
+    agreement = workspace.agreement
+    if not (agreement.evaluation.tasks or agreement.data.tasks):
+        return []
+    ended = workspace.round_result(last)
+    made = {ended.name: (ended, f"--model {ended.name}")}
+    made |= {"llm": (workspace.llm(last), "--model llm")} if agreement.federation.distils else {}
+    own = [k for k in workspace.clients if workspace.client_data(k).exists()]
+    made |= {f"client {k}": (workspace.client_adapter(last, k), f"--client {k}") for k in own}
+    return [
+        _scored(workspace, name, last, stale, f"fedcollm evaluate --round {last} {which}")
+        for name, (adapter, which) in made.items()
+        if (adapter / MANIFEST).exists()
+    ]
+
+
+def _scored(workspace: Workspace, name: str, last: int, stale: list[Path], command: str) -> Score:
+    """Missing where it is not there, is damaged, or is another adapter's, another agreement's or of other questions."""
+    result = workspace.result(last, name.replace(" ", "-"))
+    if not result.exists():
+        return Score(name, "missing", command)
+    try:
+        is_its = bool(records.read_result(result).get("tasks")) and result not in stale
+    except Damaged:
+        is_its = False
+    return Score(name, "done", command) if is_its else Score(name, "missing", f"{command} --overwrite")
+
+
+def with_workspace(command: str, folder: Path | None) -> str:
+    """The command with the --workspace it was asked with, so that it can be pasted."""
+    return f"{command} --workspace {shlex.quote(str(folder))}" if command and folder else command

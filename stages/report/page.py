@@ -1,0 +1,73 @@
+"""The report as a page: charts drawn and embedded with their data, everything else escaped into one template."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from stages.report.charts import Chart
+from stages.report.figures import Absent
+from stages.report.findings import shortened
+from stages.runtime.texts import printable
+
+TEMPLATE = "report.html.jinja"
+
+SECTIONS = {
+    "accuracy": "Accuracy over rounds",
+    "losses": "Losses inside each stage",
+    "averaging": "What averaging meets",
+    "data": "Data split",
+    "costs": "Traffic and time",
+}
+
+
+def render(drawn: Iterable[tuple[str, Chart | Absent]], words: Mapping[str, Any]) -> str:
+    """The whole page. drawn: charts with their sections; words: the template's other names."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_told
+    )
+    template = environment.from_string((importlib.resources.files("stages.report") / TEMPLATE).read_text())
+    placed = list(drawn)
+    sections = [
+        {
+            "id": section,
+            "title": title,
+            "charts": [_embedded(one) for place, one in placed if place == section and isinstance(one, Chart)],
+            "absent": [
+                {"title": one.title, "reason": without_folders(one.reason)}
+                for place, one in placed
+                if place == section and isinstance(one, Absent)
+            ],
+        }
+        for section, title in SECTIONS.items()
+    ]
+    return template.render(words, sections=sections)
+
+
+def _told(value: Any) -> Any:
+    """Everything that the template prints: drawings as they are, of texts what is printable."""
+    return printable(value) if type(value) is str else value
+
+
+def _embedded(chart: Chart) -> dict[str, Any]:
+    import markupsafe
+
+    return {
+        "name": chart.name,
+        "title": chart.title,
+        "caption": chart.caption,
+        "svg": markupsafe.Markup(chart.svg()),  # the library has escaped the texts in it
+        "file": f"{chart.name}.csv",
+        "link": "data:text/csv;base64," + base64.b64encode(chart.csv().encode()).decode(),
+    }
+
+
+def without_folders(text: str) -> str:
+    """A text without the folders of this machine: of every absolute path only the last name is left."""
+    text = re.sub(r"""(["'])((?:/|~)[^"'\n]*)\1""", lambda found: found[1] + shortened(found[2]) + found[1], text)
+    return re.sub(r"(?<![\w.:~/-])~?(?:/[\w.@+-]+)+/?", lambda found: shortened(found[0]), text)

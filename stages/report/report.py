@@ -1,0 +1,248 @@
+"""report: one self-contained page on a workspace: charts, tables, settings; and every chart's data as CSV.
+
+Reads results/, manifests, exchanged adapters and this machine's private logs, and what compare and audit read.
+Writes results/report: index.html and a CSV file for each chart, nothing of which needs a network or a script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from stages.artefacts.manifest import Manifest, read_manifest
+from stages.audit.audit import audit
+from stages.audit.checks import lines, result
+from stages.bases.base_names import name_of
+from stages.federation.compare import ALL, compare
+from stages.files import writing
+from stages.progress.status import status
+from stages.runtime.errors import NotReady, Problem
+from stages.runtime.events import Event, Report, ignore
+from stages.runtime.texts import in_line
+from stages.workspace.paths import AGREEMENT, Workspace
+
+if TYPE_CHECKING:
+    from stages.report.charts import Chart
+    from stages.report.figures import Absent
+
+PAGE = "index.html"
+MOST_CLIENTS_NAMED = 8
+"""Of more clients the digests are left out: the aggregate's manifest has them."""
+
+
+class Words(Protocol):
+    """A table in words."""
+
+    @property
+    def title(self) -> str:
+        """What it shows."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Their names."""
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Their cells."""
+
+
+InWords = Callable[[dict[str, Any]], tuple[Sequence[Words], Sequence[str]]]
+"""What compare found, as tables in words and the notes below them: the command line's way of putting it."""
+
+
+def write_report(
+    workspace: Workspace, *, in_words: InWords, metric: str = "acc", report: Report = ignore
+) -> dict[str, Any]:
+    """Write the page and its CSV files. Returns the page's path, the charts, and what is left out and why.
+
+    Raises NotReady, with the next command, for a workspace that holds neither an adapter nor a result. The same files
+    give the same bytes again.
+    """
+    from stages.report.charts import Chart
+    from stages.report.figures import draw, figures
+    from stages.report.page import render
+
+    report(Event("stage", "report"))
+    planned = figures(metric)
+    drawn: list[tuple[str, Chart | Absent]] = []
+    for number, figure in enumerate(planned, 1):
+        drawn.append((figure.section, draw(figure, workspace)))
+        report(Event("step", figure.title, step=number, total=len(planned)))
+    charts = [one for _, one in drawn if isinstance(one, Chart)]
+    if not any(isinstance(one, Chart) for section, one in drawn if section != "data"):
+        mend = status(workspace).next_command or "fedcollm status tells what this machine waits for"
+        raise NotReady("there is nothing to report yet: no adapter, no log, no result", where=workspace.root, mend=mend)
+    compared = _compared(workspace, metric)
+    page = render(drawn, _words(workspace, charts, compared, in_words))
+    contents = {f"{chart.name}.csv": chart.csv().encode() for chart in charts}
+    writing.publish(workspace.report, contents | {PAGE: page.encode(errors="backslashreplace")})
+    return {
+        "path": workspace.shown(workspace.report / PAGE),
+        "charts": {chart.name: workspace.shown(workspace.report / f"{chart.name}.csv") for chart in charts},
+        "left_out": {one.name: one.reason for _, one in drawn if not isinstance(one, Chart)}
+        | ({"tables": compared} if isinstance(compared, str) else {}),
+    }
+
+
+def _compared(workspace: Workspace, metric: str) -> dict[str, Any] | str:
+    """What compare finds, or why it refuses."""
+    from stages.report.figures import in_sentences
+
+    try:
+        return compare(workspace, metric=metric)
+    except Problem as problem:
+        return in_sentences(problem)
+
+
+def _words(
+    workspace: Workspace, charts: list[Chart], compared: dict[str, Any] | str, in_words: InWords
+) -> dict[str, Any]:
+    """Everything on the page but the charts."""
+    import tomlkit
+
+    from stages.report.page import without_folders
+
+    tables, notes = ([], []) if isinstance(compared, str) else in_words(compared)
+    differences = {} if isinstance(compared, str) else compared["differences"]
+    headlines = [_headline(chart, workspace, differences) for chart in charts if chart.name.startswith("accuracy-")]
+    return {
+        "name": workspace.agreement.federation.name,
+        "measured": _measured(workspace),
+        "headline": [one for one in headlines if one],
+        "summary": _summary(charts, compared) + _left_out(workspace),
+        "refusal": without_folders(compared) if isinstance(compared, str) else "",
+        "tables": tables,
+        "notes": notes,
+        "settings_name": AGREEMENT,
+        "settings": without_folders(tomlkit.dumps(workspace.agreement.model_dump(exclude_none=True))),
+        "audit": _audited(workspace),
+        "provenance": _provenance(workspace),
+    }
+
+
+def _audited(workspace: Workspace) -> dict[str, Any]:
+    """What audit finds: a row for each problem, and for each check without one."""
+    from stages.report.page import without_folders
+
+    try:
+        found = audit([workspace.root])
+    except NotReady as problem:
+        return {"rows": [], "result": problem.message}
+    rows = [(one.id, one.level, one.check, in_line(without_folders(one.text))) for one in lines(found)]
+    return {"rows": rows, "result": result(found, strict=False)}
+
+
+def _measured(workspace: Workspace) -> str:
+    """What was measured, in one sentence."""
+    from stages.paper.reported import LABELS
+    from stages.study.results import begun
+
+    federation = workspace.agreement.federation
+    seeds, methods = begun(workspace)
+    others = [LABELS[method] for method in methods if method != federation.method]
+    beside = f", beside {_listed(others)}" if others else ""
+    return (
+        f"{LABELS[federation.method]}{beside}: {_count(federation.clients, 'client')}, "
+        f"{_count(federation.rounds, 'round')}, seed{'s' if len(seeds) > 1 else ''} {_listed(map(str, seeds))}."
+    )
+
+
+def _headline(chart: Chart, workspace: Workspace, differences: dict[str, Any]) -> dict[str, Any] | None:
+    """The last accuracy of one model by the workspace's own method, and what the error bars let one say of it."""
+    from stages.paper.reported import LABELS
+
+    own = [row for row in chart.rows if row["method"] == LABELS[workspace.agreement.federation.method]]
+    if not own:
+        return None
+    last = own[-1]
+    base = [f"base alone {row['accuracy_percent']:.1f} %" for row in chart.rows if row["round"] == 0]
+    return {
+        "title": f"{chart.title}, round {last['round']}",
+        "value": f"{last['accuracy_percent']:.1f} ± {last['error_points']:.1f}",
+        "readings": base + verdicts(differences.get(chart.name.removeprefix("accuracy-"), {})),
+    }
+
+
+def verdicts(differences: Mapping[str, Any]) -> list[str]:
+    """What compare's differences of one table let one say; of one seed, nothing."""
+    from stages.paper.reported import LABELS
+
+    readings: dict[str, list[str]] = {"higher than": [], "lower than": [], "no difference shown from": []}
+    for other, by_task in differences.items():
+        found = by_task[ALL]
+        sign = "higher than" if found["mean"] > 0 else "lower than"
+        if found["half_width"] is not None:
+            readings[sign if found["is_supported"] else "no difference shown from"].append(LABELS[other])
+    return [f"{reading} {_listed(names)}" for reading, names in readings.items() if names]
+
+
+def _summary(charts: list[Chart], compared: dict[str, Any] | str) -> str:
+    """What the figures above it are, and how far they can be trusted."""
+    scored = [chart.rows[-1] for chart in charts if chart.name.startswith("accuracy-")]
+    if not scored:
+        return "Nothing has been scored yet: fedcollm run scores every round, fedcollm evaluate a single one."
+    of = f"Shares of right answers to {scored[0]['questions']} questions"
+    if isinstance(compared, str):
+        return f"{of}; what ± is, each chart says. Methods are not compared here; the tables say why."
+    if len(compared["seeds"]) == 1:
+        return (
+            f"{of}; ± is the questions' binomial standard error. From one seed no difference between methods can be "
+            "claimed: fedcollm compare --seeds 1,2,3 runs more."
+        )
+    return (
+        f"{of}; ± is the standard deviation over seeds. A difference is named only where the 95 % interval over seeds "
+        "and questions leaves no doubt of its sign."
+    )
+
+
+def _left_out(workspace: Workspace) -> str:
+    """What the scores lack, and which are of other tasks than lie here now."""
+    from stages.report.page import without_folders
+    from stages.study.results import remarks
+
+    stale = status(workspace).stale
+    lines = [*remarks([workspace]), *([f"stale, and left out: {'; '.join(stale)}"] if stale else [])]
+    return "".join(f" {line[:1].upper()}{line[1:]}." for line in map(in_line, map(without_folders, lines)))
+
+
+def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
+    """The digests that this page can be held against, and the versions of what made the adapters."""
+    from stages.report.page import without_folders
+
+    last: dict[str, tuple[Manifest, str]] = {}
+    for round in range(1, workspace.agreement.federation.rounds + 1):
+        places = [workspace.broadcast(round), workspace.aggregate(round), workspace.slm(round), workspace.llm(round)]
+        for place in [*places, *(workspace.client_adapter(round, client) for client in workspace.clients)]:
+            if place.exists():
+                try:
+                    last[workspace.shown(place)] = read_manifest(place)
+                except Problem:  # fedcollm status and audit tell of damage
+                    continue
+    pairs = [(AGREEMENT, workspace.agreement_sha256)]
+    for role in ("slm", "llm"):
+        for manifest in [manifest for manifest, _ in last.values() if manifest.role == role][:1]:
+            base = f"{role.upper()} base, {manifest.base.architecture}"
+            if (name := name_of(workspace, role)) != (agreed := workspace.agreement.model_of(role).model):
+                base = f"{base}; here {name}, not known to be {agreed}"
+            pairs += [(in_line(without_folders(base)), manifest.base.weights_sha256)]
+            pairs += [(f"{role.upper()} tokenizer", manifest.base.tokenizer_sha256)]
+    newest = max((manifest.round for manifest, _ in last.values()), default=0)
+    pairs += [
+        (f"{place}, manifest", digest)
+        for place, (manifest, digest) in last.items()
+        if manifest.round == newest and (manifest.client is None or len(workspace.clients) <= MOST_CLIENTS_NAMED)
+    ]
+    versions: dict[str, set[str]] = {}
+    for manifest, _ in last.values():
+        for library, version in manifest.versions.items():
+            versions.setdefault(library, set()).add(version)
+    return pairs + [(library, ", ".join(sorted(found))) for library, found in sorted(versions.items())]
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,1 @@
+"""Secure aggregation: its primitives, then the protocol by its phases."""

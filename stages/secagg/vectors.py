@@ -1,0 +1,42 @@
+"""Files that hold one array each, as secure aggregation exchanges them: safetensors, read as strictly as adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from stages.artefacts.tensor_files import read_header
+from stages.files import writing
+from stages.runtime.errors import Damaged
+
+KINDS: dict[str, np.dtype[np.unsignedinteger]] = {"U32": np.dtype("<u4"), "U8": np.dtype("u1")}
+
+
+def array_bytes(name: str, array: np.ndarray) -> bytes:
+    """The array as a safetensors file of one tensor."""
+    return safetensors.numpy.save({name: np.ascontiguousarray(array)})
+
+
+def read_array(
+    content: bytes, path: Path, *, name: str, kind: Literal["U32", "U8"], shape: tuple[int, ...]
+) -> np.ndarray:
+    """The one array in a file. Raises Damaged unless it has exactly this name, kind and shape."""
+    header = read_header(content, path)
+    expected: dict[str, tuple[str, list[int]]] = {name: (kind, list(shape))}
+    found = {key: (entry.get("dtype"), entry.get("shape")) for key, entry in header.items()}
+    if found != expected:
+        raise Damaged(
+            f"{path.name} holds {_shown(found)}, expected {_shown(expected)}", where=path, mend=writing.COPY_AGAIN
+        )
+    try:
+        return safetensors.numpy.load(content)[name]
+    except safetensors.SafetensorError as error:
+        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=writing.COPY_AGAIN) from error
+
+
+def _shown(arrays: dict[str, tuple[str, list[int]]]) -> str:
+    return ", ".join(f"{name} {kind} {shape}" for name, (kind, shape) in sorted(arrays.items())) or "nothing"

@@ -1,0 +1,1 @@
+"""Several federations side by side: derived workspaces, results, budgets, statistics."""

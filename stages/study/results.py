@@ -1,0 +1,319 @@
+"""What has been measured: the scores of every method and seed of a study, read back from results/.
+
+A study is a workspace with its baselines/ and seeds/. Only results that belong to what lies there are taken: of the
+last round, of the agreement as it is now, of the adapter that is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from stages.artefacts.manifest import Manifest, read_manifest
+from stages.artefacts.records import is_of_base, read_result, scored_by
+from stages.artefacts.subjects import folder_of
+from stages.files import writing
+from stages.runtime.errors import NotReady, Problem, Refused, UsageProblem
+from stages.study.variants import Changes, baseline, check_data, open_variant, replica
+from stages.workspace import edits
+from stages.workspace.agreement import Method, Role
+from stages.workspace.paths import AGREEMENT, Workspace
+
+Table = Literal["llm", "clients", "slm"]
+Row = Literal["zero-shot", "standalone", "fedavg", "fedavg-aux", "centralized", "fedcollm"]
+Scores = dict[str, np.ndarray]
+"""By task: [seeds, questions], the share of right answers to each question: 0 or 1, or a mean over clients."""
+
+METHODS: tuple[Method, ...] = get_args(Method)
+
+ROWS: dict[Table, tuple[Row, ...]] = {
+    # The server's LLM: the paper's Table 1.
+    "llm": ("zero-shot", "centralized", "fedavg-aux", "fedcollm"),
+    # Each client's own SLM after local training, mean over clients: the paper's Table 2.
+    "clients": ("zero-shot", "standalone", "fedavg", "fedavg-aux", "fedcollm"),
+    # The server's SLM at the end, which the clients would begin the next round with.
+    "slm": ("zero-shot", "fedavg", "fedavg-aux", "fedcollm"),
+}
+
+
+class Derived(NamedTuple):
+    """A workspace derived from another, and the command that makes it."""
+
+    parent: Workspace
+    folder: Path
+    changes: Changes
+    made_by: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """One workspace for each seed and method."""
+
+    root: Workspace
+    runs: dict[int, dict[Method, Workspace]]
+    derived: list[Derived] = field(default_factory=list)
+
+    def open(self, one: Derived) -> Workspace:
+        """One of its derived workspaces. Raises NotReady or Refused, with the command that mends it."""
+        self.derived.append(one)
+        return open_variant(one.parent, one.folder, one.changes, made_by=one.made_by)
+
+    def inside(self, workspace: Workspace) -> str:
+        """What a command given at the root needs to work in another of the study's workspaces."""
+        return "" if workspace.root == self.root.root else f" --workspace {self.root.shown(workspace.root)}"
+
+    def run_again(self, workspace: Workspace) -> str:
+        """The command that makes one of its federations again."""
+        return f"fedcollm run{self.inside(workspace)} --overwrite"
+
+    @property
+    def workspaces(self) -> list[Workspace]:
+        """All of them."""
+        return [workspace for of_seed in self.runs.values() for workspace in of_seed.values()]
+
+    @property
+    def seeds(self) -> list[int]:
+        """In ascending order."""
+        return sorted(self.runs)
+
+    @property
+    def methods(self) -> list[Method]:
+        """Those of every seed, in the order of METHODS."""
+        return [method for method in METHODS if all(method in runs for runs in self.runs.values())]
+
+
+def begun(workspace: Workspace) -> tuple[list[int], list[Method]]:
+    """The seeds and methods that there is anything of."""
+    own = workspace.agreement.federation
+    replicas = workspace.replica(0).parent.glob(f"seed-*/{AGREEMENT}")
+    names = [path.parent.name.removeprefix("seed-") for path in replicas]
+    seeds = [own.seed, *(int(name) for name in names if name.isdecimal())]
+    homes = [workspace.root, *(workspace.replica(seed) for seed in seeds)]
+    methods = {path.parent.name for home in homes for path in home.glob(f"baselines/*/{AGREEMENT}")} | {own.method}
+    return sorted(set(seeds)), [method for method in METHODS if method in methods]
+
+
+def open_study(workspace: Workspace, seeds: Sequence[int], methods: Sequence[Method]) -> Study:
+    """The workspaces of these seeds and methods. Raises NotReady or Refused, with the command that mends it."""
+    study = Study(workspace, {})
+    for seed in seeds:
+        own = workspace
+        if seed != workspace.agreement.federation.seed:
+            made_by = f"fedcollm compare --seeds {','.join(map(str, seeds))}"
+            own = study.open(Derived(workspace, *replica(workspace, seed), made_by))
+        study.runs[seed] = {method: _of_method(study, own, method) for method in methods}
+    return study
+
+
+def _of_method(study: Study, own: Workspace, method: Method) -> Workspace:
+    if method == own.agreement.federation.method:
+        return own
+    made_by = f"fedcollm run --method {method}{study.inside(own)}"
+    return study.open(Derived(own, *baseline(own, method), made_by))
+
+
+def check_finished(study: Study) -> None:
+    """Raise NotReady for a federation that has not come to its end, Refused for one of other data than lies there."""
+    for workspace in study.workspaces:
+        for round in range(1, workspace.agreement.federation.rounds + 1):
+            absent = [place for place in _made_in(workspace, round) if not place.exists()]
+            if absent:
+                message = f"a federation is not finished: {study.root.shown(absent[0])} is not there"
+                raise NotReady(message, where=absent[0], mend=f"fedcollm run{study.inside(workspace)}")
+            _check_data(study, workspace, round)
+    for one in study.derived:
+        check_data(one.parent, Workspace(one.folder), one.changes, made_by=one.made_by)
+    _check_alike(study)
+
+
+def _check_alike(study: Study) -> None:
+    """Raise Refused unless all SLMs, and all LLMs, were tuned from one base in one precision, and that base scored."""
+    first: dict[Role, Manifest] = {}
+    for workspace in study.workspaces:
+        for role, place in _tuned(workspace):
+            manifest, _ = read_manifest(place)
+            other = first.setdefault(role, manifest)
+            if not manifest.base.is_of(other.base) or manifest.dtype != other.dtype:
+                message = f"{study.root.shown(place)} was tuned from another base or in another precision than the rest"
+                raise Refused(message, where=place, mend=study.run_again(workspace))
+    for role, manifest in first.items():
+        path = study.root.result(None, role)
+        if path.exists() and not is_of_base(read_result(path), manifest.base):
+            message = f"{study.root.shown(path)} is of another base model than was tuned"
+            raise Refused(message, where=path, mend=f"fedcollm evaluate --zero-shot --model {role} --overwrite")
+
+
+def _tuned(workspace: Workspace) -> Iterator[tuple[Role, Path]]:
+    """Each adapter that the last round trained, and of which model it is."""
+    federation = workspace.agreement.federation
+    for place in workspace.client_adapters(federation.rounds).values():
+        yield _role(workspace, place.name), place
+    if federation.distils:
+        yield "llm", workspace.llm(federation.rounds)
+
+
+def _role(workspace: Workspace, subject: str) -> Role:
+    return "llm" if subject == "llm" or workspace.agreement.federation.method == "centralized" else "slm"
+
+
+def _check_data(study: Study, workspace: Workspace, round: int) -> None:
+    """Raise Refused where the private logs say that a party was trained on other rows than lie there."""
+    logs = {workspace.client_data(k): workspace.log("client-train", round, k) for k in workspace.clients}
+    logs[workspace.auxiliary_data] = workspace.log("co-distill", round)
+    for data, log in logs.items():
+        if (
+            data.exists()
+            and log.exists()
+            and writing.logged_inputs(log).get("data") != writing.sha256(writing.read_own(data))
+        ):
+            message = f"{study.root.shown(data)} is not what was trained on in round {round}"
+            raise Refused(message, where=data, mend=f"put those rows back, or {study.run_again(workspace)}")
+
+
+def _made_in(workspace: Workspace, round: int) -> list[Path]:
+    """What a round ends with."""
+    if not workspace.agreement.federation.averages:
+        return [workspace.client_adapter(round, client) for client in workspace.clients]
+    return [workspace.round_result(round), *([workspace.llm(round)] if workspace.agreement.federation.distils else [])]
+
+
+def scores(study: Study, table: Table, row: Row, metric: str) -> dict[str, Scores]:
+    """The scores of one row of one table, by subject: "llm", or "client-1", "client-2", and so on.
+
+    Zero-shot scores know no seed: [1, questions]. Raises NotReady, with the command that makes it, for a result that is
+    not there, UsageProblem for a metric that is not a matter of right or wrong.
+    """
+    if row == "zero-shot":
+        subject = "llm" if table == "llm" else "slm"
+        return {subject: _scores([_result(study, study.root, None, subject)], metric)}
+    runs = [of_seed[row] for of_seed in study.runs.values()]
+    return {
+        subject: _scores([_result(study, one, one.agreement.federation.rounds, subject) for one in runs], metric)
+        for subject in _subjects(table, row, runs[0])
+    }
+
+
+def mean_of(by_subject: Mapping[str, Scores]) -> Scores:
+    """The mean over subjects, question by question: the paper's Table 2 is a mean over clients."""
+    first = next(iter(by_subject.values()))
+    return {task: np.mean([found[task] for found in by_subject.values()], axis=0) for task in first}
+
+
+def check_tasks(scored: Sequence[Mapping[str, Any]]) -> None:
+    """Raise Refused unless all results, by task, are of the same tasks."""
+    for by_task in scored:
+        if by_task.keys() != scored[0].keys():
+            odd = sorted(by_task.keys() ^ scored[0].keys())
+            message = f"some results have scores of {odd[0]!r}, and some have none"
+            mend = "score them all again, with evaluate --overwrite"
+            raise Refused(message, where="results", mend=mend)
+
+
+def _scores(of_seeds: Sequence[dict[str, Any]], metric: str) -> Scores:
+    check_tasks([one["tasks"] for one in of_seeds])
+    return {task: np.stack([_correct(one, task, metric) for one in of_seeds]) for task in of_seeds[0]["tasks"]}
+
+
+def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:
+    """0 or 1 for each question of all tasks, by one model of the study; None where what lies there was not scored."""
+    try:
+        result = _result(study, workspace, round, subject)
+    except (NotReady, Refused):
+        return None
+    return np.concatenate([_correct(result, task, metric) for task in result["tasks"]])
+
+
+def remarks(workspaces: Iterable[Workspace]) -> list[str]:
+    """What the scores of these workspaces lack, in sentences: questions left out by a limit, and questions cut.
+
+    From the results of bases and of last rounds, under today's agreement.
+    """
+    in_all, asked, cut = dict[str, int](), dict[str, int](), dict[str, int]()
+    for workspace in workspaces:
+        last = workspace.result(workspace.agreement.federation.rounds, "slm").parent
+        for path in [*workspace.result(None, "slm").parent.glob("*.json"), *last.glob("*.json")]:
+            try:
+                result = read_result(path)
+            except (Problem, OSError):
+                continue
+            for task, found in result["tasks"].items() if _is_of(result, workspace) else ():
+                asked[task] = min(asked.get(task, found["questions"]), found["questions"])
+                in_all[task] = max(in_all.get(task, 0), found.get("questions_in_all", found["questions"]))
+                cut[task] = max(cut.get(task, 0), found.get("cut", 0))
+    limited = [f"{count} of {in_all[task]} of {task}" for task, count in asked.items() if count < in_all[task]]
+    shortened = [f"up to {count} of {task}" for task, count in cut.items() if count]
+    lines = []
+    if limited:
+        lines.append(
+            f"only the first questions count, by evaluation.limit: {', '.join(limited)}; no score of a whole task"
+        )
+    if shortened:
+        lines.append(f"questions longer than a model's context, scored without their beginning: {', '.join(shortened)}")
+    return lines
+
+
+def _is_of(result: Mapping[str, Any], workspace: Workspace) -> bool:
+    return result.get("agreement_sha256") == workspace.agreement_sha256
+
+
+def _subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
+    if table == "clients" or row == "centralized":
+        last = workspace.agreement.federation.rounds
+        return [f"client-{client}" for client in workspace.client_adapters(last)]
+    return ["aggregate" if table == "slm" and row == "fedavg" else table]
+
+
+def _result(study: Study, workspace: Workspace, round: int | None, subject: str) -> dict[str, Any]:
+    """One result file that is of what lies in the workspace now."""
+    path = workspace.result(round, subject)
+    mend = _evaluate(study, workspace, round, subject)
+    if not path.exists():
+        raise NotReady(f"there is no {study.root.shown(path)}", where=path, mend=mend)
+    result = read_result(path)
+    if not _is_of(result, workspace):
+        message = f"{study.root.shown(path)} is a result of another agreement"
+        if edited := edits.since(workspace, str(result.get("agreement_sha256"))):
+            message += f"; edited since: {edited}"
+        raise Refused(message, where=path, mend=f"undo the edit of {AGREEMENT}, or {study.run_again(workspace)}")
+    if result.get("tasks_sha256") != workspace.tasks_sha256():
+        message = f"{study.root.shown(path)} is of other questions: a task or its data has changed since"
+        raise Refused(message, where=path, mend=mend)
+    if any("correct" not in one for one in result["tasks"].values()):
+        message = f"{study.root.shown(path)}, of an earlier version, does not say which questions were right"
+        raise Refused(message, where=path, mend=f"{mend} --overwrite")
+    if round is not None:
+        _check_current(study, folder_of(workspace, round, subject), result, path, mend)
+        base = study.root.result(None, _role(workspace, subject))
+        if base.exists() and read_result(base).get("dtype") != result.get("dtype"):
+            message = f"{study.root.shown(path)} was scored in another precision than {study.root.shown(base)}"
+            raise Refused(message, where=path, mend=f"score both anew in one: {mend} --overwrite")
+    return result
+
+
+def _check_current(study: Study, folder: Path, result: dict[str, Any], path: Path, mend: str) -> None:
+    """Raise Refused unless the adapter that was scored is the one that lies there."""
+    if folder.exists() and read_manifest(folder)[1] != result.get("manifest_sha256"):
+        message = f"{study.root.shown(path)} is of another adapter than {study.root.shown(folder)} is now"
+        raise Refused(message, where=path, mend=mend)
+
+
+def _evaluate(study: Study, workspace: Workspace, round: int | None, subject: str) -> str:
+    """The command that makes a result; of a federation that is only half done, the one that goes on with it."""
+    inside = study.inside(workspace)
+    if round is not None and not folder_of(workspace, round, subject).exists():
+        return f"fedcollm run{inside}"
+    return f"{scored_by(round, subject)}{inside}"
+
+
+def _correct(result: dict[str, Any], task: str, metric: str) -> np.ndarray:
+    """0 or 1 for each question."""
+    found = result["tasks"][task]["correct"]
+    if metric not in found:
+        known = ", ".join(found) or "none is a matter of right or wrong"
+        message = f"the result of {result['subject']} does not say which questions of {task} were right by {metric}"
+        raise UsageProblem(message, mend=f"--metric with one of its metrics: {known}")
+    return np.frombuffer(found[metric].encode(), dtype=np.uint8) - ord("0")

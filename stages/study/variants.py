@@ -1,0 +1,227 @@
+"""Workspaces derived from a workspace: another method, another seed, other settings, on the same models and data files.
+
+A derived workspace is a whole one, in a folder of its own below the first: its fedcollm.toml is the first one's text
+with a few keys changed, so that `diff` shows exactly what differs, and every command works inside it. Its machine.toml
+says where it comes from (`home`): relative paths and tasks/ are meant from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from stages.artefacts.manifest import read_manifest
+from stages.data.rows import read_rows, rows_bytes
+from stages.files import writing
+from stages.files.seclusion import make_folder
+from stages.runtime.errors import NotReady, Refused, UsageProblem
+from stages.workspace.agreement import Agreement, Budget, Method, parse
+from stages.workspace.paths import AGREEMENT, MACHINE, Workspace
+
+DERIVED = (
+    "# Derived from another fedcollm.toml: `diff` shows the few keys that differ. Made again by the same command.\n"
+)
+
+Changes = Mapping[str, Any]
+"""Settings by dotted key: {"federation.seed": 2}."""
+
+DEALT_BY = ("federation.seed", "federation.clients", "data.")
+"""Settings that decide how `prepare` deals the rows: where one of them changes, the data is not shared."""
+
+
+def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
+    """Where another method on this workspace's data lives, and the settings that it changes.
+
+    Raises NotReady or UsageProblem where this workspace cannot have it: centralized needs every party's data here, and
+    a baseline has none of its own.
+    """
+    if workspace.is_baseline:
+        mend = f"fedcollm run --method {method} --workspace {workspace.root.parents[1]}"
+        raise UsageProblem("this is a baseline itself", where=workspace.root, mend=mend)
+    settings = workspace.agreement.distillation
+    if method == "fedcollm" and not (settings.lambda_slm or settings.lambda_llm):
+        mend = "set distillation.lambda_slm or lambda_llm in a study of its own, or leave it out with --methods"
+        raise UsageProblem("fedcollm without distillation is fedavg-aux: both lambdas are 0 here", mend=mend)
+    alone = method in ("standalone", "centralized") and workspace.agreement.aggregation.is_secure
+    apart = {"aggregation.mode": "plain"} if alone else {}  # where nothing is averaged there is nothing to hide
+    return workspace.baseline(method), {"federation.method": method} | apart | {
+        "fedavg-aux": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
+        "centralized": _centralized(workspace) if method == "centralized" else {},
+    }.get(method, {})
+
+
+def replica(workspace: Workspace, seed: int) -> tuple[Path, Changes]:
+    """Where the same federation from another seed lives, and the setting that it changes."""
+    return workspace.replica(seed), {"federation.seed": seed}
+
+
+def _centralized(workspace: Workspace) -> dict[str, Any]:
+    """One client that has everything and tunes the LLM, as long as co-distill would and with its settings.
+
+    So all rows of the paper's Table 1 that train the LLM train it by equally many steps on equally large batches.
+    """
+    agreement = workspace.agreement
+    settings = agreement.distillation
+    for place in _all_data(workspace):
+        if not place.exists():
+            message = f"centralized needs every party's data on this machine; {workspace.shown(place)} is not here"
+            raise UsageProblem(message, where=place, mend="leave it out: it simulates what the parties would not do")
+    training = {key: getattr(settings, key) for key in Budget.model_fields} | {
+        "epochs": None,
+        "steps": _steps(workspace),
+        "max_length": max(settings.max_length, agreement.client_training.max_length),
+        "learning_rate": settings.llm_learning_rate,
+        "max_grad_norm": settings.llm_max_grad_norm,
+    }
+    return {
+        "federation.clients": 1,
+        "aggregation.min_clients": None,
+        "slm": agreement.llm.model_dump(),
+    } | {f"client_training.{key}": value for key, value in training.items()}
+
+
+def _steps(workspace: Workspace) -> int:
+    """Optimiser steps of co-distill in one round."""
+    settings = workspace.agreement.distillation
+    if settings.epochs and workspace.agreement.data.too_long == "skip":  # how many rows are left only training knows
+        return read_manifest(workspace.llm(1))[0].steps
+    rows, _ = read_rows(workspace.auxiliary_data, unlabelled=True)
+    return settings.steps_for(len(rows))
+
+
+def check(parent: Workspace, changes: Changes) -> None:
+    """Raise UsageProblem, naming every mistake, unless the settings so changed are a valid agreement."""
+    _agreement(parent, changes)
+
+
+def open_variant(parent: Workspace, folder: Path, changes: Changes, *, made_by: str) -> Workspace:
+    """A derived workspace that is there. Raises NotReady if it is not, Refused if it is of other settings.
+
+    made_by: the command that makes it, for the mend.
+    """
+    target = folder / AGREEMENT
+    if not target.exists():
+        raise NotReady(f"{parent.shown(folder)} is not there", where=folder, mend=made_by)
+    if parse(Agreement, writing.read_own(target), target) != parse(Agreement, _agreement(parent, changes), target):
+        message = f"{parent.shown(folder)} is of another agreement than {parent.shown(parent.root / AGREEMENT)} is now"
+        mend = f"undo the edit of {AGREEMENT}, or {made_by} --overwrite"
+        raise Refused(message, where=target, mend=mend)
+    return Workspace(folder, parent.flags)
+
+
+def make_variant(
+    parent: Workspace, folder: Path, changes: Changes, *, made_by: str, overwrite: bool = False
+) -> Workspace:
+    """A derived workspace, made if it is not there, with the parent's data unless the changes deal it anew.
+
+    Raises Refused rather than take one of other settings, unless overwrite says to set it anew.
+    """
+    target, agreement = folder / AGREEMENT, _agreement(parent, changes)
+    is_there = target.exists() and not overwrite
+    if is_there:
+        open_variant(parent, folder, changes, made_by=made_by)
+    writing.write(folder / MACHINE, _machine(parent, folder, changes))
+    if not is_there:  # the same settings in another order of keys are the same agreement: its bytes stand in manifests
+        writing.write(target, agreement)
+    variant = Workspace(folder, parent.flags)
+    if not deals_anew(parent, changes):
+        _share_data(parent, variant)
+    return variant
+
+
+def deals_anew(parent: Workspace, changes: Changes) -> bool:
+    """Whether the variant needs `prepare` of its own."""
+    is_dealt = parent.split.exists() and "federation.method" not in changes
+    return is_dealt and any(key.startswith(DEALT_BY) for key in changes)
+
+
+def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_by: str) -> None:
+    """Raise Refused unless the variant has the parent's rows, where it does not deal them anew."""
+    if deals_anew(parent, changes):
+        return
+    shared = [*_all_data(parent), parent.held_out_data]
+    expected = {variant.root / place.relative_to(parent.root): place for place in shared}
+    is_pooled = variant.agreement.federation.method == "centralized"
+    contents = (
+        {variant.client_data(1): _pool(parent)}
+        if is_pooled
+        else {target: writing.read_own(place) for target, place in expected.items() if place.exists()}
+    )
+    for target, content in contents.items():
+        if target.exists() and writing.read_own(target) != content:
+            message = f"{parent.shown(target)} has other rows than {parent.shown(parent.private)} has now"
+            raise Refused(message, where=target, mend=f"put those rows back, or {made_by} --overwrite")
+
+
+def _agreement(parent: Workspace, changes: Changes) -> bytes:
+    path = parent.root / AGREEMENT
+    document = tomlkit.parse(writing.read_own(path).decode("utf-8-sig"))
+    for key, value in changes.items():
+        _set(document, key.split("."), value)
+    content = (DERIVED + tomlkit.dumps(document)).encode()
+    parse(Agreement, content, path)
+    return content
+
+
+def _set(table: Any, key: list[str], value: Any) -> None:
+    """Set one key, making the tables it stands in; None takes it out, which means off."""
+    for name in key[:-1]:
+        table = table.setdefault(name, tomlkit.table())
+        if not isinstance(table, dict):
+            raise UsageProblem(f"there is no setting {'.'.join(key)}: {name} has no keys", mend=f"leave .{key[-1]} out")
+    if isinstance(value, dict):
+        table.pop(key[-1], None)
+        for name, item in value.items():
+            _set(table, [key[-1], name], item)
+    elif value is None:
+        table.pop(key[-1], None)
+    else:
+        table[key[-1]] = value
+
+
+def _machine(parent: Workspace, folder: Path, changes: Changes) -> bytes:
+    """The parent's settings of this machine, the same but for home, and for the LLM in the SLM's place."""
+    path = parent.root / MACHINE
+    document = tomlkit.parse(writing.read_own(path).decode("utf-8-sig") if path.exists() else "")
+    document["home"] = os.path.relpath(parent.home, folder)
+    document["home"].comment("derived from there: relative paths and tasks/ are meant from it")
+    if "slm" in changes:
+        _set(document, ["models", "slm"], parent.machine.models.llm)
+    return tomlkit.dumps(document).encode()
+
+
+def _share_data(parent: Workspace, variant: Workspace) -> None:
+    """Put the parent's rows where the variant's parties look for them; all of them at the one client of centralized."""
+    if variant.agreement.federation.method == "centralized":
+        writing.write(variant.client_data(1), _pool(parent))
+        return
+    server = [parent.auxiliary_data, parent.held_out_data, parent.split]
+    for place in [*map(parent.client_data, variant.clients), *server]:
+        if place.exists():
+            _link(place, variant.root / place.relative_to(parent.root))
+
+
+def _pool(parent: Workspace) -> bytes:
+    """Every party's rows with an answer: unlabelled ones serve distillation alone."""
+    rows = [row for place in _all_data(parent) for row in read_rows(place, unlabelled=True)[0]]
+    return rows_bytes(row for row in rows if row.completion is not None)
+
+
+def _all_data(workspace: Workspace) -> list[Path]:
+    return [*map(workspace.client_data, workspace.clients), workspace.auxiliary_data]
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same bytes at target, without a second copy where the file system allows that."""
+    if target.exists() and (target.samefile(source) or writing.read_own(target) == writing.read_own(source)):
+        return
+    make_folder(target.parent)
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source.resolve())  # of a link, what it leads to
+    except OSError:  # another file system, or one without hard links
+        writing.write(target, writing.read_own(source))

@@ -1,0 +1,1 @@
+"""A training: its losses, its batches, its steps, where it stops."""

@@ -1,0 +1,343 @@
+"""One way to train adapters, for clients and server alike: an objective, a schedule of rows, and Trainer.
+
+A stage that was killed goes on from its last checkpoint with the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from stages.artefacts import checkpoints
+from stages.data.rows import Example
+from stages.files import writing
+from stages.files.seclusion import shutting_out
+from stages.models import adapters
+from stages.models.loading import naming_memory_knobs
+from stages.runtime import quiet
+from stages.runtime.errors import BadNumbers, Refused, StorageProblem, UsageProblem
+from stages.runtime.events import Event, Report
+from stages.runtime.processes import ALONE, Processes
+from stages.training import trackers
+from stages.training.micro_batch import rows_at_once
+from stages.training.objective import Objective
+from stages.training.schedule import MicroBatches, schedule
+from stages.training.trackers import UNTRACKED, Tracking
+from stages.workspace.agreement import Budget, Machine
+
+LARGEST = 65504.0
+"""The largest weight of an adapter: float16's, since beyond it others would load infinity."""
+
+FARTHEST = 100.0
+"""How far one weight of an adapter may move in a stage while its model's loss rises.
+
+Weights of a fresh A are below 1 and those of B are 0; those of adapters that learned something stay of that size.
+"""
+
+STOP = "stop"
+"""Summed over processes with a step's losses: how many of them were told to stop."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything that decides the numbers, but for the data.
+
+    learning_rates, clips: by role; a clip is the largest gradient norm of that model alone, absent for none.
+    alternating: each step trains the SLM, then the LLM against the SLM so trained (lines 16 and 17 in that order).
+    """
+
+    budget: Budget
+    learning_rates: Mapping[str, float]
+    clips: Mapping[str, float | None]
+    warmup_steps: int
+    seed: int
+    alternating: bool = False
+
+    @property
+    def turns(self) -> int:
+        """How many of Trainer's steps are one step of ours."""
+        return 2 if self.alternating else 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training did: counts, losses per answer token before and after, and a record of each step."""
+
+    steps: int
+    examples: int
+    tokens: int
+    metrics: dict[str, float]
+    log: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def change(self) -> str:
+        """Each loss before and after, in words."""
+        names = [name.removesuffix("_before") for name in self.metrics if name.endswith("_before")]
+        return "  ".join(
+            f"{name} {self.metrics[f'{name}_before']:.4g} -> {self.metrics[f'{name}_after']:.4g}" for name in names
+        )
+
+
+def train(
+    objective: Objective,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    *,
+    machine: Machine,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    overwrite: bool = False,
+    tracking: Tracking = UNTRACKED,
+    processes: Processes = ALONE,
+    report: Report,
+) -> Outcome:
+    """Train the objective's adapters in place.
+
+    folder: checkpoints go here, and a run with equal inputs that was stopped goes on from them, unless overwrite says
+    to begin anew; the caller removes it once the result is published. tracking: where else each step's losses go.
+    processes: each does its share of every step's micro-batches, and all end with the same adapters and losses.
+    Raises BadNumbers if a loss becomes NaN or an adapter has run away, which removes the checkpoints too, or if memory
+    runs out; KeyboardInterrupt when SIGTERM or SIGUSR1 came, after the step that was being done and its checkpoint.
+    """
+    started = time.monotonic()
+    steps = schedule(len(examples), recipe.budget, recipe.seed)
+    with naming_memory_knobs():
+        rows = rows_at_once(objective, examples, recipe.budget, machine, report=report)
+    dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating, processes.count)
+    own, checkpoint = processes.agree(
+        (checkpoints.own(folder), checkpoints.begin(folder, inputs, anew=overwrite, report=report))
+        if processes.is_first
+        else None
+    )
+    tracking = tracking if processes.is_first else UNTRACKED
+    if processes.agree(dict(inputs)) != inputs:
+        mend = "give all processes the same base models, settings and --dtype"
+        raise Refused(f"process {processes.rank} would train something else than the first", mend=mend)
+    per_step, count = dataset.per_step // processes.count, recipe.turns * len(steps)
+    arguments = _arguments(own, recipe, machine, objective.device, count, per_step, tracking)
+    if arguments.world_size != processes.count:
+        message = f"Trainer takes this to be one of {arguments.world_size} processes, it is one of {processes.count}"
+        raise UsageProblem(message, mend="start them with torchrun, and no ACCELERATE_ variable in the environment")
+    frozen = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in objective.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen + buffers)  # type: ignore[no-untyped-call]
+    with naming_memory_knobs(), shutting_out(own), trackers.named(tracking):
+        before, start = objective.measure(examples, rows), snapshot(objective)
+        trainer = _Trainer(
+            processes,
+            model=objective,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=_only,
+            optimizers=(_optimizer(objective, recipe), None),
+            callbacks=trackers.callbacks(tracking, after_step=checkpoints.step_of(checkpoint) if checkpoint else 0),
+        )
+        trainer.remove_callback(PrinterCallback)
+        if processes.count > 1:
+            torch.manual_seed(recipe.seed + processes.rank)  # else all would drop out alike
+        log = trainer.log if tracking.trackers else None
+        try:
+            refuse_unless_finite_before(before)
+            with checkpoints.stopping() as stop, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+                trainer.add_callback(_Watch(objective, recipe, report, len(steps), log, stop, processes))
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if stop.is_asked:
+                raise KeyboardInterrupt(stopped_after(trainer.state.global_step // recipe.turns, len(steps)))
+            after = objective.measure(examples, rows)
+            refuse_unless_finite(after, "after the last step")
+            for role in objective.models:
+                has_risen = objective.weighted(after, role) > objective.weighted(before, role)
+                refuse_runaway(objective, start, role, " while its loss rose" if has_risen else None)
+        except BadNumbers:
+            if processes.is_first:
+                shutil.rmtree(own, ignore_errors=True)
+                with contextlib.suppress(OSError):  # there are those of another run
+                    folder.rmdir()
+            raise
+    return Outcome(
+        steps=len(steps),
+        examples=len(steps) * recipe.budget.rows_per_step,
+        tokens=sum(examples[i].answer_tokens for step in steps for i in step),
+        metrics={f"{name}_before": loss for name, loss in before.items()}
+        | {f"{name}_after": loss for name, loss in after.items()},
+        log=[
+            {"inputs": dict(inputs)},
+            *_steps(trainer.state.log_history),
+            {"wall_s": round(time.monotonic() - started, 3)},
+        ],
+    )
+
+
+def _arguments(
+    folder: Path,
+    recipe: Recipe,
+    machine: Machine,
+    device: torch.device,
+    steps: int,
+    per_step: int,
+    tracking: Tracking,
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        train_sampling_strategy="sequential",  # the schedule is shuffled; Trainer would shuffle micro-batches
+        per_device_train_batch_size=1,  # an item is a micro-batch already
+        gradient_accumulation_steps=per_step,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=recipe.warmup_steps * recipe.turns,
+        max_grad_norm=0,  # clipping both models together would couple them; _Watch clips each by itself
+        seed=recipe.seed,
+        save_steps=machine.checkpoint_steps * recipe.turns,  # never between the two turns of a step
+        save_total_limit=2,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+        report_to=[name for name in tracking.trackers if name != "tensorboard"],  # trackers makes its callback
+        run_name=tracking.run or None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=recipe.alternating,
+    )
+
+
+def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
+    """A new AdamW with one group for each model: eta_theta and eta_omega of Algorithm 1."""
+    groups = [
+        {"params": objective.adapter_parameters(role), "lr": rate} for role, rate in recipe.learning_rates.items()
+    ]
+    return torch.optim.AdamW(groups, weight_decay=recipe.budget.weight_decay)
+
+
+class _Trainer(Trainer):
+    """Trainer, silent while it writes a checkpoint, which is whole or not taken, and fails as any file of ours does."""
+
+    def __init__(self, processes: Processes, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._processes = processes
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        own = Path(str(self.args.output_dir))
+        if not self._processes.agree(checkpoints.is_kept(own)):  # another run was first to publish
+            return
+        try:
+            with quiet.libraries():
+                super()._save_checkpoint(*args, **kwargs)
+            self._processes.wait_for_all()
+            if self._processes.is_first:
+                checkpoints.seal(own / f"checkpoint-{self.state.global_step}")
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way to say "disk full"
+            if not checkpoints.is_kept(own):
+                shutil.rmtree(own, ignore_errors=True)
+                return
+            message = f"a checkpoint cannot be written: {str(error).splitlines()[0]}"
+            raise StorageProblem(message, where=self.args.output_dir, mend=writing.storage_mend(error)) from error
+
+
+class _Watch(TrainerCallback):
+    """Clips each model's gradient, records and reports every step's losses, and stops when told to.
+
+    log: Trainer's, through which trackers get the losses.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        recipe: Recipe,
+        report: Report,
+        steps: int,
+        log: Callable[[dict[str, float]], None] | None,
+        stop: checkpoints.Stop,
+        processes: Processes,
+    ) -> None:
+        self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
+        self._log, self._stop, self._processes = log, stop, processes
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        for role, largest in self._recipe.clips.items():
+            if largest is not None:
+                nn.utils.clip_grad_norm_(self._objective.adapter_parameters(role), largest)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step % self._recipe.turns:
+            return
+        step, asked = state.global_step // self._recipe.turns, {STOP: float(self._stop.is_asked)}
+        losses = self._processes.total(self._objective.pop_losses() | asked)
+        self._stop.is_asked = losses.pop(STOP) > 0
+        refuse_unless_finite(losses, f"at step {step} of {self._steps}")
+        state.log_history.append({"step": step, **losses})
+        if self._log is not None:
+            self._log(dict(losses))
+        self._report(Event("step", step=step, total=self._steps, values=losses))
+        if self._stop.is_asked:
+            control.should_save = control.should_training_stop = True
+
+
+def stopped_after(step: int, steps: int) -> str:
+    """What to say of a training that was told to stop, once its checkpoint is written."""
+    return f"stopped after step {step} of {steps}: the same command goes on from there"
+
+
+def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
+    """Raise BadNumbers for a loss that is NaN or infinite; when: at which step."""
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
+            raise BadNumbers(f"{name} became {loss} {when}", mend=mend)
+
+
+def refuse_unless_finite_before(losses: Mapping[str, float]) -> None:
+    """Raise BadNumbers for a loss that is NaN or infinite before any step: no setting of training caused it."""
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            message = f"{name} is {loss} before any step: so say the base and the adapter that training begins from"
+            raise BadNumbers(message, mend=adapters.NO_SETTING_OF_TRAINING)
+
+
+def snapshot(objective: Objective) -> dict[str, torch.Tensor]:
+    """A copy of the adapters' tensors."""
+    return {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+
+
+def refuse_runaway(objective: Objective, start: Mapping[str, torch.Tensor], role: str, why: str | None) -> None:
+    """Raise BadNumbers for a weight of this model's adapter beyond LARGEST, or FARTHEST from its start if why is given.
+
+    Whether numbers of such a size come out finite is for a processor's rounding to say: they are no result.
+    """
+    mend = "lower the learning rate: the weights of an adapter that learned something stay below 1 or little above"
+    for name, tensor in objective.state_dict().items():
+        if not name.startswith(f"models.{role}."):
+            continue
+        moved, largest = float((tensor - start[name]).abs().max()), float(tensor.abs().max())
+        if why is not None and not moved <= FARTHEST:
+            message = f"the {role.upper()}'s adapter has moved a weight by {moved:.3g}{why}: more than {FARTHEST:g}"
+            raise BadNumbers(f"{message} is no result of training", mend=mend)
+        if not largest <= LARGEST:
+            message = f"the {role.upper()}'s adapter has a weight of {largest:.3g}; float16 ends at {LARGEST:g}"
+            raise BadNumbers(message, mend=mend)
+
+
+def _steps(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of _Watch, without those of Trainer's log, which names the epoch in each."""
+    return [entry for entry in history if "epoch" not in entry]
+
+
+def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Trainer's collator: the one micro-batch it was handed."""
+    return items[0]

@@ -1,0 +1,77 @@
+"""What was edited in fedcollm.toml since something was made under it, key by key.
+
+A manifest names the agreement by its sha256 alone. So whoever publishes something keeps a copy of the agreement's bytes
+below private/, named by that digest; a copy that is not of its name, or no agreement, counts as none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.files import writing
+from stages.runtime.errors import Problem
+from stages.workspace.agreement import Agreement, parse
+from stages.workspace.paths import AGREEMENT, LARGEST_TOML_BYTES, Workspace
+
+MOST_NAMED = 8
+"""How many keys are named before the rest is counted."""
+LONGEST_VALUE = 60
+
+
+def keep(workspace: Workspace) -> None:
+    """Keep a copy of the agreement under which something is being published, once."""
+    path = workspace.agreed(workspace.agreement_sha256)
+    if not path.exists():
+        writing.write(path, workspace.agreement_bytes)
+
+
+def since(workspace: Workspace, sha256: str) -> str:
+    """Which keys have other values than in the agreement of this digest, and how to undo that.
+
+    Empty for the agreement that is here now, and where this machine has no copy.
+    """
+    return "" if sha256 == workspace.agreement_sha256 else _since(workspace, workspace.agreed(sha256), sha256)
+
+
+def _since(workspace: Workspace, copy: Path, sha256: str | None = None) -> str:
+    """The same for a copy, of this digest, or of one that begins as its name says."""
+    try:
+        content = writing.read(copy, limit_bytes=LARGEST_TOML_BYTES)
+        found = writing.sha256(content)
+        if found != sha256 and (sha256 or not found.startswith(copy.stem)):
+            return ""
+        before = parse(Agreement, content, copy)
+        changes = list(_changes(before.model_dump(), workspace.agreement.model_dump()))
+    except (Problem, OSError):  # no such copy; or what is there now is no agreement, and says so itself
+        return ""
+    said = "; ".join(changes[:MOST_NAMED]) or "comments, spaces or order alone, whose bytes count too"
+    said += f"; and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
+    return f"{said} (cp {workspace.shown(copy)} {AGREEMENT} undoes it)"
+
+
+def since_last(workspace: Workspace) -> str:
+    """The same since this machine last published something, unless that was under the agreement that is here now."""
+    try:
+        kept = {path: path.stat().st_mtime_ns for path in workspace.agreed("").parent.glob("*.toml")}
+        is_new = workspace.agreed(workspace.agreement_sha256) not in kept
+        return _since(workspace, max(kept, key=kept.__getitem__)) if kept and is_new else ""
+    except (Problem, OSError):  # what is said beside another fault, and must not hide it
+        return ""
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], place: str = "") -> Iterator[str]:
+    for key, old in before.items():
+        new, name = after[key], f"{place}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{name}.")
+        elif old != new:
+            yield f"{name} was {_shown(old)}, is {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    """As TOML has it, nearly; None is a key that is not set."""
+    text = "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

@@ -1,0 +1,181 @@
+"""The rules that bad updates sway less: by NumPy, SciPy and a Krum written out; one poisoned client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from builders import random_adapter
+from stages.aggregation.rules import Aggregator, aggregator
+from stages.artefacts.adapter_files import Tensors
+from stages.workspace.agreement import Aggregation
+
+LAYOUT = {f"h.{i}.lora_{which}.weight": shape for i in (0, 1) for which, shape in (("A", (2, 6)), ("B", (5, 2)))}
+A = "h.0.lora_A.weight"
+THETA = random_adapter(LAYOUT, seed=99)
+
+
+def updates(count: int, *, seed: int = 0) -> list[Tensors]:
+    """What clients that learn much the same send back."""
+    shared = random_adapter(LAYOUT, seed=seed + 50, scale=0.05)
+    return [
+        {name: THETA[name] + shared[name] + own[name] for name in THETA}
+        for own in (random_adapter(LAYOUT, seed=seed + k, scale=0.01) for k in range(count))
+    ]
+
+
+def flat(adapter: Tensors) -> np.ndarray:
+    return np.concatenate([adapter[name].astype(np.float64).ravel() for name in sorted(adapter)])
+
+
+def ruled(
+    rule: str, adapters: list[Tensors], *, outliers: int | None = None, weights: list[int] | None = None
+) -> Aggregator:
+    weighting = "samples" if weights else "uniform"
+    settings = Aggregation.model_validate({"rule": rule, "outliers": outliers, "weighting": weighting})
+    made = aggregator(settings, THETA)
+    for adapter, weight in zip(adapters, weights or [1] * len(adapters), strict=True):
+        made.add(adapter, weight)
+    return made
+
+
+def stack(adapters: list[Tensors], name: str) -> np.ndarray:
+    return np.stack([adapter[name] for adapter in adapters]).astype(np.float64)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_the_median_is_numpys(count: int) -> None:
+    adapters = updates(count)
+    found = ruled("median", adapters).result()
+    for name in LAYOUT:
+        np.testing.assert_array_equal(found[name], np.median(stack(adapters, name), axis=0).astype(np.float32))
+        assert found[name].dtype == np.float32
+
+
+@pytest.mark.parametrize(("count", "outliers"), [(3, 1), (5, 1), (5, 2), (8, 3)])
+def test_the_trimmed_mean_is_scipys(count: int, outliers: int) -> None:
+    adapters = updates(count)
+    found = ruled("trimmed-mean", adapters, outliers=outliers).result()
+    for name in LAYOUT:
+        # SciPy cuts int(share x K) at each end; half a client more than f keeps rounding out of it.
+        expected = (
+            stats.trim_mean(stack(adapters, name), (outliers + 0.5) / count, axis=0)
+            if count > 3
+            else (
+                np.median(stack(adapters, name), axis=0)  # one of three is left
+            )
+        )
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+
+
+def test_what_the_trimmed_mean_leaves_out_is_told_for_each_client() -> None:
+    levels = (0.0, 1.0, 2.0, 3.0, -50.0)
+    adapters = [{name: np.full(shape, level, np.float32) for name, shape in LAYOUT.items()} for level in levels]
+    made = ruled("trimmed-mean", adapters, outliers=1)
+    np.testing.assert_array_equal(made.result()[A], np.full((2, 6), 1.0))  # (0 + 1 + 2) / 3
+    left_out = {"left_out/client-6": 1.0, "left_out/client-9": 1.0}
+    assert made.metrics([2, 3, 5, 6, 9]) == {"rule/trimmed-mean": 1.0, **left_out}
+
+
+def test_the_clipped_mean_shortens_updates_to_the_median_of_their_norms() -> None:
+    # Along one direction: updates of norm 1, 2 and 10. The median is 2: 1 + 2 + 2 = 5, by three.
+    size = np.sqrt(sum(np.prod(shape) for shape in LAYOUT.values()))
+    adapters = [{name: THETA[name] + np.float32(norm / size) for name in LAYOUT} for norm in (1, 2, 10)]
+    made = ruled("clipped-mean", adapters)
+    found = made.result()
+    for name in LAYOUT:
+        np.testing.assert_allclose(found[name] - THETA[name], 5 / 3 / size, rtol=1e-4)
+    told = {key: value for key, value in made.metrics([1, 2, 3]).items() if "cross_term" not in key}
+    assert told == {"rule/clipped-mean": 1.0, "shortened/client-3": pytest.approx(0.2, rel=1e-4)}  # 2 / 10
+
+
+def test_the_clipped_mean_weighs_what_it_has_shortened() -> None:
+    size = np.sqrt(sum(np.prod(shape) for shape in LAYOUT.values()))
+    adapters = [{name: THETA[name] + np.float32(norm / size) for name in LAYOUT} for norm in (1, 2, 10)]
+    found = ruled("clipped-mean", adapters, weights=[2, 1, 5]).result()
+    for name in LAYOUT:  # (2 x 1 + 1 x 2 + 5 x 2) / 8
+        np.testing.assert_allclose(found[name] - THETA[name], 14 / 8 / size, rtol=1e-4)
+
+
+def test_clients_that_are_all_alike_are_not_shortened_and_their_mean_is_theirs_to_the_bit() -> None:
+    (adapter,) = updates(1)
+    made = ruled("clipped-mean", [adapter] * 3)
+    assert {name: tensor.tobytes() for name, tensor in made.result().items()} == {
+        name: tensor.tobytes() for name, tensor in adapter.items()
+    }
+    assert not any("shortened" in name for name in made.metrics([1, 2, 3]))
+
+
+def krum(adapters: list[Tensors], outliers: int) -> int:
+    """Blanchard et al. (2017), section 4, as it is written: least sum of squared distances to the K - f - 2 nearest."""
+    vectors = [flat(adapter) for adapter in adapters]
+    scores = []
+    for i, one in enumerate(vectors):
+        distances = sorted(float(np.sum((one - other) ** 2)) for j, other in enumerate(vectors) if j != i)
+        scores.append(sum(distances[: len(adapters) - outliers - 2]))
+    return int(np.argmin(scores))
+
+
+@pytest.mark.parametrize(("count", "outliers"), [(5, 1), (6, 1), (7, 2), (9, 3), (12, 2)])
+@pytest.mark.parametrize("seed", range(4))
+def test_krum_chooses_the_update_that_the_paper_would(count: int, outliers: int, seed: int) -> None:
+    adapters = updates(count, seed=100 * seed)
+    made = ruled("krum", adapters, outliers=outliers)
+    found, chosen = made.result(), krum(adapters, outliers)
+    assert all(np.array_equal(found[name], adapters[chosen][name]) for name in LAYOUT)
+    assert made.metrics(list(range(1, count + 1))) == {"rule/krum": 1.0, f"chosen/client-{chosen + 1}": 1.0}
+
+
+def test_krum_counts_as_many_neighbours_as_the_paper_says() -> None:
+    # Numbers on a line, K = 6 and f = 1: the three nearest count. Sums of squares: of 0.0: 1 + 1.44 + 1.69 = 4.13; of
+    # 1.3: 0.01 + 0.09 + 1.69 = 1.79; of 1.2: 0.01 + 0.04 + 1.44 = 1.49; of 1.0: 0.04 + 0.09 + 1 = 1.13, the least. With
+    # two neighbours 1.2 would have 0.05, less than 1.0's 0.13.
+    levels = (0.0, 1.0, 1.2, 1.3, 9.0, -9.0)
+    adapters = [{A: np.array([[level]], np.float32)} for level in levels]
+    made = ruled("krum", adapters, outliers=1)
+    made.result()
+    assert "chosen/client-2" in made.metrics([1, 2, 3, 4, 5, 6])
+
+
+ROBUST = {"median": None, "trimmed-mean": 1, "clipped-mean": None, "krum": 1}
+
+
+@pytest.mark.parametrize(("rule", "outliers"), ROBUST.items())
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_one_client_of_seven_that_sends_the_opposite_a_hundredfold_sways_the_mean_alone(
+    rule: str, outliers: int | None, place: int
+) -> None:
+    honest = updates(6)
+    poisoned = {name: THETA[name] - 100 * (honest[0][name] - THETA[name]) for name in LAYOUT}
+    adapters = [*honest[:place], poisoned, *honest[place:]]
+    wanted = np.mean([flat(adapter) for adapter in honest], axis=0) - flat(THETA)
+
+    def agrees(found: Tensors) -> float:
+        """The share of the honest update that is in what was found; below zero, it goes the other way."""
+        return float(np.dot(flat(found) - flat(THETA), wanted) / np.dot(wanted, wanted))
+
+    assert agrees(ruled("mean", adapters).result()) < -10
+    # Six honest sevenths less one shortened seventh is 0.71; the others leave the poisoned client out.
+    assert agrees(ruled(rule, adapters, outliers=outliers).result()) > (0.7 if rule == "clipped-mean" else 0.95)
+
+
+@pytest.mark.parametrize(("rule", "outliers"), [("mean", None), *ROBUST.items()])
+def test_no_rule_changes_what_it_was_given(rule: str, outliers: int | None) -> None:
+    adapters = updates(5)
+    before = [flat(adapter).tobytes() for adapter in adapters]
+    made = ruled(rule, adapters, outliers=outliers)
+    made.result()
+    made.metrics([1, 2, 3, 4, 5])
+    assert [flat(adapter).tobytes() for adapter in adapters] == before
+
+
+def test_numbers_near_the_largest_stay_numbers() -> None:
+    huge: Callable[[float], Tensors] = lambda sign: {  # noqa: E731
+        name: np.full(shape, sign * 3e38, np.float32) for name, shape in LAYOUT.items()
+    }
+    for rule, outliers in ROBUST.items():
+        found = ruled(rule, [huge(1), huge(1), huge(-1), huge(1), huge(1)], outliers=outliers).result()
+        assert all(np.isfinite(tensor).all() for tensor in found.values()), rule

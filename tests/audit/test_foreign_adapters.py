@@ -1,0 +1,147 @@
+"""any_adapter: adapters of every floating-point type, and what is measured of them, against NumPy on whole matrices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stages.artefacts.lora_settings import not_understood
+from stages.audit.foreign_adapters import AnyAdapter, effective_rank, parse_weights, product_spectrum, rank_of, read_any
+from stages.runtime.errors import Damaged
+
+WHERE = Path("adapter_model.safetensors")
+
+
+def matrices(rank: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(rank)
+    return draw.standard_normal((rank, inputs)), draw.standard_normal((outputs, rank))
+
+
+@pytest.mark.parametrize(("rank", "inputs", "outputs"), [(1, 5, 7), (4, 64, 32), (8, 8, 100), (6, 3, 9)])
+def test_the_spectrum_of_a_product_is_that_of_the_whole_matrix(rank: int, inputs: int, outputs: int) -> None:
+    a, b = matrices(rank, inputs, outputs)
+    expected = np.linalg.svd(b @ a, compute_uv=False)
+    found = product_spectrum(a, b)
+    assert found[: len(expected)] == pytest.approx(expected[: len(found)], abs=1e-9)
+
+
+def test_a_product_is_never_formed() -> None:
+    a, b = matrices(2, 200_000, 200_000)  # B A would take 320 GB
+    assert product_spectrum(a, b).shape == (2,)
+
+
+def test_effective_rank_counts_directions_by_their_weight() -> None:
+    assert rank_of(np.array([2.0, 2.0, 2.0])) == pytest.approx(3)
+    assert rank_of(np.array([5.0, 0.0, 0.0])) == pytest.approx(1)
+    assert rank_of(np.zeros(3)) == 0
+    assert effective_rank(np.ones((3, 50))) == pytest.approx(1)
+    assert effective_rank(np.eye(40, 4)) == pytest.approx(4)
+    assert effective_rank(np.ones(3)) is None
+    assert effective_rank(np.array([[np.inf, 1]])) is None
+
+
+@pytest.mark.parametrize(("rslora", "expected"), [(False, 8 / 4), (True, 8 / 2)])
+def test_the_scale_is_alpha_over_r_or_over_its_root(rslora: bool, expected: float) -> None:
+    name = "x.lora_A.weight"
+    adapter = AnyAdapter({name: np.ones((4, 9))}, config={"lora_alpha": 8, "use_rslora": rslora})
+    assert adapter.scale("x") == expected
+
+
+def llama() -> Any:
+    torch.manual_seed(1)
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_pattern": {"layers.0.self_attn.q_proj": 64, r".*layers\.1\..*v_proj": 1}},
+        {"rank_pattern": {"q_proj": 2, "1.self_attn.q_proj": 3}},  # the first that fits counts
+        {"rank_pattern": {"layers.1.self_attn.(q|v)_proj": 3}, "alpha_pattern": {"v_proj": 5}, "use_rslora": True},
+        {"rank_pattern": {"j": 9}, "alpha_pattern": {"proj": 99}},  # "proj" is the end of no name's part
+        {"use_rslora": True, "init_lora_weights": "gaussian"},
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+    ],
+)
+def test_what_an_adapter_adds_is_what_peft_adds(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(llama(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    expected = {
+        name.removeprefix("base_model.model."): float(module.get_delta_weight("default").norm())
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and "default" in module.lora_A
+    }
+    adapter = read_any(tmp_path)
+    found = {name.removeprefix("base_model.model."): adapter.adds(name) for name, _, _ in adapter.modules()}
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("init_lora_weights", kind) for kind in ("pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "new")),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("a_key_of_next_year", {"x": 1}),
+        ("alpha_pattern", {"(a+)+": 2}),  # would not end on some names
+        ("alpha_pattern", {"(": 2}),
+        ("alpha_pattern", ["q_proj"]),
+        ("rank_pattern", {"q_proj": "4"}),
+        ("lora_alpha", "16"),
+        ("lora_alpha", None),
+    ],
+)
+def test_of_settings_that_are_not_understood_nothing_is_computed(key: str, value: Any) -> None:
+    tensors = {"q_proj.lora_A.weight": np.ones((4, 9)), "q_proj.lora_B.weight": np.ones((9, 4))}
+    plain = AnyAdapter(tensors, config={"r": 4, "lora_alpha": 8})
+    assert plain.adds("q_proj") == pytest.approx(2 * 4 * 9)
+    adapter = AnyAdapter(tensors, config=plain.config | {key: value})
+    assert adapter.adds("q_proj") is None
+    assert any(key in said for said in not_understood(adapter.config))
+    assert AnyAdapter(tensors).adds("q_proj") is None  # no configuration at all
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8"])
+def test_every_type_that_numpy_has_is_read_exactly(kind: str) -> None:
+    values = np.array([[0.5, -3.0, 1e-3]], kind)
+    found = parse_weights(safetensors.numpy.save({"x": values}, metadata={"by": "me"}), WHERE)
+    assert (found.tensors["x"] == values).all()
+    assert found.metadata == {"by": "me"}
+
+
+def test_bfloat16_is_read_exactly() -> None:
+    import torch
+    from safetensors.torch import save
+
+    values = torch.tensor([[1.0, -0.3, 3e38, float("inf")]]).bfloat16()
+    found = parse_weights(save({"x": values}), WHERE)
+    assert found.dtypes == {"x": "BF16"}
+    assert (found.tensors["x"] == values.float().numpy()).all()
+
+
+@pytest.mark.parametrize("cut", [0, 7, 30, -1])
+def test_a_file_that_is_cut_is_damaged(cut: int) -> None:
+    content = safetensors.numpy.save({"x": np.ones((2, 2), "f4")})
+    with pytest.raises(Damaged):
+        parse_weights(content[:cut], WHERE)
+
+
+def test_tensors_that_lie_over_each_other_are_damaged() -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"x": entry, "y": entry}).encode()
+    with pytest.raises(Damaged, match="not a sound safetensors file"):
+        parse_weights(len(header).to_bytes(8, "little") + header + bytes(4), WHERE)

@@ -1,0 +1,239 @@
+"""sweep: a grid of whole workspaces, gone on with after a stop, and one table of means over seeds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from builders import Outcome, edit, make_study, rows, write_rows
+from stages.artefacts.manifest import read_manifest
+from stages.data.prepare import prepare
+from stages.federation.run import run
+from stages.federation.sweep import parse_setting, point_name
+from stages.workspace.paths import Workspace
+
+WORDS = ("sweep", "--set", "distillation.lambda_slm=0.0,4.0", "--set", "federation.seed=7,8", "-w")
+POINTS = [f"lambda_slm={value},seed={seed}" for value in ("0.0", "4.0") for seed in (7, 8)]
+
+
+@pytest.fixture(scope="module")
+def swept_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
+    """A study of one round whose rows `prepare` dealt, swept over a strength of distillation and two seeds."""
+    folder = make_study(tmp_path_factory.mktemp("swept") / "study", base_models)
+    for party in ("client-1/train", "client-2/train", "server/auxiliary"):
+        (folder / f"private/{party}.jsonl").unlink()
+    write_rows(folder / "data/all.jsonl", rows(24))
+    edit(folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
+    toml = folder / "fedcollm.toml"
+    toml.write_text(toml.read_text() + '\n[data]\nfiles = ["data/all.jsonl"]\n')
+    prepare(Workspace(folder))
+    from fedcollm_cli.main import app
+
+    with pytest.raises(SystemExit) as ended:
+        app([*WORDS, str(folder), "--quiet"], standalone_mode=True)
+    assert not ended.value.code
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(swept_once: Path) -> dict[str, Any]:
+    from stages.federation.sweep import sweep
+
+    return sweep(Workspace(swept_once), grid={"distillation.lambda_slm": [0.0, 4.0], "federation.seed": [7, 8]})
+
+
+def accuracy(folder: Path, point: str, subject: str) -> float:
+    path = folder / f"sweeps/{point}/results/round-0001/{subject}.json"
+    return float(json.loads(path.read_text())["tasks"]["colours"]["metrics"]["acc"])
+
+
+def test_every_combination_is_a_workspace_named_by_what_is_set(swept_once: Path) -> None:
+    assert sorted(path.name for path in (swept_once / "sweeps").iterdir()) == POINTS
+    for point in POINTS:
+        agreement = Workspace(swept_once / "sweeps" / point).agreement
+        words = f"lambda_slm={agreement.distillation.lambda_slm},seed={agreement.federation.seed}"
+        assert words == point
+
+
+def test_a_row_is_the_mean_over_the_seeds_of_lm_evals_own_accuracies(table: dict[str, Any], swept_once: Path) -> None:
+    assert table["axes"] == ["distillation.lambda_slm"]
+    assert table["seeds"] == [7, 8]
+    assert [row["settings"] for row in table["rows"]] == [
+        {"distillation.lambda_slm": 0.0},
+        {"distillation.lambda_slm": 4.0},
+    ]
+    for row in table["rows"]:
+        value = row["settings"]["distillation.lambda_slm"]
+        for subject in ("slm", "llm"):
+            by_seed = [accuracy(swept_once, f"lambda_slm={value},seed={seed}", subject) for seed in (7, 8)]
+            assert row["scores"][subject]["mean"] == pytest.approx(np.mean(by_seed))
+            assert row["scores"][subject]["deviation"] == pytest.approx(np.std(by_seed, ddof=1))
+
+
+def test_each_row_is_paired_with_the_first(table: dict[str, Any], swept_once: Path) -> None:
+    assert "minus_first" not in table["rows"][0]
+    each = [
+        accuracy(swept_once, f"lambda_slm=4.0,seed={seed}", "slm")
+        - accuracy(swept_once, f"lambda_slm=0.0,seed={seed}", "slm")
+        for seed in (7, 8)
+    ]
+    found = table["rows"][1]["minus_first"]["slm"]
+    assert found["mean"] == pytest.approx(np.mean(each))
+    assert found["seeds_error"] == pytest.approx(stats.sem(each))
+    assert found["is_supported"] == (abs(found["mean"]) > found["half_width"])
+
+
+def test_rows_are_dealt_anew_for_another_seed_and_shared_for_another_lambda(swept_once: Path) -> None:
+    for name in ("private/client-1/train.jsonl", "private/server/auxiliary.jsonl"):
+        own = swept_once / name
+        assert own.samefile(swept_once / "sweeps" / "lambda_slm=0.0,seed=8" / name) is False
+        one, other = (swept_once / f"sweeps/lambda_slm={value},seed=8/{name}" for value in (0.0, 4.0))
+        assert one.read_bytes() == other.read_bytes()
+        assert one.read_bytes() != own.read_bytes()
+        assert (swept_once / f"sweeps/lambda_slm=0.0,seed=7/{name}").read_bytes() == own.read_bytes()
+
+
+def test_what_the_setting_does_not_touch_is_the_same_to_the_byte(swept_once: Path) -> None:
+    one, other = (Workspace(swept_once / f"sweeps/lambda_slm={value},seed=8") for value in (0.0, 4.0))
+    for place in ("broadcast", "aggregate"):
+        first, second = (getattr(point, place)(1) / "adapter_model.safetensors" for point in (one, other))
+        assert first.read_bytes() == second.read_bytes()
+    assert read_manifest(one.slm(1))[0].files != read_manifest(other.slm(1))[0].files
+
+
+def test_a_point_is_what_a_workspace_of_those_settings_gives_by_itself(swept_once: Path, tmp_path: Path) -> None:
+    own = Workspace(swept_once)
+    run(own, scores=False)
+    point = Workspace(swept_once / "sweeps/lambda_slm=0.0,seed=7")
+    for client in (1, 2):
+        ours, theirs = (one.client_update(1, client) / "adapter_model.safetensors" for one in (own, point))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_same_command_again_trains_nothing_and_says_the_same(
+    swept_once: Path, table: dict[str, Any], fedcollm: Callable[..., Outcome]
+) -> None:
+    def everything() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (swept_once / "sweeps").rglob("*") if path.is_file()}
+
+    before = everything()
+    outcome = fedcollm(*WORDS, swept_once, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out) == json.loads(json.dumps(table))
+    assert everything() == before
+
+
+def test_a_sweep_that_was_stopped_makes_what_is_missing(swept_once: Path, fedcollm: Callable[..., Outcome]) -> None:
+    gone = swept_once / "sweeps/lambda_slm=4.0,seed=8"
+    update = gone / "exchange/round-0001/client-2/adapter_model.safetensors"
+    before = update.read_bytes()
+    shutil.rmtree(gone)
+    outcome = fedcollm(*WORDS, swept_once, "--markdown")
+    assert outcome.code == 0, outcome.err
+    assert update.read_bytes() == before
+    rows = [line.split("|")[1].strip() for line in outcome.out.splitlines() if line.startswith(("| 0.0", "| 4.0"))]
+    assert rows == ["0.0", "4.0", "4.0"], "the scores of both, and the second's difference from the first"
+
+
+def test_an_edit_of_the_parent_is_refused_with_the_command_that_sweeps_anew(
+    swept_once: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(swept_once / "fedcollm.toml", 'name = "tiny"', 'name = "tinier"')
+    outcome = fedcollm(*WORDS, swept_once)
+    edit(swept_once / "fedcollm.toml", 'name = "tinier"', 'name = "tiny"')
+    assert outcome.code == 5
+    assert "sweeps/lambda_slm=0.0,seed=7 is of another agreement" in outcome.err
+    again = "fedcollm sweep --set distillation.lambda_slm=0.0,4.0 --set federation.seed=7,8 --overwrite"
+    assert f"mend  undo the edit of fedcollm.toml, or {again}" in outcome.err
+
+
+def test_overwrite_sweeps_anew(swept_once: Path, fedcollm: Callable[..., Outcome]) -> None:
+    words = ("sweep", "--set", "federation.seed=7", "-w", swept_once)
+    assert fedcollm(*words).code == 0
+    edit(swept_once / "fedcollm.toml", 'name = "tiny"', 'name = "tinier"')
+    assert fedcollm(*words).code == 5
+    outcome = fedcollm(*words, "--overwrite")
+    edit(swept_once / "fedcollm.toml", 'name = "tinier"', 'name = "tiny"')
+    assert outcome.code == 0, outcome.err
+    assert Workspace(swept_once / "sweeps/seed=7").agreement.federation.name == "tinier"
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "mend"),
+    [
+        ([], "nothing to vary", "such as --set distillation.lambda_slm=0,0.5,1"),
+        (
+            ["distillation.lambda_slmm=1"],
+            "distillation.lambda_slmm: unknown key; did you mean lambda_slm?",
+            "every key",
+        ),
+        (
+            ["distillation.lambda_slm="],
+            "no value for distillation.lambda_slm",
+            "such as --set distillation.lambda_slm=",
+        ),
+        (["distillation.lambda_slm"], "is not KEY=VALUE,VALUE", "such as --set"),
+        (["=1"], "is not KEY=VALUE,VALUE", "such as --set"),
+        (["federation.method=fedavg"], "federation.method is not for a sweep", "for other methods: fedcollm compare"),
+        (["federation.name=b"], "federation.name is not for a sweep", "leave it out"),
+        (["federation.seed.x=1"], "there is no setting federation.seed.x: seed has no keys", "leave .x out"),
+        (["federation.seed=1.5"], "federation.seed: Input should be a valid integer, found 1.5", "every key"),
+        (["distillation.lambda_slm=0,-1"], "distillation.lambda_slm: Input should be greater", "every key"),
+        (["evaluation.limit=5,10"], "evaluation.limit decides the questions", "leave evaluation.limit out"),
+        (["federation.seed=1", "federation.seed=2"], "--set names a key twice", "give all its values at once"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_made(
+    words: list[str], message: str, mend: str, workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    before = sorted(workspace_folder.rglob("*"))
+    outcome = fedcollm("sweep", *(part for word in words for part in ("--set", word)), "-w", workspace_folder)
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.err
+    assert f"mend  {mend}" in outcome.err
+    assert sorted(workspace_folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("k=0,0.5,1", [0, 0.5, 1]),
+        ("k=1e-3", [1e-3]),
+        ("k=alternating,simultaneous", ["alternating", "simultaneous"]),
+        ('k="a","b"', ["a", "b"]),
+        ('k=["c_attn"],["c_attn","c_proj"]', [["c_attn"], ["c_attn", "c_proj"]]),
+        ("k=models/slm", ["models/slm"]),
+        ("k=", []),
+    ],
+)
+def test_values_are_read_as_toml_or_else_as_text(text: str, values: list[Any]) -> None:
+    assert parse_setting(text) == ("k", values)
+
+
+def test_a_folder_is_named_by_what_is_set_and_by_the_table_only_where_it_must() -> None:
+    assert point_name({"slm.lora.r": 4, "federation.seed": 2}) == "r=4,seed=2"
+    assert point_name({"slm.lora.r": 4, "llm.lora.r": 8}) == "slm.lora.r=4,llm.lora.r=8"
+    assert point_name({"slm.model": "../models/other one"}) == "model=..-models-other-one"
+
+
+def test_two_combinations_never_share_a_folder(swept_once: Path, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm("sweep", "--set", "llm.model=a/llm,a-llm", "-w", swept_once)
+    assert outcome.code == 2
+    assert "two combinations would have the same folder: sweeps/model=a-llm" in outcome.err
+    assert not (swept_once / "sweeps/model=a-llm").exists()
+
+
+def test_the_deal_of_rows_that_prepare_has_not_dealt_is_not_for_a_sweep(
+    studied_once: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("sweep", "--set", "data.unlabelled_share=0.1,0.9", "-w", studied_once)
+    assert outcome.code == 2
+    assert "data.unlabelled_share changes nothing here: prepare has not dealt the rows" in outcome.err
+    assert not (studied_once / "sweeps").exists()

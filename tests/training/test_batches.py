@@ -1,0 +1,216 @@
+"""batches: packed and padded layouts give the loss of separate rows, at answer tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GPT2Config, MistralConfig, MistralForCausalLM
+
+from builders import Family, examples, tiny_model
+from stages.data.rows import Example
+from stages.training.batches import Batch, answer_logits, collate, packed, packs, padded
+from stages.training.losses import cross_entropy
+
+FAMILIES = pytest.mark.parametrize("family", get_args(Family))
+LAYOUTS = pytest.mark.parametrize("layout", [packed, padded], ids=["packed", "padded"])
+ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6)])
+
+
+def right_padded(rows: Sequence[Example]) -> dict[str, Tensor]:
+    """The rows as everyone writes them for Hugging Face: padded on the right, -100 where there is no loss."""
+    length = max(len(row.input_ids) for row in rows)
+    ids, labels = torch.full((len(rows), length), 1), torch.full((len(rows), length), -100)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        labels[i, row.prompt_tokens : len(row.input_ids)] = torch.tensor(row.input_ids[row.prompt_tokens :])
+        mask[i, : len(row.input_ids)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@FAMILIES
+@LAYOUTS
+def test_the_loss_is_the_hugging_face_loss_of_full_right_padded_logits(family: Family, layout: Any) -> None:
+    model, batch = tiny_model(family), layout(ROWS)
+    found = cross_entropy(answer_logits(model, batch), batch["labels"], batch["labels"].numel())
+    expected = model(**right_padded(ROWS)).loss  # shifts by itself; the mean over all labels but -100
+    assert expected.item() > 1.0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@FAMILIES
+@LAYOUTS
+def test_the_gradient_is_that_of_the_hugging_face_loss(family: Family, layout: Any) -> None:
+    model, batch = tiny_model(family), layout(ROWS)
+    cross_entropy(answer_logits(model, batch), batch["labels"], batch["labels"].numel()).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(**right_padded(ROWS)).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@FAMILIES
+@LAYOUTS
+def test_logits_are_those_that_predict_each_answer_token_in_the_order_of_the_batch(family: Family, layout: Any) -> None:
+    model = tiny_model(family)
+    alone = [
+        model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_tokens - 1 : len(row.input_ids) - 1]
+        for row in ROWS
+    ]
+    torch.testing.assert_close(answer_logits(model, layout(ROWS)), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@LAYOUTS
+def test_labels_are_the_answers_one_after_the_other(layout: Any) -> None:
+    rows = [Example([10, 11, 12, 13], 2), Example([20, 21], 1), Example([30, 31, 32], 1)]
+    assert layout(rows)["labels"].tolist() == [12, 13, 21, 31, 32]
+
+
+def test_a_packed_example_attends_to_itself_and_backwards_only() -> None:
+    batch = packed([Example([5, 6, 7], 1), Example([8, 9], 1)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["answers"].tolist() == [0, 1, 3]  # one before each answer token: 6, 7 and 9
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert batch["attention_mask"][0, 0].int().tolist() == expected
+
+
+def test_a_padded_example_counts_positions_from_its_first_token() -> None:
+    batch = padded([Example([5, 6, 7], 1), Example([8, 9], 1)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 1]]
+    assert batch["answers"].int().tolist() == [[1, 1, 0], [0, 1, 0]]  # of the last 2 + 1 columns
+
+
+@FAMILIES
+def test_transformers_that_heed_a_mask_of_four_dimensions_can_be_packed(family: Family) -> None:
+    assert packs(tiny_model(family))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_trying_to_pack_leaves_the_mode_of_the_model_as_it_was(training: bool) -> None:
+    model = tiny_model().train(training)
+    packs(model)
+    assert model.training == training
+
+
+class Deaf(nn.Module):
+    """Stands in for models whose state runs over the border of examples: each token hears all tokens before it."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = GPT2Config()
+        self.embedding, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+
+    def forward(self, input_ids: Tensor, logits_to_keep: Tensor | int, **_: Any) -> SimpleNamespace:
+        logits = self.head(self.embedding(input_ids).cumsum(1))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return SimpleNamespace(logits=logits[:, kept])
+
+
+class Stubborn(Deaf):
+    """Stands in for models that raise when they meet a mask of four dimensions."""
+
+    def forward(self, input_ids: Tensor, logits_to_keep: Tensor | int, **inputs: Any) -> SimpleNamespace:
+        if inputs["attention_mask"].dim() != 2:
+            raise ValueError("an attention mask of shape [batch, length] is expected")
+        return super().forward(input_ids, logits_to_keep)
+
+
+@pytest.mark.parametrize("kind", [Deaf, Stubborn])
+def test_a_model_that_ignores_or_refuses_the_mask_is_never_packed(kind: type[Deaf]) -> None:
+    assert not packs(kind())
+
+
+def is_packed(batch: Batch) -> bool:
+    return batch["attention_mask"].dim() == 4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "hidden_size", "pays"),
+    [
+        # packed: 20 (20 + 6) = 520 multiplications; padded: 2 x 10 (10 + 6) = 320.
+        ([10, 10], 1, False),
+        # packed: 32 (32 + 384) = 13,312; padded: 2 x 30 (30 + 384) = 24,840.
+        ([2, 30], 64, True),
+        # one example is the same either way: packed, which keeps logits at answers alone.
+        ([7], 4, True),
+        # 8 x 4 = 32 tokens of equal length: packed 32 (32 + 6 h) is never below padded 32 (4 + 6 h).
+        ([4] * 8, 768, False),
+        # one longer: packed 33 (33 + 4608) = 153,153; padded 8 x 5 (5 + 4608) = 184,520.
+        ([4] * 7 + [5], 768, True),
+    ],
+)
+def test_the_cheaper_layout_is_taken(lengths: list[int], hidden_size: int, pays: bool) -> None:
+    rows = examples([(length - 1, 1) for length in lengths])
+    assert is_packed(collate(rows, may_pack=True, hidden_size=hidden_size)) == pays
+
+
+def test_what_a_model_does_not_take_is_never_packed() -> None:
+    rows = examples([(1, 1), (29, 1)])
+    assert is_packed(collate(rows, may_pack=True, hidden_size=64))
+    assert not is_packed(collate(rows, may_pack=False, hidden_size=64))
+
+
+def test_prompts_carry_no_loss() -> None:
+    # The same text with the border one token later: one answer token less, the others' logits unchanged.
+    model, ids = tiny_model(), ROWS[2].input_ids
+    earlier, later = (answer_logits(model, packed([Example(ids, border)])) for border in (9, 10))
+    torch.testing.assert_close(earlier[1:], later)
+    by_hand = F.cross_entropy(later, torch.tensor(ids[10:]))
+    torch.testing.assert_close(cross_entropy(later, packed([Example(ids, 10)])["labels"], 3), by_hand)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(8, False), (None, True)])
+def test_a_model_that_attends_through_a_window_is_never_packed(window: int | None, expected: bool) -> None:
+    config = MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=window,
+    )  # fmt: skip
+    assert packs(MistralForCausalLM(config)) is expected
+
+
+# --- unlabelled rows
+
+UNLABELLED = Example(ROWS[2].input_ids, len(ROWS[2].input_ids))
+MIXED = [ROWS[0], UNLABELLED, ROWS[4], Example([7], 1), ROWS[1]]
+MIXTURES = pytest.mark.parametrize(
+    "rows", [MIXED, [UNLABELLED], [UNLABELLED, Example([7], 1)], MIXED[::-1]], ids=["mixed", "one", "two", "reversed"]
+)
+
+
+@FAMILIES
+@LAYOUTS
+@MIXTURES
+def test_an_unlabelled_row_gives_the_logits_of_what_follows_it_in_its_place(
+    family: Family, layout: Any, rows: list[Example]
+) -> None:
+    model = tiny_model(family)
+    alone = [
+        model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_tokens - 1 :][: max(row.answer_tokens, 1)]
+        for row in rows
+    ]
+    torch.testing.assert_close(answer_logits(model, layout(rows)), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@LAYOUTS
+def test_an_unlabelled_row_has_no_label_in_its_place(layout: Any) -> None:
+    rows = [Example([10, 11, 12], 3), Example([20, 21, 22], 1), Example([30], 1)]
+    assert layout(rows)["labels"].tolist() == [-100, 21, 22, -100]
+
+
+def test_the_position_of_an_unlabelled_row_is_its_last() -> None:
+    rows = [Example([5, 6, 7], 1), Example([8, 9], 2)]
+    assert packed(rows)["answers"].tolist() == [0, 1, 4]  # before 6 and 7; and 9, the last of its own row
+    assert padded(rows)["answers"].int().tolist() == [[1, 1, 0], [0, 0, 1]]  # of the last 2 + 1 columns

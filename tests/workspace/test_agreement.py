@@ -1,0 +1,296 @@
+"""config: strict settings, every mistake named at once, and a template that tells the truth about them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from builders import AGREEMENT, ROOT
+from stages.paper.reported import PRESETS
+from stages.runtime.errors import UsageProblem
+from stages.workspace.agreement import Agreement, Machine, Settings, parse
+from stages.workspace.init import init
+
+TEMPLATE = ROOT / "workspace_template"
+KINDS: dict[str, type[Settings]] = {"fedcollm.toml": Agreement, "machine.toml": Machine}
+FILES = pytest.mark.parametrize("name", KINDS)
+PATH = Path("study/fedcollm.toml")
+
+# Keys that have no default in common with the template: what init fills in, and choices that it makes for the reader.
+FILLED_IN = {"federation.name", "federation.clients", "federation.rounds", "federation.seed"}
+FILLED_IN |= {
+    f"{role}.{key}" for role in ("slm", "llm") for key in ("model", "lora.r", "lora.alpha", "lora.target_modules")
+}
+CHOSEN = {"client_training.epochs", "distillation.epochs", "data.tasks", "evaluation.tasks"}
+
+
+def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a settings model with its default."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.get_default()
+
+
+def keys_in(path: Path) -> Iterator[tuple[str, Any, bool]]:
+    """Every key of a template, its value, and whether it is commented out: lines `key = value` and `# key = value`."""
+    table = ""
+    for line in path.read_text().splitlines():
+        if heading := re.match(r"\[([\w.]+)\]", line):
+            table = f"{heading[1]}."
+        elif entry := re.match(r"(# )?(\w+) = (.+)", line):
+            value = re.sub(r"@\w+@", "1", entry[3])  # placeholders
+            yield table + entry[2], tomllib.loads(f"value = {value}")["value"], bool(entry[1])
+
+
+@FILES
+def test_every_setting_stands_in_the_template_and_the_template_has_no_other(name: str) -> None:
+    in_template = [key for key, _, _ in keys_in(TEMPLATE / name)]
+    assert sorted(in_template) == sorted(key for key, _ in keys_of(KINDS[name]))
+
+
+@FILES
+def test_every_key_of_the_template_is_explained(name: str) -> None:
+    lines = (TEMPLATE / name).read_text().splitlines()
+    bare = [line for line in lines if re.match(r"(# )?\w+ = [^#]+$", line)]
+    explained = {
+        "model",
+        "revision",
+        "dtype",
+        "quantization",
+        "r",
+        "alpha",
+        "dropout",
+        "target_modules",
+        "llm_max_grad_norm",
+    }
+    explained |= {"batch_size", "gradient_accumulation", "weight_decay", "max_length", "slm", "llm"}  # where first met
+    assert {re.sub(r"^# ", "", line).split()[0] for line in bare} <= explained
+
+
+@FILES
+def test_a_default_in_the_template_is_the_default(name: str) -> None:
+    defaults = dict(keys_of(KINDS[name]))
+    for key, value, is_commented_out in keys_in(TEMPLATE / name):
+        if key in FILLED_IN | CHOSEN:
+            continue
+        if is_commented_out:  # off, or the default that its comment names
+            assert defaults[key] in (None, [], value), key
+        else:
+            assert value == defaults[key], key
+            assert type(value) is type(defaults[key]), key
+
+
+@FILES
+def test_a_commented_example_is_a_value_that_the_key_may_have(name: str) -> None:
+    for key, value, is_commented_out in keys_in(TEMPLATE / name):
+        *tables, last = key.split(".")
+        kind: Any = KINDS[name]
+        for table in tables:
+            kind = kind.model_fields[table].annotation
+        if is_commented_out:
+            field = kind.model_fields[last]
+            TypeAdapter(Annotated[field.annotation, field], config=ConfigDict(strict=True)).validate_python(value)
+
+
+@pytest.mark.parametrize("template", PRESETS)
+def test_a_new_workspace_has_the_defaults_wherever_init_does_not_choose(tmp_path: Path, template: str) -> None:
+    workspace = init(tmp_path / "study", template=template, clients=6, rounds=7, seed=8)
+    federation = workspace.agreement.federation
+    assert (federation.name, federation.clients, federation.rounds, federation.seed) == ("study", 6, 7, 8)
+    assert workspace.machine == Machine()
+    found = tomllib.loads((tmp_path / "study" / "fedcollm.toml").read_text())
+    for key, default in keys_of(Agreement):
+        *tables, last = key.split(".")
+        here: Any = found
+        for table in tables:
+            here = here[table]
+        if key not in FILLED_IN | CHOSEN and last in here:
+            assert here[last] == default, key
+
+
+# --- strictness
+
+
+def refusal(text: str, kind: type[Settings] = Agreement) -> str:
+    with pytest.raises(UsageProblem) as caught:
+        parse(kind, text.encode(), PATH)
+    assert caught.value.where == PATH
+    assert caught.value.mend
+    return caught.value.message
+
+
+def changed(old: str, new: str) -> str:
+    assert old in AGREEMENT
+    return AGREEMENT.replace(old, new, 1)
+
+
+def test_settings_are_read() -> None:
+    agreement = parse(Agreement, AGREEMENT.encode(), PATH)
+    assert (agreement.federation.clients, agreement.client_training.learning_rate) == (3, 0.01)
+    assert agreement.model_of("slm") is agreement.slm
+    assert agreement.model_of("llm") is agreement.llm
+
+
+def test_several_mistakes_are_all_named_at_once_with_the_nearest_key() -> None:
+    text = (
+        changed("batch_size = 4", "batchsize = 4").replace("clients = 3", 'clients = "3"').replace('name = "tiny"', "")
+    )
+    text = text.replace("slm_learning_rate = 1e-2", "slm_learningrate = 1e-2\nlambda_slm = -1.0")
+    message = refusal(text + "\n[clients]\n")
+    assert message.startswith("6 mistakes in the settings\n")
+    for line in (
+        "federation.name: missing",
+        "federation.clients: Input should be a valid integer, found '3'",
+        "client_training.batchsize: unknown key; did you mean batch_size?",
+        "distillation.slm_learningrate: unknown key; did you mean slm_learning_rate?",
+        "distillation.lambda_slm: Input should be greater than or equal to 0, found -1.0",
+    ):
+        assert f"\n  - {line}" in message
+    assert "\n  - clients: unknown key; " in message
+
+
+def test_a_key_that_resembles_none_is_answered_with_all_there_are() -> None:
+    message = refusal(changed('name = "tiny"', 'name = "tiny"\nxyzzy = 1'))
+    assert message.endswith("federation.xyzzy: unknown key; known here: name, clients, rounds, seed, method")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("clients = 3", "clients = 3.0", "federation.clients"),
+        ("clients = 3", "clients = true", "federation.clients"),
+        ("clients = 3", "clients = 0", "federation.clients"),
+        ("rounds = 2", "rounds = -1", "federation.rounds"),
+        ("seed = 7", "seed = -7", "federation.seed"),
+        ('name = "tiny"', 'name = "a/b"', "federation.name"),
+        ('name = "tiny"', 'name = ""', "federation.name"),
+        ("learning_rate = 1e-2", "learning_rate = 0.0", "client_training.learning_rate"),
+        ("learning_rate = 1e-2", 'learning_rate = "1e-2"', "client_training.learning_rate"),
+        ("learning_rate = 1e-2", "learning_rate = nan", "client_training.learning_rate"),
+        ("learning_rate = 1e-2", "learning_rate = inf", "client_training.learning_rate"),
+        ("steps = 6", "epochs = inf", "client_training.epochs"),
+        ("steps = 5", "steps = 5\nlambda_llm = inf", "distillation.lambda_llm"),
+        ("steps = 5", 'steps = 5\ndivergence = "both"', "distillation.divergence"),
+        ("steps = 5", "steps = 5\ntemperature = 0.0", "distillation.temperature"),
+        ("steps = 5", "steps = 5\nslm_max_grad_norm = -1.0", "distillation.slm_max_grad_norm"),
+        ('dtype = "float32"', 'dtype = "float16"', "slm.dtype"),
+        ("alpha = 8", "alpha = 8\ndropout = 1.0", "slm.lora.dropout"),
+        ("alpha = 8", 'alpha = 8\ntarget_modules = "c_attn"', "slm.lora.target_modules"),
+        ("[evaluation]", '[data]\nsplit = "even"\n[evaluation]', "data.split"),
+        ("[evaluation]", "[data]\nauxiliary_share = 1.0\n[evaluation]", "data.auxiliary_share"),
+        ('tasks = ["colours"]', "tasks = [1]", "evaluation.tasks.0"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_and_never_converted(old: str, new: str, key: str) -> None:
+    message = refusal(changed(old, new))
+    assert message.startswith("1 mistake in the settings\n")
+    assert f"\n  - {key}: " in message
+
+
+def test_a_whole_number_may_stand_for_a_fraction() -> None:
+    text = changed("steps = 5", "steps = 5\ntemperature = 2")
+    assert parse(Agreement, text.encode(), PATH).distillation.temperature == 2.0
+
+
+@pytest.mark.parametrize("new", ["", "steps = 6\nepochs = 1.0"])
+def test_a_budget_is_epochs_or_steps_and_not_both(new: str) -> None:
+    assert "client_training: needs exactly one of epochs and steps" in refusal(changed("steps = 6", new))
+
+
+def test_a_quorum_larger_than_the_federation_is_refused() -> None:
+    assert "min_clients is larger than federation.clients" in refusal(AGREEMENT + "[aggregation]\nmin_clients = 4\n")
+    parse(Agreement, (AGREEMENT + "[aggregation]\nmin_clients = 3\n").encode(), PATH)
+
+
+@pytest.mark.parametrize(
+    ("clients", "lines", "message"),
+    [
+        (4, 'rule = "krum"\noutliers = 1', "krum needs K >= 2f + 3 updates: K=4 leaves f=0, which is meaningless"),
+        (6, 'rule = "krum"\noutliers = 2', "krum needs K >= 2f + 3 updates: K=6 leaves f=1 at most"),
+        (9, 'rule = "krum"\noutliers = 2\nmin_clients = 6', "K=6 (min_clients) leaves f=1 at most"),
+        (2, 'rule = "trimmed-mean"\noutliers = 1', "trimmed-mean needs K > 2f updates: K=2 leaves f=0, which is mean"),
+        (4, 'rule = "trimmed-mean"\noutliers = 2', "trimmed-mean needs K > 2f updates: K=4 leaves f=1 at most"),
+        (5, 'rule = "krum"', "rule krum needs outliers, the number f of updates that may be bad"),
+        (5, 'rule = "trimmed-mean"', "rule trimmed-mean needs outliers, the number f of updates that may be bad"),
+        (
+            5,
+            'rule = "median"\nweighting = "samples"',
+            "rule median counts every client alike: weighting samples is for",
+        ),
+        (5, 'rule = "median"\nmode = "secure"', "rule median needs each client's update, mode secure shows their sum"),
+    ],
+)
+def test_a_rule_that_the_federation_cannot_follow_is_refused(clients: int, lines: str, message: str) -> None:
+    text = changed("clients = 3", f"clients = {clients}") + f"[aggregation]\n{lines}\n"
+    assert message in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("clients", "lines"),
+    [
+        (5, 'rule = "krum"\noutliers = 1'),
+        (7, 'rule = "krum"\noutliers = 2'),
+        (3, 'rule = "trimmed-mean"\noutliers = 1'),
+        (2, 'rule = "clipped-mean"\nweighting = "samples"'),
+        (1, 'rule = "median"'),
+    ],
+)
+def test_a_rule_with_just_enough_clients_is_taken(clients: int, lines: str) -> None:
+    text = changed("clients = 3", f"clients = {clients}") + f"[aggregation]\n{lines}\n"
+    parse(Agreement, text.encode(), PATH)
+
+
+def test_a_baseline_that_averages_nothing_needs_no_clients_for_its_rule() -> None:
+    text = changed("seed = 7", 'seed = 7\nmethod = "standalone"') + '[aggregation]\nrule = "krum"\noutliers = 1\n'
+    parse(Agreement, text.encode(), PATH)
+
+
+@pytest.mark.parametrize("text", ["federation\n", "a = 1\na = 2\n", "[a]\n[a]\n"])
+def test_what_is_not_toml_is_told_with_its_place(text: str) -> None:
+    assert re.search(r"not valid TOML: .*line \d", refusal(text))
+
+
+def test_what_is_not_utf_8_is_refused() -> None:
+    with pytest.raises(UsageProblem, match="not UTF-8") as caught:
+        parse(Agreement, AGREEMENT.encode("utf-16"), PATH)
+    assert caught.value.mend == "save it as UTF-8"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_an_editor_of_another_system_adds_changes_no_setting(end: str) -> None:
+    text = b"\xef\xbb\xbf" + AGREEMENT.replace("\n", end).encode()
+    assert parse(Agreement, text, PATH) == parse(Agreement, AGREEMENT.encode(), PATH)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12", "mps"])
+def test_devices_are_those_that_torch_knows(device: str) -> None:
+    assert parse(Machine, f'device = "{device}"'.encode(), PATH).device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+def test_other_devices_are_refused(device: str) -> None:
+    assert "device: " in refusal(f'device = "{device}"', Machine)
+
+
+def test_settings_cannot_be_changed_once_read() -> None:
+    agreement = parse(Agreement, AGREEMENT.encode(), PATH)
+    with pytest.raises(ValueError, match="frozen"):
+        agreement.federation.clients = 5
+
+
+def test_rows_per_step_is_batch_size_times_accumulation() -> None:
+    text = changed("batch_size = 4", "batch_size = 4\ngradient_accumulation = 3")
+    assert parse(Agreement, text.encode(), PATH).client_training.rows_per_step == 12
+
+
+def test_centralized_by_hand_is_refused_unless_it_is_one_client_that_tunes_the_llm() -> None:
+    message = refusal(changed("seed = 7", 'seed = 7\nmethod = "centralized"'))
+    assert "method centralized is one client that tunes the LLM: `fedcollm run --method centralized`" in message
