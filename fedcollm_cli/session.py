@@ -17,7 +17,7 @@ import typer
 
 from fedcollm_cli.console import Console
 from fedcollm_cli.torchrun import Launch, is_first, launched
-from stages.files.writing import naming_storage_faults
+from stages.files.faults import naming_storage_faults
 from stages.runtime.errors import INTERRUPTED_EXIT_CODE, Problem
 from stages.runtime.processes import ALONE, Processes
 from stages.runtime.quiet import libraries as silent_libraries

@@ -19,23 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.artefacts import turns
-from stages.artefacts.manifest import (
-    KEPT_OLD,
-    Artefact,
-    Manifest,
-    Unmasking,
-    already_made,
-    publish,
-    read_manifest,
-    received,
-)
+from stages.artefacts.manifest import Manifest, Unmasking
+from stages.artefacts.publishing import KEPT_OLD, already_made, publish
+from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.receiving import received
 from stages.artefacts.tensor_files import largest_bytes
 from stages.data.rows import Row, read_rows
-from stages.files import writing
-from stages.parties.vault import SERVER
+from stages.files import reading, writing
+from stages.parties.names import SERVER
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace, require
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
     from stages.aggregation.gate import Verdict
@@ -176,10 +171,10 @@ def _keep_old(workspace: Workspace, theta: Artefact, overwrite: bool, report: Re
 
 def _close(workspace: Workspace, theta: Artefact, overwrite: bool, report: Report) -> Artefact:
     """Secure mode: whose updates are summed, decided once."""
-    from stages.secagg import summing
+    from stages.secagg import closing
 
-    closed = summing.close(workspace, theta, report, overwrite=overwrite)
-    for client in summing.late(workspace, closed):
+    closed = closing.close(workspace, theta, report, overwrite=overwrite)
+    for client in closing.late(workspace, closed):
         report(Event("warning", f"client {client}'s update came after the close: it is left out, and stays masked"))
     return closed
 
@@ -219,7 +214,7 @@ def _already_made(
     done = already_made(target, workspace, parents, overwrite=overwrite)
     if done is None or gated is None:
         return done
-    logged = writing.logged_inputs(workspace.log("aggregate", round)).get("held-out")
+    logged = reading.logged_inputs(workspace.log("aggregate", round)).get("held-out")
     changed = ["the gate"] if done.metrics.get("gate") != gated.amount else []
     changed += ["the held-out rows"] if logged not in (None, gated.data_sha256) else []
     if changed:

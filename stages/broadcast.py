@@ -10,10 +10,14 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 from stages.artefacts import turns
-from stages.artefacts.manifest import Artefact, Manifest, Opening, already_made, publish, received
-from stages.files import writing
+from stages.artefacts.manifest import Manifest, Opening
+from stages.artefacts.publishing import already_made, publish
+from stages.artefacts.reading import Artefact
+from stages.artefacts.receiving import received
+from stages.files import seen_places
 from stages.parties import roster
-from stages.parties.vault import SERVER, Vault
+from stages.parties.names import SERVER
+from stages.parties.vault import Vault
 from stages.runtime.events import Event, Report, ignore
 from stages.secagg import openings
 from stages.workspace.paths import Workspace, require
@@ -66,7 +70,7 @@ def broadcast(
 
 
 def _first(
-    workspace: Workspace, attempt: int, opening: Opening | None, models: Models | None, over: writing.Place
+    workspace: Workspace, attempt: int, opening: Opening | None, models: Models | None, over: seen_places.Place
 ) -> Manifest:
     """theta^1: PEFT's initialisation (B = 0), drawn once: an average of different ones would be none.
 
@@ -111,7 +115,7 @@ def _theta(workspace: Workspace, round: int) -> Artefact | None:
 
 
 def _next(
-    workspace: Workspace, round: int, theta: Artefact, attempt: int, opening: Opening | None, over: writing.Place
+    workspace: Workspace, round: int, theta: Artefact, attempt: int, opening: Opening | None, over: seen_places.Place
 ) -> Manifest:
     """What the round before left, byte for byte."""
     return publish(

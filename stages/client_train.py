@@ -16,29 +16,25 @@ from typing import TYPE_CHECKING
 
 from stages.accounting import budget
 from stages.artefacts import turns
-from stages.artefacts.manifest import (
-    Artefact,
-    Manifest,
-    Stage,
-    already_made,
-    publish,
-    read_manifest,
-    read_sound,
-    received,
-)
+from stages.artefacts.manifest import Manifest, Stage
+from stages.artefacts.publishing import already_made, publish
+from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.receiving import read_sound, received
 from stages.data.rows import Example, Row, encode, read_rows, tell_left_out, warn_of_spacing
 from stages.files import writing
-from stages.parties.vault import client as party_of
-from stages.progress.rounds import warn_of_stale_rows
+from stages.parties.names import client as party_of
+from stages.progress.staleness import warn_of_stale_rows
 from stages.runtime.errors import BadNumbers, Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
-from stages.secagg import openings, said
-from stages.workspace.paths import MANIFEST, Workspace, require
+from stages.secagg import accepting, said
+from stages.workspace.names import MANIFEST
+from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
     from stages.artefacts.adapter_files import Tensors
-    from stages.models.loading import Models, Tuned
+    from stages.models.loading import Models
+    from stages.models.tuned import Tuned
     from stages.training.objective import Objective
 
 
@@ -75,7 +71,7 @@ def client_train(
     is_secure = workspace.agreement.aggregation.is_secure
     if is_secure:
         said.check_known(workspace, client)
-    openings.accept(workspace, theta, client, report)
+    accepting.accept(workspace, theta, client, report)
     if is_secure:
         _check_may_mask(workspace, theta, client, rows, overwrite)
     # What was masked for this opening and is damaged is sent again as it was, never trained or masked again.
@@ -200,7 +196,7 @@ def _train(
     from stages.artefacts import adapter_files
     from stages.models import adapters
     from stages.models.loading import Models
-    from stages.training import trackers, training
+    from stages.training import recipes, trackers, training
     from stages.training.objective import Objective, task_loss
 
     agreement, machine = workspace.agreement, workspace.machine
@@ -223,7 +219,7 @@ def _train(
         "slm_base": slm.identity.weights_sha256,
         "dtype": slm.dtype,
     }
-    recipe = training.Recipe(
+    recipe = recipes.Recipe(
         budget=settings,
         learning_rates={"slm": settings.learning_rate},
         clips={"slm": settings.max_grad_norm},

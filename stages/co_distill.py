@@ -14,14 +14,18 @@ import shutil
 from typing import TYPE_CHECKING, Literal
 
 from stages.artefacts import turns
-from stages.artefacts.manifest import Manifest, already_made, read_manifest, read_sound
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.publishing import already_made
+from stages.artefacts.reading import read_manifest
+from stages.artefacts.receiving import read_sound
 from stages.distillation.inputs import Inputs, lock_of, omega_of, read_auxiliary, theta_of
 from stages.files import writing
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
-from stages.workspace.agreement import Role
-from stages.workspace.paths import AGREEMENT, Workspace
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
 
 if TYPE_CHECKING:
     from stages.models.loading import Models
@@ -60,13 +64,13 @@ def co_distill(
         report(Event("stage", f"co-distill, round {round}{words}"))
     rows, data_sha256 = read_auxiliary(workspace, report)
     if phase == "capture":
-        from stages.distillation import two_phases
+        from stages.distillation import capture, two_phases
 
         assert model
-        return two_phases.capture(workspace, round, model, top_k or TOP_K, rows, data_sha256, overwrite, models, report)
+        return capture.capture(workspace, round, model, top_k or TOP_K, rows, data_sha256, overwrite, models, report)
     inputs = Inputs(theta_of(workspace, round), omega_of(workspace, round), rows, data_sha256)
     if phase == "train":
-        from stages.distillation import two_phases
+        from stages.distillation import capture, two_phases
 
         roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
         made = [two_phases.train(workspace, round, one, inputs, overwrite, models, processes, report) for one in roles]

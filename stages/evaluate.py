@@ -9,17 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.artefacts import records, turns
-from stages.artefacts.manifest import Artefact, BaseIdentity, versions
+from stages.artefacts.manifest import BaseIdentity, versions
+from stages.artefacts.reading import Artefact
 from stages.artefacts.subjects import Subject, adapter_of, subject_of
-from stages.files import writing
+from stages.files import reading, writing
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
-from stages.workspace.paths import ADAPTER_WEIGHTS, AGREEMENT, Workspace
+from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT
+from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.models.loading import Models
-    from stages.workspace.agreement import Role
+    from stages.workspace.settings import Role
 
 
 def evaluate(
@@ -68,7 +70,7 @@ def evaluate(
     def make(places: turns.Places) -> dict[str, Any]:
         processes.agree({"role": role, "adapter": adapter})
         result = what | _score(workspace, role, adapter, models, processes, report)
-        writing.write(target, writing.json_bytes(records.stamped(result)), over=places[target])
+        writing.write(target, reading.json_bytes(records.stamped(result)), over=places[target])
         for task, scores in result["tasks"].items():
             found = "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())
             report(Event("note", f"{task}: {found}"))

@@ -5,11 +5,13 @@ Reads exchange/round-t/{broadcast,close}. Writes exchange/round-t/reveal-k, seal
 
 from __future__ import annotations
 
-from stages.artefacts.manifest import Manifest, received
-from stages.parties.vault import client as party_of
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.receiving import received
+from stages.parties.names import client as party_of
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.paths import AGREEMENT, Workspace, require
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace, require
 
 
 def reveal(workspace: Workspace, *, client: int, round: int, report: Report = ignore) -> Manifest:
@@ -26,12 +28,12 @@ def reveal(workspace: Workspace, *, client: int, round: int, report: Report = ig
             "there is nothing to reveal: updates are sent readable", where=workspace.root / AGREEMENT, mend=mend
         )
     from stages.parties import roster
-    from stages.secagg import sending
+    from stages.secagg import revealing
 
     source = workspace.broadcast(round)
     require(source, f"the broadcast of round {round} is not there", "carry exchange/ here from the server")
     theta = received(source, workspace, reader=party_of(client), stage="broadcast", round=round)
-    manifest = sending.reveal(workspace, theta, client, report)
+    manifest = revealing.reveal(workspace, theta, client, report)
     code = roster.spoken(manifest.parents["close"], 32)
     report(Event("note", f"revealed, for good; the code of the close, the same at all clients: {code}"))
     return manifest

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from stages.artefacts.adapter_files import Layout, Tensors
     from stages.data.rows import Example
-    from stages.models.loading import Tuned
+    from stages.models.tuned import Tuned
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -303,12 +303,12 @@ def tuned(role: Literal["slm", "llm"], *, family: Family = "gpt2", dropout: floa
     """A tiny model with an adapter of random values, as stages hold it; it has no tokenizer and no identity."""
     from stages.artefacts.manifest import BaseIdentity
     from stages.models import adapters as parts
-    from stages.models.loading import Tuned
-    from stages.training import batches
+    from stages.models import packing
+    from stages.models.tuned import Tuned
     from stages.workspace.agreement import Lora, Model
 
     base = tiny_model(family, **({"seed": 1 if role == "slm" else 2} | shape))
-    packs = batches.packs(base)
+    packs = packing.packs(base)
     model = parts.attach(base, Model(model="tiny", lora=Lora(r=4, alpha=8, dropout=dropout)))
     parts.put(model, random_adapter(parts.layout(model), seed=3))
     nobody = BaseIdentity(architecture=family, weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
@@ -337,7 +337,7 @@ def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int 
 def rewrite(result: Path, value: dict[str, Any]) -> None:
     """A result as another evaluation might have written it: with a digest of its own."""
     from stages.artefacts import records
-    from stages.files import writing
+    from stages.files import reading
 
     value.pop(records.DIGEST, None)
-    result.write_bytes(writing.json_bytes(records.stamped(value)))
+    result.write_bytes(reading.json_bytes(records.stamped(value)))

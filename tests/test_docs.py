@@ -19,7 +19,8 @@ import typer
 from builders import ROOT, Outcome
 from fedcollm_cli.main import app
 from generate_docs import keys, pages
-from stages.workspace.agreement import Agreement, Machine
+from stages.workspace.agreement import Agreement
+from stages.workspace.machine import Machine
 
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"

@@ -30,28 +30,25 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from builders import AGREEMENT, random_adapter, rows, write_rows
 from stages import client_train as client_train_module
 from stages.artefacts import adapter_files
-from stages.artefacts import manifest as manifests
-from stages.artefacts.manifest import Artefact, BaseIdentity, Opening, inbox, publish, read_artefact
+from stages.artefacts.manifest import BaseIdentity, Opening
+from stages.artefacts.publishing import publish
+from stages.artefacts.reading import Artefact, inbox, read_artefact
 from stages.client_train import client_train
 from stages.files import writing
+from stages.parties import memory, roster
 from stages.parties.enroll import enroll
 from stages.parties.join import join
 from stages.parties.keys import keys
-from stages.parties.vault import SERVER, Vault
+from stages.parties.names import SERVER
+from stages.parties.vault import Vault
 from stages.reveal import reveal
 from stages.runtime.errors import Problem
-from stages.secagg import fixed_point, masking, openings, reveals, unmasking
-from stages.secagg.sending import round_of
+from stages.secagg import fixed_point, masking, one_round, reveals, unmasking
+from stages.secagg.one_round import round_of
 from stages.secagg.vectors import array_bytes, read_array
 from stages.workspace.agreement import threshold
-from stages.workspace.paths import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    MASKED_UPDATE,
-    SEALED_REVEAL,
-    SEALED_SHARES,
-    Workspace,
-)
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_REVEAL, SEALED_SHARES
+from stages.workspace.paths import Workspace
 
 EXAMPLES = int(os.environ.get("FEDCOLLM_PROTOCOL_EXAMPLES", "0"))
 CLIENTS, ROUNDS = range(1, 6), (1, 2)
@@ -219,7 +216,7 @@ class Protocol(RuleBasedStateMachine):
             self._reveal(round, set(CLIENTS) - absent, set())
 
     def _opened(self, round: int, attempt: int, jump: int, clients: list[int], follows: bool) -> Artefact:
-        members = openings.roster.pinned(self.server, SERVER)
+        members = roster.pinned(self.server, SERVER)
         assert members is not None
         used = [theta.manifest.opening.slot for theta in self.thetas if theta.manifest.opening]
         slot = min(11, max(used, default=-1) + jump)
@@ -367,7 +364,7 @@ class Protocol(RuleBasedStateMachine):
                 raise CrashError
             real(folder, contents, **how)
 
-        with mock.patch.object(manifests.files, "publish", dying) if crashes else contextlib.nullcontext():
+        with mock.patch.object(writing, "publish", dying) if crashes else contextlib.nullcontext():
             yield
 
     def _watch_upload(self, client: int, round: int) -> None:
@@ -375,7 +372,7 @@ class Protocol(RuleBasedStateMachine):
         place = self.at(client).client_update(round, client)
         if place.exists():
             update = read_artefact(place)
-            kept = openings.recall(Vault.need(self.at(client), f"client-{client}"), round)
+            kept = memory.recall(Vault.need(self.at(client), f"client-{client}"), round)
             assert update.manifest.transcript is not None
             theta = next(t for t in self.thetas if _transcript(t) == update.manifest.transcript)
             clients = len(round_of(theta).clients)
@@ -513,7 +510,7 @@ class Protocol(RuleBasedStateMachine):
 
 
 def _transcript(theta: Artefact) -> str:
-    return openings.transcript_of(theta)
+    return one_round.transcript_of(theta)
 
 
 @pytest.mark.slow

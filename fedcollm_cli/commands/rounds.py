@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +22,7 @@ from fedcollm_cli.session import (
 )
 from fedcollm_cli.views import progress
 from stages.artefacts.manifest import Manifest
-from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
+from stages.runtime.errors import UsageProblem
 
 
 def broadcast(
@@ -265,111 +264,7 @@ def evaluate(
         opened.console.result({"path": path, **result}, progress.scores([result]))
 
 
-def run(
-    method: Annotated[
-        Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"] | None,
-        typer.Option("--method", help="Another method than the agreement's, in baselines/METHOD."),
-    ] = None,
-    rounds: Annotated[str | None, typer.Option("--rounds", help="Such as 3 or 1-5. Default: all.")] = None,
-    scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Whether to evaluate too.")] = True,
-    workspace: WorkspaceOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-) -> None:
-    """Every step of every round, in one process.
-
-    All on this machine. Base models are loaded once. Reads and writes exactly the files of the separate commands; what
-    is done is passed over, so that the same command goes on after a stop.
-
-    With --method, the same federation by another method, on the same data with the same budgets, in baselines/METHOD, a
-    workspace of its own. fedavg: no training at the server. fedavg-aux: the server trains both models on the auxiliary
-    data, without distillation. standalone: each client alone. centralized: the LLM on the data of all parties together.
-
-    Example: fedcollm run --method fedavg-aux
-    """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
-        from stages.federation.run import run as stage
-
-        results = stage(
-            opened.workspace,
-            method=method,
-            rounds=_rounds(rounds),
-            scores=scores,
-            overwrite=overwrite,
-            report=opened.console.report,
-        )
-        opened.console.result(results, progress.scores(results) if results else "done")
-
-
-def next(
-    client: Annotated[int | None, typer.Option("--client", min=1, help="The client whose step it is.")] = None,
-    server: Annotated[bool, typer.Option("--server", help="The server's step.")] = False,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-) -> None:
-    """Do whatever is the next step of a party.
-
-    For cron and job scripts: one call takes one step, reads and writes what that step does, and prints its command.
-    Where nothing can be done yet it says whom it waits for, with exit code 3; where nothing is left to do, 9; under an
-    edited agreement, 5.
-    What a person must decide, to join a roster or to replace something, it leaves to them.
-    Without --client and --server: of any party with data here.
-
-    Example: fedcollm next --client 2
-    """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
-        from stages.federation.next import next as stage
-
-        if client is not None and server:
-            raise UsageProblem("--client and --server are two parties", mend="give one of them")
-        party = "server" if server else None if client is None else f"client-{opened.workspace.check_client(client)}"
-        done = stage(opened.workspace, party=party, report=opened.console.report)
-        opened.console.result({"command": done}, done or "nothing is left to do")
-    if not done:
-        raise typer.Exit(NOTHING_LEFT_EXIT_CODE)
-
-
-def status(
-    verify: Annotated[bool, typer.Option("--verify", help="Read and hash every byte, instead of sizes alone.")] = False,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Tell what is done and what comes next.
-
-    Which steps are done, missing, damaged or stale, from the files alone, and the literal next command. Reads the
-    manifests of the whole workspace, writes nothing, loads no model. With --verify it ends with exit code 4 if anything
-    is not as it was written, and says what it does not cover.
-
-    Example: fedcollm status
-    """
-    with session(workspace, as_json=as_json, quiet=True) as opened:
-        from stages.progress.status import status as stage
-
-        found = stage(opened.workspace, verify=verify)
-        opened.console.result(progress.status_value(found, workspace), progress.status(found, workspace))
-    if verify and found.is_damaged:
-        raise typer.Exit(Damaged.exit_code)
-
-
 def _published(opened: Session, folder: Path, manifest: Manifest) -> None:
     """The result of a stage that makes an adapter: its folder, or its manifest as JSON."""
     shown = opened.workspace.shown(folder)
     opened.console.result({"path": shown, **manifest.model_dump()}, shown)
-
-
-def _rounds(text: str | None) -> range | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-    if first > last:
-        raise UsageProblem(
-            f"--rounds {text!r} is not a round or a range of rounds", mend="such as --rounds 3, or --rounds 1-5"
-        )
-    return range(first, last + 1)

@@ -20,145 +20,30 @@ is refused. What makes the counting sound:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.accounting.accountant import Charge, accountants, least_noise, total_epsilon
-from stages.artefacts.manifest import PrivacyClaim, Sha256, read_manifest
-from stages.files import writing
+from stages.accounting.ledger import (
+    Finished,
+    Line,
+    Reserved,
+    Reset,
+    Resumed,
+    alone,
+    append,
+    charges,
+    damaged,
+    read_ledger,
+    rounds_of,
+)
+from stages.artefacts.manifest import PrivacyClaim
+from stages.artefacts.reading import read_manifest
+from stages.files import reading
 from stages.runtime.errors import BadNumbers, Damaged, Refused, UsageProblem
-from stages.workspace.paths import MACHINE, Workspace
-
-LARGEST_LEDGER_BYTES = 64 << 20
-BEGINNING = "0" * 64
-
-Round = Annotated[int, Field(ge=1)]
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Reserved(_Entry):
-    """One run's steps, and the epsilon that the ledger comes to with them. attempt: which run, by a random number."""
-
-    kind: Literal["reserved"] = "reserved"
-    round: Round
-    attempt: str
-    noise_multiplier: Annotated[float, Field(gt=0)]
-    sample_rate: Annotated[float, Field(gt=0, le=1)]
-    steps: Annotated[int, Field(ge=1)]
-    delta: Annotated[float, Field(gt=0, lt=1)]
-    epsilon: Annotated[float, Field(ge=0)]
-
-    @property
-    def charge(self) -> Charge:
-        """What it costs."""
-        return Charge(self.noise_multiplier, self.sample_rate, self.steps)
-
-
-class Resumed(_Entry):
-    """A reserved run that was stopped goes on after this step."""
-
-    kind: Literal["resumed"] = "resumed"
-    round: Round
-    attempt: str
-    step: Annotated[int, Field(ge=0)]
-
-
-class Finished(_Entry):
-    """A reserved run has ended with this adapter, and publishes no other."""
-
-    kind: Literal["finished"] = "finished"
-    round: Round
-    attempt: str
-    adapter_sha256: Sha256
-
-
-class Reset(_Entry):
-    """Somebody chose to count from zero again: which rounds had been published, and the file that was given up.
-
-    anchors: the lines, of what was given up, that adapters and logs name.
-    """
-
-    kind: Literal["reset"] = "reset"
-    rounds: list[Round]
-    replaced_sha256: Sha256 | None
-    anchors: list[Sha256] = []
-
-
-Entry = Reserved | Resumed | Finished | Reset
-
-
-class Line(_Entry):
-    """One line: the entry, the sha256 of the line before, and that of this one without it, as JSON in one line."""
-
-    entry: Annotated[Entry, Field(discriminator="kind")]
-    previous: Sha256
-    sha256: Sha256
-
-    @staticmethod
-    def after(lines: Sequence[Line], entry: Entry) -> Line:
-        """The line that follows these."""
-        previous = lines[-1].sha256 if lines else BEGINNING
-        return Line(entry=entry, previous=previous, sha256=_digest(entry, previous))
-
-
-def _digest(entry: _Entry, previous: str) -> str:
-    said = entry.model_dump()
-    if not said.get("anchors", True):  # as an earlier version wrote it, which had none
-        del said["anchors"]
-    return writing.sha256(json.dumps({"entry": said, "previous": previous}, sort_keys=True).encode())
-
-
-def read_ledger(path: Path) -> list[Line]:
-    """The lines of a ledger; none if there is no file. Raises Damaged if it is not as it was written."""
-    if not path.exists() and not path.is_symlink():
-        return []
-    content = writing.read(path, limit_bytes=LARGEST_LEDGER_BYTES)
-    lines: list[Line] = []
-    for number, text in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
-        try:
-            writing.parse_json(text)  # refuses what pydantic does not: a key that appears twice
-            line = Line.model_validate_json(text)
-        except (ValueError, ValidationError, RecursionError):
-            raise _damaged(path, f"line {number} of {path.name} is not a line of a privacy ledger") from None
-        if line != Line.after(lines, line.entry):
-            raise _damaged(path, f"line {number} of {path.name} has been changed, or does not follow the line before")
-        lines.append(line)
-    if not content.endswith(b"\n"):  # each line was put there in one piece
-        raise _damaged(path, f"{path.name} ends in the middle of a line")
-    return lines
-
-
-def _damaged(path: Path, message: str) -> Damaged:
-    mend = "put it back from a backup; if there is none, `fedcollm client-train ... --i-understand-reset` begins anew"
-    return Damaged(message, where=path, mend=mend)
-
-
-def charges(lines: Sequence[Line]) -> list[Charge]:
-    """Everything that was spent since the last reset."""
-    found: list[Charge] = []
-    for line in lines:
-        if isinstance(line.entry, Reset):
-            found = []
-        elif isinstance(line.entry, Reserved):
-            found.append(line.entry.charge)
-    return found
-
-
-def rounds_of(lines: Sequence[Line]) -> set[int]:
-    """The rounds that a ledger knows of, those before a reset too."""
-    known: set[int] = set()
-    for line in lines:
-        known |= set(line.entry.rounds) if isinstance(line.entry, Reset) else {line.entry.round}
-    return known
+from stages.workspace.names import MACHINE
+from stages.workspace.paths import Workspace
 
 
 def check(workspace: Workspace, *, client: int, round: int, examples: int | None) -> None:
@@ -186,7 +71,7 @@ def reserve(
     Refused for a run that has finished and stands at another checkpoint than its last.
     """
     path = workspace.privacy_ledger(client)
-    with _alone(path):
+    with alone(path):
         lines = _whole_ledger(workspace, client)
         if own := _reserved(lines, attempt):
             ended = _finished(lines, attempt)
@@ -194,13 +79,13 @@ def reserve(
                 mend = "give the command again with --overwrite, which trains and spends anew"
                 message = f"by {path.name} this run has finished; its checkpoint of step {step} must not be used again"
                 raise Refused(message, where=workspace.unfinished("client-train", round, client), mend=mend)
-            _append(path, lines, Resumed(round=round, attempt=attempt, step=step))
+            append(path, lines, Resumed(round=round, attempt=attempt, step=step))
             return own[-1].charge
         if step > 0:
             raise _unknown(path)
         charge, epsilon = _priced(workspace, client, round, examples, lines)
         delta = workspace.agreement.privacy.delta
-        _append(path, lines, Reserved(round=round, attempt=attempt, **charge._asdict(), delta=delta, epsilon=epsilon))
+        append(path, lines, Reserved(round=round, attempt=attempt, **charge._asdict(), delta=delta, epsilon=epsilon))
         return charge
 
 
@@ -210,7 +95,7 @@ def finish(workspace: Workspace, client: int, round: int, attempt: str, adapter:
     Raises Damaged for a run that the ledger does not know, Refused for one that has ended with another adapter.
     """
     path = workspace.privacy_ledger(client)
-    with _alone(path):
+    with alone(path):
         lines = _whole_ledger(workspace, client)
         if not _reserved(lines, attempt):
             raise _unknown(path)
@@ -219,12 +104,7 @@ def finish(workspace: Workspace, client: int, round: int, attempt: str, adapter:
             mend = "give the command again with --overwrite, which trains and spends anew"
             raise Refused(f"by {path.name} this run has finished with another adapter", where=path, mend=mend)
         if not ended:
-            _append(path, lines, Finished(round=round, attempt=attempt, adapter_sha256=adapter))
-
-
-def _alone(path: Path) -> AbstractContextManager[None]:
-    """A ledger, for this process alone: of two lines that follow the same one, one would be lost."""
-    return writing.held(path.with_suffix(".lock"), without="move the workspace to a file system with locks")
+            append(path, lines, Finished(round=round, attempt=attempt, adapter_sha256=adapter))
 
 
 def _unknown(path: Path) -> Damaged:
@@ -238,12 +118,6 @@ def _reserved(lines: Sequence[Line], attempt: str) -> list[Reserved]:
 
 def _finished(lines: Sequence[Line], attempt: str) -> Finished | None:
     return next((one.entry for one in lines if isinstance(one.entry, Finished) and one.entry.attempt == attempt), None)
-
-
-def _append(path: Path, lines: Sequence[Line], entry: Entry) -> None:
-    """Put the ledger with one line more in its place, synced: no crash leaves half a line."""
-    whole = [*lines, Line.after(lines, entry)]
-    writing.write(path, "".join(json.dumps(line.model_dump(), sort_keys=True) + "\n" for line in whole).encode())
 
 
 def _priced(
@@ -301,10 +175,10 @@ def claim(workspace: Workspace, client: int) -> PrivacyClaim | None:
 def reset(workspace: Workspace, client: int) -> None:
     """Begin the ledger anew, whatever became of the old one, and say so in its first line."""
     path = workspace.privacy_ledger(client)
-    replaced = writing.sha256(writing.read_own(path)) if path.is_file() else None
-    with _alone(path):
+    replaced = reading.sha256(reading.read_own(path)) if path.is_file() else None
+    with alone(path):
         rounds, named = _published(workspace, client), sorted(set(anchors(workspace, client).values()))
-        _append(path, [], Reset(rounds=rounds, replaced_sha256=replaced, anchors=named))
+        append(path, [], Reset(rounds=rounds, replaced_sha256=replaced, anchors=named))
 
 
 def _whole_ledger(workspace: Workspace, client: int) -> list[Line]:
@@ -314,12 +188,12 @@ def _whole_ledger(workspace: Workspace, client: int) -> list[Line]:
     if unknown := [round for round in _published(workspace, client) if round not in rounds_of(lines)]:
         state = f"{path.name} does not know" if lines else f"{path.name} is missing:"
         adapter = workspace.shown(workspace.client_adapter(unknown[0], client))
-        raise _damaged(path, f"{state} what {adapter}, which was trained with differential privacy, has spent")
+        raise damaged(path, f"{state} what {adapter}, which was trained with differential privacy, has spent")
     if lost := unknown_anchors(lines, anchors(workspace, client)):
         message = (
             f"{path.name} has been cut short, or is another one: it lacks the line that {workspace.shown(lost[0])}"
         )
-        raise _damaged(path, f"{message} was made after")
+        raise damaged(path, f"{message} was made after")
     return lines
 
 
@@ -332,7 +206,7 @@ def anchors(workspace: Workspace, client: int) -> dict[Path, str]:
             if claim and claim.ledger_sha256:
                 found[place] = claim.ledger_sha256
         log = workspace.log("client-train", round, client)
-        if named := writing.first_logged(log).get("ledger_sha256"):
+        if named := reading.first_logged(log).get("ledger_sha256"):
             found[log] = str(named)
     return found
 
@@ -360,7 +234,7 @@ def trained_here(workspace: Workspace, client: int) -> list[int]:
     privacy, is_secure = workspace.agreement.privacy, workspace.agreement.aggregation.is_secure
     found: list[int] = []
     for round in range(1, workspace.agreement.federation.rounds + 1):
-        agreed = writing.logged_inputs(workspace.log("client-train", round, client)).get("agreement")
+        agreed = reading.logged_inputs(workspace.log("client-train", round, client)).get("agreement")
         is_logged = privacy.is_on and agreed == workspace.agreement_sha256
         if is_logged or (is_secure and _is_private(workspace.client_adapter(round, client))):
             found.append(round)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.artefacts.adapter_files import Tensors, layout_of, read_adapter
-from stages.artefacts.manifest import read_sound
+from stages.artefacts.receiving import read_sound
 from stages.workspace.paths import Workspace
 
 HELD_BYTES = 256 << 20

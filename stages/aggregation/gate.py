@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stages.artefacts.adapter_files import Tensors
-from stages.artefacts.manifest import Artefact
+from stages.artefacts.reading import Artefact
 from stages.data.rows import Example, Row, encode, tell_left_out
 from stages.models import adapters
-from stages.models.loading import Models, Tuned, naming_memory_knobs
+from stages.models.devices import naming_memory_knobs
+from stages.models.loading import Models
+from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event, Report
 from stages.training.micro_batch import rows_at_once

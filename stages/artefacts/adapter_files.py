@@ -12,12 +12,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from stages.artefacts.manifest import Artefact, Manifest
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.reading import Artefact
 from stages.artefacts.tensor_files import CARRY_AGAIN, bad, read_header
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import BadNumbers, Damaged
 from stages.workspace.agreement import Lora
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Tensors = dict[str, np.ndarray]
 Layout = dict[str, tuple[int, ...]]
@@ -36,7 +37,7 @@ def weights_bytes(tensors: Tensors) -> bytes:
 
 def config_bytes(lora: Lora, *, target_modules: list[str], fan_in_fan_out: bool) -> bytes:
     """adapter_config.json, as PEFT, vLLM and lm-eval read it. The base is not named; the manifest has its digest."""
-    return writing.json_bytes(
+    return reading.json_bytes(
         {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -75,12 +76,12 @@ def read_adapter(artefact: Artefact, expected: Layout | None, lora: Lora) -> Ten
 def check_config(content: bytes, path: Path, lora: Lora) -> None:
     """Raise Damaged, naming the first difference, unless adapter_config.json is what config_bytes writes."""
     try:
-        value = writing.parse_json(content)
+        value = reading.parse_json(content)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=CARRY_AGAIN) from None
     modules = lora.target_modules or [str(name) for name in value.get("target_modules") or []]
     flag = bool(value.get("fan_in_fan_out"))
-    expected = writing.parse_json(config_bytes(lora, target_modules=modules, fan_in_fan_out=flag))
+    expected = reading.parse_json(config_bytes(lora, target_modules=modules, fan_in_fan_out=flag))
     for key in sorted(value.keys() | expected.keys()):
         if value.get(key) != expected.get(key):
             message = f"{path.name} says {key} = {value.get(key)!r}, the agreement says {expected.get(key)!r}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stages.files import writing
+from stages.files import reading, writing
 from stages.files.seclusion import shut
 from stages.runtime.errors import Damaged, NotReady
 from stages.runtime.events import Event, Report, ignore
@@ -38,7 +38,7 @@ def begin(folder: Path, inputs: Mapping[str, Any], *, anew: bool = False, report
 
     anew: begin from the start, whatever is there. One that is not as it was written is passed over with a warning.
     """
-    mine, wanted = own(folder), writing.json_bytes(dict(inputs))
+    mine, wanted = own(folder), reading.json_bytes(dict(inputs))
     if anew or not is_of(mine, wanted):
         shutil.rmtree(mine, ignore_errors=True)
     writing.write(mine / INPUTS, wanted)
@@ -54,7 +54,7 @@ def seal(checkpoint: Path) -> None:
     for path in _files_in(checkpoint):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    writing.write(checkpoint / COMPLETE, writing.json_bytes(_digests(checkpoint)))
+    writing.write(checkpoint / COMPLETE, reading.json_bytes(_digests(checkpoint)))
 
 
 def is_kept(mine: Path) -> bool:
@@ -117,7 +117,7 @@ def _copied(checkpoint: Path, to: Path) -> bool:
 def is_whole(checkpoint: Path) -> bool:
     """Whether it was sealed and has the files that it then had, no other, with the same bytes."""
     try:
-        sealed, _ = writing.read_json(checkpoint / COMPLETE)
+        sealed, _ = reading.read_json(checkpoint / COMPLETE)
         return sealed == _digests(checkpoint)
     except (OSError, NotReady, Damaged):
         return False
@@ -126,7 +126,7 @@ def is_whole(checkpoint: Path) -> bool:
 def is_of(place: Path, wanted: bytes) -> bool:
     """Whether what is kept there was made from these inputs."""
     try:
-        return writing.read_own(place / INPUTS) == wanted
+        return reading.read_own(place / INPUTS) == wanted
     except (OSError, Damaged):
         return False
 

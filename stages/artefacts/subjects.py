@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from stages.artefacts.manifest import Artefact, Stage, received
+from stages.artefacts.manifest import Stage
+from stages.artefacts.reading import Artefact
+from stages.artefacts.receiving import received
 from stages.runtime.errors import UsageProblem
 from stages.workspace.paths import Workspace, require
 

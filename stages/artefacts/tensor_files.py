@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from stages.bases import base_files, base_folders
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import Damaged, Problem
-from stages.workspace.agreement import Role
 from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
 
 LARGEST_HEADER_BYTES = 1 << 20
 LARGEST_BASE_HEADER_BYTES = 100 << 20
@@ -45,7 +45,7 @@ def read_header(content: bytes, path: Path) -> dict[str, Any]:
         found = "is a pickle, which is never opened" if is_pickle else "is not a safetensors file, or is cut short"
         raise bad(path, found)
     try:
-        header = writing.parse_json(content[8 : 8 + length])
+        header = reading.parse_json(content[8 : 8 + length])
     except (ValueError, RecursionError) as error:
         raise bad(path, f"has a header that is not strict JSON: {error}") from error
     for name, entry in header.items():

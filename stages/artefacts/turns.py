@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-from stages.files import writing
+from stages.files import locks, seen_places, writing
 from stages.runtime.errors import Damaged, NotReady
 from stages.runtime.events import Event, Report, ignore
 
 Made = TypeVar("Made")
-Places = Mapping[Path, writing.Place]
+Places = Mapping[Path, seen_places.Place]
 
 COMPLETE_WITHIN_S = 10.0
 """From another process's publication until all that belongs to it is there, its log too."""
@@ -41,8 +41,8 @@ def take(
     it, each path over its place. done: said of what is there. alone: entered for both. Raises what they raise; what
     make raises is dropped where look finds that another process has published meanwhile.
     """
-    places = {path: writing.Place(path) for path in paths}
-    with writing.held(lock, report=report), alone or nullcontext():
+    places = {path: seen_places.Place(path) for path in paths}
+    with locks.held(lock, report=report), alone or nullcontext():
         is_new = any(place.has_changed for place in places.values())
         for place in places.values():
             writing.put_right(place.path)

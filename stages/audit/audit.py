@@ -27,10 +27,10 @@ from stages.audit.check_secrets import secrets_in, vaults_of
 from stages.audit.checks import Finding, count, told
 from stages.audit.folders import Folder, Scope, folders_in, open_folder, scope_of
 from stages.audit.foreign_adapters import AnyAdapter, parse_weights, tensors_if_sound
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 @dataclass
@@ -115,7 +115,7 @@ def _adapter(state: Audit, folder: Folder) -> tuple[AnyAdapter | None, str]:
     if all(np.isfinite(tensor).all() for tensor in adapter.tensors.values()):
         state.finite.add(folder.path)
     try:
-        config = writing.parse_json(settings) if settings is not None else {}
+        config = reading.parse_json(settings) if settings is not None else {}
     except (ValueError, RecursionError) as error:
         return adapter, f"{ADAPTER_CONFIG} is not valid JSON: {error}"
     return replace(adapter, config=config), ""

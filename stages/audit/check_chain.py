@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.artefacts.manifest import Manifest, parent_place, place_of, read_manifest, round_of_parent
+from stages.artefacts.lineage import parent_place, place_of, round_of_parent
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.reading import read_manifest
 from stages.audit.check_signatures import A1, roster_of, signature_of
 from stages.audit.checks import Finding, number_of
 from stages.audit.folders import Folder, Scope
 from stages.runtime.errors import Problem
 from stages.workspace import edits
-from stages.workspace.paths import ADAPTER_WEIGHTS, AGREEMENT
+from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT
 
 
 def manifest_of(folder: Folder) -> Iterator[Finding]:

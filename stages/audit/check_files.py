@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.artefacts import records
-from stages.artefacts.manifest import expected_names
+from stages.artefacts.reading import expected_names
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import FOLDER, PICKLES, READ, Folder, Scope, every_file, kind_of
-from stages.files import writing
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_INBOX, SIGNATURE
+from stages.files import reading
+from stages.progress import damage
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_INBOX, SIGNATURE
 
 A2 = Check("A2", "files")
 
@@ -40,7 +40,7 @@ def files_of(folder: Folder) -> Iterator[Finding]:
                 yield A2.fail(folder.file(name), "is missing", f"sha256 {entry.sha256[:16]}...")
             elif content is not None and len(content) != entry.size_bytes:
                 yield A2.fail(folder.file(name), number_of(len(content), "byte"), str(entry.size_bytes))
-            elif content is not None and (found := writing.sha256(content)) != entry.sha256:
+            elif content is not None and (found := reading.sha256(content)) != entry.sha256:
                 yield A2.fail(folder.file(name), f"sha256 {found[:16]}...", f"{entry.sha256[:16]}...")
         if others:
             found = f"{number_of(others, 'file')} sealed to other clients: not here, as `pack --to` leaves them out"
@@ -84,7 +84,7 @@ def _records(scope: Scope, client: int | None) -> Iterator[Finding]:
     """Of a whole workspace: results, private logs, rows and checkpoints against the digests that were written down."""
     if scope.workspace is None or scope.agreement is None or not scope.is_workspace:
         return
-    for path, found, expected in records.faults(scope.workspace):
+    for path, found, expected in damage.faults(scope.workspace):
         if scope.concerns(path, client):
             yield A2.fail(scope.shown(path), found, expected)
 

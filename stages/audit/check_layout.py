@@ -13,7 +13,7 @@ from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import A, AnyAdapter, B
 from stages.distillation.top_k_logits import parse_capture
 from stages.runtime.errors import Damaged, Problem
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CAPTURE
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CAPTURE
 
 A3 = Check("A3", "layout")
 

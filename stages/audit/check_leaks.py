@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import READ, Folder, Scope, every_file, kind_of
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import Problem
 
 A7 = Check("A7", "leaks")
@@ -78,12 +78,12 @@ def leaks_between(folders: list[Folder], scopes: list[Scope], client: int | None
             if path in done or kind_of(status) or not scope.concerns(path, client):
                 continue
             total += 1
-            if status.st_size > writing.READ_AT_ONCE_BYTES:
+            if status.st_size > reading.READ_AT_ONCE_BYTES:
                 found = f"has {status.st_size} bytes that no manifest names, and is not searched"
-                yield A7.warn(scope.shown(path), found, f"{writing.READ_AT_ONCE_BYTES} bytes at most, or none at all")
+                yield A7.warn(scope.shown(path), found, f"{reading.READ_AT_ONCE_BYTES} bytes at most, or none at all")
                 continue
             try:
-                content = writing.read(path, limit_bytes=writing.READ_AT_ONCE_BYTES)
+                content = reading.read(path, limit_bytes=reading.READ_AT_ONCE_BYTES)
             except (Problem, OSError):  # A2 says why
                 continue
             yield from _leaks(content, _json_in(content, path.name), path, scope, words)
@@ -116,10 +116,10 @@ def _json_in(content: bytes, name: str) -> dict[str, Any] | None:
         content = content[8 : 8 + int.from_bytes(content[:8], "little")]
     elif not name.endswith((".json", ".sig")):
         return None
-    if len(content) > writing.LARGEST_JSON_BYTES:
+    if len(content) > reading.LARGEST_JSON_BYTES:
         return None
     try:
-        return writing.parse_json(content)
+        return reading.parse_json(content)
     except (ValueError, RecursionError):
         return None
 

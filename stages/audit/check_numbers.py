@@ -11,7 +11,7 @@ from stages.artefacts.adapter_files import Tensors, layout_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import AnyAdapter, B, product_spectrum, rank_of, tensors_if_sound
-from stages.workspace.paths import ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_WEIGHTS
 
 A4, A5 = Check("A4", "numbers"), Check("A5", "drift")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from stages.accounting import budget
+from stages.accounting import budget, ledger
 from stages.accounting.accountant import total_epsilon
 from stages.artefacts.manifest import Manifest
 from stages.audit.checks import Check, Finding, number_of
@@ -39,8 +39,8 @@ def privacy_of(scope: Scope, folders: list[Folder], client: int | None) -> Itera
     for k in workspace.clients if client is None else [client]:
         path = workspace.privacy_ledger(k)
         try:
-            lines = budget.read_ledger(path)
-            known = budget.rounds_of(lines)
+            lines = ledger.read_ledger(path)
+            known = ledger.rounds_of(lines)
             for round in budget.trained_here(workspace, k):
                 if round not in known:
                     found = "knows nothing of it" if lines else "is missing"
@@ -66,10 +66,10 @@ def _borne_out(scope: Scope, client: int) -> set[tuple[int, str]]:
     """The rounds and claims that the client's ledger, if it is here and sound, has a line for."""
     assert scope.workspace is not None
     try:
-        entries = [line.entry for line in budget.read_ledger(scope.workspace.privacy_ledger(client))]
+        entries = [line.entry for line in ledger.read_ledger(scope.workspace.privacy_ledger(client))]
     except (Problem, OSError):
         return set()
-    return {(one.round, _rounded_up(one.epsilon)) for one in entries if isinstance(one, budget.Reserved)}
+    return {(one.round, _rounded_up(one.epsilon)) for one in entries if isinstance(one, ledger.Reserved)}
 
 
 def _claims(
@@ -97,18 +97,18 @@ def _claims(
         before = claim.epsilon
 
 
-def _ledger(lines: list[budget.Line], shown: str, claims: list[tuple[Folder, Manifest]]) -> Iterator[Finding]:
+def _ledger(lines: list[ledger.Line], shown: str, claims: list[tuple[Folder, Manifest]]) -> Iterator[Finding]:
     """Each line's epsilon composed again, and the claims that must be among them, or be of rounds before a reset."""
     written: dict[int, set[str]] = {}
     given_up: set[int] = set()
     is_reset = False
     for number, line in enumerate(lines, 1):
-        if isinstance(line.entry, budget.Reset):
+        if isinstance(line.entry, ledger.Reset):
             yield A10.warn(shown, f"line {number}: somebody chose to count from zero again")
             given_up, is_reset = given_up | set(line.entry.rounds), True
-        if not isinstance(line.entry, budget.Reserved):
+        if not isinstance(line.entry, ledger.Reserved):
             continue
-        found = total_epsilon(budget.charges(lines[:number]), line.entry.delta)
+        found = total_epsilon(ledger.charges(lines[:number]), line.entry.delta)
         if not math.isclose(found, line.entry.epsilon, rel_tol=TOLERANCE):
             yield A10.fail(
                 shown, f"line {number} says epsilon {line.entry.epsilon:.4f}", f"{found:.4f}, composed again"

@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from stages.artefacts.manifest import KEPT_OLD, Artefact, Manifest, Opening, inbox
+from stages.artefacts.manifest import Manifest, Opening
+from stages.artefacts.publishing import KEPT_OLD
+from stages.artefacts.reading import Artefact, inbox
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder, Scope, said_by
-from stages.parties.vault import client as party_of
+from stages.parties.names import client as party_of
 from stages.runtime.errors import Problem
 from stages.secagg import masking, unmasking
-from stages.secagg.openings import transcript_of
+from stages.secagg.one_round import transcript_of
 from stages.secagg.vectors import read_array
 from stages.workspace.agreement import threshold
-from stages.workspace.paths import MANIFEST, MASKED_UPDATE, SEALED_SHARES
+from stages.workspace.names import MANIFEST, MASKED_UPDATE, SEALED_SHARES
 
 A9 = Check("A9", "secagg")
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from stages.audit.checks import Check, Finding
 from stages.audit.folders import Scope, every_file, kind_of, said_by
-from stages.files import writing
-from stages.parties import vault
+from stages.files import reading
+from stages.parties import names, vault
 from stages.runtime.errors import Problem
-from stages.workspace.paths import SECRETS_MARKER, Workspace
+from stages.workspace.names import SECRETS_MARKER
+from stages.workspace.paths import Workspace
 
 A8 = Check("A8", "secrets")
 
@@ -38,7 +39,7 @@ def secrets_in(scope: Scope) -> Iterator[Finding]:
 
 def _content(path: Path) -> bytes:
     try:
-        return writing.read(path, limit_bytes=LARGEST_KEY_FILE_BYTES)
+        return reading.read(path, limit_bytes=LARGEST_KEY_FILE_BYTES)
     except (Problem, OSError):
         return b""
 
@@ -46,7 +47,7 @@ def _content(path: Path) -> bytes:
 def vaults_of(workspace: Workspace) -> Iterator[Finding]:
     """The folders of keys that parties of this workspace have on this machine: outside it, and their owner's alone."""
     found = 0
-    for party in (vault.SERVER, *map(vault.client, workspace.clients)):
+    for party in (names.SERVER, *map(names.client, workspace.clients)):
         try:
             own = vault.Vault.find(workspace, party)
             found += own is not None

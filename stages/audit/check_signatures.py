@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.artefacts.manifest import Artefact, check_signed
+from stages.artefacts.lineage import check_signed
+from stages.artefacts.reading import Artefact
 from stages.audit.checks import Check, Finding
 from stages.audit.folders import Folder, Scope, said_by
-from stages.files import writing
-from stages.parties import roster, vault
+from stages.files import reading
+from stages.parties import names, roster, roster_files, vault
 from stages.runtime.errors import Problem
-from stages.workspace.paths import MANIFEST, SIGNATURE, Workspace
+from stages.workspace.names import MANIFEST, SIGNATURE
+from stages.workspace.paths import Workspace
 
 A1 = Check("A1", "chain")
 
@@ -42,11 +44,11 @@ def roster_of(scope: Scope, client: int | None) -> Iterator[Finding]:
         yield A1.skip("signatures: no keys of this federation are here")
         return
     try:
-        federation, content = roster.read_federation(workspace.federation)
+        federation, content = roster_files.read_federation(workspace.federation)
     except (Problem, OSError) as problem:
         yield A1.fail(scope.shown(workspace.federation), said_by(problem), "a roster signed by the server it names")
         return
-    members = roster.Roster(federation, writing.sha256(content))
+    members = roster.Roster(federation, reading.sha256(content))
     for number in members.clients if client is None else [client]:
         path = workspace.public_keys(number)
         try:
@@ -68,7 +70,7 @@ def roster_of(scope: Scope, client: int | None) -> Iterator[Finding]:
         yield A1.skip(f"whether the roster is the one people agreed on: {missing}")
 
 
-def _tasks_of(scope: Scope, workspace: Workspace, federation: roster.Federation) -> Iterator[Finding]:
+def _tasks_of(scope: Scope, workspace: Workspace, federation: roster_files.Federation) -> Iterator[Finding]:
     if federation.tasks_sha256 is None:
         yield A1.skip("whether tasks/ is what people agreed on: this roster, of an earlier version, does not say")
     try:
@@ -79,11 +81,11 @@ def _tasks_of(scope: Scope, workspace: Workspace, federation: roster.Federation)
 
 def _pinned(workspace: Workspace, clients: list[int]) -> Iterator[tuple[str, str]]:
     """The parties whose keys are on this machine, and the digest of the roster that each has pinned."""
-    for party in (vault.SERVER, *map(vault.client, clients)):
+    for party in (names.SERVER, *map(names.client, clients)):
         try:
             own = vault.Vault.find(workspace, party)
             content = own.pinned if own else None
         except (Problem, OSError):  # A8 says why
             continue
         if content is not None:
-            yield party, writing.sha256(content)
+            yield party, reading.sha256(content)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from stages.audit.foreign_adapters import A, AnyAdapter, B, effective_rank, product_spectrum, read_any
-from stages.files import writing
-from stages.workspace.paths import ADAPTER_WEIGHTS
+from stages.files import reading
+from stages.workspace.names import ADAPTER_WEIGHTS
 
 ROUNDING = 1e-6
 """Of a norm: below it a difference is no more than float32's rounding of A and B."""
@@ -196,4 +196,4 @@ def _number(value: float) -> float | None:
 
 
 def _weights(folder: Path) -> str:
-    return writing.sha256(writing.read(folder / ADAPTER_WEIGHTS, limit_bytes=writing.LARGEST_ADAPTER_BYTES))
+    return reading.sha256(reading.read(folder / ADAPTER_WEIGHTS, limit_bytes=reading.LARGEST_ADAPTER_BYTES))

@@ -16,12 +16,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stages.artefacts import tensor_files
-from stages.artefacts.manifest import Artefact, Manifest, check_signed, check_sizes, read_manifest
-from stages.files import writing
+from stages.artefacts.lineage import check_signed
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.sizes import check_sizes
+from stages.files import reading
 from stages.parties.roster import Roster, anyones
 from stages.runtime.errors import Damaged, Problem, UsageProblem
 from stages.workspace.agreement import Agreement
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_REVEAL, Workspace
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_REVEAL
+from stages.workspace.paths import Workspace
 
 ROUND = re.compile(r"round-[0-9]{4}")
 PARTY = re.compile(r"(client|reveal)-[1-9][0-9]{0,8}|broadcast|close|aggregate|captured-(slm|llm)|slm|llm")
@@ -184,7 +188,7 @@ def open_folder(path: Path, scope: Scope) -> Folder:
                 folder.unreadable[name] = said_by(problem)
     weights = folder.contents.get(ADAPTER_WEIGHTS)
     folder = replace(folder, contents=dict(sorted(folder.contents.items())))
-    return replace(folder, weights_sha256=writing.sha256(weights) if weights is not None else "")
+    return replace(folder, weights_sha256=reading.sha256(weights) if weights is not None else "")
 
 
 def _is_small(name: str) -> bool:
@@ -195,10 +199,10 @@ def _read(folder: Folder, name: str) -> bytes:
     """One file, as large as it may be. Raises Damaged for a large one that is unsigned, or larger than it can be."""
     path = folder.path / name
     if _is_small(name):
-        return writing.read(path, limit_bytes=writing.LARGEST_JSON_BYTES)
-    if not path.is_symlink() and path.stat().st_size > writing.READ_AT_ONCE_BYTES:
+        return reading.read(path, limit_bytes=reading.LARGEST_JSON_BYTES)
+    if not path.is_symlink() and path.stat().st_size > reading.READ_AT_ONCE_BYTES:
         _check_vouched_for(folder, name)
-    return writing.read(path, limit_bytes=writing.LARGEST_ADAPTER_BYTES, look=tensor_files.check_head)
+    return reading.read(path, limit_bytes=reading.LARGEST_ADAPTER_BYTES, look=tensor_files.check_head)
 
 
 def _check_vouched_for(folder: Folder, name: str) -> None:

@@ -18,9 +18,9 @@ from stages.artefacts import lora_settings
 from stages.artefacts.adapter_files import Tensors
 from stages.artefacts.tensor_files import check_head, read_header
 from stages.audit.folders import Scope, open_folder
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady, Problem, UsageProblem
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 """Those that NumPy has; BF16 is the upper half of a float32."""
@@ -114,7 +114,7 @@ def parse_weights(content: bytes, path: Path) -> AnyAdapter:
 def read_any(folder: Path) -> AnyAdapter:
     """An adapter folder, ours or any of PEFT's, with its configuration. Raises as read_weights does."""
     adapter, settings = read_weights(folder), folder / ADAPTER_CONFIG
-    return replace(adapter, config=writing.read_json(settings)[0]) if settings.exists() else adapter
+    return replace(adapter, config=reading.read_json(settings)[0]) if settings.exists() else adapter
 
 
 def read_weights(folder: Path) -> AnyAdapter:
@@ -132,7 +132,7 @@ def read_weights(folder: Path) -> AnyAdapter:
         found = sorted(folder.glob("adapter_model.*"))[0]
         mend = "save it again with PEFT, as safetensors"
         raise Damaged(f"{found.name} is never opened: only safetensors are", where=found, mend=mend)
-    return parse_weights(writing.read(weights, limit_bytes=writing.LARGEST_ADAPTER_BYTES, look=check_head), weights)
+    return parse_weights(reading.read(weights, limit_bytes=reading.LARGEST_ADAPTER_BYTES, look=check_head), weights)
 
 
 def tensors_if_sound(folder: Path, scope: Scope) -> Tensors | None:

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artefacts.manifest import Artefact, Manifest, Stage, parent_place, read_manifest, received
-from stages.files import writing
-from stages.parties import roster, vault
+from stages.artefacts.lineage import parent_place
+from stages.artefacts.manifest import Manifest, Stage
+from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.receiving import received
+from stages.files import reading
+from stages.parties import names, roster, roster_files, vault
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.agreement import ROLES
-from stages.workspace.paths import ADAPTER_WEIGHTS, Workspace
+from stages.workspace.names import ADAPTER_WEIGHTS
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import ROLES
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
 
 def _who(workspace: Workspace) -> str | None:
     """A party on this machine that has pinned a roster: what it trusts is what counts here."""
-    for party in (vault.SERVER, *map(vault.client, workspace.clients)):
+    for party in (names.SERVER, *map(names.client, workspace.clients)):
         found = vault.Vault.find(workspace, party)
         if found and found.pinned is not None:
             return party
@@ -109,7 +113,7 @@ def _folders(workspace: Workspace, round: int) -> Iterator[tuple[Path, Stage, in
 def _check_roster(workspace: Workspace, members: roster.Roster, reader: str | None) -> None:
     """Raise Refused for another roster in exchange/ than the one pinned, Damaged for keys that it does not name."""
     path = workspace.federation
-    if path.exists() and writing.sha256(roster.read_federation(path)[1]) != members.sha256:
+    if path.exists() and reading.sha256(roster_files.read_federation(path)[1]) != members.sha256:
         message = f"exchange/federation.json is another roster than the one that {reader} has pinned"
         mend = "copy it again; if it stays, ask the server why it shows several rosters"
         raise Refused(message, where=path, mend=mend)

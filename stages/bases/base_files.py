@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.runtime.errors import Damaged, UsageProblem
-from stages.workspace.agreement import Quantization, Role
+from stages.workspace.settings import Quantization, Role
 
 WEIGHTS_BY_PREFERENCE = (
     "model.safetensors",

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.bases import base_files
-from stages.files import writing
+from stages.files import faults
 from stages.runtime.errors import NotReady
-from stages.workspace.agreement import Role
 from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
 
 CONFIGURATION = ["*.json", "*.txt", "*.model", "*.jinja"]
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -42,8 +42,8 @@ def folder(workspace: Workspace, role: Role) -> Path:
             if base_files.is_whole(Path(found)):
                 break
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and (error.errno in writing.UNWRITABLE or error.filename):
-            raise writing.unwritable_cache(f"the {role.upper()} cannot be put into the hub's cache", error) from error
+        if isinstance(error, OSError) and (error.errno in faults.UNWRITABLE or error.filename):
+            raise faults.unwritable_cache(f"the {role.upper()} cannot be put into the hub's cache", error) from error
         mend = (
             f"`fedcollm prefetch --model {role}` where there is a network, "
             f"or set models.{role} in machine.toml to a local folder"

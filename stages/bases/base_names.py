@@ -8,8 +8,8 @@ from typing import Any
 
 from stages.bases import base_folders
 from stages.paper import reported
-from stages.workspace.agreement import Role
 from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
 
 NO_SHAPE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Keys of a config.json that may differ between two copies of one model."""

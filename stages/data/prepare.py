@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.data.rows import Row, read_rows, rows_bytes, warn_of_spacing
-from stages.files import writing
+from stages.files import reading, writing
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.paths import AGREEMENT, MACHINE, Workspace, require
+from stages.workspace.names import AGREEMENT, MACHINE
+from stages.workspace.paths import Workspace, require
 
 
 def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = ignore) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _counts(share: list[Row]) -> dict[str, Any]:
     """What split.json says of some rows."""
     return {
         "rows": len(share),
-        "sha256": writing.sha256(rows_bytes(share)),
+        "sha256": reading.sha256(rows_bytes(share)),
         "labels": dict(sorted(Counter(row.label for row in share).items())),
         "sources": dict(sorted(Counter(row.source for row in share).items())),
     }
@@ -123,16 +124,16 @@ def _publish(
 ) -> dict[str, Any]:
     if not overwrite:
         existing = [path for path in parties if path.exists()]
-        changed = [path for path in existing if writing.read_own(path) != rows_bytes(parties[path])]
+        changed = [path for path in existing if reading.read_own(path) != rows_bytes(parties[path])]
         if changed:
             message = f"{workspace.shown(changed[0])} is there already and is not what prepare would write"
             raise Refused(message, where=changed[0], mend="move it away, or give --overwrite to replace it")
         if len(existing) == len(parties) and workspace.split.exists():
-            if writing.read_own(workspace.split) != writing.json_bytes(summary):  # other sources, the same rows of them
-                writing.write(workspace.split, writing.json_bytes(summary))
+            if reading.read_own(workspace.split) != reading.json_bytes(summary):  # other sources, the same rows of them
+                writing.write(workspace.split, reading.json_bytes(summary))
             report(Event("note", "already done"))
             return summary
     for path, share in parties.items():
         writing.write(path, rows_bytes(share))
-    writing.write(workspace.split, writing.json_bytes(summary))
+    writing.write(workspace.split, reading.json_bytes(summary))
     return summary

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import Damaged
 from stages.runtime.events import Event, Report
 from stages.runtime.texts import lines
@@ -70,9 +70,9 @@ def read_rows(path: Path, *, unlabelled: bool = False) -> tuple[list[Row], str]:
     NotReady for a file that is not there.
     """
     try:
-        content = writing.read_own(path)
+        content = reading.read_own(path)
     except FileNotFoundError:
-        raise writing.not_there(path) from None
+        raise reading.not_there(path) from None
     rows: list[Row] = []
     found: dict[int, str] = {}
     for number, line in enumerate(_lines(content, path), 1):
@@ -85,13 +85,13 @@ def read_rows(path: Path, *, unlabelled: bool = False) -> tuple[list[Row], str]:
         raise _bad_lines(path, found, expected + (', or {"prompt": "..."} alone' if unlabelled else ""))
     if not rows:
         raise Damaged(f"{path.name} is empty", where=path, mend='put rows {"prompt": ..., "completion": ...} in it')
-    return rows, writing.sha256(content)
+    return rows, reading.sha256(content)
 
 
 def check_json_lines(path: Path) -> None:
     """Raise Damaged, naming every bad line, unless a file is JSON lines of objects, or empty ones, of whatever keys."""
     found: dict[int, str] = {}
-    for number, line in enumerate(_lines(writing.read_own(path), path), 1):
+    for number, line in enumerate(_lines(reading.read_own(path), path), 1):
         try:
             if line.strip():
                 _parsed(line)

@@ -18,12 +18,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
 
 from stages.data.rows import Row, check_json_lines
-from stages.files import seclusion, writing
+from stages.files import faults, reading, seclusion
 from stages.parties import roster
 from stages.runtime import quiet
 from stages.runtime.errors import NotReady, UsageProblem
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace import task_files
+from stages.workspace import task_data, task_files
 from stages.workspace.paths import Workspace
 
 
@@ -65,7 +65,7 @@ TRAINABLE = ("multiple_choice", "generate_until")
 
 def load(workspace: Workspace, names: list[str], report: Report = ignore) -> list[ConfigurableTask]:
     """These tasks, groups resolved into theirs. Raises UsageProblem for a name that nothing defines."""
-    writing.check_plain(workspace.tasks)
+    reading.check_plain(workspace.tasks)
     roster.check_tasks(workspace, may_be_absent=False)
     task_files.check_are_data(workspace.tasks, workspace.home, trusted=workspace.machine.run_task_code)
     with quiet.libraries(), quiet.telling(report, "lm_eval", but_for=HARMLESS):
@@ -104,7 +104,7 @@ def _load(workspace: Workspace, names: list[str], above: tuple[str, ...] = ()) -
             continue
         spec: Any = name
         if manager is local and entry.yaml_path is not None and entry.kind.name == "TASK":
-            spec = task_files.from_workspace(load_yaml(entry.yaml_path), workspace.home)
+            spec = task_data.from_workspace(load_yaml(entry.yaml_path), workspace.home)
         tasks += _built(manager, spec, name)
     return tasks
 
@@ -255,9 +255,9 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
         with seclusion.shutting_out(cache):
             return list(manager.load([spec])["tasks"].values())
     except OSError as error:  # a ConnectionError too
-        if error.errno in writing.UNWRITABLE or _is_of_cache(error, kwargs.get("cache_dir")):
+        if error.errno in faults.UNWRITABLE or _is_of_cache(error, kwargs.get("cache_dir")):
             what = f"task {name}: its data cannot be read, or the cache of datasets not be written"
-            raise writing.unwritable_cache(what, error) from error
+            raise faults.unwritable_cache(what, error) from error
         if isinstance(error, FileNotFoundError):
             message, mend = f"the data of task {name} is not there: {error}", "check data_files in its task file"
             raise NotReady(message, where=where, mend=mend) from error

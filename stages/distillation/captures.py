@@ -21,11 +21,13 @@ from stages.artefacts import checkpoints
 from stages.data.rows import Example
 from stages.distillation import top_k_logits
 from stages.distillation.top_k_logits import Captured, Source
-from stages.files import writing
-from stages.models.loading import Tuned, naming_memory_knobs
+from stages.files import reading, writing
+from stages.models.devices import naming_memory_knobs
+from stages.models.packing import Batch, answer_logits
+from stages.models.tuned import Tuned
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report
-from stages.training.batches import Batch, answer_logits, collate
+from stages.training.batches import collate
 from stages.training.losses import DIVERGENCES, TopK, captured_distillation, cross_entropy, top_k
 from stages.training.micro_batch import rows_that_fit
 from stages.training.objective import Losses, Objective, Tokens
@@ -59,7 +61,7 @@ def capture(
     """
     total = sum(example.distilled_positions for example in examples)
     largest = top_k_logits.largest_bytes(len(examples), total, min(source.top_k, source.vocabulary))
-    over = largest - writing.LARGEST_ADAPTER_BYTES
+    over = largest - reading.LARGEST_ADAPTER_BYTES
     if over > 0:
         fits = max(min(source.top_k, source.vocabulary) + -over // (8 * total), 1)
         message = f"a capture of {total} positions with --top-k {source.top_k} would have {largest} bytes"
@@ -67,7 +69,7 @@ def capture(
     if finds_rows:
         once = partial(_said, teacher, source=source, report=lambda _: None)
         rows = rows_that_fit(lambda some: once([some]), examples, rows, report=report)
-    wanted = writing.json_bytes({**inputs, "rows": rows})
+    wanted = reading.json_bytes({**inputs, "rows": rows})
     if overwrite or not checkpoints.is_of(folder, wanted):
         shutil.rmtree(folder, ignore_errors=True)
         writing.write(folder / checkpoints.INPUTS, wanted)
@@ -81,7 +83,7 @@ def capture(
                 part = _said(teacher, some, source, report=partial(_tell, report, start, len(batches)))
             top_k_logits.check(part, f"what the {teacher.role.upper()} says")
             writing.write(place, top_k_logits.capture_bytes(part))
-        content = writing.read(place, limit_bytes=writing.LARGEST_ADAPTER_BYTES)
+        content = reading.read(place, limit_bytes=reading.LARGEST_ADAPTER_BYTES)
         parts.append(top_k_logits.parse_capture(content, place))
     return Captured(
         source,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artefacts.manifest import Artefact, received
+from stages.artefacts.reading import Artefact
+from stages.artefacts.receiving import received
 from stages.data.rows import Row, read_rows, warn_of_spacing
-from stages.parties.vault import SERVER
+from stages.parties.names import SERVER
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report
-from stages.workspace.agreement import Role
 from stages.workspace.paths import Workspace, require
+from stages.workspace.settings import Role
 
 OTHER: dict[Role, Role] = {"slm": "llm", "llm": "slm"}
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from stages.artefacts import adapter_files, turns
-from stages.artefacts.manifest import Artefact, Manifest, publish
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.publishing import publish
+from stages.artefacts.reading import Artefact
 from stages.data.rows import Example, Row, encode, tell_left_out
 from stages.models import adapters
-from stages.models.loading import Models, Outline, Tuned, check_one_vocabulary
+from stages.models.loading import Models
+from stages.models.tuned import Outline, Tuned
+from stages.models.vocabulary import check_one_vocabulary
 from stages.runtime.errors import Refused
 from stages.runtime.events import Report
-from stages.training.training import Outcome, Recipe
-from stages.workspace.agreement import Role
+from stages.training.recipes import Outcome, Recipe
 from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
 
 
 def ready(workspace: Workspace, round: int, models: Models, role: Role, start: Artefact | None) -> Tuned:

@@ -28,7 +28,7 @@ import safetensors.numpy
 
 from stages.artefacts.tensor_files import read_header
 from stages.data.rows import Example
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import BadNumbers, Damaged
 
 FORMAT = "fedcollm-capture/1"
@@ -149,7 +149,7 @@ def check(captured: Captured, path: Path | str) -> None:
 def _source(metadata: dict[str, Any], path: Path) -> Source:
     """What the file says it was made from."""
     try:
-        told = writing.parse_json(str(metadata["capture"]).encode()) if set(metadata) == {"capture"} else {}
+        told = reading.parse_json(str(metadata["capture"]).encode()) if set(metadata) == {"capture"} else {}
     except (ValueError, RecursionError):
         told = {}
     kinds = {"data_sha256": str, "rows_sha256": str, "temperature": float, "vocabulary": int, "top_k": int}

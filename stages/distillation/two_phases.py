@@ -8,125 +8,28 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import time
 from typing import Any
 
 from stages.artefacts import turns
-from stages.artefacts.manifest import Artefact, Manifest, already_made, publish, read_manifest, received
-from stages.data.rows import Row
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.publishing import already_made
+from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.receiving import received
 from stages.distillation import captures, top_k_logits
-from stages.distillation.inputs import OTHER, Inputs, lock_of, omega_of, theta_of
+from stages.distillation.inputs import OTHER, Inputs, lock_of
 from stages.distillation.side import encoded, publish_model, ready, recipe, weights
 from stages.distillation.top_k_logits import Captured, Source
-from stages.files import writing
+from stages.files import reading, writing
 from stages.models import adapters
 from stages.models.loading import Models
-from stages.parties.vault import SERVER
+from stages.parties.names import SERVER
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report
 from stages.runtime.processes import Processes
 from stages.training import trackers, training
-from stages.workspace.agreement import Role
-from stages.workspace.paths import CAPTURE, Workspace, require
-
-
-def capture(
-    workspace: Workspace,
-    round: int,
-    role: Role,
-    top_k: int,
-    rows: list[Row],
-    data_sha256: str,
-    overwrite: bool,
-    models: Models | None,
-    report: Report,
-) -> Manifest:
-    """Write what one model says of the auxiliary data, which needs neither the other one nor its adapter."""
-    start = theta_of(workspace, round) if role == "slm" else omega_of(workspace, round)
-    parents = {start.path.name: start.sha256} if start else {}
-    name, folder = f"capture-{role}", workspace.captured(round, role)
-    log = workspace.log(name, round)
-    again = overwrite
-
-    def look(asked: bool) -> Manifest | None:
-        nonlocal again
-        again = asked
-        done = already_made(folder, workspace, parents, overwrite=again, log=log, data=data_sha256)
-        if done:
-            _check_top_k(workspace, done, top_k)
-        return done
-
-    def make(places: turns.Places) -> Manifest:
-        loaded = models or Models(workspace)
-        loaded.use(role)
-        outlines = {one: loaded.outline(one) for one in OTHER}
-        examples, shared, left_out = encoded(workspace, rows, outlines["slm"], outlines["llm"], report)
-        source = top_k_logits.Source(
-            data_sha256=data_sha256,
-            rows_sha256=top_k_logits.rows_sha256(examples),
-            temperature=workspace.agreement.distillation.temperature,
-            vocabulary=shared,
-            top_k=top_k,
-        )
-        teacher = ready(workspace, round, loaded, role, start)
-        settings, machine = workspace.agreement.distillation, workspace.machine
-        inputs: dict[str, Any] = {
-            "agreement": workspace.agreement_sha256,
-            "data": data_sha256,
-            **parents,
-            f"{role}_base": teacher.identity.weights_sha256,
-            "dtype": teacher.dtype,
-            "top_k": str(top_k),
-        }
-        started = time.monotonic()
-        captured = captures.capture(
-            teacher,
-            examples,
-            source,
-            rows=machine.rows_at_once(settings),
-            finds_rows=machine.micro_batch == "auto",
-            every=machine.checkpoint_steps,
-            folder=workspace.unfinished(name, round),
-            inputs=inputs,
-            overwrite=again,
-            report=report,
-        )
-        kept = captured.kept
-        content = top_k_logits.capture_bytes(captured)
-        words = f"{len(content)} bytes; the {captured.tokens.shape[1]} likeliest tokens of {len(kept)} positions have"
-        report(Event("note", f"{words} {100 * float(kept.mean()):.4g} % of the probability, at least {kept.min():.3g}"))
-        manifest = publish(
-            folder,
-            {CAPTURE: content},
-            workspace,
-            stage="capture",
-            role=role,
-            round=round,
-            parents=parents,
-            base=teacher.identity,
-            parameters=adapters.count(teacher.model),
-            seed=None if start else workspace.seed_for("omega", 1),
-            dtype=teacher.dtype,
-            examples=len(examples),
-            tokens=len(kept),
-            metrics={"top_k": float(top_k), "kept": float(kept.mean()), "kept_least": float(kept.min())} | left_out,
-            over=places[folder],
-        )
-        writing.write_log(log, [{"inputs": inputs, **left_out}, {"wall_s": time.monotonic() - started}])
-        shutil.rmtree(workspace.unfinished(name, round), ignore_errors=True)
-        return manifest
-
-    lock = log.with_suffix(".lock")
-    return turns.take([folder], lock, look=look, make=make, overwrite=overwrite, report=report)
-
-
-def _check_top_k(workspace: Workspace, done: Manifest, top_k: int) -> None:
-    """Raise Refused for a capture that keeps another number of tokens."""
-    before = done.metrics["top_k"]
-    if before != top_k:
-        folder = workspace.captured(done.round, done.role)
-        message = f"{workspace.shown(folder)} was made from other inputs; changed since: --top-k, from {before:g}"
-        raise Refused(message, where=folder, mend="give the command again with --overwrite to replace it")
+from stages.workspace.names import CAPTURE
+from stages.workspace.paths import Workspace, require
+from stages.workspace.settings import Role
 
 
 def train(
@@ -299,9 +202,9 @@ def _short(value: object) -> str:
 
 def _both_logs(workspace: Workspace, round: int, slm: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The log of the round, as in one phase: the LLM's and the SLM's losses of every step side by side."""
-    log = writing.read(workspace.log("co-distill-llm", round), limit_bytes=writing.LARGEST_OWN_BYTES)
+    log = reading.read(workspace.log("co-distill-llm", round), limit_bytes=reading.LARGEST_OWN_BYTES)
     begun, *steps, ended = slm
-    other_begun, *others, other_ended = map(writing.parse_json, log.splitlines())
+    other_begun, *others, other_ended = map(reading.parse_json, log.splitlines())
     both = [{**other, **step} for step, other in zip(steps, others, strict=True)]
     inputs = {**other_begun["inputs"], **begun["inputs"]}
     return [begun | {"inputs": inputs}, *both, {"wall_s": ended["wall_s"] + other_ended["wall_s"]}]

@@ -15,9 +15,11 @@ from lm_eval.models.huggingface import HFLM
 
 from stages.data.rows import Row, encode_row, is_doubly_spaced
 from stages.data.tasks import HARMLESS, MISTAKES, mistaken
-from stages.files import writing
+from stages.files import reading
 from stages.models import adapters
-from stages.models.loading import PROBE_TEXTS, Tuned, naming_memory_knobs
+from stages.models.devices import naming_memory_knobs
+from stages.models.identity import PROBE_TEXTS
+from stages.models.tuned import Tuned
 from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.events import Event, Report
@@ -164,7 +166,7 @@ def _cut(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Repo
             f"{len(doubled)} of {questions} questions of {task.config.task} have two spaces or more before an answer"
         )
         report(Event("warning", f"{words}: one is in doc_to_text or the choices, another is target_delimiter"))
-    return {"cut": cut, "questions_sha256": writing.sha256(repr(asked).encode())}
+    return {"cut": cut, "questions_sha256": reading.sha256(repr(asked).encode())}
 
 
 def _of_task(task: ConfigurableTask, results: dict[str, Any], report: Report) -> dict[str, Any]:

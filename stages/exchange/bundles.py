@@ -18,7 +18,7 @@ from typing import IO, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady, Problem, UsageProblem
 
 LISTING = "bundle.json"
@@ -73,14 +73,14 @@ class Bundle:
 def bundle_bytes(federation: str, members: Mapping[str, bytes]) -> bytes:
     """The bundle of these files, by names relative to exchange/. Raises UsageProblem if it would be too large."""
     listed = [
-        Member(name=name, size_bytes=len(members[name]), sha256=writing.sha256(members[name]))
+        Member(name=name, size_bytes=len(members[name]), sha256=reading.sha256(members[name]))
         for name in sorted(members)
     ]
     listing = Listing(federation=federation, members=listed)
-    if listing.size_bytes + writing.LARGEST_JSON_BYTES > LARGEST_BUNDLE_BYTES:
+    if listing.size_bytes + reading.LARGEST_JSON_BYTES > LARGEST_BUNDLE_BYTES:
         message = f"a bundle holds less than 4 GiB, this one would have {listing.size_bytes} bytes"
         raise UsageProblem(message, mend="carry the folders of exchange/ themselves")
-    return b"".join(_archive({LISTING: writing.json_bytes(listing.model_dump())} | dict(sorted(members.items()))))
+    return b"".join(_archive({LISTING: reading.json_bytes(listing.model_dump())} | dict(sorted(members.items()))))
 
 
 def read_bundle(path: Path, before: Callable[[Listing, Callable[[str], bytes]], None] | None = None) -> Bundle:
@@ -91,7 +91,7 @@ def read_bundle(path: Path, before: Callable[[Listing, Callable[[str], bytes]], 
     """
 
     def look(file: IO[bytes], size_bytes: int, path: Path) -> None:
-        head = file.read(writing.LARGEST_JSON_BYTES + LARGEST_NAME)
+        head = file.read(reading.LARGEST_JSON_BYTES + LARGEST_NAME)
         listing, size = _listing(head, path)
         length = _start(size) + listing.size_bytes + END_BYTES
         file.seek(max(size_bytes - struct.calcsize(END_FORM), 0))
@@ -103,8 +103,8 @@ def read_bundle(path: Path, before: Callable[[Listing, Callable[[str], bytes]], 
         if before:
             before(listing, lambda name: _member(file, listing, _start(size), name, path))
 
-    content = writing.read(path, limit_bytes=LARGEST_BUNDLE_BYTES, look=look)
-    if len(content) <= writing.READ_AT_ONCE_BYTES:
+    content = reading.read(path, limit_bytes=LARGEST_BUNDLE_BYTES, look=look)
+    if len(content) <= reading.READ_AT_ONCE_BYTES:
         look(io.BytesIO(content), len(content), path)
     listing, size = _listing(content, path)
     start = _start(size)
@@ -113,7 +113,7 @@ def read_bundle(path: Path, before: Callable[[Listing, Callable[[str], bytes]], 
         start += struct.calcsize(LOCAL_FORM) + len(member.name)
         members[member.name] = content[start : start + member.size_bytes]
         start += member.size_bytes
-        if writing.sha256(members[member.name]) != member.sha256:
+        if reading.sha256(members[member.name]) != member.sha256:
             raise _damaged(f"holds {member.name} with another sha256 than it lists", content, path)
     _check_bytes(content, members, path)
     del members[LISTING]
@@ -131,8 +131,8 @@ def _member(file: IO[bytes], listing: Listing, start: int, name: str, path: Path
         start += struct.calcsize(LOCAL_FORM) + len(member.name)
         if member.name == name:
             file.seek(start)
-            content = file.read(min(member.size_bytes, writing.LARGEST_JSON_BYTES))
-            if writing.sha256(content) != member.sha256:
+            content = file.read(min(member.size_bytes, reading.LARGEST_JSON_BYTES))
+            if reading.sha256(content) != member.sha256:
                 raise _damaged(f"holds {name} with another sha256 than it lists", b"", path)
             return content
         start += member.size_bytes
@@ -147,12 +147,12 @@ def _listing(content: bytes, path: Path) -> tuple[Listing, int]:
     if len(content) < head:
         raise _cut_short(f"has {len(content)} bytes, not even its own list", path)
     size = int(struct.unpack_from(LOCAL_FORM, content)[8])
-    if content[head - len(LISTING) : head] != LISTING.encode() or size > writing.LARGEST_JSON_BYTES:
+    if content[head - len(LISTING) : head] != LISTING.encode() or size > reading.LARGEST_JSON_BYTES:
         raise _damaged(f"is not a bundle: it does not begin with {LISTING}", content, path)
     if len(content) < head + size:
         raise _cut_short(f"has {len(content)} bytes, not even its own list", path)
     try:
-        listing = Listing.model_validate(writing.parse_json(content[head : head + size]))
+        listing = Listing.model_validate(reading.parse_json(content[head : head + size]))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.exchange.bundles import bundle_bytes
-from stages.files import writing
+from stages.files import reading, writing
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
-    from stages.exchange.parcels import Parcel
+    from stages.exchange.parcel_kinds import Parcel
 
 SECOND_LEGS = ("close", "reveal")
 """What goes along in a secure round once there is one; the bundle is named by it."""
@@ -47,26 +47,26 @@ def pack(
     _check_words(round, client, to, keys, roster)
     for number in filter(None, (client, to)):
         workspace.check_client(number)
-    from stages.exchange import parcels
+    from stages.exchange import parcel_checks, parcel_kinds, parcels
 
     members: dict[str, bytes] = {}
     last = ""
     for parcel in _wanted(workspace, round, client, keys):
-        if parcel.kind == "close" and to is not None and not parcels.is_for(to, parcel.folder(workspace)):
+        if parcel.kind == "close" and to is not None and not parcel_kinds.is_for(to, parcel.folder(workspace)):
             report(Event("note", f"the close of round {round} is over others than client {to}: it is not packed"))
             continue
         contents = parcels.collected(parcel, workspace, to=to)
         last = parcel.kind
-        parcels.check(parcel, contents, workspace, parcel.folder(workspace))
+        parcel_checks.check(parcel, contents, workspace, parcel.folder(workspace))
         members |= {parcel.name(workspace, file): content for file, content in contents.items()}
     content = bundle_bytes(workspace.agreement.federation.name, members)
     path = output or folder / _name(workspace, round, client, to, keys, last)
     _write(path, content, overwrite, report)
     listed = [
-        {"name": name, "size_bytes": len(members[name]), "sha256": writing.sha256(members[name])}
+        {"name": name, "size_bytes": len(members[name]), "sha256": reading.sha256(members[name])}
         for name in sorted(members)
     ]
-    return {"path": str(path), "size_bytes": len(content), "sha256": writing.sha256(content), "members": listed}
+    return {"path": str(path), "size_bytes": len(content), "sha256": reading.sha256(content), "members": listed}
 
 
 def _check_words(round: int | None, client: int | None, to: int | None, keys: bool, roster: bool) -> None:
@@ -84,7 +84,7 @@ def _check_words(round: int | None, client: int | None, to: int | None, keys: bo
 
 def _wanted(workspace: Workspace, round: int | None, client: int | None, keys: bool) -> list[Parcel]:
     """What is to be packed, all of it there. A close or a reveal goes along once there is one."""
-    from stages.exchange.parcels import Parcel
+    from stages.exchange.parcel_kinds import Parcel
 
     if round is None:
         return _public(workspace, client, keys)
@@ -99,7 +99,7 @@ def _wanted(workspace: Workspace, round: int | None, client: int | None, keys: b
 
 def _public(workspace: Workspace, client: int | None, keys: bool) -> list[Parcel]:
     """A client's public keys, or the roster and all keys that the server has."""
-    from stages.exchange.parcels import Parcel
+    from stages.exchange.parcel_kinds import Parcel
 
     if keys:
         assert client is not None

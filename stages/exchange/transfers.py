@@ -10,8 +10,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artefacts.manifest import inbox, read_manifest
-from stages.workspace.paths import MANIFEST, Workspace
+from stages.artefacts.reading import inbox, read_manifest
+from stages.workspace.names import MANIFEST
+from stages.workspace.paths import Workspace
 
 SERVER = "server"
 

@@ -12,15 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.artefacts.manifest import spare_strangers
+from stages.artefacts.publishing import spare_strangers
 from stages.exchange.bundles import Listing, read_bundle
-from stages.files import writing
+from stages.files import reading, writing
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.paths import MANIFEST, Workspace, require
+from stages.workspace.names import MANIFEST
+from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
-    from stages.exchange.parcels import Parcel
+    from stages.exchange.parcel_kinds import Parcel
 
 Content = bytes | dict[str, bytes]
 """Of a file, or of a folder's files."""
@@ -34,7 +35,7 @@ def unpack(
     Raises Damaged for anything but a bundle of `pack`, Refused for one of another federation, agreement or round, and
     where other bytes are in its place, unless overwrite says to replace them.
     """
-    from stages.exchange import parcels
+    from stages.exchange import parcel_checks, parcels
 
     require(path, f"{path.name} is not there", "name the bundle that has arrived: fedcollm unpack FILE")
 
@@ -47,12 +48,12 @@ def unpack(
         sizes = parcels.sorted_out({one.name: one.size_bytes for one in listing.members}, workspace, path)
         for parcel, of in sizes.items():
             where = path / parcel.name(workspace, "")
-            parcels.check_first(parcel, of, partial(_read_member, read, parcel, workspace), workspace, where)
+            parcel_checks.check_first(parcel, of, partial(_read_member, read, parcel, workspace), workspace, where)
 
     bundle = read_bundle(path, check)
     sorted_out = parcels.sorted_out(bundle.members, workspace, path)
     for parcel, contents in sorted_out.items():
-        parcels.check(parcel, contents, workspace, path / parcel.name(workspace, ""))
+        parcel_checks.check(parcel, contents, workspace, path / parcel.name(workspace, ""))
     found: dict[str, list[str]] = {"unpacked": [], "already": []}
     new: dict[Path, Content] = {}
     for parcel, contents in sorted_out.items():
@@ -91,7 +92,7 @@ def _holds(place: Path, content: Content) -> bool:
     if isinstance(content, dict):
         return not place.is_symlink() and all(_holds(place / name, inner) for name, inner in content.items())
     try:
-        return writing.read(place, limit_bytes=len(content)) == content
+        return reading.read(place, limit_bytes=len(content)) == content
     except (NotReady, Damaged, NotADirectoryError):
         return False
 

@@ -13,17 +13,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artefacts.manifest import Artefact, versions
+from stages.artefacts.manifest import versions
+from stages.artefacts.reading import Artefact
 from stages.artefacts.subjects import Subject, adapter_of, subject_of
 from stages.bases.base_names import hub_id, name_of
 from stages.export.model_card import model_card
-from stages.files import writing
+from stages.files import reading, writing
 from stages.runtime.errors import Damaged, Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MODEL_CARD, Workspace
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MODEL_CARD
+from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
-    from stages.workspace.agreement import Role
+    from stages.workspace.settings import Role
 
 FORMAT = "fedcollm-export/1"
 
@@ -62,7 +64,7 @@ def export(
         "manifest_sha256": adapter.sha256,
         "agreement_sha256": workspace.agreement_sha256,
         "base": adapter.manifest.base.model_dump() | {"model": base_model, "revision": revision},
-        "model_card_sha256": writing.sha256(card),
+        "model_card_sha256": reading.sha256(card),
     }
     target = folder or workspace.export(round, subject, merged=merged)
     if done := _already_made(target, what, workspace.shown(target), overwrite=overwrite):
@@ -74,7 +76,7 @@ def export(
         proof = _write_and_prove(draft, workspace, role, adapter, merged=merged)
         (draft / MODEL_CARD).write_bytes(card)
         made = what | {"proof": proof, "files": _digests(draft), "versions": versions()}
-        (draft / EXPORT).write_bytes(writing.json_bytes(made))
+        (draft / EXPORT).write_bytes(reading.json_bytes(made))
     words = f"off by {proof['error']:.2g} at most, where the adapter moves them by {proof['change']:.2g}"
     if base_model is None:
         report(Event("note", f"its base has no name that others know: it was tuned on {name_of(workspace, role)}"))
@@ -90,7 +92,7 @@ def _already_made(target: Path, what: dict[str, Any], shown: str, *, overwrite: 
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return None
     elsewhere = "name another folder with --to, or move that one away"
-    earlier = writing.read_json(target / EXPORT)[0] if (target / EXPORT).is_file() else {}
+    earlier = reading.read_json(target / EXPORT)[0] if (target / EXPORT).is_file() else {}
     if earlier.get("format") != FORMAT:
         raise Refused(f"{shown} is there already and is not an export", where=target, mend=elsewhere)
     found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
@@ -112,9 +114,9 @@ def _already_made(target: Path, what: dict[str, Any], shown: str, *, overwrite: 
 
 def _write_adapter(draft: Path, adapter: Artefact, base_model: str | None, revision: str | None) -> None:
     """The exchanged files, the base named where it has a name; the weights byte for byte."""
-    config = writing.parse_json(adapter.contents[ADAPTER_CONFIG])
+    config = reading.parse_json(adapter.contents[ADAPTER_CONFIG])
     config |= {"base_model_name_or_path": base_model, "revision": revision}
-    (draft / ADAPTER_CONFIG).write_bytes(writing.json_bytes(config))
+    (draft / ADAPTER_CONFIG).write_bytes(reading.json_bytes(config))
     (draft / ADAPTER_WEIGHTS).write_bytes(adapter.contents[ADAPTER_WEIGHTS])
 
 
@@ -129,7 +131,8 @@ def _write_and_prove(
 
     from stages.export import exported
     from stages.models import quantization
-    from stages.models.loading import Models, naming_memory_knobs
+    from stages.models.devices import naming_memory_knobs
+    from stages.models.loading import Models
 
     settings = workspace.agreement.model_of(role)
     in_float32 = dataclasses.replace(workspace, flags=workspace.flags.model_copy(update={"dtype": "float32"}))

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from stages.models import adapters, quantization
 from stages.models.base_loading import PROBE, load_model, load_tokenizer
-from stages.models.loading import PROBE_TEXTS, Tuned, tokenizer_sha256
+from stages.models.identity import PROBE_TEXTS, tokenizer_sha256
+from stages.models.tuned import Tuned
 from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, StorageProblem
 from stages.workspace.agreement import Model

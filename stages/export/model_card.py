@@ -13,12 +13,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stages.artefacts.manifest import Artefact, BaseIdentity, Manifest
+from stages.artefacts.manifest import BaseIdentity, Manifest
+from stages.artefacts.reading import Artefact
 from stages.artefacts.records import is_of_base, read_result
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.texts import in_code, in_line, in_markdown
 from stages.workspace.agreement import Budget, Method
-from stages.workspace.paths import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST, Workspace
+from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST
+from stages.workspace.paths import Workspace
 
 TEMPLATE = "model_card.md.j2"
 PLAIN_NAME = re.compile(r"[A-Za-z][\w.-]*(/[\w.-]+)?", re.ASCII)
@@ -127,7 +129,7 @@ def _rows_of_parties(workspace: Workspace) -> list[tuple[str, int]]:
     """What `prepare` dealt under this agreement; nothing where the parties have data of their own."""
     if not workspace.split.exists():
         return []
-    split, _ = writing.read_json(workspace.split)
+    split, _ = reading.read_json(workspace.split)
     if split["agreement_sha256"] != workspace.agreement_sha256:
         return []
     return [(party, found["rows"]) for party, found in split["parties"].items()]

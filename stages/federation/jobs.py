@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.artefacts import records
-from stages.parties.vault import SERVER
-from stages.progress.rounds import Round, Step
+from stages.parties.names import SERVER
+from stages.progress import staleness
+from stages.progress.steps import Round, Step
 from stages.runtime.errors import Refused
 from stages.workspace.agreement import threshold
 from stages.workspace.paths import Workspace
@@ -142,7 +142,7 @@ def _is_unscored(workspace: Workspace) -> bool:
     subjects = [*server_subjects(workspace), *(f"client-{client}" for client in workspace.client_adapters(last))]
     bases = base_subjects(workspace)
     paths = [workspace.result(last, name) for name in subjects] + [workspace.result(None, name) for name in bases]
-    stale = {path for path, *_ in records.stale(workspace)}
+    stale = {path for path, *_ in staleness.stale(workspace)}
     return any(path in stale or not path.exists() for path in paths)
 
 

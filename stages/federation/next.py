@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from stages.aggregate import aggregate
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
 from stages.data.prepare import prepare
 from stages.evaluate import evaluate
-from stages.files import writing
+from stages.files import locks
 from stages.parties import roster
 from stages.parties.enroll import enroll
 from stages.parties.keys import keys
@@ -25,7 +25,8 @@ from stages.progress.status import status
 from stages.reveal import reveal
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.paths import AGREEMENT, Workspace
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace
 
 STAGES: dict[str, Callable[..., Any]] = {
     "aggregate": aggregate,
@@ -63,7 +64,7 @@ def next(workspace: Workspace, *, party: str | None = None, report: Report = ign
         raise NotReady(message, where=workspace.root, mend="look at `fedcollm status`, then give that command")
     close = workspace.close(arguments.get("round", 1))
     before = _digest(close)
-    with writing.held(workspace.turn(party), waits=False):
+    with locks.held(workspace.turn(party), waits=False):
         try:
             STAGES[verb](workspace, **arguments, report=report)
         except NotReady:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.aggregate import aggregate
-from stages.artefacts.manifest import EDITED, read_manifest
+from stages.artefacts.lineage import EDITED
+from stages.artefacts.reading import read_manifest
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
@@ -29,7 +30,8 @@ from stages.reveal import reveal
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.agreement import Method
-from stages.workspace.paths import AGREEMENT, Workspace
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.models.loading import Models

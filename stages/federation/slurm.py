@@ -13,13 +13,17 @@ from pydantic import ValidationError
 
 from stages.federation.jobs import Chain, base_subjects, chain, server_subjects
 from stages.files import writing
-from stages.parties.vault import SERVER, client
-from stages.progress.rounds import PREPARE, STALE_ROWS, Reader, enrolment
+from stages.parties.enrolment import enrolment
+from stages.parties.names import SERVER, client
+from stages.progress.rounds import Reader
+from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.texts import lines
-from stages.workspace.agreement import Role, Slurm
-from stages.workspace.paths import MACHINE, Workspace
+from stages.workspace.machine import Slurm
+from stages.workspace.names import MACHINE
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
 
 BRIEF = ("broadcast", "close", "reveal", "window")
 """Scripts that train and score nothing: they ask for no GPU and for nothing of server_options or client_options."""

@@ -129,12 +129,12 @@ def _scores(study: Study, metric: str) -> dict[str, Any]:
     """Of each of the federation's models, over all questions of all tasks."""
     import numpy as np
 
-    from stages.study import results
+    from stages.study import results, scores
     from stages.study.statistics import estimate
 
     method = study.methods[0]
     tables: list[Table] = [table for table, rows in results.ROWS.items() if method in rows]
-    means = {table: results.mean_of(results.scores(study, table, method, metric)) for table in tables}
+    means = {table: scores.mean_of(scores.scores(study, table, method, metric)) for table in tables}
     arrays = {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
     return {"arrays": arrays, "scores": {table: asdict(estimate(found)) for table, found in arrays.items()}}
 

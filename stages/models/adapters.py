@@ -17,7 +17,7 @@ from stages.artefacts.adapter_files import Layout, Tensors, check_finite, config
 from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.workspace.agreement import Lora, Model
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def attach(base: PreTrainedModel, settings: Model, *, where: Path | None = None) -> PeftModel:

@@ -19,7 +19,7 @@ from stages.bases import base_files
 from stages.bases.base_files import FETCH_AGAIN
 from stages.runtime import quiet
 from stages.runtime.errors import Damaged, Problem, UsageProblem
-from stages.workspace.agreement import Quantization, Role
+from stages.workspace.settings import Quantization, Role
 
 HERE = ("eager", "sdpa")
 """The ways to compute attention that are in torch itself."""

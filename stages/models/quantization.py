@@ -15,7 +15,7 @@ import torch
 
 from stages.runtime import quiet
 from stages.runtime.errors import UsageProblem
-from stages.workspace.agreement import Quantization, Role
+from stages.workspace.settings import Quantization, Role
 
 INSTALL = "pip install 'fedcollm[quant]'"
 

@@ -17,11 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from stages.artefacts.adapter_files import Layout
 from stages.bases import base_files, base_folders
 from stages.models import adapters, base_loading
-from stages.models.loading import context_of
+from stages.models.tuned import context_of
 from stages.paper import reported
 from stages.runtime.errors import NotReady
-from stages.workspace.agreement import Lora, Model, Quantization, Role
-from stages.workspace.paths import AGREEMENT, Workspace
+from stages.workspace.agreement import Lora, Model
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import Quantization, Role
 
 FLOAT32_BYTES = 4
 DTYPE_BYTES = {"float32": FLOAT32_BYTES, "float16": 2, "bfloat16": 2}

@@ -9,9 +9,10 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.files import writing
-from stages.parties import roster, signatures
-from stages.parties.vault import SERVER, Vault
+from stages.files import locks, reading, writing
+from stages.parties import roster, roster_files, signatures
+from stages.parties.names import SERVER
+from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import edits, task_files
@@ -34,7 +35,7 @@ def enroll(workspace: Workspace, *, renew: bool = False, report: Report = ignore
     report(Event("stage", "enroll"))
     if not renew:
         roster.check_is_new(workspace, SERVER)
-    with writing.held(workspace.secrets_pointer(SERVER).with_suffix(".lock"), report=report):
+    with locks.held(workspace.secrets_pointer(SERVER).with_suffix(".lock"), report=report):
         return _enroll(workspace, renew, report)
 
 
@@ -64,17 +65,17 @@ def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
     return Enrolled(path, roster.fingerprint(content))
 
 
-def _members(workspace: Workspace) -> list[roster.Member]:
+def _members(workspace: Workspace) -> list[roster_files.Member]:
     """Every client of the agreement, with keys for this agreement, no two of them alike."""
     absent = [client for client in workspace.clients if not workspace.public_keys(client).exists()]
     if absent:
         message = f"the public keys of client {', '.join(map(str, absent))} are not there"
         mend = f"there: fedcollm keys --client {absent[0]}; then carry exchange/keys here"
         raise NotReady(message, where=workspace.public_keys(absent[0]), mend=mend)
-    members: list[roster.Member] = []
+    members: list[roster_files.Member] = []
     for client in workspace.clients:
         path = workspace.public_keys(client)
-        keys, content = roster.read_keys(path)
+        keys, content = roster_files.read_keys(path)
         if (keys.agreement_sha256, keys.client) != (workspace.agreement_sha256, client):
             message = f"client {client} made its keys under another agreement (sha256 of fedcollm.toml)"
             mend = f"give all parties the same fedcollm.toml; then, there: fedcollm keys --client {client} --renew"
@@ -82,19 +83,19 @@ def _members(workspace: Workspace) -> list[roster.Member]:
         roster.check_prekeys(workspace, keys, path)
         if any(member.ed25519 == keys.ed25519 for member in members):
             raise Damaged(f"client {client} has the key of another client", where=path, mend="each makes its own keys")
-        members.append(roster.Member(client=client, ed25519=keys.ed25519, keys_sha256=writing.sha256(content)))
+        members.append(roster_files.Member(client=client, ed25519=keys.ed25519, keys_sha256=reading.sha256(content)))
     return members
 
 
-def _roster(workspace: Workspace, vault: Vault, members: list[roster.Member]) -> bytes:
-    federation = roster.Federation(
+def _roster(workspace: Workspace, vault: Vault, members: list[roster_files.Member]) -> bytes:
+    federation = roster_files.Federation(
         federation=workspace.agreement.federation.name,
         id=secrets.token_hex(16),
         agreement_sha256=workspace.agreement_sha256,
         tasks_sha256=task_files.own_digest(workspace.tasks),
         clients=members,
-        server=roster.ServerKeys(
+        server=roster_files.ServerKeys(
             ed25519=vault.identity.public_key().public_bytes_raw().hex(), x25519=roster.public_of(vault.box)
         ),
     )
-    return writing.json_bytes(federation.model_dump())
+    return reading.json_bytes(federation.model_dump())

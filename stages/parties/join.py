@@ -5,10 +5,10 @@ Reads exchange/federation.json and exchange/keys. Writes nothing into the worksp
 
 from __future__ import annotations
 
-from stages.files import writing
-from stages.parties import roster
+from stages.files import reading
+from stages.parties import roster, roster_files
+from stages.parties.names import client as party_of
 from stages.parties.vault import Vault
-from stages.parties.vault import client as party_of
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import edits
@@ -26,7 +26,7 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
     vault = Vault.need(workspace, party_of(client))
     path = workspace.federation
     require(path, "the roster has not arrived", "on the server: fedcollm enroll; then carry exchange/ here")
-    federation, content = roster.read_federation(path)
+    federation, content = roster_files.read_federation(path)
     found = roster.fingerprint(content)
     if vault.pinned == content:
         report(Event("note", "already joined"))
@@ -46,14 +46,14 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
         raise Refused(message, where=path, mend=mend)
     _check_own(workspace, client, vault, federation)
     roster.check_tasks(workspace, federation)
-    _check_others(workspace, roster.Roster(federation, writing.sha256(content)))
+    _check_others(workspace, roster.Roster(federation, reading.sha256(content)))
     edits.keep(workspace)
     with vault.alone(report):
         vault.pin(content)
     return found
 
 
-def _check_own(workspace: Workspace, client: int, vault: Vault, federation: roster.Federation) -> None:
+def _check_own(workspace: Workspace, client: int, vault: Vault, federation: roster_files.Federation) -> None:
     path = workspace.federation
     if federation.agreement_sha256 != workspace.agreement_sha256:
         mend = "give all parties the same fedcollm.toml, the very same bytes"

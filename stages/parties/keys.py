@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stages.files import writing
-from stages.parties import roster, signatures
+from stages.files import locks, reading, writing
+from stages.parties import roster, roster_files, signatures
+from stages.parties.names import client as party_of
 from stages.parties.vault import NOT_ENROLLED, Vault
-from stages.parties.vault import client as party_of
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import edits
@@ -42,7 +42,7 @@ def keys(workspace: Workspace, *, client: int, renew: bool = False, report: Repo
     report(Event("stage", f"keys, client {client}"))
     if not renew:
         roster.check_is_new(workspace, party_of(client))
-    with writing.held(workspace.secrets_pointer(party_of(client)).with_suffix(".lock"), report=report):
+    with locks.held(workspace.secrets_pointer(party_of(client)).with_suffix(".lock"), report=report):
         return _keys(workspace, client, renew, report)
 
 
@@ -59,7 +59,7 @@ def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Mad
         if public is None:  # stopped before it was kept: nobody has seen these keys
             public = _public(workspace, client, vault)
     try:
-        roster.PublicKeys.model_validate(public)
+        roster_files.PublicKeys.model_validate(public)
     except ValidationError as error:
         raise vault.damaged(f"{PUBLIC}.json") from error
     if public["agreement_sha256"] != workspace.agreement_sha256:
@@ -68,7 +68,7 @@ def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Mad
     if public["ed25519"] != vault.identity.public_key().public_bytes_raw().hex():
         raise vault.damaged("identity.pem", NOT_ENROLLED)
     edits.keep(workspace)
-    content = writing.json_bytes(public)
+    content = reading.json_bytes(public)
     # The signature first, since what it signs counts from its arrival on.
     writing.write(path.with_name(f"{path.name}.sig"), signatures.sign(content, "keys", vault.identity))
     writing.write(path, content)
@@ -77,7 +77,7 @@ def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Mad
 
 def _public(workspace: Workspace, client: int, vault: Vault) -> dict[str, Any]:
     """The client's public keys, kept in its vault."""
-    public = roster.PublicKeys(
+    public = roster_files.PublicKeys(
         federation=workspace.agreement.federation.name,
         agreement_sha256=workspace.agreement_sha256,
         client=client,

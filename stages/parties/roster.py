@@ -9,75 +9,22 @@ import base64
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.files import writing
-from stages.parties import signatures
-from stages.parties.vault import NOT_ENROLLED, SERVER, Vault, client
+from stages.files import reading
+from stages.parties.names import SERVER, client
+from stages.parties.roster_files import Federation, PublicKeys, _parsed, read_federation, read_keys
+from stages.parties.vault import NOT_ENROLLED, Vault
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused
 from stages.workspace import edits, task_files
 from stages.workspace.paths import Workspace
 
-SUITE: Literal["fedcollm/secagg/1"] = "fedcollm/secagg/1"
 FINGERPRINT_LETTERS = 40
 """200 bits in base32, so that nobody finds two rosters of one fingerprint in fewer than some 2^100 trials."""
 
 MOST_NAMED = 8
 """How many files are named before the rest is counted."""
-
-Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Number = Annotated[int, Field(ge=1, le=2**31)]
-LEVELS = 3
-"""exchange/keys/client-2.json: how deep below the workspace; none of these may be a symbolic link."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class PublicKeys(_Part):
-    """exchange/keys/client-k.json: what a client signs with, and a one-time key for each opening of a round."""
-
-    format: Literal["fedcollm/keys/1"] = "fedcollm/keys/1"
-    federation: str
-    agreement_sha256: Key
-    client: Number
-    ed25519: Key
-    prekeys: list[Key]
-
-
-class Member(_Part):
-    """A client of the roster."""
-
-    client: Number
-    ed25519: Key
-    keys_sha256: Key
-
-
-class ServerKeys(_Part):
-    """What the server signs with, and what reveals are sealed to."""
-
-    ed25519: Key
-    x25519: Key
-
-
-class Federation(_Part):
-    """exchange/federation.json: the roster. id is drawn anew: no two federations are mistaken for each other.
-
-    tasks_sha256: of the files in tasks/, without their data; earlier versions named none.
-    """
-
-    format: Literal["fedcollm/federation/1"] = "fedcollm/federation/1"
-    federation: str
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    agreement_sha256: Key
-    tasks_sha256: Key | None = None
-    suite: Literal["fedcollm/secagg/1"] = SUITE
-    clients: list[Member]
-    server: ServerKeys
 
 
 @dataclass(frozen=True)
@@ -111,7 +58,7 @@ class Roster:
         path = workspace.public_keys(number)
         found, content = read_keys(path)
         expected = next(member.keys_sha256 for member in self.federation.clients if member.client == number)
-        if writing.sha256(content) != expected:
+        if reading.sha256(content) != expected:
             message = f"{path.name} is not the file that the roster names, whose sha256 is {expected[:16]}..."
             raise Damaged(message, where=path, mend="copy exchange/keys again from the server")
         return found.prekeys
@@ -119,7 +66,7 @@ class Roster:
 
 def fingerprint(roster: bytes) -> str:
     """The first 200 bits of the roster's sha256 in base32, in groups of four, to be read over the phone."""
-    return spoken(writing.sha256(roster), FINGERPRINT_LETTERS)
+    return spoken(reading.sha256(roster), FINGERPRINT_LETTERS)
 
 
 def spoken(digest: str, letters: int) -> str:
@@ -148,7 +95,7 @@ def pinned(workspace: Workspace, party: str) -> Roster | None:
         return None
     assert vault is not None
     try:
-        roster = Roster(_parsed(Federation, content, workspace.federation), writing.sha256(content))
+        roster = Roster(_parsed(Federation, content, workspace.federation), reading.sha256(content))
     except (Damaged, ValueError, RecursionError) as error:
         raise vault.damaged("federation.json") from error
     if roster.federation.agreement_sha256 != workspace.agreement_sha256:
@@ -214,7 +161,7 @@ def check_tasks(workspace: Workspace, federation: Federation | None = None, *, m
     federation = federation or _trusted(workspace)
     if federation is None or federation.tasks_sha256 is None:
         return
-    writing.check_plain(workspace.tasks)
+    reading.check_plain(workspace.tasks)
     if may_be_absent and not task_files.own_files(workspace.tasks):
         return
     found = task_files.own_digest(workspace.tasks)
@@ -247,29 +194,7 @@ def anyones(workspace: Workspace) -> Roster | None:
     if not workspace.federation.exists():
         return None
     federation, content = read_federation(workspace.federation)
-    return Roster(federation, writing.sha256(content))
-
-
-def read_keys(path: Path) -> tuple[PublicKeys, bytes]:
-    """A client's public keys, which prove by their own signature that the client has the secret ones."""
-    _, content = writing.read_json(path, levels=LEVELS)
-    keys = _parsed(PublicKeys, content, path)
-    if path.name != f"{client(keys.client)}.json":
-        raise Damaged(f"{path.name} holds the keys of client {keys.client}", where=path, mend=writing.COPY_AGAIN)
-    signatures.check(content, "keys", bytes.fromhex(keys.ed25519), path, client(keys.client), levels=LEVELS)
-    return keys, content
-
-
-def read_federation(path: Path) -> tuple[Federation, bytes]:
-    """The roster as it lies in the exchange, signed by the server it names; who has pinned it reads its own copy."""
-    _, content = writing.read_json(path, levels=LEVELS - 1)
-    federation = _parsed(Federation, content, path)
-    numbers = [member.client for member in federation.clients]
-    if numbers != sorted(set(numbers)) or len({member.ed25519 for member in federation.clients}) != len(numbers):
-        raise Damaged("the roster names a client or a key twice", where=path, mend=writing.COPY_AGAIN)
-    key = bytes.fromhex(federation.server.ed25519)
-    signatures.check(content, "federation", key, path, "the server", levels=LEVELS - 1)
-    return federation, content
+    return Roster(federation, reading.sha256(content))
 
 
 def slots(workspace: Workspace) -> int:
@@ -298,16 +223,3 @@ def check_prekeys(workspace: Workspace, keys: PublicKeys, path: Path) -> None:
 def public_of(secret: X25519PrivateKey) -> str:
     """A public key as it stands in our files."""
     return secret.public_key().public_bytes_raw().hex()
-
-
-P = TypeVar("P", bound=BaseModel)
-
-
-def _parsed(kind: type[P], content: bytes, path: Path) -> P:
-    value: Any = writing.parse_json(content)
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise Damaged(f"{path.name}: {key}: {first['msg']}", where=path, mend=writing.COPY_AGAIN) from error

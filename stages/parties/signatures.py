@@ -14,7 +14,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady
 
 COPY_BYTES = "copy both files again, as they are: no text-mode transfer, no editor"
@@ -22,14 +22,14 @@ COPY_BYTES = "copy both files again, as they are: no text-mode transfer, no edit
 
 def key_id(public: bytes) -> str:
     """A public key's short name: 16 hexadecimal digits."""
-    return writing.sha256(public)[:16]
+    return reading.sha256(public)[:16]
 
 
 def sign(content: bytes, kind: str, identity: Ed25519PrivateKey) -> bytes:
     """The signature file of content: one line of JSON."""
     signature = base64.b64encode(identity.sign(_encoded(content, kind))).decode()
     key = key_id(identity.public_key().public_bytes_raw())
-    return writing.json_line({"v": 1, "alg": "ed25519", "key_id": key, "type": f"fedcollm/{kind}", "sig": signature})
+    return reading.json_line({"v": 1, "alg": "ed25519", "key_id": key, "type": f"fedcollm/{kind}", "sig": signature})
 
 
 def check(content: bytes, kind: str, public: bytes, where: Path, whose: str, *, levels: int = 1) -> None:
@@ -40,7 +40,7 @@ def check(content: bytes, kind: str, public: bytes, where: Path, whose: str, *, 
     """
     path = where.with_name(f"{where.name}.sig")
     try:
-        value = writing.read_json(path, levels=levels)[0]
+        value = reading.read_json(path, levels=levels)[0]
     except NotReady as problem:
         problem.message = f"{path.name} is not there: {where.name} counts only with {whose}'s signature"
         problem.mend = "wait until it is copied too, or copy it again"

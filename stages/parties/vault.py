@@ -16,18 +16,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from stages.files import writing
+from stages.files import locks, reading, writing
 from stages.parties import one_time_keys
+from stages.parties.names import SERVER
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Report, ignore
-from stages.workspace.paths import SECRETS_MARKER, Workspace
+from stages.workspace.names import SECRETS_MARKER
+from stages.workspace.paths import Workspace
 
 LARGEST_JUMP = 8
 """How many one-time keys may be passed over at once, so that a server cannot burn them."""
@@ -37,13 +39,6 @@ DIGEST = "record_sha256"
 MADE, JOINED = "made", "joined"
 """Records: the sha256 of the two keys, which a vault of an earlier version lacks; that of the roster."""
 NOT_ENROLLED = "is not the one that it enrolled with: damaged, or of another party"
-
-SERVER: Literal["server"] = "server"
-
-
-def client(number: int) -> str:
-    """How a client is called as a party."""
-    return f"client-{number}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Vault:
         vault._check_outside(workspace)
         pointer, unfinished = workspace.secrets_pointer(party), workspace.secrets_unfinished(party)
         Vault.erase_unfinished(workspace, party)
-        writing.write(unfinished, writing.json_bytes({"folder": name}))
+        writing.write(unfinished, reading.json_bytes({"folder": name}))
         for folder in (vault.root.parent.parent, vault.root.parent, vault.root):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         vault._keep(SECRETS_MARKER, b"Secret keys of fedcollm. Never copy this folder.\n")
@@ -92,9 +87,9 @@ class Vault:
         }
         for file, content in made.items():
             vault._keep(file, content)
-        vault.keep(MADE, {file: writing.sha256(content) for file, content in made.items()})
+        vault.keep(MADE, {file: reading.sha256(content) for file, content in made.items()})
         vault.keep("ratchet", {"slot": 0, "seed": secrets.token_hex(32)})
-        writing.write(pointer, writing.json_bytes({"folder": name}))
+        writing.write(pointer, reading.json_bytes({"folder": name}))
         unfinished.unlink()
         return vault
 
@@ -134,7 +129,7 @@ class Vault:
         lock = self.root / LOCK
         lock.touch(mode=0o600)  # which vaults of an earlier version lack
         without = "set secrets in machine.toml to a folder on a file system with locks, and move the keys there"
-        with writing.held(lock, without=without, report=report):
+        with locks.held(lock, without=without, report=report):
             self._erase_drafts()
             yield
 
@@ -184,7 +179,7 @@ class Vault:
 
     def keep(self, name: str, value: dict[str, Any]) -> None:
         """Remember a JSON value, with the digest of it, on disk when this returns."""
-        self._keep(f"{name}.json", writing.json_bytes(value | {DIGEST: writing.sha256(writing.json_bytes(value))}))
+        self._keep(f"{name}.json", reading.json_bytes(value | {DIGEST: reading.sha256(reading.json_bytes(value))}))
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """A value that was kept, or None. Raises Damaged if it is not as it was written."""
@@ -192,18 +187,18 @@ class Vault:
         if not path.exists():
             return None
         try:
-            value, _ = writing.read_json(path)
+            value, _ = reading.read_json(path)
         except Damaged as problem:
             raise self.damaged(path.name) from problem
         named = value.pop(DIGEST, None)
         is_of_earlier_version = named is None and not (self.root / f"{MADE}.json").exists()
-        if not is_of_earlier_version and named != writing.sha256(writing.json_bytes(value)):
+        if not is_of_earlier_version and named != reading.sha256(reading.json_bytes(value)):
             raise self.damaged(path.name)
         return value
 
     def pin(self, roster: bytes) -> None:
         """Trust this roster, and no other, from now on."""
-        self.keep(JOINED, {"roster_sha256": writing.sha256(roster)})
+        self.keep(JOINED, {"roster_sha256": reading.sha256(roster)})
         self._keep(PINNED, roster)
 
     @property
@@ -212,8 +207,8 @@ class Vault:
         path = self.root / PINNED
         if not path.exists():
             return None
-        content, joined = writing.read(path, limit_bytes=writing.LARGEST_JSON_BYTES), self.kept(JOINED)
-        if joined is not None and joined.get("roster_sha256") != writing.sha256(content):
+        content, joined = reading.read(path, limit_bytes=reading.LARGEST_JSON_BYTES), self.kept(JOINED)
+        if joined is not None and joined.get("roster_sha256") != reading.sha256(content):
             raise self.damaged(PINNED)
         return content
 
@@ -253,8 +248,8 @@ class Vault:
         path = self.root / f"{name}.pem"
         made = self.kept(MADE)
         try:
-            content = writing.read(path, limit_bytes=writing.LARGEST_JSON_BYTES)
-            if made and made.get(path.name) != writing.sha256(content):
+            content = reading.read(path, limit_bytes=reading.LARGEST_JSON_BYTES)
+            if made and made.get(path.name) != reading.sha256(content):
                 raise self.damaged(path.name, NOT_ENROLLED)
             return serialization.load_pem_private_key(content, password=None)
         except (NotReady, ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -293,7 +288,7 @@ def _maker(party: str) -> str:
 
 def _named_by(pointer: Path, party: str) -> str:
     """The name of the folder of keys that a pointer holds."""
-    name = str(writing.read_json(pointer)[0].get("folder"))
+    name = str(reading.read_json(pointer)[0].get("folder"))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}-[0-9a-f]{16}", name):
         mend = f"fedcollm {_maker(party)} --renew makes new keys, for a new federation"
         raise Damaged(f"{pointer.name} names no folder of keys", where=pointer, mend=mend)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from stages.bases import base_files, base_folders
 from stages.runtime.errors import Damaged, Problem
-from stages.workspace.agreement import ROLES, Role
-from stages.workspace.paths import AGREEMENT, Workspace
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import ROLES, Role
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from stages.bases import base_files, base_folders
 from stages.bases.base_names import name_of
 from stages.runtime.errors import NotReady
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.agreement import Role
 from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
 
 
 @dataclass(frozen=True)

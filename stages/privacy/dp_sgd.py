@@ -35,24 +35,24 @@ from stages.accounting.accountant import Charge
 from stages.artefacts import checkpoints
 from stages.data.rows import Example
 from stages.files import writing
-from stages.models.loading import Tuned, naming_memory_knobs
+from stages.models.devices import naming_memory_knobs
+from stages.models.packing import padded
+from stages.models.tuned import Tuned
 from stages.privacy.noise import SecretRandom
 from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event, Report
 from stages.training import micro_batch
-from stages.training.batches import padded
 from stages.training.losses import NO_LABEL
 from stages.training.objective import Objective, Tokens
-from stages.training.training import (
-    Outcome,
-    Recipe,
+from stages.training.recipes import Outcome, Recipe
+from stages.training.stopping import (
     refuse_runaway,
     refuse_unless_finite,
     refuse_unless_finite_before,
     snapshot,
     stopped_after,
 )
-from stages.workspace.agreement import Machine
+from stages.workspace.machine import Machine
 
 STATE = "state.pt"
 MEMORY_KNOBS = "set micro_batch = 1 in machine.toml, give --dtype bfloat16, or agree on a smaller max_length"

@@ -9,57 +9,21 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
-from stages.artefacts.manifest import Manifest, check_names, place_of, read_manifest, read_sound
-from stages.files import writing
-from stages.parties import roster
-from stages.parties.vault import SERVER, Vault, client
-from stages.runtime.errors import Damaged, NotReady, Problem, Refused
-from stages.runtime.events import Event, Report
-from stages.workspace.agreement import ROLES
-from stages.workspace.paths import SIGNATURE, Workspace
-
-Condition = Literal["done", "missing", "damaged", "stale"]
-
-PREPARE = "fedcollm prepare"
-STALE_ROWS = "prepare dealt the rows before its tasks, or files, were edited"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One folder of one round: its condition, why it is not "done", and the command that makes it.
-
-    "missing" with a reason: a part of it is there, such as what is still being copied.
-
-    party: who makes it, "server" or "client-2". here: whether that party is on this machine. changed: what
-    it was made from and is another now.
-    """
-
-    name: str
-    condition: Condition
-    reason: str
-    command: str
-    here: bool
-    sha256: str = ""
-    party: str = SERVER
-    changed: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Round:
-    """The steps of one round, in the order of Algorithm 1, and updates that came too late for its aggregate."""
-
-    number: int
-    steps: list[Step]
-    late: list[int] = field(default_factory=list)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing of it is left to do."""
-        return all(step.condition == "done" for step in self.steps)
+from stages.artefacts.lineage import place_of
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.reading import check_names, read_manifest
+from stages.artefacts.receiving import read_sound
+from stages.files import reading
+from stages.parties.names import SERVER, client
+from stages.progress.staleness import PREPARE, are_rows_stale, dealt
+from stages.progress.steps import Round, Step
+from stages.runtime.errors import Damaged, NotReady, Refused
+from stages.workspace.names import SIGNATURE
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import ROLES
 
 
 class Reader:
@@ -72,7 +36,7 @@ class Reader:
         # Where nothing is averaged there is no server: whoever has the clients' data makes their first adapter too.
         self._is_server = workspace.auxiliary_data.exists() or not self._federation.averages
         path = workspace.federation
-        self._roster = writing.sha256(writing.read_json(path)[1]) if path.exists() else None
+        self._roster = reading.sha256(reading.read_json(path)[1]) if path.exists() else None
         self._dealt = dealt(workspace)
         self.are_rows_stale = are_rows_stale(workspace, self._dealt)
         self.other_agreements: Counter[str] = Counter()
@@ -161,8 +125,8 @@ class Reader:
         if self.are_rows_stale:
             reason, command = "trained on rows that prepare made before its tasks or files were edited", PREPARE
         else:
-            named = writing.logged_inputs(log).get("data")
-            if named in (None, is_dealt) or not data.exists() or named == writing.sha256(writing.read_own(data)):
+            named = reading.logged_inputs(log).get("data")
+            if named in (None, is_dealt) or not data.exists() or named == reading.sha256(reading.read_own(data)):
                 return step
             reason, command = (
                 f"trained on other rows than {self._workspace.shown(data)} has now",
@@ -301,71 +265,3 @@ class Reader:
         if manifest.federation_sha256 and not os.path.lexists(folder / SIGNATURE):
             raise NotReady(f"{SIGNATURE} is missing", where=folder)
         return manifest, digest
-
-
-def dealt(workspace: Workspace) -> dict[str, Any]:
-    """What `prepare` says of its dealing in private/split.json; empty where it dealt nothing."""
-    try:
-        return writing.read_json(workspace.split)[0]
-    except Problem:
-        return {}
-
-
-def are_rows_stale(workspace: Workspace, split: dict[str, Any]) -> bool:
-    """Whether `prepare` dealt its rows from tasks or files that were edited since; of an earlier version, unknown."""
-    named = split.get("sources_sha256")
-    if not named:
-        return False
-    try:
-        return bool(named != workspace.sources_sha256())
-    except FileNotFoundError:  # rows need their source no more
-        return False
-    except (Problem, OSError):
-        return True
-
-
-def warn_of_stale_rows(workspace: Workspace, report: Report) -> None:
-    """Tell of training on rows that `prepare` dealt from what was edited since."""
-    if are_rows_stale(workspace, dealt(workspace)):
-        report(Event("warning", f"{STALE_ROWS}: {PREPARE} tells whether the rows change"))
-
-
-def other_tasks(workspace: Workspace, *, of_exchange: bool = False) -> str:
-    """That tasks/ is not what the roster names, if it is not; whatever else is wrong with a roster, `verify` says.
-
-    of_exchange: the roster that lies in the exchange, to be joined, and not one pinned before.
-    """
-    try:
-        roster.check_tasks(workspace, roster.read_federation(workspace.federation)[0] if of_exchange else None)
-    except Refused as problem:
-        return f"{problem.message} ({problem.mend})"
-    except (Problem, OSError):
-        return ""
-    return ""
-
-
-def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:
-    """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it.
-
-    A literal command, or what is waited for; both empty if the party, or all of them here, have joined.
-    """
-    here = [client(k) for k in workspace.clients if workspace.client_data(k).exists()]
-    here += [SERVER] if workspace.auxiliary_data.exists() else []
-    asked = [party] if party else here
-    vaults = {one: Vault.find(workspace, one) for one in asked}
-    for one in asked:
-        if vaults[one] is None and one != SERVER:
-            return f"fedcollm keys --{one.replace('-', ' ')}", ""
-    absent = [client(k) for k in workspace.clients if not workspace.public_keys(k).exists()]
-    for one in sorted(asked, key=lambda name: name != SERVER):
-        vault = vaults[one]
-        if vault is not None and vault.pinned is not None:
-            continue
-        if one == SERVER:
-            return ("", f"exchange/keys of {', '.join(absent)}") if absent else ("fedcollm enroll", "")
-        if not workspace.federation.exists():
-            return "", "the roster, exchange/federation.json, from the server's `fedcollm enroll`"
-        if others := other_tasks(workspace, of_exchange=True):
-            return "", f"the tasks/ of the roster, before anybody joins: {others}"
-        return "", f"a person to compare the roster's fingerprint: fedcollm join --{one.replace('-', ' ')}"
-    return "", ""

@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Literal
 
 from stages.artefacts import records
-from stages.files import writing
-from stages.parties.vault import SERVER
-from stages.progress.rounds import PREPARE, STALE_ROWS, Reader, Round, Step, enrolment, other_tasks
+from stages.files import reading
+from stages.parties.enrolment import enrolment, other_tasks
+from stages.parties.names import SERVER
+from stages.progress import damage, staleness
+from stages.progress.rounds import Reader
+from stages.progress.staleness import PREPARE, STALE_ROWS
+from stages.progress.steps import Round, Step
 from stages.runtime.errors import Damaged
 from stages.workspace import edits
 from stages.workspace.agreement import threshold
-from stages.workspace.paths import AGREEMENT, MANIFEST, Workspace
+from stages.workspace.names import AGREEMENT, MANIFEST
+from stages.workspace.paths import Workspace
 
 SIMULATES = "simulation = true in machine.toml, where one person plays all parties"
 
@@ -64,7 +69,7 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
     """
     reader = Reader(workspace, verify)
     rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
-    of_others = list(records.stale(workspace))
+    of_others = list(staleness.stale(workspace))
     stale = [f"{workspace.shown(path)}: {why} ({mend})" for path, why, mend in of_others]
     if reader.are_rows_stale:
         stale.insert(
@@ -77,9 +82,9 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
     found = Status(rounds, command, waiting_for, scores, edited(workspace, reader.other_agreements), stale=stale)
     if not verify:
         return found
-    faults = (*records.faults(workspace), *records.others(workspace))
+    faults = (*damage.faults(workspace), *damage.others(workspace))
     changed = [f"{workspace.shown(path)}: {what}" for path, what, _ in faults]
-    return replace(found, changed=changed, not_covered=records.NOT_COVERED)
+    return replace(found, changed=changed, not_covered=damage.NOT_COVERED)
 
 
 def edited(workspace: Workspace, others: Counter[str]) -> str:
@@ -133,7 +138,7 @@ def _rows_of(workspace: Workspace, party: str | None) -> str:
     k = party.removeprefix("client-")
     place = workspace.auxiliary_data if party == SERVER else workspace.client_data(int(k))
     if place.is_symlink():
-        return f"data of {party}: {writing.not_there(place).message}"
+        return f"data of {party}: {reading.not_there(place).message}"
     return f"data of {party}: JSONL rows of its own, in {workspace.shown(place)}"
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.exchange.transfers import SERVER, transfers
-from stages.files.writing import read_json, read_own
+from stages.files.reading import read_json, read_own
 from stages.runtime.errors import Damaged, Problem
-from stages.study.results import Study, answers, begun, open_study
+from stages.study.results import Study, begun, open_study
+from stages.study.scores import answers
 from stages.study.statistics import estimate
 from stages.workspace.agreement import Method
 from stages.workspace.paths import Workspace

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stages.report.charts import Chart
-from stages.report.figures import Absent
+from stages.report.drawing import Absent
 from stages.report.findings import shortened
 from stages.runtime.texts import printable
 

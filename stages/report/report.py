@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.artefacts.manifest import Manifest, read_manifest
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.reading import read_manifest
 from stages.audit.audit import audit
 from stages.audit.checks import lines, result
 from stages.bases.base_names import name_of
-from stages.federation.compare import ALL, compare
 from stages.files import writing
 from stages.progress.status import status
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.texts import in_line
-from stages.workspace.paths import AGREEMENT, Workspace
+from stages.study.comparison import ALL, compare
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.report.charts import Chart
-    from stages.report.figures import Absent
+    from stages.report.drawing import Absent
 
 PAGE = "index.html"
 MOST_CLIENTS_NAMED = 8
@@ -59,7 +61,8 @@ def write_report(
     give the same bytes again.
     """
     from stages.report.charts import Chart
-    from stages.report.figures import draw, figures
+    from stages.report.drawing import draw
+    from stages.report.figures import figures
     from stages.report.page import render
 
     report(Event("stage", "report"))
@@ -86,7 +89,7 @@ def write_report(
 
 def _compared(workspace: Workspace, metric: str) -> dict[str, Any] | str:
     """What compare finds, or why it refuses."""
-    from stages.report.figures import in_sentences
+    from stages.report.drawing import in_sentences
 
     try:
         return compare(workspace, metric=metric)

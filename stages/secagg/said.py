@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from stages.artefacts.manifest import Artefact, check_signed, read_artefact
+from stages.artefacts.lineage import check_signed
+from stages.artefacts.reading import Artefact, read_artefact
 from stages.parties import roster
+from stages.parties.memory import recall
+from stages.parties.names import client as party_of
 from stages.parties.roster import Roster
 from stages.parties.vault import Vault
-from stages.parties.vault import client as party_of
 from stages.runtime.errors import Damaged, NotReady, Refused
-from stages.secagg.openings import recall
 from stages.workspace.paths import Workspace
 
 

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from stages.artefacts.tensor_files import read_header
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import Damaged
 
 KINDS: dict[str, np.dtype[np.unsignedinteger]] = {"U32": np.dtype("<u4"), "U8": np.dtype("u1")}
@@ -30,12 +30,12 @@ def read_array(
     found = {key: (entry.get("dtype"), entry.get("shape")) for key, entry in header.items()}
     if found != expected:
         raise Damaged(
-            f"{path.name} holds {_shown(found)}, expected {_shown(expected)}", where=path, mend=writing.COPY_AGAIN
+            f"{path.name} holds {_shown(found)}, expected {_shown(expected)}", where=path, mend=reading.COPY_AGAIN
         )
     try:
         return safetensors.numpy.load(content)[name]
     except safetensors.SafetensorError as error:
-        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=writing.COPY_AGAIN) from error
+        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=reading.COPY_AGAIN) from error
 
 
 def _shown(arrays: dict[str, tuple[str, list[int]]]) -> str:

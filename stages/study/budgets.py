@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.runtime.errors import BadNumbers
 from stages.workspace.agreement import Method
 from stages.workspace.paths import Workspace

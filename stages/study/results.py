@@ -13,15 +13,19 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from stages.artefacts.manifest import Manifest, read_manifest
-from stages.artefacts.records import is_of_base, read_result, scored_by
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.reading import read_manifest
+from stages.artefacts.records import is_of_base, read_result
 from stages.artefacts.subjects import folder_of
-from stages.files import writing
-from stages.runtime.errors import NotReady, Problem, Refused, UsageProblem
+from stages.files import reading
+from stages.progress.staleness import scored_by
+from stages.runtime.errors import NotReady, Problem, Refused
 from stages.study.variants import Changes, baseline, check_data, open_variant, replica
 from stages.workspace import edits
-from stages.workspace.agreement import Method, Role
-from stages.workspace.paths import AGREEMENT, Workspace
+from stages.workspace.agreement import Method
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
 
 Table = Literal["llm", "clients", "slm"]
 Row = Literal["zero-shot", "standalone", "fedavg", "fedavg-aux", "centralized", "fedcollm"]
@@ -168,7 +172,7 @@ def _check_data(study: Study, workspace: Workspace, round: int) -> None:
         if (
             data.exists()
             and log.exists()
-            and writing.logged_inputs(log).get("data") != writing.sha256(writing.read_own(data))
+            and reading.logged_inputs(log).get("data") != reading.sha256(reading.read_own(data))
         ):
             message = f"{study.root.shown(data)} is not what was trained on in round {round}"
             raise Refused(message, where=data, mend=f"put those rows back, or {study.run_again(workspace)}")
@@ -179,52 +183,6 @@ def _made_in(workspace: Workspace, round: int) -> list[Path]:
     if not workspace.agreement.federation.averages:
         return [workspace.client_adapter(round, client) for client in workspace.clients]
     return [workspace.round_result(round), *([workspace.llm(round)] if workspace.agreement.federation.distils else [])]
-
-
-def scores(study: Study, table: Table, row: Row, metric: str) -> dict[str, Scores]:
-    """The scores of one row of one table, by subject: "llm", or "client-1", "client-2", and so on.
-
-    Zero-shot scores know no seed: [1, questions]. Raises NotReady, with the command that makes it, for a result that is
-    not there, UsageProblem for a metric that is not a matter of right or wrong.
-    """
-    if row == "zero-shot":
-        subject = "llm" if table == "llm" else "slm"
-        return {subject: _scores([_result(study, study.root, None, subject)], metric)}
-    runs = [of_seed[row] for of_seed in study.runs.values()]
-    return {
-        subject: _scores([_result(study, one, one.agreement.federation.rounds, subject) for one in runs], metric)
-        for subject in _subjects(table, row, runs[0])
-    }
-
-
-def mean_of(by_subject: Mapping[str, Scores]) -> Scores:
-    """The mean over subjects, question by question: the paper's Table 2 is a mean over clients."""
-    first = next(iter(by_subject.values()))
-    return {task: np.mean([found[task] for found in by_subject.values()], axis=0) for task in first}
-
-
-def check_tasks(scored: Sequence[Mapping[str, Any]]) -> None:
-    """Raise Refused unless all results, by task, are of the same tasks."""
-    for by_task in scored:
-        if by_task.keys() != scored[0].keys():
-            odd = sorted(by_task.keys() ^ scored[0].keys())
-            message = f"some results have scores of {odd[0]!r}, and some have none"
-            mend = "score them all again, with evaluate --overwrite"
-            raise Refused(message, where="results", mend=mend)
-
-
-def _scores(of_seeds: Sequence[dict[str, Any]], metric: str) -> Scores:
-    check_tasks([one["tasks"] for one in of_seeds])
-    return {task: np.stack([_correct(one, task, metric) for one in of_seeds]) for task in of_seeds[0]["tasks"]}
-
-
-def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:
-    """0 or 1 for each question of all tasks, by one model of the study; None where what lies there was not scored."""
-    try:
-        result = _result(study, workspace, round, subject)
-    except (NotReady, Refused):
-        return None
-    return np.concatenate([_correct(result, task, metric) for task in result["tasks"]])
 
 
 def remarks(workspaces: Iterable[Workspace]) -> list[str]:
@@ -260,14 +218,16 @@ def _is_of(result: Mapping[str, Any], workspace: Workspace) -> bool:
     return result.get("agreement_sha256") == workspace.agreement_sha256
 
 
-def _subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
+def subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
+    """Whom a row of a table scores."""
     if table == "clients" or row == "centralized":
         last = workspace.agreement.federation.rounds
         return [f"client-{client}" for client in workspace.client_adapters(last)]
     return ["aggregate" if table == "slm" and row == "fedavg" else table]
 
 
-def _result(study: Study, workspace: Workspace, round: int | None, subject: str) -> dict[str, Any]:
+def result_of(study: Study, workspace: Workspace, round: int | None, subject: str) -> dict[str, Any]:
+    """A result as it was written, of the agreement, the adapter and the questions that are there now."""
     """One result file that is of what lies in the workspace now."""
     path = workspace.result(round, subject)
     mend = _evaluate(study, workspace, round, subject)
@@ -307,13 +267,3 @@ def _evaluate(study: Study, workspace: Workspace, round: int | None, subject: st
     if round is not None and not folder_of(workspace, round, subject).exists():
         return f"fedcollm run{inside}"
     return f"{scored_by(round, subject)}{inside}"
-
-
-def _correct(result: dict[str, Any], task: str, metric: str) -> np.ndarray:
-    """0 or 1 for each question."""
-    found = result["tasks"][task]["correct"]
-    if metric not in found:
-        known = ", ".join(found) or "none is a matter of right or wrong"
-        message = f"the result of {result['subject']} does not say which questions of {task} were right by {metric}"
-        raise UsageProblem(message, mend=f"--metric with one of its metrics: {known}")
-    return np.frombuffer(found[metric].encode(), dtype=np.uint8) - ord("0")

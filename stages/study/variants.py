@@ -14,13 +14,15 @@ from typing import Any
 
 import tomlkit
 
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.data.rows import read_rows, rows_bytes
-from stages.files import writing
+from stages.files import reading, writing
 from stages.files.seclusion import make_folder
 from stages.runtime.errors import NotReady, Refused, UsageProblem
-from stages.workspace.agreement import Agreement, Budget, Method, parse
-from stages.workspace.paths import AGREEMENT, MACHINE, Workspace
+from stages.workspace.agreement import Agreement, Budget, Method
+from stages.workspace.names import AGREEMENT, MACHINE
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import parse
 
 DERIVED = (
     "# Derived from another fedcollm.toml: `diff` shows the few keys that differ. Made again by the same command.\n"
@@ -106,7 +108,7 @@ def open_variant(parent: Workspace, folder: Path, changes: Changes, *, made_by: 
     target = folder / AGREEMENT
     if not target.exists():
         raise NotReady(f"{parent.shown(folder)} is not there", where=folder, mend=made_by)
-    if parse(Agreement, writing.read_own(target), target) != parse(Agreement, _agreement(parent, changes), target):
+    if parse(Agreement, reading.read_own(target), target) != parse(Agreement, _agreement(parent, changes), target):
         message = f"{parent.shown(folder)} is of another agreement than {parent.shown(parent.root / AGREEMENT)} is now"
         mend = f"undo the edit of {AGREEMENT}, or {made_by} --overwrite"
         raise Refused(message, where=target, mend=mend)
@@ -149,17 +151,17 @@ def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_
     contents = (
         {variant.client_data(1): _pool(parent)}
         if is_pooled
-        else {target: writing.read_own(place) for target, place in expected.items() if place.exists()}
+        else {target: reading.read_own(place) for target, place in expected.items() if place.exists()}
     )
     for target, content in contents.items():
-        if target.exists() and writing.read_own(target) != content:
+        if target.exists() and reading.read_own(target) != content:
             message = f"{parent.shown(target)} has other rows than {parent.shown(parent.private)} has now"
             raise Refused(message, where=target, mend=f"put those rows back, or {made_by} --overwrite")
 
 
 def _agreement(parent: Workspace, changes: Changes) -> bytes:
     path = parent.root / AGREEMENT
-    document = tomlkit.parse(writing.read_own(path).decode("utf-8-sig"))
+    document = tomlkit.parse(reading.read_own(path).decode("utf-8-sig"))
     for key, value in changes.items():
         _set(document, key.split("."), value)
     content = (DERIVED + tomlkit.dumps(document)).encode()
@@ -186,7 +188,7 @@ def _set(table: Any, key: list[str], value: Any) -> None:
 def _machine(parent: Workspace, folder: Path, changes: Changes) -> bytes:
     """The parent's settings of this machine, the same but for home, and for the LLM in the SLM's place."""
     path = parent.root / MACHINE
-    document = tomlkit.parse(writing.read_own(path).decode("utf-8-sig") if path.exists() else "")
+    document = tomlkit.parse(reading.read_own(path).decode("utf-8-sig") if path.exists() else "")
     document["home"] = os.path.relpath(parent.home, folder)
     document["home"].comment("derived from there: relative paths and tasks/ are meant from it")
     if "slm" in changes:
@@ -217,11 +219,11 @@ def _all_data(workspace: Workspace) -> list[Path]:
 
 def _link(source: Path, target: Path) -> None:
     """The same bytes at target, without a second copy where the file system allows that."""
-    if target.exists() and (target.samefile(source) or writing.read_own(target) == writing.read_own(source)):
+    if target.exists() and (target.samefile(source) or reading.read_own(target) == reading.read_own(source)):
         return
     make_folder(target.parent)
     target.unlink(missing_ok=True)
     try:
         target.hardlink_to(source.resolve())  # of a link, what it leads to
     except OSError:  # another file system, or one without hard links
-        writing.write(target, writing.read_own(source))
+        writing.write(target, reading.read_own(source))

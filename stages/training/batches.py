@@ -1,67 +1,11 @@
-"""How examples become tensors: no padding where the model allows it, and logits at answer positions alone.
-
-Packed: the examples of a batch stand one after the other in a single row, each attending to itself only, each with
-its own positions. The numbers are those of separate rows; no work goes into padding. Whether a model takes this is
-found out by trying (`packs`). Padded: one example a row, padded on the left.
-
-In both, logits come back as [answers, vocabulary]: one row for each answer token and for the token after each
-unlabelled prompt, in the order of the batch. This is where the logits of two models meet.
-"""
+"""Which of the two forms a batch takes: packed or padded, whichever costs less."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from stages.data.rows import Example
-from stages.training.losses import NO_LABEL
-
-Batch = dict[str, Tensor]
-
-
-def packed(examples: Sequence[Example]) -> Batch:
-    """One row: input_ids, position_ids [1, tokens]; attention_mask [1, 1, tokens, tokens]; answers, labels [A]."""
-    lengths = torch.tensor([len(example.input_ids) for example in examples])
-    starts = (lengths.cumsum(0) - lengths).tolist()
-    owner = torch.repeat_interleave(torch.arange(len(examples)), lengths)  # (tokens)
-    causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
-    # The logits that predict a token stand one position before it.
-    firsts = [start + example.prompt_tokens - 1 for start, example in zip(starts, examples, strict=True)]
-    answers = [
-        torch.arange(first, first + example.distilled_positions)
-        for first, example in zip(firsts, examples, strict=True)
-    ]
-    return {
-        "input_ids": torch.tensor([[token for example in examples for token in example.input_ids]]),
-        "position_ids": torch.cat([torch.arange(len(example.input_ids)) for example in examples])[None],
-        "attention_mask": ((owner[:, None] == owner[None, :]) & causal)[None, None],
-        "answers": torch.cat(answers),
-        "labels": _labels(examples),
-    }
-
-
-def padded(examples: Sequence[Example]) -> Batch:
-    """A row each: input_ids, position_ids, attention_mask [rows, length]; answers [rows, kept] bool; labels [A]."""
-    length = max(len(example.input_ids) for example in examples)
-    kept = max(example.answer_tokens for example in examples) + 1
-    ids = torch.zeros(len(examples), length, dtype=torch.long)
-    mask, answers = torch.zeros_like(ids), torch.zeros(len(examples), kept, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        ids[row, length - len(example.input_ids) :] = torch.tensor(example.input_ids)
-        mask[row, length - len(example.input_ids) :] = 1
-        first = kept - 1 - example.answer_tokens
-        answers[row, first : first + example.distilled_positions] = True
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {
-        "input_ids": ids,
-        "position_ids": positions,
-        "attention_mask": mask,
-        "answers": answers,
-        "labels": _labels(examples),
-    }
+from stages.models.packing import Batch, packed, padded
 
 
 def collate(examples: Sequence[Example], *, may_pack: bool, hidden_size: int) -> Batch:
@@ -76,51 +20,3 @@ def collate(examples: Sequence[Example], *, may_pack: bool, hidden_size: int) ->
     packed_work = tokens * (tokens + 6 * hidden_size)
     padded_work = len(lengths) * longest * (longest + 6 * hidden_size)
     return packed(examples) if may_pack and packed_work <= padded_work else padded(examples)
-
-
-def answer_logits(model: Any, batch: Batch) -> Tensor:
-    """The logits that predict each of the batch's labels, [answers, vocabulary], in their order."""
-    answers = batch["answers"]
-    kept = answers.shape[1] if answers.dtype == torch.bool else answers
-    logits: Tensor = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        attention_mask=batch["attention_mask"],
-        logits_to_keep=kept,
-        use_cache=False,
-    ).logits
-    return logits[answers] if answers.dtype == torch.bool else logits[0]
-
-
-@torch.no_grad()
-def packs(model: Any) -> bool:
-    """Whether packed rows give this model the logits of separate rows; tried on a few tokens."""
-    config = model.config.get_text_config()
-    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if slides or getattr(config, "attention_chunk_size", None):
-        return False  # the mask of a packed row would take the place of the model's own
-    examples = [Example([3, 1, 4, 1, 5, 9, 2], 3), Example([2, 7, 1, 8], 2)]
-    was_training = model.training
-    model.eval()
-    try:
-        batch = {name: tensor.to(model.device) for name, tensor in packed(examples).items()}
-        together = answer_logits(model, batch).float()
-        apart = torch.cat(
-            [
-                answer_logits(
-                    model, {name: tensor.to(model.device) for name, tensor in padded([example]).items()}
-                ).float()
-                for example in examples
-            ]
-        )
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return False
-    finally:
-        model.train(was_training)
-    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
-    return bool((together - apart).abs().max() <= tolerance * apart.abs().max().clamp(min=1.0))
-
-
-def _labels(examples: Sequence[Example]) -> Tensor:
-    answers = (example.input_ids[example.prompt_tokens :] for example in examples)
-    return torch.tensor([token for answer in answers for token in answer or [NO_LABEL]])

@@ -15,11 +15,12 @@ from accelerate.utils import find_executable_batch_size
 
 from stages.data.rows import Example
 from stages.models.base_loading import is_out_of_memory
-from stages.models.loading import MEMORY_KNOBS
+from stages.models.devices import MEMORY_KNOBS
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.training.objective import Objective
-from stages.workspace.agreement import Budget, Machine
+from stages.workspace.agreement import Budget
+from stages.workspace.machine import Machine
 
 MOMENTS = 2
 """AdamW's two averages of each parameter, which come to be in the first step that counts."""

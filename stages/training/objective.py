@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.data.rows import Example
-from stages.models.loading import Tuned
+from stages.models.packing import Batch, answer_logits
+from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
 from stages.training import batches
-from stages.training.batches import Batch, answer_logits
 from stages.training.losses import DIVERGENCES, cross_entropy, distillation
 from stages.workspace.agreement import Distillation
 

@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from stages.runtime.errors import UsageProblem
-from stages.workspace.agreement import Tracker
-from stages.workspace.paths import MACHINE, Workspace
+from stages.workspace.machine import Tracker
+from stages.workspace.names import MACHINE
+from stages.workspace.paths import Workspace
 
 
 @dataclass(frozen=True)

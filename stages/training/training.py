@@ -6,12 +6,10 @@ A stage that was killed goes on from its last checkpoint with the same rows in t
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from stages.artefacts import checkpoints
 from stages.data.rows import Example
-from stages.files import writing
+from stages.files import faults
 from stages.files.seclusion import shutting_out
-from stages.models import adapters
-from stages.models.loading import naming_memory_knobs
+from stages.models.devices import naming_memory_knobs
 from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, Refused, StorageProblem, UsageProblem
 from stages.runtime.events import Event, Report
@@ -34,61 +31,20 @@ from stages.runtime.processes import ALONE, Processes
 from stages.training import trackers
 from stages.training.micro_batch import rows_at_once
 from stages.training.objective import Objective
+from stages.training.recipes import Outcome, Recipe
 from stages.training.schedule import MicroBatches, schedule
+from stages.training.stopping import (
+    refuse_runaway,
+    refuse_unless_finite,
+    refuse_unless_finite_before,
+    snapshot,
+    stopped_after,
+)
 from stages.training.trackers import UNTRACKED, Tracking
-from stages.workspace.agreement import Budget, Machine
-
-LARGEST = 65504.0
-"""The largest weight of an adapter: float16's, since beyond it others would load infinity."""
-
-FARTHEST = 100.0
-"""How far one weight of an adapter may move in a stage while its model's loss rises.
-
-Weights of a fresh A are below 1 and those of B are 0; those of adapters that learned something stay of that size.
-"""
+from stages.workspace.machine import Machine
 
 STOP = "stop"
 """Summed over processes with a step's losses: how many of them were told to stop."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: everything that decides the numbers, but for the data.
-
-    learning_rates, clips: by role; a clip is the largest gradient norm of that model alone, absent for none.
-    alternating: each step trains the SLM, then the LLM against the SLM so trained (lines 16 and 17 in that order).
-    """
-
-    budget: Budget
-    learning_rates: Mapping[str, float]
-    clips: Mapping[str, float | None]
-    warmup_steps: int
-    seed: int
-    alternating: bool = False
-
-    @property
-    def turns(self) -> int:
-        """How many of Trainer's steps are one step of ours."""
-        return 2 if self.alternating else 1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What training did: counts, losses per answer token before and after, and a record of each step."""
-
-    steps: int
-    examples: int
-    tokens: int
-    metrics: dict[str, float]
-    log: list[dict[str, Any]] = field(repr=False)
-
-    @property
-    def change(self) -> str:
-        """Each loss before and after, in words."""
-        names = [name.removesuffix("_before") for name in self.metrics if name.endswith("_before")]
-        return "  ".join(
-            f"{name} {self.metrics[f'{name}_before']:.4g} -> {self.metrics[f'{name}_after']:.4g}" for name in names
-        )
 
 
 def train(
@@ -245,7 +201,7 @@ class _Trainer(Trainer):
                 shutil.rmtree(own, ignore_errors=True)
                 return
             message = f"a checkpoint cannot be written: {str(error).splitlines()[0]}"
-            raise StorageProblem(message, where=self.args.output_dir, mend=writing.storage_mend(error)) from error
+            raise StorageProblem(message, where=self.args.output_dir, mend=faults.storage_mend(error)) from error
 
 
 class _Watch(TrainerCallback):
@@ -287,50 +243,6 @@ class _Watch(TrainerCallback):
         self._report(Event("step", step=step, total=self._steps, values=losses))
         if self._stop.is_asked:
             control.should_save = control.should_training_stop = True
-
-
-def stopped_after(step: int, steps: int) -> str:
-    """What to say of a training that was told to stop, once its checkpoint is written."""
-    return f"stopped after step {step} of {steps}: the same command goes on from there"
-
-
-def refuse_unless_finite(losses: Mapping[str, float], when: str) -> None:
-    """Raise BadNumbers for a loss that is NaN or infinite; when: at which step."""
-    for name, loss in losses.items():
-        if not math.isfinite(loss):
-            mend = "lower the learning rate, set a max_grad_norm, or compute with --dtype float32"
-            raise BadNumbers(f"{name} became {loss} {when}", mend=mend)
-
-
-def refuse_unless_finite_before(losses: Mapping[str, float]) -> None:
-    """Raise BadNumbers for a loss that is NaN or infinite before any step: no setting of training caused it."""
-    for name, loss in losses.items():
-        if not math.isfinite(loss):
-            message = f"{name} is {loss} before any step: so say the base and the adapter that training begins from"
-            raise BadNumbers(message, mend=adapters.NO_SETTING_OF_TRAINING)
-
-
-def snapshot(objective: Objective) -> dict[str, torch.Tensor]:
-    """A copy of the adapters' tensors."""
-    return {name: tensor.clone() for name, tensor in objective.state_dict().items()}
-
-
-def refuse_runaway(objective: Objective, start: Mapping[str, torch.Tensor], role: str, why: str | None) -> None:
-    """Raise BadNumbers for a weight of this model's adapter beyond LARGEST, or FARTHEST from its start if why is given.
-
-    Whether numbers of such a size come out finite is for a processor's rounding to say: they are no result.
-    """
-    mend = "lower the learning rate: the weights of an adapter that learned something stay below 1 or little above"
-    for name, tensor in objective.state_dict().items():
-        if not name.startswith(f"models.{role}."):
-            continue
-        moved, largest = float((tensor - start[name]).abs().max()), float(tensor.abs().max())
-        if why is not None and not moved <= FARTHEST:
-            message = f"the {role.upper()}'s adapter has moved a weight by {moved:.3g}{why}: more than {FARTHEST:g}"
-            raise BadNumbers(f"{message} is no result of training", mend=mend)
-        if not largest <= LARGEST:
-            message = f"the {role.upper()}'s adapter has a weight of {largest:.3g}; float16 ends at {LARGEST:g}"
-            raise BadNumbers(message, mend=mend)
 
 
 def _steps(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

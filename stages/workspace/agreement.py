@@ -6,33 +6,15 @@ are named at once. Absence means off; there is no -1. `workspace_template/fedcol
 
 from __future__ import annotations
 
-import difflib
 import math
-import tomllib
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from stages.runtime.errors import UsageProblem
-from stages.runtime.texts import lines
+from stages.workspace.settings import Dtype, Positive, Quantization, Rate, Settings, Share
 
-Dtype = Literal["auto", "float32", "bfloat16"]
-Role = Literal["slm", "llm"]
-Quantization = Literal["4bit", "8bit"]
-ROLES: tuple[Role, ...] = ("slm", "llm")
 Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, le=1e6)]
-Share = Annotated[float, Field(ge=0)]
-
-
-class Settings(BaseModel):
-    """Strict and frozen; the one place that says so."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Federation(Settings):
@@ -270,109 +252,3 @@ class Agreement(Settings):
     def model_of(self, role: str) -> Model:
         """The settings of the model that plays this role, "slm" or "llm"."""
         return {"slm": self.slm, "llm": self.llm}[role]
-
-
-class LocalModels(Settings):
-    """Where this machine keeps the base models, instead of the hub."""
-
-    slm: str | None = None
-    llm: str | None = None
-
-
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+=/-]{0,127}$")]
-Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@+=/&|*()\[\]-]+)?$")]
-Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f\x85\u2028\u2029]+$")]
-
-
-class Slurm(Settings):
-    """What this site's Slurm is asked for. No value can end its line in a script."""
-
-    partition: Word | None = None
-    account: Word | None = None
-    gpus_per_task: Annotated[int, Field(ge=0, le=64)] | None = None
-    cpus_per_task: Positive | None = None
-    mem: Annotated[str, Field(pattern=r"^[0-9]{1,9}[KMGT]?$")] | None = None
-    time: Annotated[str, Field(pattern=r"^([0-9]{1,4}-)?[0-9]{1,6}(:[0-9]{2}){0,2}$")] | None = None
-    options: list[Option] = []
-    client_options: list[Option] = []
-    server_options: list[Option] = []
-    setup: list[Line] = []
-    retries: Annotated[int, Field(ge=0, le=100)] = 2
-    stop_before_s: Annotated[int, Field(ge=1, le=65535)] = 120
-    two_phases: bool = False
-    parallel: Positive | None = None
-    window: Positive | None = None
-
-
-class Machine(Settings):
-    """machine.toml: what differs between machines and changes no meaning."""
-
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    dtype: Dtype | None = None
-    micro_batch: Positive | Literal["auto"] | None = None
-    gradient_checkpointing: bool = False
-    offload_idle: bool = False
-    checkpoint_steps: Positive = 100
-    processes: Positive | None = None
-    sharding: list[Role] = []
-    simulation: bool | None = None
-    home: str | None = None
-    secrets: str | None = None
-    run_task_code: bool = False
-    trackers: list[Tracker] = []
-    models: LocalModels = LocalModels()
-    slurm: Slurm = Slurm()
-
-    def rows_at_once(self, budget: Budget) -> int:
-        """How many rows a forward pass takes at most; where that is to be found by trying, what is tried first."""
-        asked = self.micro_batch if isinstance(self.micro_batch, int) else budget.batch_size
-        return min(budget.batch_size, asked)
-
-
-S = TypeVar("S", bound=Settings)
-
-
-def parse(kind: type[S], text: bytes, path: Path) -> S:
-    """The settings in a TOML file. Raises UsageProblem naming every mistake with its key, and the nearest known key."""
-    try:
-        values = tomllib.loads(text.decode("utf-8-sig"))  # some editors begin with a byte order mark
-    except UnicodeDecodeError as error:
-        raise UsageProblem(f"not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageProblem(f"not valid TOML: {error}", where=path, mend="correct that line") from error
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        mistakes = [_mistake(kind, found) for found in error.errors()]
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        message = lines([f"{count} in the settings", *mistakes], "\n  - ")
-        raise UsageProblem(
-            message, where=path, mend="every key is explained in the template's fedcollm.toml"
-        ) from error
-
-
-def _mistake(kind: type[Settings], found: object) -> str:
-    """One line for one of pydantic's error dicts."""
-    assert isinstance(found, dict)
-    place = found["loc"]
-    key = ".".join(str(part) for part in place)
-    if found["type"] == "extra_forbidden":
-        known = _known_keys(kind, place[:-1])
-        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if found["type"] == "missing":
-        return f"{key}: missing"
-    value = "" if found["type"] == "value_error" else f", found {found['input']!r}"
-    text = str(found["msg"]).removeprefix("Value error, ")
-    return f"{key}: {text}{value}" if key else text
-
-
-def _known_keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
-    """The keys of the table at this place."""
-    for part in place:
-        field = kind.model_fields[str(part)].annotation
-        if not (isinstance(field, type) and issubclass(field, BaseModel)):
-            return []
-        kind = field
-    return list(kind.model_fields)

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.files import writing
+from stages.files import reading, writing
 from stages.runtime.errors import Problem
-from stages.workspace.agreement import Agreement, parse
-from stages.workspace.paths import AGREEMENT, LARGEST_TOML_BYTES, Workspace
+from stages.workspace.agreement import Agreement
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import LARGEST_TOML_BYTES, Workspace
+from stages.workspace.settings import parse
 
 MOST_NAMED = 8
 """How many keys are named before the rest is counted."""
@@ -39,8 +41,8 @@ def since(workspace: Workspace, sha256: str) -> str:
 def _since(workspace: Workspace, copy: Path, sha256: str | None = None) -> str:
     """The same for a copy, of this digest, or of one that begins as its name says."""
     try:
-        content = writing.read(copy, limit_bytes=LARGEST_TOML_BYTES)
-        found = writing.sha256(content)
+        content = reading.read(copy, limit_bytes=LARGEST_TOML_BYTES)
+        found = reading.sha256(content)
         if found != sha256 and (sha256 or not found.startswith(copy.stem)):
             return ""
         before = parse(Agreement, content, copy)

@@ -16,8 +16,10 @@ from pathlib import Path
 from stages.files import writing
 from stages.paper.reported import PRESETS
 from stages.runtime.errors import Refused, UsageProblem
-from stages.workspace.agreement import Agreement, parse
-from stages.workspace.paths import AGREEMENT, Workspace
+from stages.workspace.agreement import Agreement
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import parse
 
 TEMPLATES = ("demo", *PRESETS)
 ELSEWHERE = ("demo/", "slurm/")

@@ -11,25 +11,13 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from stages.files import writing
+from stages.files import reading
 from stages.runtime.errors import NotReady, Refused, UsageProblem
-from stages.workspace.agreement import Agreement, Dtype, Machine, Role, Settings, parse
+from stages.workspace.agreement import Agreement
+from stages.workspace.machine import Machine
+from stages.workspace.names import AGREEMENT, MACHINE
+from stages.workspace.settings import Dtype, Role, Settings, parse
 
-AGREEMENT = "fedcollm.toml"
-MACHINE = "machine.toml"
-MANIFEST = "manifest.json"
-SIGNATURE = "manifest.json.sig"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-MASKED_UPDATE = "masked.safetensors"
-SEALED_SHARES = "shares.safetensors"
-SEALED_REVEAL = "reveal.bin"
-CAPTURE = "capture.safetensors"
-SEALED_INBOX = r"client-([1-9][0-9]{0,8})\.safetensors"
-SECRETS_MARKER = ".fedcollm-secrets"
-"""Lies in every folder of keys; whatever carries files away stops where it meets one."""
-MODEL_CARD = "README.md"
-EXPORT = "export.json"
 LARGEST_TOML_BYTES = 1 << 20
 
 
@@ -64,7 +52,7 @@ class Workspace:
     @functools.cached_property
     def agreement_bytes(self) -> bytes:
         """fedcollm.toml, byte for byte."""
-        return writing.read(self.root / AGREEMENT, limit_bytes=LARGEST_TOML_BYTES)
+        return reading.read(self.root / AGREEMENT, limit_bytes=LARGEST_TOML_BYTES)
 
     @functools.cached_property
     def agreement(self) -> Agreement:
@@ -74,13 +62,13 @@ class Workspace:
     @functools.cached_property
     def agreement_sha256(self) -> str:
         """The digest that every manifest carries: that of fedcollm.toml as it lies there."""
-        return writing.sha256(self.agreement_bytes)
+        return reading.sha256(self.agreement_bytes)
 
     @functools.cached_property
     def machine(self) -> Machine:
         """Settings of this machine, with the command's flags over them."""
         path = self.root / MACHINE
-        content = writing.read_own(path) if path.exists() else b""
+        content = reading.read_own(path) if path.exists() else b""
         machine = parse(Machine, content, path)
         changed = {key: value for key, value in self.flags.model_dump().items() if value is not None}
         try:
@@ -131,7 +119,7 @@ class Workspace:
     def seed_for(self, stage: str, round: int, client: int = 0) -> int:
         """The seed of one run of a stage, drawn from the federation's: a stage run alone gives the same bytes."""
         words = f"{self.agreement.federation.seed}/{stage}/{round}/{client}"
-        return int(writing.sha256(words.encode())[:8], 16) % (1 << 31)
+        return int(reading.sha256(words.encode())[:8], 16) % (1 << 31)
 
     # --- data
 
@@ -142,7 +130,7 @@ class Workspace:
 
     def tasks_sha256(self) -> str:
         """The digest of the task files and of the local data they name: other ones give other scores."""
-        writing.check_plain(self.tasks)
+        reading.check_plain(self.tasks)
         from stages.workspace import task_files
 
         return task_files.digest(self.tasks, self.home)
@@ -151,8 +139,8 @@ class Workspace:
         """The digest of what `prepare` deals rows from: tasks and their local data, or JSONL files."""
         if self.agreement.data.tasks:
             return self.tasks_sha256()
-        return writing.sha256(
-            "".join(writing.sha256(writing.read_own(self.local(name))) for name in self.agreement.data.files).encode()
+        return reading.sha256(
+            "".join(reading.sha256(reading.read_own(self.local(name))) for name in self.agreement.data.files).encode()
         )
 
     @property
@@ -368,4 +356,4 @@ class Workspace:
 def require(path: Path, message: str, mend: str) -> None:
     """Raise NotReady with this message unless path exists."""
     if not path.exists():
-        raise writing.not_there(path) if path.is_symlink() else NotReady(message, where=path, mend=mend)
+        raise reading.not_there(path) if path.is_symlink() else NotReady(message, where=path, mend=mend)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from stages.files import seclusion, writing
+from stages.files import reading
 from stages.runtime.errors import Refused, UsageProblem
 
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")
@@ -23,8 +23,6 @@ CODE_KEYS = ("class", "custom_dataset", "unsafe_code", "use_prompt", "hf_evaluat
 GENERATION_CODE_KEYS = ("custom_generate", "assistant_model")
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 """Folders of caches, which lm-eval passes over too."""
-LOCAL_SCHEMES = ("file:", "local:")
-"""What else `datasets` takes for a path."""
 MOST_VALUES = 1_000_000
 """A task file that is larger, with everything that it refers to, is none."""
 MOST_FILES = 100_000
@@ -32,7 +30,7 @@ MOST_FILES = 100_000
 TRUST = "read them; if they are your own, or you trust them with this machine, set run_task_code = true in machine.toml"
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # lm-eval's own
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # lm-eval's own
     """Plain YAML, and every !function in it by name, also of a key that is given twice: lm-eval would import each."""
 
     def __init__(self, content: bytes) -> None:
@@ -45,7 +43,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return self.functions[-1]
 
 
-_Loader.add_constructor("!function", _Loader.note)
+Loader.add_constructor("!function", Loader.note)
 
 
 def check_are_data(tasks: Path, home: Path, *, trusted: bool = False) -> None:
@@ -56,11 +54,11 @@ def check_are_data(tasks: Path, home: Path, *, trusted: bool = False) -> None:
     for path in _task_files(tasks):
         shown = path.relative_to(home) if path.is_relative_to(home) else path
         value, functions = _read(path)
-        for name in _texts(value.get("include")) if isinstance(value, dict) else []:
+        for name in texts_in(value.get("include")) if isinstance(value, dict) else []:
             if not (path.resolve().parent / name).is_file():
                 message = f"{shown} includes {name}, which is not there"
                 raise UsageProblem(message, where=path, mend="name a task file, from the folder that this one lies in")
-        entries = [(str(key), value) for mapping in _mappings(value) for key, value in mapping.items()]
+        entries = [(str(key), value) for mapping in mappings_in(value) for key, value in mapping.items()]
         found = [f"!function {name}" for name in functions] + [one for entry in entries if (one := _code(*entry))]
         if found and not trusted:
             raise Refused(f"{shown} would run code: {found[0]}", where=path, mend=TRUST)
@@ -69,7 +67,7 @@ def check_are_data(tasks: Path, home: Path, *, trusted: bool = False) -> None:
 def _read(path: Path) -> tuple[Any, list[str]]:
     """What a YAML file holds, and the functions that it names. Raises UsageProblem where it is none."""
     try:
-        loader = _Loader(writing.read_own(path))
+        loader = Loader(reading.read_own(path))
         value = loader.get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:
         raise UsageProblem(f"{path.name} is not YAML: {error}", where=path, mend="correct that line") from error
@@ -107,9 +105,9 @@ def spare_files(tasks: Path, names: Iterable[str]) -> list[str]:
         needed.add(path)
         value, functions = found.get(path, (None, []))
         waiting += [path.parent / f"{function.split('.')[0]}.py" for function in functions]
-        for one in _mappings(value):
-            waiting += [path.resolve().parent / name for name in _texts(one.get("include"))]
-            waiting += [defined[name] for name in _texts(one.get("task")) if name in defined]
+        for one in mappings_in(value):
+            waiting += [path.resolve().parent / name for name in texts_in(one.get("include"))]
+            waiting += [defined[name] for name in texts_in(one.get("task")) if name in defined]
     needed |= {path.resolve() for path in needed}
     return [name for name, path in own_files(tasks) if not {path, path.resolve()} & needed]
 
@@ -128,7 +126,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _tags(value: dict[Any, Any]) -> set[str]:
-    return set(_texts([value.get("tag")]))
+    return set(texts_in([value.get("tag")]))
 
 
 def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
@@ -136,13 +134,13 @@ def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
     found = set(own_files(tasks))
     for path in _task_files(tasks):
         try:
-            mappings = list(_mappings(_read(path)[0]))
+            mappings = list(mappings_in(_read(path)[0]))
         except UsageProblem:
             continue  # told where the task is loaded
         for mapping in mappings:
             for key in ("data_files", "data_dir", "dataset_path"):
-                for name in _texts(mapping.get(key)):
-                    found.update((f"{name}/{one.name}", one) for one in _matches(name, home))
+                for name in texts_in(mapping.get(key)):
+                    found.update((f"{name}/{one.name}", one) for one in matches(name, home))
         if len(found) > MOST_FILES:
             message = f"{path.name} names more than {MOST_FILES} local files"
             raise UsageProblem(
@@ -153,92 +151,24 @@ def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
 
 def data_files(config: Any) -> list[Path]:
     """The local files of data that a configuration from the workspace names."""
-    names = [name for mapping in _mappings(config) for name in _texts(mapping.get("data_files"))]
-    return [path for name in names for path in _matches(name, Path())]
+    names = [name for mapping in mappings_in(config) for name in texts_in(mapping.get("data_files"))]
+    return [path for name in names for path in matches(name, Path())]
 
 
 def digest(tasks: Path, home: Path) -> str:
     """The digest of task files and their local data: other ones give other rows and other scores."""
-    return _digest(local_files(tasks, home))
+    return digest_of(local_files(tasks, home))
 
 
 def own_digest(tasks: Path) -> str:
     """The digest of task files without their data, which need not lie with every party."""
-    return _digest(own_files(tasks))
+    return digest_of(own_files(tasks))
 
 
-def _digest(found: list[tuple[str, Path]]) -> str:
-    lines = [f"{name}\0{writing.sha256(writing.read_own(path))}\n" for name, path in found]
-    return writing.sha256("".join(lines).encode())
-
-
-def from_workspace(config: Any, home: Path) -> Any:
-    """The configuration with its relative files and folders made absolute from the workspace."""
-    if not isinstance(config, dict):
-        return config
-    changed = {}
-    for key, value in config.items():
-        if key in ("data_files", "data_dir"):
-            changed[key] = _absolute(value, home)
-        elif key == "dataset_path" and isinstance(value, str) and value not in BUILDERS and (home / value).is_dir():
-            changed[key] = str(home / value)
-            _check_card(home / value)
-        else:
-            changed[key] = from_workspace(value, home)
-    if not (named := _named(changed)):
-        return changed
-    for name in named:
-        writing.check_plain(Path(name))
-    # A cache of its own for each content: `datasets` takes rows for unchanged by their path and time alone.
-    found = [(name, path) for name in named for path in _matches(name, home)]
-    cache = _datasets_cache() / "fedcollm" / _digest(found)[:16]
-    if any(seclusion.is_private(Path(name)) for name in named):
-        cache = home / "private" / ".datasets" / cache.name  # a copy of these rows is private too
-    if "data_files" not in changed and "data_dir" not in changed:
-        changed["dataset_kwargs"] = (changed.get("dataset_kwargs") or {}) | {"cache_dir": str(cache)}
-        return changed
-    return changed | {"cache_dir": str(cache)}
-
-
-def _named(changed: dict[Any, Any]) -> list[str]:
-    """The local data that one mapping names by itself: its files, or a folder that is its dataset_path."""
-    named = [name for key in ("data_files", "data_dir") for name in _texts(changed.get(key))]
-    path = changed.get("dataset_path")
-    return [*named, *([path] if isinstance(path, str) and Path(path).is_absolute() else [])]
-
-
-def _datasets_cache() -> Path:
-    import datasets.config
-
-    return Path(datasets.config.HF_DATASETS_CACHE)
-
-
-def _check_card(folder: Path) -> None:
-    """Raise Refused where the card of a folder of data names files elsewhere: what is scored is what lies in it."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return
-    head = writing.read_own(card).decode(errors="replace").partition("---")[2].partition("\n---")[0]
-    try:
-        loaded = _Loader(head.encode()).get_single_data()
-    except yaml.YAMLError as error:
-        raise UsageProblem(f"the head of {card.name} is not YAML: {error}", where=card, mend="remove it") from error
-    for mapping in _mappings(loaded):
-        for name in [text for key in ("data_files", "data_dir", "path") for text in _texts(mapping.get(key))]:
-            if "://" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
-                message = f"{card.name} names {name}, outside the folder {folder.name}"
-                raise Refused(message, where=card, mend="name the data itself, as data_files in the task file")
-
-
-def _absolute(value: Any, home: Path) -> Any:
-    if isinstance(value, dict):
-        return {key: _absolute(item, home) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_absolute(item, home) for item in value]
-    if isinstance(value, str) and (value.startswith(LOCAL_SCHEMES) or "::" in value):
-        mend = "name the file itself: its path from the workspace"
-        raise UsageProblem(f"data_files names {value}, whose contents are not seen here", mend=mend)
-    return str(home / value) if isinstance(value, str) and "://" not in value else value
+def digest_of(found: list[tuple[str, Path]]) -> str:
+    """The digest of files and of the names they go by."""
+    lines = [f"{name}\0{reading.sha256(reading.read_own(path))}\n" for name, path in found]
+    return reading.sha256("".join(lines).encode())
 
 
 def _code(key: str, value: Any) -> str | None:
@@ -279,12 +209,12 @@ def _task_files(tasks: Path) -> list[Path]:
         except UsageProblem:
             continue  # told by who needs it
         if isinstance(config, dict):
-            included = [path.resolve().parent / name for name in _texts(config.get("include"))]
+            included = [path.resolve().parent / name for name in texts_in(config.get("include"))]
             waiting += [one for one in included if one.is_file()]
     return list(found)
 
 
-def _mappings(value: Any) -> Iterator[dict[Any, Any]]:
+def mappings_in(value: Any) -> Iterator[dict[Any, Any]]:
     """Every mapping in a value, each once, whatever refers to whatever."""
     waiting, seen = [value], set[int]()
     while waiting:
@@ -297,16 +227,16 @@ def _mappings(value: Any) -> Iterator[dict[Any, Any]]:
             yield one
 
 
-def _texts(value: Any) -> list[str]:
+def texts_in(value: Any) -> list[str]:
     """Every text in a value of data_files: one, or a list, or by split."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [text for one in value for text in _texts(one)] if isinstance(value, list) else []
+    return [text for one in value for text in texts_in(one)] if isinstance(value, list) else []
 
 
-def _matches(name: str, home: Path) -> list[Path]:
+def matches(name: str, home: Path) -> list[Path]:
     """The local files that a name, a pattern or a folder stands for."""
     place = home / name
     if place.is_file():

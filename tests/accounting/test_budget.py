@@ -10,7 +10,8 @@ import pytest
 
 from builders import edit
 from stages.accounting.accountant import Charge, total_epsilon
-from stages.accounting.budget import charges, check, claim, finish, read_ledger, reserve, reset
+from stages.accounting.budget import check, claim, finish, reserve, reset
+from stages.accounting.ledger import charges, read_ledger
 from stages.runtime.errors import BadNumbers, Damaged, Refused, UsageProblem
 from stages.workspace.paths import Workspace
 

@@ -16,10 +16,11 @@ from peft import LoraConfig
 
 from builders import random_adapter
 from stages.artefacts.adapter_files import Layout, config_bytes, layout_of, read_adapter, weights_bytes
-from stages.artefacts.manifest import Artefact, BaseIdentity, Manifest
+from stages.artefacts.manifest import BaseIdentity, Manifest
+from stages.artefacts.reading import Artefact
 from stages.runtime.errors import BadNumbers, Damaged, Problem
 from stages.workspace.agreement import Lora
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 LORA = Lora(r=2, alpha=4)
 A, B = "h.0.lora_A.weight", "h.0.lora_B.weight"

@@ -17,19 +17,14 @@ from pydantic import ValidationError
 
 from builders import AGREEMENT, edit, random_adapter
 from stages.artefacts.adapter_files import config_bytes, weights_bytes
-from stages.artefacts.manifest import (
-    BaseIdentity,
-    Manifest,
-    already_made,
-    check_belongs,
-    parent_place,
-    publish,
-    read_artefact,
-    read_manifest,
-)
+from stages.artefacts.lineage import check_belongs, parent_place
+from stages.artefacts.manifest import BaseIdentity, Manifest
+from stages.artefacts.publishing import already_made, publish
+from stages.artefacts.reading import read_artefact, read_manifest
 from stages.files import writing
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Workspace
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
+from stages.workspace.paths import Workspace
 
 PARENTS = {"broadcast": "a" * 64}
 BASE = BaseIdentity(architecture="gpt2", weights_sha256="1" * 64, tokenizer_sha256="2" * 64)

@@ -13,9 +13,9 @@ from builders import Outcome
 from damages import problems
 from federations import secrets_of
 from stages.artefacts import records
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.audit.audit import audit
-from stages.files import writing
+from stages.files import reading, writing
 from stages.progress.status import status
 from stages.runtime.errors import Damaged, Problem
 from stages.workspace.paths import Workspace
@@ -36,7 +36,7 @@ def scored(finished: Path) -> Path:
         "tasks": {"colours": {"metrics": {"acc": 0.3333}}},
     }
     (finished / RESULT).parent.mkdir(parents=True, exist_ok=True)
-    (finished / RESULT).write_bytes(writing.json_bytes(records.stamped(result)))
+    (finished / RESULT).write_bytes(reading.json_bytes(records.stamped(result)))
     return finished
 
 
@@ -58,7 +58,7 @@ def test_one_flipped_bit_anywhere_in_a_result_is_noticed(scored: Path) -> None:
 def test_audit_and_status_name_a_changed_result_and_changed_rows(scored: Path) -> None:
     data = scored / "private/client-1/train.jsonl"
     writing.write_log(
-        Workspace(scored).log("client-train", 2, 1), [{"inputs": {"data": writing.sha256(data.read_bytes())}}]
+        Workspace(scored).log("client-train", 2, 1), [{"inputs": {"data": reading.sha256(data.read_bytes())}}]
     )
     assert problems(audit([scored])) == []
     assert status(Workspace(scored), verify=True).changed == []

@@ -12,7 +12,7 @@ import pytest
 from builders import edit, sign
 from damages import problems
 from stages.accounting.accountant import Charge, total_epsilon
-from stages.accounting.budget import Line, Reserved, Reset
+from stages.accounting.ledger import Line, Reserved, Reset
 from stages.audit.audit import audit
 
 DELTA, CHARGE = 1e-5, Charge(noise_multiplier=2.0, sample_rate=0.25, steps=6)

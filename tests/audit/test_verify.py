@@ -17,7 +17,8 @@ from stages.audit.audit import audit
 from stages.audit.verify import verify
 from stages.parties import signatures
 from stages.parties.enroll import enroll
-from stages.parties.vault import SERVER, Vault
+from stages.parties.names import SERVER
+from stages.parties.vault import Vault
 from stages.runtime.errors import Problem
 from stages.workspace.paths import Workspace
 

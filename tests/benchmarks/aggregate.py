@@ -15,8 +15,10 @@ import numpy as np
 from builders import AGREEMENT
 from stages.aggregate import aggregate
 from stages.artefacts import adapter_files
-from stages.artefacts.manifest import BaseIdentity, publish
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace
+from stages.artefacts.manifest import BaseIdentity
+from stages.artefacts.publishing import publish
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.workspace.paths import Workspace
 
 LAYERS, WIDTH, RANK = 24, 2048, 16  # OPT-1.3B's shape on q_proj and v_proj: 3,145,728 parameters
 BASE = BaseIdentity(architecture="opt", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)

@@ -13,9 +13,10 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from stages.data.rows import Example
-from stages.training import schedule, training
+from stages.training import recipes, schedule, training
 from stages.training.objective import Objective, task_loss
-from stages.workspace.agreement import ClientTraining, Machine
+from stages.workspace.agreement import ClientTraining
+from stages.workspace.machine import Machine
 from tests.benchmarks import gpt2_on_arc as arc
 
 STEPS, LAYERS, RATE = 16, 12, 1e-3
@@ -54,7 +55,7 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
 def ours(examples: list[Example], *, autocast: bool) -> arc.Clock:
     """The stage's own loop."""
     clock = arc.Clock()
-    recipe = training.Recipe(
+    recipe = recipes.Recipe(
         budget=ClientTraining(steps=STEPS, batch_size=arc.BATCH),
         learning_rates={"slm": RATE},
         clips={},

@@ -11,11 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from stages.data.rows import Example
-from stages.models.loading import Tuned
-from stages.training import schedule, training
+from stages.models.tuned import Tuned
+from stages.training import recipes, schedule, training
 from stages.training.losses import cross_entropy
 from stages.training.objective import Losses, Objective, mutual_losses, task_loss
-from stages.workspace.agreement import Distillation, Machine, Role
+from stages.workspace.agreement import Distillation
+from stages.workspace.machine import Machine
+from stages.workspace.settings import Role
 from tests.benchmarks import gpt2_on_arc as arc
 
 STEPS, RATE, LAYERS = 8, 1e-3, {"slm": 6, "llm": 12}
@@ -67,7 +69,7 @@ def ours(examples: list[Example], roles: Sequence[Role], *, autocast: bool) -> a
         ("llm",): lambda logits, labels, tokens: {"llm_ft": cross_entropy(logits["llm"], labels, tokens.labelled)},
     }
     names = ("slm_ft", "slm_kd", "llm_ft", "llm_kd")
-    recipe = training.Recipe(
+    recipe = recipes.Recipe(
         budget=SETTINGS, learning_rates=dict.fromkeys(roles, RATE), clips={}, warmup_steps=0, seed=1
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -13,8 +13,10 @@ from pathlib import Path
 from statistics import median
 
 from builders import AGREEMENT, SHARED_DATA
-from stages.artefacts.manifest import BaseIdentity, publish
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Workspace
+from stages.artefacts.manifest import BaseIdentity
+from stages.artefacts.publishing import publish
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.workspace.paths import Workspace
 
 FEDCOLLM = [sys.executable, "-m", "fedcollm_cli"]
 ARC_SCRIPT = Path(__file__).parents[1] / "arc_easy.sh"

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from builders import SHARED_DATA
 from stages.artefacts.manifest import BaseIdentity
 from stages.data.rows import Example, Row, encode_row
-from stages.models import adapters
-from stages.models.loading import Tuned
-from stages.training import batches
-from stages.workspace.agreement import Lora, Model, Role
+from stages.models import adapters, packing
+from stages.models.tuned import Tuned
+from stages.workspace.agreement import Lora, Model
+from stages.workspace.settings import Role
 
 BATCH, PAD = 8, 50256
 SETTINGS = Model(model="gpt2", lora=Lora(r=8, alpha=16, target_modules=["c_attn"]))
@@ -49,7 +49,7 @@ def model(role: Role, layers: int, *, autocast: bool) -> Tuned:
     """A GPT-2-shaped model with random weights and a LoRA adapter; without dropout, so that losses can be compared."""
     torch.manual_seed(layers)
     base = GPT2LMHeadModel(GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
-    packs = batches.packs(base)
+    packs = packing.packs(base)
     tuned = adapters.attach(base, SETTINGS)
     adapters.make_fresh(tuned, 1)
     return Tuned(role, tuned, None, IDENTITY, autocast=autocast, packs=packs)  # type: ignore[arg-type]

@@ -24,15 +24,17 @@ from builders import examples
 from stages.artefacts.manifest import BaseIdentity
 from stages.data.rows import Example
 from stages.distillation import captures, top_k_logits
-from stages.models import adapters, shapes
-from stages.models.loading import Tuned
+from stages.models import adapters, packing, shapes
+from stages.models.tuned import Tuned
 from stages.paper import reported
 from stages.planning import memory
-from stages.planning.plan import ADAM_BYTES, TOP_K, _beside_a_capture
-from stages.training import batches, training
+from stages.planning.estimates import ADAM_BYTES, TOP_K, _beside_a_capture
+from stages.training import recipes, training
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Objective, mutual_losses, task_loss
-from stages.workspace.agreement import Distillation, Lora, Machine, Model, Role
+from stages.workspace.agreement import Distillation, Lora, Model
+from stages.workspace.machine import Machine
+from stages.workspace.settings import Role
 
 ROWS, PROMPT, ANSWER, STEPS = 16, 120, 8, 8
 IDENTITY = BaseIdentity(architecture="random", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
@@ -162,7 +164,7 @@ def _trained(
         training.train(
             objective,
             rows,
-            training.Recipe(budget, rate, {}, warmup_steps=0, seed=1),
+            recipes.Recipe(budget, rate, {}, warmup_steps=0, seed=1),
             machine=Machine(device=device.type),
             folder=Path(folder) / "work",
             inputs={},
@@ -252,7 +254,7 @@ def _tuned(pair: Pair, role: Role, device: torch.device, dtype: torch.dtype) -> 
     torch.manual_seed(1)
     base = pair.base(role, device, dtype)
     base.config.use_cache = False
-    packs = batches.packs(base)
+    packs = packing.packs(base)
     model = adapters.attach(base, pair.settings)
     adapters.make_fresh(model, 1)
     no_tokenizer: Any = None

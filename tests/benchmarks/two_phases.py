@@ -23,7 +23,8 @@ from stages.evaluate import evaluate
 from stages.models.loading import Models
 from stages.runtime.quiet import libraries
 from stages.workspace.init import init
-from stages.workspace.paths import CAPTURE, Workspace
+from stages.workspace.names import CAPTURE
+from stages.workspace.paths import Workspace
 from tests.benchmarks import gpt2_on_arc as arc
 
 WHOLE = 1 << 20

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from builders import Outcome
 from federations import SECURE, Machines, agreement
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.parties.vault import Vault
 from stages.progress.status import status
 from stages.workspace.paths import Workspace

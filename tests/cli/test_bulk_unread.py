@@ -14,7 +14,7 @@ import pytest
 from builders import Outcome
 from stages.artefacts import tensor_files
 from stages.exchange import bundles
-from stages.files import writing
+from stages.files import reading
 from stages.models import shapes
 from stages.runtime.errors import Damaged
 from stages.workspace.paths import Workspace
@@ -144,11 +144,11 @@ def bundle_of(path: Path, workspace: Path, round: str, folder: str, *, named: di
     listing = bundles.Listing(
         federation="tiny",
         members=[
-            bundles.Member(name=name, size_bytes=size, sha256=writing.sha256(small.get(name, b"")))
+            bundles.Member(name=name, size_bytes=size, sha256=reading.sha256(small.get(name, b"")))
             for name, size in sorted(sizes.items())
         ],
     )
-    head = writing.json_bytes(listing.model_dump())
+    head = reading.json_bytes(listing.model_dump())
     with path.open("wb") as file:
         file.write(b"".join(list(bundles._archive({bundles.LISTING: head}))[:2]))
         for name, size in sorted(sizes.items()):
@@ -230,5 +230,5 @@ def test_a_header_has_to_make_the_file_that_it_heads(header: dict[str, object], 
     os.truncate(path, HUGE)
     before = bytes_read()
     with pytest.raises(Damaged, match=found):
-        writing.read(path, limit_bytes=writing.LARGEST_ADAPTER_BYTES, look=tensor_files.check_head)
+        reading.read(path, limit_bytes=reading.LARGEST_ADAPTER_BYTES, look=tensor_files.check_head)
     assert bytes_read() - before < 2 * tensor_files.LARGEST_HEADER_BYTES

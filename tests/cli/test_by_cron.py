@@ -17,13 +17,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from builders import Outcome, rows, write_rows
 from federations import CLIENTS, Machines, agreement, vault_of
-from stages.artefacts.manifest import read_artefact
+from stages.artefacts.reading import read_artefact
 from stages.exchange.transfers import transfers
 from stages.parties import one_time_keys
 from stages.parties.vault import Vault
 from stages.progress.status import status
 from stages.secagg import masking, shamir
-from stages.secagg.sending import round_of
+from stages.secagg.one_round import round_of
 from stages.secagg.vectors import read_array
 from stages.workspace.paths import Workspace
 

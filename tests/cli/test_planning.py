@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from builders import ROOT, Outcome, edit, published
-from fedcollm_cli.commands.planning import shown
+from fedcollm_cli.views.plans import shown
 
 
 @pytest.mark.parametrize(

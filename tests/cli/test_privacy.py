@@ -20,7 +20,7 @@ import fedcollm_cli.console
 from builders import Outcome, edit, published, rows, write_rows
 from processes import start
 from stages.accounting.accountant import Charge, total_epsilon
-from stages.accounting.budget import charges, read_ledger
+from stages.accounting.ledger import charges, read_ledger
 from stages.audit.audit import audit
 from stages.client_train import client_train
 from stages.progress.status import status

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from builders import Outcome, rewrite
-from stages.artefacts.manifest import read_artefact
+from stages.artefacts.reading import read_artefact
 from stages.export.model_card import model_card
 from stages.report.charts import Chart
 from stages.runtime.texts import in_cell, in_code

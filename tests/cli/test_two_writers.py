@@ -14,7 +14,7 @@ import pytest
 from builders import Outcome, adapters, drafts, published
 from federations import agreement, secrets_of, with_keys
 from processes import start
-from stages.accounting.budget import charges, read_ledger
+from stages.accounting.ledger import charges, read_ledger
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train

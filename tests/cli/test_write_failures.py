@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from builders import Outcome, drafts, edit, make_workspace, published, rows, write_rows
-from stages.accounting import budget
-from stages.artefacts.manifest import read_artefact
-from stages.files import writing
-from stages.parties import roster
+from stages.accounting import budget, ledger
+from stages.artefacts.reading import read_artefact
+from stages.files import faults
+from stages.parties import roster, roster_files
 from stages.parties.vault import Vault
 from stages.runtime.errors import StorageProblem
 from stages.workspace.paths import Workspace
@@ -188,7 +188,7 @@ def check_vaults(world: Path) -> None:
             assert revealed.contents["reveal.bin"].hex() == kept["reveal"]
         if vault and (public := vault.kept("public")) and workspace.public_keys(k).exists():
             assert json.loads(workspace.public_keys(k).read_bytes()) == public
-            assert roster.read_keys(workspace.public_keys(k))[0].prekeys[0] == vault.prekeys(1)[0]
+            assert roster_files.read_keys(workspace.public_keys(k))[0].prekeys[0] == vault.prekeys(1)[0]
 
 
 def check_openings(world: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_disk_that_fails_under_the_privacy_ledger_loses_no_line_and_nothing_is
             disk.arm(kind, which, error)
             said = None
             try:
-                with writing.naming_storage_faults():
+                with faults.naming_storage_faults():
                     budget.reserve(workspace, 1, 2, 12, "second", 0)
             except StorageProblem as problem:
                 said = Path(str(problem.where)).name, problem.mend
@@ -273,7 +273,7 @@ def test_a_disk_that_fails_under_the_privacy_ledger_loses_no_line_and_nothing_is
             assert said[0] == path.parent.name or said[0].startswith(f".{path.name}.{os.getpid()}-")
             assert said[1] == MENDS[error]
             assert drafts(tmp_path) == []
-            assert len(budget.charges(budget.read_ledger(path))) in (1, 2)
+            assert len(ledger.charges(ledger.read_ledger(path))) in (1, 2)
             budget.reserve(workspace, 1, 2, 12, "second", 0)
             assert path.read_bytes().startswith(first)
-            assert len(budget.charges(budget.read_ledger(path))) == 2
+            assert len(ledger.charges(ledger.read_ledger(path))) == 2

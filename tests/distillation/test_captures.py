@@ -20,10 +20,11 @@ from builders import examples, tuned
 from stages.data.rows import Example
 from stages.distillation import captures, top_k_logits
 from stages.distillation.top_k_logits import Captured, Source, capture_bytes, parse_capture
-from stages.models.loading import Tuned
+from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers, Damaged, Problem, UsageProblem
 from stages.training.objective import Objective, Tokens, mutual_losses
-from stages.workspace.agreement import Distillation, Role
+from stages.workspace.agreement import Distillation
+from stages.workspace.settings import Role
 
 VOCABULARY = 40
 WEIGHTS = {"slm_ft": 1.0, "slm_kd": 1.0, "llm_ft": 1.0, "llm_kd": 1.0}
@@ -178,7 +179,7 @@ def test_a_capture_holds_no_row_of_the_whole_vocabulary_longer_than_its_batch(pa
 def test_a_capture_that_would_be_too_large_is_refused_with_a_number_that_fits(
     pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.files.writing.LARGEST_ADAPTER_BYTES", top_k_logits.largest_bytes(7, POSITIONS, 10))
+    monkeypatch.setattr("stages.files.reading.LARGEST_ADAPTER_BYTES", top_k_logits.largest_bytes(7, POSITIONS, 10))
     with pytest.raises(UsageProblem, match=f"{POSITIONS} positions with --top-k 11 would have") as caught:
         captured(pair["llm"], tmp_path, k=11)
     assert caught.value.mend == "give --top-k 10 or less"

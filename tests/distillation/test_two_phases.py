@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import SHARED_DATA, WORDS, Outcome, adapters, edit, published, sign, write_rows
 from stages.aggregate import aggregate
-from stages.artefacts.manifest import Manifest, read_manifest
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.reading import read_manifest
 from stages.audit.audit import audit
 from stages.audit.verify import verify
 from stages.broadcast import broadcast
@@ -27,13 +28,13 @@ from stages.co_distill import co_distill
 from stages.distillation import top_k_logits
 from stages.federation.next import next as next_step
 from stages.federation.run import run
-from stages.files import writing
+from stages.files import reading
 from stages.models.loading import Models
 from stages.progress.status import status
 from stages.runtime.errors import Damaged, NotReady, Refused, UsageProblem
 from stages.runtime.events import Event
-from stages.workspace.agreement import Role
 from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
 
 STEPS = 5  # builders.AGREEMENT
 LOSSES = ("slm_ft", "slm_kd", "llm_ft", "llm_kd")
@@ -114,14 +115,14 @@ def test_a_capture_is_what_transformers_and_peft_say(captured_once: Path) -> Non
             kept = [float(said[token]) for token in found.tokens[at]]
             assert found.log_probabilities[at, :8].tolist() == pytest.approx(kept, rel=1e-4)
     assert found.source.vocabulary == VOCABULARY
-    assert found.source.data_sha256 == writing.sha256((captured_once / "private/server/auxiliary.jsonl").read_bytes())
+    assert found.source.data_sha256 == reading.sha256((captured_once / "private/server/auxiliary.jsonl").read_bytes())
 
 
 def one_step(folder: Path, *more: str) -> None:
     """Agree on a single step, and have the aggregate say so."""
     edit(folder / "fedcollm.toml", "[distillation]\nsteps = 5", "\n".join(["[distillation]\nsteps = 1", *more]))
     for place in folder.glob(f"{ROUND}/aggregate"):
-        sign(place, agreement_sha256=writing.sha256((folder / "fedcollm.toml").read_bytes()))
+        sign(place, agreement_sha256=reading.sha256((folder / "fedcollm.toml").read_bytes()))
 
 
 @pytest.mark.parametrize("more", [[], ['divergence = "jensen-shannon"', "temperature = 2.0"]])
@@ -321,7 +322,7 @@ def agree_again(folder: Path, old: str, new: str) -> None:
     """Edit the agreement, and have everything at the server claim it, as a forger would."""
     edit(folder / "fedcollm.toml", old, new)
     for place in (folder / ROUND).glob("*/manifest.json"):
-        sign(place.parent, agreement_sha256=writing.sha256((folder / "fedcollm.toml").read_bytes()))
+        sign(place.parent, agreement_sha256=reading.sha256((folder / "fedcollm.toml").read_bytes()))
 
 
 def test_a_capture_at_another_temperature_is_refused(captured: Path) -> None:
@@ -348,7 +349,7 @@ def test_a_capture_of_another_base_is_refused(captured: Path) -> None:
 
 def test_a_capture_made_under_another_agreement_is_refused(captured: Path) -> None:
     edit(captured / "fedcollm.toml", "[distillation]", "[distillation] # the same for all")
-    sign(captured / ROUND / "aggregate", agreement_sha256=writing.sha256((captured / "fedcollm.toml").read_bytes()))
+    sign(captured / ROUND / "aggregate", agreement_sha256=reading.sha256((captured / "fedcollm.toml").read_bytes()))
     with pytest.raises(Refused, match="captured-slm is of another agreement"):
         train(captured, "llm")
 

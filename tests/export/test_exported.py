@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from builders import WORDS, random_adapter, tuned
 from stages.export import exported
 from stages.models import adapters
-from stages.models.loading import tokenizer_sha256
+from stages.models.identity import tokenizer_sha256
 from stages.runtime.errors import BadNumbers
 
 

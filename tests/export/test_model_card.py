@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builders import rewrite
-from stages.artefacts.manifest import read_artefact
+from stages.artefacts.reading import read_artefact
 from stages.artefacts.subjects import adapter_of
 from stages.evaluate import evaluate
 from stages.export.model_card import model_card

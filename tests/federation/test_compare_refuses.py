@@ -15,7 +15,7 @@ from builders import Outcome, edit, make_study, rewrite, rows, write_rows
 from stages.federation.run import run
 from stages.runtime.errors import Refused
 from stages.study.budgets import spent
-from stages.study.results import check_tasks
+from stages.study.scores import check_tasks
 from stages.workspace.paths import Workspace
 
 

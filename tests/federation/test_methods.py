@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from builders import Outcome, adapters, edit
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.client_train import client_train
 from stages.data.rows import read_rows
 from stages.federation.run import run

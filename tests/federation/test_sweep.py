@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from builders import Outcome, edit, make_study, rows, write_rows
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.data.prepare import prepare
 from stages.federation.run import run
 from stages.federation.sweep import parse_setting, point_name

@@ -24,14 +24,16 @@ from hypothesis import strategies as st
 from builders import make_workspace
 from secure_rounds import masked_round
 from stages.artefacts import adapter_files
-from stages.artefacts.manifest import Artefact, check_belongs, place_of, read_artefact
-from stages.exchange import bundles, parcels
+from stages.artefacts.lineage import check_belongs, place_of
+from stages.artefacts.reading import Artefact, read_artefact
+from stages.exchange import bundles, parcel_checks, parcel_kinds, parcels
 from stages.federation.run import run
-from stages.files import writing
-from stages.parties import roster, signatures
+from stages.files import reading
+from stages.parties import roster_files, signatures
 from stages.runtime.errors import Damaged, Problem
 from stages.secagg import masking, reveals, vectors
-from stages.workspace.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Workspace
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
+from stages.workspace.paths import Workspace
 
 EXAMPLES = int(os.environ.get("FEDCOLLM_FUZZ_EXAMPLES", "0"))
 fuzzed = settings(
@@ -148,9 +150,9 @@ def test_json(content: bytes, study: Workspace) -> None:
     path.write_bytes(content)
 
     def read() -> None:
-        value, found = writing.read_json(path)
+        value, found = reading.read_json(path)
         assert found == content
-        writing.json_bytes(value).decode()  # what was read can be written
+        reading.json_bytes(value).decode()  # what was read can be written
 
     attempt(read)
 
@@ -251,13 +253,13 @@ def test_rosters_and_keys(data: st.DataObject, study: Workspace) -> None:
     signer, kind = identity(study, "server" if is_federation else "client-2"), "federation" if is_federation else "keys"
     (folder / sound.name).write_bytes(content)
     (folder / f"{sound.name}.sig").write_bytes(signatures.sign(content, kind, signer))
-    attempt(lambda: (roster.read_federation if is_federation else roster.read_keys)(folder / sound.name))
+    attempt(lambda: (roster_files.read_federation if is_federation else roster_files.read_keys)(folder / sound.name))
 
 
 @fuzzed
 @given(data=st.data())
 def test_bundles(data: st.DataObject, study: Workspace) -> None:
-    parcel = data.draw(st.sampled_from([parcels.Parcel("client", 1, 2), parcels.Parcel("keys", client=2)]))
+    parcel = data.draw(st.sampled_from([parcel_kinds.Parcel("client", 1, 2), parcel_kinds.Parcel("keys", client=2)]))
     members = {parcel.name(study, name): file for name, file in parcels.collected(parcel, study).items()}
     path = study.root.parent / "x.fedcollm"
     if data.draw(st.booleans()):
@@ -270,7 +272,7 @@ def test_bundles(data: st.DataObject, study: Workspace) -> None:
     def read() -> None:
         bundle = bundles.read_bundle(path)
         for found, contents in parcels.sorted_out(bundle.members, study, path).items():
-            parcels.check(found, contents, study, path)
+            parcel_checks.check(found, contents, study, path)
 
     attempt(read)
 

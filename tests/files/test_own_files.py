@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.files import writing
+from stages.files import locks, reading
 from stages.report.findings import _lines
 from stages.runtime.errors import Damaged
 
@@ -17,20 +17,20 @@ def test_a_pipe_a_device_or_a_folder_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe", tmp_path / "zero", tmp_path):
         with pytest.raises(Damaged, match="not a plain file"):
-            writing.read_own(path)
+            reading.read_own(path)
     with pytest.raises(Damaged, match="pipe"):
-        writing.check_plain(tmp_path)
-    with pytest.raises(Damaged, match="pipe"), writing.held(tmp_path / "pipe"):
+        reading.check_plain(tmp_path)
+    with pytest.raises(Damaged, match="pipe"), locks.held(tmp_path / "pipe"):
         pass
 
 
 def test_a_link_to_a_file_is_followed_and_a_sparse_terabyte_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "rows").write_bytes(b"1")
     (tmp_path / "link").symlink_to("rows")
-    assert writing.read_own(tmp_path / "link") == b"1"
+    assert reading.read_own(tmp_path / "link") == b"1"
     os.truncate(tmp_path / "rows", 1 << 40)
     with pytest.raises(Damaged, match="bytes"):
-        writing.read_own(tmp_path / "link")
+        reading.read_own(tmp_path / "link")
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[]", '{"step": 1, "slm_ft": "a"}', '{"wall_s": NaN}', "\udcff"])

@@ -12,7 +12,7 @@ import pytest
 from builders import make_workspace
 from stages.broadcast import broadcast
 from stages.client_train import client_train
-from stages.files import writing
+from stages.files import locks, writing
 from stages.files.seclusion import is_private, shut, shutting_out
 from stages.workspace.paths import Workspace
 
@@ -41,7 +41,7 @@ def open_to_others(folder: Path) -> list[Path]:
 def test_files_folders_and_locks_below_private_are_for_their_owner(place: Path, tmp_path: Path) -> None:
     writing.write(place / "a.jsonl", b"1")
     writing.publish(place / "slm", {"b": b"2"})
-    with writing.held(place / "next.lock"):
+    with locks.held(place / "next.lock"):
         assert open_to_others(tmp_path / "private") == []
     with writing.publishing(place / "made") as draft:
         (draft / "by a library").write_bytes(b"3")

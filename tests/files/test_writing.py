@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from builders import ROOT, drafts
-from stages.files import writing
+from stages.files import faults, locks, reading, seen_places, writing
 from stages.runtime.errors import Damaged, Held, NotReady, StorageProblem
 from storage_faults import without_locks
 
@@ -192,7 +192,7 @@ def test_a_file_is_written_whole_or_not_at_all(
 
 def test_a_full_disk_is_named_with_the_file_and_the_mend(tmp_path: Path, failing_fsync: Callable[[int], None]) -> None:
     failing_fsync(2)
-    with pytest.raises(StorageProblem, match="No space left") as caught, writing.naming_storage_faults():
+    with pytest.raises(StorageProblem, match="No space left") as caught, faults.naming_storage_faults():
         writing.publish(tmp_path / "place", NEW)
     assert str(caught.value.where).endswith("/b")
     assert "free some space" in str(caught.value.mend)
@@ -200,19 +200,19 @@ def test_a_full_disk_is_named_with_the_file_and_the_mend(tmp_path: Path, failing
 
 def test_a_place_without_permission_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageProblem) as caught, writing.naming_storage_faults():
+    with pytest.raises(StorageProblem) as caught, faults.naming_storage_faults():
         writing.write(tmp_path / "file" / "below", b"")
     assert "permissions" in str(caught.value.mend)
 
 
 def test_what_is_read_is_the_whole_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\x00\xff\r\n")
-    assert writing.read(tmp_path / "x", limit_bytes=4) == b"\x00\xff\r\n"
+    assert reading.read(tmp_path / "x", limit_bytes=4) == b"\x00\xff\r\n"
 
 
 def test_what_is_not_there_is_not_there_yet(tmp_path: Path) -> None:
     with pytest.raises(NotReady, match="x is not there"):
-        writing.read(tmp_path / "x", limit_bytes=4)
+        reading.read(tmp_path / "x", limit_bytes=4)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_anything_but_a_plain_file_of_a_sane_size_is_refused(
 ) -> None:
     make(tmp_path / "x")
     with pytest.raises(Damaged, match=message):
-        writing.read(tmp_path / "x", limit_bytes=4)
+        reading.read(tmp_path / "x", limit_bytes=4)
 
 
 @pytest.mark.parametrize(
@@ -252,35 +252,35 @@ def test_anything_but_a_plain_file_of_a_sane_size_is_refused(
 def test_json_that_two_readers_could_read_differently_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(Damaged, match="is not valid JSON") as caught:
-        writing.read_json(tmp_path / "x.json")
+        reading.read_json(tmp_path / "x.json")
     assert "copy it again" in str(caught.value.mend)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32-le", "utf-8-sig"])
 def test_json_in_another_encoding_than_utf_8_is_refused(encoding: str) -> None:
     with pytest.raises(ValueError, match=r"utf-8|BOM|Expecting"):
-        writing.parse_json('{"a": 1}'.encode(encoding))
+        reading.parse_json('{"a": 1}'.encode(encoding))
 
 
 def test_equal_values_are_equal_json_bytes() -> None:
     value = {"b": [1, 2.5], "a": {"ü": None}}
-    assert writing.json_bytes(value) == writing.json_bytes(dict(reversed(value.items())))
-    assert writing.parse_json(writing.json_bytes(value)) == value
+    assert reading.json_bytes(value) == reading.json_bytes(dict(reversed(value.items())))
+    assert reading.parse_json(reading.json_bytes(value)) == value
     with pytest.raises(ValueError, match="not JSON compliant"):
-        writing.json_bytes(float("nan"))
+        reading.json_bytes(float("nan"))
 
 
 def test_the_inputs_of_a_log_are_those_of_its_first_line(tmp_path: Path) -> None:
-    assert writing.logged_inputs(tmp_path / "log.jsonl") == {}
+    assert reading.logged_inputs(tmp_path / "log.jsonl") == {}
     writing.write_log(tmp_path / "log.jsonl", [{"inputs": {"data": "abc"}}, {"step": 1}])
-    assert writing.logged_inputs(tmp_path / "log.jsonl") == {"data": "abc"}
+    assert reading.logged_inputs(tmp_path / "log.jsonl") == {"data": "abc"}
 
 
 HOLDER = """
 import sys
 from pathlib import Path
-from stages.files import writing
-with writing.held(Path(sys.argv[1])):
+from stages.files import locks
+with locks.held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -301,12 +301,12 @@ def test_work_that_another_process_does_is_waited_for_until_that_process_is_gone
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     path, said = tmp_path / "new" / "x.lock", list[str]()
-    with writing.held(path.with_name("y.lock")):  # other work is free
+    with locks.held(path.with_name("y.lock")):  # other work is free
         pass
     with ThreadPoolExecutor() as pool:
 
         def work() -> bool:
-            with writing.held(path, report=lambda event: said.append(event.text)):
+            with locks.held(path, report=lambda event: said.append(event.text)):
                 return holder.poll() is not None
 
         was_gone = pool.submit(work)
@@ -325,11 +325,11 @@ def test_where_there_are_no_locks_work_goes_on_unless_it_needs_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     without_locks(monkeypatch, number)
-    with writing.held(tmp_path / "x.lock"), writing.held(tmp_path / "x.lock"):
+    with locks.held(tmp_path / "x.lock"), locks.held(tmp_path / "x.lock"):
         pass
     with (
         pytest.raises(StorageProblem, match="no locks") as caught,
-        writing.held(tmp_path / "y.lock", without="move it"),
+        locks.held(tmp_path / "y.lock", without="move it"),
     ):
         pytest.fail("it was done without a lock")
     assert (caught.value.mend, caught.value.where) == ("move it", tmp_path / "y.lock")
@@ -337,13 +337,13 @@ def test_where_there_are_no_locks_work_goes_on_unless_it_needs_one(
 
 def test_any_other_failure_of_a_lock_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_locks(monkeypatch, errno.EIO)
-    with pytest.raises(OSError, match="Input/output"), writing.held(tmp_path / "x.lock"):
+    with pytest.raises(OSError, match="Input/output"), locks.held(tmp_path / "x.lock"):
         pytest.fail("it was done without a lock")
 
 
 def test_only_what_was_seen_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "place"
-    early, late = writing.Place(folder), writing.Place(folder)
+    early, late = seen_places.Place(folder), seen_places.Place(folder)
     writing.publish(folder, OLD, over=late)
     assert early.has_changed
     assert not late.has_changed
@@ -357,7 +357,7 @@ def test_only_what_was_seen_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(Held, match="another process published place first"):
         writing.publish(folder, NEW, over=late)
     assert contents(folder) == OLD
-    other = writing.Place(tmp_path / "file")
+    other = seen_places.Place(tmp_path / "file")
     writing.write(other.path, b"first")
     with pytest.raises(Held, match="another process published file first"):
         writing.write(other.path, b"second", over=other)
@@ -429,16 +429,16 @@ def test_what_a_process_killed_between_two_renamings_had_moved_away_is_put_back(
 def test_one_flipped_bit_anywhere_in_a_log_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     writing.write_log(path, [{"inputs": {"data": "abc"}}, {"step": 1, "slm_ft": 2.5}, {"wall_s": 1.0}])
-    writing.check_log(path)
+    reading.check_log(path)
     content = path.read_bytes()
     for at in range(len(content)):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(Damaged, match=r"log\.jsonl"):
-            writing.check_log(path)
+            reading.check_log(path)
 
 
 def test_what_goes_away_in_the_exchange_while_it_is_read_is_not_there_yet(tmp_path: Path) -> None:
-    with pytest.raises(NotReady, match="went away while it was read"), writing.naming_storage_faults():
+    with pytest.raises(NotReady, match="went away while it was read"), faults.naming_storage_faults():
         list((tmp_path / "exchange/round-0001/client-1").iterdir())
-    with pytest.raises(StorageProblem), writing.naming_storage_faults():
+    with pytest.raises(StorageProblem), faults.naming_storage_faults():
         list((tmp_path / "private").iterdir())

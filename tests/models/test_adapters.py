@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from builders import AGREEMENT, Family, random_adapter, tiny_model, tuned
 from stages.artefacts.adapter_files import Tensors
-from stages.artefacts.manifest import publish
+from stages.artefacts.publishing import publish
 from stages.models import adapters
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.workspace.agreement import Lora, Model

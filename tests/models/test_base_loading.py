@@ -20,7 +20,8 @@ from builders import Outcome, edit, tiny_model
 from stages.bases.base_files import check
 from stages.data.rows import Row, encode_row
 from stages.models.base_loading import check_unread, load_model, load_tokenizer
-from stages.models.loading import Models, identify
+from stages.models.identity import identify
+from stages.models.loading import Models
 from stages.planning.missing import missing
 from stages.planning.prefetch import prefetch
 from stages.runtime.errors import Damaged, Problem, UsageProblem

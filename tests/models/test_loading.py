@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from builders import examples
 from stages.artefacts.manifest import BaseIdentity
-from stages.models.loading import Models, check_one_vocabulary, identify, naming_memory_knobs
+from stages.models.devices import naming_memory_knobs
+from stages.models.identity import identify
+from stages.models.loading import Models
+from stages.models.vocabulary import check_one_vocabulary
 from stages.runtime.errors import BadNumbers, NotReady, Problem, Refused, UsageProblem
 from stages.training.objective import Objective, task_loss
 from stages.workspace.paths import Workspace

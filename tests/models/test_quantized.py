@@ -14,7 +14,8 @@ import torch
 
 from builders import edit, make_wide_models, rows, write_rows
 from stages.aggregate import aggregate
-from stages.artefacts.manifest import BaseIdentity, read_manifest
+from stages.artefacts.manifest import BaseIdentity
+from stages.artefacts.reading import read_manifest
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill

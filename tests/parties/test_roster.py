@@ -15,8 +15,9 @@ import pytest
 
 from builders import ROOT, edit
 from federations import vault_of
-from stages.parties import roster, signatures
-from stages.parties.vault import SERVER, Vault
+from stages.parties import roster, roster_files, signatures
+from stages.parties.names import SERVER
+from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.workspace.paths import Workspace
 
@@ -138,7 +139,7 @@ def test_public_keys_that_are_not_sound_are_damaged(kind: str, enrolled: Path) -
     change, message = BAD_KEYS[kind]
     resigned(enrolled / KEYS, enrolled, "client-2", "keys", change)
     with pytest.raises(Damaged, match=message) as caught:
-        roster.read_keys(enrolled / KEYS)
+        roster_files.read_keys(enrolled / KEYS)
     assert caught.value.mend
 
 
@@ -161,13 +162,13 @@ def test_a_roster_that_names_somebody_twice_or_in_disorder_is_damaged(
     path = enrolled / "exchange/federation.json"
     resigned(path, enrolled, SERVER, "federation", change)
     with pytest.raises(Damaged, match="names a client or a key twice"):
-        roster.read_federation(path)
+        roster_files.read_federation(path)
 
 
 def test_a_roster_that_another_than_its_server_signed_is_damaged(enrolled: Path) -> None:
     path = enrolled / "exchange/federation.json"
     resigned(path, enrolled, "client-2", "federation", lambda value: value)
     with pytest.raises(Damaged, match=r"signed with key_id .*; the server has"):
-        roster.read_federation(path)
+        roster_files.read_federation(path)
     with pytest.raises(Damaged, match="signed with key_id"):
         roster.anyones(Workspace(enrolled))

@@ -15,9 +15,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from federations import with_keys
-from stages.files import writing
+from stages.files import reading, writing
 from stages.parties import one_time_keys
-from stages.parties.vault import LARGEST_JUMP, SERVER, Vault
+from stages.parties.names import SERVER
+from stages.parties.vault import LARGEST_JUMP, Vault
 from stages.runtime.errors import Damaged, NotReady, Refused, StorageProblem
 from stages.workspace.paths import Workspace
 from storage_faults import without_locks
@@ -358,7 +359,7 @@ def test_secrets_of_an_earlier_version_which_wrote_no_digests_are_taken(workspac
     seed = (vault.kept("ratchet") or {})["seed"]
     for name in ("made.json", "joined.json"):
         (vault.root / name).unlink()
-    (vault.root / "ratchet.json").write_bytes(writing.json_bytes({"slot": 0, "seed": seed}))
+    (vault.root / "ratchet.json").write_bytes(reading.json_bytes({"slot": 0, "seed": seed}))
     assert vault.pinned == b"roster\n"
     assert vault.identity
     assert vault.advance(0)

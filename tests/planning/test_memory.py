@@ -11,12 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from builders import Family, tuned
 from stages.data.rows import Example
-from stages.models import adapters
-from stages.models.loading import Tuned
+from stages.models import adapters, packing
 from stages.models.shapes import Shape
+from stages.models.tuned import Tuned
 from stages.planning import memory
-from stages.planning.plan import _beside_a_capture
-from stages.training import batches
+from stages.planning.estimates import _beside_a_capture
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Tokens, mutual_losses, task_loss
 from stages.workspace.agreement import Distillation
@@ -33,12 +32,12 @@ def shape_of(one: Tuned) -> Shape:
 
 def loss_of(models: list[Tuned], losses: Losses, autocast: dict[str, bool]) -> tuple[Tensor, int]:
     """The stage's own loss on a padded batch of equal rows, and the bytes of the logits that it is made of."""
-    batch = batches.padded([Example([3] * LENGTH, LENGTH - ANSWERS)] * ROWS)
+    batch = packing.padded([Example([3] * LENGTH, LENGTH - ANSWERS)] * ROWS)
     batch["attention_mask"] = torch.ones(ROWS, 1, LENGTH, LENGTH, dtype=torch.bool)  # as rows of unequal length get it
     logits = {}
     for one in models:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast[one.role]):
-            logits[one.role] = batches.answer_logits(one.model, batch)
+            logits[one.role] = packing.answer_logits(one.model, batch)
     parts = losses(logits, batch["labels"], Tokens(ROWS * ANSWERS, ROWS * ANSWERS))
     return torch.stack(list(parts.values())).sum(), sum(one.nbytes for one in logits.values())
 
@@ -188,12 +187,12 @@ def test_a_capture_takes_what_is_said() -> None:
     step = memory.capture_step(
         shape_of(one), keep, rows=ROWS, length=LENGTH, answers=ANSWERS, device=CPU, autocast=False
     )
-    batch = batches.padded([Example([3] * LENGTH, LENGTH - ANSWERS)] * ROWS)
+    batch = packing.padded([Example([3] * LENGTH, LENGTH - ANSWERS)] * ROWS)
     batch["attention_mask"] = torch.ones(ROWS, 1, LENGTH, LENGTH, dtype=torch.bool)
 
     @torch.no_grad()
     def work() -> None:
-        keep(batches.answer_logits(one.model, batch))
+        keep(packing.answer_logits(one.model, batch))
 
     peak = measured_peak(work)
     assert step.activations == 0

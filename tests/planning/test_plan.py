@@ -11,11 +11,12 @@ import pytest
 
 from builders import edit, rows, write_rows
 from stages.aggregate import aggregate
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.data.rows import encode_row, read_rows
-from stages.planning.plan import Plan, StagePlan, plan
+from stages.planning.estimates import StagePlan
+from stages.planning.plan import Plan, plan
 from stages.runtime.errors import UsageProblem
 from stages.training import schedule
 from stages.workspace.init import init

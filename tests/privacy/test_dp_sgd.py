@@ -19,14 +19,15 @@ from stages.accounting.accountant import Charge
 from stages.artefacts.checkpoints import own
 from stages.data.rows import Example
 from stages.models import adapters
-from stages.models.loading import Tuned
+from stages.models.tuned import Tuned
 from stages.privacy.dp_sgd import NoisyOptimizer, draw, gradients, loss_of_examples, take_step, train
 from stages.privacy.noise import SecretRandom
 from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event
 from stages.training.objective import Objective
-from stages.training.training import Outcome, Recipe
-from stages.workspace.agreement import ClientTraining, Machine
+from stages.training.recipes import Outcome, Recipe
+from stages.workspace.agreement import ClientTraining
+from stages.workspace.machine import Machine
 
 CHANCE = 1e-9
 FAMILIES: list[Family] = ["gpt2", "opt", "llama"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from federations import enrol
-from stages.progress.rounds import Reader, Step
+from stages.progress.rounds import Reader
+from stages.progress.steps import Step
 from stages.workspace.paths import Workspace
 
 ROUND = "exchange/round-0001"

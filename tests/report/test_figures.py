@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from builders import edit
-from stages.files import writing
+from stages.files import reading, writing
 from stages.report.charts import Chart
-from stages.report.figures import Absent, draw, figures
+from stages.report.drawing import Absent, draw
+from stages.report.figures import figures
 from stages.workspace.paths import Workspace
 
 
@@ -28,7 +29,7 @@ def chart(name: str, folder: Path) -> Chart:
 def test_rare_labels_are_counted_together_and_no_row_is_lost(workspace_folder: Path) -> None:
     labels = {f"label {i}": 20 - i for i in range(10)}
     parties = {"client-1": {"labels": labels}, "server": {"labels": {"label 9": 5}}}
-    writing.write(Workspace(workspace_folder).split, writing.json_bytes({"parties": parties}))
+    writing.write(Workspace(workspace_folder).split, reading.json_bytes({"parties": parties}))
     found = chart("split-labels", workspace_folder)
     totals = Counter[str]()
     for row in found.rows:
@@ -43,7 +44,7 @@ def test_rare_labels_are_counted_together_and_no_row_is_lost(workspace_folder: P
 
 def test_of_many_parties_some_are_drawn_and_all_are_in_the_data(workspace_folder: Path) -> None:
     parties = {f"client-{k}": {"labels": {"0": k}} for k in range(1, 151)}
-    writing.write(Workspace(workspace_folder).split, writing.json_bytes({"parties": parties}))
+    writing.write(Workspace(workspace_folder).split, reading.json_bytes({"parties": parties}))
     found = chart("split-labels", workspace_folder)
     assert len(found.rows) == 150
     assert [row["party"] for row in found.spec["data"]["values"]][-2:] == ["client-147", "client-150"]
@@ -68,7 +69,7 @@ def write_result(workspace: Workspace, round: int | None) -> None:
     """A result of the LLM as evaluate leaves it, two of four questions right."""
     belongs = {"agreement_sha256": workspace.agreement_sha256, "tasks_sha256": workspace.tasks_sha256()}
     value = {"tasks": {"colours": {"correct": {"acc": "1100"}}}, **belongs}
-    writing.write(workspace.result(round, "llm"), writing.json_bytes(value))
+    writing.write(workspace.result(round, "llm"), reading.json_bytes(value))
 
 
 def test_the_caption_of_accuracies_says_what_the_bars_are(workspace_folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builders import edit
-from stages.files import writing
+from stages.files import reading, writing
 from stages.report import findings
 from stages.study.variants import baseline, make_variant, replica
 from stages.workspace.paths import Workspace
@@ -21,7 +21,7 @@ def write_result(workspace: Workspace, round: int | None, subject: str, right: s
     tasks = {"colours": {"correct": {"acc": right}}}
     belongs = {"agreement_sha256": workspace.agreement_sha256, "tasks_sha256": workspace.tasks_sha256()}
     value = {"subject": subject, "tasks": tasks, **belongs}
-    writing.write(workspace.result(round, subject), writing.json_bytes(value))
+    writing.write(workspace.result(round, subject), reading.json_bytes(value))
 
 
 def write_log(path: Path, losses: list[dict[str, float]], wall_s: float = 1.0) -> None:
@@ -165,7 +165,7 @@ def test_the_split_is_what_prepare_wrote_and_names_no_folder(workspace: Workspac
         "client-1": {"labels": {"0": 3, "1": 1}, "sources": {"/home/someone/data/quiz": 4}},
         "server": {"labels": {"1": 2}, "sources": {"colours": 2}},
     }
-    writing.write(workspace.split, writing.json_bytes({"parties": parties}))
+    writing.write(workspace.split, reading.json_bytes({"parties": parties}))
     assert findings.data_split(workspace, "labels") == [
         {"party": "client-1", "label": "0", "rows": 3},
         {"party": "client-1", "label": "1", "rows": 1},

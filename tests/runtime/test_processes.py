@@ -54,8 +54,10 @@ def trained(processes: Processes, folder: str) -> tuple[int, dict[str, float]]:
     from stages.models import adapters
     from stages.runtime.events import ignore
     from stages.training.objective import Objective, task_loss
-    from stages.training.training import Recipe, train
-    from stages.workspace.agreement import ClientTraining, Machine
+    from stages.training.recipes import Recipe
+    from stages.training.training import train
+    from stages.workspace.agreement import ClientTraining
+    from stages.workspace.machine import Machine
 
     rank, count = str(processes.rank), str(processes.count)
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}

@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 
 from federations import vault_of
-from stages.artefacts.manifest import Artefact, inbox, publish, read_artefact
+from stages.artefacts.publishing import publish
+from stages.artefacts.reading import Artefact, inbox, read_artefact
 from stages.audit.audit import audit
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.parties import signatures
-from stages.parties.vault import LARGEST_JUMP, SERVER, Vault
+from stages.parties.memory import Kept, recall, remember
+from stages.parties.names import SERVER
+from stages.parties.vault import LARGEST_JUMP, Vault
 from stages.reveal import reveal
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused, UsageProblem
-from stages.secagg import openings
-from stages.secagg.openings import Kept, accept, recall, remember
+from stages.secagg import accepting, one_round, openings
+from stages.secagg.accepting import accept
 from stages.workspace.paths import Workspace
 
 PLACE = "exchange/round-0001/broadcast"
@@ -222,15 +225,15 @@ def test_a_jump_that_would_burn_keys_is_refused_before_anything_is_trained(opene
 def test_a_client_may_be_absent_for_many_rounds_and_a_far_jump_stays_refused(opened: Path) -> None:
     """It took round 1 with keys 0 and was away: an honest server opened each round since with the next keys."""
     vault = Vault.need(Workspace(opened), "client-2")
-    assert openings._farthest(vault, 1) == LARGEST_JUMP
+    assert accepting._farthest(vault, 1) == LARGEST_JUMP
     remember(vault, 1, Kept(attempt=0, broadcast_sha256="0" * 64, slot=0))
-    assert openings._farthest(vault, 11) == 9 + LARGEST_JUMP
-    vault.check_slot(10, farthest=openings._farthest(vault, 11))
+    assert accepting._farthest(vault, 11) == 9 + LARGEST_JUMP
+    vault.check_slot(10, farthest=accepting._farthest(vault, 11))
     remember(vault, 11, Kept(attempt=0, broadcast_sha256="0" * 64, slot=10))  # taken, and nothing masked with it
-    assert openings._farthest(vault, 12) == 10 + LARGEST_JUMP
+    assert accepting._farthest(vault, 12) == 10 + LARGEST_JUMP
     with pytest.raises(Refused, match="opened with key 19; client-2 is at key 0"):
-        vault.check_slot(19, farthest=openings._farthest(vault, 12))
-    assert vault.advance(18, farthest=openings._farthest(vault, 12))
+        vault.check_slot(19, farthest=accepting._farthest(vault, 12))
+    assert vault.advance(18, farthest=accepting._farthest(vault, 12))
     assert (vault.kept("ratchet") or {})["slot"] == 18
 
 
@@ -403,7 +406,7 @@ def test_a_close_over_fewer_than_was_agreed_is_not_revealed_for_and_fails_the_au
         | {party: read_artefact(workspace.client_update(1, int(party[-1])), only=[]).sha256 for party in sent},
         base=theta.base,
         parameters=0,
-        transcript=openings.transcript_of(theta_of(folder)),
+        transcript=one_round.transcript_of(theta_of(folder)),
         closing={party: one.masking.y_sha256 for party, one in sent.items() if one.masking},
     )
     with pytest.raises(

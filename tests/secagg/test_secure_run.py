@@ -15,7 +15,7 @@ import safetensors.numpy
 from builders import edit, rows, write_rows
 from federations import SECURE, agreement, copied, enrol, vault_of, with_keys
 from stages.aggregate import aggregate
-from stages.artefacts.manifest import read_artefact, read_manifest
+from stages.artefacts.reading import read_artefact, read_manifest
 from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
@@ -23,7 +23,7 @@ from stages.federation.run import run
 from stages.progress.status import status
 from stages.reveal import reveal
 from stages.runtime.errors import BadNumbers, Damaged, NotReady, Refused
-from stages.secagg import masking, openings, sending
+from stages.secagg import accepting, masking, sending
 from stages.workspace.paths import Workspace
 
 WEIGHTS = "adapter_model.safetensors"
@@ -259,7 +259,7 @@ def test_a_broadcast_taken_while_the_client_trained_for_another_ends_the_latter(
     client_train(workspace, client=2, round=1)
     theta, trained = read_artefact(workspace.broadcast(1)), read_artefact(workspace.client_adapter(1, 2))
     broadcast(workspace, round=1, overwrite=True)
-    openings.accept(workspace, read_artefact(workspace.broadcast(1)), 2)
+    accepting.accept(workspace, read_artefact(workspace.broadcast(1)), 2)
     with pytest.raises(Refused, match="client 2 has taken another broadcast of round 1"):
         sending.send(workspace, theta, trained, 2)
 

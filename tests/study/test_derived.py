@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from builders import Outcome, adapters, edit, rows, write_rows
-from stages.artefacts.manifest import read_manifest
+from stages.artefacts.reading import read_manifest
 from stages.data.prepare import prepare
 from stages.federation.compare import run_all
 from stages.federation.run import derived, run

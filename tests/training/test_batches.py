@@ -14,7 +14,8 @@ from transformers import GPT2Config, MistralConfig, MistralForCausalLM
 
 from builders import Family, examples, tiny_model
 from stages.data.rows import Example
-from stages.training.batches import Batch, answer_logits, collate, packed, packs, padded
+from stages.models.packing import Batch, answer_logits, packed, packs, padded
+from stages.training.batches import collate
 from stages.training.losses import cross_entropy
 
 FAMILIES = pytest.mark.parametrize("family", get_args(Family))

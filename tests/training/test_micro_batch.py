@@ -20,7 +20,8 @@ from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.events import Event
 from stages.training import micro_batch
 from stages.training.objective import Objective, task_loss
-from stages.workspace.agreement import ClientTraining, Machine
+from stages.workspace.agreement import ClientTraining
+from stages.workspace.machine import Machine
 from stages.workspace.paths import Workspace
 
 AUTO = Machine(micro_batch="auto")
@@ -172,7 +173,7 @@ def test_a_capture_finds_its_rows_too(finished: Path) -> None:
 
 def test_a_private_step_counts_each_rows_own_gradient() -> None:
     from stages.privacy import dp_sgd
-    from stages.training.training import Recipe
+    from stages.training.recipes import Recipe
 
     one = tuned("slm")
     objective = Objective([one], dp_sgd.loss_of_examples, {"slm_ft": 1.0})

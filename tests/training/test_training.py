@@ -21,13 +21,16 @@ from builders import examples, tuned
 from stages.artefacts.adapter_files import Tensors
 from stages.data.rows import Example
 from stages.models import adapters
-from stages.models.loading import Tuned
+from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event, ignore
 from stages.training.objective import Objective, mutual_losses
+from stages.training.recipes import Outcome, Recipe
 from stages.training.schedule import schedule
-from stages.training.training import FARTHEST, Outcome, Recipe, refuse_runaway, snapshot, train
-from stages.workspace.agreement import Distillation, Machine
+from stages.training.stopping import FARTHEST, refuse_runaway, snapshot
+from stages.training.training import train
+from stages.workspace.agreement import Distillation
+from stages.workspace.machine import Machine
 
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2), (2, 2)])
 UNLABELLED = [Example(row.input_ids, len(row.input_ids)) for row in ROWS]

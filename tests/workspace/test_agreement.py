@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from builders import AGREEMENT, ROOT
 from stages.paper.reported import PRESETS
 from stages.runtime.errors import UsageProblem
-from stages.workspace.agreement import Agreement, Machine, Settings, parse
+from stages.workspace.agreement import Agreement
 from stages.workspace.init import init
+from stages.workspace.machine import Machine
+from stages.workspace.settings import Settings, parse
 
 TEMPLATE = ROOT / "workspace_template"
 KINDS: dict[str, type[Settings]] = {"fedcollm.toml": Agreement, "machine.toml": Machine}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from builders import ROOT, Outcome
-from stages.workspace.agreement import Machine
 from stages.workspace.init import TEMPLATES, init
+from stages.workspace.machine import Machine
 from stages.workspace.paths import Workspace
 
 

@@ -1,0 +1,177 @@
+"""What `plan` and `comm-cost` print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+
+from stages.runtime import texts
+
+if TYPE_CHECKING:
+    from stages.planning.comm_cost import CommCost, Full, Sent, Table3
+    from stages.planning.estimates import StagePlan
+    from stages.planning.plan import Plan
+
+
+MOST_LISTED = 8
+"""How many clients a table lists one by one; more are summed up."""
+LEFT_OUT = (
+    "not counted: the libraries themselves, the allocator's slack, reading the weights at the start, lm-eval's texts "
+    "and questions longer than the rows; transient is on the high side, and batches of shorter rows take less"
+)
+
+
+# --- as people read them
+
+
+def shown(size_bytes: int) -> str:
+    """A number of bytes in decimal units, three digits."""
+    value, unit = float(size_bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007 (used after the loop)
+        if value < 999.5:
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}" if unit != "B" else f"{size_bytes} B"
+
+
+def _table(*columns: str, left: tuple[str, ...] = (), title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
+def plan_of(found: Plan) -> Group:
+    """A plan as tables: what is missing, the models, the stages, memory, and what travels."""
+    models = _table("model", "role", "parameters", "adapter", "stored", "computes in", left=("model", "role"))
+    for one in found.models:
+        stored = shown(one.stored_bytes) if one.stored_bytes else "?"
+        models.add_row(one.model, one.role, f"{one.parameters:,}", f"{one.adapter_parameters:,}", stored, one.dtype)
+    stages = _table("stage", "where", "rows", "steps", "largest batch", left=("stage", "where"))
+    for stage in found.stages:
+        trains = stage.answers is not None
+        rows, steps = (_range(stage.rows), _range(stage.steps)) if trains else ("", "")
+        stages.add_row(stage.name, stage.party, rows, steps, _batch(stage))
+    lines = [LEFT_OUT]
+    if found.two_phases:
+        takes = ", ".join(f"{one.name} {shown(sum(one.memory.values()))}" for one in found.two_phases)
+        lines.append(f"co-distill in two phases, with the LLM alone in memory: {takes}; with the SLM less")
+    lines += _travel(found)
+    if any(stage.answers and not stage.rows for stage in found.stages):
+        lines.append("?: no rows here to count; the batch is of rows of max_length, or as --length says")
+    lines += [texts.lines([f"missing here: {one.what}", f"  mend  {one.mend}"]) for one in found.missing] or [
+        "nothing is missing here"
+    ]
+    return Group(models, stages, _memory(found), *lines)
+
+
+def _range(counts: tuple[int, int] | None) -> str:
+    if counts is None:
+        return "?"
+    return f"{counts[0]:,}" if counts[0] == counts[1] else f"{counts[0]:,} to {counts[1]:,}"
+
+
+def _batch(stage: StagePlan) -> str:
+    return "" if stage.batch is None else f"{stage.batch} x {stage.length} tokens"
+
+
+def _memory(found: Plan) -> Table:
+    """A column for each stage, a row for each part of its memory."""
+    known = [stage for stage in found.stages if stage.memory]
+    table = _table(
+        f"on {found.device}", *(texts.lines(stage.name.split(" ")) for stage in known), left=(f"on {found.device}",)
+    )
+    for part in dict.fromkeys(part for stage in known for part in stage.memory):
+        table.add_row(part, *(shown(stage.memory[part]) if part in stage.memory else "" for stage in known))
+    table.add_section()
+    table.add_row("together", *(shown(sum(stage.memory.values())) for stage in known))
+    return table
+
+
+def _travel(found: Plan) -> list[str]:
+    lines = []
+    if found.sent:
+        client, server = shown(found.sent["client"]), shown(found.sent["server"])
+        lines.append(
+            f"a round: each client receives {client} and sends {client}, the server sends {server} and receives as much"
+        )
+    if found.disk:
+        parts = ", ".join(f"{name} {shown(size)}" for name, size in found.disk.items())
+        whole = f"{found.rounds} rounds of {found.clients} clients"
+        lines.append(f"disk, {whole} in one folder: {parts}; together {shown(sum(found.disk.values()))}")
+    return lines
+
+
+def cost_of(found: CommCost) -> Group:
+    """The bytes that each party sent and received, and what the full model would have taken."""
+    parts: list[Table | str] = []
+    if found.totals:
+        table = _table("round", "party", "sends", "receives", left=("party",))
+        for round in dict.fromkeys(one.round for one in found.rounds):
+            _add(table, [one for one in found.rounds if one.round == round])
+        _add(table, found.totals)
+        parts.append(table)
+    else:
+        parts.append("nothing has travelled yet; of what a round will send:")
+    if found.full:
+        table = _table("per client and round", found.full.model, left=("per client and round",))
+        _compare(table, [found.full], {})
+        parts.append(table)
+    else:
+        parts.append("the SLM's configuration is not here: `fedcollm prefetch --model slm` for the full model's size")
+    return Group(*parts)
+
+
+def _add(table: Table, sent: list[Sent]) -> None:
+    """The rows of one round, or of the totals: the server, then the clients, summed up if they are many."""
+    server, *clients = sent
+    label = {None: "all", 0: "keys"}.get(server.round, str(server.round))
+    table.add_row(label, server.party, f"{server.sent_bytes:,}", f"{server.received_bytes:,}")
+    if len(clients) <= MOST_LISTED:
+        for one in clients:
+            table.add_row(label, one.party, f"{one.sent_bytes:,}", f"{one.received_bytes:,}")
+    else:
+        up, down = sum(one.sent_bytes for one in clients), sum(one.received_bytes for one in clients)
+        table.add_row(label, f"{len(clients)} clients", f"{up:,}", f"{down:,}")
+    table.add_section()
+
+
+def _compare(table: Table, columns: list[Full], said: dict[str, list[str]]) -> None:
+    """A column for each model: its adapter against the whole of it. said: the paper's figures, below ours."""
+
+    def row(name: str, cells: list[str]) -> None:
+        table.add_row(name, *cells)
+        if name in said:
+            table.add_row("  the paper", *said[name])
+
+    row("full model, parameters", [f"{one.parameters:,}" for one in columns])
+    row("sent, parameters", [f"{one.adapter_parameters:,}" for one in columns])
+    row("sent, %", [f"{100 * one.adapter_parameters / one.parameters:.2f}" for one in columns])
+    for times, way in ((1, "one way"), (2, "there and back")):
+        table.add_section()
+        row(f"{way}, bytes", [f"{times * one.adapter_bytes:,}" for one in columns])
+        row("  full, float32", [_share(one, times, one.float32_bytes) for one in columns])
+        row("  full, as stored", [_share(one, times, one.stored_bytes, one.stored_dtype) for one in columns])
+
+
+def _share(one: Full, times: int, size_bytes: int | None, dtype: str | None = None) -> str:
+    """The full model's bytes, and the adapter's share of them."""
+    if size_bytes is None:
+        return "?"
+    share = f"{shown(times * size_bytes)}: {100 * one.adapter_bytes / size_bytes:.2f} %"
+    return texts.lines([share, f"({dtype})"]) if dtype else share
+
+
+def drawn_table_3(rows: list[Table3]) -> Group:
+    """Table 3 of the paper, from configurations alone."""
+    table = _table("per client and round", *(row.setting for row in rows), left=("per client and round",))
+    table.add_row("SLM", *(row.full.model.rpartition("/")[2] for row in rows))
+    said = {
+        "full model, parameters": [f"{row.paper.full_millions:g} M" for row in rows],
+        "sent, parameters": [f"{row.paper.sent_millions:g} M" for row in rows],
+        "sent, %": [f"{row.paper.percent:g}" for row in rows],
+    }
+    _compare(table, [row.full for row in rows], said)
+    return Group(table, "the paper: Table 3 of arXiv 2411.11707, which counts parameters, one way")

@@ -1,0 +1,103 @@
+"""Lineage: whose an artefact is, what it was made from, and where that lies."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from stages.artefacts.manifest import Manifest, Stage
+from stages.artefacts.reading import LEVELS, Artefact
+from stages.artefacts.sizes import check_sizes
+from stages.parties import names, roster, signatures
+from stages.parties.roster import Roster
+from stages.runtime.errors import Refused
+from stages.workspace import edits
+from stages.workspace.names import (
+    MANIFEST,
+)
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import ROLES
+
+EDITED = "undo the edit of fedcollm.toml, which is the same for all; only where all agreed on it, --overwrite"
+
+
+def check_belongs(
+    artefact: Artefact,
+    workspace: Workspace,
+    *,
+    reader: str | None,
+    stage: Stage,
+    round: int,
+    client: int | None = None,
+) -> None:
+    """Raise unless the artefact is what its place says, made under this workspace's agreement, by whom the roster says.
+
+    Looks at its manifest and signature alone, and so can be asked before anything else is read.
+
+    reader: the party that is about to use it, whose roster counts: "client-2", "server"; None for those who only look.
+    """
+    manifest = artefact.manifest
+    members = roster.pinned(workspace, reader) if reader else roster.anyones(workspace)
+    if members:
+        check_signed(artefact, members, names.client(client) if client is not None else names.SERVER)
+    claims = [
+        ("federation", manifest.federation, workspace.agreement.federation.name),
+        ("stage", manifest.stage, stage),
+        ("round", manifest.round, round),
+        ("client", manifest.client, client),
+        ("LoRA shape", manifest.lora, workspace.agreement.model_of(manifest.role).lora),
+        ("agreement (sha256 of fedcollm.toml)", manifest.agreement_sha256, workspace.agreement_sha256),
+        ("roster (sha256 of federation.json)", manifest.federation_sha256, members.sha256 if members else None),
+    ]
+    for name, found, expected in claims:
+        if found != expected:
+            masked = f" (transcript {manifest.transcript[:16]}...)" if manifest.transcript else ""
+            shown = workspace.shown(artefact.path)
+            message = f"{shown} is of another {name}: {_short(found)}{masked}, here it is {_short(expected)}"
+            mend = "take it out, and copy what belongs there"
+            edited = edits.since(workspace, manifest.agreement_sha256)
+            if edited and name.startswith(("federation", "agreement", "LoRA")):
+                message, mend = f"{message}; edited since in fedcollm.toml: {edited}", EDITED
+            elif name.startswith(("agreement", "LoRA")):
+                mend = EDITED
+            elif name.startswith("roster"):
+                mend = "it was made before this federation enrolled, or for another: make it again with --overwrite"
+            raise Refused(message, where=artefact.path / MANIFEST, mend=mend)
+    check_sizes(artefact, workspace)
+
+
+def place_of(manifest: Manifest) -> str:
+    """Where a folder says it belongs, as the last two names of its path: round-0005/client-2."""
+    names = {"client-train": f"client-{manifest.client}", "reveal": f"reveal-{manifest.client}"}
+    names["capture"] = f"captured-{manifest.role}"
+    name = manifest.role if manifest.stage == "co-distill" else names.get(manifest.stage, manifest.stage)
+    return f"round-{manifest.round:04d}/{name}"
+
+
+def round_of_parent(manifest: Manifest, name: str) -> int:
+    """The round that a folder's parent of this name was made in: its own, or the one before."""
+    is_start = manifest.stage == "broadcast" or (manifest.stage == "client-train" and name != "broadcast")
+    return manifest.round - (is_start or (manifest.stage in ("co-distill", "capture") and name == "llm"))
+
+
+def parent_place(workspace: Workspace, manifest: Manifest, name: str) -> Path:
+    """Where a folder's parent of this name lies."""
+    round = round_of_parent(manifest, name)
+    if found := re.fullmatch(r"client-([1-9][0-9]{0,8})", name):
+        return workspace.client_update(round, int(found[1]))
+    for role in ROLES:
+        if name == f"captured-{role}":
+            return workspace.captured(round, role)
+    places = {"aggregate": workspace.aggregate, "slm": workspace.slm, "llm": workspace.llm, "close": workspace.close}
+    return places.get(name.removesuffix("-after"), workspace.broadcast)(round)
+
+
+def check_signed(artefact: Artefact, members: Roster, party: str) -> None:
+    """Raise unless this party signed the manifest as the kind of folder that it says it is."""
+    where = artefact.path / MANIFEST
+    signatures.check(artefact.signed, artefact.manifest.stage, members.key_of(party), where, party, levels=LEVELS)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:16]}..." if len(text) == 64 else text

@@ -1,0 +1,180 @@
+"""Publishing an artefact: a folder that is whole or absent, its manifest last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from stages.artefacts.lineage import EDITED, check_signed
+from stages.artefacts.manifest import (
+    BaseIdentity,
+    FileEntry,
+    Manifest,
+    Masking,
+    Opening,
+    PrivacyClaim,
+    Stage,
+    Unmasking,
+    versions,
+)
+from stages.artefacts.reading import LEVELS, Artefact, is_inbox, read_artefact, read_manifest
+from stages.artefacts.sizes import check_sizes
+from stages.files import reading, seen_places, writing
+from stages.parties import names, roster, signatures
+from stages.parties.vault import Vault
+from stages.runtime.errors import Damaged, Refused
+from stages.workspace import edits
+from stages.workspace.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CAPTURE,
+    MANIFEST,
+    MASKED_UPDATE,
+    SEALED_REVEAL,
+    SEALED_SHARES,
+    SECRETS_MARKER,
+    SIGNATURE,
+)
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
+
+KEPT_OLD = "kept_old"
+"""The metric of an aggregate that is the broadcast's adapter, since the round was given up."""
+
+
+def publish(
+    folder: Path,
+    contents: Mapping[str, bytes],
+    workspace: Workspace,
+    *,
+    stage: Stage,
+    round: int,
+    parents: dict[str, str],
+    base: BaseIdentity,
+    parameters: int,
+    role: Role = "slm",
+    attempt: int = 0,
+    client: int | None = None,
+    seed: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    steps: int = 0,
+    examples: int = 0,
+    tokens: int = 0,
+    metrics: Mapping[str, float] | None = None,
+    transcript: str | None = None,
+    opening: Opening | None = None,
+    masking: Masking | None = None,
+    closing: Mapping[str, str] | None = None,
+    unmasking: Unmasking | None = None,
+    over: seen_places.Place | None = None,
+    privacy: PrivacyClaim | None = None,
+) -> Manifest:
+    """Publish files with the manifest that names them, which is written last, signed where there is a roster.
+
+    over: as for files.publishing. Returns the manifest.
+    """
+    party = names.client(client) if client is not None else names.SERVER
+    members = roster.pinned(workspace, party)
+    manifest = Manifest(
+        federation=workspace.agreement.federation.name,
+        agreement_sha256=workspace.agreement_sha256,
+        federation_sha256=members.sha256 if members else None,
+        stage=stage,
+        role=role,
+        round=round,
+        attempt=attempt,
+        client=client,
+        parents=parents,
+        files={name: FileEntry(sha256=reading.sha256(data), size_bytes=len(data)) for name, data in contents.items()},
+        base=base,
+        lora=workspace.agreement.model_of(role).lora,
+        parameters=parameters,
+        seed=seed,
+        dtype=dtype,
+        steps=steps,
+        examples=examples,
+        tokens=tokens,
+        metrics=dict(metrics or {}),
+        transcript=transcript,
+        opening=opening,
+        masking=masking,
+        closing=None if closing is None else dict(closing),
+        unmasking=unmasking,
+        privacy=privacy,
+        versions=dict(versions()),
+    )
+    content = reading.json_bytes(manifest.model_dump())
+    edits.keep(workspace)
+    signature = {}
+    if members:
+        signature = {SIGNATURE: signatures.sign(content, stage, Vault.need(workspace, party).identity)}
+    whole = {**contents, MANIFEST: content, **signature}
+    writing.publish(folder, whole, over=over, levels=LEVELS - 1, spares=spare_strangers)
+    return manifest
+
+
+def spare_strangers(folder: Path) -> None:
+    """Raise Damaged if a folder that is about to be replaced holds anything that no adapter folder has.
+
+    Hidden files are no reason: rsync leaves such.
+    """
+    ours = {MANIFEST, SIGNATURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_SHARES, SEALED_REVEAL, CAPTURE}
+    for path in sorted(folder.iterdir()):
+        is_ours = path.name in ours or is_inbox(path.name)
+        is_ours |= path.name.startswith(".") and path.name != SECRETS_MARKER
+        if not is_ours or (path.is_dir() and not path.is_symlink()):
+            message = f"{path.name} does not belong in {folder.name}, which is not replaced as long as it is there"
+            raise Damaged(message, where=path, mend="move it out, and give the same command again")
+
+
+def already_made(
+    folder: Path,
+    workspace: Workspace,
+    parents: dict[str, str],
+    *,
+    overwrite: bool,
+    log: Path | None = None,
+    data: str = "",
+    opening: Opening | None = None,
+) -> Manifest | None:
+    """The manifest of a folder that was made from exactly these parents under this agreement, or None: make it.
+
+    data: the sha256 of the training data, compared with that in the log; exchanged files do not tell it.
+    opening: what a broadcast must say of clients and keys.
+    Raises Refused if the folder was made from something else, Damaged if it is broken; overwrite makes either None.
+    """
+    if overwrite or not os.path.lexists(folder):
+        return None
+    manifest, _ = read_manifest(folder)
+    members = roster.pinned(workspace, manifest.party)
+    changed = sorted(
+        name for name in manifest.parents.keys() | parents.keys() if manifest.parents.get(name) != parents.get(name)
+    )
+    if manifest.agreement_sha256 != workspace.agreement_sha256:
+        changed.append("fedcollm.toml")
+    if members and manifest.federation_sha256 != members.sha256:
+        changed.append("the roster")
+    if opening and manifest.opening != opening:
+        changed.append("the clients, or the keys, that the round is opened for")
+    if log is not None:
+        logged = reading.logged_inputs(log).get("data")
+        if logged is None:
+            return None  # stopped between publishing and logging: what it was trained on is not known
+        if logged != data:
+            changed.append("the training data")
+    if changed:
+        message = f"{workspace.shown(folder)} was made from other inputs; changed since: {', '.join(changed)}"
+        mend = "give the command again with --overwrite to replace it"
+        if manifest.agreement_sha256 != workspace.agreement_sha256:
+            edited = edits.since(workspace, manifest.agreement_sha256)
+            message, mend = message + (f": {edited}" if edited else ""), EDITED
+        raise Refused(message, where=folder, mend=mend)
+
+    def check(found: Artefact) -> None:
+        if members:
+            check_signed(found, members, found.manifest.party)
+        check_sizes(found, workspace)
+
+    return read_artefact(folder, before=check).manifest

@@ -1,0 +1,48 @@
+"""How large a file of an artefact can be, by the agreement and the base model, before it is read."""
+
+from __future__ import annotations
+
+from stages.artefacts import tensor_files
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.reading import Artefact, is_inbox
+from stages.files import reading
+from stages.runtime.errors import Damaged
+from stages.secagg.shamir import SHARE_BYTES
+from stages.workspace.names import (
+    ADAPTER_WEIGHTS,
+    CAPTURE,
+    MANIFEST,
+    MASKED_UPDATE,
+    SEALED_SHARES,
+)
+from stages.workspace.paths import Workspace
+
+SEAL_BYTES = 64
+"""More than the salt and the tag of a sealed row have."""
+
+
+def check_sizes(artefact: Artefact, workspace: Workspace) -> None:
+    """Raise Damaged for a manifest that names a larger file than its folder can have.
+
+    By the numbers of the adapter, the clients of the agreement, and where the base model is here, by that.
+    """
+    manifest = artefact.manifest
+    for name, entry in manifest.files.items():
+        most = _most_bytes(manifest, name, workspace, entry.size_bytes)
+        if entry.size_bytes > most:
+            message = f"its manifest says that {name} has {entry.size_bytes} bytes, here it can have {most} at most"
+            raise Damaged(message, where=artefact.path / MANIFEST, mend=reading.COPY_AGAIN)
+
+
+def _most_bytes(manifest: Manifest, name: str, workspace: Workspace, size_bytes: int) -> int:
+    if name == CAPTURE:
+        return reading.LARGEST_ADAPTER_BYTES
+    if name == SEALED_SHARES or is_inbox(name):
+        clients = len(workspace.clients)
+        return tensor_files.largest_bytes(clients * (SEAL_BYTES + SHARE_BYTES * clients))
+    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE):
+        return reading.LARGEST_JSON_BYTES
+    most = min(tensor_files.largest_bytes(manifest.parameters + 3), reading.LARGEST_ADAPTER_BYTES)
+    if size_bytes > reading.READ_AT_ONCE_BYTES and (known := tensor_files.most_numbers(workspace, manifest.role)):
+        return min(most, tensor_files.largest_bytes(known))
+    return most

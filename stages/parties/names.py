@@ -1,0 +1,12 @@
+"""What parties are called."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SERVER: Literal["server"] = "server"
+
+
+def client(number: int) -> str:
+    """How a client is called as a party."""
+    return f"client-{number}"

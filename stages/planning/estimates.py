@@ -1,0 +1,267 @@
+"""What each stage will take: steps, rows and memory by part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from stages.data.rows import Extent
+from stages.workspace.agreement import Budget, Distillation
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import ROLES, Role
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from stages.models.shapes import Shape
+    from stages.planning.memory import Step
+    from stages.training.objective import Losses, Tokens
+
+
+ANSWER_TOKENS = 16
+"""Of a row, where neither rows nor a tokenizer are here to tell; few answers of the paper's four tasks are longer."""
+CHECKPOINTS = 2
+"""How many a training stage keeps at most while it runs."""
+ADAM_BYTES = 8
+"""Of AdamW's two float32 averages, for each parameter that is trained."""
+ORDERED_BYTES = {"krum": 12, "median": 16, "trimmed-mean": 24}
+"""Of one number of one client while a rule looks at a tensor of all: float32 and float64; float64 and a copy in order;
+float64, its place in order, and what is taken."""
+TOP_K = 64
+"""What co-distill captures of each position unless it is told otherwise; its memory hardly depends on it."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One run of a stage: where, on how many rows in how many steps, its largest batch, its memory in bytes.
+
+    rows, steps: the fewest and the most of all clients; None if unknown. length, answers: tokens of a row and of its
+    answer. memory: bytes by part; empty where a model's configuration is not here.
+    """
+
+    name: str
+    party: str
+    rows: tuple[int, int] | None = None
+    steps: tuple[int, int] | None = None
+    batch: int | None = None
+    length: int | None = None
+    answers: int | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Here:
+    """What is known on this machine; length: of a row, if that was asked for."""
+
+    workspace: Workspace
+    device: torch.device
+    shapes: Mapping[Role, Shape]
+    length: int | None
+
+
+# --- the stages
+
+
+def client_train(here: Here, rows: Extent | None) -> StagePlan:
+    """What a client's training will take."""
+    from stages.training.objective import task_loss
+
+    budget = here.workspace.agreement.client_training
+    found = _training("client-train", "each client", here, budget, rows, task_loss)
+    if not (here.workspace.agreement.privacy.is_on and found.memory):
+        return found
+    gradient, batch = found.memory["gradients"], found.batch or 1
+    each = {"each row's gradient": batch * gradient, "their sum": gradient}  # Opacus's grad_sample and summed_grad
+    return replace(found, memory={**found.memory, **each})
+
+
+def co_distill(here: Here, rows: Extent | None) -> StagePlan:
+    """What co-distill will take in one phase, both models in one memory."""
+    from stages.training.objective import mutual_losses
+
+    budget = here.workspace.agreement.distillation
+    return _training("co-distill", "server", here, budget, rows, mutual_losses(_whole(budget)), ROLES)
+
+
+def _whole(budget: Distillation) -> Distillation:
+    """With every token distilled: which ones are not is known only when the models have spoken."""
+    return budget.model_copy(update={"min_confidence": None})
+
+
+def in_two_phases(here: Here, rows: Extent | None) -> list[StagePlan]:
+    """The same with one model at a time."""
+    import torch
+
+    from stages.models import devices, shapes
+    from stages.planning import memory
+    from stages.training.losses import top_k
+
+    budget = here.workspace.agreement.distillation
+    shape = here.shapes.get("llm")
+    if shape is None or budget.order == "alternating":
+        return []
+    training = _training("train", "server", here, budget, rows, _beside_a_capture(budget), ("llm",))
+    compute = devices.precision(here.workspace, "llm", here.device)[0]
+    step = memory.capture_step(
+        shape,
+        lambda logits: top_k(logits, TOP_K, temperature=budget.temperature),
+        rows=training.batch or 1,
+        length=training.length or 2,
+        answers=training.answers or 1,
+        device=counted_on(here.device),
+        autocast=compute == torch.bfloat16,
+    )
+    takes = {
+        "weights": shapes.weight_bytes(shape),
+        "adapters": shapes.FLOAT32_BYTES * shape.adapter_parameters,
+        "logits": step.logits,
+        "transient": step.transient + shapes.unpacked_bytes(shape, compute),
+    }
+    capture = replace(training, name="capture", steps=None, memory=takes)
+    return [capture, training]
+
+
+def _beside_a_capture(budget: Distillation) -> Losses:
+    """The LLM's losses, its teacher's few tokens taken from nowhere."""
+    import torch
+
+    from stages.distillation.captures import as_batch, taught_losses
+    from stages.training.losses import TopK
+
+    def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        count, vocabulary = logits["llm"].shape
+        k = min(TOP_K, vocabulary)
+        on: dict[str, Any] = {"device": labels.device}
+        teacher = TopK(
+            torch.ones(count, k, dtype=torch.long, **on),
+            torch.ones(count, k + (k < vocabulary), **on),
+            torch.ones(count, **on),
+        )
+        return taught_losses("llm", _whole(budget), vocabulary)({**logits, **as_batch(teacher)}, labels, tokens)
+
+    return losses
+
+
+def _training(
+    name: str,
+    party: str,
+    here: Here,
+    budget: Budget,
+    rows: Extent | None,
+    losses: Losses,
+    roles: tuple[Role, ...] = ("slm",),
+) -> StagePlan:
+    """A training stage, of these models."""
+    wanted = {role: shape for role, shape in here.shapes.items() if role in roles}
+    tokens = _length(here, budget, rows)
+    answers = min((rows and rows.longest_answer) or ANSWER_TOKENS, tokens - 1)
+    batch = here.workspace.machine.rows_at_once(budget)
+    takes: dict[str, int] = {}
+    if len(wanted) == len(roles):
+        turns = ROLES if isinstance(budget, Distillation) and budget.order == "alternating" else (None,)
+        sized = {"rows": batch, "length": tokens, "answers": answers}
+        steps = [_step(here, wanted, losses, sized, turn) for turn in turns]
+        takes = _of_training(here, wanted, max(steps, key=lambda one: one.activations + one.logits + one.transient))
+    counted = (rows.fewest, rows.most) if rows else None
+    fewest, most = counted or ((1, 1) if budget.steps else (None, None))  # a budget in steps is the same for any rows
+    steps_of = (budget.steps_for(fewest), budget.steps_for(most)) if fewest and most else None
+    return StagePlan(name, party, counted, steps_of, batch, tokens, answers, takes)
+
+
+def _step(
+    here: Here, wanted: Mapping[Role, Shape], losses: Losses, sized: Mapping[str, int], turn: Role | None
+) -> Step:
+    import torch
+
+    from stages.models import devices
+    from stages.planning import memory
+
+    computes = {role: devices.precision(here.workspace, role, here.device)[0] for role in wanted}
+    return memory.training_step(
+        {str(role): shape for role, shape in wanted.items()},
+        losses,
+        rows=sized["rows"],
+        length=sized["length"],
+        answers=sized["answers"],
+        device=counted_on(here.device),
+        autocast={role: dtype == torch.bfloat16 for role, dtype in computes.items()},
+        turn=turn,
+    )
+
+
+def _of_training(here: Here, wanted: Mapping[Role, Shape], step: Step) -> dict[str, int]:
+    from stages.models import devices, shapes
+
+    computes = {role: devices.precision(here.workspace, role, here.device)[0] for role in wanted}
+    unpacked = max(shapes.unpacked_bytes(shape, computes[role]) for role, shape in wanted.items())
+    trained = sum(shape.adapter_parameters for shape in wanted.values())
+    return {
+        "weights": sum(shapes.weight_bytes(shape) for shape in wanted.values()),
+        "adapters": shapes.FLOAT32_BYTES * trained,
+        "gradients": shapes.FLOAT32_BYTES * trained,
+        "optimiser": ADAM_BYTES * trained,
+        "activations": step.activations,
+        "logits": step.logits,
+        "transient": step.transient + unpacked,
+    }
+
+
+def aggregate(here: Here) -> StagePlan:
+    """The broadcast and two updates as bytes, one more twice while it is parsed; sums in float64. Never all clients.
+
+    Another rule than the mean holds all of them; and of one tensor at a time, each client's in float64 and in order.
+    """
+    from stages.models import shapes
+
+    takes = {}
+    if "slm" in here.shapes:
+        values = shapes.FLOAT32_BYTES * here.shapes["slm"].adapter_parameters
+        takes = {"adapters": 5 * values, "sums": 2 * values}
+        settings = here.workspace.agreement.aggregation
+        if settings.rule != "mean":
+            count = settings.min_clients or here.workspace.agreement.federation.clients
+            largest = max(math.prod(shape) for shape in here.shapes["slm"].layout.values())
+            ordered = count * largest * ORDERED_BYTES.get(settings.rule, 0)
+            takes = {"adapters": (count + 3) * values, "sums": ordered or 8 * values}
+    return StagePlan("aggregate", "server", memory=takes)
+
+
+def evaluate(here: Here, role: Role, rows: Extent | None) -> StagePlan:
+    """What scoring a model will take."""
+    from stages.models import shapes
+    from stages.planning import memory
+
+    batch = here.workspace.agreement.evaluation.batch_size
+    tokens = _length(here, here.workspace.agreement.client_training, rows)
+    takes = {}
+    if shape := here.shapes.get(role):
+        step = memory.scoring_step(shape, rows=batch, length=tokens, device=counted_on(here.device))
+        takes = {
+            "weights": shapes.weight_bytes(shape),
+            "adapters": shapes.FLOAT32_BYTES * shape.adapter_parameters,
+            "logits": step.logits,
+            "transient": step.transient,
+        }
+    party = "server" if role == "llm" else "server, clients"
+    return StagePlan(f"evaluate {role}", party, batch=batch, length=tokens, memory=takes)
+
+
+def counted_on(device: torch.device) -> torch.device:
+    """Where fake tensors pretend to be: torch has no such kernels for Apple's GPUs."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _length(here: Here, budget: Budget, rows: Extent | None) -> int:
+    """Tokens of a row: as asked, or of the longest row here, or max_length; never more than is trained on."""
+    most = min(budget.max_length, longest(here))
+    return here.length or max(2, min(most, (rows and rows.longest) or most))
+
+
+def longest(here: Here) -> int:
+    """The longest sequence that both models take, in tokens."""
+    return min((shape.context for shape in here.shapes.values()), default=1 << 30)

@@ -1,0 +1,94 @@
+"""Rows that were dealt from tasks or files which have been edited since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.artefacts.reading import read_manifest
+from stages.artefacts.records import read_result
+from stages.artefacts.subjects import folder_of, is_subject
+from stages.files import reading
+from stages.runtime.errors import Problem
+from stages.runtime.events import Event, Report
+from stages.workspace.names import AGREEMENT
+from stages.workspace.paths import Workspace
+
+PREPARE = "fedcollm prepare"
+STALE_ROWS = "prepare dealt the rows before its tasks, or files, were edited"
+
+
+def dealt(workspace: Workspace) -> dict[str, Any]:
+    """What `prepare` says of its dealing in private/split.json; empty where it dealt nothing."""
+    try:
+        return reading.read_json(workspace.split)[0]
+    except Problem:
+        return {}
+
+
+def are_rows_stale(workspace: Workspace, split: dict[str, Any]) -> bool:
+    """Whether `prepare` dealt its rows from tasks or files that were edited since; of an earlier version, unknown."""
+    named = split.get("sources_sha256")
+    if not named:
+        return False
+    try:
+        return bool(named != workspace.sources_sha256())
+    except FileNotFoundError:  # rows need their source no more
+        return False
+    except (Problem, OSError):
+        return True
+
+
+def warn_of_stale_rows(workspace: Workspace, report: Report) -> None:
+    """Tell of training on rows that `prepare` dealt from what was edited since."""
+    if are_rows_stale(workspace, dealt(workspace)):
+        report(Event("warning", f"{STALE_ROWS}: {PREPARE} tells whether the rows change"))
+
+
+def stale(workspace: Workspace) -> Iterator[tuple[Path, str, str]]:
+    """Each result that is of other questions, settings or adapters than lie here now: its path, why, and the mend.
+
+    Damaged ones are left to `faults`; of an adapter that is not here nothing is said.
+    """
+    tasks_sha256: str | None = None
+    for path in sorted((workspace.root / "results").glob("*/*.json")):
+        number = path.parent.name.removeprefix("round-")
+        if not (number.isdecimal() or number == "zero-shot") or not is_subject(path.stem):
+            continue
+        try:
+            result = read_result(path)
+        except (Problem, OSError):
+            continue
+        if tasks_sha256 is None:
+            tasks_sha256 = _tasks_sha256(workspace)
+        round = None if number == "zero-shot" else int(number)
+        why = []
+        if result.get("tasks_sha256") != tasks_sha256:
+            why.append("tasks/, or data that it names, was edited since")
+        if result.get("agreement_sha256") != workspace.agreement_sha256:
+            why.append(f"{AGREEMENT} was edited since")
+        if round is not None and _is_of_another(folder_of(workspace, round, path.stem), result):
+            why.append("the adapter is another one now")
+        if why:
+            yield path, "; ".join(why), scored_by(round, path.stem)
+
+
+def _tasks_sha256(workspace: Workspace) -> str:
+    try:
+        return workspace.tasks_sha256()
+    except (Problem, OSError):
+        return ""
+
+
+def _is_of_another(adapter: Path, result: Mapping[str, Any]) -> bool:
+    try:
+        return read_manifest(adapter)[1] != result.get("manifest_sha256")
+    except (Problem, OSError):
+        return False
+
+
+def scored_by(round: int | None, subject: str) -> str:
+    """The command that makes a result."""
+    whose = f"--client {subject.partition('-')[2]}" if subject.startswith("client-") else f"--model {subject}"
+    return f"fedcollm evaluate {'--zero-shot' if round is None else f'--round {round}'} {whose}"

@@ -1,0 +1,44 @@
+"""The steps of a round, and in what condition each is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stages.parties.names import SERVER
+
+Condition = Literal["done", "missing", "damaged", "stale"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One folder of one round: its condition, why it is not "done", and the command that makes it.
+
+    "missing" with a reason: a part of it is there, such as what is still being copied.
+
+    party: who makes it, "server" or "client-2". here: whether that party is on this machine. changed: what
+    it was made from and is another now.
+    """
+
+    name: str
+    condition: Condition
+    reason: str
+    command: str
+    here: bool
+    sha256: str = ""
+    party: str = SERVER
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Round:
+    """The steps of one round, in the order of Algorithm 1, and updates that came too late for its aggregate."""
+
+    number: int
+    steps: list[Step]
+    late: list[int] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return all(step.condition == "done" for step in self.steps)

@@ -1,0 +1,147 @@
+"""A client accepts the opening of a round, once, and only one that is as agreed."""
+
+from __future__ import annotations
+
+from stages.artefacts.manifest import Opening
+from stages.artefacts.reading import Artefact
+from stages.artefacts.receiving import received
+from stages.parties import roster
+from stages.parties.memory import Kept, recall, remember
+from stages.parties.names import client as party_of
+from stages.parties.roster import Roster
+from stages.parties.vault import LARGEST_JUMP, Vault
+from stages.runtime.errors import Damaged, Refused
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.agreement import threshold
+from stages.workspace.paths import Workspace
+
+# --- at a client
+
+
+def accept(workspace: Workspace, theta: Artefact, client: int, report: Report = ignore) -> None:
+    """Take a broadcast as this round's, from now on and no other.
+
+    Raises Refused for a second one, for one of an earlier attempt, for any after a reveal, and in secure mode for one
+    whose keys, clients, threshold or chain are not what the roster and the round before say.
+    """
+    members = roster.pinned(workspace, party_of(client))
+    if members is None or theta.manifest.stage != "broadcast":
+        return
+    vault = Vault.need(workspace, party_of(client))
+    with vault.alone(report):
+        _accept(workspace, theta, members, vault, client)
+    if opening := theta.manifest.opening:
+        vault.check_own(opening.slot, opening.prekeys[opening.clients.index(client)])
+        report(Event("note", f"round {theta.manifest.round} is opened for {said_of(opening, workspace)}"))
+
+
+def said_of(opening: Opening, workspace: Workspace) -> str:
+    """For how many of how many clients a round is opened, without whom, and how many will be in its sum."""
+    without = [k for k in workspace.clients if k not in opening.clients]
+    left_out = f", without client {', '.join(map(str, without))}" if without else ""
+    least = workspace.agreement.quorum(len(opening.clients))
+    return f"{len(opening.clients)} of {len(workspace.clients)} clients{left_out}; its sum is of {least} or more"
+
+
+def _accept(workspace: Workspace, theta: Artefact, members: Roster, vault: Vault, client: int) -> None:
+    round = theta.manifest.round
+    kept = recall(vault, round)
+    if kept and kept.broadcast_sha256 == theta.sha256:
+        return  # looked at when it was taken; keys of later rounds may have been used since
+    if kept:
+        _check_newer(theta, kept)
+    opening = theta.manifest.opening
+    if workspace.agreement.aggregation.is_secure:
+        if opening is None:
+            raise Refused("this broadcast opens no round of secure aggregation", where=theta.path, mend=_ASK)
+        _check_opening(workspace, theta, opening, members, vault, client)
+    slot = opening.slot if opening else None
+    if slot is not None:
+        vault.check_slot(slot, farthest=_farthest(vault, round))
+    if opening:
+        vault.check_own(opening.slot, opening.prekeys[opening.clients.index(client)])
+    remember(vault, round, Kept(attempt=theta.manifest.attempt, broadcast_sha256=theta.sha256, slot=slot))
+
+
+def _farthest(vault: Vault, round: int) -> int:
+    """The last slot that a round may be opened with: a server opens each round that this client missed once or more."""
+    seen = {number: kept.slot for number in range(1, round + 1) if (kept := recall(vault, number))}
+    missed = max(0, round - 1 - max(seen, default=0))
+    used = [slot for slot in seen.values() if slot is not None]
+    return max(used, default=0) + missed + LARGEST_JUMP
+
+
+_ASK = "ask the server; compare what other clients have"
+
+
+def _check_newer(theta: Artefact, kept: Kept) -> None:
+    """The broadcast is a later attempt than the one that is remembered, at a round that was not revealed."""
+    round, attempt = theta.manifest.round, theta.manifest.attempt
+    if attempt == kept.attempt:
+        message = (
+            f"this is a second broadcast of round {round}: sha256 {theta.sha256}, the one taken before "
+            f"{kept.broadcast_sha256}"
+        )
+        raise Refused(message, where=theta.path, mend=f"{_ASK}: it may be showing clients different rounds")
+    if attempt < kept.attempt:
+        message = f"this is attempt {attempt} at round {round}, which is at attempt {kept.attempt} here"
+        raise Refused(message, where=theta.path, mend="copy the newer broadcast here again")
+    if kept.close_sha256:
+        message = f"this client has revealed for round {round} already; it takes no further attempt at it"
+        mend = f"on the server, go on with the next round: fedcollm broadcast --round {round + 1}"
+        raise Refused(message, where=theta.path, mend=mend)
+
+
+def _check_opening(
+    workspace: Workspace, theta: Artefact, opening: Opening, members: Roster, vault: Vault, client: int
+) -> None:
+    round = theta.manifest.round
+    before = recall(vault, round - 1) if round > 1 else None
+    expected = members.sha256 if round == 1 else before and before.broadcast_sha256
+    if (
+        expected
+        and opening.previous_sha256 != expected
+        and not _has_followed(workspace, opening, before, round, client)
+    ):
+        message = (
+            f"round {round} follows another broadcast of round {round - 1} than this client's: "
+            f"sha256 {opening.previous_sha256[:16]}..., here {expected[:16]}..."
+        )
+        mend = f"copy exchange/round-{round - 1:04d}/broadcast here again; if it stays, {_ASK}"
+        raise Refused(message, where=theta.path, mend=mend if round > 1 else _ASK)
+    clients = opening.clients
+    if clients != sorted(set(clients) & set(members.clients)):
+        raise Refused(
+            f"round {round} is opened for {clients}, not for clients of the roster", where=theta.path, mend=_ASK
+        )
+    least = workspace.agreement.smallest_round
+    if len(clients) < least:
+        message = (
+            f"round {round} is opened for {clients}, {len(clients)} of {len(members.clients)} clients; by the "
+            f"agreement it takes {least} or more: among few, those who work together see the update of the one left"
+        )
+        raise Refused(message, where=theta.path, mend=_ASK)
+    if client not in clients:
+        mend = "wait for the next round: the server opened this one --without you"
+        raise Refused(f"round {round} was opened without client {client}", where=theta.path, mend=mend)
+    if opening.threshold != threshold(len(clients)):
+        message = f"round {round} would be opened by {opening.threshold} reveals, not by {threshold(len(clients))}"
+        raise Refused(message, where=theta.path, mend=_ASK)
+    slot = slice(opening.slot, opening.slot + 1)
+    if [key for k in clients for key in members.prekeys(workspace, k)[slot]] != opening.prekeys:
+        message = f"round {round} names other keys than the clients' own for slot {opening.slot}"
+        raise Damaged(message, where=theta.path, mend=_ASK)
+    earlier = [recall(vault, number) for number in range(1, workspace.agreement.federation.rounds + 1)]
+    used = [kept.slot for kept in earlier if kept and kept.slot is not None]
+    if opening.slot <= max(used, default=-1):
+        message = f"round {round} is opened with keys {opening.slot}, and keys {max(used)} were used before"
+        raise Refused(message, where=theta.path, mend=_ASK)
+
+
+def _has_followed(workspace: Workspace, opening: Opening, before: Kept | None, round: int, client: int) -> bool:
+    """Whether the round before was opened again, without this client it may be, by the broadcast that is here."""
+    place = workspace.broadcast(round - 1)
+    if before is None or before.close_sha256 or not place.exists():
+        return False
+    later = received(place, workspace, reader=party_of(client), stage="broadcast", round=round - 1)
+    return later.sha256 == opening.previous_sha256 and later.manifest.attempt > before.attempt

@@ -1,0 +1,178 @@
+"""A comparison of methods: what each scored, how they differ, and what each was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stages.progress.staleness import PREPARE
+from stages.progress.status import status
+from stages.runtime.errors import Refused, UsageProblem
+from stages.runtime.events import Event, Report, ignore
+from stages.workspace.agreement import Method
+from stages.workspace.paths import Workspace
+from stages.workspace.settings import Role
+
+if TYPE_CHECKING:
+    from stages.models.loading import Models
+    from stages.study.results import Row, Scores, Study, Table
+from stages.federation.compare import run_all
+
+ALL = "all tasks"
+"""The column of all questions of all tasks together."""
+
+
+def compare(
+    workspace: Workspace,
+    *,
+    seeds: Sequence[int] | None = None,
+    methods: Sequence[Method] | None = None,
+    paper: str | None = None,
+    metric: str = "acc",
+    collect: bool = False,
+    overwrite: bool = False,
+    models: Models | None = None,
+    report: Report = ignore,
+) -> dict[str, Any]:
+    """The tables, the differences of FedCoLLM from every other row, and the ledger of budgets.
+
+    seeds: federations to run, where they are missing, unless collect is set; by default those that there are. methods:
+    by default all of them where seeds are given, else those that there are. paper: a setting of the paper, to stand
+    beside. Raises BadNumbers if budgets differ, NotReady, with the command, for what is missing.
+    """
+    from stages.study import budgets, results
+
+    if workspace.is_baseline:
+        mend = f"fedcollm compare --workspace {workspace.root.parents[1]}"
+        raise UsageProblem("this is a baseline: it is compared from where it belongs", where=workspace.root, mend=mend)
+    begun_seeds, begun_methods = results.begun(workspace)
+    methods = list(methods or (results.METHODS if seeds else begun_methods))
+    if seeds and not collect:
+        run_all(workspace, seeds=seeds, methods=methods, overwrite=overwrite, models=models, report=report)
+    study = results.open_study(workspace, seeds or begun_seeds, methods)
+    results.check_finished(study)
+    for runs in study.runs.values():
+        budgets.check_equal(runs, study.run_again)
+    measured = {table: _measured(study, table, metric) for table in results.ROWS}
+    _check_sound(study)
+    tables = {table: _estimates(scores) for table, scores in measured.items()}
+    return {
+        "metric": metric,
+        "seeds": study.seeds,
+        "methods": study.methods,
+        "absent": [method for method in results.METHODS if method not in study.methods],
+        "clients": workspace.agreement.federation.clients,
+        "rounds": workspace.agreement.federation.rounds,
+        "paper": _paper(workspace, paper, tables, report) if paper else None,
+        "tables": tables,
+        "differences": {table: _differences(scores) for table, scores in measured.items()},
+        "budgets": _budgets(study),
+        "remarks": results.remarks([study.root, *study.workspaces]),
+    }
+
+
+def _check_sound(study: Study) -> None:
+    """Raise Refused for a federation in which an adapter was made again and what follows from it was not."""
+    for workspace in study.workspaces:
+        for round in status(workspace).rounds:
+            for step in round.steps:
+                if step.condition in ("stale", "damaged"):
+                    message = f"{step.name} of round {round.number} is {step.condition}: {step.reason}"
+                    where = study.root.shown(workspace.root)
+                    again = study.run_again(workspace)
+                    mend = f"{PREPARE}{study.inside(workspace)}" if step.command == PREPARE else again
+                    raise Refused(message, where=where, mend=mend)
+
+
+def _measured(study: Study, table: Table, metric: str) -> dict[Row, dict[str, Scores]]:
+    """Every row of a table that the study has, by subject, with all tasks' questions together under ALL."""
+    from stages.study import results, scores
+
+    rows = [row for row in results.ROWS[table] if row == "zero-shot" or row in study.methods]
+    found = {row: scores.scores(study, table, row, metric) for row in rows}
+    scores.check_tasks([by_task for by_subject in found.values() for by_task in by_subject.values()])
+    return {
+        row: {
+            subject: by_task | {ALL: np.concatenate(list(by_task.values()), axis=1)}
+            for subject, by_task in by_subject.items()
+        }
+        for row, by_subject in found.items()
+    }
+
+
+def _estimates(measured: dict[Row, dict[str, Scores]]) -> dict[str, Any]:
+    """By row and task: the mean of the subjects, by seed and over seeds; and each subject by seed."""
+    from stages.study.scores import mean_of
+    from stages.study.statistics import estimate
+
+    return {
+        row: {
+            task: asdict(estimate(scores))
+            | {
+                "by_seed": scores.mean(axis=1).tolist(),
+                "by_subject": {subject: found[task].mean(axis=1).tolist() for subject, found in by_subject.items()},
+                "questions": scores.shape[1],
+            }
+            for task, scores in mean_of(by_subject).items()
+        }
+        for row, by_subject in measured.items()
+    }
+
+
+def _differences(measured: dict[Row, dict[str, Scores]]) -> dict[str, Any]:
+    """FedCoLLM minus each other row, and whether the error bars support a difference."""
+    from stages.study.scores import mean_of
+    from stages.study.statistics import difference
+
+    means = {row: mean_of(by_subject) for row, by_subject in measured.items()}
+    own = means.pop("fedcollm", None)
+    if own is None:
+        return {}
+    return {
+        row: {task: difference(own[task], scores).as_dict() for task, scores in by_task.items()}
+        for row, by_task in means.items()
+    }
+
+
+def _budgets(study: Study) -> dict[str, Any]:
+    """By method and party, as the first seed has it; every seed has been checked."""
+    from stages.study.budgets import spent
+
+    runs = study.runs[study.seeds[0]]
+    return {method: {party: asdict(done) for party, done in spent(runs[method]).items()} for method in study.methods}
+
+
+def _paper(workspace: Workspace, setting: str, tables: dict[Table, dict[str, Any]], report: Report) -> dict[str, Any]:
+    """What the paper reports for the tasks that are here, in %, by table and row; and of which models, if of others."""
+    from stages.bases import base_names
+    from stages.paper import reported
+
+    known = reported.tables()["accuracy"]["llm"]
+    here = [task for task in tables["slm"]["zero-shot"] if task != ALL]
+    tasks = [task for task in here if task in known]
+    if not tasks:
+        message = f"the paper has no task of this workspace: {', '.join(here)}"
+        raise UsageProblem(message, mend=f"the paper's are: {', '.join(known)}")
+    models: dict[Table, Role] = {"llm": "llm", "clients": "slm"}
+    theirs: dict[Role, str] = {"slm": reported.SETTINGS[setting].slm, "llm": reported.SETTINGS[setting].llm}
+    ours = {role: base_names.name_of(workspace, role) for role in theirs}
+    others = [f"{theirs[role]}, not of {ours[role]}" for role in theirs if ours[role] != theirs[role]]
+    if others:
+        report(Event("warning", f"the paper's figures of {setting} are of other models: {'; '.join(others)}"))
+    return {
+        "setting": setting,
+        "other_models": others,
+        "source": reported.tables()["source"],
+        "tables": {
+            table: {
+                row: {
+                    task: found for task in tasks if (found := reported.accuracy(setting, model, row, task)) is not None
+                }
+                for row in tables[table]
+            }
+            for table, model in models.items()
+        },
+    }

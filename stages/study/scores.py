@@ -1,0 +1,68 @@
+"""The scores of a study, question by question, of each model and method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stages.runtime.errors import NotReady, Refused, UsageProblem
+from stages.study.results import Row, Scores, Study, Table, result_of, subjects
+from stages.workspace.paths import Workspace
+
+
+def scores(study: Study, table: Table, row: Row, metric: str) -> dict[str, Scores]:
+    """The scores of one row of one table, by subject: "llm", or "client-1", "client-2", and so on.
+
+    Zero-shot scores know no seed: [1, questions]. Raises NotReady, with the command that makes it, for a result that is
+    not there, UsageProblem for a metric that is not a matter of right or wrong.
+    """
+    if row == "zero-shot":
+        subject = "llm" if table == "llm" else "slm"
+        return {subject: _scores([result_of(study, study.root, None, subject)], metric)}
+    runs = [of_seed[row] for of_seed in study.runs.values()]
+    return {
+        subject: _scores([result_of(study, one, one.agreement.federation.rounds, subject) for one in runs], metric)
+        for subject in subjects(table, row, runs[0])
+    }
+
+
+def mean_of(by_subject: Mapping[str, Scores]) -> Scores:
+    """The mean over subjects, question by question: the paper's Table 2 is a mean over clients."""
+    first = next(iter(by_subject.values()))
+    return {task: np.mean([found[task] for found in by_subject.values()], axis=0) for task in first}
+
+
+def check_tasks(scored: Sequence[Mapping[str, Any]]) -> None:
+    """Raise Refused unless all results, by task, are of the same tasks."""
+    for by_task in scored:
+        if by_task.keys() != scored[0].keys():
+            odd = sorted(by_task.keys() ^ scored[0].keys())
+            message = f"some results have scores of {odd[0]!r}, and some have none"
+            mend = "score them all again, with evaluate --overwrite"
+            raise Refused(message, where="results", mend=mend)
+
+
+def _scores(of_seeds: Sequence[dict[str, Any]], metric: str) -> Scores:
+    check_tasks([one["tasks"] for one in of_seeds])
+    return {task: np.stack([_correct(one, task, metric) for one in of_seeds]) for task in of_seeds[0]["tasks"]}
+
+
+def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:
+    """0 or 1 for each question of all tasks, by one model of the study; None where what lies there was not scored."""
+    try:
+        result = result_of(study, workspace, round, subject)
+    except (NotReady, Refused):
+        return None
+    return np.concatenate([_correct(result, task, metric) for task in result["tasks"]])
+
+
+def _correct(result: dict[str, Any], task: str, metric: str) -> np.ndarray:
+    """0 or 1 for each question."""
+    found = result["tasks"][task]["correct"]
+    if metric not in found:
+        known = ", ".join(found) or "none is a matter of right or wrong"
+        message = f"the result of {result['subject']} does not say which questions of {task} were right by {metric}"
+        raise UsageProblem(message, mend=f"--metric with one of its metrics: {known}")
+    return np.frombuffer(found[metric].encode(), dtype=np.uint8) - ord("0")

@@ -1,0 +1,49 @@
+"""How long and how a model is trained, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.workspace.agreement import Budget
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything that decides the numbers, but for the data.
+
+    learning_rates, clips: by role; a clip is the largest gradient norm of that model alone, absent for none.
+    alternating: each step trains the SLM, then the LLM against the SLM so trained (lines 16 and 17 in that order).
+    """
+
+    budget: Budget
+    learning_rates: Mapping[str, float]
+    clips: Mapping[str, float | None]
+    warmup_steps: int
+    seed: int
+    alternating: bool = False
+
+    @property
+    def turns(self) -> int:
+        """How many of Trainer's steps are one step of ours."""
+        return 2 if self.alternating else 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training did: counts, losses per answer token before and after, and a record of each step."""
+
+    steps: int
+    examples: int
+    tokens: int
+    metrics: dict[str, float]
+    log: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def change(self) -> str:
+        """Each loss before and after, in words."""
+        names = [name.removesuffix("_before") for name in self.metrics if name.endswith("_before")]
+        return "  ".join(
+            f"{name} {self.metrics[f'{name}_before']:.4g} -> {self.metrics[f'{name}_after']:.4g}" for name in names
+        )

@@ -1,0 +1,76 @@
+"""Settings files: strict, unknown keys refused with the nearest known one, wrong types never converted."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stages.runtime.errors import UsageProblem
+from stages.runtime.texts import lines
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Role = Literal["slm", "llm"]
+Quantization = Literal["4bit", "8bit"]
+ROLES: tuple[Role, ...] = ("slm", "llm")
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]
+Share = Annotated[float, Field(ge=0)]
+
+
+class Settings(BaseModel):
+    """Strict and frozen; the one place that says so."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse(kind: type[S], text: bytes, path: Path) -> S:
+    """The settings in a TOML file. Raises UsageProblem naming every mistake with its key, and the nearest known key."""
+    try:
+        values = tomllib.loads(text.decode("utf-8-sig"))  # some editors begin with a byte order mark
+    except UnicodeDecodeError as error:
+        raise UsageProblem(f"not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageProblem(f"not valid TOML: {error}", where=path, mend="correct that line") from error
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        mistakes = [_mistake(kind, found) for found in error.errors()]
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        message = lines([f"{count} in the settings", *mistakes], "\n  - ")
+        raise UsageProblem(
+            message, where=path, mend="every key is explained in the template's fedcollm.toml"
+        ) from error
+
+
+def _mistake(kind: type[Settings], found: object) -> str:
+    """One line for one of pydantic's error dicts."""
+    assert isinstance(found, dict)
+    place = found["loc"]
+    key = ".".join(str(part) for part in place)
+    if found["type"] == "extra_forbidden":
+        known = _known_keys(kind, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if found["type"] == "missing":
+        return f"{key}: missing"
+    value = "" if found["type"] == "value_error" else f", found {found['input']!r}"
+    text = str(found["msg"]).removeprefix("Value error, ")
+    return f"{key}: {text}{value}" if key else text
+
+
+def _known_keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
+    """The keys of the table at this place."""
+    for part in place:
+        field = kind.model_fields[str(part)].annotation
+        if not (isinstance(field, type) and issubclass(field, BaseModel)):
+            return []
+        kind = field
+    return list(kind.model_fields)
