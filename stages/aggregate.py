@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.artefacts import turns
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest, Unmasking
 from stages.artefacts.publishing import KEPT_OLD, already_made, publish
 from stages.artefacts.reading import Artefact, read_manifest
@@ -156,13 +157,15 @@ def _keep_old(workspace: Workspace, theta: Artefact, overwrite: bool, report: Re
             target,
             theta.contents,
             workspace,
-            stage="aggregate",
-            round=round,
-            attempt=theta.manifest.attempt,
-            parents=parents,
-            base=theta.manifest.base,
-            parameters=theta.manifest.parameters,
-            metrics={KEPT_OLD: 1.0},
+            Draft(
+                stage="aggregate",
+                round=round,
+                attempt=theta.manifest.attempt,
+                parents=parents,
+                base=theta.manifest.base,
+                parameters=theta.manifest.parameters,
+                metrics={KEPT_OLD: 1.0},
+            ),
             over=places[target],
         )
 
@@ -306,16 +309,18 @@ def _publish(
         workspace.aggregate(round),
         {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights},
         workspace,
-        stage="aggregate",
-        round=round,
-        attempt=theta.manifest.attempt,
-        parents=average.parents,
-        base=theta.manifest.base,
-        parameters=theta.manifest.parameters,
-        examples=average.examples,
-        tokens=average.tokens,
-        metrics=metrics,
-        unmasking=average.unmasking,
+        Draft(
+            stage="aggregate",
+            round=round,
+            attempt=theta.manifest.attempt,
+            parents=average.parents,
+            base=theta.manifest.base,
+            parameters=theta.manifest.parameters,
+            examples=average.examples,
+            tokens=average.tokens,
+            metrics=metrics,
+            unmasking=average.unmasking,
+        ),
         over=places[workspace.aggregate(round)],
     )
     writing.write_log(workspace.log("aggregate", round), [begun, {"wall_s": time.monotonic() - started}])

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 from stages.artefacts import turns
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest, Opening
 from stages.artefacts.publishing import already_made, publish
 from stages.artefacts.reading import Artefact
@@ -91,14 +92,16 @@ def _first(
         workspace.broadcast(1),
         adapters.as_files(slm.model, workspace.agreement.slm.lora),
         workspace,
-        stage="broadcast",
-        round=1,
-        attempt=attempt,
-        parents={},
-        base=slm.identity,
-        parameters=adapters.count(slm.model),
-        seed=seed,
-        opening=opening,
+        Draft(
+            stage="broadcast",
+            round=1,
+            attempt=attempt,
+            parents={},
+            base=slm.identity,
+            parameters=adapters.count(slm.model),
+            seed=seed,
+            opening=opening,
+        ),
         over=over,
     )
 
@@ -122,12 +125,14 @@ def _next(
         workspace.broadcast(round),
         theta.contents,
         workspace,
-        stage="broadcast",
-        round=round,
-        attempt=attempt,
-        parents={theta.path.name: theta.sha256},
-        base=theta.manifest.base,
-        parameters=theta.manifest.parameters,
-        opening=opening,
+        Draft(
+            stage="broadcast",
+            round=round,
+            attempt=attempt,
+            parents={theta.path.name: theta.sha256},
+            base=theta.manifest.base,
+            parameters=theta.manifest.parameters,
+            opening=opening,
+        ),
         over=over,
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from stages.accounting import budget
 from stages.artefacts import turns
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest, Stage
 from stages.artefacts.publishing import already_made, publish
 from stages.artefacts.reading import Artefact, read_manifest
@@ -248,20 +249,22 @@ def _train(
         workspace.client_adapter(round, client),
         adapters.as_files(slm.model, lora),
         workspace,
-        stage="client-train",
-        round=round,
-        attempt=theta.manifest.attempt,
-        client=client,
-        parents={theta.path.name: theta.sha256},
-        base=slm.identity,
-        parameters=adapters.count(slm.model),
-        seed=None if privacy.is_on else seed,
-        dtype=slm.dtype,
-        steps=outcome.steps,
-        examples=outcome.examples,
-        tokens=outcome.tokens,
-        metrics={name: value for name, value in metrics.items() if not (privacy.is_on and name in outcome.metrics)},
-        privacy=budget.claim(workspace, client),
+        Draft(
+            stage="client-train",
+            round=round,
+            attempt=theta.manifest.attempt,
+            client=client,
+            parents={theta.path.name: theta.sha256},
+            base=slm.identity,
+            parameters=adapters.count(slm.model),
+            seed=None if privacy.is_on else seed,
+            dtype=slm.dtype,
+            steps=outcome.steps,
+            examples=outcome.examples,
+            tokens=outcome.tokens,
+            metrics={name: value for name, value in metrics.items() if not (privacy.is_on and name in outcome.metrics)},
+            privacy=budget.claim(workspace, client),
+        ),
         over=places[workspace.client_adapter(round, client)],
     )
     head = {"ledger_sha256": manifest.privacy.ledger_sha256} if manifest.privacy else {}

@@ -30,6 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from builders import AGREEMENT, random_adapter, rows, write_rows
 from stages import client_train as client_train_module
 from stages.artefacts import adapter_files
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import BaseIdentity, Opening
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, inbox, read_artefact
@@ -73,14 +74,16 @@ def train(workspace: Workspace, client: int, round: int, rows: object, data_sha2
         workspace.client_adapter(round, client),
         {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights},
         workspace,
-        stage="client-train",
-        round=round,
-        attempt=theta.manifest.attempt,
-        client=client,
-        parents={"broadcast": theta.sha256},
-        base=NOBODY,
-        parameters=theta.manifest.parameters,
-        examples=1,
+        Draft(
+            stage="client-train",
+            round=round,
+            attempt=theta.manifest.attempt,
+            client=client,
+            parents={"broadcast": theta.sha256},
+            base=NOBODY,
+            parameters=theta.manifest.parameters,
+            examples=1,
+        ),
     )
 
 
@@ -230,19 +233,21 @@ class Protocol(RuleBasedStateMachine):
             place,
             {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: adapter_files.weights_bytes(zeros)},
             self.server,
-            stage="broadcast",
-            round=round,
-            attempt=attempt,
-            parents={},
-            base=NOBODY,
-            parameters=32,
-            seed=self.count,
-            opening=Opening(
-                slot=max(slot, 0),
-                clients=clients,
-                prekeys=[members.prekeys(self.server, k)[max(slot, 0)] for k in clients],
-                threshold=threshold(len(clients)),
-                previous_sha256=previous,
+            Draft(
+                stage="broadcast",
+                round=round,
+                attempt=attempt,
+                parents={},
+                base=NOBODY,
+                parameters=32,
+                seed=self.count,
+                opening=Opening(
+                    slot=max(slot, 0),
+                    clients=clients,
+                    prekeys=[members.prekeys(self.server, k)[max(slot, 0)] for k in clients],
+                    threshold=threshold(len(clients)),
+                    previous_sha256=previous,
+                ),
             ),
         )
         self.thetas.append(read_artefact(place))
@@ -274,15 +279,17 @@ class Protocol(RuleBasedStateMachine):
             place,
             inboxes,
             self.server,
-            stage="close",
-            round=theta.manifest.round,
-            attempt=theta.manifest.attempt,
-            parents={"broadcast": theta.sha256} | {f"client-{k}": u.update.sha256 for k, u in survivors.items()},
-            base=NOBODY,
-            parameters=0,
-            transcript=_transcript(theta),
-            closing={f"client-{k}": u.name for k, u in survivors.items()},
-            seed=self.count,
+            Draft(
+                stage="close",
+                round=theta.manifest.round,
+                attempt=theta.manifest.attempt,
+                parents={"broadcast": theta.sha256} | {f"client-{k}": u.update.sha256 for k, u in survivors.items()},
+                base=NOBODY,
+                parameters=0,
+                transcript=_transcript(theta),
+                closing={f"client-{k}": u.name for k, u in survivors.items()},
+                seed=self.count,
+            ),
         )
         self.closes.append(Close(theta, read_artefact(place), survivors))
         return self.closes[-1]

@@ -39,7 +39,7 @@ def check_belongs(
     manifest = artefact.manifest
     members = roster.pinned(workspace, reader) if reader else roster.anyones(workspace)
     if members:
-        check_signed(artefact, members, names.client(client) if client is not None else names.SERVER)
+        check_signed(artefact, members, names.of(client))
     claims = [
         ("federation", manifest.federation, workspace.agreement.federation.name),
         ("stage", manifest.stage, stage),

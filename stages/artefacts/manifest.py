@@ -145,7 +145,7 @@ class Manifest(_Part):
     @property
     def party(self) -> str:
         """Who made it, and signs it."""
-        return names.client(self.client) if self.client is not None else names.SERVER
+        return names.of(self.client)
 
 
 @functools.cache

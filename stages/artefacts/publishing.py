@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
+from stages.artefacts.draft import Draft
 from stages.artefacts.lineage import EDITED, check_signed
 from stages.artefacts.manifest import (
-    BaseIdentity,
     FileEntry,
     Manifest,
-    Masking,
     Opening,
-    PrivacyClaim,
-    Stage,
-    Unmasking,
     versions,
 )
 from stages.artefacts.reading import LEVELS, Artefact, is_inbox, read_artefact, read_manifest
 from stages.artefacts.sizes import check_sizes
 from stages.files import reading, seen_places, writing
-from stages.parties import names, roster, signatures
+from stages.parties import roster, signatures
 from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, Refused
 from stages.workspace import edits
@@ -38,7 +34,6 @@ from stages.workspace.names import (
     SIGNATURE,
 )
 from stages.workspace.paths import Workspace
-from stages.workspace.settings import Role
 
 KEPT_OLD = "kept_old"
 """The metric of an aggregate that is the broadcast's adapter, since the round was given up."""
@@ -48,68 +43,29 @@ def publish(
     folder: Path,
     contents: Mapping[str, bytes],
     workspace: Workspace,
+    draft: Draft,
     *,
-    stage: Stage,
-    round: int,
-    parents: dict[str, str],
-    base: BaseIdentity,
-    parameters: int,
-    role: Role = "slm",
-    attempt: int = 0,
-    client: int | None = None,
-    seed: int | None = None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    steps: int = 0,
-    examples: int = 0,
-    tokens: int = 0,
-    metrics: Mapping[str, float] | None = None,
-    transcript: str | None = None,
-    opening: Opening | None = None,
-    masking: Masking | None = None,
-    closing: Mapping[str, str] | None = None,
-    unmasking: Unmasking | None = None,
     over: seen_places.Place | None = None,
-    privacy: PrivacyClaim | None = None,
 ) -> Manifest:
     """Publish files with the manifest that names them, which is written last, signed where there is a roster.
 
     over: as for files.publishing. Returns the manifest.
     """
-    party = names.client(client) if client is not None else names.SERVER
-    members = roster.pinned(workspace, party)
+    members = roster.pinned(workspace, draft.party)
     manifest = Manifest(
         federation=workspace.agreement.federation.name,
         agreement_sha256=workspace.agreement_sha256,
         federation_sha256=members.sha256 if members else None,
-        stage=stage,
-        role=role,
-        round=round,
-        attempt=attempt,
-        client=client,
-        parents=parents,
         files={name: FileEntry(sha256=reading.sha256(data), size_bytes=len(data)) for name, data in contents.items()},
-        base=base,
-        lora=workspace.agreement.model_of(role).lora,
-        parameters=parameters,
-        seed=seed,
-        dtype=dtype,
-        steps=steps,
-        examples=examples,
-        tokens=tokens,
-        metrics=dict(metrics or {}),
-        transcript=transcript,
-        opening=opening,
-        masking=masking,
-        closing=None if closing is None else dict(closing),
-        unmasking=unmasking,
-        privacy=privacy,
+        lora=workspace.agreement.model_of(draft.role).lora,
         versions=dict(versions()),
+        **{each.name: getattr(draft, each.name) for each in dataclasses.fields(draft)},
     )
     content = reading.json_bytes(manifest.model_dump())
     edits.keep(workspace)
     signature = {}
     if members:
-        signature = {SIGNATURE: signatures.sign(content, stage, Vault.need(workspace, party).identity)}
+        signature = {SIGNATURE: signatures.sign(content, draft.stage, Vault.need(workspace, draft.party).identity)}
     whole = {**contents, MANIFEST: content, **signature}
     writing.publish(folder, whole, over=over, levels=LEVELS - 1, spares=spare_strangers)
     return manifest

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from stages.artefacts import turns
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import already_made, publish
 from stages.data.rows import Row
@@ -92,17 +93,19 @@ def capture(
             folder,
             {CAPTURE: content},
             workspace,
-            stage="capture",
-            role=role,
-            round=round,
-            parents=parents,
-            base=teacher.identity,
-            parameters=adapters.count(teacher.model),
-            seed=None if start else workspace.seed_for("omega", 1),
-            dtype=teacher.dtype,
-            examples=len(examples),
-            tokens=len(kept),
-            metrics={"top_k": float(top_k), "kept": float(kept.mean()), "kept_least": float(kept.min())} | left_out,
+            Draft(
+                stage="capture",
+                role=role,
+                round=round,
+                parents=parents,
+                base=teacher.identity,
+                parameters=adapters.count(teacher.model),
+                seed=None if start else workspace.seed_for("omega", 1),
+                dtype=teacher.dtype,
+                examples=len(examples),
+                tokens=len(kept),
+                metrics={"top_k": float(top_k), "kept": float(kept.mean()), "kept_least": float(kept.min())} | left_out,
+            ),
             over=places[folder],
         )
         writing.write_log(log, [{"inputs": inputs, **left_out}, {"wall_s": time.monotonic() - started}])

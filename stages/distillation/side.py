@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stages.artefacts import adapter_files, turns
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact
@@ -91,17 +92,19 @@ def publish_model(
         folder,
         adapters.as_files(tuned.model, workspace.agreement.model_of(tuned.role).lora),
         workspace,
-        stage="co-distill",
-        role=tuned.role,
-        round=round,
-        parents=parents,
-        base=tuned.identity,
-        parameters=adapters.count(tuned.model),
-        seed=workspace.seed_for("co-distill", round),
-        dtype=tuned.dtype,
-        steps=outcome.steps,
-        examples=outcome.examples,
-        tokens=outcome.tokens,
-        metrics=metrics,
+        Draft(
+            stage="co-distill",
+            role=tuned.role,
+            round=round,
+            parents=parents,
+            base=tuned.identity,
+            parameters=adapters.count(tuned.model),
+            seed=workspace.seed_for("co-distill", round),
+            dtype=tuned.dtype,
+            steps=outcome.steps,
+            examples=outcome.examples,
+            tokens=outcome.tokens,
+            metrics=metrics,
+        ),
         over=places[folder],
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, inbox, read_manifest
@@ -59,15 +60,17 @@ def _close(workspace: Workspace, theta: Artefact, report: Report, overwrite: boo
         target,
         _inboxes(theta, updates),
         workspace,
-        stage="close",
-        round=round,
-        attempt=theta.manifest.attempt,
-        parents={"broadcast": theta.sha256} | {party_of(k): update.sha256 for k, update in updates.items()},
-        base=theta.manifest.base,
-        parameters=0,
-        transcript=transcript_of(theta),
-        closing={party_of(k): masking_of(update).y_sha256 for k, update in updates.items()},
-        over=place,  # of an earlier attempt, or an earlier roster
+        Draft(
+            stage="close",
+            round=round,
+            attempt=theta.manifest.attempt,
+            parents={"broadcast": theta.sha256} | {party_of(k): update.sha256 for k, update in updates.items()},
+            base=theta.manifest.base,
+            parameters=0,
+            transcript=transcript_of(theta),
+            closing={party_of(k): masking_of(update).y_sha256 for k, update in updates.items()},
+        ),
+        over=place,
     )
     report(Event("note", f"round {round} is closed over client {names_of(updates)}"))
     return _kept(workspace, theta, received(target, workspace, reader=SERVER, stage="close", round=round))

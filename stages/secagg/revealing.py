@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, inbox
@@ -45,14 +46,16 @@ def reveal(workspace: Workspace, theta: Artefact, client: int, report: Report = 
             workspace.reveal(round, client),
             {SEALED_REVEAL: sealed},
             workspace,
-            stage="reveal",
-            round=round,
-            attempt=theta.manifest.attempt,
-            client=client,
-            parents={"close": closed.sha256},
-            base=theta.manifest.base,
-            parameters=0,
-            transcript=transcript_of(theta),
+            Draft(
+                stage="reveal",
+                round=round,
+                attempt=theta.manifest.attempt,
+                client=client,
+                parents={"close": closed.sha256},
+                base=theta.manifest.base,
+                parameters=0,
+                transcript=transcript_of(theta),
+            ),
         )
 
 

@@ -11,6 +11,7 @@ import os
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from stages.artefacts.adapter_files import layout_of, read_adapter
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest, Masking
 from stages.artefacts.publishing import publish, spare_strangers
 from stages.artefacts.reading import LEVELS, Artefact
@@ -122,19 +123,21 @@ def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault
         workspace.masked_update(round, client),
         {MASKED_UPDATE: array_bytes("y", masked.y), SEALED_SHARES: array_bytes("s", masked.rows)},
         workspace,
-        stage="client-train",
-        round=round,
-        attempt=theta.manifest.attempt,
-        client=client,
-        parents={theta.path.name: theta.sha256},
-        base=theta.manifest.base,
-        parameters=theta.manifest.parameters,
-        privacy=trained.manifest.privacy,
-        transcript=keys.transcript.hex(),
-        masking=Masking(
-            y_sha256=masked.y_sha256,
-            commit_self=masked.commit_self,
-            commit_pairs={party_of(other): commitment for other, commitment in masked.commit_pairs.items()},
+        Draft(
+            stage="client-train",
+            round=round,
+            attempt=theta.manifest.attempt,
+            client=client,
+            parents={theta.path.name: theta.sha256},
+            base=theta.manifest.base,
+            parameters=theta.manifest.parameters,
+            privacy=trained.manifest.privacy,
+            transcript=keys.transcript.hex(),
+            masking=Masking(
+                y_sha256=masked.y_sha256,
+                commit_self=masked.commit_self,
+                commit_pairs={party_of(other): commitment for other, commitment in masked.commit_pairs.items()},
+            ),
         ),
     )
     remember(vault, round, kept)

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from builders import AGREEMENT, edit, random_adapter
 from stages.artefacts.adapter_files import config_bytes, weights_bytes
+from stages.artefacts.draft import Draft
 from stages.artefacts.lineage import check_belongs, parent_place
 from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.publishing import already_made, publish
@@ -53,7 +54,17 @@ def published_in(workspace: Workspace, **changed: Any) -> Path:
         ADAPTER_CONFIG: config_bytes(settings.lora, target_modules=["c_attn"], fan_in_fan_out=True),
     }
     folder = workspace.client_update(1, 2)
-    publish(folder, contents, workspace, parents=PARENTS, base=BASE, parameters=56, **(given | changed))
+    publish(
+        folder,
+        contents,
+        workspace,
+        Draft(
+            parents=PARENTS,
+            base=BASE,
+            parameters=56,
+            **given | changed,
+        ),
+    )
     return folder
 
 

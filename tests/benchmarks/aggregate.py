@@ -15,6 +15,7 @@ import numpy as np
 from builders import AGREEMENT
 from stages.aggregate import aggregate
 from stages.artefacts import adapter_files
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import BaseIdentity
 from stages.artefacts.publishing import publish
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -64,16 +65,33 @@ def make(folder: Path, clients: int) -> Workspace:
 
     parameters = 2 * len(names) * RANK * WIDTH
     publish(
-        workspace.broadcast(1), contents(), workspace,
-        stage="broadcast", round=1, parents={}, base=BASE, parameters=parameters,
-    )  # fmt: skip
+        workspace.broadcast(1),
+        contents(),
+        workspace,
+        Draft(
+            stage="broadcast",
+            round=1,
+            parents={},
+            base=BASE,
+            parameters=parameters,
+        ),
+    )
     digest = hashlib.sha256((workspace.broadcast(1) / "manifest.json").read_bytes()).hexdigest()
     for client in range(1, clients + 1):
         publish(
-            workspace.client_update(1, client), contents(), workspace,
-            stage="client-train", round=1, client=client, parents={"broadcast": digest}, base=BASE,
-            parameters=parameters, examples=100,
-        )  # fmt: skip
+            workspace.client_update(1, client),
+            contents(),
+            workspace,
+            Draft(
+                stage="client-train",
+                round=1,
+                client=client,
+                parents={"broadcast": digest},
+                base=BASE,
+                parameters=parameters,
+                examples=100,
+            ),
+        )
     return workspace
 
 

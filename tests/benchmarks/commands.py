@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from builders import AGREEMENT, SHARED_DATA
+from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import BaseIdentity
 from stages.artefacts.publishing import publish
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -58,10 +59,19 @@ def make_large(folder: Path, *, clients: int, rounds: int) -> None:
 
     def put(place: Path, parents: dict[str, str], stage: str, round: int, client: int | None = None) -> str:
         publish(
-            place, contents, workspace,
-            stage=stage, role="llm" if place.name == "llm" else "slm", round=round, client=client,  # type: ignore[arg-type]
-            parents=parents, base=BASE, parameters=16,
-        )  # fmt: skip
+            place,
+            contents,
+            workspace,
+            Draft(
+                stage=stage,
+                role="llm" if place.name == "llm" else "slm",
+                round=round,
+                client=client,
+                parents=parents,
+                base=BASE,
+                parameters=16,
+            ),
+        )
         return hashlib.sha256((place / "manifest.json").read_bytes()).hexdigest()
 
     slm, llm = "", {}

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from builders import AGREEMENT, Family, random_adapter, tiny_model, tuned
 from stages.artefacts.adapter_files import Tensors
+from stages.artefacts.draft import Draft
 from stages.artefacts.publishing import publish
 from stages.models import adapters
 from stages.runtime.errors import BadNumbers, UsageProblem
@@ -113,7 +114,18 @@ def test_a_published_folder_gives_the_same_logits_by_peft_itself(family: Family,
     contents = adapters.as_files(one.model, workspace.agreement.slm.lora)
     count = adapters.count(one.model)
     folder = workspace.broadcast(1)
-    publish(folder, contents, workspace, stage="broadcast", round=1, parents={}, base=one.identity, parameters=count)
+    publish(
+        folder,
+        contents,
+        workspace,
+        Draft(
+            stage="broadcast",
+            round=1,
+            parents={},
+            base=one.identity,
+            parameters=count,
+        ),
+    )
     theirs = PeftModel.from_pretrained(tiny_model(family, seed=1), folder).eval()
     assert torch.equal(theirs(input_ids=IDS).logits, one.model(input_ids=IDS).logits)
     assert same(adapters.take(theirs), adapters.take(one.model))

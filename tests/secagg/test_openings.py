@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from federations import vault_of
+from stages.artefacts.draft import Draft
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, inbox, read_artefact
 from stages.audit.audit import audit
@@ -400,14 +401,16 @@ def test_a_close_over_fewer_than_was_agreed_is_not_revealed_for_and_fails_the_au
         workspace.close(1),
         {inbox(k): b"-" for k in (1, 2, 3)},
         workspace,
-        stage="close",
-        round=1,
-        parents={"broadcast": theta_of(folder).sha256}
-        | {party: read_artefact(workspace.client_update(1, int(party[-1])), only=[]).sha256 for party in sent},
-        base=theta.base,
-        parameters=0,
-        transcript=one_round.transcript_of(theta_of(folder)),
-        closing={party: one.masking.y_sha256 for party, one in sent.items() if one.masking},
+        Draft(
+            stage="close",
+            round=1,
+            parents={"broadcast": theta_of(folder).sha256}
+            | {party: read_artefact(workspace.client_update(1, int(party[-1])), only=[]).sha256 for party in sent},
+            base=theta.base,
+            parameters=0,
+            transcript=one_round.transcript_of(theta_of(folder)),
+            closing={party: one.masking.y_sha256 for party, one in sent.items() if one.masking},
+        ),
     )
     with pytest.raises(
         Refused, match=r"closed over 3 of 4 clients; by the agreement its sum is of 4 or more"
