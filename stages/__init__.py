@@ -10,10 +10,21 @@
                          in two phases also, and back again              private/server/round-t/captured-{slm,llm}
     (4.1)  evaluate      one adapter, an lm-eval task                    results/round-t/*.json
 
-Around them: init makes a workspace, prepare divides a public dataset, run does every step in one process, status says
-what is there, next does what one party can do now, pack and unpack carry what travels as one file, demo shows it all in
-a world of its own. Before them, plan says what all this will take and what is missing here, and prefetch fetches it.
-After them, compare sets every method side by side, report draws it, sweep varies settings, comm_cost counts what
-travels, export writes a model as others load it; verify walks the chain of manifests and signatures, audit checks all
-that was exchanged, diff compares two adapters. Stages meet only on disk; `parts` are the nouns they use.
+The steps stand in this folder, and nothing else. Around them are rooms, each for one thing, and each imports only those
+before it:
+
+    runtime       what a stage says and hears            files         files that are whole or absent
+    paper         the paper as data                      workspace     layout, names, settings, task files, init
+    parties       keys, roster, vault, signatures        data          rows, questions, prepare
+    bases         base models on disk                    artefacts     manifests, adapters, records, checkpoints
+    accounting    what privacy was spent                 exchange      pack, unpack, what travels
+    progress      how far a federation is, status        models        base models and adapters, loaded
+    secagg        secure aggregation                     study         federations side by side
+    training      losses, batches, steps                 evaluation    lm-eval's scores
+    aggregation   rules, the gate                        distillation  in one phase or two
+    privacy       DP-SGD                                 export        a model as others load it
+
+and above the steps those that look ahead (planning: plan, prefetch, comm_cost) or back (audit: audit, verify, diff),
+that draw (report), that drive the steps (federation: run, next, compare, sweep, slurm), and the demo. Steps meet on
+disk only: none imports another. tests/test_house.py holds all of this.
 """

@@ -22,7 +22,7 @@ from pydantic import BaseModel  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from fedcollm_cli.main import app  # noqa: E402
-from stages.workspace.agreement import Agreement
+from stages.workspace.agreement import Agreement  # noqa: E402
 from stages.workspace.init import init  # noqa: E402
 from stages.workspace.machine import Machine  # noqa: E402
 

@@ -27,7 +27,9 @@ ARCHIVES = {"zipfile", "tarfile", "pickle", "mmap", "marshal", "shelve", "joblib
 
 REASONS = {
     "fedcollm_cli/console.py": "the terminal",
-    "stages/files/writing.py": "the one reader and the one writer",
+    "stages/files/reading.py": "the one reader",
+    "stages/files/writing.py": "the one writer",
+    "stages/files/locks.py": "locks",
     "stages/runtime/quiet.py": "/dev/null",
     "stages/report/page.py": "the page's template, in the package",
     "stages/paper/reported.py": "the paper's tables, in the package",
@@ -40,7 +42,7 @@ REASONS = {
     "stages/bases/base_files.py": "a base model, from the user's disk or the hub's cache",
     "stages/models/base_loading.py": "a base model, from the user's disk or the hub's cache",
     "stages/bases/base_names.py": "the configuration of a base model, from the user's disk",
-    "stages/models/loading.py": "a base model, from the user's disk or the hub's cache",
+    "stages/models/identity.py": "a base model, from the user's disk or the hub's cache",
     "stages/export/exported.py": "a base model; and a draft of an export that was just written, loaded back",
     "stages/export/export.py": "a draft of an export that was just written, for its digests",
 }
@@ -104,7 +106,7 @@ def watch(event, details):
     path, mode, flags = details
     frame = sys._getframe(1)
     reader = frame.f_code.co_filename
-    is_ours = reader.endswith("stages/files/writing.py")
+    is_ours = "/stages/files/" in reader
     if is_ours and not os.path.isabs(path):  # one part of a path, below the folder before it
         path = frame.f_locals["path"]
     elif not lies_there(path):

@@ -49,7 +49,7 @@ def compare(
     Example: fedcollm compare --seeds 1,2,3
     """
     with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
-        from stages.study.comparison import compare as stage
+        from stages.federation.compare import compare as stage
 
         if as_json + as_markdown + as_csv > 1:
             raise UsageProblem("--json, --markdown and --csv exclude each other", mend="give one of them")

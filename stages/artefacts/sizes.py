@@ -7,7 +7,6 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, is_inbox
 from stages.files import reading
 from stages.runtime.errors import Damaged
-from stages.secagg.shamir import SHARE_BYTES
 from stages.workspace.names import (
     ADAPTER_WEIGHTS,
     CAPTURE,
@@ -16,6 +15,9 @@ from stages.workspace.names import (
     SEALED_SHARES,
 )
 from stages.workspace.paths import Workspace
+
+SHARE_BYTES = 33
+"""What a Shamir share has: a number below 2^257 and a little."""
 
 SEAL_BYTES = 64
 """More than the salt and the tag of a sealed row have."""

@@ -21,6 +21,9 @@ from stages.runtime.texts import lines
 MOST_LISTED = 20
 """How many bad lines of a file one error tells."""
 
+NO_LABEL = -100
+"""Stands for the target where there is none: torch's own sign for "no cross-entropy here"."""
+
 
 @dataclass(frozen=True)
 class Row:

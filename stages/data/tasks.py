@@ -72,12 +72,6 @@ def load(workspace: Workspace, names: list[str], report: Report = ignore) -> lis
         return _load(workspace, names)
 
 
-def shipped() -> list[str]:
-    """The names of lm-eval's own tasks, groups and tags."""
-    with quiet.libraries():
-        return list(TaskManager().all_tasks)
-
-
 def _load(workspace: Workspace, names: list[str], above: tuple[str, ...] = ()) -> list[ConfigurableTask]:
     local = TaskManager(include_path=str(workspace.tasks), include_defaults=False)
     shipped: TaskManager | None = None

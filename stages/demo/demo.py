@@ -12,10 +12,10 @@ from typing import Any
 
 from stages.data.prepare import prepare
 from stages.demo.world import World, build_world, write_world
+from stages.federation.compare import compare
 from stages.report.report import InWords, write_report
 from stages.runtime import quiet
 from stages.runtime.events import Event, Report, ignore
-from stages.study.comparison import compare
 from stages.workspace.init import init
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace

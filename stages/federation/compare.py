@@ -7,16 +7,39 @@ Writes nothing else. Names no winner that the error bars do not support.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.evaluate import evaluate
 from stages.federation.run import derived, run
 from stages.runtime.events import Event, Report, ignore
+from stages.study import comparison
 from stages.workspace.agreement import Method
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.models.loading import Models
+
+
+def compare(
+    workspace: Workspace,
+    *,
+    seeds: Sequence[int] | None = None,
+    methods: Sequence[Method] | None = None,
+    paper: str | None = None,
+    metric: str = "acc",
+    collect: bool = False,
+    overwrite: bool = False,
+    models: Models | None = None,
+    report: Report = ignore,
+) -> dict[str, Any]:
+    """Run what is missing of the seeds that are given, unless collect is set; then compare, as study's compare does."""
+    from stages.study import results
+
+    comparison.check_no_baseline(workspace)
+    if seeds and not collect:
+        wanted = list(methods or results.METHODS)
+        run_all(workspace, seeds=seeds, methods=wanted, overwrite=overwrite, models=models, report=report)
+    return comparison.compare(workspace, seeds=seeds, methods=methods, paper=paper, metric=metric, report=report)
 
 
 def run_all(

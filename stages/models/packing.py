@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.data.rows import Example
-from stages.training.losses import NO_LABEL
+from stages.data.rows import NO_LABEL, Example
 
 Batch = dict[str, Tensor]
 

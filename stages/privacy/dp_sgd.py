@@ -33,7 +33,7 @@ from transformers import get_constant_schedule_with_warmup
 
 from stages.accounting.accountant import Charge
 from stages.artefacts import checkpoints
-from stages.data.rows import Example
+from stages.data.rows import NO_LABEL, Example
 from stages.files import writing
 from stages.models.devices import naming_memory_knobs
 from stages.models.packing import padded
@@ -42,7 +42,6 @@ from stages.privacy.noise import SecretRandom
 from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event, Report
 from stages.training import micro_batch
-from stages.training.losses import NO_LABEL
 from stages.training.objective import Objective, Tokens
 from stages.training.recipes import Outcome, Recipe
 from stages.training.stopping import (

@@ -18,11 +18,12 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from stages.artefacts.sizes import SHARE_BYTES
 from stages.parties.one_time_keys import derive, domain
 from stages.runtime.errors import Damaged, Refused
 from stages.secagg import prg, shamir
 from stages.secagg.prg import Stream
-from stages.secagg.shamir import SECRET_BYTES, SHARE_BYTES, Draw
+from stages.secagg.shamir import SECRET_BYTES, Draw
 from stages.workspace.agreement import threshold
 
 SALT_BYTES, TAG_BYTES = 16, 16

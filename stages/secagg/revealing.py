@@ -11,6 +11,7 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, inbox
 from stages.artefacts.receiving import received
+from stages.artefacts.sizes import SHARE_BYTES
 from stages.parties import roster
 from stages.parties.memory import Kept, recall, remember
 from stages.parties.names import client as party_of
@@ -21,7 +22,6 @@ from stages.secagg import masking, reveals
 from stages.secagg.one_round import opening_of, round_of, transcript_of
 from stages.secagg.said import check_known
 from stages.secagg.sending import secret_of
-from stages.secagg.shamir import SHARE_BYTES
 from stages.secagg.vectors import read_array
 from stages.workspace.names import SEALED_REVEAL
 from stages.workspace.paths import Workspace, require

@@ -13,10 +13,11 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from stages.artefacts.sizes import SHARE_BYTES
 from stages.parties.one_time_keys import KEY_BYTES, derive, domain
 from stages.runtime.errors import Damaged, Refused
 from stages.secagg.masking import NONCE, TAG_BYTES, agree, decrypt
-from stages.secagg.shamir import SHARE_BYTES, Draw
+from stages.secagg.shamir import Draw
 from stages.workspace.agreement import threshold
 
 

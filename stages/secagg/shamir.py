@@ -10,9 +10,10 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 
+from stages.artefacts.sizes import SHARE_BYTES
+
 PRIME = 2**257 - 93
 SECRET_BYTES = 32
-SHARE_BYTES = 33
 
 Draw = Callable[[int], bytes]
 """Where random bytes come from: given how many, returns as many."""

@@ -17,12 +17,17 @@ from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
 if TYPE_CHECKING:
-    from stages.models.loading import Models
     from stages.study.results import Row, Scores, Study, Table
-from stages.federation.compare import run_all
 
 ALL = "all tasks"
 """The column of all questions of all tasks together."""
+
+
+def check_no_baseline(workspace: Workspace) -> None:
+    """Raise UsageProblem for a workspace that is one row of another's comparison."""
+    if workspace.is_baseline:
+        mend = f"fedcollm compare --workspace {workspace.root.parents[1]}"
+        raise UsageProblem("this is a baseline: it is compared from where it belongs", where=workspace.root, mend=mend)
 
 
 def compare(
@@ -32,26 +37,19 @@ def compare(
     methods: Sequence[Method] | None = None,
     paper: str | None = None,
     metric: str = "acc",
-    collect: bool = False,
-    overwrite: bool = False,
-    models: Models | None = None,
     report: Report = ignore,
 ) -> dict[str, Any]:
     """The tables, the differences of FedCoLLM from every other row, and the ledger of budgets.
 
-    seeds: federations to run, where they are missing, unless collect is set; by default those that there are. methods:
-    by default all of them where seeds are given, else those that there are. paper: a setting of the paper, to stand
+    seeds: by default those that there are. methods: by default all of them where seeds are given, else those that there
+    are. paper: a setting of the paper, to stand
     beside. Raises BadNumbers if budgets differ, NotReady, with the command, for what is missing.
     """
     from stages.study import budgets, results
 
-    if workspace.is_baseline:
-        mend = f"fedcollm compare --workspace {workspace.root.parents[1]}"
-        raise UsageProblem("this is a baseline: it is compared from where it belongs", where=workspace.root, mend=mend)
+    check_no_baseline(workspace)
     begun_seeds, begun_methods = results.begun(workspace)
     methods = list(methods or (results.METHODS if seeds else begun_methods))
-    if seeds and not collect:
-        run_all(workspace, seeds=seeds, methods=methods, overwrite=overwrite, models=models, report=report)
     study = results.open_study(workspace, seeds or begun_seeds, methods)
     results.check_finished(study)
     for runs in study.runs.values():

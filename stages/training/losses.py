@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+from stages.data.rows import NO_LABEL
 
-NO_LABEL = -100
-"""Stands for the target where there is none: torch's own sign for "no cross-entropy here"."""
+Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, tokens: Tensor | int) -> Tensor:

@@ -98,7 +98,7 @@ def _check_known(names: Sequence[str]) -> None:
     """Raise UsageProblem for a name that no task of lm-eval's has."""
     if not names:
         return
-    from stages.data.tasks import shipped
+    from stages.workspace.task_files import shipped
 
     known = shipped()
     for name in names:

@@ -1,10 +1,9 @@
-"""The workspace folder: where everything is. Every name on disk is spelled here and nowhere else."""
+"""A workspace: its settings, and what the agreement says of rounds, steps and clients."""
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,11 +11,12 @@ from typing import Literal
 from pydantic import ValidationError
 
 from stages.files import reading
-from stages.runtime.errors import NotReady, Refused, UsageProblem
+from stages.runtime.errors import NotReady, UsageProblem
 from stages.workspace.agreement import Agreement
+from stages.workspace.layout import Layout
 from stages.workspace.machine import Machine
 from stages.workspace.names import AGREEMENT, MACHINE
-from stages.workspace.settings import Dtype, Role, Settings, parse
+from stages.workspace.settings import Dtype, Settings, parse
 
 LARGEST_TOML_BYTES = 1 << 20
 
@@ -29,7 +29,7 @@ class MachineFlags(Settings):
 
 
 @dataclass(frozen=True)
-class Workspace:
+class Workspace(Layout):
     """One party's copy of a federation's folder."""
 
     root: Path
@@ -120,227 +120,6 @@ class Workspace:
         """The seed of one run of a stage, drawn from the federation's: a stage run alone gives the same bytes."""
         words = f"{self.agreement.federation.seed}/{stage}/{round}/{client}"
         return int(reading.sha256(words.encode())[:8], 16) % (1 << 31)
-
-    # --- data
-
-    @property
-    def tasks(self) -> Path:
-        """lm-eval task files of this federation."""
-        return self.home / "tasks"
-
-    def tasks_sha256(self) -> str:
-        """The digest of the task files and of the local data they name: other ones give other scores."""
-        reading.check_plain(self.tasks)
-        from stages.workspace import task_files
-
-        return task_files.digest(self.tasks, self.home)
-
-    def sources_sha256(self) -> str:
-        """The digest of what `prepare` deals rows from: tasks and their local data, or JSONL files."""
-        if self.agreement.data.tasks:
-            return self.tasks_sha256()
-        return reading.sha256(
-            "".join(reading.sha256(reading.read_own(self.local(name))) for name in self.agreement.data.files).encode()
-        )
-
-    @property
-    def private(self) -> Path:
-        """What never leaves its machine."""
-        return self.root / "private"
-
-    @property
-    def split(self) -> Path:
-        """What `prepare` did: sources, rows and labels per party."""
-        return self.private / "split.json"
-
-    @property
-    def is_simulation(self) -> bool:
-        """Whether one person plays all parties here, as machine.toml says, or as `prepare` was once told by hand."""
-        said = self.machine.simulation
-        return self.split.exists() if said is None else said
-
-    def agreed(self, sha256: str) -> Path:
-        """A copy of the agreement of this digest, under which something was published here."""
-        return self.private / "agreements" / f"{sha256[:16]}.toml"
-
-    def client_data(self, client: int) -> Path:
-        """D^k."""
-        return self.private / f"client-{client}" / "train.jsonl"
-
-    @property
-    def auxiliary_data(self) -> Path:
-        """D^a."""
-        return self.private / "server" / "auxiliary.jsonl"
-
-    @property
-    def held_out_data(self) -> Path:
-        """Rows that nobody trains on: the server's, for aggregate's gate."""
-        return self.private / "server" / "held-out.jsonl"
-
-    def privacy_ledger(self, client: int) -> Path:
-        """What a client has spent of its privacy budget, round after round, written before it is spent."""
-        return self.private / f"client-{client}" / "privacy-ledger.jsonl"
-
-    # --- who takes part
-
-    @functools.cached_property
-    def secrets(self) -> Path:
-        """Where this machine keeps keys, never inside a workspace."""
-        data = os.environ.get("XDG_DATA_HOME", "")
-        if not Path(data).is_absolute():  # as its specification says; it must not lead into a workspace either
-            data = "~/.local/share"
-        return self.local(self.machine.secrets or f"{data}/fedcollm")
-
-    def secrets_pointer(self, party: str) -> Path:
-        """The name of a party's folder of keys: no secret itself."""
-        return self.private / party / "keys.json"
-
-    def secrets_unfinished(self, party: str) -> Path:
-        """The same while keys are being made: left over where that was killed, so that the next can erase them."""
-        return self.private / party / "keys-unfinished.json"
-
-    def public_keys(self, client: int) -> Path:
-        """A client's public keys, from the client to the server; the signature is beside it, .sig."""
-        return self.root / "exchange" / "keys" / f"client-{client}.json"
-
-    @property
-    def federation(self) -> Path:
-        """The roster, from the server to all; the signature is beside it, .sig."""
-        return self.root / "exchange" / "federation.json"
-
-    # --- adapters
-
-    @property
-    def exchange(self) -> Path:
-        """The only folder that ever travels."""
-        return self.root / "exchange"
-
-    def _exchange(self, round: int) -> Path:
-        return self.exchange / f"round-{round:04d}"
-
-    def _server(self, round: int) -> Path:
-        return self.private / "server" / f"round-{round:04d}"
-
-    def broadcast(self, round: int) -> Path:
-        """theta^t, from the server to all clients."""
-        return self._exchange(round) / "broadcast"
-
-    def client_update(self, round: int, client: int) -> Path:
-        """theta_k^{t+1}, from client k to the server."""
-        return self._exchange(round) / f"client-{client}"
-
-    def client_adapter(self, round: int, client: int) -> Path:
-        """theta_k^{t+1}, readable: what the client sends, or, in secure mode, what it keeps."""
-        if self.agreement.aggregation.is_secure:
-            return self.private / f"client-{client}" / f"round-{round:04d}" / "slm"
-        return self.client_update(round, client)
-
-    def masked_update(self, round: int, client: int) -> Path:
-        """Secure mode: what the client has masked, as it is sent and, until it has revealed, sent again."""
-        return self.private / f"client-{client}" / f"round-{round:04d}" / ".masked"
-
-    def close(self, round: int) -> Path:
-        """Secure mode: whose updates the server adds up, from the server to all clients."""
-        return self._exchange(round) / "close"
-
-    def reveal(self, round: int, client: int) -> Path:
-        """Secure mode: what a client opens to unmask the sum, from the client to the server."""
-        return self._exchange(round) / f"reveal-{client}"
-
-    def client_updates(self, round: int) -> dict[int, Path]:
-        """The updates that have arrived. Raises Refused for one from a client that the agreement does not have."""
-        found = {}
-        for path in self._exchange(round).glob("client-*"):
-            number = re.fullmatch(r"client-([1-9][0-9]{0,8})", path.name)
-            if number is None or int(number[1]) not in self.clients:
-                message = f"{path.name} is not a client of this federation, which has clients 1 to {len(self.clients)}"
-                raise Refused(message, where=path, mend="take that folder out of the exchange")
-            found[int(number[1])] = path
-        return dict(sorted(found.items()))
-
-    def client_adapters(self, round: int) -> dict[int, Path]:
-        """The clients' readable adapters that are on this machine."""
-        if not self.agreement.aggregation.is_secure:
-            return self.client_updates(round)
-        return {k: place for k in self.clients if (place := self.client_adapter(round, k)).exists()}
-
-    def aggregate(self, round: int) -> Path:
-        """theta^{t,0}."""
-        return self._server(round) / "aggregate"
-
-    def slm(self, round: int) -> Path:
-        """theta^{t+1}, the SLM's adapter after mutual distillation."""
-        return self._server(round) / "slm"
-
-    def round_result(self, round: int) -> Path:
-        """The SLM's adapter that a round ends with at the server: after co-distill, or, without that, the average."""
-        return self.slm(round) if self.agreement.federation.distils else self.aggregate(round)
-
-    def llm(self, round: int) -> Path:
-        """omega^{t+1}, the LLM's adapter after mutual distillation."""
-        return self._server(round) / "llm"
-
-    def captured(self, round: int, role: Role) -> Path:
-        """What a model said of the auxiliary data before the round changed it, for co-distill in two phases."""
-        return self._server(round) / f"captured-{role}"
-
-    # --- logs, unfinished work, results
-
-    def log(self, stage: str, round: int, client: int | None = None) -> Path:
-        """The private log of one run of a stage, JSON lines: inputs, then each step, then the end."""
-        folder = self._server(round) if client is None else self.private / f"client-{client}" / f"round-{round:04d}"
-        return folder / f"{stage}.jsonl"
-
-    def turn(self, party: str | None) -> Path:
-        """The lock of `next`: of one party's steps, or of all parties' here."""
-        return self.private / (party or ".") / "next.lock"
-
-    def unfinished(self, stage: str, round: int, client: int | None = None) -> Path:
-        """Checkpoints of a training stage that has not ended yet, by process; gone when it has."""
-        return self.log(stage, round, client).with_name(f".{stage}")
-
-    def tensorboard(self, stage: str, round: int, client: int | None = None) -> Path:
-        """TensorBoard's files of one run of a stage, beside those of other rounds."""
-        party = self.log(stage, round, client).parents[1]
-        return party / "tensorboard" / f"round-{round:04d}-{stage}"
-
-    def result(self, round: int | None, subject: str) -> Path:
-        """lm-eval's scores of one model: "slm", "llm" or "client-2"; without a round, of the base alone."""
-        folder = "zero-shot" if round is None else f"round-{round:04d}"
-        return self.root / "results" / folder / f"{subject}.json"
-
-    @property
-    def report(self) -> Path:
-        """The page that shows all of it, and its charts' data as CSV."""
-        return self.root / "results" / "report"
-
-    @property
-    def slurm(self) -> Path:
-        """Job scripts for Slurm, made by `fedcollm slurm`; their logs, and the numbers of the jobs."""
-        return self.root / "slurm"
-
-    # --- workspaces derived from this one
-
-    def baseline(self, method: str) -> Path:
-        """Another method on the same data, with the same budgets."""
-        return self.root / "baselines" / method
-
-    def replica(self, seed: int) -> Path:
-        """The same federation from another seed."""
-        return self.root / "seeds" / f"seed-{seed}"
-
-    def sweep_point(self, name: str) -> Path:
-        """The same federation with other settings, which name it."""
-        return self.root / "sweeps" / name
-
-    def export(self, round: int, subject: str, *, merged: bool) -> Path:
-        """One model in the form that others load: an adapter for PEFT, or merged weights."""
-        return self.root / "exports" / f"{subject}-round-{round:04d}{'-merged' if merged else ''}"
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether this one was derived from another as its baseline: methods are run and compared from there."""
-        return self.home != self.root and self.baseline("").name == self.root.parent.name
 
     # --- helpers of more than one stage
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from stages.files import reading
+from stages.runtime import quiet
 from stages.runtime.errors import Refused, UsageProblem
 
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")
@@ -243,3 +244,11 @@ def matches(name: str, home: Path) -> list[Path]:
         return [place]
     found = place.rglob("*") if place.is_dir() else map(Path, glob.iglob(str(place), recursive=True))  # noqa: PTH207
     return sorted(path for path in itertools.islice(found, MOST_FILES + 1) if path.is_file())
+
+
+def shipped() -> list[str]:
+    """The names of lm-eval's own tasks, groups and tags."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet.libraries():
+        return list(TaskManager().all_tasks)

@@ -15,9 +15,9 @@ import pytest
 from scipy import stats
 
 from builders import QUESTIONS, Outcome, edit, make_study, published, rewrite
+from stages.federation.compare import compare
 from stages.federation.run import run
 from stages.paper.reported import tables
-from stages.study.comparison import compare
 from stages.workspace.paths import Workspace
 
 SEEDS = {7: "", 8: "seeds/seed-8"}

@@ -158,9 +158,9 @@ def test_what_killed_processes_left_beside_is_no_hindrance_and_goes_in_time(tmp_
 def killed_while_writing(path: Path) -> None:
     """Another process, which is killed when the draft is whole and has not its name yet."""
     code = (
-        "import os, sys; from pathlib import Path; from stages.parts import files;"
+        "import os, sys; from pathlib import Path; from stages.files import writing;"
         "Path.replace = Path.rename = lambda *_: os.kill(os.getpid(), 9);"
-        "files.write(Path(sys.argv[1]), b'half')"
+        "writing.write(Path(sys.argv[1]), b'half')"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code, str(path)], env=environment).returncode == -9

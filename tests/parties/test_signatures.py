@@ -54,7 +54,7 @@ def test_the_signature_is_of_type_and_content_each_after_its_length(path: Path) 
     )
     KEY.public_key().verify(base64.b64decode(value.pop("sig")), signed)
     # printf of the 32 public bytes | sha256sum, 16 digits
-    key_id = signatures.files.sha256(KEY.public_key().public_bytes_raw())[:16]
+    key_id = signatures.reading.sha256(KEY.public_key().public_bytes_raw())[:16]
     assert value == {"v": 1, "alg": "ed25519", "key_id": key_id, "type": "fedcollm/close"}
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.data.rows import NO_LABEL
 from stages.training.losses import (
     DIVERGENCES,
-    NO_LABEL,
     Divergence,
     TopK,
     captured_distillation,

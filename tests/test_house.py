@@ -1,0 +1,213 @@
+"""The house: rooms in their order, steps above them, what each may load; modules and functions of a readable size."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from builders import AGREEMENT, ROOT
+
+STAGES = ROOT / "stages"
+GROUND = ("runtime", "paper", "files", "workspace", "parties", "data", "bases", "artefacts", "accounting")
+ABOVE = (
+    "exchange",
+    "progress",
+    "models",
+    "secagg",
+    "study",
+    "training",
+    "evaluation",
+    "aggregation",
+    "distillation",
+    "privacy",
+    "export",
+)
+STEPS = ("broadcast", "client_train", "reveal", "aggregate", "co_distill", "evaluate")
+TOP = ("planning", "audit", "report", "federation", "demo")
+ORDER = (*GROUND, *ABOVE, *STEPS, *TOP)
+"""Rooms and steps from the ground up: each imports only those before it."""
+
+DRIVERS = ("federation", "demo")
+"""The rooms that call steps; all others meet them on disk only."""
+
+HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate"}
+DRAWING = {"vl_convert", "jinja2"}
+LIGHT = ("runtime", "paper", "files", "workspace", "parties", "bases", "accounting", "progress")
+"""Rooms that load neither torch nor NumPy; parties loads cryptography."""
+
+WITH_LIBRARIES = ("gate", "tasks")
+"""Modules in light rooms that load a model, or lm-eval: they are imported where they are used."""
+
+MOST_LINES, MOST_LINES_OF_FUNCTION = 300, 60
+STILL_LONG = {
+    "stages/client_train.py: _train",
+    "stages/client_train.py: client_train",
+    "stages/distillation/capture.py: capture",
+    "stages/distillation/capture.py: make",
+    "stages/distillation/two_phases.py: train_against",
+    "stages/privacy/dp_sgd.py: train",
+    "stages/secagg/sending.py: _send",
+    "stages/training/training.py: train",
+}
+"""To be shortened; one that is leaves this list."""
+
+MODULES = sorted(STAGES.rglob("*.py"))
+NAMES = {path: path.relative_to(ROOT).as_posix() for path in [*MODULES, *(ROOT / "fedcollm_cli").rglob("*.py")]}
+
+
+def room_of(path: Path) -> str:
+    """The room that a module stands in; a step is a room of its own."""
+    return path.relative_to(STAGES).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it, dotted; `from package import name` counts as both."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in {path}"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms_imported(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(path) if name.startswith("stages.")} & set(ORDER)
+
+
+def packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def loaded_after(code: str) -> set[str]:
+    """The packages that a fresh Python holds after running code."""
+    code += "\nimport json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def modules_of(*rooms: str) -> list[str]:
+    """Every module of these rooms, dotted."""
+    paths = [path for path in MODULES if room_of(path) in rooms and path.stem not in ("__init__", *WITH_LIBRARIES)]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+
+
+def loaded_by_importing(names: list[str]) -> set[str]:
+    return loaded_after("\n".join(f"import {name}" for name in names))
+
+
+# --- order
+
+
+def test_every_room_and_every_step_stands_in_the_order() -> None:
+    assert sorted({room_of(path) for path in MODULES if path.parent != STAGES or path.stem in STEPS}) == sorted(ORDER)
+    assert {path.stem for path in STAGES.glob("*.py")} == {*STEPS, "__init__"}
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_a_room_imports_only_rooms_before_it(room: str) -> None:
+    before = {*ORDER[: ORDER.index(room)], room}
+    for path in MODULES:
+        if path.parent != STAGES or path.stem in STEPS:
+            assert room_of(path) != room or rooms_imported(path) <= before, path
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_steps_meet_on_disk_only_and_none_but_their_drivers_call_them(room: str) -> None:
+    allowed = set(STEPS) if room in DRIVERS else {room}
+    for path in MODULES:
+        if room_of(path) == room:
+            assert rooms_imported(path) & set(STEPS) <= allowed, path
+            assert room == "demo" or "demo" not in rooms_imported(path), path
+
+
+def test_a_room_s_own_file_is_a_docstring() -> None:
+    for path in STAGES.glob("*/__init__.py"):
+        (only,) = ast.parse(path.read_text()).body
+        assert isinstance(only, ast.Expr), path
+
+
+def test_nothing_under_stages_knows_of_the_command_line() -> None:
+    for path in MODULES:
+        assert not packages(path) & {"typer", "rich", "click", "fedcollm_cli", "argparse"}, path
+
+
+def test_the_command_line_knows_of_no_library_that_stages_stand_on() -> None:
+    for path in (ROOT / "fedcollm_cli").rglob("*.py"):
+        assert not packages(path) & (HEAVY | {"numpy", "safetensors"}), path
+
+
+# --- size
+
+
+@pytest.mark.parametrize("path", NAMES, ids=NAMES.values())
+def test_no_module_is_too_long_to_read(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+def test_no_function_is_too_long_to_read_but_those_that_are_known() -> None:
+    """Commands are exempt: theirs is a list of options."""
+    long = {
+        f"{name}: {node.name}"
+        for path, name in NAMES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= MOST_LINES_OF_FUNCTION
+        and not name.startswith("fedcollm_cli/commands/")
+    }
+    assert long == STILL_LONG
+
+
+# --- what is loaded
+
+
+@pytest.mark.parametrize(
+    ("rooms", "forbidden"),
+    [
+        (LIGHT, HEAVY | {"numpy", "safetensors"}),
+        (("data", "artefacts", "exchange", "secagg", "study", "aggregation", "audit"), HEAVY),
+        (("report",), HEAVY | DRAWING),
+    ],
+    ids=["nothing", "NumPy", "the report"],
+)
+def test_the_lower_floors_load_nothing_heavy(rooms: tuple[str, ...], forbidden: set[str]) -> None:
+    assert not loaded_by_importing(modules_of(*rooms)) & forbidden
+
+
+def test_importing_every_step_and_its_drivers_loads_nothing_heavy() -> None:
+    assert not loaded_by_importing([f"stages.{step}" for step in STEPS] + modules_of("federation")) & HEAVY
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    found = loaded_after("import fedcollm_cli.main")
+    assert "typer" in found
+    assert not found & (HEAVY | {"numpy", "safetensors"})
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["client-train", "--help"], ["--version"], ["status"], ["status", "--json"]]
+)
+def test_a_command_that_loads_no_model_imports_no_torch(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "fedcollm.toml").write_text(AGREEMENT)
+    words = [*words, "--workspace", str(tmp_path)] if words[0] == "status" else words
+    assert not loaded_by(words) & (HEAVY | {"numpy", "safetensors"})
+
+
+def loaded_by(words: list[str]) -> set[str]:
+    """The packages that a fresh Python holds after a command that ends well."""
+    call = f"try:\n    app({words!r})\nexcept SystemExit as stop:\n    assert not stop.code"
+    return loaded_after(f"from fedcollm_cli.main import app\n{call}")
+
+
+def test_auditors_need_numpy_and_no_torch(finished_once: Path) -> None:
+    adapters = [str(finished_once / "exchange" / f"round-000{round}" / "broadcast") for round in (1, 2)]
+    for words in (["audit", "--json", "-w", str(finished_once)], ["diff", *adapters, "--json"]):
+        found = loaded_by(words)
+        assert "numpy" in found
+        assert not found & (HEAVY | DRAWING)
