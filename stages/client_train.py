@@ -33,10 +33,8 @@ from stages.workspace.names import MANIFEST
 from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
-    from stages.artefacts.adapter_files import Tensors
     from stages.models.loading import Models
     from stages.models.tuned import Tuned
-    from stages.training.objective import Objective
 
 
 def client_train(
@@ -199,6 +197,7 @@ def _train(
     from stages.models.loading import Models
     from stages.training import recipes, trackers, training
     from stages.training.objective import Objective, task_loss
+    from stages.training.update_norm import keep_short
 
     agreement, machine = workspace.agreement, workspace.machine
     settings, lora, privacy = agreement.client_training, agreement.slm.lora, agreement.privacy
@@ -240,7 +239,7 @@ def _train(
     report(Event("note", outcome.change))
     if outcome.metrics["slm_ft_after"] > outcome.metrics["slm_ft_before"]:
         report(Event("warning", f"client {client}'s loss rose in training: a smaller learning rate may help"))
-    metrics = outcome.metrics | _keep_short(workspace, slm, received, objective, examples, report)
+    metrics = outcome.metrics | keep_short(objective, received, examples, workspace, report)
     if not privacy.is_on:  # epsilon does not cover how many of a client's rows are long
         metrics |= left_out
     if not processes.is_first:
@@ -274,29 +273,6 @@ def _train(
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     processes.agree(manifest)
     return manifest
-
-
-def _keep_short(
-    workspace: Workspace,
-    slm: Tuned,
-    received: Tensors,
-    objective: Objective,
-    examples: list[Example],
-    report: Report,
-) -> dict[str, float]:
-    """Shorten the update to max_update_norm. Returns its norms, and where it was shortened the loss after that."""
-    from stages.models import adapters
-    from stages.training import micro_batch
-
-    trained, largest = adapters.take(slm.model), workspace.agreement.aggregation.max_update_norm
-    norms = adapters.check_trained(received, trained)
-    if largest is None or norms["update_norm"] <= largest:
-        return norms
-    report(Event("note", f"update shortened from norm {norms['update_norm']:.4g} to {largest:g}"))
-    adapters.put(slm.model, adapters.shortened(received, trained, largest))
-    rows = micro_batch.rows_at_once(objective, examples, workspace.agreement.client_training, workspace.machine)
-    after = objective.measure(examples, rows)
-    return adapters.check_trained(received, adapters.take(slm.model)) | {"slm_ft_after": after["slm_ft"]}
 
 
 def _examples(workspace: Workspace, client: int, rows: list[Row], slm: Tuned) -> list[Example]:

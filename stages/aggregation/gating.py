@@ -1,0 +1,49 @@
+"""The gate as it is asked for: by how much an average may raise the loss, on which rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.artefacts.reading import Artefact
+from stages.data.rows import Row, read_rows
+from stages.runtime.errors import UsageProblem
+from stages.runtime.events import Report
+from stages.workspace.paths import Workspace, require
+
+if TYPE_CHECKING:
+    from stages.aggregation.gate import Verdict
+    from stages.artefacts.adapter_files import Tensors
+    from stages.models.loading import Models
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What to ask of an average before it is taken: by how much it may raise the loss on these rows."""
+
+    amount: float
+    rows: list[Row]
+    data_sha256: str
+
+    def verdict(
+        self, workspace: Workspace, theta: Artefact, average: Tensors, models: Models | None, report: Report
+    ) -> Verdict:
+        """Put an average to the gate; the SLM is loaded here."""
+        from stages.aggregation.gate import gate
+        from stages.models.loading import Models
+
+        models = models or Models(workspace)
+        return gate(workspace, theta, average, self.rows, amount=self.amount, models=models, report=report)
+
+
+def gate_of(workspace: Workspace, amount: float | None) -> Gate | None:
+    """The gate that is asked for, if any, with its rows."""
+    amount = workspace.agreement.aggregation.gate if amount is None else amount
+    if amount is None:
+        return None
+    if not 0 <= amount < math.inf:
+        raise UsageProblem(f"a gate of {amount} is no amount of loss", mend="give a number such as --gate 0.1")
+    mend = "put JSONL rows there that nobody trains on, or set data.held_out_share and `fedcollm prepare`"
+    require(workspace.held_out_data, "the gate needs held-out rows, and there are none", mend)
+    return Gate(amount, *read_rows(workspace.held_out_data))

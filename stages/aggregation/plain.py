@@ -1,0 +1,122 @@
+"""Updates that travel in the clear: which have arrived, and their average by the agreement's rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from stages.artefacts.average import Average
+from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.receiving import received
+from stages.artefacts.tensor_files import largest_bytes
+from stages.parties.names import SERVER
+from stages.runtime.errors import NotReady, Refused
+from stages.runtime.events import Event, Report
+from stages.workspace.paths import Workspace
+
+MOST_CLAIMED = 1 << 40
+"""Examples, tokens or steps of one client in one round; the sum of all clients' must stay a number that is counted."""
+
+OF_FACTORS = {"median", "trimmed-mean"}
+"""Rules that act on each number of A and B by itself."""
+
+
+def present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int, Path]:
+    """The updates that have arrived, if they are enough; those of an earlier attempt at the round do not count."""
+    round, updates = theta.manifest.round, workspace.client_updates(theta.manifest.round)
+    if theta.manifest.attempt:
+        earlier = [k for k, path in updates.items() if read_manifest(path)[0].attempt < theta.manifest.attempt]
+        for client in earlier:
+            report(Event("warning", f"client {client}'s update is of an earlier attempt at this round"))
+            del updates[client]
+    absent = [k for k in workspace.clients if k not in updates]
+    needed = workspace.agreement.aggregation.min_clients or len(workspace.clients)
+    names = ", ".join(map(str, absent))
+    if len(updates) < needed:
+        message = f"round {round} has {len(updates)} of the {needed} updates it needs; absent: client {names}"
+        mend = f"fedcollm client-train --client {absent[0]} --round {round}, there; then carry exchange/ here"
+        raise NotReady(message, where=workspace.client_update(round, absent[0]), mend=mend)
+    if absent:
+        report(
+            Event("warning", f"averaging {len(updates)} of {len(workspace.clients)} clients; absent: client {names}")
+        )
+    return updates
+
+
+def average(
+    workspace: Workspace,
+    theta: Artefact,
+    updates: dict[int, Path],
+    parents: dict[str, str],
+    report: Report,
+) -> Average:
+    """Every update read once, and combined by the agreement's rule."""
+    from threadpoolctl import threadpool_limits
+
+    from stages.aggregation.rules import WEIGHTINGS, aggregator
+    from stages.artefacts import adapter_files
+
+    settings, lora = workspace.agreement.aggregation, workspace.agreement.slm.lora
+    old = adapter_files.read_adapter(theta, None, lora)
+    layout, weight_of = adapter_files.layout_of(old), WEIGHTINGS[settings.weighting]
+    combined, examples, tokens = aggregator(settings, old), 0, 0
+    del old  # rules that measure updates against it keep it
+    if settings.rule in OF_FACTORS:
+        report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
+    with threadpool_limits(1, "blas"):
+        for number, (client, update) in enumerate(_each(workspace, theta, updates), 1):
+            _check_update(update, client, theta)
+            parents[f"client-{client}"] = update.sha256  # what was read now, should it have been replaced meanwhile
+            combined.add(adapter_files.read_adapter(update, layout, lora), weight_of(update.manifest.examples))
+            examples, tokens = examples + update.manifest.examples, tokens + update.manifest.tokens
+            report(Event("step", f"client {client}", step=number, total=len(updates)))
+        tensors = combined.result()
+        metrics = combined.metrics(list(updates))
+
+    return Average(tensors, parents, examples, tokens, metrics)
+
+
+def _each(workspace: Workspace, theta: Artefact, updates: dict[int, Path]) -> Iterator[tuple[int, Artefact]]:
+    """The artefacts one by one, the next being read and hashed while the last is added: two in memory, however many."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        limit_bytes = largest_bytes(theta.manifest.parameters)
+
+        def read(client: int) -> Artefact:
+            return received(
+                updates[client],
+                workspace,
+                reader=SERVER,
+                stage="client-train",
+                round=theta.manifest.round,
+                client=client,
+                limit_bytes=limit_bytes,
+            )
+
+        clients = list(updates)
+        upcoming = reader.submit(read, clients[0])
+        for number, client in enumerate(clients, 1):
+            artefact = upcoming.result()
+            if number < len(clients):
+                upcoming = reader.submit(read, clients[number])
+            yield client, artefact
+
+
+def _check_update(update: Artefact, client: int, theta: Artefact) -> None:
+    """Raise Refused unless this client trained it in this round from this broadcast on this base."""
+    round = theta.manifest.round
+    again = f"fedcollm client-train --client {client} --round {round} --overwrite, on client {client}'s machine"
+    if max(update.manifest.examples, update.manifest.tokens, update.manifest.steps) > MOST_CLAIMED:
+        message = f"client {client}'s update of round {round} says it saw more than {MOST_CLAIMED} examples or tokens"
+        raise Refused(message, where=update.path, mend=again)
+    if update.manifest.examples == 0:
+        raise Refused(
+            f"client {client}'s update of round {round} says it saw no examples", where=update.path, mend=again
+        )
+    if update.manifest.parents != {"broadcast": theta.sha256}:
+        message = f"client {client}'s update of round {round} was trained from another broadcast than the one here"
+        raise Refused(message, where=update.path, mend=f"carry exchange/ there; then {again}")
+    if name := update.manifest.base.differs(theta.manifest.base):
+        message = f"client {client}'s update of round {round} was trained on another base model or tokenizer"
+        message += ", by its configuration" if name == "settings_sha256" else f", by its {name}"
+        raise Refused(message, where=update.path, mend=again)
