@@ -22,7 +22,7 @@ from stages.workspace.paths import Workspace
 
 NOT_COVERED = (
     "machine.toml, private/split.json, exports/, slurm/, TensorBoard's files, the report; tasks/ before anything is "
-    "scored; base models, which are hashed when they are loaded"
+    "scored; manifests that nobody signed, until something is made from them; base models, which are hashed when loaded"
 )
 """By `status --verify`."""
 

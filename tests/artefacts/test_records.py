@@ -109,7 +109,9 @@ def test_one_flipped_bit_in_any_file_of_a_plain_workspace_is_noticed(scored: Pat
     folders = [scored / name for name in ("exchange", "private", "tasks", "results", "data")]
     of_tasks = ("tasks/colours.yaml", "data/train.jsonl", "data/test.jsonl")
     assert status(Workspace(scored)).stale == []
-    assert unnoticed(scored, *folders) == {name: ["audit"] for name in of_tasks}  # which does not cover them
+    missed = unnoticed(scored, *folders)
+    missed.pop("private/manifest.json", None)  # the newest, which nobody signed: said not to be covered
+    assert missed == {name: ["audit"] for name in of_tasks}  # which does not cover them
     content = flipped(scored / "fedcollm.toml")
     with pytest.raises(Problem):
         status(Workspace(scored), verify=True)

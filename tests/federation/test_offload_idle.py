@@ -29,7 +29,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
         return move(self, place)
 
     monkeypatch.setattr(PeftModel, "to", watched)
-    monkeypatch.setattr("stages.models.devices.device_of", lambda machine: torch.device(DEVICE))
+    monkeypatch.setattr("stages.models.loading.device_of", lambda machine: torch.device(DEVICE))
     return found
 
 

@@ -77,7 +77,7 @@ def test_a_round_is_opened_for_all_with_the_first_keys_that_no_round_had(opened:
     assert opening is not None
     roster = (opened / "exchange/federation.json").read_bytes()
     assert (opening.slot, opening.clients, opening.threshold) == (0, [1, 2, 3], 3)  # floor(2 * 3 / 3) + 1
-    assert opening.previous_sha256 == signatures.files.sha256(roster)
+    assert opening.previous_sha256 == signatures.reading.sha256(roster)
     keys = [json.loads((opened / f"exchange/keys/client-{k}.json").read_text())["prekeys"][0] for k in (1, 2, 3)]
     assert opening.prekeys == keys
     assert kept(opened, SERVER) == Kept(attempt=0, broadcast_sha256=theta_of(opened).sha256, slot=0)

@@ -23,7 +23,7 @@ from stages.federation.run import run
 from stages.progress.status import status
 from stages.reveal import reveal
 from stages.runtime.errors import BadNumbers, Damaged, NotReady, Refused
-from stages.secagg import accepting, masking, sending
+from stages.secagg import accepting, masking, revealing, sending
 from stages.workspace.paths import Workspace
 
 WEIGHTS = "adapter_model.safetensors"
@@ -247,7 +247,7 @@ def test_what_a_client_remembers_is_changed_by_one_process_at_a_time(
     assert waited[0].result(timeout=60) == sent  # and no second mask
     with pytest.raises(NotReady, match="waits for"):
         aggregate(workspace, round=1)
-    meanwhile(sending, "_sealed", lambda: reveal(workspace, client=2, round=1))
+    meanwhile(revealing, "_sealed", lambda: reveal(workspace, client=2, round=1))
     revealed = reveal(workspace, client=2, round=1)
     assert waited[1].result(timeout=60) == revealed
     run(workspace, scores=False, rounds=range(1, 2))
