@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-TIMES = ("elapsed_s", "seconds", "time", "tokens_per_s", "examples_per_s")
+TIMES = ("wall_s", "elapsed_s", "seconds", "time")
 ROOTS = ("exchange", "private", "results", "exports", "slurm", "baselines")
 PASSED_OVER = ("checkpoints", "cache")
 
