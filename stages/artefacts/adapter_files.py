@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact
-from stages.artefacts.tensor_files import CARRY_AGAIN, bad, read_header
+from stages.artefacts.tensor_files import bad, read_header
 from stages.files import reading
 from stages.runtime.errors import BadNumbers, Damaged
 from stages.workspace.agreement import Lora
@@ -68,7 +68,7 @@ def read_adapter(artefact: Artefact, expected: Layout | None, lora: Lora) -> Ten
     try:
         tensors = safetensors.numpy.load(content)
     except safetensors.SafetensorError as error:
-        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=CARRY_AGAIN) from error
+        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=reading.FOLDER_AGAIN) from error
     check_finite(tensors, path)
     return tensors
 
@@ -78,14 +78,14 @@ def check_config(content: bytes, path: Path, lora: Lora) -> None:
     try:
         value = reading.parse_json(content)
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=CARRY_AGAIN) from None
+        raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=reading.FOLDER_AGAIN) from None
     modules = lora.target_modules or [str(name) for name in value.get("target_modules") or []]
     flag = bool(value.get("fan_in_fan_out"))
     expected = reading.parse_json(config_bytes(lora, target_modules=modules, fan_in_fan_out=flag))
     for key in sorted(value.keys() | expected.keys()):
         if value.get(key) != expected.get(key):
             message = f"{path.name} says {key} = {value.get(key)!r}, the agreement says {expected.get(key)!r}"
-            raise Damaged(message, where=path, mend=CARRY_AGAIN)
+            raise Damaged(message, where=path, mend=reading.FOLDER_AGAIN)
 
 
 def check_layout(found: Layout, expected: Layout, path: Path, whose: str) -> None:

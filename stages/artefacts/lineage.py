@@ -53,7 +53,7 @@ def check_belongs(
         if found != expected:
             masked = f" (transcript {manifest.transcript[:16]}...)" if manifest.transcript else ""
             shown = workspace.shown(artefact.path)
-            message = f"{shown} is of another {name}: {_short(found)}{masked}, here it is {_short(expected)}"
+            message = f"{shown} is of another {name}: {short(found)}{masked}, here it is {short(expected)}"
             mend = "take it out, and copy what belongs there"
             edited = edits.since(workspace, manifest.agreement_sha256)
             if edited and name.startswith(("federation", "agreement", "LoRA")):
@@ -98,6 +98,7 @@ def check_signed(artefact: Artefact, members: Roster, party: str) -> None:
     signatures.check(artefact.signed, artefact.manifest.stage, members.key_of(party), where, party, levels=LEVELS)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as messages show it: of a digest, its beginning."""
     text = str(value)
     return f"{text[:16]}..." if len(text) == 64 else text

@@ -25,7 +25,6 @@ SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, 
 """Bytes of one number, of every type that adapters and exchanged arrays have."""
 SPLIT = 3
 """A checkpoint may hold as one matrix what is up to three layers in memory: queries, keys and values."""
-CARRY_AGAIN = "copy the folder again from its origin, or make it there again with --overwrite"
 
 
 def largest_bytes(numbers: int) -> int:
@@ -75,7 +74,7 @@ def check_head(file: IO[bytes], size_bytes: int, path: Path) -> None:
 
 def bad(path: Path, found: str) -> Damaged:
     """What is wrong with a file of tensors."""
-    return Damaged(f"{path.name} {found}", where=path, mend=CARRY_AGAIN)
+    return Damaged(f"{path.name} {found}", where=path, mend=reading.FOLDER_AGAIN)
 
 
 def most_numbers(workspace: Workspace, role: Role) -> int | None:

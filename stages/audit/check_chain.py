@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.artefacts.lineage import parent_place, place_of, round_of_parent
-from stages.artefacts.manifest import Manifest
+from stages.artefacts.lineage import parent_place, place_of, round_of_parent, short
 from stages.artefacts.reading import read_manifest
 from stages.audit.check_signatures import A1, roster_of, signature_of
 from stages.audit.checks import Finding, number_of
@@ -38,7 +37,7 @@ def manifest_of(folder: Folder) -> Iterator[Finding]:
         if found != expected:
             edited = edits.since(workspace, manifest.agreement_sha256)
             said = f"; edited since: {edited}" if edited and name != "federation" else ""
-            yield A1.fail(folder.shown, f"is of another {name}: {_short(found)}{said}", _short(expected))
+            yield A1.fail(folder.shown, f"is of another {name}: {short(found)}{said}", short(expected))
     yield from signature_of(folder)
     numbers = [("round", manifest.round, agreement.federation.rounds)]
     numbers += [("client", manifest.client, agreement.federation.clients)] if manifest.client else []
@@ -70,7 +69,7 @@ def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Ite
     for folder in ours:
         if folder.path in earlier:
             yield A1.skip("is of an earlier attempt at its round, which counts no more", where=folder.shown)
-        for name, digest in _manifest(folder).parents.items():
+        for name, digest in folder.said.parents.items():
             parent = parent_of(folder, name)
             here = parent and (known.get(parent) or _digest(parent))
             if not here:
@@ -78,8 +77,8 @@ def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Ite
             elif folder.path in earlier:
                 continue
             elif here != digest and parent:
-                found = f"was made from another {name} than lies in {folder.scope.shown(parent)}: {_short(digest)}"
-                yield A1.fail(folder.shown, found, _short(here))
+                found = f"was made from another {name} than lies in {folder.scope.shown(parent)}: {short(digest)}"
+                yield A1.fail(folder.shown, found, short(here))
         yield from _left_out(folder, ours)
         yield from _other_weights(folder, {other.path: other for other in ours})
     if ours:
@@ -88,7 +87,7 @@ def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Ite
 
 def _is_earlier(folder: Folder) -> bool:
     """Whether it belongs to an attempt at its round that was given up: the broadcast beside it is of a later one."""
-    manifest, workspace = _manifest(folder), folder.scope.workspace
+    manifest, workspace = folder.said, folder.scope.workspace
     if manifest.stage in ("broadcast", "capture", "co-distill") or folder.place is None:
         return False
     path = workspace.broadcast(manifest.round) if workspace else folder.path.with_name("broadcast")
@@ -100,7 +99,7 @@ def _is_earlier(folder: Folder) -> bool:
 
 def parent_of(folder: Folder, name: str) -> Path | None:
     """Where a parent of this name belongs: in the workspace, or in the same exchange. None if that cannot be told."""
-    manifest, workspace = _manifest(folder), folder.scope.workspace
+    manifest, workspace = folder.said, folder.scope.workspace
     if folder.place is None:
         return None
     if workspace is None:
@@ -120,33 +119,33 @@ def _forks(ours: list[Folder]) -> Iterator[Finding]:
     """Two folders that claim to be the same step of the same federation, and are not the same bytes."""
     first: dict[tuple[str, str, bool], Folder] = {}
     for folder in ours:
-        manifest = _manifest(folder)
+        manifest = folder.said
         same = first.setdefault((manifest.federation, place_of(manifest), _is_kept(folder)), folder)
         if same.sha256 != folder.sha256:
-            found = f"contradicts {same.shown}: both say they are {place_of(manifest)}, sha256 {_short(folder.sha256)}"
-            yield A1.fail(folder.shown, found, _short(same.sha256))
+            found = f"contradicts {same.shown}: both say they are {place_of(manifest)}, sha256 {short(folder.sha256)}"
+            yield A1.fail(folder.shown, found, short(same.sha256))
 
 
 def _agreement(ours: list[Folder]) -> Iterator[Finding]:
     """Folders of one federation that differ in the agreement, the base model or the shape of the adapter."""
     first: dict[tuple[str, str], Folder] = {}
     for folder in ours:
-        manifest = _manifest(folder)
+        manifest = folder.said
         before = first.setdefault((manifest.federation, manifest.role), folder)
-        other = _manifest(before)
+        other = before.said
         for name in ("agreement_sha256", "base", "lora"):
-            ours, theirs = getattr(manifest, name), getattr(other, name)
-            if ours != theirs and not (name == "base" and manifest.base.is_of(other.base)):
+            is_same = getattr(manifest, name) == getattr(other, name)
+            if not is_same and not (name == "base" and manifest.base.is_of(other.base)):
                 yield A1.fail(folder.shown, f"has another {name} than {before.shown}", "the same in all folders")
 
 
 def _left_out(folder: Folder, ours: list[Folder]) -> Iterator[Finding]:
     """Updates of a round that are here and not in its average."""
-    manifest = _manifest(folder)
+    manifest = folder.said
     if manifest.stage != "aggregate":
         return
     for other in ours:
-        update = _manifest(other)
+        update = other.said
         if _is_kept(other) or _is_earlier(other):
             continue
         of_round = update.stage == "client-train" and (update.federation, update.round) == (
@@ -159,25 +158,25 @@ def _left_out(folder: Folder, ours: list[Folder]) -> Iterator[Finding]:
 
 def _other_weights(folder: Folder, ours: dict[Path, Folder]) -> Iterator[Finding]:
     """A broadcast that sends other weights than those of the adapter it says that it was made from."""
-    if _manifest(folder).stage != "broadcast":
+    if folder.said.stage != "broadcast":
         return
-    own = _manifest(folder).files[ADAPTER_WEIGHTS].sha256 if ADAPTER_WEIGHTS in _manifest(folder).files else ""
-    for name, digest in _manifest(folder).parents.items():
+    own = folder.said.files[ADAPTER_WEIGHTS].sha256 if ADAPTER_WEIGHTS in folder.said.files else ""
+    for name, digest in folder.said.parents.items():
         place = parent_of(folder, name)
         parent = ours.get(place) if place else None
-        named = _manifest(parent).files.get(ADAPTER_WEIGHTS) if parent else None
+        named = parent.said.files.get(ADAPTER_WEIGHTS) if parent else None
         if parent and named and parent.sha256 == digest and named.sha256 != own:
             yield A1.fail(
-                folder.file(ADAPTER_WEIGHTS), f"is not that of {parent.shown}: {_short(own)}", _short(named.sha256)
+                folder.file(ADAPTER_WEIGHTS), f"is not that of {parent.shown}: {short(own)}", short(named.sha256)
             )
 
 
 def _summary(ours: list[Folder], elsewhere: list[str]) -> Finding:
-    manifests = [_manifest(folder) for folder in ours]
+    manifests = [folder.said for folder in ours]
     rounds = sorted({manifest.round for manifest in manifests})
     names = ", ".join(sorted({manifest.federation for manifest in manifests}))
     said = f"federation {names}, {_rounds(rounds)}: {number_of(len(ours), 'manifest')}"
-    keys = {(folder.scope.path, _manifest(folder).party) for folder in ours if folder.scope.members}
+    keys = {(folder.scope.path, folder.said.party) for folder in ours if folder.scope.members}
     said += f" signed by {number_of(len(keys), 'key')}" if keys else ""
     if elsewhere:
         return A1.ok(f"{said}; {number_of(len(elsewhere), 'parent')} not on this machine: {_some(elsewhere)}")
@@ -190,13 +189,3 @@ def _some(names: list[str]) -> str:
 
 def _rounds(rounds: list[int]) -> str:
     return f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]} to {rounds[-1]}"
-
-
-def _manifest(folder: Folder) -> Manifest:
-    assert folder.manifest is not None
-    return folder.manifest
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return f"{text[:16]}..." if len(text) == 64 else text

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from stages.artefacts.manifest import Manifest, Opening
+from stages.artefacts.manifest import Opening
 from stages.artefacts.publishing import KEPT_OLD
 from stages.artefacts.reading import Artefact, inbox
 from stages.audit.checks import Check, Finding, number_of
@@ -51,13 +51,13 @@ def rounds_of(scope: Scope, folders: list[Folder]) -> Iterator[Finding]:
         yield A9.skip("plain mode: the server reads each client's update")
         return
     ours = [folder for folder in folders if folder.manifest]
-    begins = {_said(one).round: one for one in ours if _said(one).stage == "broadcast" and _said(one).opening}
+    begins = {one.said.round: one for one in ours if one.said.stage == "broadcast" and one.said.opening}
     if not begins:
         yield A9.skip("no round that was opened for secure aggregation is here")
         return
     slot, before = -1, None
     for round, theta in sorted(begins.items()):
-        opening = _said(theta).opening
+        opening = theta.said.opening
         assert opening is not None
         yield from _opening(theta, opening, scope, before if round > 1 else None)
         if opening.slot <= slot:
@@ -68,7 +68,7 @@ def rounds_of(scope: Scope, folders: list[Folder]) -> Iterator[Finding]:
             few = f"is opened for {len(opening.clients)} of {len(scope.members.clients)} clients: {opening.clients}"
             yield A9.warn(theta.shown, few, "all of the roster, unless --without was agreed on")
         least = scope.agreement.quorum(len(opening.clients)) if scope.agreement else opening.threshold
-        yield from _round([one for one in ours if _said(one).round == round], theta, opening, least)
+        yield from _round([one for one in ours if one.said.round == round], theta, opening, least)
     yield A9.ok(f"{number_of(len(begins), 'round')}: transcripts, commitments, closes and reveals agree")
 
 
@@ -81,10 +81,10 @@ def _opening(theta: Folder, opening: Opening, scope: Scope, before: Folder | Non
         yield A9.fail(theta.shown, f"is opened for clients {clients}", f"at least {least} of {known}")
     if opening.threshold != threshold(len(clients)):
         yield A9.fail(theta.shown, f"t={opening.threshold}", f"t={threshold(len(clients))}")
-    if _said(theta).round == 1 and scope.members and opening.previous_sha256 != scope.members.sha256:
+    if theta.said.round == 1 and scope.members and opening.previous_sha256 != scope.members.sha256:
         found = f"follows another roster: {opening.previous_sha256[:16]}..."
         yield A9.fail(theta.shown, found, f"{scope.members.sha256[:16]}...")
-    follows = before and _said(before).round == _said(theta).round - 1
+    follows = before and before.said.round == theta.said.round - 1
     if before and follows and opening.previous_sha256 != before.sha256:
         found = f"follows another broadcast than {before.shown}: {opening.previous_sha256[:16]}..."
         yield A9.fail(theta.shown, found, f"{before.sha256[:16]}...")
@@ -109,13 +109,13 @@ def _prekeys(theta: Folder, opening: Opening, scope: Scope) -> Iterator[Finding]
 def _round(folders: list[Folder], theta: Folder, opening: Opening, least: int) -> Iterator[Finding]:
     """What was sent in one round, closed, and revealed. least: how many the agreement wants in its sum."""
     transcript = transcript_of(_artefact(theta))
-    of_this = [one for one in folders if _said(one).attempt == _said(theta).attempt]  # A1 tells of earlier attempts
-    masked = [one for one in of_this if _said(one).masking]
-    closes = [one for one in of_this if _said(one).stage == "close"]
-    reveals = [one for one in of_this if _said(one).stage == "reveal"]
+    of_this = [one for one in folders if one.said.attempt == theta.said.attempt]  # A1 tells of earlier attempts
+    masked = [one for one in of_this if one.said.masking]
+    closes = [one for one in of_this if one.said.stage == "close"]
+    reveals = [one for one in of_this if one.said.stage == "reveal"]
     for one in [*masked, *closes, *reveals]:
-        if _said(one).transcript != transcript:
-            found = f"was made for another opening of the round: T {str(_said(one).transcript)[:16]}..."
+        if one.said.transcript != transcript:
+            found = f"was made for another opening of the round: T {str(one.said.transcript)[:16]}..."
             yield A9.fail(one.shown, found, f"{transcript[:16]}...")
     yield from _commitments(masked, theta, opening)
     for closed in closes:
@@ -124,15 +124,15 @@ def _round(folders: list[Folder], theta: Folder, opening: Opening, least: int) -
     if not closes and reveals:
         yield A9.warn(reveals[0].shown, "reveals for a close that is not here")
     said = f"T {transcript[:8]}.., t={opening.threshold}, {len(masked)} of {len(opening.clients)} masked updates"
-    survivors = f", {number_of(len(_said(closes[0]).closing or {}), 'survivor')}" if closes else ", not closed"
-    yield A9.ok(f"{said}{survivors}, {number_of(len(reveals), 'reveal')}", where=f"round {_said(theta).round:04d}")
+    survivors = f", {number_of(len(closes[0].said.closing or {}), 'survivor')}" if closes else ", not closed"
+    yield A9.ok(f"{said}{survivors}, {number_of(len(reveals), 'reveal')}", where=f"round {theta.said.round:04d}")
 
 
 def _commitments(masked: list[Folder], theta: Folder, opening: Opening) -> Iterator[Finding]:
     """Both ends of each pair commit to the same key, and everyone to one for everyone else."""
     committed: dict[int, dict[int, str]] = {}
     for folder in masked:
-        manifest = _said(folder)
+        manifest = folder.said
         assert manifest.masking is not None
         if manifest.client not in opening.clients:
             yield A9.fail(folder.shown, "is not of this round", f"one of clients {opening.clients}")
@@ -148,7 +148,7 @@ def _commitments(masked: list[Folder], theta: Folder, opening: Opening) -> Itera
 
 def _close(closed: Folder, masked: list[Folder], opening: Opening, least: int) -> Iterator[Finding]:
     """Enough survivors, each with the vector that it sent, and an inbox for each."""
-    manifest = _said(closed)
+    manifest = closed.said
     closing = manifest.closing or {}
     if len(closing) < least:
         yield A9.fail(closed.shown, f"closes over {number_of(len(closing), 'client')}", f"{least} or more")
@@ -158,7 +158,7 @@ def _close(closed: Folder, masked: list[Folder], opening: Opening, least: int) -
     if set(manifest.files) != {inbox(k) for k in numbers}:
         yield A9.fail(closed.shown, f"has files {', '.join(sorted(manifest.files))}", "one for each survivor")
     for folder in masked:
-        update = _said(folder)
+        update = folder.said
         assert update.masking is not None
         assert update.client is not None
         named = closing.get(party_of(update.client))
@@ -171,15 +171,15 @@ def _close(closed: Folder, masked: list[Folder], opening: Opening, least: int) -
 
 def _reveals(closed: Folder, reveals: list[Folder], folders: list[Folder], opening: Opening) -> Iterator[Finding]:
     """Reveals are survivors', for this close; what the average says of them is so."""
-    closing = _said(closed).closing or {}
+    closing = closed.said.closing or {}
     for folder in reveals:
-        if party_of(_said(folder).client or 0) not in closing:
+        if party_of(folder.said.client or 0) not in closing:
             yield A9.fail(folder.shown, "is by a client that the close does not name", "a survivor's")
-        if _said(folder).parents != {"close": closed.sha256}:
+        if folder.said.parents != {"close": closed.sha256}:
             yield A9.fail(folder.shown, "is for another close of this round", f"{closed.sha256[:16]}...")
-    averages = [one for one in folders if _said(one).stage == "aggregate" and KEPT_OLD not in _said(one).metrics]
+    averages = [one for one in folders if one.said.stage == "aggregate" and KEPT_OLD not in one.said.metrics]
     for average in averages:
-        how = _said(average).unmasking
+        how = average.said.unmasking
         if how is None:
             yield A9.fail(average.shown, "does not say how it was unmasked", "survivors and reveals")
             continue
@@ -192,9 +192,4 @@ def _reveals(closed: Folder, reveals: list[Folder], folders: list[Folder], openi
 
 
 def _artefact(folder: Folder) -> Artefact:
-    return Artefact(folder.path, _said(folder), folder.contents[MANIFEST], folder.sha256, {})
-
-
-def _said(folder: Folder) -> Manifest:
-    assert folder.manifest is not None
-    return folder.manifest
+    return Artefact(folder.path, folder.said, folder.contents[MANIFEST], folder.sha256, {})

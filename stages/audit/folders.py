@@ -101,6 +101,12 @@ class Folder:
     weights_sha256: str = ""
 
     @property
+    def said(self) -> Manifest:
+        """The manifest, of a folder that is known to have one."""
+        assert self.manifest is not None
+        return self.manifest
+
+    @property
     def shown(self) -> str:
         """Its path as people see it."""
         return self.scope.shown(self.path)

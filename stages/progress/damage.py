@@ -81,14 +81,11 @@ def _signatures(workspace: Workspace) -> Iterator[Fault]:
                 folder = read_artefact(path.parent, only=[])
             except (Problem, OSError):
                 continue
-            by = folder.manifest.client
-            yield from _fault(
-                path, functools.partial(_check_signed, folder, members, SERVER if by is None else client(by))
-            )
+            yield from _fault(path, functools.partial(_check_signed, folder, members))
 
 
-def _check_signed(folder: Artefact, members: roster.Roster, party: str, _: Path) -> None:
-    check_signed(folder, members, party)
+def _check_signed(folder: Artefact, members: roster.Roster, _: Path) -> None:
+    check_signed(folder, members, folder.manifest.party)
 
 
 def _fault(path: Path, read: Callable[[Path], object]) -> Iterator[Fault]:

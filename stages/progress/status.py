@@ -72,9 +72,7 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
     of_others = list(staleness.stale(workspace))
     stale = [f"{workspace.shown(path)}: {why} ({mend})" for path, why, mend in of_others]
     if reader.are_rows_stale:
-        stale.insert(
-            0, f"{workspace.shown(workspace.split)}: {STALE_ROWS} (fedcollm prepare tells whether the rows change)"
-        )
+        stale.insert(0, f"{workspace.shown(workspace.split)}: {STALE_ROWS} ({PREPARE} tells whether the rows change)")
     scores = _scores(workspace, rounds[-1].number, [path for path, *_ in of_others])
     command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, scores)
     if (others := other_tasks(workspace)) and others not in waiting_for:
