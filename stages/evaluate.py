@@ -6,11 +6,12 @@ same names; of the bases alone, results/zero-shot/{slm,llm}.json.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from stages.artefacts import records, turns
 from stages.artefacts.manifest import BaseIdentity, versions
 from stages.artefacts.reading import Artefact
+from stages.artefacts.records import Measured, Result, Scored
 from stages.artefacts.subjects import Subject, adapter_of, subject_of
 from stages.files import reading, writing
 from stages.runtime.errors import UsageProblem
@@ -34,7 +35,7 @@ def evaluate(
     models: Models | None = None,
     processes: Processes = ALONE,
     report: Report = ignore,
-) -> dict[str, Any]:
+) -> Result:
     """Score one model and write down the scores. Returns what the result file says.
 
     model: which of the server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it; with a client, that
@@ -44,7 +45,7 @@ def evaluate(
     if not processes.is_first:
         theirs = processes.agree()
         _score(workspace, theirs["role"], theirs["adapter"], models, processes, report)
-        return dict(processes.agree())
+        return cast(Result, processes.agree())
     subject = subject_of(model, client)
     role: Role = "llm" if subject == "llm" else "slm"
     name = subject if round is None else f"{subject}, round {round}"
@@ -60,16 +61,16 @@ def evaluate(
     what = _what(workspace, subject, role, round, adapter, base)
     target = workspace.result(round, subject)
 
-    def look(again: bool) -> dict[str, Any] | None:
+    def look(again: bool) -> Result | None:
         if again or not target.exists():
             return None
         earlier = records.read_result(target)
         is_same = all(earlier.get(key) == value for key, value in what.items() if key != "base")
         return earlier if is_same and records.is_of_base(earlier, base) else None
 
-    def make(places: turns.Places) -> dict[str, Any]:
+    def make(places: turns.Places) -> Result:
         processes.agree({"role": role, "adapter": adapter})
-        result = what | _score(workspace, role, adapter, models, processes, report)
+        result: Result = {**what, **_score(workspace, role, adapter, models, processes, report)}
         writing.write(target, reading.json_bytes(records.stamped(result)), over=places[target])
         for task, scores in result["tasks"].items():
             found = "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())
@@ -93,7 +94,7 @@ def _what(
     round: int | None,
     adapter: Artefact | None,
     base: BaseIdentity,
-) -> dict[str, Any]:
+) -> Scored:
     """What decides the scores: two results that agree on it are the same result."""
     settings = workspace.agreement.evaluation
     if not (settings.tasks or workspace.agreement.data.tasks):
@@ -123,7 +124,7 @@ def _score(
     models: Models | None,
     processes: Processes,
     report: Report,
-) -> dict[str, Any]:
+) -> Measured:
     from stages.data import tasks
     from stages.evaluation import scoring
     from stages.models.loading import Models

@@ -15,6 +15,7 @@ from fedcollm_cli.views.tables import comparison
 from stages.runtime import texts
 
 if TYPE_CHECKING:
+    from stages.artefacts.records import Result, TaskScores
     from stages.progress.status import Status
 
 MOST_NAMED = 8
@@ -42,7 +43,7 @@ def _counts(counts: dict[str, int]) -> str:
     return "  ".join(f"{name or '-'}: {count}" for name, count in counts.items())
 
 
-def scores(results: list[dict[str, Any]]) -> Table:
+def scores(results: list[Result]) -> Table:
     """lm-eval's scores, a row for each model and task."""
     table = Table()
     for name in ("model", "round", "task", "questions", "acc", "stderr", "other"):
@@ -64,7 +65,7 @@ def scores(results: list[dict[str, Any]]) -> Table:
     return table
 
 
-def asked(found: dict[str, Any]) -> str:
+def asked(found: TaskScores) -> str:
     """How many questions were scored, of how many if of fewer, and how many of them without their beginning."""
     number, in_all, cut = found["questions"], found["questions_in_all"], found["cut"]
     return f"{number}{f' of {in_all}' if number < in_all else ''}{f', {cut} cut' if cut else ''}"

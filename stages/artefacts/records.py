@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from pydantic import ValidationError
 
@@ -22,12 +22,53 @@ LATER = ("limit", "batch_size", "weights_dtype", "versions", "tasks")
 MEND = "score again: fedcollm evaluate ... --overwrite"
 
 
+class TaskScores(TypedDict):
+    """What one task's questions gave, as lm-eval scores them. Earlier versions wrote only what is required here."""
+
+    metrics: dict[str, float]  # by lm-eval's name: acc, acc_stderr, ...
+    questions: int  # that were scored
+    questions_in_all: NotRequired[int]  # that the task has
+    questions_sha256: NotRequired[str]  # of all that was asked
+    cut: NotRequired[int]  # questions scored without their beginning
+    correct: NotRequired[dict[str, str]]  # by metric that is 0 or 1: a digit for each question
+    version: Any  # the task's own
+    prompt: str
+    num_fewshot: int
+
+
+class Scored(TypedDict):
+    """What decides the scores: two results that agree on it are the same result."""
+
+    subject: str  # slm, llm, aggregate or client-k
+    round: int | None  # None: the base alone
+    agreement_sha256: str
+    adapter_sha256: str | None
+    manifest_sha256: str | None
+    base: dict[str, Any]  # as a BaseIdentity
+    tasks_sha256: str
+    dtype: str
+    limit: int | None  # questions of each task
+    batch_size: int
+
+
+class Measured(TypedDict):
+    """What scoring gave, and with which precision and libraries."""
+
+    weights_dtype: str
+    versions: dict[str, str]
+    tasks: dict[str, TaskScores]
+
+
+class Result(Scored, Measured):
+    """results/*/*.json, but for the digest."""
+
+
 def stamped(result: Mapping[str, Any]) -> dict[str, Any]:
     """A result with the digest of all the rest of it."""
     return dict(result) | {DIGEST: reading.sha256(reading.json_bytes(dict(result)))}
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> Result:
     """A result, without its digest. Raises Damaged if it is not as it was written; an earlier version wrote none."""
     result, _ = reading.read_json(path)
     named = result.pop(DIGEST, None)
@@ -36,10 +77,10 @@ def read_result(path: Path) -> dict[str, Any]:
     )
     if is_changed:
         raise Damaged(f"{path.name} has been changed since it was written", where=path, mend=MEND)
-    return result
+    return cast(Result, result)
 
 
-def is_of_base(result: Mapping[str, Any], base: BaseIdentity) -> bool:
+def is_of_base(result: Result, base: BaseIdentity) -> bool:
     """Whether a result is of this base model."""
     try:
         return BaseIdentity.model_validate(result.get("base")).is_of(base)

@@ -13,6 +13,7 @@ from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
+from stages.artefacts.records import TaskScores
 from stages.data.rows import Row, encode_row, is_doubly_spaced
 from stages.data.tasks import HARMLESS, MISTAKES, mistaken
 from stages.files import reading
@@ -118,7 +119,7 @@ def score(
     processes: Processes = ALONE,
     shares: bool = True,
     report: Report,
-) -> dict[str, Any]:
+) -> dict[str, TaskScores]:
     """Each task's metrics, number of questions, version and prompt, zero-shot, and which questions were right.
 
     with_adapter: score the base with its adapter, after proof that the adapter changes the logits; else the base alone.
@@ -139,16 +140,16 @@ def score(
         try:
             for task in tasks:
                 task.set_config(key="num_fewshot", value=0)
-            cut = {str(task.config.task): _cut(lm, task, limit, report) for task in tasks}
+            asked = {task.config.task: _asked(lm, task, limit, report) for task in tasks}
             results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
         except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise mistaken(", ".join(str(task.config.task) for task in tasks), error) from error
     model.train(was_training)
     assert results is not None
-    return {task.config.task: _of_task(task, results, report) | cut[str(task.config.task)] for task in tasks}
+    return {task.config.task: _of_task(task, results, *asked[task.config.task], report) for task in tasks}
 
 
-def _cut(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Report) -> dict[str, Any]:
+def _asked(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Report) -> tuple[int, str]:
     """How many questions are cut, told, and the digest of all that is asked: what the scores depend on."""
     try:
         task.build_all_requests(limit=limit, rank=0, world_size=1)
@@ -166,10 +167,12 @@ def _cut(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Repo
             f"{len(doubled)} of {questions} questions of {task.config.task} have two spaces or more before an answer"
         )
         report(Event("warning", f"{words}: one is in doc_to_text or the choices, another is target_delimiter"))
-    return {"cut": cut, "questions_sha256": reading.sha256(repr(asked).encode())}
+    return cut, reading.sha256(repr(asked).encode())
 
 
-def _of_task(task: ConfigurableTask, results: dict[str, Any], report: Report) -> dict[str, Any]:
+def _of_task(
+    task: ConfigurableTask, results: dict[str, Any], cut: int, questions_sha256: str, report: Report
+) -> TaskScores:
     name = task.config.task
     metrics = {
         key.removesuffix(",none"): value
@@ -192,6 +195,8 @@ def _of_task(task: ConfigurableTask, results: dict[str, Any], report: Report) ->
         "metrics": metrics,
         "questions": results["n-samples"][name]["effective"],
         "questions_in_all": results["n-samples"][name]["original"],
+        "questions_sha256": questions_sha256,
+        "cut": cut,
         "correct": _correct(results["samples"][name]),
         "version": results["versions"].get(name),
         "prompt": prompt if isinstance(prompt, str) else "a function of the task",

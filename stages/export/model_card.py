@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.reading import Artefact
-from stages.artefacts.records import is_of_base, read_result
+from stages.artefacts.records import TaskScores, is_of_base, read_result
 from stages.files import reading
 from stages.runtime.texts import in_code, in_line, in_markdown
 from stages.workspace.agreement import Budget, Method
@@ -135,28 +136,38 @@ def _rows_of_parties(workspace: Workspace) -> list[tuple[str, int]]:
     return [(party, found["rows"]) for party, found in split["parties"].items()]
 
 
-def _scores(workspace: Workspace, adapter: Artefact, subject: str) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Score:
+    """A line of the card's table: the adapter's value with its standard error, and its base's; "-" without one."""
+
+    task: str
+    metric: str
+    questions: str
+    value: str
+    base: str
+
+
+def _scores(workspace: Workspace, adapter: Artefact, subject: str) -> list[Score]:
     """What `evaluate` measured of this very adapter, beside the same of its base alone; empty if it did not."""
     manifest = adapter.manifest
     ours = _result(workspace.result(manifest.round, subject), manifest.files[ADAPTER_WEIGHTS].sha256, manifest.base)
     base = dict(_metrics(_result(workspace.result(None, manifest.role), None, manifest.base)))
     return [
-        {"task": task, "questions": questions, "metric": metric, "value": value, "base": base.get(key, ("-", ""))[0]}
-        for key, (value, questions) in _metrics(ours)
-        for task, metric in [key]
+        Score(task, metric, questions, value, base.get((task, metric), ("-", ""))[0])
+        for (task, metric), (value, questions) in _metrics(ours)
     ]
 
 
-def _result(path: Path, adapter_sha256: str | None, base: BaseIdentity) -> dict[str, Any]:
+def _result(path: Path, adapter_sha256: str | None, base: BaseIdentity) -> dict[str, TaskScores]:
     """The tasks of a result, if it is there and of this adapter (None: of the base alone) on this base."""
     if not path.exists():
         return {}
     result = read_result(path)
     is_this = result.get("adapter_sha256") == adapter_sha256 and is_of_base(result, base)
-    return dict(result["tasks"]) if is_this else {}
+    return result["tasks"] if is_this else {}
 
 
-def _metrics(tasks: dict[str, Any]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+def _metrics(tasks: dict[str, TaskScores]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
     """(task, metric) -> (value with its standard error, number of questions)."""
     for task, found in tasks.items():
         metrics = found["metrics"]

@@ -10,11 +10,12 @@ import functools
 import gc
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.aggregate import aggregate
 from stages.artefacts.lineage import EDITED
 from stages.artefacts.reading import read_manifest
+from stages.artefacts.records import Result
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
@@ -47,7 +48,7 @@ def run(
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """Every step of these rounds (default: all). Returns the scores, unless scores is False.
 
     method: by default the agreement's. Scored are the server's models after every round, and each client's SLM after

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.artefacts.reading import read_manifest
-from stages.artefacts.records import read_result
+from stages.artefacts.records import Result, read_result
 from stages.artefacts.subjects import folder_of, is_subject
 from stages.files import reading
 from stages.runtime.errors import Problem
@@ -81,7 +81,7 @@ def _tasks_sha256(workspace: Workspace) -> str:
         return ""
 
 
-def _is_of_another(adapter: Path, result: Mapping[str, Any]) -> bool:
+def _is_of_another(adapter: Path, result: Result) -> bool:
     try:
         return read_manifest(adapter)[1] != result.get("manifest_sha256")
     except (Problem, OSError):

@@ -6,16 +6,16 @@ last round, of the agreement as it is now, of the adapter that is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import read_manifest
-from stages.artefacts.records import is_of_base, read_result
+from stages.artefacts.records import Result, is_of_base, read_result
 from stages.artefacts.subjects import folder_of
 from stages.files import reading
 from stages.progress.staleness import scored_by
@@ -214,7 +214,7 @@ def remarks(workspaces: Iterable[Workspace]) -> list[str]:
     return lines
 
 
-def _is_of(result: Mapping[str, Any], workspace: Workspace) -> bool:
+def _is_of(result: Result, workspace: Workspace) -> bool:
     return result.get("agreement_sha256") == workspace.agreement_sha256
 
 
@@ -226,9 +226,8 @@ def subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
     return ["aggregate" if table == "slm" and row == "fedavg" else table]
 
 
-def result_of(study: Study, workspace: Workspace, round: int | None, subject: str) -> dict[str, Any]:
+def result_of(study: Study, workspace: Workspace, round: int | None, subject: str) -> Result:
     """A result as it was written, of the agreement, the adapter and the questions that are there now."""
-    """One result file that is of what lies in the workspace now."""
     path = workspace.result(round, subject)
     mend = _evaluate(study, workspace, round, subject)
     if not path.exists():
@@ -254,7 +253,7 @@ def result_of(study: Study, workspace: Workspace, round: int | None, subject: st
     return result
 
 
-def _check_current(study: Study, folder: Path, result: dict[str, Any], path: Path, mend: str) -> None:
+def _check_current(study: Study, folder: Path, result: Result, path: Path, mend: str) -> None:
     """Raise Refused unless the adapter that was scored is the one that lies there."""
     if folder.exists() and read_manifest(folder)[1] != result.get("manifest_sha256"):
         message = f"{study.root.shown(path)} is of another adapter than {study.root.shown(folder)} is now"

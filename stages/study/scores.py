@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from stages.artefacts.records import Result
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.study.results import Row, Scores, Study, Table, result_of, subjects
 from stages.workspace.paths import Workspace
@@ -34,7 +34,7 @@ def mean_of(by_subject: Mapping[str, Scores]) -> Scores:
     return {task: np.mean([found[task] for found in by_subject.values()], axis=0) for task in first}
 
 
-def check_tasks(scored: Sequence[Mapping[str, Any]]) -> None:
+def check_tasks(scored: Sequence[Mapping[str, object]]) -> None:
     """Raise Refused unless all results, by task, are of the same tasks."""
     for by_task in scored:
         if by_task.keys() != scored[0].keys():
@@ -44,7 +44,7 @@ def check_tasks(scored: Sequence[Mapping[str, Any]]) -> None:
             raise Refused(message, where="results", mend=mend)
 
 
-def _scores(of_seeds: Sequence[dict[str, Any]], metric: str) -> Scores:
+def _scores(of_seeds: Sequence[Result], metric: str) -> Scores:
     check_tasks([one["tasks"] for one in of_seeds])
     return {task: np.stack([_correct(one, task, metric) for one in of_seeds]) for task in of_seeds[0]["tasks"]}
 
@@ -58,7 +58,7 @@ def answers(study: Study, workspace: Workspace, round: int | None, subject: str,
     return np.concatenate([_correct(result, task, metric) for task in result["tasks"]])
 
 
-def _correct(result: dict[str, Any], task: str, metric: str) -> np.ndarray:
+def _correct(result: Result, task: str, metric: str) -> np.ndarray:
     """0 or 1 for each question."""
     found = result["tasks"][task]["correct"]
     if metric not in found:

@@ -32,4 +32,4 @@ def test_questions_stand_in_their_order_and_what_is_no_yes_or_no_is_left_out() -
 def test_a_metric_that_is_no_number_is_no_result(value: float) -> None:
     task: Any = SimpleNamespace(config=SimpleNamespace(task="t"), _metric_fn_list={"ppl": None}, OUTPUT_TYPE="x")
     with pytest.raises(BadNumbers, match="ppl of task t is"):
-        _of_task(task, {"results": {"t": {"ppl,none": value}}}, ignore)
+        _of_task(task, {"results": {"t": {"ppl,none": value}}}, 0, "", ignore)
