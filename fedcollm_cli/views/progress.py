@@ -16,13 +16,14 @@ from stages.runtime import texts
 
 if TYPE_CHECKING:
     from stages.artefacts.records import Result, TaskScores
+    from stages.data.split_file import Split
     from stages.progress.status import Status
 
 MOST_NAMED = 8
 """How many clients a line of `status` names before it counts the rest."""
 
 
-def split(summary: dict[str, Any]) -> Table:
+def split(summary: Split) -> Table:
     """What `prepare` dealt: rows, labels and sources per party."""
     dropped, in_test = summary["duplicates_dropped"], summary["also_in_test"]
     checked = "not compared with a test set" if in_test is None else f"{in_test} prompts are also in test"

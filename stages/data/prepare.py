@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from stages.data.rows import Row, read_rows, rows_bytes, warn_of_spacing
+from stages.data.split_file import Share, Split
 from stages.files import reading, writing
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
@@ -20,7 +20,7 @@ from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.paths import Workspace, require
 
 
-def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = ignore) -> dict[str, Any]:
+def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = ignore) -> Split:
     """Split the dataset of the agreement. Returns what split.json says: sources, duplicates, rows and labels per party.
 
     No row lands in two places: rows that occur twice are used once. Rows whose prompt is also a test prompt are
@@ -71,9 +71,7 @@ def _from_file(workspace: Workspace, name: str) -> list[Row]:
     ]
 
 
-def _divide(
-    workspace: Workspace, rows: list[Row], test: set[str] | None
-) -> tuple[dict[Path, list[Row]], dict[str, Any]]:
+def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tuple[dict[Path, list[Row]], Split]:
     from stages.data.partition import hold_out, split, unlabel
 
     agreement, data = workspace.agreement, workspace.agreement.data
@@ -92,7 +90,7 @@ def _divide(
     auxiliary = unlabel(auxiliary, data.unlabelled_share or 0.0, seed=workspace.seed_for("unlabel", 1))
     parties[workspace.auxiliary_data] = auxiliary
     unlabelled = sum(row.completion is None for row in auxiliary)
-    summary = {
+    summary: Split = {
         "agreement_sha256": workspace.agreement_sha256,
         "sources": data.tasks or data.files,
         "sources_sha256": workspace.sources_sha256(),
@@ -109,7 +107,7 @@ def _divide(
     return parties, summary
 
 
-def _counts(share: list[Row]) -> dict[str, Any]:
+def _counts(share: list[Row]) -> Share:
     """What split.json says of some rows."""
     return {
         "rows": len(share),
@@ -120,8 +118,8 @@ def _counts(share: list[Row]) -> dict[str, Any]:
 
 
 def _publish(
-    workspace: Workspace, parties: dict[Path, list[Row]], summary: dict[str, Any], overwrite: bool, report: Report
-) -> dict[str, Any]:
+    workspace: Workspace, parties: dict[Path, list[Row]], summary: Split, overwrite: bool, report: Report
+) -> Split:
     if not overwrite:
         existing = [path for path in parties if path.exists()]
         changed = [path for path in existing if reading.read_own(path) != rows_bytes(parties[path])]

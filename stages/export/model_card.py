@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.reading import Artefact
 from stages.artefacts.records import TaskScores, is_of_base, read_result
-from stages.files import reading
+from stages.data.split_file import read_split
 from stages.runtime.texts import in_code, in_line, in_markdown
 from stages.workspace.agreement import Budget, Method
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST
@@ -130,7 +130,7 @@ def _rows_of_parties(workspace: Workspace) -> list[tuple[str, int]]:
     """What `prepare` dealt under this agreement; nothing where the parties have data of their own."""
     if not workspace.split.exists():
         return []
-    split, _ = reading.read_json(workspace.split)
+    split = read_split(workspace)
     if split["agreement_sha256"] != workspace.agreement_sha256:
         return []
     return [(party, found["rows"]) for party, found in split["parties"].items()]

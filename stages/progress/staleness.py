@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from stages.artefacts.reading import read_manifest
 from stages.artefacts.records import Result, read_result
 from stages.artefacts.subjects import folder_of, is_subject
-from stages.files import reading
+from stages.data.split_file import Split, read_split
 from stages.runtime.errors import Problem
 from stages.runtime.events import Event, Report
 from stages.workspace.names import AGREEMENT
@@ -19,17 +18,17 @@ PREPARE = "fedcollm prepare"
 STALE_ROWS = "prepare dealt the rows before its tasks, or files, were edited"
 
 
-def dealt(workspace: Workspace) -> dict[str, Any]:
-    """What `prepare` says of its dealing in private/split.json; empty where it dealt nothing."""
+def dealt(workspace: Workspace) -> Split | None:
+    """What `prepare` says of its dealing; None where it dealt nothing."""
     try:
-        return reading.read_json(workspace.split)[0]
+        return read_split(workspace)
     except Problem:
-        return {}
+        return None
 
 
-def are_rows_stale(workspace: Workspace, split: dict[str, Any]) -> bool:
+def are_rows_stale(workspace: Workspace, split: Split | None) -> bool:
     """Whether `prepare` dealt its rows from tasks or files that were edited since; of an earlier version, unknown."""
-    named = split.get("sources_sha256")
+    named = split and split.get("sources_sha256")
     if not named:
         return False
     try:

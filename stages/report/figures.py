@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 from stages.aggregation.drift import drift
 from stages.paper.reported import LABELS
@@ -195,7 +195,7 @@ def _drifts() -> list[Figure]:
 
 
 def _splits() -> list[Figure]:
-    def figure(by: str, name: str) -> Figure:
+    def figure(by: Literal["labels", "sources"], name: str) -> Figure:
         def rows(workspace: Workspace) -> list[Row]:
             return _most_common(findings.data_split(workspace, by), name)
 

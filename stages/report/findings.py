@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterator
 from math import ceil, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from stages.artefacts.reading import read_manifest
+from stages.data.split_file import read_split
 from stages.exchange.transfers import SERVER, transfers
-from stages.files.reading import read_json, read_own
+from stages.files.reading import read_own
 from stages.runtime.errors import Damaged, Problem
 from stages.study.results import Study, begun, open_study
 from stages.study.scores import answers
@@ -223,11 +224,11 @@ def _shared_prefix(names: list[str]) -> int:
     return sum(len(word) + 1 for word in words[0][:same]) if words else 0
 
 
-def data_split(workspace: Workspace, by: str) -> list[Row]:
-    """Rows of each party by answer label or by source, from what `prepare` wrote. by: labels or sources."""
+def data_split(workspace: Workspace, by: Literal["labels", "sources"]) -> list[Row]:
+    """Rows of each party by answer label or by source, from what `prepare` wrote."""
     if not workspace.split.exists():
         return []
-    parties = read_json(workspace.split)[0]["parties"]
+    parties = read_split(workspace)["parties"]
     names = sorted({name for found in parties.values() for name in found[by]}, key=_counted)
     return [
         {"party": party, by.removesuffix("s"): shortened(name) or "-", "rows": found[by].get(name, 0)}

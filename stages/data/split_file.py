@@ -1,0 +1,44 @@
+"""private/split.json: what `prepare` dealt from which sources, and to whom."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict, cast
+
+from stages.files import reading
+from stages.workspace.paths import Workspace
+
+
+class Share(TypedDict):
+    """The rows of one party, or those that are held out; how many have each answer label, and each source."""
+
+    rows: int
+    sha256: str  # of the file that they are in
+    labels: dict[str, int]
+    sources: dict[str, int]
+
+
+class Auxiliary(TypedDict):
+    """The server's rows, with an answer and without one."""
+
+    labelled: int
+    unlabelled: int
+
+
+class Split(TypedDict):
+    """All that the file says."""
+
+    agreement_sha256: str
+    sources: list[str]  # lm-eval's tasks, or files
+    sources_sha256: NotRequired[str]  # an earlier version did not write it
+    split: str  # data.split of the agreement
+    rows: int  # of all sources, duplicates included
+    duplicates_dropped: int
+    also_in_test: int | None  # rows whose prompt is also in the test set; None: not compared
+    auxiliary: Auxiliary
+    parties: dict[str, Share]  # by client-1, client-2, ..., server
+    held_out: NotRequired[Share]  # kept from the server's rows for the gate
+
+
+def read_split(workspace: Workspace) -> Split:
+    """The file as `prepare` wrote it. Raises Problem if it is not there or is no JSON."""
+    return cast(Split, reading.read_json(workspace.split)[0])
