@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from builders import AGREEMENT, ROOT
 
@@ -162,6 +165,84 @@ def test_no_function_is_too_long_to_read_but_those_that_are_known() -> None:
         and not name.startswith("fedcollm_cli/commands/")
     }
     assert long == STILL_LONG
+
+
+# --- one speller each
+
+BY_HAND = {"fedcollm_cli/main.py"}
+"""Its help names commands in prose."""
+
+YET_TO_COME = {
+    "stages/client_train.py",
+    "stages/co_distill.py",
+    "stages/aggregate.py",
+    "stages/broadcast.py",
+    "stages/distillation/inputs.py",
+    "stages/distillation/two_phases.py",
+}
+
+
+def texts(path: Path) -> list[str]:
+    """Every string of a module that is no docstring; of f-strings the pieces."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    alone = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in alone
+    ]
+
+
+def calls(path: Path, name: str) -> Iterator[ast.Call]:
+    """Every call of a function, or of a method, of this name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == name:
+            yield node
+
+
+def options_of(program: Any, verbs: Iterable[str]) -> dict[str, bool]:
+    """By name in Python, every option of these commands, and whether it is a flag."""
+    found = [one for verb in verbs for one in program.commands[verb].params if one.param_type_name == "option"]
+    return {flag.removeprefix("--").replace("-", "_"): one.is_flag for one in found for flag in one.opts}
+
+
+@pytest.fixture(scope="module")
+def program() -> Any:
+    from fedcollm_cli.main import app
+
+    return typer.main.get_command(app)
+
+
+def test_command_lines_are_values_and_spelled_in_one_place(program: Any) -> None:
+    line = re.compile(rf"\bfedcollm ({'|'.join(program.commands)})\b|\bfedcollm $")
+    for path, name in NAMES.items():
+        if name not in BY_HAND | YET_TO_COME:
+            assert [text for text in texts(path) if line.search(text)] == [], name
+
+
+def test_every_command_that_is_shown_is_one_that_the_program_takes(program: Any) -> None:
+    shown = [(name, call) for path, name in NAMES.items() for call in calls(path, "Command")]
+    assert len(shown) > 50
+    for name, call in shown:
+        said = ast.unparse(call)
+        verb, *arguments = call.args
+        verbs = [one.value for one in ast.walk(verb) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        assert set(verbs) <= set(program.commands), f"{name}: {said}"
+        options = options_of(program, verbs or program.commands)
+        for given in call.keywords:
+            assert given.arg is None or given.arg in options, f"{name}: {said}"
+            if given.arg and isinstance(given.value, ast.Constant) and given.value.value is not ...:
+                assert options[given.arg] == (given.value.value is True), f"{name}: {said}"
+        takes = sum(one.param_type_name == "argument" for verb in verbs for one in program.commands[verb].params)
+        left_open = any(isinstance(one, ast.Constant) and one.value is ... for one in arguments)
+        assert left_open or len(arguments) <= takes or not verbs, f"{name}: {said}"
+
+
+def test_what_is_added_to_a_command_is_an_option_of_one(program: Any) -> None:
+    options = options_of(program, program.commands)
+    for path, name in NAMES.items():
+        for call in calls(path, "also"):
+            assert {given.arg for given in call.keywords if given.arg} <= set(options), f"{name}: {ast.unparse(call)}"
 
 
 # --- what is loaded

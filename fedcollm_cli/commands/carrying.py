@@ -10,6 +10,7 @@ import typer
 from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, WorkspaceOption, session
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
+from stages.workspace.commands import Command
 
 ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace another file that is there.")]
 
@@ -40,7 +41,7 @@ def pack(
         from stages.exchange.pack import pack as stage
 
         if round is not None and server == (client is not None):
-            mend = "fedcollm pack --client 2 --round 5, or fedcollm pack --server --round 5"
+            mend = f"{Command('pack', client=2, round=5)}, or {Command('pack', server=True, round=5)}"
             raise UsageProblem("pack needs a sender: either --client or --server", mend=mend)
         packed = stage(
             opened.workspace,

@@ -13,6 +13,7 @@ from fedcollm_cli.views import tables
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
 from stages.workspace.agreement import Method
+from stages.workspace.commands import Command
 
 
 def compare(
@@ -54,7 +55,7 @@ def compare(
         if as_json + as_markdown + as_csv > 1:
             raise UsageProblem("--json, --markdown and --csv exclude each other", mend="give one of them")
         if overwrite and (collect or seeds is None):
-            mend = "fedcollm compare --seeds 1,2,3 --overwrite"
+            mend = Command("compare", seeds="1,2,3", overwrite=True)
             raise UsageProblem("--overwrite is for what --seeds runs", mend=mend)
         found = stage(
             opened.workspace,

@@ -85,8 +85,9 @@ def next(
             raise UsageProblem("--client and --server are two parties", mend="give one of them")
         party = "server" if server else None if client is None else f"client-{opened.workspace.check_client(client)}"
         done = stage(opened.workspace, party=party, report=opened.console.report)
-        opened.console.result({"command": done}, done or "nothing is left to do")
-    if not done:
+        line = str(done) if done else ""
+        opened.console.result({"command": line}, line or "nothing is left to do")
+    if done is None:
         raise typer.Exit(NOTHING_LEFT_EXIT_CODE)
 
 

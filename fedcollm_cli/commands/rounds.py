@@ -23,6 +23,7 @@ from fedcollm_cli.session import (
 from fedcollm_cli.views import progress
 from stages.artefacts.manifest import Manifest
 from stages.runtime.errors import UsageProblem
+from stages.workspace.commands import Command
 
 
 def broadcast(
@@ -249,7 +250,8 @@ def evaluate(
         from stages.evaluate import evaluate as stage
 
         if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
-            mend = "fedcollm evaluate --round 1 --model slm; for a base alone, --zero-shot with --model slm or llm"
+            example = Command("evaluate", round=1, model="slm")
+            mend = f"{example}; for a base alone, --zero-shot with --model slm or llm"
             raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
         result = stage(
             opened.workspace,

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from stages.runtime import texts
+from stages.workspace.commands import Command
 
 if TYPE_CHECKING:
     from stages.planning.comm_cost import CommCost, Full, Sent, Table3
@@ -120,7 +121,8 @@ def cost_of(found: CommCost) -> Group:
         _compare(table, [found.full], {})
         parts.append(table)
     else:
-        parts.append("the SLM's configuration is not here: `fedcollm prefetch --model slm` for the full model's size")
+        fetch = Command("prefetch", model="slm")
+        parts.append(f"the SLM's configuration is not here: `{fetch}` for the full model's size")
     return Group(*parts)
 
 

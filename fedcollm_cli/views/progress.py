@@ -13,11 +13,13 @@ from rich.table import Table
 
 from fedcollm_cli.views.tables import comparison
 from stages.runtime import texts
+from stages.workspace.commands import Command
 
 if TYPE_CHECKING:
     from stages.artefacts.records import Result, TaskScores
     from stages.data.split_file import Split
-    from stages.progress.status import Status
+    from stages.progress.status import Score, Status
+    from stages.progress.steps import Step
 
 MOST_NAMED = 8
 """How many clients a line of `status` names before it counts the rest."""
@@ -74,8 +76,6 @@ def asked(found: TaskScores) -> str:
 
 def status(found: Status, workspace: Path | None) -> str:
     """A line for each step of each round that has begun; what the clients of a round send on one line."""
-    from stages.progress.status import with_workspace
-
     lines = []
     width = 2 + max([9, *(len(step.name) for round in found.rounds for step in round.steps)])
     begun = [round for round in found.rounds if any(step.condition != "missing" or step.reason for step in round.steps)]
@@ -111,13 +111,13 @@ def status(found: Status, workspace: Path | None) -> str:
         lines.append(f"not covered: {found.not_covered}")
     if found.next_command:
         only = ", only where all parties have agreed on the edit" if found.edited else ""
-        lines.append(f"next{only}: {with_workspace(found.next_command, workspace)}")
+        lines.append(f"next{only}: {found.next_command.also(workspace=workspace)}")
     elif found.waiting_for:
         lines.append(f"waiting for {found.waiting_for}")
     else:
         is_done = all(round.is_done for round in found.rounds)
         is_scored = all(score.condition == "done" for score in found.scores if "client" not in score.name)
-        everything = "everything is done" + ("" if is_scored else " but scores, which `fedcollm evaluate` makes")
+        everything = "everything is done" + ("" if is_scored else f" but scores, which `{Command('evaluate')}` makes")
         lines.append(everything if is_done else "this machine's part is done")
     return texts.lines(lines)
 
@@ -146,9 +146,18 @@ def _summary(several: list[Any], is_collected: bool = True) -> str:
 
 def status_value(found: Status, workspace: Path | None) -> dict[str, Any]:
     """The same for machines."""
-    from stages.progress.status import with_workspace
+    command = found.next_command
+    rounds = [asdict(round) | {"steps": [_with_line(step) for step in round.steps]} for round in found.rounds]
+    return asdict(found) | {
+        "next_command": str(command.also(workspace=workspace)) if command else "",
+        "rounds": rounds,
+        "scores": [_with_line(score) for score in found.scores],
+    }
 
-    return asdict(found) | {"next_command": with_workspace(found.next_command, workspace)}
+
+def _with_line(made: Step | Score) -> dict[str, Any]:
+    """A step or a score, with its command as the line to type."""
+    return asdict(made) | {"command": str(made.command)}
 
 
 def demo(measured: dict[str, Any]) -> Group:
@@ -157,7 +166,7 @@ def demo(measured: dict[str, Any]) -> Group:
         f"guessing gives 25.0, knowing every rule of this world {measured['rule_accuracy']:.1f}",
         f"base models: {measured['models']}; the study: {measured['workspace']}, with baselines/ and seeds/",
         f"the report: {measured['report']}",
-        f"error bars: cd {measured['workspace']} && fedcollm compare --seeds 1,2,3",
-        f"look inside: cd {measured['workspace']} && fedcollm status",
+        f"error bars: cd {measured['workspace']} && {Command('compare', seeds='1,2,3')}",
+        f"look inside: cd {measured['workspace']} && {Command('status')}",
     )
     return Group(comparison(measured["comparison"]), *lines)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from stages.paper.reported import LABELS
 from stages.runtime import texts
+from stages.workspace.commands import Command
 
 TITLES = {
     "llm": "the server's LLM (the paper's Table 1)",
@@ -171,7 +172,7 @@ def notes(found: dict[str, Any]) -> list[str]:
         if others := found["paper"]["other_models"]:
             lines.append(f"the paper's figures are of other models: {'; '.join(others)}")
     if found["absent"]:
-        lines.append("not run: " + "; ".join(f"fedcollm run --method {method}" for method in found["absent"]))
+        lines.append("not run: " + "; ".join(str(Command("run", method=method)) for method in found["absent"]))
     return lines
 
 

@@ -14,6 +14,7 @@ from stages.accounting.accountant import Charge
 from stages.artefacts.manifest import Sha256
 from stages.files import locks, reading, writing
 from stages.runtime.errors import Damaged
+from stages.workspace.commands import Command
 
 LARGEST_LEDGER_BYTES = 64 << 20
 BEGINNING = "0" * 64
@@ -120,7 +121,8 @@ def read_ledger(path: Path) -> list[Line]:
 
 def damaged(path: Path, message: str) -> Damaged:
     """What is said of a ledger that is not as it was written."""
-    mend = "put it back from a backup; if there is none, `fedcollm client-train ... --i-understand-reset` begins anew"
+    anew = Command("client-train", ..., i_understand_reset=True)
+    mend = f"put it back from a backup; if there is none, `{anew}` begins anew"
     return Damaged(message, where=path, mend=mend)
 
 

@@ -10,6 +10,7 @@ from stages.artefacts.reading import Artefact
 from stages.data.rows import Row, read_rows
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Report
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
@@ -44,6 +45,6 @@ def gate_of(workspace: Workspace, amount: float | None) -> Gate | None:
         return None
     if not 0 <= amount < math.inf:
         raise UsageProblem(f"a gate of {amount} is no amount of loss", mend="give a number such as --gate 0.1")
-    mend = "put JSONL rows there that nobody trains on, or set data.held_out_share and `fedcollm prepare`"
+    mend = f"put JSONL rows there that nobody trains on, or set data.held_out_share and `{Command('prepare')}`"
     require(workspace.held_out_data, "the gate needs held-out rows, and there are none", mend)
     return Gate(amount, *read_rows(workspace.held_out_data))

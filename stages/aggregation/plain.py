@@ -13,6 +13,7 @@ from stages.artefacts.tensor_files import largest_bytes
 from stages.parties.names import SERVER
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 MOST_CLAIMED = 1 << 40
@@ -35,7 +36,8 @@ def present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int, 
     names = ", ".join(map(str, absent))
     if len(updates) < needed:
         message = f"round {round} has {len(updates)} of the {needed} updates it needs; absent: client {names}"
-        mend = f"fedcollm client-train --client {absent[0]} --round {round}, there; then carry exchange/ here"
+        first = Command("client-train", client=absent[0], round=round)
+        mend = f"{first}, there; then carry exchange/ here"
         raise NotReady(message, where=workspace.client_update(round, absent[0]), mend=mend)
     if absent:
         report(
@@ -105,18 +107,19 @@ def _each(workspace: Workspace, theta: Artefact, updates: dict[int, Path]) -> It
 def _check_update(update: Artefact, client: int, theta: Artefact) -> None:
     """Raise Refused unless this client trained it in this round from this broadcast on this base."""
     round = theta.manifest.round
-    again = f"fedcollm client-train --client {client} --round {round} --overwrite, on client {client}'s machine"
+    again = Command("client-train", client=client, round=round, overwrite=True)
+    mend = f"{again}, on client {client}'s machine"
     if max(update.manifest.examples, update.manifest.tokens, update.manifest.steps) > MOST_CLAIMED:
         message = f"client {client}'s update of round {round} says it saw more than {MOST_CLAIMED} examples or tokens"
-        raise Refused(message, where=update.path, mend=again)
+        raise Refused(message, where=update.path, mend=mend)
     if update.manifest.examples == 0:
         raise Refused(
-            f"client {client}'s update of round {round} says it saw no examples", where=update.path, mend=again
+            f"client {client}'s update of round {round} says it saw no examples", where=update.path, mend=mend
         )
     if update.manifest.parents != {"broadcast": theta.sha256}:
         message = f"client {client}'s update of round {round} was trained from another broadcast than the one here"
-        raise Refused(message, where=update.path, mend=f"carry exchange/ there; then {again}")
+        raise Refused(message, where=update.path, mend=f"carry exchange/ there; then {mend}")
     if name := update.manifest.base.differs(theta.manifest.base):
         message = f"client {client}'s update of round {round} was trained on another base model or tokenizer"
         message += ", by its configuration" if name == "settings_sha256" else f", by its {name}"
-        raise Refused(message, where=update.path, mend=again)
+        raise Refused(message, where=update.path, mend=mend)

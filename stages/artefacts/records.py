@@ -15,11 +15,12 @@ from pydantic import ValidationError
 from stages.artefacts.manifest import BaseIdentity
 from stages.files import reading
 from stages.runtime.errors import Damaged
+from stages.workspace.commands import Command
 
 DIGEST = "result_sha256"
 EARLIER = ("subject", "round", "agreement_sha256", "adapter_sha256", "manifest_sha256", "base", "tasks_sha256", "dtype")
 LATER = ("limit", "batch_size", "weights_dtype", "versions", "tasks")
-MEND = "score again: fedcollm evaluate ... --overwrite"
+MEND = f"score again: {Command('evaluate', ..., overwrite=True)}"
 
 
 class TaskScores(TypedDict):

@@ -10,6 +10,7 @@ from stages.artefacts.manifest import Stage
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.runtime.errors import UsageProblem
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace, require
 
 Subject = Literal["slm", "llm", "aggregate"]
@@ -38,6 +39,14 @@ def folder_of(workspace: Workspace, round: int, subject: str) -> Path:
     return {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[subject](round)
 
 
+def scored_by(round: int | None, subject: str) -> Command:
+    """The command that scores a subject after a round; without a round, its base alone."""
+    what = Command("evaluate", zero_shot=round is None, round=round)
+    if subject.startswith("client-"):
+        return what.also(client=int(subject.partition("-")[2]))
+    return what.also(model=subject)
+
+
 def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | None) -> Artefact:
     """The subject's adapter after a round, every byte checked. Raises as received does."""
     workspace.check_round(round)
@@ -45,11 +54,11 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
     if client is not None:
         workspace.check_client(client)
         stage = "client-train"
-        made_by = f"fedcollm client-train --client {client} --round {round}"
+        made_by = Command("client-train", client=client, round=round)
     else:
         step: Literal["aggregate", "co-distill"] = "aggregate" if model == "aggregate" else "co-distill"
         workspace.check_step(step, round)
-        stage, made_by = step, f"fedcollm {step} --round {round}"
+        stage, made_by = step, Command(step, round=round)
     folder = folder_of(workspace, round, subject_of(model, client))
     require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
     return received(folder, workspace, reader=None, stage=stage, round=round, client=client)

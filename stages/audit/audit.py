@@ -30,6 +30,7 @@ from stages.audit.foreign_adapters import AnyAdapter, parse_weights, tensors_if_
 from stages.files import reading
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace.commands import Command
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
@@ -89,7 +90,8 @@ def _check_exchanged(scopes: Sequence[Scope]) -> None:
     exchanges = [scope.exchanged for scope in scopes if scope.is_workspace]
     if len(exchanges) == len(scopes) and not any(path.is_file() for top in exchanges for path in top.rglob("*")):
         message = "nothing has been exchanged yet: nothing was checked"
-        raise NotReady(message, where=exchanges[0], mend="audit it after the first step; fedcollm status names that")
+        mend = f"audit it after the first step; {Command('status')} names that"
+        raise NotReady(message, where=exchanges[0], mend=mend)
 
 
 def _look(state: Audit, folder: Folder, found: dict[str, list[Finding]]) -> None:

@@ -12,6 +12,7 @@ from stages.audit.checks import Finding, number_of
 from stages.audit.folders import Folder, Scope
 from stages.runtime.errors import Problem
 from stages.workspace import edits
+from stages.workspace.commands import Command
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT
 
 
@@ -58,7 +59,7 @@ def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Ite
     """Of all folders together: parents, forks, one federation and one base for each model; and the roster."""
     for scope in scopes:
         if scope.workspace and scope.agreement is None:
-            yield A1.fail(AGREEMENT, "cannot be read: fedcollm status says why", "the agreement")
+            yield A1.fail(AGREEMENT, f"cannot be read: {Command('status')} says why", "the agreement")
         yield from roster_of(scope, client)
     ours = [folder for folder in folders if folder.manifest]
     yield from _forks(ours)

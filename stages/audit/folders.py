@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shlex
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from stages.files import reading
 from stages.parties.roster import Roster, anyones
 from stages.runtime.errors import Damaged, Problem, UsageProblem
 from stages.workspace.agreement import Agreement
+from stages.workspace.commands import Command
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_REVEAL
 from stages.workspace.paths import Workspace
 
@@ -141,8 +141,7 @@ def scope_of(path: Path) -> Scope:
     if not path.exists():
         raise UsageProblem("there is no such folder", where=path, mend="name a folder, or a whole workspace")
     if not path.is_dir():
-        mend = f"fedcollm audit {shlex.quote(str(path.parent))}"
-        raise UsageProblem(f"{path.name} is not a folder", where=path, mend=mend)
+        raise UsageProblem(f"{path.name} is not a folder", where=path, mend=Command("audit", path.parent))
     absolute = Path(os.path.abspath(path))  # noqa: PTH100  # not resolved: a link that people name may be followed
     try:
         workspace = Workspace.find(absolute)

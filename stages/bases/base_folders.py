@@ -9,6 +9,7 @@ from pathlib import Path
 from stages.bases import base_files
 from stages.files import faults
 from stages.runtime.errors import NotReady
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
@@ -45,7 +46,7 @@ def folder(workspace: Workspace, role: Role) -> Path:
         if isinstance(error, OSError) and (error.errno in faults.UNWRITABLE or error.filename):
             raise faults.unwritable_cache(f"the {role.upper()} cannot be put into the hub's cache", error) from error
         mend = (
-            f"`fedcollm prefetch --model {role}` where there is a network, "
+            f"`{Command('prefetch', model=role)}` where there is a network, "
             f"or set models.{role} in machine.toml to a local folder"
         )
         raise NotReady(

@@ -24,6 +24,7 @@ from stages.runtime import quiet
 from stages.runtime.errors import NotReady, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import task_data, task_files
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 
@@ -256,7 +257,7 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
             message, mend = f"the data of task {name} is not there: {error}", "check data_files in its task file"
             raise NotReady(message, where=where, mend=mend) from error
         mend = (
-            "`fedcollm prefetch` where there is a network, "
+            f"`{Command('prefetch')}` where there is a network, "
             "or point its task file at local files (see the workspace README)"
         )
         raise NotReady(f"the dataset of task {name} cannot be loaded: {error}", where=where, mend=mend) from error

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady, Problem, UsageProblem
+from stages.workspace.commands import Command
 
 LISTING = "bundle.json"
 LARGEST_BUNDLE_BYTES = (1 << 32) - 1
@@ -32,7 +33,7 @@ LOCAL_FORM, CENTRAL_FORM, END_FORM = "<4s5H3I2H", "<4s6H3I5H2I", "<4s4H2IH"
 END_BYTES = struct.calcsize(CENTRAL_FORM) + len(LISTING) + struct.calcsize(END_FORM)
 """What a bundle has after its members' entries, with the list's own."""
 VERSION, UNIX, FIRST_OF_1980, PLAIN_FILE = 10, 3 << 8, 0x21, 0o100644 << 16
-PACK_AGAIN = "have its sender `fedcollm pack` it again, and carry it as a binary file"
+PACK_AGAIN = f"have its sender `{Command('pack')}` it again, and carry it as a binary file"
 
 
 class _Part(BaseModel):

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from stages.exchange.bundles import bundle_bytes
 from stages.files import reading, writing
+from stages.parties.names import keys_made_by, of
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
@@ -73,13 +75,13 @@ def _check_words(round: int | None, client: int | None, to: int | None, keys: bo
     """Raise UsageProblem unless exactly one thing is asked for."""
     what = [round is not None, keys, roster]
     if sum(what) != 1 or (keys and client is None) or (roster and client is not None):
-        mend = "fedcollm pack --client 2 --round 5, or --server --round 5, --keys --client 2, --roster"
+        mend = f"{Command('pack', client=2, round=5)}, or --server --round 5, --keys --client 2, --roster"
         raise UsageProblem(
             "pack needs one thing to pack: a round of a client or of the server, keys, roster", mend=mend
         )
     if to is not None and (round is None or client is not None):
-        mend = "fedcollm pack --server --round 5 --to 2"
-        raise UsageProblem("--to is for what the server sends in a round", mend=mend)
+        example = Command("pack", server=True, round=5, to=2)
+        raise UsageProblem("--to is for what the server sends in a round", mend=example)
 
 
 def _wanted(workspace: Workspace, round: int | None, client: int | None, keys: bool) -> list[Parcel]:
@@ -92,8 +94,8 @@ def _wanted(workspace: Workspace, round: int | None, client: int | None, keys: b
     first = Parcel("broadcast", round) if client is None else Parcel("client", round, client)
     then = Parcel("close", round) if client is None else Parcel("reveal", round, client)
     name = f"the broadcast of round {round}" if client is None else f"client {client}'s update of round {round}"
-    by = f"broadcast --round {round}" if client is None else f"client-train --client {client} --round {round}"
-    require(first.folder(workspace), f"{name} is not there", f"fedcollm {by}")
+    made_by = Command("broadcast" if client is None else "client-train", client=client, round=round)
+    require(first.folder(workspace), f"{name} is not there", made_by)
     return [first, *([then] if os.path.lexists(then.folder(workspace)) else [])]
 
 
@@ -108,9 +110,9 @@ def _public(workspace: Workspace, client: int | None, keys: bool) -> list[Parcel
         here = [k for k in workspace.clients if workspace.public_keys(k).exists()]
         wanted = [Parcel("federation"), *(Parcel("keys", client=k) for k in here)]
     for parcel in wanted:
-        by = f"keys --client {parcel.client}" if parcel.client else "enroll"
+        made_by = keys_made_by(of(parcel.client))
         for file in parcel.public_files(workspace):
-            require(parcel.folder(workspace) / file, f"{file} is not there", f"fedcollm {by}")
+            require(parcel.folder(workspace) / file, f"{file} is not there", made_by)
     return wanted
 
 

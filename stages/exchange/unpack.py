@@ -17,6 +17,7 @@ from stages.exchange.bundles import Listing, read_bundle
 from stages.files import reading, writing
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace.commands import Command
 from stages.workspace.names import MANIFEST
 from stages.workspace.paths import Workspace, require
 
@@ -37,7 +38,7 @@ def unpack(
     """
     from stages.exchange import parcel_checks, parcels
 
-    require(path, f"{path.name} is not there", "name the bundle that has arrived: fedcollm unpack FILE")
+    require(path, f"{path.name} is not there", f"name the bundle that has arrived: {Command('unpack', 'FILE')}")
 
     def check(listing: Listing, read: Callable[[str], bytes]) -> None:
         """Who made it and how large it is: before the bulk of it is read."""

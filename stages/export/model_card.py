@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.reading import Artefact
 from stages.artefacts.records import TaskScores, is_of_base, read_result
+from stages.artefacts.subjects import scored_by
 from stages.data.split_file import read_split
 from stages.runtime.texts import in_code, in_line, in_markdown
 from stages.workspace.agreement import Budget, Method
@@ -56,7 +57,6 @@ def model_card(
     subject: "slm", "llm", "aggregate" or "client-2". base_model, revision: of the base on a hub, None for a folder.
     """
     manifest = adapter.manifest
-    model = f"--client {manifest.client}" if manifest.client else f"--model {subject}"
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -79,7 +79,7 @@ def model_card(
         losses=_losses(manifest),
         parties=_rows_of_parties(workspace),
         scores=_scores(workspace, adapter, subject),
-        evaluate=f"fedcollm evaluate --round {manifest.round} {model}",
+        evaluate=str(scored_by(manifest.round, subject)),
         hashes=_hashes(adapter),
     )
 

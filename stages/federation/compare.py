@@ -14,6 +14,7 @@ from stages.federation.run import derived, run
 from stages.runtime.events import Event, Report, ignore
 from stages.study import comparison
 from stages.workspace.agreement import Method
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def run_all(
     for seed in seeds:
         own = workspace
         if seed != workspace.agreement.federation.seed:
-            made_by = f"fedcollm compare --seeds {','.join(map(str, seeds))}"
+            made_by = Command("compare", seeds=",".join(map(str, seeds)))
             replica = variants.replica(workspace, seed)
             own = derived(workspace, *replica, made_by=made_by, overwrite=overwrite, report=report)
         for method in methods:

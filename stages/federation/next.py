@@ -5,7 +5,6 @@ Where there is nothing to do yet it says whom it waits for and ends with exit co
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from stages.progress.status import status
 from stages.reveal import reveal
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -41,8 +41,8 @@ STAGES: dict[str, Callable[..., Any]] = {
 }
 
 
-def next(workspace: Workspace, *, party: str | None = None, report: Report = ignore) -> str:
-    """Do the next step of a party, "server" or "client-2", or of any on this machine. Returns its command, or "".
+def next(workspace: Workspace, *, party: str | None = None, report: Report = ignore) -> Command | None:
+    """Do the next step of a party, "server" or "client-2", or of any on this machine. Returns its command, if any.
 
     A step that would replace something is left to a person. Raises NotReady naming what the party waits for, Refused
     under an edited agreement, which no waiting mends, and Held while another process takes the party's step: a cron job
@@ -50,42 +50,31 @@ def next(workspace: Workspace, *, party: str | None = None, report: Report = ign
     """
     found = status(workspace, party=party)
     if found.edited:
-        mend = "undo the edit first; where all parties have agreed on it, `fedcollm status` names what begins anew"
+        mend = f"undo the edit first; where all parties have agreed on it, `{Command('status')}` names what begins anew"
         raise Refused(found.edited, where=workspace.root / AGREEMENT, mend=mend)
     roster.check_agreement(workspace, party)
     if found.waiting_for:
-        raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend="fedcollm status shows all of it")
-    if not found.next_command:
+        mend = f"{Command('status')} shows all of it"
+        raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend=mend)
+    command = found.next_command
+    if command is None:
         report(Event("note", "nothing is left to do"))
-        return ""
-    verb, arguments = _parsed(found.next_command)
-    if "overwrite" in arguments:
-        message = f"the next step replaces what is there: {found.next_command}"
-        raise NotReady(message, where=workspace.root, mend="look at `fedcollm status`, then give that command")
-    close = workspace.close(arguments.get("round", 1))
+        return None
+    if "overwrite" in command.options:
+        message = f"the next step replaces what is there: {command}"
+        raise NotReady(message, where=workspace.root, mend=f"look at `{Command('status')}`, then give that command")
+    round = command.options.get("round")
+    close = workspace.close(round if isinstance(round, int) else 1)
     before = _digest(close)
     with locks.held(workspace.turn(party), waits=False):
         try:
-            STAGES[verb](workspace, **arguments, report=report)
+            STAGES[command.verb](workspace, **command.options, report=report)
         except NotReady:
-            if not (verb == "aggregate" and _digest(close) != before):
+            if not (command.verb == "aggregate" and _digest(close) != before):
                 raise
             report(Event("note", "the round is closed; now clients reveal"))
-    return found.next_command
+    return command
 
 
 def _digest(close: Path) -> str:
     return read_manifest(close)[1] if close.exists() else ""
-
-
-def _parsed(command: str) -> tuple[str, dict[str, Any]]:
-    """The stage and the arguments of a command of status: `fedcollm reveal --client 2 --round 1`."""
-    _, verb, *words = shlex.split(command)
-    arguments: dict[str, Any] = {}
-    for word in words:
-        if word.startswith("--"):
-            name = word.removeprefix("--")
-            arguments[name] = True
-        else:
-            arguments[name] = int(word) if word.isdecimal() else word
-    return verb, arguments

@@ -31,6 +31,7 @@ from stages.reveal import reveal
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.agreement import Method
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -62,7 +63,7 @@ def run(
         from stages.study import variants
 
         folder, changes = variants.baseline(workspace, method)
-        made_by = f"fedcollm run --method {method}"
+        made_by = Command("run", method=method)
         workspace = derived(workspace, folder, changes, made_by=made_by, overwrite=overwrite, report=report)
         models = models.of(workspace)
     federation, evaluation = workspace.agreement.federation, workspace.agreement.evaluation
@@ -107,7 +108,7 @@ def derived(
     folder: Path,
     changes: Changes,
     *,
-    made_by: str,
+    made_by: Command,
     overwrite: bool = False,
     report: Report = ignore,
 ) -> Workspace:

@@ -20,6 +20,7 @@ from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.texts import lines
+from stages.workspace.commands import Command
 from stages.workspace.machine import Slurm
 from stages.workspace.names import MACHINE
 from stages.workspace.paths import Workspace
@@ -67,7 +68,7 @@ def jobs(workspace: Workspace, *, only: str | None = None, window: int | None = 
     _check_party(workspace, only)
     parties = _parties(workspace, only)
     if not parties:
-        mend = "`fedcollm status` names what is missing; in a simulation, `fedcollm prepare` makes it"
+        mend = f"`{Command('status')}` names what is missing; in a simulation, `{PREPARE}` makes it"
         raise NotReady(f"{only or 'every party'} has no data here", where=workspace.private, mend=mend)
     if workspace.agreement.aggregation.is_secure:
         _check_enrolled(workspace, parties)
@@ -77,7 +78,7 @@ def jobs(workspace: Workspace, *, only: str | None = None, window: int | None = 
     rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
     found = chain(workspace, rounds, parties, window=window)
     if found.waiting_for and not found.jobs:
-        mend = "`fedcollm status` shows all of it"
+        mend = f"`{Command('status')}` shows all of it"
         raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend=mend)
     scores = any(job.script == "evaluate" for job in found.jobs)
     if found.jobs and (absent := _missing(workspace, parties, scores=scores)):
@@ -100,7 +101,8 @@ def _check_enrolled(workspace: Workspace, parties: set[str]) -> None:
         if command or waiting_for:
             message = f"{party} is not enrolled for secure aggregation"
             message += f", and waits for {waiting_for}" if waiting_for else ""
-            raise NotReady(message, where=workspace.root, mend=command or "`fedcollm next` takes a party's next step")
+            mend = command or f"`{Command('next')}` takes a party's next step"
+            raise NotReady(message, where=workspace.root, mend=mend)
 
 
 def _parties(workspace: Workspace, only: str | None) -> set[str]:

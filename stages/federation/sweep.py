@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stages.federation.run import derived, run
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SEED = "federation.seed"
 FIXED = {
-    "federation.method": "for other methods: fedcollm compare",
+    "federation.method": f"for other methods: {Command('compare')}",
     "federation.name": "leave it out: a sweep keeps the federation's name",
 }
 
@@ -53,9 +53,9 @@ def sweep(
     points = _points(workspace, grid)
     dealt = [key for key in grid if key.startswith("data.") and key != "data.too_long"]
     if dealt and not workspace.split.exists():
-        mend = "fedcollm prepare, if [data] says from what; rows that the parties brought are not dealt"
+        mend = f"{Command('prepare')}, if [data] says from what; rows that the parties brought are not dealt"
         raise UsageProblem(f"{dealt[0]} changes nothing here: prepare has not dealt the rows", mend=mend)
-    made_by = shlex.join(["fedcollm", "sweep", *(word for key in grid for word in ("--set", _words(key, grid[key])))])
+    made_by = Command("sweep", set=tuple(_words(key, values) for key, values in grid.items()))
     for settings in points:
         variants.check(workspace, settings)
     from stages.study.results import remarks

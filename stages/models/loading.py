@@ -25,6 +25,7 @@ from stages.models.identity import identify
 from stages.models.tuned import Outline, Tuned, context_in
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.processes import ALONE, Processes
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
@@ -80,7 +81,7 @@ class Models:
         if role in self._roles:
             return self._roles[role].outline
         folder = base_folders.configuration(self._workspace, role)
-        mend = f"`fedcollm prefetch --model {role}` where there is a network, or set models.{role} in machine.toml"
+        mend = f"`{Command('prefetch', model=role)}` where there is a network, or set models.{role} in machine.toml"
         if folder is None:
             raise NotReady(f"the {role.upper()}'s configuration and tokenizer are not here", mend=mend)
         tokenizer = check_unread(folder, role, self._workspace.agreement.model_of(role).quantization)

@@ -21,6 +21,7 @@ from stages.models.tuned import context_of
 from stages.paper import reported
 from stages.runtime.errors import NotReady
 from stages.workspace.agreement import Lora, Model
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Quantization, Role
@@ -72,7 +73,7 @@ def of_workspace(workspace: Workspace, role: Role, dtype: torch.dtype = torch.fl
     elif shipped:
         config, stored, came_from = AutoConfig.for_model(**shipped.config), shipped.stored_dtype, SHIPPED
     else:
-        mend = f"`fedcollm prefetch --model {role}` where there is a network, or set models.{role} in machine.toml"
+        mend = f"`{Command('prefetch', model=role)}` where there is a network, or set models.{role} in machine.toml"
         raise NotReady(f"the configuration of the {role.upper()} {settings.model} is not here", mend=mend)
     return _shape(config, settings, stored, came_from, dtype, workspace)
 

@@ -16,6 +16,7 @@ from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import edits, task_files
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 
@@ -56,7 +57,7 @@ def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
         pinned = roster.pinned(workspace, SERVER)
         if pinned is None or pinned.federation.clients != members:
             message = "a client's keys are other ones than those enrolled"
-            mend = "put the earlier files back; or, for a new federation: fedcollm enroll --renew"
+            mend = f"put the earlier files back; or, for a new federation: {Command('enroll', renew=True)}"
             raise Refused(message, where=workspace.public_keys(members[0].client).parent, mend=mend)
     path = workspace.federation
     # The signature first, since what it signs counts from its arrival on.
@@ -70,7 +71,7 @@ def _members(workspace: Workspace) -> list[roster_files.Member]:
     absent = [client for client in workspace.clients if not workspace.public_keys(client).exists()]
     if absent:
         message = f"the public keys of client {', '.join(map(str, absent))} are not there"
-        mend = f"there: fedcollm keys --client {absent[0]}; then carry exchange/keys here"
+        mend = f"there: {Command('keys', client=absent[0])}; then carry exchange/keys here"
         raise NotReady(message, where=workspace.public_keys(absent[0]), mend=mend)
     members: list[roster_files.Member] = []
     for client in workspace.clients:
@@ -78,7 +79,8 @@ def _members(workspace: Workspace) -> list[roster_files.Member]:
         keys, content = roster_files.read_keys(path)
         if (keys.agreement_sha256, keys.client) != (workspace.agreement_sha256, client):
             message = f"client {client} made its keys under another agreement (sha256 of fedcollm.toml)"
-            mend = f"give all parties the same fedcollm.toml; then, there: fedcollm keys --client {client} --renew"
+            again = Command("keys", client=client, renew=True)
+            mend = f"give all parties the same fedcollm.toml; then, there: {again}"
             raise Refused(message, where=path, mend=mend)
         roster.check_prekeys(workspace, keys, path)
         if any(member.ed25519 == keys.ed25519 for member in members):

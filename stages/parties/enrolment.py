@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from stages.parties import roster, roster_files
-from stages.parties.names import SERVER, client
+from stages.parties.names import SERVER, client, number_of
 from stages.parties.vault import Vault
 from stages.runtime.errors import Problem, Refused
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 
@@ -23,10 +24,10 @@ def other_tasks(workspace: Workspace, *, of_exchange: bool = False) -> str:
     return ""
 
 
-def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:
+def enrolment(workspace: Workspace, party: str | None) -> tuple[Command | None, str]:
     """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it.
 
-    A literal command, or what is waited for; both empty if the party, or all of them here, have joined.
+    A command, or what is waited for; neither if the party, or all of them here, have joined.
     """
     here = [client(k) for k in workspace.clients if workspace.client_data(k).exists()]
     here += [SERVER] if workspace.auxiliary_data.exists() else []
@@ -34,17 +35,19 @@ def enrolment(workspace: Workspace, party: str | None) -> tuple[str, str]:
     vaults = {one: Vault.find(workspace, one) for one in asked}
     for one in asked:
         if vaults[one] is None and one != SERVER:
-            return f"fedcollm keys --{one.replace('-', ' ')}", ""
+            return Command("keys", client=number_of(one)), ""
     absent = [client(k) for k in workspace.clients if not workspace.public_keys(k).exists()]
     for one in sorted(asked, key=lambda name: name != SERVER):
         vault = vaults[one]
         if vault is not None and vault.pinned is not None:
             continue
         if one == SERVER:
-            return ("", f"exchange/keys of {', '.join(absent)}") if absent else ("fedcollm enroll", "")
+            if absent:
+                return None, f"exchange/keys of {', '.join(absent)}"
+            return Command("enroll"), ""
         if not workspace.federation.exists():
-            return "", "the roster, exchange/federation.json, from the server's `fedcollm enroll`"
+            return None, f"the roster, exchange/federation.json, from the server's `{Command('enroll')}`"
         if others := other_tasks(workspace, of_exchange=True):
-            return "", f"the tasks/ of the roster, before anybody joins: {others}"
-        return "", f"a person to compare the roster's fingerprint: fedcollm join --{one.replace('-', ' ')}"
-    return "", ""
+            return None, f"the tasks/ of the roster, before anybody joins: {others}"
+        return None, f"a person to compare the roster's fingerprint: {Command('join', client=number_of(one))}"
+    return None, ""

@@ -12,6 +12,7 @@ from stages.parties.vault import Vault
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import edits
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace, require
 
 
@@ -25,7 +26,7 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
     report(Event("stage", f"join, client {client}"))
     vault = Vault.need(workspace, party_of(client))
     path = workspace.federation
-    require(path, "the roster has not arrived", "on the server: fedcollm enroll; then carry exchange/ here")
+    require(path, "the roster has not arrived", f"on the server: {Command('enroll')}; then carry exchange/ here")
     federation, content = roster_files.read_federation(path)
     found = roster.fingerprint(content)
     if vault.pinned == content:
@@ -33,12 +34,14 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
         return found
     if vault.pinned is not None:
         message = f"this is another roster than the one joined: {found}, joined {roster.fingerprint(vault.pinned)}"
-        mend = f"ask the server which is right; for a new federation: fedcollm keys --client {client} --renew"
+        anew = Command("keys", client=client, renew=True)
+        mend = f"ask the server which is right; for a new federation: {anew}"
         raise Refused(message, where=path, mend=mend)
     if fingerprint is None:
         message = f"the roster's fingerprint is {found}; read it to another client, by phone: is it the same there?"
         # The mend leaves out what is to be typed: a command to copy would compare the roster with itself.
-        mend = f"fedcollm join --client {client} --fingerprint ... with what that client reads out of the roster there"
+        command = Command("join", client=client, fingerprint=...)
+        mend = f"{command} with what that client reads out of the roster there"
         raise UsageProblem(message, where=path, mend=mend)
     if not roster.is_fingerprint(fingerprint, content):
         message = f"the roster here has the fingerprint {found}, not {fingerprint}"
@@ -61,7 +64,8 @@ def _check_own(workspace: Workspace, client: int, vault: Vault, federation: rost
     own = vault.identity.public_key().public_bytes_raw().hex()
     if [member.ed25519 for member in federation.clients if member.client == client] != [own]:
         message = f"the roster does not have the keys that client {client} made"
-        mend = f"carry exchange/keys/client-{client}.json to the server again; there: fedcollm enroll --renew"
+        again = Command("enroll", renew=True)
+        mend = f"carry exchange/keys/client-{client}.json to the server again; there: {again}"
         raise Refused(message, where=path, mend=mend)
     if [member.client for member in federation.clients] != list(workspace.clients):
         message = f"the roster has other clients than the agreement, which has 1 to {len(workspace.clients)}"

@@ -18,6 +18,7 @@ from stages.parties.vault import NOT_ENROLLED, Vault
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import edits
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 PUBLIC = "public"
@@ -63,7 +64,8 @@ def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Mad
     except ValidationError as error:
         raise vault.damaged(f"{PUBLIC}.json") from error
     if public["agreement_sha256"] != workspace.agreement_sha256:
-        mend = f"undo the edit of fedcollm.toml; or, for a new federation: fedcollm keys --client {client} --renew"
+        anew = Command("keys", client=client, renew=True)
+        mend = f"undo the edit of fedcollm.toml; or, for a new federation: {anew}"
         raise Refused(f"client {client} has keys for another agreement", where=path, mend=mend)
     if public["ed25519"] != vault.identity.public_key().public_bytes_raw().hex():
         raise vault.damaged("identity.pem", NOT_ENROLLED)

@@ -13,11 +13,12 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from stages.files import reading
-from stages.parties.names import SERVER, client
+from stages.parties.names import SERVER, client, keys_made_by, number_of
 from stages.parties.roster_files import Federation, PublicKeys, _parsed, read_federation, read_keys
 from stages.parties.vault import NOT_ENROLLED, Vault
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused
 from stages.workspace import edits, task_files
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 FINGERPRINT_LETTERS = 40
@@ -90,8 +91,8 @@ def pinned(workspace: Workspace, party: str) -> Roster | None:
     content = vault.pinned if vault else None
     if content is None:
         if workspace.agreement.aggregation.is_secure or workspace.federation.exists():
-            mend = "fedcollm enroll" if party == SERVER else f"fedcollm join --{party.replace('-', ' ')}"
-            raise NotReady(f"{party} has not joined this federation", where=workspace.federation, mend=mend)
+            join = Command("enroll") if party == SERVER else Command("join", client=number_of(party))
+            raise NotReady(f"{party} has not joined this federation", where=workspace.federation, mend=join)
         return None
     assert vault is not None
     try:
@@ -128,11 +129,10 @@ def check_is_new(workspace: Workspace, party: str) -> None:
     if not joined and not own.exists() and not workspace.federation.exists():
         return
     name = party.replace("-", " ")
-    verb = "enroll" if party == SERVER else f"keys --{name}"
     arrived = "the roster has arrived" if workspace.federation.exists() else f"public keys of {name} are here"
     here = ", ".join(joined).replace("-", " ")
     who = f"{here} {'have' if len(joined) > 1 else 'has'} joined here" if joined else arrived
-    mend = f"give the command on the machine of {name}; only for a new federation: fedcollm {verb} --renew"
+    mend = f"give the command on the machine of {name}; only for a new federation: {keys_made_by(party, renew=True)}"
     raise Refused(f"{who}; the keys of {name} are on its own machine", where=own, mend=mend)
 
 
@@ -207,7 +207,7 @@ def check_prekeys(workspace: Workspace, keys: PublicKeys, path: Path) -> None:
 
     With one of low order (RFC 7748, 6.1) nobody could mask: this client would stop every round.
     """
-    mend = f"there: fedcollm keys --client {keys.client} --renew; then carry exchange/keys here"
+    mend = f"there: {keys_made_by(client(keys.client), renew=True)}; then carry exchange/keys here"
     if not len(keys.prekeys) == len(set(keys.prekeys)) == slots(workspace):
         message = f"client {keys.client} gives {len(set(keys.prekeys))} one-time keys, not {slots(workspace)}"
         raise Damaged(message, where=path, mend=mend)

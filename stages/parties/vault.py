@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from stages.files import locks, reading, writing
 from stages.parties import one_time_keys
-from stages.parties.names import SERVER
+from stages.parties.names import keys_made_by
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Report, ignore
 from stages.workspace.names import SECRETS_MARKER
@@ -63,8 +63,8 @@ class Vault:
         """The party's vault. Raises NotReady if there is none on this machine."""
         vault = Vault.find(workspace, party)
         if vault is None:
-            mend = f"fedcollm {_maker(party)}"
-            raise NotReady(f"{party} has no keys on this machine", where=workspace.secrets_pointer(party), mend=mend)
+            message, where = f"{party} has no keys on this machine", workspace.secrets_pointer(party)
+            raise NotReady(message, where=where, mend=keys_made_by(party))
         return vault
 
     @staticmethod
@@ -230,7 +230,7 @@ class Vault:
 
     def damaged(self, name: str, how: str = "is damaged") -> Damaged:
         """One of the party's secrets cannot be read, or is another."""
-        mend = f"put it back from a copy; or, for a new federation: fedcollm {_maker(self.party)} --renew"
+        mend = f"put it back from a copy; or, for a new federation: {keys_made_by(self.party, renew=True)}"
         return Damaged(f"the secret {name} of {self.party} {how}", where=self.root / name, mend=mend)
 
     def _ratchet(self) -> tuple[int, bytes]:
@@ -257,7 +257,7 @@ class Vault:
 
     def _check(self, workspace: Workspace) -> None:
         if not self.root.is_dir():
-            mend = f"put that folder back; or fedcollm {_maker(self.party)} --renew, for a new federation"
+            mend = f"put that folder back; or {keys_made_by(self.party, renew=True)}, for a new federation"
             raise Refused(f"the keys of {self.party} are gone", where=self.root, mend=mend)
         self._check_outside(workspace)
         for path in (self.root, *self.root.iterdir()):
@@ -281,15 +281,10 @@ class Vault:
             raise Refused("secret keys lie in the workspace, which travels", where=self.root, mend=mend)
 
 
-def _maker(party: str) -> str:
-    """The command that makes a party's keys."""
-    return "enroll" if party == SERVER else f"keys --client {party.removeprefix('client-')}"
-
-
 def _named_by(pointer: Path, party: str) -> str:
     """The name of the folder of keys that a pointer holds."""
     name = str(reading.read_json(pointer)[0].get("folder"))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}-[0-9a-f]{16}", name):
-        mend = f"fedcollm {_maker(party)} --renew makes new keys, for a new federation"
+        mend = f"{keys_made_by(party, renew=True)} makes new keys, for a new federation"
         raise Damaged(f"{pointer.name} names no folder of keys", where=pointer, mend=mend)
     return name

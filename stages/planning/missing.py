@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from stages.bases import base_files, base_folders
 from stages.runtime.errors import Damaged, Problem
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES, Role
@@ -40,7 +41,7 @@ def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
         except Damaged as problem:
             return [Missing(f"{what}: {problem.message}", problem.mend or "")]
         return [Missing(what, f"put it into {workspace.shown(own)}, or set models.{role} in machine.toml")]
-    return [Missing(what, f"fedcollm prefetch --model {role}")]
+    return [Missing(what, str(Command("prefetch", model=role)))]
 
 
 def _bitsandbytes(workspace: Workspace, roles: Sequence[Role]) -> list[Missing]:
@@ -67,7 +68,7 @@ def _data(workspace: Workspace) -> list[Missing]:
     absent = [name for name in data.files if not workspace.local(name).exists()]
     if absent:
         return [Missing(f"the data file {name}", f"correct data.files in {AGREEMENT}") for name in absent]
-    return [Missing("training data", "fedcollm prepare")]
+    return [Missing("training data", str(Command("prepare")))]
 
 
 def _tasks(workspace: Workspace) -> list[Missing]:

@@ -11,6 +11,7 @@ from stages.bases import base_files, base_folders
 from stages.bases.base_names import name_of
 from stages.runtime.errors import NotReady
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
@@ -50,7 +51,8 @@ def _model(workspace: Workspace, role: Role) -> Fetched:
     if was_here:
         return Fetched(name_of(workspace, role), True, workspace.shown(fetched))
     if not base_files.weight_files(fetched):
-        mend = f"put all its files there; or, for a model of the hub, `fedcollm prefetch --model {role}` with a network"
+        fetch = Command("prefetch", model=role)
+        mend = f"put all its files there; or, for a model of the hub, `{fetch}` with a network"
         raise NotReady(f"the {role.upper()} {name} is here without its weights", where=fetched, mend=mend)
     return Fetched(name, False, workspace.shown(fetched))
 

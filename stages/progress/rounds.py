@@ -21,6 +21,7 @@ from stages.parties.names import SERVER, client
 from stages.progress.staleness import PREPARE, are_rows_stale, dealt
 from stages.progress.steps import Round, Step
 from stages.runtime.errors import Damaged, NotReady, Refused
+from stages.workspace.commands import Command
 from stages.workspace.names import SIGNATURE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES
@@ -70,7 +71,7 @@ class Reader:
     def _unmasking(self, number: int, broadcast: Step, clients: list[int]) -> list[Step]:
         """Secure mode: the server closes the round, then each client whose update is in the sum reveals."""
         place, parents = self._workspace.close(number), {"broadcast": broadcast.sha256}
-        close = self._step(place, "close", f"aggregate --round {number}", parents, self._is_server, again="")
+        close = self._step(place, "close", Command("aggregate", round=number), parents, self._is_server, replaces=False)
         if close.condition == "done":
             survivors = self._manifest(place)[0].closing or {}
             clients = [k for k in clients if client(k) in survivors]
@@ -78,10 +79,10 @@ class Reader:
             self._step(
                 self._workspace.reveal(number, k),
                 f"reveal-{k}",
-                f"reveal --client {k} --round {number}",
+                Command("reveal", client=k, round=number),
                 {"close": close.sha256},
                 self._workspace.client_data(k).exists(),
-                again="",
+                replaces=False,
                 party=client(k),
             )
             for k in clients
@@ -101,18 +102,16 @@ class Reader:
     def _broadcast(self, number: int) -> Step:
         source = self._workspace.round_result(number).name
         parents = {source: self._before[source].sha256} if number > 1 else {}
-        place, command = self._workspace.broadcast(number), f"broadcast --round {number}"
+        place, command = self._workspace.broadcast(number), Command("broadcast", round=number)
         return self._step(place, "broadcast", command, parents, self._is_server)
 
     def _client(self, number: int, number_of_client: int, start: Step) -> Step:
         place, party = self._workspace.client_update(number, number_of_client), client(number_of_client)
-        command = f"client-train --client {number_of_client} --round {number}"
+        command = Command("client-train", client=number_of_client, round=number)
         here = self._workspace.client_data(number_of_client).exists()
         has_attempts = start.sha256 and start.name == "broadcast"
         if has_attempts and self._attempt(place) < self._attempt(self._workspace.broadcast(number)):
-            return Step(
-                party, "missing", "is of an earlier attempt at the round", f"fedcollm {command}", here, party=party
-            )
+            return Step(party, "missing", "is of an earlier attempt at the round", command, here, party=party)
         step = self._step(place, party, command, {start.name: start.sha256}, here, party=party)
         log = self._workspace.log("client-train", number, number_of_client)
         return self._of_rows(step, self._workspace.client_data(number_of_client), log)
@@ -131,7 +130,7 @@ class Reader:
                 return step
             reason, command = (
                 f"trained on other rows than {self._workspace.shown(data)} has now",
-                f"{step.command} --overwrite",
+                step.command.also(overwrite=True),
             )
         return replace(step, condition="stale", reason=reason, command=command, changed=("rows",))
 
@@ -143,17 +142,17 @@ class Reader:
             given["close"] = self._digest(workspace.close(number))
         made_of = self._parents(workspace.aggregate(number))
         late = [k for k, step in clients.items() if step.sha256 and made_of and step.name not in made_of]
-        command = f"aggregate --round {number}"
+        command = Command("aggregate", round=number)
         parents = {party: given.get(party, "") for party in made_of}
         return self._step(workspace.aggregate(number), "aggregate", command, parents, self._is_server), late
 
     def _co_distill(self, number: int, aggregate: Step) -> list[Step]:
-        workspace, command = self._workspace, f"co-distill --round {number}"
+        workspace, command = self._workspace, Command("co-distill", round=number)
         starts = {"slm": {"aggregate": aggregate.sha256}, "llm": {}}
         starts["llm"] |= {"llm": self._before["llm"].sha256} if number > 1 else {}
         before = starts["slm"] | starts["llm"]
         captured = self._captured(number, starts)
-        train = {role: f"{command} --phase train --model {role}" if captured else command for role in ROLES}
+        train = {role: command.also(phase="train", model=role) if captured else command for role in ROLES}
         taught = {role: {one.name: one.sha256 for one in captured if one.name != f"captured-{role}"} for role in ROLES}
         llm = self._step(workspace.llm(number), "llm", train["llm"], before | taught["llm"], self._is_server)
         parents = before | taught["slm"] | {"llm-after": llm.sha256}
@@ -171,9 +170,9 @@ class Reader:
         in_one_phase = os.path.lexists(slm) and not any(name.startswith("captured-") for name in self._parents(slm))
         if in_one_phase or not any(os.path.lexists(place) for place in places.values()):
             return []
-        command = f"co-distill --round {number} --phase capture --model"
+        command = Command("co-distill", round=number, phase="capture")
         return [
-            self._step(place, f"captured-{role}", f"{command} {role}", starts[role], self._is_server)
+            self._step(place, f"captured-{role}", command.also(model=role), starts[role], self._is_server)
             for role, place in places.items()
         ]
 
@@ -213,21 +212,20 @@ class Reader:
         self,
         folder: Path,
         name: str,
-        command: str,
+        command: Command,
         parents: dict[str, str],
         here: bool,
         *,
-        again: str = " --overwrite",
+        replaces: bool = True,
         party: str = SERVER,
     ) -> Step:
         """What is there. Parents that this machine does not have are not compared.
 
-        again: what the command takes beside if something is there that it is to replace.
+        replaces: whether the command needs --overwrite where something is there already.
         """
-        command = f"fedcollm {command}"
         if not os.path.lexists(folder):
             return Step(name, "missing", "", command, here, party=party)
-        again = f"{command}{again}"
+        again = command.also(overwrite=replaces)
         try:
             manifest, digest = self._read(folder)
         except (Damaged, NotReady, Refused) as problem:

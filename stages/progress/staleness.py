@@ -7,14 +7,15 @@ from pathlib import Path
 
 from stages.artefacts.reading import read_manifest
 from stages.artefacts.records import Result, read_result
-from stages.artefacts.subjects import folder_of, is_subject
+from stages.artefacts.subjects import folder_of, is_subject, scored_by
 from stages.data.split_file import Split, read_split
 from stages.runtime.errors import Problem
 from stages.runtime.events import Event, Report
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
-PREPARE = "fedcollm prepare"
+PREPARE = Command("prepare")
 STALE_ROWS = "prepare dealt the rows before its tasks, or files, were edited"
 
 
@@ -45,7 +46,7 @@ def warn_of_stale_rows(workspace: Workspace, report: Report) -> None:
         report(Event("warning", f"{STALE_ROWS}: {PREPARE} tells whether the rows change"))
 
 
-def stale(workspace: Workspace) -> Iterator[tuple[Path, str, str]]:
+def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:
     """Each result that is of other questions, settings or adapters than lie here now: its path, why, and the mend.
 
     Damaged ones are left to `faults`; of an adapter that is not here nothing is said.
@@ -85,9 +86,3 @@ def _is_of_another(adapter: Path, result: Result) -> bool:
         return read_manifest(adapter)[1] != result.get("manifest_sha256")
     except (Problem, OSError):
         return False
-
-
-def scored_by(round: int | None, subject: str) -> str:
-    """The command that makes a result."""
-    whose = f"--client {subject.partition('-')[2]}" if subject.startswith("client-") else f"--model {subject}"
-    return f"fedcollm evaluate {'--zero-shot' if round is None else f'--round {round}'} {whose}"

@@ -7,7 +7,6 @@ writes nothing.
 from __future__ import annotations
 
 import os
-import shlex
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from stages.progress.steps import Round, Step
 from stages.runtime.errors import Damaged
 from stages.workspace import edits
 from stages.workspace.agreement import threshold
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT, MANIFEST
 from stages.workspace.paths import Workspace
 
@@ -36,7 +36,7 @@ class Score:
 
     name: str
     condition: Literal["done", "missing"]
-    command: str
+    command: Command
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Status:
     """All rounds, and what to do next: a literal command, or what this machine waits for."""
 
     rounds: list[Round]
-    next_command: str
+    next_command: Command | None
     waiting_for: str
     scores: list[Score] = field(default_factory=list)
     edited: str = ""
@@ -98,16 +98,16 @@ def edited(workspace: Workspace, others: Counter[str]) -> str:
 
 def _next(
     workspace: Workspace, rounds: list[Round], party: str | None, are_rows_stale: bool, scores: list[Score]
-) -> tuple[str, str]:
+) -> tuple[Command | None, str]:
     """The first command that this machine, or the party, can give now; or, where there is none, what it waits for."""
     parties = [workspace.client_data(k) for k in workspace.clients] + [workspace.auxiliary_data]
     if not any(path.exists() for path in parties):
         is_dealt = bool(workspace.agreement.data.tasks or workspace.agreement.data.files)
         if is_dealt and workspace.is_simulation and party is None:
-            return "fedcollm prepare", ""
-        return "", _rows_of(workspace, party) + (f", or {SIMULATES}" if is_dealt and party is None else "")
+            return PREPARE, ""
+        return None, _rows_of(workspace, party) + (f", or {SIMULATES}" if is_dealt and party is None else "")
     if are_rows_stale:
-        return (PREPARE, "") if party is None else ("", f"{PREPARE}: {STALE_ROWS}")
+        return (PREPARE, "") if party is None else (None, f"{PREPARE}: {STALE_ROWS}")
     if workspace.agreement.aggregation.is_secure:
         before = enrolment(workspace, party)
         if any(before):
@@ -123,10 +123,10 @@ def _next(
             if step.condition == "done" or not is_asked or (is_over and step.condition == "missing" and _is_sent(step)):
                 continue
             waiting_for = _missing_before(workspace, round, step) or _missing_rows(workspace, step)
-            return ("", waiting_for) if waiting_for else (step.command, "")
+            return (None, waiting_for) if waiting_for else (step.command, "")
     ended = [score for score in scores if score.name == workspace.round_result(rounds[-1].number).name]
     is_asked = party in (None, SERVER) and bool(ended) and ended[0].condition == "missing"
-    return (ended[0].command if is_asked else ""), ""
+    return (ended[0].command if is_asked else None), ""
 
 
 def _rows_of(workspace: Workspace, party: str | None) -> str:
@@ -188,18 +188,19 @@ def _scores(workspace: Workspace, last: int, stale: list[Path]) -> list[Score]:
     if not (agreement.evaluation.tasks or agreement.data.tasks):
         return []
     ended = workspace.round_result(last)
-    made = {ended.name: (ended, f"--model {ended.name}")}
-    made |= {"llm": (workspace.llm(last), "--model llm")} if agreement.federation.distils else {}
+    score = Command("evaluate", round=last)
+    made = {ended.name: (ended, score.also(model=ended.name))}
+    made |= {"llm": (workspace.llm(last), score.also(model="llm"))} if agreement.federation.distils else {}
     own = [k for k in workspace.clients if workspace.client_data(k).exists()]
-    made |= {f"client {k}": (workspace.client_adapter(last, k), f"--client {k}") for k in own}
+    made |= {f"client {k}": (workspace.client_adapter(last, k), score.also(client=k)) for k in own}
     return [
-        _scored(workspace, name, last, stale, f"fedcollm evaluate --round {last} {which}")
-        for name, (adapter, which) in made.items()
+        _scored(workspace, name, last, stale, command)
+        for name, (adapter, command) in made.items()
         if (adapter / MANIFEST).exists()
     ]
 
 
-def _scored(workspace: Workspace, name: str, last: int, stale: list[Path], command: str) -> Score:
+def _scored(workspace: Workspace, name: str, last: int, stale: list[Path], command: Command) -> Score:
     """Missing where it is not there, is damaged, or is another adapter's, another agreement's or of other questions."""
     result = workspace.result(last, name.replace(" ", "-"))
     if not result.exists():
@@ -208,9 +209,4 @@ def _scored(workspace: Workspace, name: str, last: int, stale: list[Path], comma
         is_its = bool(records.read_result(result).get("tasks")) and result not in stale
     except Damaged:
         is_its = False
-    return Score(name, "done", command) if is_its else Score(name, "missing", f"{command} --overwrite")
-
-
-def with_workspace(command: str, folder: Path | None) -> str:
-    """The command with the --workspace it was asked with, so that it can be pasted."""
-    return f"{command} --workspace {shlex.quote(str(folder))}" if command and folder else command
+    return Score(name, "done", command) if is_its else Score(name, "missing", command.also(overwrite=True))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stages.parties.names import SERVER
+from stages.workspace.commands import Command
 
 Condition = Literal["done", "missing", "damaged", "stale"]
 
@@ -23,7 +24,7 @@ class Step:
     name: str
     condition: Condition
     reason: str
-    command: str
+    command: Command
     here: bool
     sha256: str = ""
     party: str = SERVER

@@ -12,6 +12,7 @@ from stages.paper.reported import LABELS
 from stages.report import bar_charts, findings, line_charts
 from stages.report.charts import Row, Spec
 from stages.report.drawing import MOST_DRAWN, MOST_PARTED, STYLE_OF, Figure
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 MODELS = {
@@ -63,7 +64,8 @@ def _accuracy(model: str, metric: str) -> Figure:
         }.get(frozenset(of), f"{over_seeds}; where there is one seed, and at round 0, {over_questions}.")
         return f"Share of right answers after each round that was scored. {which}"
 
-    nothing = "None of its rounds has been scored: fedcollm run scores every round, fedcollm evaluate a single one."
+    nothing = "None of its rounds has been scored: "
+    nothing += f"{Command('run')} scores every round, {Command('evaluate')} a single one."
     return Figure("accuracy", f"accuracy-{model}", MODELS[model], rows, spec, caption, nothing)
 
 

@@ -20,6 +20,7 @@ from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.texts import in_line
 from stages.study.comparison import ALL, compare
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -73,7 +74,7 @@ def write_report(
         report(Event("step", figure.title, step=number, total=len(planned)))
     charts = [one for _, one in drawn if isinstance(one, Chart)]
     if not any(isinstance(one, Chart) for section, one in drawn if section != "data"):
-        mend = status(workspace).next_command or "fedcollm status tells what this machine waits for"
+        mend = status(workspace).next_command or f"{Command('status')} tells what this machine waits for"
         raise NotReady("there is nothing to report yet: no adapter, no log, no result", where=workspace.root, mend=mend)
     compared = _compared(workspace, metric)
     page = render(drawn, _words(workspace, charts, compared, in_words))
@@ -183,14 +184,14 @@ def _summary(charts: list[Chart], compared: dict[str, Any] | str) -> str:
     """What the figures above it are, and how far they can be trusted."""
     scored = [chart.rows[-1] for chart in charts if chart.name.startswith("accuracy-")]
     if not scored:
-        return "Nothing has been scored yet: fedcollm run scores every round, fedcollm evaluate a single one."
+        return f"Nothing has been scored yet: {Command('run')} scores every round, {Command('evaluate')} a single one."
     of = f"Shares of right answers to {scored[0]['questions']} questions"
     if isinstance(compared, str):
         return f"{of}; what ± is, each chart says. Methods are not compared here; the tables say why."
     if len(compared["seeds"]) == 1:
         return (
             f"{of}; ± is the questions' binomial standard error. From one seed no difference between methods can be "
-            "claimed: fedcollm compare --seeds 1,2,3 runs more."
+            f"claimed: {Command('compare', seeds='1,2,3')} runs more."
         )
     return (
         f"{of}; ± is the standard deviation over seeds. A difference is named only where the 95 % interval over seeds "

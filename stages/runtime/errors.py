@@ -10,17 +10,17 @@ class Problem(Exception):
 
     message: what happened, naming the expected and the found.
     where: the file or folder concerned.
-    mend: what the reader can do about it, a literal command where there is one.
+    mend: what the reader can do about it: a text, or a command, which is printed.
     edited: what the command line adds where the agreement was edited before, since that may be the cause.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, where: Path | str | None = None, mend: str | None = None) -> None:
+    def __init__(self, message: str, *, where: Path | str | None = None, mend: object = None) -> None:
         super().__init__(message)
         self.message = message
         self.where = where
-        self.mend = mend
+        self.mend = None if mend is None else str(mend)
         self.edited = ""
 
 

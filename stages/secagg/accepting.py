@@ -13,6 +13,7 @@ from stages.parties.vault import LARGEST_JUMP, Vault
 from stages.runtime.errors import Damaged, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.agreement import threshold
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 # --- at a client
@@ -88,7 +89,7 @@ def _check_newer(theta: Artefact, kept: Kept) -> None:
         raise Refused(message, where=theta.path, mend="copy the newer broadcast here again")
     if kept.close_sha256:
         message = f"this client has revealed for round {round} already; it takes no further attempt at it"
-        mend = f"on the server, go on with the next round: fedcollm broadcast --round {round + 1}"
+        mend = f"on the server, go on with the next round: {Command('broadcast', round=round + 1)}"
         raise Refused(message, where=theta.path, mend=mend)
 
 

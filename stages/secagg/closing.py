@@ -24,6 +24,7 @@ from stages.secagg.masked_update import digest, masking_of, names_of, shares_of,
 from stages.secagg.one_round import opening_of, transcript_of
 from stages.secagg.revealing import survivors_of
 from stages.secagg.vectors import array_bytes
+from stages.workspace.commands import Command
 from stages.workspace.names import MASKED_UPDATE
 from stages.workspace.paths import Workspace
 
@@ -101,7 +102,8 @@ def _kept(workspace: Workspace, theta: Artefact, closed: Artefact) -> Artefact:
 
 def _lost(workspace: Workspace, round: int, before: str | None) -> Refused:
     message = f"round {round} was closed before, by a close of sha256 {before}, which is not here"
-    mend = f"put that one back, of which clients have copies; or fedcollm broadcast --round {round} --overwrite"
+    again = Command("broadcast", round=round, overwrite=True)
+    mend = f"put that one back, of which clients have copies; or {again}"
     return Refused(message, where=workspace.close(round), mend=mend)
 
 
@@ -137,7 +139,7 @@ def _arrived(workspace: Workspace, theta: Artefact, report: Report) -> Iterator[
 
 def _check_update(theta: Artefact, update: Artefact, client: int) -> None:
     round, opening = theta.manifest.round, opening_of(theta)
-    again = f"there: fedcollm client-train --client {client} --round {round}; then carry exchange/ here"
+    again = f"there: {Command('client-train', client=client, round=round)}; then carry exchange/ here"
     if client not in opening.clients:
         raise Refused(
             f"round {round} was opened without client {client}", where=update.path, mend="take that folder out"
@@ -168,7 +170,8 @@ def _check_quorum(workspace: Workspace, theta: Artefact, updates: dict[int, Arte
         message = (
             f"round {round} has {len(updates)} of the {needed} updates it needs; absent: client {names_of(absent)}"
         )
-        mend = f"fedcollm client-train --client {absent[0]} --round {round}, there; then carry exchange/ here"
+        first = Command("client-train", client=absent[0], round=round)
+        mend = f"{first}, there; then carry exchange/ here"
         raise NotReady(message, where=workspace.client_update(round, absent[0]), mend=mend)
     if absent:
         whom = f"{len(updates)} of {len(opening.clients)} clients"
@@ -184,7 +187,7 @@ def _check_pairs(theta: Artefact, updates: dict[int, Artefact]) -> None:
     if apart:
         pairs = ", ".join(f"{u} and {v}" for u, v in apart[:8])
         message = f"clients {pairs} derived different pair keys: they were shown different rounds, or have damaged keys"
-        again = f"fedcollm broadcast --round {theta.manifest.round} --overwrite"
+        again = Command("broadcast", round=theta.manifest.round, overwrite=True)
         mend = f"compare the sha256sum of their broadcast/manifest.json; then, on the server: {again}"
         raise Damaged(message, where=theta.path, mend=mend)
 

@@ -7,6 +7,7 @@ from stages.artefacts.reading import Artefact
 from stages.parties.one_time_keys import transcript
 from stages.runtime.errors import Damaged
 from stages.secagg import masking
+from stages.workspace.commands import Command
 
 
 def transcript_of(theta: Artefact) -> str:
@@ -26,6 +27,7 @@ def opening_of(theta: Artefact) -> Opening:
     opening = theta.manifest.opening
     if opening is None or len(opening.clients) != len(opening.prekeys):
         message = "the broadcast opens no round of secure aggregation"
-        mend = f"on the server: fedcollm broadcast --round {theta.manifest.round} --overwrite"
+        again = Command("broadcast", round=theta.manifest.round, overwrite=True)
+        mend = f"on the server: {again}"
         raise Damaged(message, where=theta.path, mend=mend)
     return opening

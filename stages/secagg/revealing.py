@@ -23,6 +23,7 @@ from stages.secagg.one_round import opening_of, round_of, transcript_of
 from stages.secagg.said import check_known
 from stages.secagg.sending import secret_of
 from stages.secagg.vectors import read_array
+from stages.workspace.commands import Command
 from stages.workspace.names import SEALED_REVEAL
 from stages.workspace.paths import Workspace, require
 
@@ -90,7 +91,7 @@ def _closed(workspace: Workspace, theta: Artefact, client: int) -> tuple[Artefac
     """The server's close, as far as this client reads it, and the digest of each survivor's masked update."""
     round = theta.manifest.round
     place = workspace.close(round)
-    mend = f"on the server: fedcollm aggregate --round {round}; then carry {workspace.shown(place)} here"
+    mend = f"on the server: {Command('aggregate', round=round)}; then carry {workspace.shown(place)} here"
     require(place, f"round {round} is not closed yet", mend)
     reader = party_of(client)
     closed = received(place, workspace, reader=reader, stage="close", round=round, only=[inbox(client)])

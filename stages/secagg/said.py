@@ -14,6 +14,7 @@ from stages.artefacts.reading import Artefact, read_artefact
 from stages.parties import roster
 from stages.parties.memory import recall
 from stages.parties.names import client as party_of
+from stages.parties.names import keys_made_by
 from stages.parties.roster import Roster
 from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, NotReady, Refused
@@ -34,7 +35,8 @@ def check_known(workspace: Workspace, client: int) -> None:
                     f"{workspace.shown(place)} is {party}'s own, of attempt {found.manifest.attempt}, and its keys "
                     "know nothing of it: they were put back from an older copy, and would tell twice what is told once"
                 )
-                mend = f"put the newest keys back; or, for a new federation: fedcollm keys --client {client} --renew"
+                anew = keys_made_by(party, renew=True)
+                mend = f"put the newest keys back; or, for a new federation: {anew}"
                 raise Refused(message, where=place, mend=mend)
 
 

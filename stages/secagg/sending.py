@@ -26,6 +26,7 @@ from stages.secagg import fixed_point, masking
 from stages.secagg.one_round import opening_of, round_of, transcript_of
 from stages.secagg.said import check_known
 from stages.secagg.vectors import array_bytes
+from stages.workspace.commands import Command
 from stages.workspace.names import MANIFEST, MASKED_UPDATE, SEALED_SHARES, SIGNATURE
 from stages.workspace.paths import Workspace
 
@@ -89,7 +90,8 @@ def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault
         raise Refused(message, where=workspace.client_update(round, client), mend=mend)
     if kept and kept.broadcast_sha256 != theta.sha256:
         message = f"client {client} has taken another broadcast of round {round} while it trained for this one"
-        mend = f"copy the newer broadcast here; fedcollm client-train --client {client} --round {round}"
+        again = Command("client-train", client=client, round=round)
+        mend = f"copy the newer broadcast here; {again}"
         raise Refused(message, where=theta.path, mend=mend)
     settings, lora, keys = workspace.agreement.aggregation, workspace.agreement.slm.lora, round_of(theta)
     before = read_adapter(theta, None, lora)
@@ -158,9 +160,8 @@ def _send_again(workspace: Workspace, theta: Artefact, kept: Kept, client: int) 
             f"client {client} has masked its update of this opening of round {round} before, once and for all, and "
             f"{workspace.shown(target)} is not here whole"
         )
-        mend = (
-            f"fetch it back from where it was sent; or, on the server: fedcollm broadcast --round {round} --overwrite"
-        )
+        again = Command("broadcast", round=round, overwrite=True)
+        mend = f"fetch it back from where it was sent; or, on the server: {again}"
         raise Refused(message, where=target, mend=mend)
     whole = {**made.contents, MANIFEST: made.signed, SIGNATURE: signature}
     writing.publish(target, whole, levels=LEVELS - 1, spares=spare_strangers)

@@ -26,6 +26,7 @@ from stages.secagg.closing import is_former
 from stages.secagg.masked_update import commitments, digest, masking_of, names_of, vector_of
 from stages.secagg.one_round import opening_of, round_of
 from stages.secagg.revealing import survivors_of
+from stages.workspace.commands import Command
 from stages.workspace.names import MASKED_UPDATE, SEALED_REVEAL
 from stages.workspace.paths import Workspace
 
@@ -58,7 +59,8 @@ def open_sum(workspace: Workspace, theta: Artefact, closed: Artefact, report: Re
         more = "1 more reveal" if number == 1 else f"{number} more reveals"
         message = f"round {round} waits for {more}, of client {names_of(absent)}"
         close = workspace.shown(workspace.close(round))
-        mend = f"carry {close} there; fedcollm reveal --client {absent[0]} --round {round}; carry its reveal here"
+        command = Command("reveal", client=absent[0], round=round)
+        mend = f"carry {close} there; {command}; carry its reveal here"
         raise NotReady(message, where=workspace.reveal(round, absent[0]), mend=mend)
     try:
         opened = unmasking.open_secrets(
@@ -71,8 +73,8 @@ def open_sum(workspace: Workspace, theta: Artefact, closed: Artefact, report: Re
         total = unmasking.unmask(_vectors(workspace, updates, closed, theta, report), opened, keys)
     except Problem as problem:
         problem.where = problem.where or closed.path
-        give_up = f"fedcollm aggregate --round {round} --keep-old, then fedcollm broadcast --round {round + 1}"
-        problem.mend = f"{problem.mend}: {give_up}, --without whom you leave out"
+        give_up, go_on = Command("aggregate", round=round, keep_old=True), Command("broadcast", round=round + 1)
+        problem.mend = f"{problem.mend}: {give_up}, then {go_on}, --without whom you leave out"
         raise
     settings, before = workspace.agreement.aggregation, read_adapter(theta, None, workspace.agreement.slm.lora)
     mean, _, count = fixed_point.decode(total, bound=settings.max_update_value, clients=len(keys.clients))
@@ -112,7 +114,7 @@ def _reveals(
             continue
         if reveal.manifest.parents != {"close": closed.sha256}:
             message = f"client {client} revealed for another close of round {theta.manifest.round} than the one here"
-            raise Refused(message, where=place, mend=f"take it out; there: fedcollm reveal --client {client}")
+            raise Refused(message, where=place, mend=f"take it out; there: {Command('reveal', client=client)}")
         try:
             found[client] = reveals.open_reveal(
                 reveal.contents[SEALED_REVEAL],
@@ -123,7 +125,7 @@ def _reveals(
                 missing=missing,
             )
         except Problem as problem:
-            again = f"fedcollm reveal --client {client} --round {theta.manifest.round}"
+            again = Command("reveal", client=client, round=theta.manifest.round)
             problem.where, problem.mend = place, f"take it out; there: {again}; then carry it here again"
             raise
     return found

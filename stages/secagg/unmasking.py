@@ -19,6 +19,7 @@ from stages.secagg import prg, shamir
 from stages.secagg.masking import Round, checksum, commit_pair, commit_self, pair_streams, self_mask
 from stages.secagg.prg import Stream
 from stages.secagg.reveals import check_survivors
+from stages.workspace.commands import Command
 
 MOST_SETS = 2000
 """How many sets of revealing clients are tried where shares are wrong."""
@@ -77,7 +78,7 @@ def open_secrets(
     if len(reveals) < round.threshold:
         waiting = _list(set(survivors) - set(reveals))
         message = f"{len(reveals)} of {round.threshold} reveals are there; any of clients {waiting} can give one"
-        raise NotReady(message, mend="`fedcollm reveal` at one of those clients")
+        raise NotReady(message, mend=f"`{Command('reveal')}` at one of those clients")
     survivors = sorted(survivors)
     closed = _shares_by_secret(reveals, survivors, [v for v in round.clients if v not in survivors])
     commitments = {(u, v): commit_pairs[u].get(v) if v else commit_selves[u] for u, v in closed}
@@ -189,7 +190,7 @@ def _unopened(dealers: Iterable[int], reveals: Mapping[int, np.ndarray], survivo
         f"no set of the reveals of clients {_list(reveals)} opens what clients {_list(dealers)} committed to: "
         "these dealt wrong shares, or too many of those revealed wrong ones"
     )
-    again = f"`fedcollm reveal` at one of clients {_list(waiting)} may tell; or " if waiting else ""
+    again = f"`{Command('reveal')}` at one of clients {_list(waiting)} may tell; or " if waiting else ""
     return Damaged(message, mend=f"{again}open the next round without client {_list(dealers)}")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from stages.artefacts.reading import read_manifest
 from stages.runtime.errors import BadNumbers
 from stages.workspace.agreement import Method
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 
@@ -42,7 +43,7 @@ def spent(workspace: Workspace) -> dict[str, Spent]:
     return found
 
 
-RunAgain = Callable[[Workspace], str]
+RunAgain = Callable[[Workspace], Command]
 """The command that makes a workspace's federation again."""
 
 

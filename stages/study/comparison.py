@@ -13,6 +13,7 @@ from stages.progress.status import status
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.agreement import Method
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
@@ -26,7 +27,7 @@ ALL = "all tasks"
 def check_no_baseline(workspace: Workspace) -> None:
     """Raise UsageProblem for a workspace that is one row of another's comparison."""
     if workspace.is_baseline:
-        mend = f"fedcollm compare --workspace {workspace.root.parents[1]}"
+        mend = Command("compare", workspace=workspace.root.parents[1])
         raise UsageProblem("this is a baseline: it is compared from where it belongs", where=workspace.root, mend=mend)
 
 
@@ -81,7 +82,7 @@ def _check_sound(study: Study) -> None:
                     message = f"{step.name} of round {round.number} is {step.condition}: {step.reason}"
                     where = study.root.shown(workspace.root)
                     again = study.run_again(workspace)
-                    mend = f"{PREPARE}{study.inside(workspace)}" if step.command == PREPARE else again
+                    mend = study.inside(workspace, PREPARE) if step.command == PREPARE else again
                     raise Refused(message, where=where, mend=mend)
 
 

@@ -16,13 +16,13 @@ import numpy as np
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import read_manifest
 from stages.artefacts.records import Result, is_of_base, read_result
-from stages.artefacts.subjects import folder_of
+from stages.artefacts.subjects import folder_of, scored_by
 from stages.files import reading
-from stages.progress.staleness import scored_by
 from stages.runtime.errors import NotReady, Problem, Refused
 from stages.study.variants import Changes, baseline, check_data, open_variant, replica
 from stages.workspace import edits
 from stages.workspace.agreement import Method
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
@@ -50,7 +50,7 @@ class Derived(NamedTuple):
     parent: Workspace
     folder: Path
     changes: Changes
-    made_by: str
+    made_by: Command
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Study:
         self.derived.append(one)
         return open_variant(one.parent, one.folder, one.changes, made_by=one.made_by)
 
-    def inside(self, workspace: Workspace) -> str:
-        """What a command given at the root needs to work in another of the study's workspaces."""
-        return "" if workspace.root == self.root.root else f" --workspace {self.root.shown(workspace.root)}"
+    def inside(self, workspace: Workspace, command: Command) -> Command:
+        """The command as it is given at the root to work in one of the study's workspaces."""
+        return command if workspace.root == self.root.root else command.also(workspace=self.root.shown(workspace.root))
 
-    def run_again(self, workspace: Workspace) -> str:
+    def run_again(self, workspace: Workspace) -> Command:
         """The command that makes one of its federations again."""
-        return f"fedcollm run{self.inside(workspace)} --overwrite"
+        return self.inside(workspace, Command("run")).also(overwrite=True)
 
     @property
     def workspaces(self) -> list[Workspace]:
@@ -107,7 +107,7 @@ def open_study(workspace: Workspace, seeds: Sequence[int], methods: Sequence[Met
     for seed in seeds:
         own = workspace
         if seed != workspace.agreement.federation.seed:
-            made_by = f"fedcollm compare --seeds {','.join(map(str, seeds))}"
+            made_by = Command("compare", seeds=",".join(map(str, seeds)))
             own = study.open(Derived(workspace, *replica(workspace, seed), made_by))
         study.runs[seed] = {method: _of_method(study, own, method) for method in methods}
     return study
@@ -116,7 +116,7 @@ def open_study(workspace: Workspace, seeds: Sequence[int], methods: Sequence[Met
 def _of_method(study: Study, own: Workspace, method: Method) -> Workspace:
     if method == own.agreement.federation.method:
         return own
-    made_by = f"fedcollm run --method {method}{study.inside(own)}"
+    made_by = study.inside(own, Command("run", method=method))
     return study.open(Derived(own, *baseline(own, method), made_by))
 
 
@@ -127,7 +127,7 @@ def check_finished(study: Study) -> None:
             absent = [place for place in _made_in(workspace, round) if not place.exists()]
             if absent:
                 message = f"a federation is not finished: {study.root.shown(absent[0])} is not there"
-                raise NotReady(message, where=absent[0], mend=f"fedcollm run{study.inside(workspace)}")
+                raise NotReady(message, where=absent[0], mend=study.inside(workspace, Command("run")))
             _check_data(study, workspace, round)
     for one in study.derived:
         check_data(one.parent, Workspace(one.folder), one.changes, made_by=one.made_by)
@@ -148,7 +148,7 @@ def _check_alike(study: Study) -> None:
         path = study.root.result(None, role)
         if path.exists() and not is_of_base(read_result(path), manifest.base):
             message = f"{study.root.shown(path)} is of another base model than was tuned"
-            raise Refused(message, where=path, mend=f"fedcollm evaluate --zero-shot --model {role} --overwrite")
+            raise Refused(message, where=path, mend=Command("evaluate", zero_shot=True, model=role, overwrite=True))
 
 
 def _tuned(workspace: Workspace) -> Iterator[tuple[Role, Path]]:
@@ -243,26 +243,25 @@ def result_of(study: Study, workspace: Workspace, round: int | None, subject: st
         raise Refused(message, where=path, mend=mend)
     if any("correct" not in one for one in result["tasks"].values()):
         message = f"{study.root.shown(path)}, of an earlier version, does not say which questions were right"
-        raise Refused(message, where=path, mend=f"{mend} --overwrite")
+        raise Refused(message, where=path, mend=mend.also(overwrite=True))
     if round is not None:
         _check_current(study, folder_of(workspace, round, subject), result, path, mend)
         base = study.root.result(None, _role(workspace, subject))
         if base.exists() and read_result(base).get("dtype") != result.get("dtype"):
             message = f"{study.root.shown(path)} was scored in another precision than {study.root.shown(base)}"
-            raise Refused(message, where=path, mend=f"score both anew in one: {mend} --overwrite")
+            raise Refused(message, where=path, mend=f"score both anew in one: {mend.also(overwrite=True)}")
     return result
 
 
-def _check_current(study: Study, folder: Path, result: Result, path: Path, mend: str) -> None:
+def _check_current(study: Study, folder: Path, result: Result, path: Path, mend: Command) -> None:
     """Raise Refused unless the adapter that was scored is the one that lies there."""
     if folder.exists() and read_manifest(folder)[1] != result.get("manifest_sha256"):
         message = f"{study.root.shown(path)} is of another adapter than {study.root.shown(folder)} is now"
         raise Refused(message, where=path, mend=mend)
 
 
-def _evaluate(study: Study, workspace: Workspace, round: int | None, subject: str) -> str:
+def _evaluate(study: Study, workspace: Workspace, round: int | None, subject: str) -> Command:
     """The command that makes a result; of a federation that is only half done, the one that goes on with it."""
-    inside = study.inside(workspace)
     if round is not None and not folder_of(workspace, round, subject).exists():
-        return f"fedcollm run{inside}"
-    return f"{scored_by(round, subject)}{inside}"
+        return study.inside(workspace, Command("run"))
+    return study.inside(workspace, scored_by(round, subject))

@@ -20,6 +20,7 @@ from stages.files import reading, writing
 from stages.files.seclusion import make_folder
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.workspace.agreement import Agreement, Budget, Method
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
@@ -42,8 +43,8 @@ def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
     a baseline has none of its own.
     """
     if workspace.is_baseline:
-        mend = f"fedcollm run --method {method} --workspace {workspace.root.parents[1]}"
-        raise UsageProblem("this is a baseline itself", where=workspace.root, mend=mend)
+        there = Command("run", method=method, workspace=workspace.root.parents[1])
+        raise UsageProblem("this is a baseline itself", where=workspace.root, mend=there)
     settings = workspace.agreement.distillation
     if method == "fedcollm" and not (settings.lambda_slm or settings.lambda_llm):
         mend = "set distillation.lambda_slm or lambda_llm in a study of its own, or leave it out with --methods"
@@ -100,7 +101,7 @@ def check(parent: Workspace, changes: Changes) -> None:
     _agreement(parent, changes)
 
 
-def open_variant(parent: Workspace, folder: Path, changes: Changes, *, made_by: str) -> Workspace:
+def open_variant(parent: Workspace, folder: Path, changes: Changes, *, made_by: Command) -> Workspace:
     """A derived workspace that is there. Raises NotReady if it is not, Refused if it is of other settings.
 
     made_by: the command that makes it, for the mend.
@@ -110,13 +111,13 @@ def open_variant(parent: Workspace, folder: Path, changes: Changes, *, made_by: 
         raise NotReady(f"{parent.shown(folder)} is not there", where=folder, mend=made_by)
     if parse(Agreement, reading.read_own(target), target) != parse(Agreement, _agreement(parent, changes), target):
         message = f"{parent.shown(folder)} is of another agreement than {parent.shown(parent.root / AGREEMENT)} is now"
-        mend = f"undo the edit of {AGREEMENT}, or {made_by} --overwrite"
+        mend = f"undo the edit of {AGREEMENT}, or {made_by.also(overwrite=True)}"
         raise Refused(message, where=target, mend=mend)
     return Workspace(folder, parent.flags)
 
 
 def make_variant(
-    parent: Workspace, folder: Path, changes: Changes, *, made_by: str, overwrite: bool = False
+    parent: Workspace, folder: Path, changes: Changes, *, made_by: Command, overwrite: bool = False
 ) -> Workspace:
     """A derived workspace, made if it is not there, with the parent's data unless the changes deal it anew.
 
@@ -141,7 +142,7 @@ def deals_anew(parent: Workspace, changes: Changes) -> bool:
     return is_dealt and any(key.startswith(DEALT_BY) for key in changes)
 
 
-def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_by: str) -> None:
+def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_by: Command) -> None:
     """Raise Refused unless the variant has the parent's rows, where it does not deal them anew."""
     if deals_anew(parent, changes):
         return
@@ -156,7 +157,7 @@ def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_
     for target, content in contents.items():
         if target.exists() and reading.read_own(target) != content:
             message = f"{parent.shown(target)} has other rows than {parent.shown(parent.private)} has now"
-            raise Refused(message, where=target, mend=f"put those rows back, or {made_by} --overwrite")
+            raise Refused(message, where=target, mend=f"put those rows back, or {made_by.also(overwrite=True)}")
 
 
 def _agreement(parent: Workspace, changes: Changes) -> bytes:

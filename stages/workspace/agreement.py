@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stages.workspace.commands import Command
 from stages.workspace.settings import Dtype, Positive, Quantization, Rate, Settings, Share
 
 Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
@@ -246,7 +247,8 @@ class Agreement(Settings):
     @model_validator(mode="after")
     def _centralized_is_one_party_with_the_llm(self) -> Agreement:
         if self.federation.method == "centralized" and (self.federation.clients > 1 or self.slm != self.llm):
-            raise ValueError("method centralized is one client that tunes the LLM: `fedcollm run --method centralized`")
+            command = Command("run", method="centralized")
+            raise ValueError(f"method centralized is one client that tunes the LLM: `{command}`")
         return self
 
     def model_of(self, role: str) -> Model:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from stages.files import reading
 from stages.runtime.errors import NotReady, UsageProblem
 from stages.workspace.agreement import Agreement
+from stages.workspace.commands import Command
 from stages.workspace.layout import Layout
 from stages.workspace.machine import Machine
 from stages.workspace.names import AGREEMENT, MACHINE
@@ -44,7 +45,7 @@ class Workspace(Layout):
         for folder in (start, *start.parents):
             if (folder / AGREEMENT).is_file():
                 return Workspace(folder, flags or MachineFlags())
-        mend = "make one with `fedcollm init study`, or name one with --workspace"
+        mend = f"make one with `{Command('init', 'study')}`, or name one with --workspace"
         raise UsageProblem(f"no workspace here: no {AGREEMENT} in this folder or above it", where=start, mend=mend)
 
     # --- settings
@@ -105,7 +106,7 @@ class Workspace(Layout):
         }
         if not takes[step]:
             message = f"method {federation.method} has no {step}" + (" after round 1" if step == "broadcast" else "")
-            mend = "fedcollm status names the next step; federation.method in fedcollm.toml decides which there are"
+            mend = f"{Command('status')} names the next step; federation.method in {AGREEMENT} decides which there are"
             raise UsageProblem(message, where=self.root / AGREEMENT, mend=mend)
 
     def check_client(self, client: int) -> int:
@@ -132,7 +133,7 @@ class Workspace(Layout):
         return self.home / Path(path).expanduser()
 
 
-def require(path: Path, message: str, mend: str) -> None:
+def require(path: Path, message: str, mend: object) -> None:
     """Raise NotReady with this message unless path exists."""
     if not path.exists():
         raise reading.not_there(path) if path.is_symlink() else NotReady(message, where=path, mend=mend)

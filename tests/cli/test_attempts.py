@@ -45,7 +45,7 @@ def train(machines: Machines, *clients: int, round: int = 1) -> None:
 
 def told(machines: Machines, party: str) -> tuple[str, str]:
     found = status(Workspace(machines.folders[party]))
-    return found.next_command, found.waiting_for
+    return str(found.next_command or ""), found.waiting_for
 
 
 def conditions(machines: Machines, party: str) -> dict[str, str]:
@@ -232,7 +232,7 @@ def test_a_half_copied_broadcast_is_missing_with_the_reason_and_then_arrives(
     found = status(Workspace(machines.folders["client-2"])).rounds[0].steps[0]
     assert (found.name, found.condition) == ("broadcast", "missing")
     assert absent in found.reason
-    assert found.command == "fedcollm broadcast --round 1"
+    assert str(found.command) == "fedcollm broadcast --round 1"
     assert f"  broadcast  missing  ({found.reason})" in machines.give("client-2", "status").out
     said = machines.give("client-2", "next", code=3).err
     assert f"waiting for the broadcast of round 1, in exchange/: {found.reason}" in said

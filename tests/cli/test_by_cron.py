@@ -70,7 +70,7 @@ class Federation:
         """What cron does on a machine: status, and next. Whether something was done."""
         machines = self.machines
         told = status(Workspace(machines.folders[party]))
-        self.note(party, told.next_command or f"waits for {told.waiting_for}")
+        self.note(party, str(told.next_command or f"waits for {told.waiting_for}"))
         for words in (("status",), ("status", "--json")):
             self.said.append("".join(machines.give(party, *words).__dict__[key] for key in ("out", "err")))
         outcome = call("next", "-w", machines.folders[party])
@@ -81,7 +81,7 @@ class Federation:
             assert outcome.code == expected[0], outcome.err
             assert expected[1] in outcome.out + outcome.err
             return False
-        assert outcome.out.strip() == told.next_command, outcome.err
+        assert outcome.out.strip() == str(told.next_command), outcome.err
         return True
 
 

@@ -421,7 +421,7 @@ def test_the_slm_comes_last(captured: Path) -> None:
 
 def test_next_goes_on_in_two_phases_once_they_were_begun(aggregated: Path) -> None:
     capture(aggregated, "llm", top_k=64)
-    given = [next_step(Workspace(aggregated), party="server") for _ in range(4)]
+    given = [str(next_step(Workspace(aggregated), party="server")) for _ in range(4)]
     command = "fedcollm co-distill --round 1 --phase"
     assert given == [
         f"{command} capture --model slm",
@@ -437,7 +437,7 @@ def test_the_llm_can_be_captured_while_clients_train(answered: Path) -> None:
     capture(answered, "llm", top_k=64)
     assert status(Workspace(answered), party="server").waiting_for
     (answered / "client-3").rename(answered / "exchange/round-0001/client-3")
-    given = [next_step(Workspace(answered), party="server") for _ in range(2)]
+    given = [str(next_step(Workspace(answered), party="server")) for _ in range(2)]
     assert given == ["fedcollm aggregate --round 1", "fedcollm co-distill --round 1 --phase capture --model slm"]
 
 

@@ -224,7 +224,7 @@ def test_status_of_a_finished_federation_finds_every_step_done(method: str, stud
     }[method]
     assert [step.name for step in found.rounds[1].steps] == steps
     assert all(round.is_done for round in found.rounds)
-    assert (found.next_command, found.waiting_for) == ("", "")
+    assert (found.next_command, found.waiting_for) == (None, "")
 
 
 def test_an_update_made_again_makes_the_clients_next_round_stale_where_nothing_is_averaged(studied: Path) -> None:
@@ -237,4 +237,4 @@ def test_an_update_made_again_makes_the_clients_next_round_stale_where_nothing_i
     found = status(Workspace(folder))
     conditions = {step.name: step.condition for step in found.rounds[1].steps}
     assert conditions == {"client-1": "done", "client-2": "stale"}
-    assert found.next_command == "fedcollm client-train --client 2 --round 2 --overwrite"
+    assert str(found.next_command) == "fedcollm client-train --client 2 --round 2 --overwrite"

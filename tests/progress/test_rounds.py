@@ -10,6 +10,7 @@ import pytest
 from federations import enrol
 from stages.progress.rounds import Reader
 from stages.progress.steps import Step
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 ROUND = "exchange/round-0001"
@@ -38,8 +39,8 @@ def test_a_finished_secure_round_has_a_close_and_reveals_between_updates_and_ave
 def test_a_fresh_secure_round_has_the_same_steps_each_with_its_command(enrolled: Path) -> None:
     found = steps(enrolled)
     assert {step.condition for step in found.values()} == {"missing"}
-    assert found["close"].command == found["aggregate"].command == "fedcollm aggregate --round 1"
-    assert (found["reveal-2"].command, found["reveal-2"].party) == ("fedcollm reveal --client 2 --round 1", "client-2")
+    assert found["close"].command == found["aggregate"].command == Command("aggregate", round=1)
+    assert (found["reveal-2"].command, found["reveal-2"].party) == (Command("reveal", client=2, round=1), "client-2")
     assert [step.party for step in found.values() if step.name in ("broadcast", "close", "llm")] == ["server"] * 3
 
 
@@ -58,7 +59,9 @@ def test_a_reveal_for_another_close_is_stale(summed: Path) -> None:
         "damaged",
         "is round-0002/reveal-2, here it should be round-0001/reveal-2",
     )
-    assert found.command == "fedcollm reveal --client 2 --round 1"  # which sends the stored bytes again: no --overwrite
+    assert (
+        str(found.command) == "fedcollm reveal --client 2 --round 1"
+    )  # which sends the stored bytes again: no --overwrite
 
 
 def test_what_was_made_before_a_new_roster_is_stale(summed: Path) -> None:
@@ -66,7 +69,7 @@ def test_what_was_made_before_a_new_roster_is_stale(summed: Path) -> None:
     found = steps(summed)
     assert {step.condition for step in found.values()} == {"stale"}
     assert found["broadcast"].reason == "made from another roster"
-    assert found["broadcast"].command == "fedcollm broadcast --round 1 --overwrite"
+    assert str(found["broadcast"].command) == "fedcollm broadcast --round 1 --overwrite"
 
 
 @pytest.mark.parametrize(
@@ -108,4 +111,4 @@ def test_a_link_in_place_of_a_folder_is_damaged(summed: Path, tmp_path: Path) ->
     found = steps(summed)["client-2"]
     assert found.condition == "damaged"
     assert "symbolic link" in found.reason
-    assert found.command == "fedcollm client-train --client 2 --round 1 --overwrite"
+    assert str(found.command) == "fedcollm client-train --client 2 --round 1 --overwrite"

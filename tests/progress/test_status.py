@@ -85,7 +85,7 @@ def test_a_changed_agreement_makes_everything_stale(finished: Path) -> None:
     edit(finished / "fedcollm.toml", "seed = 7", "seed = 8")
     found = status(Workspace(finished))
     assert {step.condition for round in found.rounds for step in round.steps} == {"stale"}
-    assert found.next_command == "fedcollm broadcast --round 1 --overwrite"
+    assert str(found.next_command) == "fedcollm broadcast --round 1 --overwrite"
 
 
 def test_verify_finds_a_flipped_bit_that_sizes_do_not_show(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
@@ -127,7 +127,7 @@ def test_the_next_command_is_right_all_the_way_from_an_empty_workspace_to_the_en
 
 def next_of(folder: Path) -> tuple[str, str]:
     found: Status = status(Workspace(folder))
-    return found.next_command, found.waiting_for
+    return str(found.next_command or ""), found.waiting_for
 
 
 def test_a_client_is_told_its_own_next_command_or_what_it_waits_for(finished: Path, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_an_edited_task_makes_rows_training_and_scores_stale(simulated: Path, fe
     reasons = {step.name: step.reason for step in found.rounds[0].steps}
     assert reasons["client-2"] == "trained on other rows than private/client-2/train.jsonl has now"
     assert reasons["llm"] == "trained on other rows than private/server/auxiliary.jsonl has now"
-    assert found.next_command == "fedcollm client-train --client 1 --round 1 --overwrite"
+    assert str(found.next_command) == "fedcollm client-train --client 1 --round 1 --overwrite"
     assert fedcollm("run", "--overwrite", "-w", simulated).code == 0
     found = status(Workspace(simulated))
     assert found.stale == []
@@ -229,7 +229,7 @@ def test_questions_that_were_edited_make_scores_stale_but_no_training(
     simulated: Path, fedcollm: Callable[..., Outcome]
 ) -> None:
     (simulated / "data/test.jsonl").write_text((simulated / "data/train.jsonl").read_text() * 2)
-    assert status(Workspace(simulated)).next_command == "fedcollm prepare"
+    assert str(status(Workspace(simulated)).next_command) == "fedcollm prepare"
     again = fedcollm("next", "-w", simulated)
     assert (again.code, "already done" in again.err) == (0, True)
     assert set(conditions(simulated, 1).values()) == {"done"}
@@ -243,9 +243,9 @@ def test_questions_that_were_edited_make_scores_stale_but_no_training(
 def test_files_that_rows_were_dealt_from_count_too_until_they_are_gone(bare_files: Path) -> None:
     source = bare_files / "data/all.jsonl"
     write_rows(source, rows(41))
-    assert status(Workspace(bare_files)).next_command == "fedcollm prepare"
+    assert str(status(Workspace(bare_files)).next_command) == "fedcollm prepare"
     source.unlink()
-    assert status(Workspace(bare_files)).next_command == "fedcollm broadcast --round 1"
+    assert str(status(Workspace(bare_files)).next_command) == "fedcollm broadcast --round 1"
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def bare_files(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> Path
     write_rows(workspace_folder / "data/all.jsonl", rows(40))
     edit(workspace_folder / "fedcollm.toml", "[evaluation]", '[data]\nfiles = ["data/all.jsonl"]\n\n[evaluation]')
     assert fedcollm("prepare", "-w", workspace_folder).code == 0
-    assert status(Workspace(workspace_folder)).next_command == "fedcollm broadcast --round 1"
+    assert str(status(Workspace(workspace_folder)).next_command) == "fedcollm broadcast --round 1"
     return workspace_folder
 
 

@@ -13,6 +13,7 @@ from builders import edit
 from stages.files import reading, writing
 from stages.report import findings
 from stages.study.variants import baseline, make_variant, replica
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 
@@ -39,7 +40,7 @@ def workspace(workspace_folder: Path) -> Workspace:
 
 
 def test_accuracy_is_the_mean_over_seeds_and_its_error_their_deviation(workspace: Workspace) -> None:
-    other = make_variant(workspace, *replica(workspace, 8), made_by="")
+    other = make_variant(workspace, *replica(workspace, 8), made_by=Command("run"))
     write_result(workspace, None, "llm", "1000")
     write_result(workspace, 1, "llm", "1100")
     write_result(other, 1, "llm", "1110")
@@ -70,8 +71,8 @@ def test_the_clients_accuracy_is_their_mean_and_waits_for_all_of_them(workspace:
 
 
 def test_every_method_is_read_where_it_lives_and_scored_as_what_it_makes(workspace: Workspace) -> None:
-    fedavg = make_variant(workspace, *baseline(workspace, "fedavg"), made_by="")
-    centralized = make_variant(workspace, *baseline(workspace, "centralized"), made_by="")
+    fedavg = make_variant(workspace, *baseline(workspace, "fedavg"), made_by=Command("run"))
+    centralized = make_variant(workspace, *baseline(workspace, "centralized"), made_by=Command("run"))
     write_result(fedavg, 1, "aggregate", "1000")
     write_result(centralized, 1, "client-1", "1100")
     assert [(row["method"], row["accuracy_percent"]) for row in findings.accuracies(workspace, "slm", "acc")] == [

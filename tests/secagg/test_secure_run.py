@@ -365,7 +365,9 @@ def test_in_plain_mode_with_keys_clients_follow_a_new_attempt_and_earlier_update
     manifest = json.loads((signed / "exchange/round-0001/broadcast/manifest.json").read_text())
     assert (manifest["attempt"], manifest["opening"]) == (1, None)
     found = status(workspace).rounds[0].steps
-    assert {step.name: (step.condition, step.reason, step.command) for step in found if step.name == "client-2"} == {
+    assert {
+        step.name: (step.condition, step.reason, str(step.command)) for step in found if step.name == "client-2"
+    } == {
         "client-2": ("missing", "is of an earlier attempt at the round", "fedcollm client-train --client 2 --round 1")
     }
     with pytest.raises(NotReady, match="round 1 has 0 of the 3 updates it needs; absent: client 1, 2, 3"):

@@ -50,7 +50,7 @@ def test_a_damaged_update_is_waited_for_to_be_made_again(finished: Path) -> None
         shutil.rmtree(finished / "private" / f"client-{client}")
     (finished / "exchange" / "round-0001" / "client-3" / "adapter_model.safetensors").write_bytes(bytes(9999))
     found = status(Workspace(finished))
-    assert found.next_command == ""
+    assert found.next_command is None
     assert found.waiting_for.startswith("a sound update: client-3 of round 1 is damaged")
 
 

@@ -18,6 +18,7 @@ from stages.federation.compare import run_all
 from stages.federation.run import derived, run
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.study import variants
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 
@@ -33,7 +34,7 @@ def changed_lines(parent: Path, child: Path) -> list[str]:
 
 def make(folder: Path, name: str, changes: dict[str, Any], **options: Any) -> Workspace:
     parent = Workspace(folder)
-    return derived(parent, folder / name, changes, made_by="fedcollm test", **options)
+    return derived(parent, folder / name, changes, made_by=Command("run", method="fedavg"), **options)
 
 
 def test_the_template_with_all_its_comments_differs_in_the_changed_keys_alone(
@@ -87,7 +88,7 @@ def test_held_out_rows_are_shared_and_trained_on_by_no_method(workspace_folder: 
     workspace = Workspace(workspace_folder)
     for method in ("fedavg", "centralized"):
         folder, changes = variants.baseline(workspace, method)
-        variant = variants.make_variant(workspace, folder, changes, made_by="")
+        variant = variants.make_variant(workspace, folder, changes, made_by=Command("run"))
         if method == "fedavg":
             assert variant.held_out_data.samefile(held_out)
         else:
@@ -142,7 +143,7 @@ def test_the_parents_edit_is_refused_until_it_is_undone_or_overwritten(
 def test_a_setting_that_changes_no_agreement_is_taken_over_from_the_parents_machine(studied: Path) -> None:
     (studied / "machine.toml").write_text("micro_batch = 2 # this machine is small\n")
     variants.make_variant(
-        Workspace(studied), *variants.baseline(Workspace(studied), "fedavg"), made_by="fedcollm run --method fedavg"
+        Workspace(studied), *variants.baseline(Workspace(studied), "fedavg"), made_by=Command("run", method="fedavg")
     )
     workspace = Workspace(studied / "baselines/fedavg")
     assert workspace.machine.micro_batch == 2
@@ -256,12 +257,12 @@ def test_settings_that_make_no_agreement_are_refused_before_anything_is_written(
 def test_one_that_is_not_there_is_not_ready_and_one_of_other_settings_refused(workspace_folder: Path) -> None:
     parent, folder = Workspace(workspace_folder), workspace_folder / "sweeps/x"
     with pytest.raises(NotReady, match="sweeps/x is not there") as absent:
-        variants.open_variant(parent, folder, {"federation.seed": 9}, made_by="fedcollm test")
-    assert absent.value.mend == "fedcollm test"
+        variants.open_variant(parent, folder, {"federation.seed": 9}, made_by=Command("run", method="fedavg"))
+    assert absent.value.mend == "fedcollm run --method fedavg"
     make(workspace_folder, "sweeps/x", {"federation.seed": 9})
     with pytest.raises(Refused, match="sweeps/x is of another agreement") as other:
         make(workspace_folder, "sweeps/x", {"federation.seed": 10})
-    assert str(other.value.mend).endswith("or fedcollm test --overwrite")
+    assert str(other.value.mend).endswith("or fedcollm run --method fedavg --overwrite")
     assert make(workspace_folder, "sweeps/x", {"federation.seed": 10}, overwrite=True).agreement.federation.seed == 10
 
 
