@@ -15,6 +15,7 @@ import pytest
 import typer
 
 from builders import AGREEMENT, ROOT
+from stages.workspace import names
 
 STAGES = ROOT / "stages"
 GROUND = ("runtime", "paper", "files", "workspace", "parties", "data", "bases", "artefacts", "accounting")
@@ -243,6 +244,32 @@ def test_what_is_added_to_a_command_is_an_option_of_one(program: Any) -> None:
     for path, name in NAMES.items():
         for call in calls(path, "also"):
             assert {given.arg for given in call.keywords if given.arg} <= set(options), f"{name}: {ast.unparse(call)}"
+
+
+OF_ITS_OWN = {"stages/federation/slurm.py"}
+"""Its templates lie in a folder that is called as the workspace's."""
+
+
+def joined(path: Path) -> set[str]:
+    """The words in paths that a module builds: folder / "name", folder.glob("name-*"), path.with_name("name")."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    parts = [node.right for node in nodes if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)]
+    for name in ("glob", "rglob", "with_name", "joinpath"):
+        parts += [given for call in calls(path, name) for given in call.args]
+    found = [one.value for part in parts for one in ast.walk(part) if isinstance(one, ast.Constant)]
+    words = {word.strip("*") for one in found if isinstance(one, str) for word in one.split("/")}
+    return {word for word in words if re.match("[a-z]", word)}
+
+
+def test_names_on_disk_are_spelled_by_the_workspace_alone() -> None:
+    files = {value for value in vars(names).values() if isinstance(value, str) and re.fullmatch(r"[\w.-]+\.\w+", value)}
+    assert {"fedcollm.toml", "manifest.json"} <= files
+    places = joined(STAGES / "workspace" / "layout.py")
+    assert {"keys", "seed-", "broadcast", "train.jsonl"} <= places
+    for path in MODULES:
+        if room_of(path) != "workspace" and path != STAGES / "files" / "seclusion.py":
+            assert not files & set(texts(path)), NAMES[path]
+            assert NAMES[path] in OF_ITS_OWN or not joined(path) & (places | {"round-"}), NAMES[path]
 
 
 # --- what is loaded

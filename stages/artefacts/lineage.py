@@ -13,7 +13,9 @@ from stages.parties.roster import Roster
 from stages.runtime.errors import Refused
 from stages.workspace import edits
 from stages.workspace.names import (
+    CLIENT,
     MANIFEST,
+    round_name,
 )
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES
@@ -71,7 +73,7 @@ def place_of(manifest: Manifest) -> str:
     names = {"client-train": f"client-{manifest.client}", "reveal": f"reveal-{manifest.client}"}
     names["capture"] = f"captured-{manifest.role}"
     name = manifest.role if manifest.stage == "co-distill" else names.get(manifest.stage, manifest.stage)
-    return f"round-{manifest.round:04d}/{name}"
+    return f"{round_name(manifest.round)}/{name}"
 
 
 def round_of_parent(manifest: Manifest, name: str) -> int:
@@ -83,7 +85,7 @@ def round_of_parent(manifest: Manifest, name: str) -> int:
 def parent_place(workspace: Workspace, manifest: Manifest, name: str) -> Path:
     """Where a folder's parent of this name lies."""
     round = round_of_parent(manifest, name)
-    if found := re.fullmatch(r"client-([1-9][0-9]{0,8})", name):
+    if found := re.fullmatch(CLIENT, name):
         return workspace.client_update(round, int(found[1]))
     for role in ROLES:
         if name == f"captured-{role}":

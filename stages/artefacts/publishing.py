@@ -25,6 +25,7 @@ from stages.workspace import edits
 from stages.workspace.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    AGREEMENT,
     CAPTURE,
     MANIFEST,
     MASKED_UPDATE,
@@ -109,7 +110,7 @@ def already_made(
         name for name in manifest.parents.keys() | parents.keys() if manifest.parents.get(name) != parents.get(name)
     )
     if manifest.agreement_sha256 != workspace.agreement_sha256:
-        changed.append("fedcollm.toml")
+        changed.append(AGREEMENT)
     if members and manifest.federation_sha256 != members.sha256:
         changed.append("the roster")
     if opening and manifest.opening != opening:

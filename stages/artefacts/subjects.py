@@ -11,6 +11,7 @@ from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.runtime.errors import UsageProblem
 from stages.workspace.commands import Command
+from stages.workspace.names import CLIENT
 from stages.workspace.paths import Workspace, require
 
 Subject = Literal["slm", "llm", "aggregate"]
@@ -29,7 +30,7 @@ def subject_of(model: Subject, client: int | None) -> str:
 
 def is_subject(name: str) -> bool:
     """Whether a name on disk is one of a subject."""
-    return re.fullmatch(r"slm|llm|aggregate|client-[1-9][0-9]{0,8}", name) is not None
+    return re.fullmatch(rf"slm|llm|aggregate|{CLIENT}", name) is not None
 
 
 def folder_of(workspace: Workspace, round: int, subject: str) -> Path:

@@ -31,6 +31,7 @@ from stages.files import reading
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.commands import Command
+from stages.workspace.layout import broadcast_in
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
@@ -137,7 +138,7 @@ def _start(state: Audit, folder: Folder) -> Tensors | None:
     manifest, workspace = folder.manifest, folder.scope.workspace
     if manifest is None or manifest.role != "slm" or folder.place is None or manifest.stage == "broadcast":
         return None
-    path = workspace.broadcast(manifest.round) if workspace else folder.path.with_name("broadcast")
+    path = workspace.broadcast(manifest.round) if workspace else broadcast_in(folder.path.parent)
     if state.start is None or state.start[0] != path:
         state.start = path, tensors_if_sound(path, folder.scope)
     return state.start[1]
@@ -170,7 +171,7 @@ def _of_one_layout(state: Audit, folders: list[Folder]) -> list[Folder]:
     return [
         folder
         for folder in clients
-        if state.layouts[folder.path] == state.layouts.get(folder.path.with_name("broadcast"))
+        if state.layouts[folder.path] == state.layouts.get(broadcast_in(folder.path.parent))
     ]
 
 

@@ -13,7 +13,8 @@ from stages.audit.folders import Folder, Scope
 from stages.runtime.errors import Problem
 from stages.workspace import edits
 from stages.workspace.commands import Command
-from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT
+from stages.workspace.layout import broadcast_in
+from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, round_name
 
 
 def manifest_of(folder: Folder) -> Iterator[Finding]:
@@ -91,7 +92,7 @@ def _is_earlier(folder: Folder) -> bool:
     manifest, workspace = folder.said, folder.scope.workspace
     if manifest.stage in ("broadcast", "capture", "co-distill") or folder.place is None:
         return False
-    path = workspace.broadcast(manifest.round) if workspace else folder.path.with_name("broadcast")
+    path = workspace.broadcast(manifest.round) if workspace else broadcast_in(folder.path.parent)
     try:
         return manifest.attempt < read_manifest(path)[0].attempt
     except (Problem, OSError):
@@ -104,7 +105,7 @@ def parent_of(folder: Folder, name: str) -> Path | None:
     if folder.place is None:
         return None
     if workspace is None:
-        return folder.path.parents[1] / f"round-{round_of_parent(manifest, name):04d}" / name
+        return folder.path.parents[1] / round_name(round_of_parent(manifest, name)) / name
     return parent_place(workspace, manifest, name)
 
 

@@ -16,6 +16,7 @@ from stages.artefacts.adapter_files import Tensors
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import read_weights, tensors_if_sound
+from stages.workspace.layout import broadcast_in
 
 A6 = Check("A6", "clients")
 
@@ -33,7 +34,7 @@ def clients_of(folders: list[Folder], client: int | None) -> Iterator[Finding]:
     compared, worst = 0, 0.0
     for place in dict.fromkeys(folder.path.parent for folder in folders):
         updates = {_client(folder): folder for folder in folders if folder.path.parent == place and _client(folder)}
-        start = tensors_if_sound(place / "broadcast", folders[0].scope)
+        start = tensors_if_sound(broadcast_in(place), folders[0].scope)
         if start is None or len(updates) < 2:
             continue
         compared += 1

@@ -11,7 +11,7 @@ from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import FOLDER, PICKLES, READ, Folder, Scope, every_file, kind_of
 from stages.files import reading
 from stages.progress import damage
-from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_INBOX, SIGNATURE
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SEALED_INBOX, SIGNATURE, signature_beside
 
 A2 = Check("A2", "files")
 
@@ -95,7 +95,7 @@ def _belongs(path: Path, scope: Scope) -> bool:
         return False
     federation = scope.workspace.federation
     keys = scope.workspace.public_keys(1).parent
-    return path in (federation, federation.with_name(f"{federation.name}.sig")) or (
+    return path in (federation, signature_beside(federation)) or (
         path.parent == keys and path.name.removesuffix(".sig").endswith(".json")
     )
 

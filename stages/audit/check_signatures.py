@@ -11,6 +11,7 @@ from stages.audit.folders import Folder, Scope, said_by
 from stages.files import reading
 from stages.parties import names, roster, roster_files, vault
 from stages.runtime.errors import Problem
+from stages.workspace import listing
 from stages.workspace.names import MANIFEST, SIGNATURE
 from stages.workspace.paths import Workspace
 
@@ -36,7 +37,7 @@ def roster_of(scope: Scope, client: int | None) -> Iterator[Finding]:
     workspace = scope.workspace
     if workspace is None or not workspace.federation.exists():
         is_secure = scope.agreement is not None and scope.agreement.aggregation.is_secure
-        if workspace and is_secure and any(workspace.exchange.glob("round-*/*")):
+        if workspace and is_secure and listing.has_rounds(workspace):
             yield A1.fail(
                 scope.shown(workspace.federation), "is missing", "the roster, without which no round is secure"
             )

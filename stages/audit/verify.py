@@ -17,6 +17,7 @@ from stages.files import reading
 from stages.parties import names, roster, roster_files, vault
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace import listing
 from stages.workspace.names import ADAPTER_WEIGHTS
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES
@@ -58,7 +59,7 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
     members = roster.pinned(workspace, reader) if reader else roster.anyones(workspace)
     if members:
         _check_roster(workspace, members, reader)
-    elif workspace.agreement.aggregation.is_secure and any(workspace.exchange.glob("round-*/*")):
+    elif workspace.agreement.aggregation.is_secure and listing.has_rounds(workspace):
         message = f"{workspace.federation.name} is missing: in secure mode every folder is signed by who it names"
         mend = "copy the roster and its signature, exchange/federation.json and .sig, from the server"
         raise NotReady(message, where=workspace.federation, mend=mend)
@@ -70,7 +71,7 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
         for folder, stage, client in _folders(workspace, round):
             if not folder.exists():
                 continue
-            inboxes = [path.name for path in folder.glob("client-*")] if stage == "close" else None
+            inboxes = listing.inboxes(folder) if stage == "close" else None
             artefact = received(folder, workspace, reader=reader, stage=stage, round=round, client=client, only=inboxes)
             if _is_earlier(workspace, artefact.manifest):
                 report(Event("note", f"{workspace.shown(folder)} is of an earlier attempt at its round"))

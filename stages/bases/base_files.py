@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.runtime.errors import Damaged, UsageProblem
+from stages.workspace.names import ADAPTER_CONFIG
 from stages.workspace.settings import Quantization, Role
 
 WEIGHTS_BY_PREFERENCE = (
@@ -147,10 +148,10 @@ def check(folder: Path, role: Role, quantization: Quantization | None, *, weight
     weights: whether they have to be there. No more of them is read than their names, types and shapes.
     """
     whose = f"the {role.upper()}"
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         message = f"{whose}'s folder holds an adapter too, which would be loaded into the base: adapter_config.json"
         mend = f"move it and adapter_model.* away for {whose} alone; or merge them, and agree on the merged model"
-        raise UsageProblem(message, where=folder / "adapter_config.json", mend=mend)
+        raise UsageProblem(message, where=folder / ADAPTER_CONFIG, mend=mend)
     found = configuration(folder, role)
     if found.get("transformers_weights"):
         message = f"{whose}'s config.json names weights of its own (transformers_weights)"

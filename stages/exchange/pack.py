@@ -17,6 +17,7 @@ from stages.parties.names import keys_made_by, of
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.commands import Command
+from stages.workspace.names import round_name
 from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _name(workspace: Workspace, round: int | None, client: int | None, to: int |
         return f"{federation}-keys-client-{client}.fedcollm" if keys else f"{federation}-roster.fedcollm"
     sender = "server" if client is None else f"client-{client}"
     leg = f"-{last}" if last in SECOND_LEGS else ""
-    return f"{federation}-round-{round:04d}-{sender}{leg}{f'-to-{to}' if to else ''}.fedcollm"
+    return f"{federation}-{round_name(round)}-{sender}{leg}{f'-to-{to}' if to else ''}.fedcollm"
 
 
 def _write(path: Path, content: bytes, overwrite: bool, report: Report) -> None:

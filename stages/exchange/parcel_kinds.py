@@ -18,6 +18,7 @@ from stages.workspace.names import (
     SEALED_REVEAL,
     SEALED_SHARES,
     SIGNATURE,
+    signature_beside,
 )
 from stages.workspace.paths import Workspace
 
@@ -69,7 +70,7 @@ class Parcel:
     def public_files(self, workspace: Workspace) -> list[str]:
         """The two files of what is no folder: the signature first, since what it signs counts from its arrival on."""
         path = workspace.public_keys(self.client) if self.kind == "keys" else workspace.federation
-        return [f"{path.name}.sig", path.name]
+        return [signature_beside(path).name, path.name]
 
     def takes(self, file: str, workspace: Workspace) -> bool:
         """Whether a file of this name can be in it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.artefacts.reading import inbox, read_manifest
-from stages.workspace.names import MANIFEST
+from stages.workspace.names import MANIFEST, signature_beside
 from stages.workspace.paths import Workspace
 
 SERVER = "server"
@@ -88,5 +88,5 @@ def _size(folder: Path) -> tuple[int, int]:
 
 def _signed(path: Path) -> int:
     """Bytes of a file and of the signature beside it, if there is one."""
-    signature = path.with_name(f"{path.name}.sig")
+    signature = signature_beside(path)
     return path.lstat().st_size + (signature.lstat().st_size if os.path.lexists(signature) else 0)

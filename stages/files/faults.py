@@ -7,6 +7,7 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.files.seclusion import EXCHANGE
 from stages.runtime.errors import NotReady, StorageProblem
 
 UNWRITABLE = {
@@ -22,7 +23,7 @@ def naming_storage_faults() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE) and "exchange" in Path(str(error.filename)).parts:
+        if error.errno in (errno.ENOENT, errno.ESTALE) and EXCHANGE in Path(str(error.filename)).parts:
             message = f"{Path(str(error.filename)).name} went away while it was read: it is being replaced"
             mend = "wait until the copy has ended, and give the same command again"
             raise NotReady(message, where=error.filename, mend=mend) from error

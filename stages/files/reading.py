@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from stages.files.seclusion import AGREEMENT, EXCHANGE
 from stages.runtime.errors import Damaged, NotReady
 
 COPY_AGAIN = "copy it again from its origin"
@@ -219,9 +220,8 @@ def check_no_link(path: Path, levels: int) -> None:
 
 
 def below_exchange(path: Path) -> int:
-    """How many parts of a path stand below the folder exchange/."""
     """How many of a path's last parts are below a workspace's exchange folder; 1 for what lies elsewhere."""
     for number, folder in enumerate(path.absolute().parents, 1):
-        if folder.name == "exchange" and (folder.parent / "fedcollm.toml").is_file():
+        if folder.name == EXCHANGE and (folder.parent / AGREEMENT).is_file():
             return number
     return 1

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-PRIVATE, AGREEMENT = "private", "fedcollm.toml"
+AGREEMENT, EXCHANGE, PRIVATE = "fedcollm.toml", "exchange", "private"
+"""What a workspace is known by from inside."""
 OTHERS = 0o077
 
 

@@ -17,6 +17,7 @@ from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import edits, task_files
 from stages.workspace.commands import Command
+from stages.workspace.names import signature_beside
 from stages.workspace.paths import Workspace
 
 
@@ -61,7 +62,7 @@ def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
             raise Refused(message, where=workspace.public_keys(members[0].client).parent, mend=mend)
     path = workspace.federation
     # The signature first, since what it signs counts from its arrival on.
-    writing.write(path.with_name(f"{path.name}.sig"), signatures.sign(content, "federation", vault.identity))
+    writing.write(signature_beside(path), signatures.sign(content, "federation", vault.identity))
     writing.write(path, content)
     return Enrolled(path, roster.fingerprint(content))
 

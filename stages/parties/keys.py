@@ -19,6 +19,7 @@ from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import edits
 from stages.workspace.commands import Command
+from stages.workspace.names import signature_beside
 from stages.workspace.paths import Workspace
 
 PUBLIC = "public"
@@ -72,7 +73,7 @@ def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Mad
     edits.keep(workspace)
     content = reading.json_bytes(public)
     # The signature first, since what it signs counts from its arrival on.
-    writing.write(path.with_name(f"{path.name}.sig"), signatures.sign(content, "keys", vault.identity))
+    writing.write(signature_beside(path), signatures.sign(content, "keys", vault.identity))
     writing.write(path, content)
     return Made(path, signatures.key_id(bytes.fromhex(public["ed25519"])))
 

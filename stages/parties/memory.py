@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.parties.vault import Vault
+from stages.workspace.names import round_name
 
 Hexadecimal = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
 
@@ -32,17 +33,13 @@ class Kept(BaseModel):
 
 def recall(vault: Vault, round: int) -> Kept | None:
     """What the party remembers of a round."""
-    value = vault.kept(_name(round))
+    value = vault.kept(round_name(round))
     try:
         return None if value is None else Kept.model_validate(value)
     except ValidationError as error:
-        raise vault.damaged(f"{_name(round)}.json") from error
+        raise vault.damaged(f"{round_name(round)}.json") from error
 
 
 def remember(vault: Vault, round: int, kept: Kept) -> None:
     """Keep this of a round, on disk when this returns."""
-    vault.keep(_name(round), kept.model_dump())
-
-
-def _name(round: int) -> str:
-    return f"round-{round:04d}"
+    vault.keep(round_name(round), kept.model_dump())

@@ -19,6 +19,7 @@ from stages.parties.vault import NOT_ENROLLED, Vault
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused
 from stages.workspace import edits, task_files
 from stages.workspace.commands import Command
+from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
 FINGERPRINT_LETTERS = 40
@@ -107,7 +108,7 @@ def pinned(workspace: Workspace, party: str) -> Roster | None:
         if edited := edits.since(workspace, roster.federation.agreement_sha256):
             message += f"; {edited}"
         mend = "undo the edit; or agree anew: `keys --renew` at every client, `enroll --renew` at the server, `join`"
-        raise Refused(message, where=workspace.root / "fedcollm.toml", mend=mend)
+        raise Refused(message, where=workspace.root / AGREEMENT, mend=mend)
     _check_own_keys(vault, roster)
     return roster
 

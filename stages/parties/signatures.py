@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady
+from stages.workspace.names import signature_beside
 
 COPY_BYTES = "copy both files again, as they are: no text-mode transfer, no editor"
 
@@ -38,7 +39,7 @@ def check(content: bytes, kind: str, public: bytes, where: Path, whose: str, *, 
     NotReady if there is no signature yet, Damaged if it is another's, of other bytes, or of another kind of file.
     whose: the owner of the key, for the message.
     """
-    path = where.with_name(f"{where.name}.sig")
+    path = signature_beside(where)
     try:
         value = reading.read_json(path, levels=levels)[0]
     except NotReady as problem:
@@ -50,7 +51,7 @@ def check(content: bytes, kind: str, public: bytes, where: Path, whose: str, *, 
 
 def check_value(value: dict[str, Any], content: bytes, kind: str, public: bytes, where: Path, whose: str) -> None:
     """The same of a signature that has been read. Raises Damaged."""
-    path = where.with_name(f"{where.name}.sig")
+    path = signature_beside(where)
     expected = {"v": 1, "alg": "ed25519", "key_id": key_id(public), "type": f"fedcollm/{kind}"}
     for field, wanted in expected.items():
         if value.get(field) != wanted:

@@ -17,7 +17,7 @@ from stages.parties import roster, roster_files
 from stages.parties.names import SERVER, client
 from stages.parties.vault import Vault
 from stages.runtime.errors import Problem
-from stages.workspace.names import SIGNATURE
+from stages.workspace import listing
 from stages.workspace.paths import Workspace
 
 NOT_COVERED = (
@@ -33,18 +33,17 @@ Fault = tuple[Path, str, str]
 
 def faults(workspace: Workspace) -> Iterator[Fault]:
     """Each record that is not as it was written."""
-    results = sorted((workspace.root / "results").glob("*/*.json"))
-    for path in (path for path in results if path.parent.name.startswith(("round-", "zero-shot"))):
+    for path in listing.results(workspace):
         yield from _fault(path, read_result)
-    for path in sorted(workspace.private.glob("agreements/*.toml")):
+    for path in listing.agreements(workspace):
         yield from _fault(path, _check_copy)
-    for path in sorted(workspace.private.glob("*/round-*/*.jsonl")):
+    for path in listing.logs(workspace):
         yield from _fault(path, reading.check_log)
     for k in workspace.clients:
         yield from _rows(workspace, workspace.client_data(k), "client-train", k)
     yield from _rows(workspace, workspace.auxiliary_data, "co-distill", None)
     yield from _rows(workspace, workspace.held_out_data, "aggregate", None, name="held-out")
-    for path in sorted(workspace.private.glob(f"*/round-*/.*/*/checkpoint-*/{checkpoints.COMPLETE}")):
+    for path in listing.checkpoints(workspace, checkpoints.COMPLETE):
         if not checkpoints.is_whole(path.parent):
             yield path.parent, "is not what was sealed: training will pass it over", "the bytes that were written"
 
@@ -58,7 +57,7 @@ def others(workspace: Workspace) -> Iterator[Fault]:
             yield from _fault(workspace.public_keys(k), roster_files.read_keys)
         yield from _fault(workspace.privacy_ledger(k), ledger.read_ledger)
     yield from _signatures(workspace)
-    for folder in sorted(workspace.private.glob("client-*/round-*/*/")):
+    for folder in listing.clients_own(workspace):
         if not folder.name.startswith(".") or folder.name == workspace.masked_update(1, 1).name:
             yield from _fault(folder, read_artefact)
     for party in (SERVER, *map(client, workspace.clients)):
@@ -75,13 +74,12 @@ def _signatures(workspace: Workspace) -> Iterator[Fault]:
         return
     if members is None:
         return
-    for top in (workspace.exchange, workspace.private):
-        for path in sorted(top.glob(f"**/round-*/*/{SIGNATURE}")):
-            try:
-                folder = read_artefact(path.parent, only=[])
-            except (Problem, OSError):
-                continue
-            yield from _fault(path, functools.partial(_check_signed, folder, members))
+    for path in listing.signatures(workspace):
+        try:
+            folder = read_artefact(path.parent, only=[])
+        except (Problem, OSError):
+            continue
+        yield from _fault(path, functools.partial(_check_signed, folder, members))
 
 
 def _check_signed(folder: Artefact, members: roster.Roster, _: Path) -> None:

@@ -22,7 +22,7 @@ from stages.progress.staleness import PREPARE, are_rows_stale, dealt
 from stages.progress.steps import Round, Step
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.workspace.commands import Command
-from stages.workspace.names import SIGNATURE
+from stages.workspace.names import AGREEMENT, SIGNATURE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES
 
@@ -237,7 +237,7 @@ class Reader:
             return Step(name, "damaged", f"is {claims}, here it should be {place}", again, here, digest, party)
         changed = [key for key, digest in parents.items() if digest and manifest.parents.get(key) != digest]
         if manifest.agreement_sha256 != self._workspace.agreement_sha256:
-            changed.append("fedcollm.toml")
+            changed.append(AGREEMENT)
             self.other_agreements[manifest.agreement_sha256] += 1
         if self._roster and manifest.federation_sha256 != self._roster:
             changed.append("roster")

@@ -11,8 +11,9 @@ from stages.artefacts.subjects import folder_of, is_subject, scored_by
 from stages.data.split_file import Split, read_split
 from stages.runtime.errors import Problem
 from stages.runtime.events import Event, Report
+from stages.workspace import listing
 from stages.workspace.commands import Command
-from stages.workspace.names import AGREEMENT
+from stages.workspace.names import AGREEMENT, ZERO_SHOT, round_of
 from stages.workspace.paths import Workspace
 
 PREPARE = Command("prepare")
@@ -52,9 +53,10 @@ def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:
     Damaged ones are left to `faults`; of an adapter that is not here nothing is said.
     """
     tasks_sha256: str | None = None
-    for path in sorted((workspace.root / "results").glob("*/*.json")):
-        number = path.parent.name.removeprefix("round-")
-        if not (number.isdecimal() or number == "zero-shot") or not is_subject(path.stem):
+    for path in listing.results(workspace):
+        name = path.parent.name
+        round = round_of(name)
+        if (round is None and name != ZERO_SHOT) or not is_subject(path.stem):
             continue
         try:
             result = read_result(path)
@@ -62,7 +64,6 @@ def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:
             continue
         if tasks_sha256 is None:
             tasks_sha256 = _tasks_sha256(workspace)
-        round = None if number == "zero-shot" else int(number)
         why = []
         if result.get("tasks_sha256") != tasks_sha256:
             why.append("tasks/, or data that it names, was edited since")

@@ -108,7 +108,7 @@ def _check_opening(
             f"round {round} follows another broadcast of round {round - 1} than this client's: "
             f"sha256 {opening.previous_sha256[:16]}..., here {expected[:16]}..."
         )
-        mend = f"copy exchange/round-{round - 1:04d}/broadcast here again; if it stays, {_ASK}"
+        mend = f"copy {workspace.shown(workspace.broadcast(round - 1))} here again; if it stays, {_ASK}"
         raise Refused(message, where=theta.path, mend=mend if round > 1 else _ASK)
     clients = opening.clients
     if clients != sorted(set(clients) & set(members.clients)):

@@ -24,7 +24,7 @@ from stages.secagg.said import check_known
 from stages.secagg.sending import secret_of
 from stages.secagg.vectors import read_array
 from stages.workspace.commands import Command
-from stages.workspace.names import SEALED_REVEAL
+from stages.workspace.names import SEALED_REVEAL, round_name
 from stages.workspace.paths import Workspace, require
 
 
@@ -78,7 +78,8 @@ def _once(
         raise Refused(message, where=closed.path, mend=mend)
     if survivors[client] != kept.y_sha256:
         message = f"the server lists another update of client {client} than the one masked here"
-        raise Refused(message, where=closed.path, mend=f"carry exchange/round-{round:04d}/client-{client} there again")
+        update = workspace.shown(workspace.client_update(round, client))
+        raise Refused(message, where=closed.path, mend=f"carry {update} there again")
     if kept.reveal is None:
         sealed = _sealed(workspace, theta, closed, survivors, kept, vault, client)
         kept = kept.model_copy(update={"close_sha256": closed.sha256, "reveal": sealed.hex()})
@@ -157,7 +158,7 @@ def _sealed(
         if dealer == client:
             own = np.frombuffer(bytes.fromhex(kept.own_shares), np.uint8)
             if own.size != len(keys.clients) * SHARE_BYTES:
-                raise vault.damaged(f"round-{theta.manifest.round:04d}.json")
+                raise vault.damaged(f"{round_name(theta.manifest.round)}.json")
             shares[dealer] = own.reshape(-1, SHARE_BYTES)
         else:
             try:

@@ -20,7 +20,7 @@ from stages.artefacts.subjects import folder_of, scored_by
 from stages.files import reading
 from stages.runtime.errors import NotReady, Problem, Refused
 from stages.study.variants import Changes, baseline, check_data, open_variant, replica
-from stages.workspace import edits
+from stages.workspace import edits, listing
 from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
@@ -93,11 +93,9 @@ class Study:
 def begun(workspace: Workspace) -> tuple[list[int], list[Method]]:
     """The seeds and methods that there is anything of."""
     own = workspace.agreement.federation
-    replicas = workspace.replica(0).parent.glob(f"seed-*/{AGREEMENT}")
-    names = [path.parent.name.removeprefix("seed-") for path in replicas]
-    seeds = [own.seed, *(int(name) for name in names if name.isdecimal())]
-    homes = [workspace.root, *(workspace.replica(seed) for seed in seeds)]
-    methods = {path.parent.name for home in homes for path in home.glob(f"baselines/*/{AGREEMENT}")} | {own.method}
+    seeds = [own.seed, *listing.seeds(workspace)]
+    homes = [workspace, *(Workspace(workspace.replica(seed)) for seed in seeds)]
+    methods = {own.method}.union(*map(listing.methods, homes))
     return sorted(set(seeds)), [method for method in METHODS if method in methods]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from stages.files import reading, writing
 from stages.runtime.errors import Problem
+from stages.workspace import listing
 from stages.workspace.agreement import Agreement
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import LARGEST_TOML_BYTES, Workspace
@@ -57,7 +58,7 @@ def _since(workspace: Workspace, copy: Path, sha256: str | None = None) -> str:
 def since_last(workspace: Workspace) -> str:
     """The same since this machine last published something, unless that was under the agreement that is here now."""
     try:
-        kept = {path: path.stat().st_mtime_ns for path in workspace.agreed("").parent.glob("*.toml")}
+        kept = {path: path.stat().st_mtime_ns for path in listing.agreements(workspace)}
         is_new = workspace.agreed(workspace.agreement_sha256) not in kept
         return _since(workspace, max(kept, key=kept.__getitem__)) if kept and is_new else ""
     except (Problem, OSError):  # what is said beside another fault, and must not hide it

@@ -12,7 +12,13 @@ from stages.files import reading
 from stages.runtime.errors import Refused
 from stages.workspace.agreement import Agreement
 from stages.workspace.machine import Machine
+from stages.workspace.names import CLIENT, EXCHANGE, PRIVATE, ZERO_SHOT, round_name
 from stages.workspace.settings import Role
+
+
+def broadcast_in(place: Path) -> Path:
+    """The broadcast in a round's folder of an exchange, which need not be a workspace's."""
+    return place / "broadcast"
 
 
 class Layout(ABC):
@@ -69,7 +75,7 @@ class Layout(ABC):
     @property
     def private(self) -> Path:
         """What never leaves its machine."""
-        return self.root / "private"
+        return self.root / PRIVATE
 
     @property
     def split(self) -> Path:
@@ -123,30 +129,30 @@ class Layout(ABC):
         return self.private / party / "keys-unfinished.json"
 
     def public_keys(self, client: int) -> Path:
-        """A client's public keys, from the client to the server; the signature is beside it, .sig."""
-        return self.root / "exchange" / "keys" / f"client-{client}.json"
+        """A client's public keys, from the client to the server; with its signature beside it."""
+        return self.exchange / "keys" / f"client-{client}.json"
 
     @property
     def federation(self) -> Path:
-        """The roster, from the server to all; the signature is beside it, .sig."""
-        return self.root / "exchange" / "federation.json"
+        """The roster, from the server to all; with its signature beside it."""
+        return self.exchange / "federation.json"
 
     # --- adapters
 
     @property
     def exchange(self) -> Path:
         """The only folder that ever travels."""
-        return self.root / "exchange"
+        return self.root / EXCHANGE
 
     def _exchange(self, round: int) -> Path:
-        return self.exchange / f"round-{round:04d}"
+        return self.exchange / round_name(round)
 
     def _server(self, round: int) -> Path:
-        return self.private / "server" / f"round-{round:04d}"
+        return self.private / "server" / round_name(round)
 
     def broadcast(self, round: int) -> Path:
         """theta^t, from the server to all clients."""
-        return self._exchange(round) / "broadcast"
+        return broadcast_in(self._exchange(round))
 
     def client_update(self, round: int, client: int) -> Path:
         """theta_k^{t+1}, from client k to the server."""
@@ -155,12 +161,12 @@ class Layout(ABC):
     def client_adapter(self, round: int, client: int) -> Path:
         """theta_k^{t+1}, readable: what the client sends, or, in secure mode, what it keeps."""
         if self.agreement.aggregation.is_secure:
-            return self.private / f"client-{client}" / f"round-{round:04d}" / "slm"
+            return self.private / f"client-{client}" / round_name(round) / "slm"
         return self.client_update(round, client)
 
     def masked_update(self, round: int, client: int) -> Path:
         """Secure mode: what the client has masked, as it is sent and, until it has revealed, sent again."""
-        return self.private / f"client-{client}" / f"round-{round:04d}" / ".masked"
+        return self.private / f"client-{client}" / round_name(round) / ".masked"
 
     def close(self, round: int) -> Path:
         """Secure mode: whose updates the server adds up, from the server to all clients."""
@@ -174,7 +180,7 @@ class Layout(ABC):
         """The updates that have arrived. Raises Refused for one from a client that the agreement does not have."""
         found = {}
         for path in self._exchange(round).glob("client-*"):
-            number = re.fullmatch(r"client-([1-9][0-9]{0,8})", path.name)
+            number = re.fullmatch(CLIENT, path.name)
             if number is None or int(number[1]) not in self.clients:
                 message = f"{path.name} is not a client of this federation, which has clients 1 to {len(self.clients)}"
                 raise Refused(message, where=path, mend="take that folder out of the exchange")
@@ -211,7 +217,7 @@ class Layout(ABC):
 
     def log(self, stage: str, round: int, client: int | None = None) -> Path:
         """The private log of one run of a stage, JSON lines: inputs, then each step, then the end."""
-        folder = self._server(round) if client is None else self.private / f"client-{client}" / f"round-{round:04d}"
+        folder = self._server(round) if client is None else self.private / f"client-{client}" / round_name(round)
         return folder / f"{stage}.jsonl"
 
     def turn(self, party: str | None) -> Path:
@@ -225,11 +231,11 @@ class Layout(ABC):
     def tensorboard(self, stage: str, round: int, client: int | None = None) -> Path:
         """TensorBoard's files of one run of a stage, beside those of other rounds."""
         party = self.log(stage, round, client).parents[1]
-        return party / "tensorboard" / f"round-{round:04d}-{stage}"
+        return party / "tensorboard" / f"{round_name(round)}-{stage}"
 
     def result(self, round: int | None, subject: str) -> Path:
         """lm-eval's scores of one model: "slm", "llm" or "client-2"; without a round, of the base alone."""
-        folder = "zero-shot" if round is None else f"round-{round:04d}"
+        folder = ZERO_SHOT if round is None else round_name(round)
         return self.root / "results" / folder / f"{subject}.json"
 
     @property
@@ -258,7 +264,7 @@ class Layout(ABC):
 
     def export(self, round: int, subject: str, *, merged: bool) -> Path:
         """One model in the form that others load: an adapter for PEFT, or merged weights."""
-        return self.root / "exports" / f"{subject}-round-{round:04d}{'-merged' if merged else ''}"
+        return self.root / "exports" / f"{subject}-{round_name(round)}{'-merged' if merged else ''}"
 
     @property
     def is_baseline(self) -> bool:

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-AGREEMENT = "fedcollm.toml"
+import re
+from pathlib import Path
+
+from stages.files import seclusion
+
+AGREEMENT, EXCHANGE, PRIVATE = seclusion.AGREEMENT, seclusion.EXCHANGE, seclusion.PRIVATE
 MACHINE = "machine.toml"
 MANIFEST = "manifest.json"
-SIGNATURE = "manifest.json.sig"
+SIGNATURE = f"{MANIFEST}.sig"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MASKED_UPDATE = "masked.safetensors"
 SEALED_SHARES = "shares.safetensors"
 SEALED_REVEAL = "reveal.bin"
 CAPTURE = "capture.safetensors"
-SEALED_INBOX = r"client-([1-9][0-9]{0,8})\.safetensors"
 SECRETS_MARKER = ".fedcollm-secrets"
 """Lies in every folder of keys; whatever carries files away stops where it meets one."""
 MODEL_CARD = "README.md"
 EXPORT = "export.json"
+ZERO_SHOT = "zero-shot"
+CLIENT = r"client-([1-9][0-9]{0,8})"
+"""A client's name, whose number is its group."""
+SEALED_INBOX = rf"{CLIENT}\.safetensors"
+
+
+def round_name(round: int) -> str:
+    """How a round is called: round-0005."""
+    return f"round-{round:04d}"
+
+
+def round_of(name: str) -> int | None:
+    """The round that is called so, if any is."""
+    found = re.fullmatch(r"round-([0-9]+)", name)
+    return int(found[1]) if found else None
+
+
+def signature_beside(path: Path) -> Path:
+    """The signature of a file."""
+    return path.with_name(f"{path.name}.sig")

@@ -9,6 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from stages.files import reading, seclusion
 from stages.runtime.errors import Refused, UsageProblem
+from stages.workspace.names import PRIVATE
 from stages.workspace.task_files import BUILDERS, Loader, digest_of, mappings_in, matches, texts_in
 
 LOCAL_SCHEMES = ("file:", "local:")
@@ -36,7 +37,7 @@ def from_workspace(config: Any, home: Path) -> Any:
     found = [(name, path) for name in named for path in matches(name, home)]
     cache = _datasets_cache() / "fedcollm" / digest_of(found)[:16]
     if any(seclusion.is_private(Path(name)) for name in named):
-        cache = home / "private" / ".datasets" / cache.name  # a copy of these rows is private too
+        cache = home / PRIVATE / ".datasets" / cache.name  # a copy of these rows is private too
     if "data_files" not in changed and "data_dir" not in changed:
         changed["dataset_kwargs"] = (changed.get("dataset_kwargs") or {}) | {"cache_dir": str(cache)}
         return changed

@@ -1,0 +1,64 @@
+"""What lies in a workspace, whoever put it there: found by the names that `layout` gives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.workspace.layout import Layout
+from stages.workspace.names import AGREEMENT, SIGNATURE, ZERO_SHOT
+
+
+def has_rounds(workspace: Layout) -> bool:
+    """Whether the exchange holds anything of a round."""
+    return any(workspace.exchange.glob("round-*/*"))
+
+
+def results(workspace: Layout) -> list[Path]:
+    """Every file of scores, of rounds and of bases alone."""
+    found = sorted((workspace.root / "results").glob("*/*.json"))
+    return [path for path in found if path.parent.name.startswith(("round-", ZERO_SHOT))]
+
+
+def agreements(workspace: Layout) -> list[Path]:
+    """The kept copies of agreements that something was published under."""
+    return sorted(workspace.agreed("").parent.glob("*.toml"))
+
+
+def logs(workspace: Layout) -> list[Path]:
+    """Every party's private logs."""
+    return sorted(workspace.private.glob("*/round-*/*.jsonl"))
+
+
+def checkpoints(workspace: Layout, file: str) -> list[Path]:
+    """A file of this name, in every checkpoint of a stage that has not ended."""
+    return sorted(workspace.private.glob(f"*/round-*/.*/*/checkpoint-*/{file}"))
+
+
+def clients_own(workspace: Layout) -> list[Path]:
+    """The folders that clients keep of their rounds, hidden ones among them."""
+    return sorted(workspace.private.glob("client-*/round-*/*/"))
+
+
+def signatures(workspace: Layout) -> Iterator[Path]:
+    """The signature of every folder of a round, in exchange/ and in private/."""
+    for top in (workspace.exchange, workspace.private):
+        yield from sorted(top.glob(f"**/round-*/*/{SIGNATURE}"))
+
+
+def inboxes(close: Path) -> list[str]:
+    """The files of a close that are sealed to one client each."""
+    return [path.name for path in close.glob("client-*")]
+
+
+def seeds(workspace: Layout) -> list[int]:
+    """The seeds that there is a replica of."""
+    places = workspace.replica(0).parent.glob(f"*/{AGREEMENT}")
+    found = (re.fullmatch(r"seed-([0-9]+)", place.parent.name) for place in places)
+    return [int(number[1]) for number in found if number]
+
+
+def methods(workspace: Layout) -> set[str]:
+    """The methods that there is a baseline of."""
+    return {place.parent.name for place in workspace.baseline("").glob(f"*/{AGREEMENT}")}
