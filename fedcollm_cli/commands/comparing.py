@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Annotated, Literal, get_args
 
 import typer
@@ -68,11 +69,11 @@ def compare(
             report=opened.console.report,
         )
         if as_csv:
-            opened.console.result(found, tables.as_lines(found))
+            opened.console.result(asdict(found), tables.as_lines(found))
         elif as_markdown:
-            opened.console.result(found, tables.as_markdown(found))
+            opened.console.result(asdict(found), tables.as_markdown(found))
         else:
-            opened.console.result(found, tables.comparison(found))
+            opened.console.result(asdict(found), tables.comparison(found))
 
 
 def sweep(
@@ -108,9 +109,9 @@ def sweep(
             raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
         found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
         swept = tables.swept(found)
-        as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found["remarks"]], "\n\n")
-        as_tables = Group(*(sheet.drawn() for sheet in swept), *found["remarks"])
-        opened.console.result(found, as_text if as_markdown else as_tables)
+        as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found.remarks], "\n\n")
+        as_tables = Group(*(sheet.drawn() for sheet in swept), *found.remarks)
+        opened.console.result(found.as_json(), as_text if as_markdown else as_tables)
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedcollm_cli.session import JsonOption, QuietOption, WorkspaceOption, session
-from fedcollm_cli.views.tables import notes, sheets
+from fedcollm_cli.views.tables import Sheet, notes, sheets
+
+if TYPE_CHECKING:
+    from stages.study.comparison import Comparison
 
 
 def report(
@@ -28,9 +32,9 @@ def report(
         from stages.report.report import write_report
 
         written = write_report(opened.workspace, in_words=in_words, metric=metric, report=opened.console.report)
-        opened.console.result(written, str(written["path"]))
+        opened.console.result(asdict(written), written.path)
 
 
-def in_words(found: dict[str, Any]) -> tuple[list[Any], list[str]]:
+def in_words(found: Comparison) -> tuple[list[Sheet], list[str]]:
     """What compare found, as tables in words and the notes below them."""
     return sheets(found), notes(found)

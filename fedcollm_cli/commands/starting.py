@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -90,4 +91,4 @@ def demo(
 
         show_one_gpu("auto")
         measured = stage(folder, in_words=in_words, report=console.report)
-        console.result(measured, progress.demo(measured))
+        console.result(asdict(measured), progress.demo(measured))

@@ -18,6 +18,7 @@ from stages.workspace.commands import Command
 if TYPE_CHECKING:
     from stages.artefacts.records import Result, TaskScores
     from stages.data.split_file import Split
+    from stages.demo.demo import Shown
     from stages.progress.status import Score, Status
     from stages.progress.steps import Step
 
@@ -160,13 +161,13 @@ def _with_line(made: Step | Score) -> dict[str, Any]:
     return asdict(made) | {"command": str(made.command)}
 
 
-def demo(measured: dict[str, Any]) -> Group:
+def demo(measured: Shown) -> Group:
     """The comparison, and where to look on."""
     lines = (
-        f"guessing gives 25.0, knowing every rule of this world {measured['rule_accuracy']:.1f}",
-        f"base models: {measured['models']}; the study: {measured['workspace']}, with baselines/ and seeds/",
-        f"the report: {measured['report']}",
-        f"error bars: cd {measured['workspace']} && {Command('compare', seeds='1,2,3')}",
-        f"look inside: cd {measured['workspace']} && {Command('status')}",
+        f"guessing gives 25.0, knowing every rule of this world {measured.rule_accuracy:.1f}",
+        f"base models: {measured.models}; the study: {measured.workspace}, with baselines/ and seeds/",
+        f"the report: {measured.report}",
+        f"error bars: cd {measured.workspace} && {Command('compare', seeds='1,2,3')}",
+        f"look inside: cd {measured.workspace} && {Command('status')}",
     )
-    return Group(comparison(measured["comparison"]), *lines)
+    return Group(comparison(measured.comparison), *lines)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
+from rich.table import Table as Drawn
 
 from stages.paper.reported import LABELS
 from stages.runtime import texts
 from stages.workspace.commands import Command
 
-TITLES = {
+if TYPE_CHECKING:
+    from stages.federation.sweep import Swept
+    from stages.study.budgets import Spent
+    from stages.study.comparison import Comparison
+    from stages.study.results import Row, Table
+    from stages.study.statistics import Difference, Estimate
+
+TITLES: dict[Table, str] = {
     "llm": "the server's LLM (the paper's Table 1)",
     "clients": "the clients' own SLMs, mean of {clients} (the paper's Table 2)",
     "slm": "the server's SLM, which the clients would go on with",
 }
 POINTS = "points [95 % interval; * where it excludes zero]"
-SHORT = {"llm": "the LLM", "clients": "clients' own SLMs", "slm": "the server's SLM"}
+SHORT: dict[Table, str] = {"llm": "the LLM", "clients": "clients' own SLMs", "slm": "the server's SLM"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Sheet:
 
     def drawn(self) -> Group:
         """For a terminal."""
-        table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        table = Drawn(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for number, name in enumerate(self.columns):
             table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in self.rows:
@@ -53,30 +61,30 @@ class Sheet:
         return texts.lines([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
-def comparison(found: dict[str, Any]) -> Group:
+def comparison(found: Comparison) -> Group:
     """All tables, and what they rest on."""
     return Group(*(sheet.drawn() for sheet in sheets(found)), *notes(found))
 
 
-def as_markdown(found: dict[str, Any]) -> str:
+def as_markdown(found: Comparison) -> str:
     """The same, to be pasted."""
     return texts.lines([*(sheet.markdown() for sheet in sheets(found)), *notes(found)], "\n\n")
 
 
-def sheets(found: dict[str, Any]) -> list[Sheet]:
+def sheets(found: Comparison) -> list[Sheet]:
     """Tables 1 and 2, the server's SLM, the differences, the budgets."""
-    tables = [_accuracies(found, name) for name in found["tables"]]
-    return [*tables, *([_differences(found)] if any(found["differences"].values()) else []), _budgets(found)]
+    tables = [_accuracies(found, name) for name in found.tables]
+    return [*tables, *([_differences(found)] if any(found.differences.values()) else []), _budgets(found)]
 
 
-def _accuracies(found: dict[str, Any], name: str) -> Sheet:
-    rows = found["tables"][name]
+def _accuracies(found: Comparison, name: Table) -> Sheet:
+    rows = found.tables[name]
     tasks = _tasks(rows)
-    reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
+    reported = _reported(found, name)
     in_paper = [task for task in tasks if any(task in row for row in reported.values())]
-    title = TITLES[name].format(clients=found["clients"])
+    title = TITLES[name].format(clients=found.clients)
     return Sheet(
-        f"{title}: {found['metric']} in %",
+        f"{title}: {found.metric} in %",
         ["method", *tasks, *(f"{task}, paper" for task in in_paper)],
         [
             [
@@ -89,124 +97,127 @@ def _accuracies(found: dict[str, Any], name: str) -> Sheet:
     )
 
 
-def _tasks(rows: dict[str, Any]) -> list[str]:
+def _reported(found: Comparison, name: Table) -> dict[Row, dict[str, float]]:
+    """The paper's figures beside a table, if they were asked for: percent, by row and task."""
+    return found.paper.tables.get(name, {}) if found.paper else {}
+
+
+def _tasks(rows: Mapping[Row, Mapping[str, object]]) -> list[str]:
     """The tasks' columns; that of all together only where there are several."""
     tasks = list(next(iter(rows.values())))
     return tasks if len(tasks) > 2 else tasks[:1]
 
 
-def _accuracy(found: dict[str, Any]) -> str:
-    deviation = found["deviation"]
-    return f"{100 * found['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+def _accuracy(found: Estimate) -> str:
+    return f"{100 * found.mean:.1f}" + ("" if found.deviation is None else f" ± {100 * found.deviation:.1f}")
 
 
-def _differences(found: dict[str, Any]) -> Sheet:
+def _differences(found: Comparison) -> Sheet:
     """FedCoLLM minus each other method, over all questions: a column for each table."""
-    tables = found["differences"]
+    tables = found.differences
     others = [row for row in LABELS if any(row in rows for rows in tables.values())]
     lines = [
-        [LABELS[row], *(_difference(_overall(tables[name][row])) if row in tables[name] else "-" for name in tables)]
+        [LABELS[row], *(_difference(_overall(tables[name], row)) if row in tables[name] else "-" for name in tables)]
         for row in others
     ]
     title = f"FedCoLLM minus the other methods, {POINTS}"
     return Sheet(title, ["minus", *(SHORT[name] for name in tables)], lines)
 
 
-def _overall(by_task: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = by_task[_tasks({"": by_task})[-1]]
-    return found
+def _overall(rows: Mapping[Row, Mapping[str, Difference]], row: Row) -> Difference:
+    return rows[row][_tasks(rows)[-1]]
 
 
-def _difference(found: dict[str, Any]) -> str:
-    mean, half = 100 * found["mean"], found["half_width"]
+def _difference(found: Difference) -> str:
+    mean, half = 100 * found.mean, found.half_width
     if half is None:
-        return f"{mean:+.1f} (one {'seed' if found['seeds_error'] is None else 'question'})"
-    return f"{mean:+.1f} [{mean - 100 * half:.1f}, {mean + 100 * half:.1f}]{'*' if found['is_supported'] else ''}"
+        return f"{mean:+.1f} (one {'seed' if found.seeds_error is None else 'question'})"
+    return f"{mean:+.1f} [{mean - 100 * half:.1f}, {mean + 100 * half:.1f}]{'*' if found.is_supported else ''}"
 
 
-def _bought(found: dict[str, Any]) -> str:
-    if found["half_width"] is None:
+def _bought(found: Difference) -> str:
+    if found.half_width is None:
         reading = " (one seed or question: no error bar)"
-    elif found["half_width"] == 0:
+    elif found.half_width == 0:
         reading = " (the same answers: distillation has not reached them)"
     else:
-        reading = "" if found["is_supported"] else ", not beyond its error bars"
-    return f"{100 * found['mean']:+.1f}{reading}"
+        reading = "" if found.is_supported else ", not beyond its error bars"
+    return f"{100 * found.mean:+.1f}{reading}"
 
 
-def _budgets(found: dict[str, Any]) -> Sheet:
+def _budgets(found: Comparison) -> Sheet:
     rows = []
-    for method, parties in found["budgets"].items():
+    for method, parties in found.budgets.items():
         clients = [done for party, done in parties.items() if party != "server"]
         server = [parties["server"]] if "server" in parties else []
         each = [_range(clients, key) for key in ("steps", "examples", "tokens")]
         rows.append([LABELS[method], *each, *(_range(server, key) for key in ("steps", "examples", "tokens"))])
     columns = [f"{party} {key}" for party in ("client", "server") for key in ("steps", "examples", "tokens")]
-    return Sheet(f"what training took of each party, {found['rounds']} rounds together", ["method", *columns], rows)
+    return Sheet(f"what training took of each party, {found.rounds} rounds together", ["method", *columns], rows)
 
 
-def _range(clients: Sequence[dict[str, int]], key: str) -> str:
-    values = sorted({client[key] for client in clients})
+def _range(clients: list[Spent], key: str) -> str:
+    values = sorted(set(map(attrgetter(key), clients)))
     return "-".join(map(str, dict.fromkeys([values[0], values[-1]]))) if values else "-"
 
 
-def notes(found: dict[str, Any]) -> list[str]:
+def notes(found: Comparison) -> list[str]:
     """What the tables rest on."""
-    _, by_task = next(iter(found["tables"]["slm"].items()))
-    task = _tasks(found["tables"]["slm"])[-1]
-    seeds = ", ".join(map(str, found["seeds"]))
-    several = len(found["seeds"]) > 1
+    by_task = next(iter(found.tables["slm"].values()))
+    last = by_task[_tasks(found.tables["slm"])[-1]]
+    seeds = ", ".join(map(str, found.seeds))
+    several = len(found.seeds) > 1
     lines = [
         f"seed{'s' if several else ''} {seeds}"
         + ("; ± is the standard deviation over seeds" if several else ": no error bar")
-        + f"; {by_task[task]['questions']} questions, themselves a sample: ± {100 * by_task[task]['binomial']:.1f}",
-        *found["remarks"],
+        + f"; {last.questions} questions, themselves a sample: ± {100 * last.binomial:.1f}",
+        *found.remarks,
     ]
-    if "fedavg-aux" in found["tables"]["slm"]:
+    if "fedavg-aux" in found.tables["slm"]:
         lines.append("FedAvg + D^a: the server trains both models on the auxiliary data, without distillation")
-    if bought := {name: rows["fedavg-aux"] for name, rows in found["differences"].items() if "fedavg-aux" in rows}:
-        words = [f"{SHORT[name]} {_bought(_overall(by_task))}" for name, by_task in bought.items()]
+    if bought := [(name, rows) for name, rows in found.differences.items() if "fedavg-aux" in rows]:
+        words = [f"{SHORT[name]} {_bought(_overall(rows, 'fedavg-aux'))}" for name, rows in bought]
         lines.append(f"what distillation bought beyond that, in points: {'; '.join(words)}")
-    if found["paper"]:
-        lines.append(f"paper: setting {found['paper']['setting']}; {found['paper']['source']}")
-        if others := found["paper"]["other_models"]:
-            lines.append(f"the paper's figures are of other models: {'; '.join(others)}")
-    if found["absent"]:
-        lines.append("not run: " + "; ".join(str(Command("run", method=method)) for method in found["absent"]))
+    if found.paper:
+        lines.append(f"paper: setting {found.paper.setting}; {found.paper.source}")
+        if found.paper.other_models:
+            lines.append(f"the paper's figures are of other models: {'; '.join(found.paper.other_models)}")
+    if found.absent:
+        lines.append("not run: " + "; ".join(str(Command("run", method=method)) for method in found.absent))
     return lines
 
 
-def as_lines(found: dict[str, Any]) -> str:
+def as_lines(found: Comparison) -> str:
     """CSV: a line for each table, method, task, seed and model; "mean" is that of several clients' models."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    columns = ["table", "method", "task", "seed", "model", "questions", found["metric"], "paper"]
+    columns = ["table", "method", "task", "seed", "model", "questions", found.metric, "paper"]
     writer.writerow(map(texts.in_cell, columns))
-    for name, rows in found["tables"].items():
-        reported = found["paper"]["tables"].get(name, {}) if found["paper"] else {}
+    for name, rows in found.tables.items():
+        reported = _reported(found, name)
         for row, by_task in rows.items():
-            seeds = found["seeds"] if row != "zero-shot" else [""]
+            seeds = found.seeds if row != "zero-shot" else [""]
             for task, one in by_task.items():
-                models = one["by_subject"] | ({"mean": one["by_seed"]} if len(one["by_subject"]) > 1 else {})
+                models = one.by_subject | ({"mean": one.by_seed} if len(one.by_subject) > 1 else {})
                 for model, by_seed in models.items():
                     figure = reported.get(row, {}).get(task, "") if model == next(reversed(models)) else ""
                     for seed, value in zip(seeds, by_seed, strict=True):
-                        cells = [name, row, task, seed, model, one["questions"], f"{value:.6f}", figure]
+                        cells = [name, row, task, seed, model, one.questions, f"{value:.6f}", figure]
                         writer.writerow(map(texts.in_cell, cells))
     return texts.lines(out.getvalue().rstrip("\n").split("\n"))
 
 
-def swept(found: dict[str, Any]) -> list[Sheet]:
+def swept(found: Swept) -> list[Sheet]:
     """A row for each combination of settings: the models' scores, and their differences from the first row's."""
-    axes = [key.rpartition(".")[2] for key in found["axes"]]
-    values = [[str(row["settings"][key]) for key in found["axes"]] for row in found["rows"]]
-    tables = list(found["rows"][0]["scores"])
+    axes = [key.rpartition(".")[2] for key in found.axes]
+    values = [[str(row.settings[key]) for key in found.axes] for row in found.rows]
+    tables = list(found.rows[0].scores)
     columns = [*axes, *(SHORT[table] for table in tables)]
-    scores = [[_accuracy(row["scores"][table]) for table in tables] for row in found["rows"]]
-    minus = [[_difference(row["minus_first"][table]) for table in tables] for row in found["rows"][1:]]
-    seeds = f"seed{'s' if len(found['seeds']) > 1 else ''} {', '.join(map(str, found['seeds']))}"
+    scores = [[_accuracy(row.scores[table]) for table in tables] for row in found.rows]
+    minus = [[_difference(row.minus_first[table]) for table in tables] for row in found.rows if row.minus_first]
+    seeds = f"seed{'s' if len(found.seeds) > 1 else ''} {', '.join(map(str, found.seeds))}"
     return [
-        Sheet(f"{found['metric']} in %, {seeds}", columns, _joined(values, scores), len(axes)),
+        Sheet(f"{found.metric} in %, {seeds}", columns, _joined(values, scores), len(axes)),
         *([Sheet(f"minus the first row, {POINTS}", columns, _joined(values[1:], minus), len(axes))] if minus else []),
     ]
 

@@ -7,8 +7,8 @@ stages as always.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stages.data.prepare import prepare
 from stages.demo.world import World, build_world, write_world
@@ -16,6 +16,7 @@ from stages.federation.compare import compare
 from stages.report.report import InWords, write_report
 from stages.runtime import quiet
 from stages.runtime.events import Event, Report, ignore
+from stages.study.comparison import Comparison
 from stages.workspace.init import init
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
@@ -24,8 +25,19 @@ WORLD_SEED = 11
 SEEDS = (1,)
 
 
-def demo(folder: Path, *, in_words: InWords, seeds: Sequence[int] = SEEDS, report: Report = ignore) -> dict[str, Any]:
-    """Run every method from each seed, compare them and write the report. Returns the comparison and the places.
+@dataclass(frozen=True)
+class Shown:
+    """What the demo found, and where: rule_accuracy, in percent, has whoever knows every rule of its world."""
+
+    comparison: Comparison
+    rule_accuracy: float
+    workspace: str
+    report: str
+    models: str
+
+
+def demo(folder: Path, *, in_words: InWords, seeds: Sequence[int] = SEEDS, report: Report = ignore) -> Shown:
+    """Run every method from each seed, compare them and write the report.
 
     What is there already is used again: base models, and every step that is done.
     """
@@ -38,13 +50,13 @@ def demo(folder: Path, *, in_words: InWords, seeds: Sequence[int] = SEEDS, repor
     workspace = Workspace(study)
     prepare(workspace, report=report)
     compared = compare(workspace, seeds=seeds, report=report)
-    return {
-        "comparison": compared,
-        "rule_accuracy": world.rule_accuracy["test"],
-        "workspace": str(study),
-        "report": str(study / write_report(workspace, in_words=in_words, report=report)["path"]),
-        "models": str(folder / "models"),
-    }
+    return Shown(
+        comparison=compared,
+        rule_accuracy=world.rule_accuracy["test"],
+        workspace=str(study),
+        report=str(study / write_report(workspace, in_words=in_words, report=report).path),
+        models=str(folder / "models"),
+    )
 
 
 def _build_models(folder: Path, world: World, report: Report) -> None:

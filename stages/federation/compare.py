@@ -7,7 +7,7 @@ Writes nothing else. Names no winner that the error bars do not support.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.evaluate import evaluate
 from stages.federation.run import derived, run
@@ -32,7 +32,7 @@ def compare(
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
-) -> dict[str, Any]:
+) -> comparison.Comparison:
     """Run what is missing of the seeds that are given, unless collect is set; then compare, as study's compare does."""
     from stages.study import results
 

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.federation.run import derived, run
@@ -21,8 +21,12 @@ from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from stages.models.loading import Models
     from stages.study.results import Study, Table
+    from stages.study.statistics import Difference, Estimate
+    from stages.study.variants import Changes
 
 SEED = "federation.seed"
 FIXED = {
@@ -30,7 +34,33 @@ FIXED = {
     "federation.name": "leave it out: a sweep keeps the federation's name",
 }
 
-Settings = dict[str, Any]
+
+@dataclass(frozen=True)
+class Row:
+    """One combination of settings: each model's accuracy in [0, 1], and its difference from the first row's."""
+
+    settings: Changes
+    scores: dict[Table, Estimate]
+    minus_first: dict[Table, Difference] | None  # None: this is the first
+
+    def as_json(self) -> dict[str, Any]:
+        """For JSON; of the first row, without differences."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep's table. axes: the settings that vary, but for the seed. remarks: what the scores lack, in sentences."""
+
+    metric: str
+    axes: list[str]
+    seeds: list[int]
+    rows: list[Row]
+    remarks: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"rows": [row.as_json() for row in self.rows]}
 
 
 def sweep(
@@ -41,7 +71,7 @@ def sweep(
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
-) -> dict[str, Any]:
+) -> Swept:
     """Run every combination and compare their scores after the last round, each with the first.
 
     grid: values by dotted key of fedcollm.toml. A grid over federation.seed gives means and error bars, not rows.
@@ -69,15 +99,17 @@ def sweep(
         point = derived(workspace, place, settings, made_by=made_by, overwrite=overwrite, report=report)
         run(point, overwrite=overwrite, models=models.of(point), report=report)
         workspaces.append(point)
-    return {
-        "metric": metric,
-        "axes": [key for key in grid if key != SEED],
-        **_table(workspace, points, workspaces, metric),
-        "remarks": remarks([workspace, *workspaces]),
-    }
+    studies = _studies(workspace, points, workspaces)
+    return Swept(
+        metric=metric,
+        axes=[key for key in grid if key != SEED],
+        seeds=studies[0][1].seeds,
+        rows=_rows(studies, metric),
+        remarks=remarks([workspace, *workspaces]),
+    )
 
 
-def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Settings]:
+def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Changes]:
     evaluation = workspace.agreement.evaluation
     for key, values in grid.items():
         if key in FIXED:
@@ -89,7 +121,7 @@ def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Set
             raise UsageProblem(f"no value for {key}", mend=f"such as --set {key}=1,2")
     if not grid:
         raise UsageProblem("nothing to vary", mend="such as --set distillation.lambda_slm=0,0.5,1")
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    points: list[Changes] = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     names = Counter(map(point_name, points))
     if twice := [name for name, count in names.items() if count > 1]:
         mend = "sweep over one of them at a time, or leave out what is said twice"
@@ -97,7 +129,7 @@ def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Set
     return points
 
 
-def point_name(settings: Settings) -> str:
+def point_name(settings: Changes) -> str:
     """A folder's name that says what is set: lambda_slm=0.5,order=alternating. Tables are named where they must be."""
     words = []
     for key, value in settings.items():
@@ -108,41 +140,44 @@ def point_name(settings: Settings) -> str:
     return ",".join(words)
 
 
-def _table(workspace: Workspace, points: list[Settings], workspaces: list[Workspace], metric: str) -> dict[str, Any]:
-    """One row for each combination of what is not the seed."""
+def _studies(workspace: Workspace, points: list[Changes], workspaces: list[Workspace]) -> list[tuple[Changes, Study]]:
+    """One for each combination of what is not the seed."""
     from stages.study.results import Study
 
-    rows: dict[str, tuple[Settings, Study]] = {}
+    found: dict[str, tuple[Changes, Study]] = {}
     for settings, place in zip(points, workspaces, strict=True):
         federation = place.agreement.federation
         shown = {key: value for key, value in settings.items() if key != SEED}
-        _, study = rows.setdefault(point_name(shown), (shown, Study(workspace, {})))
+        _, study = found.setdefault(point_name(shown), (shown, Study(workspace, {})))
         study.runs[federation.seed] = {federation.method: place}
-    found = [{"settings": shown, **_scores(study, metric)} for shown, study in rows.values()]
-    first = found[0].pop("arrays")
-    for row in found[1:]:
-        row["minus_first"] = _differences(row.pop("arrays"), first)
-    return {"seeds": next(iter(rows.values()))[1].seeds, "rows": found}
+    return list(found.values())
 
 
-def _scores(study: Study, metric: str) -> dict[str, Any]:
-    """Of each of the federation's models, over all questions of all tasks."""
+def _rows(studies: list[tuple[Changes, Study]], metric: str) -> list[Row]:
+    from stages.study.statistics import difference, estimate
+
+    scored = [_scores(study, metric) for _, study in studies]
+    first = scored[0]
+    return [
+        Row(
+            settings,
+            {table: estimate(scores) for table, scores in own.items()},
+            None if own is first else {table: difference(scores, first[table]) for table, scores in own.items()},
+        )
+        for (settings, _), own in zip(studies, scored, strict=True)
+    ]
+
+
+def _scores(study: Study, metric: str) -> dict[Table, np.ndarray]:
+    """Of each of the federation's models, over all questions of all tasks: [seeds, questions]."""
     import numpy as np
 
     from stages.study import results, scores
-    from stages.study.statistics import estimate
 
     method = study.methods[0]
     tables: list[Table] = [table for table, rows in results.ROWS.items() if method in rows]
     means = {table: scores.mean_of(scores.scores(study, table, method, metric)) for table in tables}
-    arrays = {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
-    return {"arrays": arrays, "scores": {table: asdict(estimate(found)) for table, found in arrays.items()}}
-
-
-def _differences(arrays: dict[Table, Any], first: dict[Table, Any]) -> dict[str, Any]:
-    from stages.study.statistics import difference
-
-    return {table: difference(scores, first[table]).as_dict() for table, scores in arrays.items()}
+    return {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
 
 
 def _words(key: str, values: Sequence[Any]) -> str:

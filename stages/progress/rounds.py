@@ -118,8 +118,8 @@ class Reader:
 
     def _of_rows(self, step: Step, data: Path, log: Path) -> Step:
         """A finished step of training; stale if, in a simulation, `prepare` has dealt other rows since, or would."""
-        shares = self._dealt.get("parties", {}) if self._dealt else {}
-        is_dealt = shares[step.party]["sha256"] if step.party in shares else None
+        share = self._dealt.get("parties", {}).get(step.party) if self._dealt else None
+        is_dealt = share and share.get("sha256")
         if step.condition != "done" or not is_dealt:
             return step
         if self.are_rows_stale:

@@ -7,6 +7,7 @@ Writes results/report: index.html and a CSV file for each chart, nothing of whic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.artefacts.manifest import Manifest
@@ -19,7 +20,7 @@ from stages.progress.status import status
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.texts import in_line
-from stages.study.comparison import ALL, compare
+from stages.study.comparison import ALL, Comparison, compare
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
@@ -27,6 +28,10 @@ from stages.workspace.paths import Workspace
 if TYPE_CHECKING:
     from stages.report.charts import Chart
     from stages.report.drawing import Absent
+    from stages.study.results import Row
+    from stages.study.statistics import Difference
+
+    Differences = Mapping[Row, Mapping[str, Difference]]
 
 PAGE = "index.html"
 MOST_CLIENTS_NAMED = 8
@@ -49,14 +54,38 @@ class Words(Protocol):
         """Their cells."""
 
 
-InWords = Callable[[dict[str, Any]], tuple[Sequence[Words], Sequence[str]]]
+InWords = Callable[[Comparison], tuple[Sequence[Words], Sequence[str]]]
 """What compare found, as tables in words and the notes below them: the command line's way of putting it."""
 
 
-def write_report(
-    workspace: Workspace, *, in_words: InWords, metric: str = "acc", report: Report = ignore
-) -> dict[str, Any]:
-    """Write the page and its CSV files. Returns the page's path, the charts, and what is left out and why.
+@dataclass(frozen=True)
+class Written:
+    """The page's path, each chart's CSV file, and what is left out and why; paths as seen from the workspace."""
+
+    path: str
+    charts: dict[str, str]
+    left_out: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The last accuracy of one model by the workspace's own method, and what the error bars let one say of it."""
+
+    title: str
+    value: str
+    readings: list[str]
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What audit finds: a row for each problem, and for each check without one: id, level, check and text."""
+
+    rows: Sequence[tuple[str, str, str, str]]
+    result: str
+
+
+def write_report(workspace: Workspace, *, in_words: InWords, metric: str = "acc", report: Report = ignore) -> Written:
+    """Write the page and its CSV files.
 
     Raises NotReady, with the next command, for a workspace that holds neither an adapter nor a result. The same files
     give the same bytes again.
@@ -80,15 +109,15 @@ def write_report(
     page = render(drawn, _words(workspace, charts, compared, in_words))
     contents = {f"{chart.name}.csv": chart.csv().encode() for chart in charts}
     writing.publish(workspace.report, contents | {PAGE: page.encode(errors="backslashreplace")})
-    return {
-        "path": workspace.shown(workspace.report / PAGE),
-        "charts": {chart.name: workspace.shown(workspace.report / f"{chart.name}.csv") for chart in charts},
-        "left_out": {one.name: one.reason for _, one in drawn if not isinstance(one, Chart)}
+    return Written(
+        path=workspace.shown(workspace.report / PAGE),
+        charts={chart.name: workspace.shown(workspace.report / f"{chart.name}.csv") for chart in charts},
+        left_out={one.name: one.reason for _, one in drawn if not isinstance(one, Chart)}
         | ({"tables": compared} if isinstance(compared, str) else {}),
-    }
+    )
 
 
-def _compared(workspace: Workspace, metric: str) -> dict[str, Any] | str:
+def _compared(workspace: Workspace, metric: str) -> Comparison | str:
     """What compare finds, or why it refuses."""
     from stages.report.drawing import in_sentences
 
@@ -98,17 +127,17 @@ def _compared(workspace: Workspace, metric: str) -> dict[str, Any] | str:
         return in_sentences(problem)
 
 
-def _words(
-    workspace: Workspace, charts: list[Chart], compared: dict[str, Any] | str, in_words: InWords
-) -> dict[str, Any]:
-    """Everything on the page but the charts."""
+def _words(workspace: Workspace, charts: list[Chart], compared: Comparison | str, in_words: InWords) -> dict[str, Any]:
+    """Everything on the page but the charts, by the template's names."""
     import tomlkit
 
     from stages.report.page import without_folders
 
     tables, notes = ([], []) if isinstance(compared, str) else in_words(compared)
-    differences = {} if isinstance(compared, str) else compared["differences"]
-    headlines = [_headline(chart, workspace, differences) for chart in charts if chart.name.startswith("accuracy-")]
+    differences = {} if isinstance(compared, str) else compared.differences
+    by_chart = {f"accuracy-{table}": rows for table, rows in differences.items()}
+    accuracies = [chart for chart in charts if chart.name.startswith("accuracy-")]
+    headlines = [_headline(chart, workspace, by_chart.get(chart.name, {})) for chart in accuracies]
     return {
         "name": workspace.agreement.federation.name,
         "measured": _measured(workspace),
@@ -124,16 +153,15 @@ def _words(
     }
 
 
-def _audited(workspace: Workspace) -> dict[str, Any]:
-    """What audit finds: a row for each problem, and for each check without one."""
+def _audited(workspace: Workspace) -> Audited:
     from stages.report.page import without_folders
 
     try:
         found = audit([workspace.root])
     except NotReady as problem:
-        return {"rows": [], "result": problem.message}
+        return Audited([], problem.message)
     rows = [(one.id, one.level, one.check, in_line(without_folders(one.text))) for one in lines(found)]
-    return {"rows": rows, "result": result(found, strict=False)}
+    return Audited(rows, result(found, strict=False))
 
 
 def _measured(workspace: Workspace) -> str:
@@ -151,8 +179,7 @@ def _measured(workspace: Workspace) -> str:
     )
 
 
-def _headline(chart: Chart, workspace: Workspace, differences: dict[str, Any]) -> dict[str, Any] | None:
-    """The last accuracy of one model by the workspace's own method, and what the error bars let one say of it."""
+def _headline(chart: Chart, workspace: Workspace, differences: Differences) -> Headline | None:
     from stages.paper.reported import LABELS
 
     own = [row for row in chart.rows if row["method"] == LABELS[workspace.agreement.federation.method]]
@@ -160,27 +187,27 @@ def _headline(chart: Chart, workspace: Workspace, differences: dict[str, Any]) -
         return None
     last = own[-1]
     base = [f"base alone {row['accuracy_percent']:.1f} %" for row in chart.rows if row["round"] == 0]
-    return {
-        "title": f"{chart.title}, round {last['round']}",
-        "value": f"{last['accuracy_percent']:.1f} ± {last['error_points']:.1f}",
-        "readings": base + verdicts(differences.get(chart.name.removeprefix("accuracy-"), {})),
-    }
+    return Headline(
+        f"{chart.title}, round {last['round']}",
+        f"{last['accuracy_percent']:.1f} ± {last['error_points']:.1f}",
+        base + verdicts(differences),
+    )
 
 
-def verdicts(differences: Mapping[str, Any]) -> list[str]:
+def verdicts(differences: Differences) -> list[str]:
     """What compare's differences of one table let one say; of one seed, nothing."""
     from stages.paper.reported import LABELS
 
     readings: dict[str, list[str]] = {"higher than": [], "lower than": [], "no difference shown from": []}
     for other, by_task in differences.items():
         found = by_task[ALL]
-        sign = "higher than" if found["mean"] > 0 else "lower than"
-        if found["half_width"] is not None:
-            readings[sign if found["is_supported"] else "no difference shown from"].append(LABELS[other])
+        sign = "higher than" if found.mean > 0 else "lower than"
+        if found.half_width is not None:
+            readings[sign if found.is_supported else "no difference shown from"].append(LABELS[other])
     return [f"{reading} {_listed(names)}" for reading, names in readings.items() if names]
 
 
-def _summary(charts: list[Chart], compared: dict[str, Any] | str) -> str:
+def _summary(charts: list[Chart], compared: Comparison | str) -> str:
     """What the figures above it are, and how far they can be trusted."""
     scored = [chart.rows[-1] for chart in charts if chart.name.startswith("accuracy-")]
     if not scored:
@@ -188,7 +215,7 @@ def _summary(charts: list[Chart], compared: dict[str, Any] | str) -> str:
     of = f"Shares of right answers to {scored[0]['questions']} questions"
     if isinstance(compared, str):
         return f"{of}; what ± is, each chart says. Methods are not compared here; the tables say why."
-    if len(compared["seeds"]) == 1:
+    if len(compared.seeds) == 1:
         return (
             f"{of}; ± is the questions' binomial standard error. From one seed no difference between methods can be "
             f"claimed: {Command('compare', seeds='1,2,3')} runs more."

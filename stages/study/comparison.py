@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,16 +12,61 @@ from stages.progress.staleness import PREPARE
 from stages.progress.status import status
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
+from stages.study.statistics import Difference, Estimate, difference, estimate
 from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
 if TYPE_CHECKING:
+    from stages.study.budgets import Spent
     from stages.study.results import Row, Scores, Study, Table
 
 ALL = "all tasks"
 """The column of all questions of all tasks together."""
+
+
+@dataclass(frozen=True)
+class Accuracy(Estimate):
+    """An accuracy in [0, 1] of one row and task: a mean over its subjects, and each subject's own; all by seed too."""
+
+    by_seed: list[float]
+    by_subject: dict[str, list[float]]
+    questions: int
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper reports in one of its settings: percent, by table, row and task.
+
+    other_models: the base models in whose place there are others here.
+    """
+
+    setting: str
+    other_models: list[str]
+    source: str
+    tables: dict[Table, dict[Row, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The methods that were run, side by side.
+
+    absent: methods that were not. tables: by row and task. differences: of FedCoLLM from every other row, likewise.
+    budgets: by party. remarks: what the scores lack, in sentences.
+    """
+
+    metric: str
+    seeds: list[int]
+    methods: list[Method]
+    absent: list[Method]
+    clients: int
+    rounds: int
+    paper: Paper | None
+    tables: dict[Table, dict[Row, dict[str, Accuracy]]]
+    differences: dict[Table, dict[Row, dict[str, Difference]]]
+    budgets: dict[Method, dict[str, Spent]]
+    remarks: list[str]
 
 
 def check_no_baseline(workspace: Workspace) -> None:
@@ -39,12 +84,12 @@ def compare(
     paper: str | None = None,
     metric: str = "acc",
     report: Report = ignore,
-) -> dict[str, Any]:
+) -> Comparison:
     """The tables, the differences of FedCoLLM from every other row, and the ledger of budgets.
 
     seeds: by default those that there are. methods: by default all of them where seeds are given, else those that there
-    are. paper: a setting of the paper, to stand
-    beside. Raises BadNumbers if budgets differ, NotReady, with the command, for what is missing.
+    are. paper: a setting of the paper, to stand beside. Raises BadNumbers if budgets differ, NotReady, with the
+    command, for what is missing.
     """
     from stages.study import budgets, results
 
@@ -58,19 +103,19 @@ def compare(
     measured = {table: _measured(study, table, metric) for table in results.ROWS}
     _check_sound(study)
     tables = {table: _estimates(scores) for table, scores in measured.items()}
-    return {
-        "metric": metric,
-        "seeds": study.seeds,
-        "methods": study.methods,
-        "absent": [method for method in results.METHODS if method not in study.methods],
-        "clients": workspace.agreement.federation.clients,
-        "rounds": workspace.agreement.federation.rounds,
-        "paper": _paper(workspace, paper, tables, report) if paper else None,
-        "tables": tables,
-        "differences": {table: _differences(scores) for table, scores in measured.items()},
-        "budgets": _budgets(study),
-        "remarks": results.remarks([study.root, *study.workspaces]),
-    }
+    return Comparison(
+        metric=metric,
+        seeds=study.seeds,
+        methods=study.methods,
+        absent=[method for method in results.METHODS if method not in study.methods],
+        clients=workspace.agreement.federation.clients,
+        rounds=workspace.agreement.federation.rounds,
+        paper=_paper(workspace, paper, tables, report) if paper else None,
+        tables=tables,
+        differences={table: _differences(scores) for table, scores in measured.items()},
+        budgets=_budgets(study),
+        remarks=results.remarks([study.root, *study.workspaces]),
+    )
 
 
 def _check_sound(study: Study) -> None:
@@ -102,50 +147,52 @@ def _measured(study: Study, table: Table, metric: str) -> dict[Row, dict[str, Sc
     }
 
 
-def _estimates(measured: dict[Row, dict[str, Scores]]) -> dict[str, Any]:
-    """By row and task: the mean of the subjects, by seed and over seeds; and each subject by seed."""
+def _estimates(measured: dict[Row, dict[str, Scores]]) -> dict[Row, dict[str, Accuracy]]:
     from stages.study.scores import mean_of
-    from stages.study.statistics import estimate
 
     return {
-        row: {
-            task: asdict(estimate(scores))
-            | {
-                "by_seed": scores.mean(axis=1).tolist(),
-                "by_subject": {subject: found[task].mean(axis=1).tolist() for subject, found in by_subject.items()},
-                "questions": scores.shape[1],
-            }
-            for task, scores in mean_of(by_subject).items()
-        }
+        row: {task: _accuracy(scores, by_subject, task) for task, scores in mean_of(by_subject).items()}
         for row, by_subject in measured.items()
     }
 
 
-def _differences(measured: dict[Row, dict[str, Scores]]) -> dict[str, Any]:
-    """FedCoLLM minus each other row, and whether the error bars support a difference."""
+def _accuracy(scores: np.ndarray, by_subject: dict[str, Scores], task: str) -> Accuracy:
+    """scores: the mean of the subjects, [seeds, questions]."""
+    found = estimate(scores)
+    return Accuracy(
+        found.mean,
+        found.deviation,
+        found.binomial,
+        by_seed=scores.mean(axis=1).tolist(),
+        by_subject={subject: of_tasks[task].mean(axis=1).tolist() for subject, of_tasks in by_subject.items()},
+        questions=scores.shape[1],
+    )
+
+
+def _differences(measured: dict[Row, dict[str, Scores]]) -> dict[Row, dict[str, Difference]]:
     from stages.study.scores import mean_of
-    from stages.study.statistics import difference
 
     means = {row: mean_of(by_subject) for row, by_subject in measured.items()}
     own = means.pop("fedcollm", None)
     if own is None:
         return {}
     return {
-        row: {task: difference(own[task], scores).as_dict() for task, scores in by_task.items()}
-        for row, by_task in means.items()
+        row: {task: difference(own[task], scores) for task, scores in by_task.items()} for row, by_task in means.items()
     }
 
 
-def _budgets(study: Study) -> dict[str, Any]:
+def _budgets(study: Study) -> dict[Method, dict[str, Spent]]:
     """By method and party, as the first seed has it; every seed has been checked."""
     from stages.study.budgets import spent
 
     runs = study.runs[study.seeds[0]]
-    return {method: {party: asdict(done) for party, done in spent(runs[method]).items()} for method in study.methods}
+    return {method: spent(runs[method]) for method in study.methods}
 
 
-def _paper(workspace: Workspace, setting: str, tables: dict[Table, dict[str, Any]], report: Report) -> dict[str, Any]:
-    """What the paper reports for the tasks that are here, in %, by table and row; and of which models, if of others."""
+def _paper(
+    workspace: Workspace, setting: str, tables: dict[Table, dict[Row, dict[str, Accuracy]]], report: Report
+) -> Paper:
+    """What the paper reports for the tasks that are here. Raises UsageProblem if it has none of them."""
     from stages.bases import base_names
     from stages.paper import reported
 
@@ -161,11 +208,11 @@ def _paper(workspace: Workspace, setting: str, tables: dict[Table, dict[str, Any
     others = [f"{theirs[role]}, not of {ours[role]}" for role in theirs if ours[role] != theirs[role]]
     if others:
         report(Event("warning", f"the paper's figures of {setting} are of other models: {'; '.join(others)}"))
-    return {
-        "setting": setting,
-        "other_models": others,
-        "source": reported.tables()["source"],
-        "tables": {
+    return Paper(
+        setting=setting,
+        other_models=others,
+        source=reported.tables()["source"],
+        tables={
             table: {
                 row: {
                     task: found for task in tasks if (found := reported.accuracy(setting, model, row, task)) is not None
@@ -174,4 +221,4 @@ def _paper(workspace: Workspace, setting: str, tables: dict[Table, dict[str, Any
             }
             for table, model in models.items()
         },
-    }
+    )

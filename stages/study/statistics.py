@@ -7,9 +7,8 @@ in the test set. Both are estimated, and a difference counts only beyond the two
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -35,21 +34,14 @@ class Difference:
 
     seeds_error, questions_error: standard errors over each; half_width: of the 95 % interval that holds both, with
     Student's t for the seeds. None where one seed, or one question, leaves it unknown; then nothing is supported.
+    is_supported: whether the error bars leave no doubt of its sign.
     """
 
     mean: float
     seeds_error: float | None
     questions_error: float | None
     half_width: float | None
-
-    @property
-    def is_supported(self) -> bool:
-        """Whether the error bars leave no doubt of its sign."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the verdict."""
-        return asdict(self) | {"is_supported": self.is_supported}
+    is_supported: bool
 
 
 def estimate(scores: np.ndarray) -> Estimate:
@@ -68,10 +60,12 @@ def difference(scores: np.ndarray, others: np.ndarray) -> Difference:
     """
     each = scores - others
     seeds, questions = each.shape
+    mean = float(each.mean())
     seeds_error = float(each.mean(axis=1).std(ddof=1) / sqrt(seeds)) if seeds > 1 else None
     questions_error = float(each.mean(axis=0).std(ddof=1) / sqrt(questions)) if questions > 1 else None
     half_width = None
     if seeds_error is not None and questions_error is not None:
         tail = (1 + CONFIDENCE) / 2
         half_width = float(sqrt((stdtrit(seeds - 1, tail) * seeds_error) ** 2 + (ndtri(tail) * questions_error) ** 2))
-    return Difference(float(each.mean()), seeds_error, questions_error, half_width)
+    is_supported = half_width is not None and abs(mean) > half_width
+    return Difference(mean, seeds_error, questions_error, half_width, is_supported)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from builders import QUESTIONS, Outcome, edit, make_study, published, rewrite
 from stages.federation.compare import compare
 from stages.federation.run import run
 from stages.paper.reported import tables
+from stages.study.budgets import Spent
+from stages.study.comparison import Comparison
 from stages.workspace.paths import Workspace
 
 SEEDS = {7: "", 8: "seeds/seed-8"}
@@ -59,51 +62,51 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def compared(studied_once: Path) -> dict[str, Any]:
+def compared(studied_once: Path) -> Comparison:
     return compare(Workspace(studied_once))
 
 
-def test_the_tables_have_the_rows_of_the_paper(compared: dict[str, Any]) -> None:
-    found = {(table, row) for table, rows in compared["tables"].items() for row in rows}
+def test_the_tables_have_the_rows_of_the_paper(compared: Comparison) -> None:
+    found = {(table, row) for table, rows in compared.tables.items() for row in rows}
     assert found == {*ROWS, ("llm", "zero-shot"), ("clients", "zero-shot"), ("slm", "zero-shot")}
-    assert compared["seeds"] == [7, 8]
-    assert compared["absent"] == []
+    assert compared.seeds == [7, 8]
+    assert compared.absent == []
 
 
 @pytest.mark.parametrize(("table", "row"), ROWS)
 def test_a_row_is_the_mean_and_the_deviation_of_lm_evals_own_accuracies(
-    table: str, row: str, compared: dict[str, Any], studied_once: Path
+    table: str, row: str, compared: Comparison, studied_once: Path
 ) -> None:
     by_seed = accuracies(studied_once, row, ROWS[table, row])
     for task in ("colours", "all tasks"):
-        found = compared["tables"][table][row][task]
-        assert found["by_seed"] == pytest.approx(by_seed)
-        assert found["mean"] == pytest.approx(np.mean(by_seed))
-        assert found["deviation"] == pytest.approx(np.std(by_seed, ddof=1))
-        assert found["binomial"] == pytest.approx(np.sqrt(np.mean(by_seed) * (1 - np.mean(by_seed)) / QUESTIONS))
-        assert found["questions"] == QUESTIONS
+        found = compared.tables[table][row][task]
+        assert found.by_seed == pytest.approx(by_seed)
+        assert found.mean == pytest.approx(np.mean(by_seed))
+        assert found.deviation == pytest.approx(np.std(by_seed, ddof=1))
+        assert found.binomial == pytest.approx(np.sqrt(np.mean(by_seed) * (1 - np.mean(by_seed)) / QUESTIONS))
+        assert found.questions == QUESTIONS
 
 
-def test_zero_shot_is_the_bases_own_score_and_has_no_deviation(compared: dict[str, Any], studied_once: Path) -> None:
+def test_zero_shot_is_the_bases_own_score_and_has_no_deviation(compared: Comparison, studied_once: Path) -> None:
     for table, role in {"llm": "llm", "clients": "slm", "slm": "slm"}.items():
         written = result(studied_once, 7, "fedcollm", f"zero-shot/{role}")["tasks"]["colours"]["metrics"]["acc"]
-        found = compared["tables"][table]["zero-shot"]["colours"]
-        assert (found["by_seed"], found["deviation"]) == ([pytest.approx(written)], None)
+        found = compared.tables[table]["zero-shot"]["colours"]
+        assert (found.by_seed, found.deviation) == ([pytest.approx(written)], None)
 
 
 @pytest.mark.parametrize(("table", "row"), [key for key in ROWS if key[1] != "fedcollm"])
 def test_a_difference_is_fedcollms_score_minus_the_others_paired_by_seed(
-    table: str, row: str, compared: dict[str, Any], studied_once: Path
+    table: str, row: str, compared: Comparison, studied_once: Path
 ) -> None:
     own = {"llm": ["llm"], "clients": ["client-1", "client-2"], "slm": ["slm"]}[table]
     ours, theirs = accuracies(studied_once, "fedcollm", own), accuracies(studied_once, row, ROWS[table, row])
-    found = compared["differences"][table][row]["colours"]
-    assert found["mean"] == pytest.approx(np.mean(ours) - np.mean(theirs))
-    assert found["seeds_error"] == pytest.approx(stats.sem(np.subtract(ours, theirs)))
-    assert found["is_supported"] == (abs(found["mean"]) > found["half_width"])
+    found = compared.differences[table][row]["colours"]
+    assert found.mean == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert found.seeds_error == pytest.approx(stats.sem(np.subtract(ours, theirs)))
+    assert found.is_supported == (abs(found.mean) > found.half_width)
 
 
-def test_the_questions_are_paired_too(compared: dict[str, Any], studied_once: Path) -> None:
+def test_the_questions_are_paired_too(compared: Comparison, studied_once: Path) -> None:
     def right(method: str) -> np.ndarray:
         return np.array(
             [
@@ -119,17 +122,17 @@ def test_the_questions_are_paired_too(compared: dict[str, Any], studied_once: Pa
 
     each = right("fedcollm") - right("fedavg-aux")
     assert each.any(), "nothing would be shown if all answers were the same"
-    found = compared["differences"]["llm"]["fedavg-aux"]["colours"]
-    assert found["questions_error"] == pytest.approx(stats.sem(each.mean(axis=0)))
+    found = compared.differences["llm"]["fedavg-aux"]["colours"]
+    assert found.questions_error == pytest.approx(stats.sem(each.mean(axis=0)))
 
 
-def test_the_budgets_are_equal_and_those_of_the_settings(compared: dict[str, Any]) -> None:
+def test_the_budgets_are_equal_and_those_of_the_settings(compared: Comparison) -> None:
     # Two rounds of one epoch in steps of 4: 11 rows are 3 steps, 5 rows 2, 7 auxiliary rows 2. One token an answer.
-    def budget(steps: int) -> dict[str, int]:
-        return {"steps": 2 * steps, "examples": 8 * steps, "tokens": 8 * steps}
+    def budget(steps: int) -> Spent:
+        return Spent(steps=2 * steps, examples=8 * steps, tokens=8 * steps)
 
     clients = {"client-1": budget(3), "client-2": budget(2)}
-    assert compared["budgets"] == {
+    assert compared.budgets == {
         "fedcollm": clients | {"server": budget(2)},
         "fedavg": clients,
         "fedavg-aux": clients | {"server": budget(2)},
@@ -140,10 +143,10 @@ def test_the_budgets_are_equal_and_those_of_the_settings(compared: dict[str, Any
 
 def test_one_seed_never_names_a_winner(studied_once: Path, fedcollm: Callable[..., Outcome]) -> None:
     found = compare(Workspace(studied_once), seeds=[8], collect=True)
-    assert found["seeds"] == [8]
-    for by_row in found["differences"].values():
+    assert found.seeds == [8]
+    for by_row in found.differences.values():
         for by_task in by_row.values():
-            assert all(one["half_width"] is None and not one["is_supported"] for one in by_task.values())
+            assert all(one.half_width is None and not one.is_supported for one in by_task.values())
     said = fedcollm("compare", "--seeds", 8, "--collect", "--markdown", "-w", studied_once).out
     assert "(one seed)" in said
     assert "no error bar" in said
@@ -168,11 +171,11 @@ def test_a_winner_is_named_where_every_seed_and_question_says_so(
 
 
 def test_json_csv_and_markdown_say_the_same(
-    compared: dict[str, Any], studied_once: Path, fedcollm: Callable[..., Outcome]
+    compared: Comparison, studied_once: Path, fedcollm: Callable[..., Outcome]
 ) -> None:
     before = published(studied_once)
     found = json.loads(fedcollm("compare", "--json", "-w", studied_once).out)
-    assert found == json.loads(json.dumps(compared))
+    assert found == json.loads(json.dumps(asdict(compared)))
     lines = list(csv.DictReader(io.StringIO(fedcollm("compare", "--csv", "-w", studied_once).out)))
     by_seed = {
         (table, row, task, model): values

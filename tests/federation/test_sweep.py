@@ -16,7 +16,7 @@ from builders import Outcome, edit, make_study, rows, write_rows
 from stages.artefacts.reading import read_manifest
 from stages.data.prepare import prepare
 from stages.federation.run import run
-from stages.federation.sweep import parse_setting, point_name
+from stages.federation.sweep import Swept, parse_setting, point_name
 from stages.workspace.paths import Workspace
 
 WORDS = ("sweep", "--set", "distillation.lambda_slm=0.0,4.0", "--set", "federation.seed=7,8", "-w")
@@ -43,7 +43,7 @@ def swept_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> P
 
 
 @pytest.fixture(scope="module")
-def table(swept_once: Path) -> dict[str, Any]:
+def table(swept_once: Path) -> Swept:
     from stages.federation.sweep import sweep
 
     return sweep(Workspace(swept_once), grid={"distillation.lambda_slm": [0.0, 4.0], "federation.seed": [7, 8]})
@@ -62,32 +62,33 @@ def test_every_combination_is_a_workspace_named_by_what_is_set(swept_once: Path)
         assert words == point
 
 
-def test_a_row_is_the_mean_over_the_seeds_of_lm_evals_own_accuracies(table: dict[str, Any], swept_once: Path) -> None:
-    assert table["axes"] == ["distillation.lambda_slm"]
-    assert table["seeds"] == [7, 8]
-    assert [row["settings"] for row in table["rows"]] == [
+def test_a_row_is_the_mean_over_the_seeds_of_lm_evals_own_accuracies(table: Swept, swept_once: Path) -> None:
+    assert table.axes == ["distillation.lambda_slm"]
+    assert table.seeds == [7, 8]
+    assert [row.settings for row in table.rows] == [
         {"distillation.lambda_slm": 0.0},
         {"distillation.lambda_slm": 4.0},
     ]
-    for row in table["rows"]:
-        value = row["settings"]["distillation.lambda_slm"]
+    for row in table.rows:
+        value = row.settings["distillation.lambda_slm"]
         for subject in ("slm", "llm"):
             by_seed = [accuracy(swept_once, f"lambda_slm={value},seed={seed}", subject) for seed in (7, 8)]
-            assert row["scores"][subject]["mean"] == pytest.approx(np.mean(by_seed))
-            assert row["scores"][subject]["deviation"] == pytest.approx(np.std(by_seed, ddof=1))
+            assert row.scores[subject].mean == pytest.approx(np.mean(by_seed))
+            assert row.scores[subject].deviation == pytest.approx(np.std(by_seed, ddof=1))
 
 
-def test_each_row_is_paired_with_the_first(table: dict[str, Any], swept_once: Path) -> None:
-    assert "minus_first" not in table["rows"][0]
+def test_each_row_is_paired_with_the_first(table: Swept, swept_once: Path) -> None:
+    assert table.rows[0].minus_first is None
+    assert "minus_first" not in table.as_json()["rows"][0]
     each = [
         accuracy(swept_once, f"lambda_slm=4.0,seed={seed}", "slm")
         - accuracy(swept_once, f"lambda_slm=0.0,seed={seed}", "slm")
         for seed in (7, 8)
     ]
-    found = table["rows"][1]["minus_first"]["slm"]
-    assert found["mean"] == pytest.approx(np.mean(each))
-    assert found["seeds_error"] == pytest.approx(stats.sem(each))
-    assert found["is_supported"] == (abs(found["mean"]) > found["half_width"])
+    found = table.rows[1].minus_first["slm"]
+    assert found.mean == pytest.approx(np.mean(each))
+    assert found.seeds_error == pytest.approx(stats.sem(each))
+    assert found.is_supported == (abs(found.mean) > found.half_width)
 
 
 def test_rows_are_dealt_anew_for_another_seed_and_shared_for_another_lambda(swept_once: Path) -> None:
@@ -118,7 +119,7 @@ def test_a_point_is_what_a_workspace_of_those_settings_gives_by_itself(swept_onc
 
 
 def test_the_same_command_again_trains_nothing_and_says_the_same(
-    swept_once: Path, table: dict[str, Any], fedcollm: Callable[..., Outcome]
+    swept_once: Path, table: Swept, fedcollm: Callable[..., Outcome]
 ) -> None:
     def everything() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in (swept_once / "sweeps").rglob("*") if path.is_file()}
@@ -126,7 +127,7 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(
     before = everything()
     outcome = fedcollm(*WORDS, swept_once, "--json")
     assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out) == json.loads(json.dumps(table))
+    assert json.loads(outcome.out) == json.loads(json.dumps(table.as_json()))
     assert everything() == before
 
 

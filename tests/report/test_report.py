@@ -14,6 +14,8 @@ from pathlib import Path
 
 from builders import Outcome, edit
 from stages.report.report import verdicts
+from stages.study.results import Row
+from stages.study.statistics import Difference
 
 Fedcollm = Callable[..., Outcome]
 
@@ -157,11 +159,11 @@ def test_a_metric_that_was_not_measured_is_named_with_those_that_were(
 
 
 def test_a_difference_is_named_only_where_the_error_bars_support_it() -> None:
-    def found(mean: float, half_width: float | None) -> dict[str, object]:
-        supported = half_width is not None and abs(mean) > half_width
-        return {"all tasks": {"mean": mean, "half_width": half_width, "is_supported": supported}}
+    def found(mean: float, half_width: float | None) -> dict[str, Difference]:
+        is_supported = half_width is not None and abs(mean) > half_width
+        return {"all tasks": Difference(mean, 0.01, 0.01, half_width, is_supported)}
 
-    differences = {
+    differences: dict[Row, dict[str, Difference]] = {
         "zero-shot": found(0.25, 0.1),
         "standalone": found(0.2, 0.1),
         "fedavg": found(0.1, 0.15),
