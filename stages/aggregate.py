@@ -25,11 +25,11 @@ from stages.artefacts.publishing import KEPT_OLD, already_made, publish
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import received
 from stages.files import reading, writing
-from stages.parties.names import SERVER
+from stages.parties.party import Party
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from stages.workspace.paths import Workspace, require
+from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.models.loading import Models
@@ -57,22 +57,24 @@ def aggregate(
     workspace.check_step("aggregate", round)
     report(Event("stage", f"aggregate, round {round}"))
     source = workspace.broadcast(round)
-    require(source, f"the broadcast of round {round} is not there", f"fedcollm broadcast --round {round}")
-    theta = received(source, workspace, reader=SERVER, stage="broadcast", round=round)
+    missing = f"the broadcast of round {round} is not there", f"fedcollm broadcast --round {round}"
+    server = Party.server(workspace)
+    theta = received(source, by=server, stage="broadcast", round=round, missing=missing)
     gated = gate_of(workspace, gate)
     if keep_old:
-        return _keep_old(workspace, theta, overwrite, report)
-    return _aggregate(workspace, theta, gated, overwrite, models, report)
+        return _keep_old(server, theta, overwrite, report)
+    return _aggregate(server, theta, gated, overwrite, models, report)
 
 
 def _aggregate(
-    workspace: Workspace,
+    server: Party,
     theta: Artefact,
     gated: Gate | None,
     overwrite: bool,
     models: Models | None,
     report: Report,
 ) -> Manifest:
+    workspace = server.workspace
     round, is_secure = theta.manifest.round, workspace.agreement.aggregation.is_secure
     updates: dict[int, Path] = {}
     closed: Artefact | None = None
@@ -81,21 +83,21 @@ def _aggregate(
     def look(again: bool) -> Manifest | None:
         nonlocal updates, closed, parents
         if not parents and is_secure:
-            closed = _close(workspace, theta, again, report)
+            closed = _close(server, theta, again, report)
             parents = closed.manifest.parents | {"close": closed.sha256}
         elif not parents:
             updates = plain.present(workspace, theta, report)
             arrived = {f"client-{k}": read_manifest(path)[1] for k, path in updates.items()}
             parents = {"broadcast": theta.sha256} | arrived
-        return _already_made(workspace, round, parents, gated, again)
+        return _already_made(server, round, parents, gated, again)
 
     def make(places: turns.Places) -> Manifest:
         started = time.monotonic()
         if closed:
-            average = _unmask(workspace, theta, closed, parents, report)
+            average = _unmask(server, theta, closed, parents, report)
         else:
-            average = plain.average(workspace, theta, updates, parents, report)
-        return _publish(workspace, theta, average, gated, models, started, places, report)
+            average = plain.average(server, theta, updates, parents, report)
+        return _publish(server, theta, average, gated, models, started, places, report)
 
     return _turn(workspace, round, look, make, overwrite, report)
 
@@ -112,20 +114,20 @@ def _turn(
     return turns.take([workspace.aggregate(round)], lock, look=look, make=make, overwrite=overwrite, report=report)
 
 
-def _keep_old(workspace: Workspace, theta: Artefact, overwrite: bool, report: Report) -> Manifest:
+def _keep_old(server: Party, theta: Artefact, overwrite: bool, report: Report) -> Manifest:
     """What the server begins the next round with where this one has come to nothing."""
     round, parents = theta.manifest.round, {"broadcast": theta.sha256}
+    workspace = server.workspace
     target = workspace.aggregate(round)
 
     def look(again: bool) -> Manifest | None:
-        return already_made(target, workspace, parents, overwrite=again)
+        return already_made(target, parents, by=server, overwrite=again)
 
     def make(places: turns.Places) -> Manifest:
         report(Event("warning", f"round {round} is given up: its aggregate is the broadcast's adapter"))
         return publish(
             target,
             theta.contents,
-            workspace,
             Draft(
                 stage="aggregate",
                 round=round,
@@ -135,43 +137,43 @@ def _keep_old(workspace: Workspace, theta: Artefact, overwrite: bool, report: Re
                 parameters=theta.manifest.parameters,
                 metrics={KEPT_OLD: 1.0},
             ),
+            by=server,
             over=places[target],
         )
 
     return _turn(workspace, round, look, make, overwrite, report)
 
 
-def _close(workspace: Workspace, theta: Artefact, overwrite: bool, report: Report) -> Artefact:
+def _close(server: Party, theta: Artefact, overwrite: bool, report: Report) -> Artefact:
     """Secure mode: whose updates are summed, decided once."""
     from stages.secagg import closing
 
-    closed = closing.close(workspace, theta, report, overwrite=overwrite)
-    for client in closing.late(workspace, closed):
+    closed = closing.close(server, theta, report, overwrite=overwrite)
+    for client in closing.late(server.workspace, closed):
         report(Event("warning", f"client {client}'s update came after the close: it is left out, and stays masked"))
     return closed
 
 
-def _unmask(
-    workspace: Workspace, theta: Artefact, closed: Artefact, parents: dict[str, str], report: Report
-) -> Average:
+def _unmask(server: Party, theta: Artefact, closed: Artefact, parents: dict[str, str], report: Report) -> Average:
     """Secure mode: the survivors' sum, and nothing of each of them."""
     from stages.secagg import summing
 
-    found = summing.open_sum(workspace, theta, closed, report)
+    found = summing.open_sum(server, theta, closed, report)
     for warning in found.warnings:
         report(Event("warning", warning))
     return Average(found.average, parents, unmasking=found.unmasking)
 
 
 def _already_made(
-    workspace: Workspace, round: int, parents: dict[str, str], gated: Gate | None, overwrite: bool
+    server: Party, round: int, parents: dict[str, str], gated: Gate | None, overwrite: bool
 ) -> Manifest | None:
     """The manifest of an aggregate of these updates, if it is there. Raises Refused for one that passed another gate.
 
     Whoever asks for no gate takes it with the one it has.
     """
+    workspace = server.workspace
     target = workspace.aggregate(round)
-    done = already_made(target, workspace, parents, overwrite=overwrite)
+    done = already_made(target, parents, by=server, overwrite=overwrite)
     if done is None or gated is None:
         return done
     logged = reading.logged_inputs(workspace.log("aggregate", round)).get("held-out")
@@ -184,7 +186,7 @@ def _already_made(
 
 
 def _publish(
-    workspace: Workspace,
+    server: Party,
     theta: Artefact,
     average: Average,
     gated: Gate | None,
@@ -197,7 +199,7 @@ def _publish(
     from stages.artefacts import adapter_files
 
     adapter_files.check_finite(average.tensors, "the average")
-    round, metrics = theta.manifest.round, average.metrics
+    workspace, round, metrics = server.workspace, theta.manifest.round, average.metrics
     weights, inputs = adapter_files.weights_bytes(average.tensors), dict(average.parents)
     begun: dict[str, Any] = {"inputs": inputs}
     if gated:
@@ -209,7 +211,6 @@ def _publish(
     manifest = publish(
         workspace.aggregate(round),
         {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights},
-        workspace,
         Draft(
             stage="aggregate",
             round=round,
@@ -222,6 +223,7 @@ def _publish(
             metrics=metrics,
             unmasking=average.unmasking,
         ),
+        by=server,
         over=places[workspace.aggregate(round)],
     )
     writing.write_log(workspace.log("aggregate", round), [begun, {"wall_s": time.monotonic() - started}])

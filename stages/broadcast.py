@@ -16,12 +16,10 @@ from stages.artefacts.publishing import already_made, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.files import seen_places
-from stages.parties import roster
-from stages.parties.names import SERVER
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
 from stages.secagg import openings
-from stages.workspace.paths import Workspace, require
+from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.models.loading import Models
@@ -44,34 +42,34 @@ def broadcast(
     workspace.check_round(round)
     workspace.check_step("broadcast", round)
     report(Event("stage", f"broadcast, round {round}"))
-    target = workspace.broadcast(round)
-    theta = _theta(workspace, round)
+    target, server = workspace.broadcast(round), Party.server(workspace)
+    theta = _theta(server, round)
     parents = {theta.path.name: theta.sha256} if theta else {}
     attempt, opening = 0, None
 
     def look(again: bool) -> Manifest | None:
         nonlocal attempt, opening
-        attempt, opening = openings.open_round(workspace, round, again=again, without=without)
-        done = already_made(target, workspace, parents, overwrite=again, opening=opening)
+        attempt, opening = openings.open_round(server, round, again=again, without=without)
+        done = already_made(target, parents, by=server, overwrite=again, opening=opening)
         if done:
-            openings.opened(workspace, round)
+            openings.opened(server, round)
         return done
 
     def make(places: turns.Places) -> Manifest:
         if theta is None:
-            manifest = _first(workspace, attempt, opening, models, places[target])
+            manifest = _first(server, attempt, opening, models, places[target])
         else:
-            manifest = _next(workspace, round, theta, attempt, opening, places[target])
-        openings.opened(workspace, round)
+            manifest = _next(server, round, theta, attempt, opening, places[target])
+        openings.opened(server, round)
         return manifest
 
-    lock, is_keyed = workspace.log("broadcast", round).with_suffix(".lock"), roster.pinned(workspace, SERVER)
-    alone = Vault.need(workspace, SERVER).alone(report) if is_keyed else None
+    lock = workspace.log("broadcast", round).with_suffix(".lock")
+    alone = server.keys.alone(report) if server.members else None
     return turns.take([target], lock, look=look, make=make, alone=alone, overwrite=overwrite, report=report)
 
 
 def _first(
-    workspace: Workspace, attempt: int, opening: Opening | None, models: Models | None, over: seen_places.Place
+    server: Party, attempt: int, opening: Opening | None, models: Models | None, over: seen_places.Place
 ) -> Manifest:
     """theta^1: PEFT's initialisation (B = 0), drawn once: an average of different ones would be none.
 
@@ -81,6 +79,7 @@ def _first(
     from stages.models import adapters, shapes
     from stages.models.loading import Models
 
+    workspace = server.workspace
     if workspace.agreement.federation.distils and base_folders.configuration(workspace, "llm"):
         shapes.of_workspace(workspace, "llm")
     models = models or Models(workspace)
@@ -91,7 +90,6 @@ def _first(
     return publish(
         workspace.broadcast(1),
         adapters.as_files(slm.model, workspace.agreement.slm.lora),
-        workspace,
         Draft(
             stage="broadcast",
             round=1,
@@ -102,29 +100,30 @@ def _first(
             seed=seed,
             opening=opening,
         ),
+        by=server,
         over=over,
     )
 
 
-def _theta(workspace: Workspace, round: int) -> Artefact | None:
+def _theta(server: Party, round: int) -> Artefact | None:
     """theta^t as the round before left it; None in round 1, where it is made here."""
     if round == 1:
         return None
+    workspace = server.workspace
     source = workspace.round_result(round - 1)
     stage: Literal["co-distill", "aggregate"] = "co-distill" if workspace.agreement.federation.distils else "aggregate"
     message = f"round {round} begins with the adapter that {stage} makes in round {round - 1}, which is not there"
-    require(source, message, f"fedcollm {stage} --round {round - 1}")
-    return received(source, workspace, reader=SERVER, stage=stage, round=round - 1)
+    missing = message, f"fedcollm {stage} --round {round - 1}"
+    return received(source, by=server, stage=stage, round=round - 1, missing=missing)
 
 
 def _next(
-    workspace: Workspace, round: int, theta: Artefact, attempt: int, opening: Opening | None, over: seen_places.Place
+    server: Party, round: int, theta: Artefact, attempt: int, opening: Opening | None, over: seen_places.Place
 ) -> Manifest:
     """What the round before left, byte for byte."""
     return publish(
-        workspace.broadcast(round),
+        server.workspace.broadcast(round),
         theta.contents,
-        workspace,
         Draft(
             stage="broadcast",
             round=round,
@@ -134,5 +133,6 @@ def _next(
             parameters=theta.manifest.parameters,
             opening=opening,
         ),
+        by=server,
         over=over,
     )

@@ -23,7 +23,7 @@ from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import read_sound, received
 from stages.data.rows import Example, Row, encode, read_rows, tell_left_out, warn_of_spacing
 from stages.files import writing
-from stages.parties.names import client as party_of
+from stages.parties.party import Party
 from stages.progress.staleness import warn_of_stale_rows
 from stages.runtime.errors import BadNumbers, Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
@@ -54,9 +54,10 @@ def client_train(
     budget does not allow the round. reset_privacy: begin a new privacy ledger, whatever was spent. processes: all call
     this alike; the first decides and writes, and each trains its share.
     """
+    party = Party.client(workspace, client)
     if not processes.is_first:
         rows, data_sha256, theta, again = processes.agree()
-        return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, {}, report)
+        return _train(party, round, rows, data_sha256, theta, again, models, processes, {}, report)
     workspace.check_round(round)
     workspace.check_client(client)
     report(Event("stage", f"client-train, round {round}, client {client}"))
@@ -66,15 +67,15 @@ def client_train(
     rows, data_sha256 = read_rows(data)
     warn_of_spacing(rows, report)
     warn_of_stale_rows(workspace, report)
-    theta = _start(workspace, client, round)
+    theta = _start(party, round)
     is_secure = workspace.agreement.aggregation.is_secure
     if is_secure:
-        said.check_known(workspace, client)
-    accepting.accept(workspace, theta, client, report)
+        said.check_known(party)
+    accepting.accept(party, theta, report)
     if is_secure:
-        _check_may_mask(workspace, theta, client, rows, overwrite)
+        _check_may_mask(party, theta, rows, overwrite)
     # What was masked for this opening and is damaged is sent again as it was, never trained or masked again.
-    sends_again = is_secure and overwrite and _is_masked(workspace, theta, client)
+    sends_again = is_secure and overwrite and _is_masked(party, theta)
     overwrite = overwrite and not sends_again
     target, log = workspace.client_adapter(round, client), workspace.log("client-train", round, client)
     parents = {theta.path.name: theta.sha256}
@@ -83,28 +84,29 @@ def client_train(
     def look(asked: bool) -> Manifest | None:
         nonlocal again
         if is_secure:  # once more: another process may have sent it meanwhile
-            _check_may_mask(workspace, theta, client, rows, asked)
+            _check_may_mask(party, theta, rows, asked)
         again = asked or _is_earlier(target, theta)
-        return already_made(target, workspace, parents, overwrite=again, log=log, data=data_sha256)
+        return already_made(target, parents, by=party, overwrite=again, log=log, data=data_sha256)
 
     def make(places: turns.Places) -> Manifest:
         if workspace.agreement.privacy.is_on:
             _check_alone(processes)
             _check_privacy(workspace, client, round, rows, again, reset_privacy, report)
         processes.agree((rows, data_sha256, theta, again))
-        return _train(workspace, client, round, rows, data_sha256, theta, again, models, processes, places, report)
+        return _train(party, round, rows, data_sha256, theta, again, models, processes, places, report)
 
     lock = log.with_suffix(".lock")
     done = "already trained" if is_secure else "already done"
     trained = turns.take([target], lock, look=look, make=make, overwrite=overwrite, done=done, report=report)
-    return _mask(workspace, theta, client, again or sends_again, report) if is_secure else trained
+    return _mask(party, theta, again or sends_again, report) if is_secure else trained
 
 
-def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: list[Row], overwrite: bool) -> None:
+def _check_may_mask(party: Party, theta: Artefact, rows: list[Row], overwrite: bool) -> None:
     """Raise before training if what it gives could not be sent: masked already, or of too many examples."""
     from stages.secagg import sending
 
-    if overwrite and sending.whole(workspace, theta, client):
+    workspace, client = party.workspace, party.number
+    if overwrite and sending.whole(party, theta):
         round = theta.manifest.round
         message = (
             f"client {client} has sent its masked update of this opening of round {round}, which cannot be replaced"
@@ -121,10 +123,10 @@ def _check_may_mask(workspace: Workspace, theta: Artefact, client: int, rows: li
         raise BadNumbers(message, where=workspace.client_data(client), mend=mend)
 
 
-def _is_masked(workspace: Workspace, theta: Artefact, client: int) -> bool:
+def _is_masked(party: Party, theta: Artefact) -> bool:
     from stages.secagg import sending
 
-    return sending.is_made(workspace, theta, client)
+    return sending.is_made(party, theta)
 
 
 def _is_earlier(target: Path, theta: Artefact) -> bool:
@@ -134,16 +136,17 @@ def _is_earlier(target: Path, theta: Artefact) -> bool:
     )
 
 
-def _mask(workspace: Workspace, theta: Artefact, client: int, overwrite: bool, report: Report) -> Manifest:
+def _mask(party: Party, theta: Artefact, overwrite: bool, report: Report) -> Manifest:
     """Send the trained adapter masked; once for every opening of a round, unless what was sent is damaged."""
     from stages.secagg import sending
 
-    trained = read_sound(workspace.client_adapter(theta.manifest.round, client), workspace)
-    return sending.send(workspace, theta, trained, client, overwrite=overwrite, report=report)
+    trained = read_sound(party.workspace.client_adapter(theta.manifest.round, party.number), by=party)
+    return sending.send(party, theta, trained, overwrite=overwrite, report=report)
 
 
-def _start(workspace: Workspace, client: int, round: int) -> Artefact:
+def _start(party: Party, round: int) -> Artefact:
     """What the client starts from: theta^t; where nothing is averaged, from round 2 on, its own of the round before."""
+    workspace, client = party.workspace, party.number
     stage: Stage
     if workspace.agreement.federation.averages or round == 1:
         source, stage, made_in, by = workspace.broadcast(round), "broadcast", round, None
@@ -153,8 +156,8 @@ def _start(workspace: Workspace, client: int, round: int) -> Artefact:
         source, stage, made_in, by = workspace.client_adapter(round - 1, client), "client-train", round - 1, client
         name = f"client {client}'s adapter of round {round - 1}"
         mend = f"fedcollm client-train --client {client} --round {round - 1}"
-    require(source, f"{name} is not there", mend)
-    return received(source, workspace, reader=party_of(client), stage=stage, round=made_in, client=by)
+    missing = f"{name} is not there", mend
+    return received(source, by=party, stage=stage, round=made_in, client=by, missing=missing)
 
 
 def _check_alone(processes: Processes) -> None:
@@ -180,8 +183,7 @@ def _check_privacy(
 
 
 def _train(
-    workspace: Workspace,
-    client: int,
+    party: Party,
     round: int,
     rows: list[Row],
     data_sha256: str,
@@ -199,6 +201,7 @@ def _train(
     from stages.training.objective import Objective, task_loss
     from stages.training.update_norm import keep_short
 
+    workspace, client = party.workspace, party.number
     agreement, machine = workspace.agreement, workspace.machine
     settings, lora, privacy = agreement.client_training, agreement.slm.lora, agreement.privacy
     tracking = trackers.tracking(workspace, "client-train", round, client)
@@ -247,12 +250,10 @@ def _train(
     manifest = publish(
         workspace.client_adapter(round, client),
         adapters.as_files(slm.model, lora),
-        workspace,
         Draft(
             stage="client-train",
             round=round,
             attempt=theta.manifest.attempt,
-            client=client,
             parents={theta.path.name: theta.sha256},
             base=slm.identity,
             parameters=adapters.count(slm.model),
@@ -264,6 +265,7 @@ def _train(
             metrics={name: value for name, value in metrics.items() if not (privacy.is_on and name in outcome.metrics)},
             privacy=budget.claim(workspace, client),
         ),
+        by=party,
         over=places[workspace.client_adapter(round, client)],
     )
     head = {"ledger_sha256": manifest.privacy.ledger_sha256} if manifest.privacy else {}

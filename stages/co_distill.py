@@ -20,6 +20,7 @@ from stages.artefacts.reading import read_manifest
 from stages.artefacts.receiving import read_sound
 from stages.distillation.inputs import Inputs, lock_of, omega_of, read_auxiliary, theta_of
 from stages.files import writing
+from stages.parties.party import Party
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
@@ -54,8 +55,9 @@ def co_distill(
     needs a model, train takes the LLM and then the SLM without one. top_k: how many tokens of each position are kept.
     processes: all call this alike; the first decides and writes, and each trains its share.
     """
+    server = Party.server(workspace)
     if not processes.is_first:
-        return _help(workspace, round, phase, models, processes, report)
+        return _help(server, round, phase, models, processes, report)
     workspace.check_round(round)
     workspace.check_step("co-distill", round)
     _check_phase(workspace, round, phase, model, top_k, processes)
@@ -67,13 +69,13 @@ def co_distill(
         from stages.distillation import capture, two_phases
 
         assert model
-        return capture.capture(workspace, round, model, top_k or TOP_K, rows, data_sha256, overwrite, models, report)
-    inputs = Inputs(theta_of(workspace, round), omega_of(workspace, round), rows, data_sha256)
+        return capture.capture(server, round, model, top_k or TOP_K, rows, data_sha256, overwrite, models, report)
+    inputs = Inputs(theta_of(server, round), omega_of(server, round), rows, data_sha256)
     if phase == "train":
         from stages.distillation import capture, two_phases
 
         roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
-        made = [two_phases.train(workspace, round, one, inputs, overwrite, models, processes, report) for one in roles]
+        made = [two_phases.train(server, round, one, inputs, overwrite, models, processes, report) for one in roles]
         processes.agree(None)
         processes.agree(made[-1])
         return made[-1]
@@ -82,29 +84,29 @@ def co_distill(
     def look(asked: bool) -> Manifest | None:
         nonlocal again
         again = asked
-        return _already_made(workspace, round, inputs, again)
+        return _already_made(server, round, inputs, again)
 
     def make(places: turns.Places) -> Manifest:
         processes.agree((inputs, again))
-        return _train(workspace, round, inputs, again, models, processes, places, report)
+        return _train(server, round, inputs, again, models, processes, places, report)
 
     paths = [workspace.slm(round), workspace.llm(round)]
     return turns.take(paths, lock_of(workspace, round), look=look, make=make, overwrite=overwrite, report=report)
 
 
 def _help(
-    workspace: Workspace, round: int, phase: Phase | None, models: Models | None, processes: Processes, report: Report
+    server: Party, round: int, phase: Phase | None, models: Models | None, processes: Processes, report: Report
 ) -> Manifest:
     """What a process does that is not the first: train what that one says."""
     if phase != "train":
         inputs, again = processes.agree()
-        return _train(workspace, round, inputs, again, models, processes, {}, report)
+        return _train(server, round, inputs, again, models, processes, {}, report)
     from stages.distillation import two_phases
 
     while what := processes.agree():
         role, inputs, taught_by, parents, llm, again = what
         two_phases.train_against(
-            workspace, round, role, inputs, taught_by, parents, llm, again, models, processes, {}, report
+            server, round, role, inputs, taught_by, parents, llm, again, models, processes, {}, report
         )
     return Manifest.model_validate(processes.agree())
 
@@ -133,8 +135,9 @@ def _check_phase(
         raise UsageProblem(message, where=workspace.root / AGREEMENT, mend=mend)
 
 
-def _already_made(workspace: Workspace, round: int, inputs: Inputs, overwrite: bool) -> Manifest | None:
+def _already_made(server: Party, round: int, inputs: Inputs, overwrite: bool) -> Manifest | None:
     """The SLM's manifest if both adapters are there, whole, and from these inputs, in one phase or in two."""
+    workspace = server.workspace
     slm, llm = workspace.slm(round), workspace.llm(round)
     if overwrite:
         return None
@@ -144,9 +147,9 @@ def _already_made(workspace: Workspace, round: int, inputs: Inputs, overwrite: b
     captured = {name: digest for name, digest in read_manifest(slm)[0].parents.items() if name.startswith("captured-")}
     parents = inputs.parents | captured | ({"llm-after": read_manifest(llm)[1]} if llm.exists() else {})
     log = workspace.log("co-distill", round)
-    done = already_made(slm, workspace, parents, overwrite=False, log=log, data=inputs.data_sha256)
+    done = already_made(slm, parents, by=server, overwrite=False, log=log, data=inputs.data_sha256)
     if done:
-        read_sound(llm, workspace)
+        read_sound(llm, by=server)
     return done
 
 
@@ -160,7 +163,7 @@ def _refuse_half_of_two_phases(workspace: Workspace, round: int) -> None:
 
 
 def _train(
-    workspace: Workspace,
+    server: Party,
     round: int,
     inputs: Inputs,
     overwrite: bool,
@@ -175,6 +178,7 @@ def _train(
     from stages.training import trackers, training
     from stages.training.objective import Objective, mutual_losses
 
+    workspace = server.workspace
     settings = workspace.agreement.distillation
     tracking = trackers.tracking(workspace, "co-distill", round)
     models = models or Models(workspace, processes)
@@ -210,9 +214,9 @@ def _train(
     if not processes.is_first:
         return Manifest.model_validate(processes.agree())
     metrics = outcome.metrics | left_out
-    publish_model(workspace, round, llm, inputs.parents, outcome, metrics | llm_norms, places)
+    publish_model(server, round, llm, inputs.parents, outcome, metrics | llm_norms, places)
     parents = inputs.parents | {"llm-after": read_manifest(workspace.llm(round))[1]}
-    manifest = publish_model(workspace, round, slm, parents, outcome, metrics | slm_norms, places)
+    manifest = publish_model(server, round, slm, parents, outcome, metrics | slm_norms, places)
     writing.write_log(workspace.log("co-distill", round), [outcome.log[0] | left_out, *outcome.log[1:]])
     shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
     processes.agree(manifest)

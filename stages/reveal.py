@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.receiving import received
-from stages.parties.names import client as party_of
+from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.names import AGREEMENT
-from stages.workspace.paths import Workspace, require
+from stages.workspace.paths import Workspace
 
 
 def reveal(workspace: Workspace, *, client: int, round: int, report: Report = ignore) -> Manifest:
@@ -31,9 +31,10 @@ def reveal(workspace: Workspace, *, client: int, round: int, report: Report = ig
     from stages.secagg import revealing
 
     source = workspace.broadcast(round)
-    require(source, f"the broadcast of round {round} is not there", "carry exchange/ here from the server")
-    theta = received(source, workspace, reader=party_of(client), stage="broadcast", round=round)
-    manifest = revealing.reveal(workspace, theta, client, report)
+    missing = f"the broadcast of round {round} is not there", "carry exchange/ here from the server"
+    party = Party.client(workspace, client)
+    theta = received(source, by=party, stage="broadcast", round=round, missing=missing)
+    manifest = revealing.reveal(party, theta, report)
     code = roster.spoken(manifest.parents["close"], 32)
     report(Event("note", f"revealed, for good; the code of the close, the same at all clients: {code}"))
     return manifest

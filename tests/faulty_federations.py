@@ -17,6 +17,7 @@ from stages.parties import signatures
 from stages.parties.enroll import enroll
 from stages.parties.join import join
 from stages.parties.keys import keys
+from stages.parties.party import Party
 from stages.parties.vault import Vault
 from stages.reveal import reveal as give_reveal
 from stages.runtime.errors import NotReady
@@ -91,7 +92,7 @@ def signed(folder: Path, party: str, **claims: object) -> None:
     """As builders.sign, with that party's true signature: what it could send if it ran other software than ours."""
     sign(folder, **claims)
     content = (folder / "manifest.json").read_bytes()
-    identity = Vault.need(Workspace.find(folder), party).identity
+    identity = Party(Workspace.find(folder), party).keys.identity
     (folder / "manifest.json.sig").write_bytes(signatures.sign(content, json.loads(content)["stage"], identity))
 
 

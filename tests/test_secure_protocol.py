@@ -36,12 +36,12 @@ from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, inbox, read_artefact
 from stages.client_train import client_train
 from stages.files import writing
-from stages.parties import memory, roster
+from stages.parties import memory
 from stages.parties.enroll import enroll
 from stages.parties.join import join
 from stages.parties.keys import keys
 from stages.parties.names import SERVER
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.reveal import reveal
 from stages.runtime.errors import Problem
 from stages.secagg import fixed_point, masking, one_round, reveals, unmasking
@@ -66,24 +66,24 @@ def update_of(round: int, client: int) -> adapter_files.Tensors:
     return random_adapter(LAYOUT, seed=10 * round + client)
 
 
-def train(workspace: Workspace, client: int, round: int, rows: object, data_sha256: str, theta: Artefact, *_: object):  # type: ignore[no-untyped-def]
+def train(party: Party, round: int, rows: object, data_sha256: str, theta: Artefact, *_: object):  # type: ignore[no-untyped-def]
     """In the place of client-train's training."""
+    workspace, client = party.workspace, party.number
     writing.write_log(workspace.log("client-train", round, client), [{"inputs": {"data": data_sha256}}])
     weights = adapter_files.weights_bytes(update_of(round, client))
     return publish(
         workspace.client_adapter(round, client),
         {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights},
-        workspace,
         Draft(
             stage="client-train",
             round=round,
             attempt=theta.manifest.attempt,
-            client=client,
             parents={"broadcast": theta.sha256},
             base=NOBODY,
             parameters=theta.manifest.parameters,
             examples=1,
         ),
+        by=party,
     )
 
 
@@ -219,7 +219,7 @@ class Protocol(RuleBasedStateMachine):
             self._reveal(round, set(CLIENTS) - absent, set())
 
     def _opened(self, round: int, attempt: int, jump: int, clients: list[int], follows: bool) -> Artefact:
-        members = roster.pinned(self.server, SERVER)
+        members = Party(self.server, SERVER).members
         assert members is not None
         used = [theta.manifest.opening.slot for theta in self.thetas if theta.manifest.opening]
         slot = min(11, max(used, default=-1) + jump)
@@ -232,7 +232,6 @@ class Protocol(RuleBasedStateMachine):
         publish(
             place,
             {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: adapter_files.weights_bytes(zeros)},
-            self.server,
             Draft(
                 stage="broadcast",
                 round=round,
@@ -249,6 +248,7 @@ class Protocol(RuleBasedStateMachine):
                     previous_sha256=previous,
                 ),
             ),
+            by=Party.server(self.server),
         )
         self.thetas.append(read_artefact(place))
         return self.thetas[-1]
@@ -278,7 +278,6 @@ class Protocol(RuleBasedStateMachine):
         publish(
             place,
             inboxes,
-            self.server,
             Draft(
                 stage="close",
                 round=theta.manifest.round,
@@ -290,6 +289,7 @@ class Protocol(RuleBasedStateMachine):
                 closing={f"client-{k}": u.name for k, u in survivors.items()},
                 seed=self.count,
             ),
+            by=Party.server(self.server),
         )
         self.closes.append(Close(theta, read_artefact(place), survivors))
         return self.closes[-1]
@@ -322,13 +322,13 @@ class Protocol(RuleBasedStateMachine):
         """A backup is made of some clients' secrets."""
         for k in clients:
             shutil.rmtree(self.world / f"backup-{k}", ignore_errors=True)
-            shutil.copytree(Vault.need(self.at(k), f"client-{k}").root, self.world / f"backup-{k}")
+            shutil.copytree(Party(self.at(k), f"client-{k}").keys.root, self.world / f"backup-{k}")
 
     @rule(clients=SOME)
     def restore(self, clients: set[int]) -> None:
         """It is put back, while all that was sent since lies in exchange/: such a client sends no more."""
         for k in clients:
-            backup, root = self.world / f"backup-{k}", Vault.need(self.at(k), f"client-{k}").root
+            backup, root = self.world / f"backup-{k}", Party(self.at(k), f"client-{k}").keys.root
             is_whole = all((self.at(k).client_update(r, k)).exists() for (c, r) in self.sent if c == k)
             is_whole &= all((self.at(k).reveal(r, k)).exists() for (c, r) in self.told if c == k)
             if backup.exists() and is_whole:
@@ -379,7 +379,7 @@ class Protocol(RuleBasedStateMachine):
         place = self.at(client).client_update(round, client)
         if place.exists():
             update = read_artefact(place)
-            kept = memory.recall(Vault.need(self.at(client), f"client-{client}"), round)
+            kept = memory.recall(Party(self.at(client), f"client-{client}").keys, round)
             assert update.manifest.transcript is not None
             theta = next(t for t in self.thetas if _transcript(t) == update.manifest.transcript)
             clients = len(round_of(theta).clients)
@@ -407,7 +407,7 @@ class Protocol(RuleBasedStateMachine):
         self.revealed[close.closed.sha256][client] = reveals.open_reveal(
             sent.contents[SEALED_REVEAL],
             client=client,
-            box=Vault.need(self.server, SERVER).box,
+            box=Party(self.server, SERVER).keys.box,
             close_sha256=close.closed.sha256,
             survivors=len(close.survivors),
             missing=len(close.missing),

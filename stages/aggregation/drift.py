@@ -15,6 +15,7 @@ import numpy as np
 
 from stages.artefacts.adapter_files import Tensors, layout_of, read_adapter
 from stages.artefacts.receiving import read_sound
+from stages.parties.party import Onlooker
 from stages.workspace.paths import Workspace
 
 HELD_BYTES = 256 << 20
@@ -35,9 +36,10 @@ def drift(workspace: Workspace, round: int) -> list[Drift]:
     """Of every client whose update of this round is here; none where the broadcast is not."""
     if not workspace.broadcast(round).exists():
         return []
-    start = _adapter(workspace, workspace.broadcast(round), None)
+    who = Onlooker(workspace)
+    start = _adapter(who, workspace.broadcast(round), None)
     updates = workspace.client_adapters(round)
-    products = inner_products(start, [functools.partial(_adapter, workspace, path, start) for path in updates.values()])
+    products = inner_products(start, [functools.partial(_adapter, who, path, start) for path in updates.values()])
     norms = np.sqrt(np.diag(products))
     mean = np.sqrt(max(products.mean(), 0.0)) if len(products) else 0.0  # its norm
     toward = products.mean(axis=1) if len(products) else norms  # each update's product with the mean
@@ -67,9 +69,9 @@ def inner_products(start: Tensors, adapters: Sequence[Callable[[], Tensors]]) ->
     return products
 
 
-def _adapter(workspace: Workspace, folder: Path, like: Tensors | None) -> Tensors:
+def _adapter(who: Onlooker, folder: Path, like: Tensors | None) -> Tensors:
     layout = layout_of(like) if like else None
-    return read_adapter(read_sound(folder, workspace), layout, workspace.agreement.slm.lora)
+    return read_adapter(read_sound(folder, by=who), layout, who.workspace.agreement.slm.lora)
 
 
 def _update(found: Tensors, start: Tensors) -> np.ndarray:

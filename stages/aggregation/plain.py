@@ -10,7 +10,7 @@ from stages.artefacts.average import Average
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import received
 from stages.artefacts.tensor_files import largest_bytes
-from stages.parties.names import SERVER
+from stages.parties.party import Party
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report
 from stages.workspace.commands import Command
@@ -47,7 +47,7 @@ def present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int, 
 
 
 def average(
-    workspace: Workspace,
+    server: Party,
     theta: Artefact,
     updates: dict[int, Path],
     parents: dict[str, str],
@@ -59,7 +59,8 @@ def average(
     from stages.aggregation.rules import WEIGHTINGS, aggregator
     from stages.artefacts import adapter_files
 
-    settings, lora = workspace.agreement.aggregation, workspace.agreement.slm.lora
+    agreement = server.workspace.agreement
+    settings, lora = agreement.aggregation, agreement.slm.lora
     old = adapter_files.read_adapter(theta, None, lora)
     layout, weight_of = adapter_files.layout_of(old), WEIGHTINGS[settings.weighting]
     combined, examples, tokens = aggregator(settings, old), 0, 0
@@ -67,7 +68,7 @@ def average(
     if settings.rule in OF_FACTORS:
         report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
     with threadpool_limits(1, "blas"):
-        for number, (client, update) in enumerate(_each(workspace, theta, updates), 1):
+        for number, (client, update) in enumerate(_each(server, theta, updates), 1):
             _check_update(update, client, theta)
             parents[f"client-{client}"] = update.sha256  # what was read now, should it have been replaced meanwhile
             combined.add(adapter_files.read_adapter(update, layout, lora), weight_of(update.manifest.examples))
@@ -79,7 +80,7 @@ def average(
     return Average(tensors, parents, examples, tokens, metrics)
 
 
-def _each(workspace: Workspace, theta: Artefact, updates: dict[int, Path]) -> Iterator[tuple[int, Artefact]]:
+def _each(server: Party, theta: Artefact, updates: dict[int, Path]) -> Iterator[tuple[int, Artefact]]:
     """The artefacts one by one, the next being read and hashed while the last is added: two in memory, however many."""
     with ThreadPoolExecutor(max_workers=1) as reader:
         limit_bytes = largest_bytes(theta.manifest.parameters)
@@ -87,8 +88,7 @@ def _each(workspace: Workspace, theta: Artefact, updates: dict[int, Path]) -> It
         def read(client: int) -> Artefact:
             return received(
                 updates[client],
-                workspace,
-                reader=SERVER,
+                by=server,
                 stage="client-train",
                 round=theta.manifest.round,
                 client=client,

@@ -1,4 +1,4 @@
-"""What a stage says of an artefact that it is about to publish; publishing adds what workspace and files say."""
+"""What a stage says of an artefact that it is about to publish; publishing adds what party, workspace and files say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stages.artefacts.manifest import BaseIdentity, Masking, Opening, PrivacyClaim, Stage, Unmasking
-from stages.parties import names
 from stages.workspace.settings import Role
 
 
@@ -22,7 +21,6 @@ class Draft:
     parameters: int
     role: Role = "slm"
     attempt: int = 0
-    client: int | None = None
     seed: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     steps: int = 0
@@ -35,8 +33,3 @@ class Draft:
     closing: Mapping[str, str] | None = None
     unmasking: Unmasking | None = None
     privacy: PrivacyClaim | None = None
-
-    @property
-    def party(self) -> str:
-        """Who makes it, and signs it."""
-        return names.of(self.client)

@@ -8,7 +8,8 @@ from pathlib import Path
 from stages.artefacts.manifest import Manifest, Stage
 from stages.artefacts.reading import LEVELS, Artefact
 from stages.artefacts.sizes import check_sizes
-from stages.parties import names, roster, signatures
+from stages.parties import names, signatures
+from stages.parties.party import Reader
 from stages.parties.roster import Roster
 from stages.runtime.errors import Refused
 from stages.workspace import edits
@@ -25,9 +26,8 @@ EDITED = "undo the edit of fedcollm.toml, which is the same for all; only where 
 
 def check_belongs(
     artefact: Artefact,
-    workspace: Workspace,
     *,
-    reader: str | None,
+    by: Reader,
     stage: Stage,
     round: int,
     client: int | None = None,
@@ -36,10 +36,9 @@ def check_belongs(
 
     Looks at its manifest and signature alone, and so can be asked before anything else is read.
 
-    reader: the party that is about to use it, whose roster counts: "client-2", "server"; None for those who only look.
+    by: who is about to use it, whose roster counts.
     """
-    manifest = artefact.manifest
-    members = roster.pinned(workspace, reader) if reader else roster.anyones(workspace)
+    manifest, workspace, members = artefact.manifest, by.workspace, by.members
     if members:
         check_signed(artefact, members, names.of(client))
     claims = [

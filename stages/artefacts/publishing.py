@@ -18,8 +18,8 @@ from stages.artefacts.manifest import (
 from stages.artefacts.reading import LEVELS, Artefact, is_inbox, read_artefact, read_manifest
 from stages.artefacts.sizes import check_sizes
 from stages.files import reading, seen_places, writing
-from stages.parties import roster, signatures
-from stages.parties.vault import Vault
+from stages.parties import signatures
+from stages.parties.party import Party
 from stages.runtime.errors import Damaged, Refused
 from stages.workspace import edits
 from stages.workspace.names import (
@@ -34,7 +34,6 @@ from stages.workspace.names import (
     SECRETS_MARKER,
     SIGNATURE,
 )
-from stages.workspace.paths import Workspace
 
 KEPT_OLD = "kept_old"
 """The metric of an aggregate that is the broadcast's adapter, since the round was given up."""
@@ -43,20 +42,21 @@ KEPT_OLD = "kept_old"
 def publish(
     folder: Path,
     contents: Mapping[str, bytes],
-    workspace: Workspace,
     draft: Draft,
     *,
+    by: Party,
     over: seen_places.Place | None = None,
 ) -> Manifest:
     """Publish files with the manifest that names them, which is written last, signed where there is a roster.
 
-    over: as for files.publishing. Returns the manifest.
+    by: who makes it, and signs it. over: as for files.publishing. Returns the manifest.
     """
-    members = roster.pinned(workspace, draft.party)
+    workspace, members = by.workspace, by.members
     manifest = Manifest(
         federation=workspace.agreement.federation.name,
         agreement_sha256=workspace.agreement_sha256,
         federation_sha256=members.sha256 if members else None,
+        client=None if by.is_server else by.number,
         files={name: FileEntry(sha256=reading.sha256(data), size_bytes=len(data)) for name, data in contents.items()},
         lora=workspace.agreement.model_of(draft.role).lora,
         versions=dict(versions()),
@@ -66,7 +66,7 @@ def publish(
     edits.keep(workspace)
     signature = {}
     if members:
-        signature = {SIGNATURE: signatures.sign(content, draft.stage, Vault.need(workspace, draft.party).identity)}
+        signature = {SIGNATURE: signatures.sign(content, draft.stage, by.keys.identity)}
     whole = {**contents, MANIFEST: content, **signature}
     writing.publish(folder, whole, over=over, levels=LEVELS - 1, spares=spare_strangers)
     return manifest
@@ -88,9 +88,9 @@ def spare_strangers(folder: Path) -> None:
 
 def already_made(
     folder: Path,
-    workspace: Workspace,
     parents: dict[str, str],
     *,
+    by: Party,
     overwrite: bool,
     log: Path | None = None,
     data: str = "",
@@ -98,6 +98,7 @@ def already_made(
 ) -> Manifest | None:
     """The manifest of a folder that was made from exactly these parents under this agreement, or None: make it.
 
+    by: who makes it.
     data: the sha256 of the training data, compared with that in the log; exchanged files do not tell it.
     opening: what a broadcast must say of clients and keys.
     Raises Refused if the folder was made from something else, Damaged if it is broken; overwrite makes either None.
@@ -105,7 +106,7 @@ def already_made(
     if overwrite or not os.path.lexists(folder):
         return None
     manifest, _ = read_manifest(folder)
-    members = roster.pinned(workspace, manifest.party)
+    workspace, members = by.workspace, by.members
     changed = sorted(
         name for name in manifest.parents.keys() | parents.keys() if manifest.parents.get(name) != parents.get(name)
     )
@@ -131,7 +132,7 @@ def already_made(
 
     def check(found: Artefact) -> None:
         if members:
-            check_signed(found, members, found.manifest.party)
+            check_signed(found, members, by.name)
         check_sizes(found, workspace)
 
     return read_artefact(folder, before=check).manifest

@@ -11,40 +11,43 @@ from stages.artefacts.manifest import Stage
 from stages.artefacts.reading import Artefact, read_artefact
 from stages.artefacts.sizes import check_sizes
 from stages.files import reading
-from stages.parties import roster
+from stages.parties.party import Reader
 from stages.runtime.errors import Refused
 from stages.workspace.names import (
     MANIFEST,
 )
-from stages.workspace.paths import Workspace
+from stages.workspace.paths import require
 
 
 def received(
     folder: Path,
-    workspace: Workspace,
     *,
-    reader: str | None,
+    by: Reader,
     stage: Stage,
     round: int,
     client: int | None = None,
+    missing: tuple[str, object] | None = None,
     only: Iterable[str] | None = None,
     limit_bytes: int = reading.LARGEST_ADAPTER_BYTES,
 ) -> Artefact:
-    """A folder as read_artefact has it, of which nothing but the manifest is read unless check_belongs lets it pass."""
-    belongs = functools.partial(
-        check_belongs, workspace=workspace, reader=reader, stage=stage, round=round, client=client
-    )
+    """A folder as read_artefact has it, of which nothing but the manifest is read unless check_belongs lets it pass.
+
+    by: who is about to use it. missing: the message and the mend of the NotReady where there is no such folder.
+    """
+    if missing:
+        require(folder, *missing)
+    belongs = functools.partial(check_belongs, by=by, stage=stage, round=round, client=client)
     return read_artefact(folder, only=only, limit_bytes=limit_bytes, before=belongs)
 
 
-def read_sound(folder: Path, workspace: Workspace, *, only: Iterable[str] | None = None) -> Artefact:
-    """A folder of this machine's own federation, whatever it is and where: its signature and its sizes come first.
+def read_sound(folder: Path, *, by: Reader, only: Iterable[str] | None = None) -> Artefact:
+    """A folder of the reader's own federation, whatever it is and where: its signature and its sizes come first.
 
     Raises Refused for one of another roster.
     """
 
     def check(found: Artefact) -> None:
-        members = roster.anyones(workspace)
+        workspace, members = by.workspace, by.members
         if members and found.manifest.federation_sha256 != members.sha256:
             message = f"{workspace.shown(folder)} is of another roster than this federation's"
             raise Refused(message, where=found.path / MANIFEST, mend="make it again with --overwrite")

@@ -9,10 +9,12 @@ from typing import Literal
 from stages.artefacts.manifest import Stage
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
+from stages.parties.names import number_of
+from stages.parties.party import Onlooker
 from stages.runtime.errors import UsageProblem
 from stages.workspace.commands import Command
 from stages.workspace.names import CLIENT
-from stages.workspace.paths import Workspace, require
+from stages.workspace.paths import Workspace
 
 Subject = Literal["slm", "llm", "aggregate"]
 """The server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it."""
@@ -36,7 +38,7 @@ def is_subject(name: str) -> bool:
 def folder_of(workspace: Workspace, round: int, subject: str) -> Path:
     """Where the adapter of a subject lies after a round."""
     if subject.startswith("client-"):
-        return workspace.client_adapter(round, int(subject.partition("-")[2]))
+        return workspace.client_adapter(round, number_of(subject))
     return {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[subject](round)
 
 
@@ -44,7 +46,7 @@ def scored_by(round: int | None, subject: str) -> Command:
     """The command that scores a subject after a round; without a round, its base alone."""
     what = Command("evaluate", zero_shot=round is None, round=round)
     if subject.startswith("client-"):
-        return what.also(client=int(subject.partition("-")[2]))
+        return what.also(client=number_of(subject))
     return what.also(model=subject)
 
 
@@ -61,5 +63,5 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
         workspace.check_step(step, round)
         stage, made_by = step, Command(step, round=round)
     folder = folder_of(workspace, round, subject_of(model, client))
-    require(folder, f"there is no adapter at {workspace.shown(folder)}", made_by)
-    return received(folder, workspace, reader=None, stage=stage, round=round, client=client)
+    missing = f"there is no adapter at {workspace.shown(folder)}", made_by
+    return received(folder, by=Onlooker(workspace), stage=stage, round=round, client=client, missing=missing)

@@ -8,7 +8,7 @@ from pathlib import Path
 from stages.audit.checks import Check, Finding
 from stages.audit.folders import Scope, every_file, kind_of, said_by
 from stages.files import reading
-from stages.parties import names, vault
+from stages.parties.party import all_of
 from stages.runtime.errors import Problem
 from stages.workspace.names import SECRETS_MARKER
 from stages.workspace.paths import Workspace
@@ -47,11 +47,10 @@ def _content(path: Path) -> bytes:
 def vaults_of(workspace: Workspace) -> Iterator[Finding]:
     """The folders of keys that parties of this workspace have on this machine: outside it, and their owner's alone."""
     found = 0
-    for party in (names.SERVER, *map(names.client, workspace.clients)):
+    for party in all_of(workspace):
         try:
-            own = vault.Vault.find(workspace, party)
-            found += own is not None
-            for fault in own.faults() if own else ():
+            found += party.vault is not None
+            for fault in party.vault.faults() if party.vault else ():
                 yield A8.fail(str(fault.where), fault.message, "the secret as it was written")
         except (Problem, OSError) as problem:
             where = problem.where if isinstance(problem, Problem) else problem.filename

@@ -9,7 +9,9 @@ from stages.artefacts.reading import Artefact
 from stages.audit.checks import Check, Finding
 from stages.audit.folders import Folder, Scope, said_by
 from stages.files import reading
-from stages.parties import names, roster, roster_files, vault
+from stages.parties import roster, roster_files
+from stages.parties.agreed import check_tasks
+from stages.parties.party import Party
 from stages.runtime.errors import Problem
 from stages.workspace import listing
 from stages.workspace.names import MANIFEST, SIGNATURE
@@ -75,18 +77,17 @@ def _tasks_of(scope: Scope, workspace: Workspace, federation: roster_files.Feder
     if federation.tasks_sha256 is None:
         yield A1.skip("whether tasks/ is what people agreed on: this roster, of an earlier version, does not say")
     try:
-        roster.check_tasks(workspace, federation)
+        check_tasks(workspace, federation)
     except (Problem, OSError) as problem:
         yield A1.fail(scope.shown(workspace.tasks), said_by(problem), "the task files that the roster names")
 
 
 def _pinned(workspace: Workspace, clients: list[int]) -> Iterator[tuple[str, str]]:
     """The parties whose keys are on this machine, and the digest of the roster that each has pinned."""
-    for party in (names.SERVER, *map(names.client, clients)):
+    for party in [Party.server(workspace), *(Party.client(workspace, number) for number in clients)]:
         try:
-            own = vault.Vault.find(workspace, party)
-            content = own.pinned if own else None
+            content = party.pinned
         except (Problem, OSError):  # A8 says why
             continue
         if content is not None:
-            yield party, reading.sha256(content)
+            yield party.name, reading.sha256(content)

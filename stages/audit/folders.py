@@ -20,7 +20,8 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.sizes import check_sizes
 from stages.files import reading
-from stages.parties.roster import Roster, anyones
+from stages.parties.party import Onlooker
+from stages.parties.roster import Roster
 from stages.runtime.errors import Damaged, Problem, UsageProblem
 from stages.workspace.agreement import Agreement
 from stages.workspace.commands import Command
@@ -64,7 +65,7 @@ class Scope:
     def members(self) -> Roster | None:
         """The roster in the exchange, signed by the server it names; None where there is none, or no sound one."""
         try:
-            return anyones(self.workspace) if self.workspace else None
+            return Onlooker(self.workspace).members if self.workspace else None
         except (Problem, OSError):
             return None
 

@@ -14,7 +14,10 @@ from stages.artefacts.manifest import Manifest, Stage
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import received
 from stages.files import reading
-from stages.parties import names, roster, roster_files, vault
+from stages.parties import roster_files
+from stages.parties.agreed import check_tasks
+from stages.parties.party import Onlooker, Party, all_of
+from stages.parties.roster import Roster
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import listing
@@ -55,10 +58,11 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
     Raises the problem of the first link that does not hold, in the order in which the rounds were made.
     """
     report(Event("stage", "verify"))
-    reader = _who(workspace)
-    members = roster.pinned(workspace, reader) if reader else roster.anyones(workspace)
+    pinned_by = next((party for party in all_of(workspace) if party.pinned is not None), None)
+    reader = pinned_by or Onlooker(workspace)
+    members = reader.members
     if members:
-        _check_roster(workspace, members, reader)
+        _check_roster(workspace, members, pinned_by)
     elif workspace.agreement.aggregation.is_secure and listing.has_rounds(workspace):
         message = f"{workspace.federation.name} is missing: in secure mode every folder is signed by who it names"
         mend = "copy the roster and its signature, exchange/federation.json and .sig, from the server"
@@ -72,7 +76,7 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
             if not folder.exists():
                 continue
             inboxes = listing.inboxes(folder) if stage == "close" else None
-            artefact = received(folder, workspace, reader=reader, stage=stage, round=round, client=client, only=inboxes)
+            artefact = received(folder, by=reader, stage=stage, round=round, client=client, only=inboxes)
             if _is_earlier(workspace, artefact.manifest):
                 report(Event("note", f"{workspace.shown(folder)} is of an earlier attempt at its round"))
             else:
@@ -83,16 +87,7 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
             folders += 1
             rounds = sorted({*rounds, round})
             report(Event("step", workspace.shown(folder), step=folders))
-    return Verified(folders, folders if members else 0, rounds, elsewhere, reader)
-
-
-def _who(workspace: Workspace) -> str | None:
-    """A party on this machine that has pinned a roster: what it trusts is what counts here."""
-    for party in (names.SERVER, *map(names.client, workspace.clients)):
-        found = vault.Vault.find(workspace, party)
-        if found and found.pinned is not None:
-            return party
-    return None
+    return Verified(folders, folders if members else 0, rounds, elsewhere, pinned_by.name if pinned_by else None)
 
 
 def _folders(workspace: Workspace, round: int) -> Iterator[tuple[Path, Stage, int | None]]:
@@ -111,14 +106,14 @@ def _folders(workspace: Workspace, round: int) -> Iterator[tuple[Path, Stage, in
         yield place, "co-distill", None
 
 
-def _check_roster(workspace: Workspace, members: roster.Roster, reader: str | None) -> None:
+def _check_roster(workspace: Workspace, members: Roster, pinned_by: Party | None) -> None:
     """Raise Refused for another roster in exchange/ than the one pinned, Damaged for keys that it does not name."""
     path = workspace.federation
-    if path.exists() and reading.sha256(roster_files.read_federation(path)[1]) != members.sha256:
-        message = f"exchange/federation.json is another roster than the one that {reader} has pinned"
+    if pinned_by and path.exists() and reading.sha256(roster_files.read_federation(path)[1]) != members.sha256:
+        message = f"exchange/federation.json is another roster than the one that {pinned_by.name} has pinned"
         mend = "copy it again; if it stays, ask the server why it shows several rosters"
         raise Refused(message, where=path, mend=mend)
-    roster.check_tasks(workspace, members.federation)
+    check_tasks(workspace, members.federation)
     for client in members.clients:
         if workspace.public_keys(client).exists():
             members.prekeys(workspace, client)
@@ -131,7 +126,7 @@ def _is_earlier(workspace: Workspace, manifest: Manifest) -> bool:
     return manifest.attempt < read_manifest(workspace.broadcast(manifest.round))[0].attempt
 
 
-def _check_past(workspace: Workspace, theta: Artefact, digests: dict[str, str], members: roster.Roster | None) -> None:
+def _check_past(workspace: Workspace, theta: Artefact, digests: dict[str, str], members: Roster | None) -> None:
     """Raise Refused for a round of secure aggregation that follows another one than the broadcast that lies here."""
     opening, round = theta.manifest.opening, theta.manifest.round
     if opening is None:

@@ -19,7 +19,7 @@ from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows i
 
 from stages.data.rows import Row, check_json_lines
 from stages.files import faults, reading, seclusion
-from stages.parties import roster
+from stages.parties.agreed import check_tasks
 from stages.runtime import quiet
 from stages.runtime.errors import NotReady, UsageProblem
 from stages.runtime.events import Event, Report, ignore
@@ -67,7 +67,7 @@ TRAINABLE = ("multiple_choice", "generate_until")
 def load(workspace: Workspace, names: list[str], report: Report = ignore) -> list[ConfigurableTask]:
     """These tasks, groups resolved into theirs. Raises UsageProblem for a name that nothing defines."""
     reading.check_plain(workspace.tasks)
-    roster.check_tasks(workspace, may_be_absent=False)
+    check_tasks(workspace, may_be_absent=False)
     task_files.check_are_data(workspace.tasks, workspace.home, trusted=workspace.machine.run_task_code)
     with quiet.libraries(), quiet.telling(report, "lm_eval", but_for=HARMLESS):
         return _load(workspace, names)

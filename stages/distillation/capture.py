@@ -17,6 +17,7 @@ from stages.distillation.side import encoded, ready
 from stages.files import writing
 from stages.models import adapters
 from stages.models.loading import Models
+from stages.parties.party import Party
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report
 from stages.workspace.names import CAPTURE
@@ -25,7 +26,7 @@ from stages.workspace.settings import Role
 
 
 def capture(
-    workspace: Workspace,
+    server: Party,
     round: int,
     role: Role,
     top_k: int,
@@ -36,7 +37,8 @@ def capture(
     report: Report,
 ) -> Manifest:
     """Write what one model says of the auxiliary data, which needs neither the other one nor its adapter."""
-    start = theta_of(workspace, round) if role == "slm" else omega_of(workspace, round)
+    workspace = server.workspace
+    start = theta_of(server, round) if role == "slm" else omega_of(server, round)
     parents = {start.path.name: start.sha256} if start else {}
     name, folder = f"capture-{role}", workspace.captured(round, role)
     log = workspace.log(name, round)
@@ -45,7 +47,7 @@ def capture(
     def look(asked: bool) -> Manifest | None:
         nonlocal again
         again = asked
-        done = already_made(folder, workspace, parents, overwrite=again, log=log, data=data_sha256)
+        done = already_made(folder, parents, by=server, overwrite=again, log=log, data=data_sha256)
         if done:
             _check_top_k(workspace, done, top_k)
         return done
@@ -92,7 +94,6 @@ def capture(
         manifest = publish(
             folder,
             {CAPTURE: content},
-            workspace,
             Draft(
                 stage="capture",
                 role=role,
@@ -106,6 +107,7 @@ def capture(
                 tokens=len(kept),
                 metrics={"top_k": float(top_k), "kept": float(kept.mean()), "kept_least": float(kept.min())} | left_out,
             ),
+            by=server,
             over=places[folder],
         )
         writing.write_log(log, [{"inputs": inputs, **left_out}, {"wall_s": time.monotonic() - started}])

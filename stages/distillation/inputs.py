@@ -8,7 +8,7 @@ from pathlib import Path
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.data.rows import Row, read_rows, warn_of_spacing
-from stages.parties.names import SERVER
+from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report
 from stages.workspace.paths import Workspace, require
@@ -48,20 +48,20 @@ def read_auxiliary(workspace: Workspace, report: Report) -> tuple[list[Row], str
     return rows, data_sha256
 
 
-def theta_of(workspace: Workspace, round: int) -> Artefact:
+def theta_of(server: Party, round: int) -> Artefact:
     """What the SLM starts from."""
-    source = workspace.aggregate(round)
-    require(source, f"the aggregate of round {round} is not there", f"fedcollm aggregate --round {round}")
-    return received(source, workspace, reader=SERVER, stage="aggregate", round=round)
+    source = server.workspace.aggregate(round)
+    missing = f"the aggregate of round {round} is not there", f"fedcollm aggregate --round {round}"
+    return received(source, by=server, stage="aggregate", round=round, missing=missing)
 
 
-def omega_of(workspace: Workspace, round: int) -> Artefact | None:
+def omega_of(server: Party, round: int) -> Artefact | None:
     """What the LLM starts from; None in round 1."""
     if round == 1:
         return None
-    earlier = workspace.llm(round - 1)
-    require(earlier, f"the LLM's adapter of round {round - 1} is not there", f"fedcollm co-distill --round {round - 1}")
-    return received(earlier, workspace, reader=SERVER, stage="co-distill", round=round - 1)
+    earlier = server.workspace.llm(round - 1)
+    missing = f"the LLM's adapter of round {round - 1} is not there", f"fedcollm co-distill --round {round - 1}"
+    return received(earlier, by=server, stage="co-distill", round=round - 1, missing=missing)
 
 
 def lock_of(workspace: Workspace, round: int) -> Path:

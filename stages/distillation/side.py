@@ -12,6 +12,7 @@ from stages.models import adapters
 from stages.models.loading import Models
 from stages.models.tuned import Outline, Tuned
 from stages.models.vocabulary import check_one_vocabulary
+from stages.parties.party import Party
 from stages.runtime.errors import Refused
 from stages.runtime.events import Report
 from stages.training.recipes import Outcome, Recipe
@@ -78,7 +79,7 @@ def weights(workspace: Workspace, role: Role) -> dict[str, float]:
 
 
 def publish_model(
-    workspace: Workspace,
+    server: Party,
     round: int,
     tuned: Tuned,
     parents: dict[str, str],
@@ -87,11 +88,11 @@ def publish_model(
     places: turns.Places,
 ) -> Manifest:
     """Publish one model's adapter as what the round ends with; places: what may be replaced."""
+    workspace = server.workspace
     folder = workspace.slm(round) if tuned.role == "slm" else workspace.llm(round)
     return publish(
         folder,
         adapters.as_files(tuned.model, workspace.agreement.model_of(tuned.role).lora),
-        workspace,
         Draft(
             stage="co-distill",
             role=tuned.role,
@@ -106,5 +107,6 @@ def publish_model(
             tokens=outcome.tokens,
             metrics=metrics,
         ),
+        by=server,
         over=places[folder],
     )

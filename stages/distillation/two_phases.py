@@ -22,18 +22,18 @@ from stages.distillation.top_k_logits import Captured, Source
 from stages.files import reading, writing
 from stages.models import adapters
 from stages.models.loading import Models
-from stages.parties.names import SERVER
+from stages.parties.party import Party
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report
 from stages.runtime.processes import Processes
 from stages.training import trackers, training
 from stages.workspace.names import CAPTURE
-from stages.workspace.paths import Workspace, require
+from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
 
 def train(
-    workspace: Workspace,
+    server: Party,
     round: int,
     role: Role,
     inputs: Inputs,
@@ -43,18 +43,18 @@ def train(
     report: Report,
 ) -> Manifest:
     """Train one model against the other's capture and publish it; the SLM comes last, as the commit record."""
-    teacher = OTHER[role]
+    workspace, teacher = server.workspace, OTHER[role]
     place = workspace.captured(round, teacher)
     capture = f"fedcollm co-distill --round {round} --phase capture --model {teacher}"
     target = workspace.slm(round) if role == "slm" else workspace.llm(round)
     taught_by, parents = None, inputs.parents
     if not target.exists() or place.exists():  # what served a finished model may have been cleared away
-        require(place, f"the {teacher.upper()} of round {round} is not captured", capture)
-        taught_by = received(place, workspace, reader=SERVER, stage="capture", round=round)
+        missing = f"the {teacher.upper()} of round {round} is not captured", capture
+        taught_by = received(place, by=server, stage="capture", round=round, missing=missing)
         parents |= {place.name: taught_by.sha256}
     elif before := read_manifest(target)[0].parents.get(place.name):
         parents |= {place.name: before}
-    llm = _llm_after(workspace, round, taught_by) if role == "slm" else None
+    llm = _llm_after(server, round, taught_by) if role == "slm" else None
     parents |= {"llm-after": llm.sha256} if llm else {}
     name = "co-distill" if role == "slm" else "co-distill-llm"
     log = workspace.log(name, round)
@@ -64,7 +64,7 @@ def train(
     def look(asked: bool) -> Manifest | None:
         nonlocal again
         again = asked or (role == "llm" and _is_half_of_one_phase(workspace, round))
-        return already_made(target, workspace, parents, overwrite=again, log=log, data=inputs.data_sha256)
+        return already_made(target, parents, by=server, overwrite=again, log=log, data=inputs.data_sha256)
 
     def make(places: turns.Places) -> Manifest:
         if taught_by is None:
@@ -72,18 +72,18 @@ def train(
             raise NotReady(message, where=place, mend=capture)
         processes.agree((role, inputs, taught_by, parents, llm, again))
         return train_against(
-            workspace, round, role, inputs, taught_by, parents, llm, again, models, processes, places, report
+            server, round, role, inputs, taught_by, parents, llm, again, models, processes, places, report
         )
 
     lock = lock_of(workspace, round)
     return turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
 
 
-def _llm_after(workspace: Workspace, round: int, captured: Artefact | None) -> Artefact:
+def _llm_after(server: Party, round: int, captured: Artefact | None) -> Artefact:
     """The LLM as it was trained in two phases in this round; by the base that was captured."""
-    place, mend = workspace.llm(round), f"fedcollm co-distill --round {round} --phase train --model llm"
-    require(place, f"the LLM of round {round} is not trained: the SLM comes last", mend)
-    llm = received(place, workspace, reader=SERVER, stage="co-distill", round=round)
+    workspace, mend = server.workspace, f"fedcollm co-distill --round {round} --phase train --model llm"
+    place, missing = workspace.llm(round), (f"the LLM of round {round} is not trained: the SLM comes last", mend)
+    llm = received(place, by=server, stage="co-distill", round=round, missing=missing)
     if "captured-slm" not in llm.manifest.parents:
         raise Refused(f"round {round}'s LLM was trained in one phase", where=place, mend=f"{mend} --overwrite")
     if captured and not llm.manifest.base.is_of(captured.manifest.base):
@@ -100,7 +100,7 @@ def _is_half_of_one_phase(workspace: Workspace, round: int) -> bool:
 
 
 def train_against(
-    workspace: Workspace,
+    server: Party,
     round: int,
     role: Role,
     inputs: Inputs,
@@ -118,6 +118,7 @@ def train_against(
     llm: as it was just trained, if it is the SLM's turn. processes: the first publishes over places, and tells the
     others what it published.
     """
+    workspace = server.workspace
     gc.collect()  # modules refer to each other in circles: before this model is loaded, an earlier one is to be gone
     content = taught_by.contents.pop(CAPTURE)  # not kept beside what is made of it: it may be large
     captured = top_k_logits.parse_capture(content, taught_by.path / CAPTURE)
@@ -164,7 +165,7 @@ def train_against(
     # The SLM's manifest tells both models' losses, as in one phase.
     earlier = {name: value for name, value in llm.manifest.metrics.items() if name.startswith("llm_")} if llm else {}
     metrics = outcome.metrics | left_out | earlier | norms
-    manifest = publish_model(workspace, round, student, parents, outcome, metrics, places)
+    manifest = publish_model(server, round, student, parents, outcome, metrics, places)
     log = [outcome.log[0] | left_out, *outcome.log[1:]]
     if role == "slm":
         writing.write_log(workspace.log("co-distill", round), _both_logs(workspace, round, log))

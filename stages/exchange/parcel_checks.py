@@ -13,7 +13,8 @@ from stages.artefacts.reading import Artefact, expected_names
 from stages.artefacts.sizes import check_sizes
 from stages.exchange.parcel_kinds import STAGES, Parcel, is_sealed
 from stages.files import reading
-from stages.parties import roster, signatures
+from stages.parties import signatures
+from stages.parties.party import Onlooker
 from stages.runtime.errors import Damaged, Refused
 from stages.workspace import edits
 from stages.workspace.names import (
@@ -45,7 +46,7 @@ def check_first(
         if sizes.get(name, 0) > max(entry.size_bytes, reading.READ_AT_ONCE_BYTES):
             message = f"{name} has {sizes[name]} bytes, its manifest says {entry.size_bytes}"
             raise Damaged(message, where=where / name, mend=reading.COPY_AGAIN)
-    if members := roster.anyones(workspace):
+    if members := Onlooker(workspace).members:
         if manifest.federation_sha256 != members.sha256:
             message = f"{where.name} is of another roster than the one in exchange/"
             raise Refused(message, where=where / MANIFEST, mend="unpack the newest roster first, and join it")

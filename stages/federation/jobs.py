@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.parties.names import SERVER
+from stages.parties.names import SERVER, number_of
 from stages.progress import staleness
 from stages.progress.steps import Round, Step
 from stages.runtime.errors import Refused
@@ -120,7 +120,7 @@ def _asked(steps: Iterable[Step], parties: Collection[str]) -> list[Step]:
 
 
 def _numbers(steps: Iterable[Step]) -> tuple[int, ...]:
-    return tuple(int(step.party.rpartition("-")[2]) for step in steps)
+    return tuple(number_of(step.party) for step in steps)
 
 
 def _too_few(steps: Sequence[Step], asked: Collection[Step], needed: int) -> str:

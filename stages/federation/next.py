@@ -17,7 +17,7 @@ from stages.co_distill import co_distill
 from stages.data.prepare import prepare
 from stages.evaluate import evaluate
 from stages.files import locks
-from stages.parties import roster
+from stages.parties.agreed import check_agreement
 from stages.parties.enroll import enroll
 from stages.parties.keys import keys
 from stages.progress.status import status
@@ -52,7 +52,7 @@ def next(workspace: Workspace, *, party: str | None = None, report: Report = ign
     if found.edited:
         mend = f"undo the edit first; where all parties have agreed on it, `{Command('status')}` names what begins anew"
         raise Refused(found.edited, where=workspace.root / AGREEMENT, mend=mend)
-    roster.check_agreement(workspace, party)
+    check_agreement(workspace, party)
     if found.waiting_for:
         mend = f"{Command('status')} shows all of it"
         raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend=mend)

@@ -21,7 +21,7 @@ from stages.client_train import client_train
 from stages.co_distill import co_distill
 from stages.data.prepare import prepare
 from stages.evaluate import evaluate
-from stages.parties import roster
+from stages.parties.agreed import check_agreement
 from stages.parties.enroll import enroll
 from stages.parties.join import join
 from stages.parties.keys import keys
@@ -124,7 +124,7 @@ def derived(
 
 def _check_agreement(workspace: Workspace, last: int) -> None:
     """Raise Refused, before anything is scored, if the rounds so far were made under another agreement."""
-    roster.check_agreement(workspace)
+    check_agreement(workspace)
     reader = Reader(workspace, verify=False)
     for round in range(1, last + 1):
         reader.round(round)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from stages.files import locks, reading, writing
 from stages.parties import roster, roster_files, signatures
+from stages.parties.enrolment import check_is_new
 from stages.parties.names import SERVER
+from stages.parties.party import Party
 from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
@@ -36,7 +38,7 @@ def enroll(workspace: Workspace, *, renew: bool = False, report: Report = ignore
     """
     report(Event("stage", "enroll"))
     if not renew:
-        roster.check_is_new(workspace, SERVER)
+        check_is_new(Party.server(workspace))
     with locks.held(workspace.secrets_pointer(SERVER).with_suffix(".lock"), report=report):
         return _enroll(workspace, renew, report)
 
@@ -44,7 +46,8 @@ def enroll(workspace: Workspace, *, renew: bool = False, report: Report = ignore
 def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
     members = _members(workspace)
     Vault.erase_unfinished(workspace, SERVER)
-    vault = None if renew else Vault.find(workspace, SERVER)
+    server = Party.server(workspace)
+    vault = None if renew else server.vault
     if vault is None:
         vault = Vault.make(workspace, SERVER)
     content = vault.pinned
@@ -55,8 +58,7 @@ def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
             vault.pin(content)
     else:
         report(Event("note", "already enrolled"))
-        pinned = roster.pinned(workspace, SERVER)
-        if pinned is None or pinned.federation.clients != members:
+        if server.members is None or server.members.federation.clients != members:
             message = "a client's keys are other ones than those enrolled"
             mend = f"put the earlier files back; or, for a new federation: {Command('enroll', renew=True)}"
             raise Refused(message, where=workspace.public_keys(members[0].client).parent, mend=mend)

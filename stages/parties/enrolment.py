@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from stages.parties import roster, roster_files
-from stages.parties.names import SERVER, client, number_of
-from stages.parties.vault import Vault
+from stages.parties import agreed, names, roster_files
+from stages.parties.party import Party, all_of
 from stages.runtime.errors import Problem, Refused
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
@@ -16,7 +15,7 @@ def other_tasks(workspace: Workspace, *, of_exchange: bool = False) -> str:
     of_exchange: the roster that lies in the exchange, to be joined, and not one pinned before.
     """
     try:
-        roster.check_tasks(workspace, roster_files.read_federation(workspace.federation)[0] if of_exchange else None)
+        agreed.check_tasks(workspace, roster_files.read_federation(workspace.federation)[0] if of_exchange else None)
     except Refused as problem:
         return f"{problem.message} ({problem.mend})"
     except (Problem, OSError):
@@ -24,24 +23,44 @@ def other_tasks(workspace: Workspace, *, of_exchange: bool = False) -> str:
     return ""
 
 
+def check_is_new(party: Party) -> None:
+    """Raise Refused if a party without a vault here has its keys elsewhere: new ones would replace those enrolled."""
+    if party.vault is not None:
+        return
+    workspace, name = party.workspace, names.said(party.name)
+    own = workspace.federation if party.is_server else workspace.public_keys(party.number)
+    joined = [names.said(one.name) for one in all_of(workspace) if _has_joined(one)]
+    if not joined and not own.exists() and not workspace.federation.exists():
+        return
+    arrived = "the roster has arrived" if workspace.federation.exists() else f"public keys of {name} are here"
+    who = f"{', '.join(joined)} {'have' if len(joined) > 1 else 'has'} joined here" if joined else arrived
+    anew = names.keys_made_by(party.name, renew=True)
+    mend = f"give the command on the machine of {name}; only for a new federation: {anew}"
+    raise Refused(f"{who}; the keys of {name} are on its own machine", where=own, mend=mend)
+
+
+def _has_joined(party: Party) -> bool:
+    try:
+        return party.pinned is not None
+    except (Problem, OSError):  # whoever acts as this party says why
+        return False
+
+
 def enrolment(workspace: Workspace, party: str | None) -> tuple[Command | None, str]:
     """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it.
 
     A command, or what is waited for; neither if the party, or all of them here, have joined.
     """
-    here = [client(k) for k in workspace.clients if workspace.client_data(k).exists()]
-    here += [SERVER] if workspace.auxiliary_data.exists() else []
-    asked = [party] if party else here
-    vaults = {one: Vault.find(workspace, one) for one in asked}
-    for one in asked:
-        if vaults[one] is None and one != SERVER:
-            return Command("keys", client=number_of(one)), ""
-    absent = [client(k) for k in workspace.clients if not workspace.public_keys(k).exists()]
-    for one in sorted(asked, key=lambda name: name != SERVER):
-        vault = vaults[one]
-        if vault is not None and vault.pinned is not None:
+    here = [Party.client(workspace, k) for k in workspace.clients if workspace.client_data(k).exists()]
+    here += [Party.server(workspace)] if workspace.auxiliary_data.exists() else []
+    asked = [Party(workspace, party)] if party else here
+    if without := [one for one in asked if one.vault is None and not one.is_server]:
+        return Command("keys", client=without[0].number), ""
+    absent = [names.client(k) for k in workspace.clients if not workspace.public_keys(k).exists()]
+    for one in sorted(asked, key=lambda one: not one.is_server):
+        if one.pinned is not None:
             continue
-        if one == SERVER:
+        if one.is_server:
             if absent:
                 return None, f"exchange/keys of {', '.join(absent)}"
             return Command("enroll"), ""
@@ -49,5 +68,5 @@ def enrolment(workspace: Workspace, party: str | None) -> tuple[Command | None, 
             return None, f"the roster, exchange/federation.json, from the server's `{Command('enroll')}`"
         if others := other_tasks(workspace, of_exchange=True):
             return None, f"the tasks/ of the roster, before anybody joins: {others}"
-        return None, f"a person to compare the roster's fingerprint: {Command('join', client=number_of(one))}"
+        return None, f"a person to compare the roster's fingerprint: {Command('join', client=one.number)}"
     return None, ""

@@ -6,8 +6,8 @@ Reads exchange/federation.json and exchange/keys. Writes nothing into the worksp
 from __future__ import annotations
 
 from stages.files import reading
-from stages.parties import roster, roster_files
-from stages.parties.names import client as party_of
+from stages.parties import agreed, roster, roster_files
+from stages.parties.party import Party
 from stages.parties.vault import Vault
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
@@ -24,16 +24,17 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
     """
     workspace.check_client(client)
     report(Event("stage", f"join, client {client}"))
-    vault = Vault.need(workspace, party_of(client))
+    party = Party.client(workspace, client)
+    vault = party.keys
     path = workspace.federation
     require(path, "the roster has not arrived", f"on the server: {Command('enroll')}; then carry exchange/ here")
     federation, content = roster_files.read_federation(path)
     found = roster.fingerprint(content)
-    if vault.pinned == content:
+    if party.pinned == content:
         report(Event("note", "already joined"))
         return found
-    if vault.pinned is not None:
-        message = f"this is another roster than the one joined: {found}, joined {roster.fingerprint(vault.pinned)}"
+    if party.pinned is not None:
+        message = f"this is another roster than the one joined: {found}, joined {roster.fingerprint(party.pinned)}"
         anew = Command("keys", client=client, renew=True)
         mend = f"ask the server which is right; for a new federation: {anew}"
         raise Refused(message, where=path, mend=mend)
@@ -48,7 +49,7 @@ def join(workspace: Workspace, *, client: int, fingerprint: str | None, report: 
         mend = "copy exchange/federation.json again; if it stays, the server gave you another roster than the others"
         raise Refused(message, where=path, mend=mend)
     _check_own(workspace, client, vault, federation)
-    roster.check_tasks(workspace, federation)
+    agreed.check_tasks(workspace, federation)
     _check_others(workspace, roster.Roster(federation, reading.sha256(content)))
     edits.keep(workspace)
     with vault.alone(report):

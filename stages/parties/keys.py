@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from stages.files import locks, reading, writing
 from stages.parties import roster, roster_files, signatures
+from stages.parties.enrolment import check_is_new
 from stages.parties.names import client as party_of
+from stages.parties.party import Party
 from stages.parties.vault import NOT_ENROLLED, Vault
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
@@ -43,7 +45,7 @@ def keys(workspace: Workspace, *, client: int, renew: bool = False, report: Repo
     workspace.check_client(client)
     report(Event("stage", f"keys, client {client}"))
     if not renew:
-        roster.check_is_new(workspace, party_of(client))
+        check_is_new(Party.client(workspace, client))
     with locks.held(workspace.secrets_pointer(party_of(client)).with_suffix(".lock"), report=report):
         return _keys(workspace, client, renew, report)
 
@@ -51,7 +53,7 @@ def keys(workspace: Workspace, *, client: int, renew: bool = False, report: Repo
 def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Made:
     party, path = party_of(client), workspace.public_keys(client)
     Vault.erase_unfinished(workspace, party)
-    vault = None if renew else Vault.find(workspace, party)
+    vault = None if renew else Party.client(workspace, client).vault
     if vault is None:
         vault = Vault.make(workspace, party)
     else:

@@ -1,4 +1,4 @@
-"""What parties are called."""
+"""What parties are called: "server", "client-2"."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ def client(number: int) -> str:
     return f"client-{number}"
 
 
-def number_of(party: str) -> int | None:
-    """The client's number; None of the server."""
-    return None if party == SERVER else int(party.removeprefix("client-"))
+def of(number: int | None) -> str:
+    """The party of a client's number; the server where there is none."""
+    return SERVER if number is None else client(number)
+
+
+def number_of(party: str) -> int:
+    """The number of a client. Raises ValueError for the server, which has none."""
+    return int(party.removeprefix("client-"))
+
+
+def said(party: str) -> str:
+    """A party as people say it: client 2."""
+    return party.replace("-", " ")
 
 
 def keys_made_by(party: str, *, renew: bool = False) -> Command:
     """The command that makes a party's keys."""
-    number = number_of(party)
-    return Command("keys", client=number, renew=renew) if number else Command("enroll", renew=renew)
-
-
-def of(number: int | None) -> str:
-    """The party of a client's number; the server where there is none."""
-    return SERVER if number is None else client(number)
+    if party == SERVER:
+        return Command("enroll", renew=renew)
+    return Command("keys", client=number_of(party), renew=renew)

@@ -69,7 +69,7 @@ class Federation(_Part):
 def read_keys(path: Path) -> tuple[PublicKeys, bytes]:
     """A client's public keys, which prove by their own signature that the client has the secret ones."""
     _, content = reading.read_json(path, levels=LEVELS)
-    keys = _parsed(PublicKeys, content, path)
+    keys = parsed(PublicKeys, content, path)
     if path.name != f"{client(keys.client)}.json":
         raise Damaged(f"{path.name} holds the keys of client {keys.client}", where=path, mend=reading.COPY_AGAIN)
     signatures.check(content, "keys", bytes.fromhex(keys.ed25519), path, client(keys.client), levels=LEVELS)
@@ -79,7 +79,7 @@ def read_keys(path: Path) -> tuple[PublicKeys, bytes]:
 def read_federation(path: Path) -> tuple[Federation, bytes]:
     """The roster as it lies in the exchange, signed by the server it names; who has pinned it reads its own copy."""
     _, content = reading.read_json(path, levels=LEVELS - 1)
-    federation = _parsed(Federation, content, path)
+    federation = parsed(Federation, content, path)
     numbers = [member.client for member in federation.clients]
     if numbers != sorted(set(numbers)) or len({member.ed25519 for member in federation.clients}) != len(numbers):
         raise Damaged("the roster names a client or a key twice", where=path, mend=reading.COPY_AGAIN)
@@ -91,7 +91,8 @@ def read_federation(path: Path) -> tuple[Federation, bytes]:
 P = TypeVar("P", bound=BaseModel)
 
 
-def _parsed(kind: type[P], content: bytes, path: Path) -> P:
+def parsed(kind: type[P], content: bytes, path: Path) -> P:
+    """What JSON bytes say. Raises Damaged, or ValueError or RecursionError for bytes that are no JSON."""
     value: Any = reading.parse_json(content)
     try:
         return kind.model_validate(value)

@@ -59,15 +59,6 @@ class Vault:
         return vault
 
     @staticmethod
-    def need(workspace: Workspace, party: str) -> Vault:
-        """The party's vault. Raises NotReady if there is none on this machine."""
-        vault = Vault.find(workspace, party)
-        if vault is None:
-            message, where = f"{party} has no keys on this machine", workspace.secrets_pointer(party)
-            raise NotReady(message, where=where, mend=keys_made_by(party))
-        return vault
-
-    @staticmethod
     def make(workspace: Workspace, party: str) -> Vault:
         """A new vault with an identity key, a box key and the first of the one-time keys."""
         name = f"{workspace.agreement.federation.name}-{secrets.token_hex(8)}"

@@ -13,9 +13,9 @@ from stages.artefacts.lineage import check_signed
 from stages.artefacts.reading import Artefact, read_artefact
 from stages.artefacts.records import _check_copy, read_result
 from stages.files import reading
-from stages.parties import roster, roster_files
-from stages.parties.names import SERVER, client
-from stages.parties.vault import Vault
+from stages.parties import roster_files
+from stages.parties.party import Onlooker, all_of
+from stages.parties.roster import Roster
 from stages.runtime.errors import Problem
 from stages.workspace import listing
 from stages.workspace.paths import Workspace
@@ -60,16 +60,15 @@ def others(workspace: Workspace) -> Iterator[Fault]:
     for folder in listing.clients_own(workspace):
         if not folder.name.startswith(".") or folder.name == workspace.masked_update(1, 1).name:
             yield from _fault(folder, read_artefact)
-    for party in (SERVER, *map(client, workspace.clients)):
-        vault = Vault.find(workspace, party)
-        for problem in vault.faults() if vault else ():
+    for party in all_of(workspace):
+        for problem in party.vault.faults() if party.vault else ():
             yield Path(problem.where or ""), problem.message, "the secret as it was written"
 
 
 def _signatures(workspace: Workspace) -> Iterator[Fault]:
     """Every folder's signature, by the roster in exchange/; of one that cannot be read, its round says so."""
     try:
-        members = roster.anyones(workspace)
+        members = Onlooker(workspace).members
     except (Problem, OSError):
         return
     if members is None:
@@ -82,7 +81,7 @@ def _signatures(workspace: Workspace) -> Iterator[Fault]:
         yield from _fault(path, functools.partial(_check_signed, folder, members))
 
 
-def _check_signed(folder: Artefact, members: roster.Roster, _: Path) -> None:
+def _check_signed(folder: Artefact, members: Roster, _: Path) -> None:
     check_signed(folder, members, folder.manifest.party)
 
 

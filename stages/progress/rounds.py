@@ -18,6 +18,7 @@ from stages.artefacts.reading import check_names, read_manifest
 from stages.artefacts.receiving import read_sound
 from stages.files import reading
 from stages.parties.names import SERVER, client
+from stages.parties.party import Onlooker
 from stages.progress.staleness import PREPARE, are_rows_stale, dealt
 from stages.progress.steps import Round, Step
 from stages.runtime.errors import Damaged, NotReady, Refused
@@ -33,6 +34,7 @@ class Reader:
     def __init__(self, workspace: Workspace, verify: bool) -> None:
         self._workspace = workspace
         self._verify = verify
+        self._onlooker = Onlooker(workspace)
         self._federation = workspace.agreement.federation
         # Where nothing is averaged there is no server: whoever has the clients' data makes their first adapter too.
         self._is_server = workspace.auxiliary_data.exists() or not self._federation.averages
@@ -252,7 +254,7 @@ class Reader:
         # Of a close each client has its own inbox.
         wanted = [name for name in manifest.files if manifest.stage != "close" or (folder / name).exists()]
         if self._verify and manifest.federation_sha256 == self._roster:  # what is of another is stale anyway
-            read_sound(folder, self._workspace, only=wanted)
+            read_sound(folder, by=self._onlooker, only=wanted)
         check_names(folder, manifest, wanted)
         for name in wanted:
             entry, found = manifest.files[name], (folder / name).lstat().st_size

@@ -15,7 +15,7 @@ from typing import Literal
 from stages.artefacts import records
 from stages.files import reading
 from stages.parties.enrolment import enrolment, other_tasks
-from stages.parties.names import SERVER
+from stages.parties.names import SERVER, number_of
 from stages.progress import damage, staleness
 from stages.progress.rounds import Reader
 from stages.progress.staleness import PREPARE, STALE_ROWS
@@ -133,8 +133,7 @@ def _rows_of(workspace: Workspace, party: str | None) -> str:
     """Where a party's own rows belong; nobody else can bring them, and none are made up."""
     if party is None:
         return "data: private/client-k/train.jsonl at client k, private/server/auxiliary.jsonl at the server"
-    k = party.removeprefix("client-")
-    place = workspace.auxiliary_data if party == SERVER else workspace.client_data(int(k))
+    place = workspace.auxiliary_data if party == SERVER else workspace.client_data(number_of(party))
     if place.is_symlink():
         return f"data of {party}: {reading.not_there(place).message}"
     return f"data of {party}: JSONL rows of its own, in {workspace.shown(place)}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from stages.artefacts.manifest import Opening
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
-from stages.parties import roster
 from stages.parties.memory import Kept, recall, remember
-from stages.parties.names import client as party_of
+from stages.parties.party import Party
 from stages.parties.roster import Roster
 from stages.parties.vault import LARGEST_JUMP, Vault
 from stages.runtime.errors import Damaged, Refused
@@ -19,21 +18,20 @@ from stages.workspace.paths import Workspace
 # --- at a client
 
 
-def accept(workspace: Workspace, theta: Artefact, client: int, report: Report = ignore) -> None:
+def accept(party: Party, theta: Artefact, report: Report = ignore) -> None:
     """Take a broadcast as this round's, from now on and no other.
 
     Raises Refused for a second one, for one of an earlier attempt, for any after a reveal, and in secure mode for one
     whose keys, clients, threshold or chain are not what the roster and the round before say.
     """
-    members = roster.pinned(workspace, party_of(client))
+    members = party.members
     if members is None or theta.manifest.stage != "broadcast":
         return
-    vault = Vault.need(workspace, party_of(client))
-    with vault.alone(report):
-        _accept(workspace, theta, members, vault, client)
+    with party.keys.alone(report):
+        _accept(party, theta, members)
     if opening := theta.manifest.opening:
-        vault.check_own(opening.slot, opening.prekeys[opening.clients.index(client)])
-        report(Event("note", f"round {theta.manifest.round} is opened for {said_of(opening, workspace)}"))
+        _check_own_key(party, opening)
+        report(Event("note", f"round {theta.manifest.round} is opened for {said_of(opening, party.workspace)}"))
 
 
 def said_of(opening: Opening, workspace: Workspace) -> str:
@@ -44,23 +42,28 @@ def said_of(opening: Opening, workspace: Workspace) -> str:
     return f"{len(opening.clients)} of {len(workspace.clients)} clients{left_out}; its sum is of {least} or more"
 
 
-def _accept(workspace: Workspace, theta: Artefact, members: Roster, vault: Vault, client: int) -> None:
-    round = theta.manifest.round
+def _check_own_key(party: Party, opening: Opening) -> None:
+    """Raise Damaged unless the one-time key of the party that a round is opened with is its own."""
+    party.keys.check_own(opening.slot, opening.prekeys[opening.clients.index(party.number)])
+
+
+def _accept(party: Party, theta: Artefact, members: Roster) -> None:
+    round, vault = theta.manifest.round, party.keys
     kept = recall(vault, round)
     if kept and kept.broadcast_sha256 == theta.sha256:
         return  # looked at when it was taken; keys of later rounds may have been used since
     if kept:
         _check_newer(theta, kept)
     opening = theta.manifest.opening
-    if workspace.agreement.aggregation.is_secure:
+    if party.workspace.agreement.aggregation.is_secure:
         if opening is None:
             raise Refused("this broadcast opens no round of secure aggregation", where=theta.path, mend=_ASK)
-        _check_opening(workspace, theta, opening, members, vault, client)
+        _check_opening(party, theta, opening, members)
     slot = opening.slot if opening else None
     if slot is not None:
         vault.check_slot(slot, farthest=_farthest(vault, round))
     if opening:
-        vault.check_own(opening.slot, opening.prekeys[opening.clients.index(client)])
+        _check_own_key(party, opening)
     remember(vault, round, Kept(attempt=theta.manifest.attempt, broadcast_sha256=theta.sha256, slot=slot))
 
 
@@ -93,17 +96,11 @@ def _check_newer(theta: Artefact, kept: Kept) -> None:
         raise Refused(message, where=theta.path, mend=mend)
 
 
-def _check_opening(
-    workspace: Workspace, theta: Artefact, opening: Opening, members: Roster, vault: Vault, client: int
-) -> None:
-    round = theta.manifest.round
+def _check_opening(party: Party, theta: Artefact, opening: Opening, members: Roster) -> None:
+    round, workspace, vault, client = theta.manifest.round, party.workspace, party.keys, party.number
     before = recall(vault, round - 1) if round > 1 else None
     expected = members.sha256 if round == 1 else before and before.broadcast_sha256
-    if (
-        expected
-        and opening.previous_sha256 != expected
-        and not _has_followed(workspace, opening, before, round, client)
-    ):
+    if expected and opening.previous_sha256 != expected and not _has_followed(party, opening, before, round):
         message = (
             f"round {round} follows another broadcast of round {round - 1} than this client's: "
             f"sha256 {opening.previous_sha256[:16]}..., here {expected[:16]}..."
@@ -139,10 +136,10 @@ def _check_opening(
         raise Refused(message, where=theta.path, mend=_ASK)
 
 
-def _has_followed(workspace: Workspace, opening: Opening, before: Kept | None, round: int, client: int) -> bool:
+def _has_followed(party: Party, opening: Opening, before: Kept | None, round: int) -> bool:
     """Whether the round before was opened again, without this client it may be, by the broadcast that is here."""
-    place = workspace.broadcast(round - 1)
+    place = party.workspace.broadcast(round - 1)
     if before is None or before.close_sha256 or not place.exists():
         return False
-    later = received(place, workspace, reader=party_of(client), stage="broadcast", round=round - 1)
+    later = received(place, by=party, stage="broadcast", round=round - 1)
     return later.sha256 == opening.previous_sha256 and later.manifest.attempt > before.attempt

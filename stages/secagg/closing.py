@@ -14,9 +14,8 @@ from stages.artefacts.reading import Artefact, inbox, read_manifest
 from stages.artefacts.receiving import received
 from stages.files import seen_places
 from stages.parties.memory import Kept, recall, remember
-from stages.parties.names import SERVER
 from stages.parties.names import client as party_of
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report
 from stages.secagg import unmasking
@@ -31,36 +30,35 @@ from stages.workspace.paths import Workspace
 # --- closing
 
 
-def close(workspace: Workspace, theta: Artefact, report: Report, *, overwrite: bool = False) -> Artefact:
+def close(server: Party, theta: Artefact, report: Report, *, overwrite: bool = False) -> Artefact:
     """The close of a round: the one that is there, or a new one over all sound updates that have arrived.
 
     overwrite: whether one that an earlier roster's server made may be replaced; no other ever is.
     Raises NotReady below the quorum; Damaged, naming both ends, where two clients derived different pair keys, before
     any secret is opened; Refused for an update of another round.
     """
-    with Vault.need(workspace, SERVER).alone(report):
-        return _close(workspace, theta, report, overwrite)
+    with server.keys.alone(report):
+        return _close(server, theta, report, overwrite)
 
 
-def _close(workspace: Workspace, theta: Artefact, report: Report, overwrite: bool) -> Artefact:
+def _close(server: Party, theta: Artefact, report: Report, overwrite: bool) -> Artefact:
     round = theta.manifest.round
-    target = workspace.close(round)
-    place, before = seen_places.Place(target), _closed_before(workspace, theta)
+    target = server.workspace.close(round)
+    place, before = seen_places.Place(target), _closed_before(server, theta)
     if os.path.lexists(target) and not (overwrite and is_former(read_manifest(target)[0], theta)):
-        closed = received(target, workspace, reader=SERVER, stage="close", round=round)
+        closed = received(target, by=server, stage="close", round=round)
         if closed.manifest.transcript == transcript_of(theta):
-            return _kept(workspace, theta, closed)
+            return _kept(server, theta, closed)
         if closed.manifest.attempt >= theta.manifest.attempt:
             survivors_of(closed, theta, None)  # says what is wrong with it
     if before:
-        raise _lost(workspace, round, before)
-    updates = dict(_arrived(workspace, theta, report))
-    _check_quorum(workspace, theta, updates, report)
+        raise _lost(server.workspace, round, before)
+    updates = dict(_arrived(server, theta, report))
+    _check_quorum(server.workspace, theta, updates, report)
     _check_pairs(theta, updates)
     publish(
         target,
         _inboxes(theta, updates),
-        workspace,
         Draft(
             stage="close",
             round=round,
@@ -71,24 +69,25 @@ def _close(workspace: Workspace, theta: Artefact, report: Report, overwrite: boo
             transcript=transcript_of(theta),
             closing={party_of(k): masking_of(update).y_sha256 for k, update in updates.items()},
         ),
+        by=server,
         over=place,
     )
     report(Event("note", f"round {round} is closed over client {names_of(updates)}"))
-    return _kept(workspace, theta, received(target, workspace, reader=SERVER, stage="close", round=round))
+    return _kept(server, theta, received(target, by=server, stage="close", round=round))
 
 
-def _closed_before(workspace: Workspace, theta: Artefact) -> str | None:
+def _closed_before(server: Party, theta: Artefact) -> str | None:
     """The digest of the close that was made of this opening of the round, whether it is still there or not."""
-    kept = recall(Vault.need(workspace, SERVER), theta.manifest.round)
+    kept = recall(server.keys, theta.manifest.round)
     return kept.close_sha256 if kept and kept.broadcast_sha256 == theta.sha256 else None
 
 
-def _kept(workspace: Workspace, theta: Artefact, closed: Artefact) -> Artefact:
+def _kept(server: Party, theta: Artefact, closed: Artefact) -> Artefact:
     """The close, remembered for good. Raises Refused if another one was made before."""
     round, opening = theta.manifest.round, opening_of(theta)
-    before = _closed_before(workspace, theta)
+    before = _closed_before(server, theta)
     if before not in (None, closed.sha256):
-        raise _lost(workspace, round, before)
+        raise _lost(server.workspace, round, before)
     if before is None:
         kept = Kept(
             attempt=theta.manifest.attempt,
@@ -96,7 +95,7 @@ def _kept(workspace: Workspace, theta: Artefact, closed: Artefact) -> Artefact:
             slot=opening.slot,
             close_sha256=closed.sha256,
         )
-        remember(Vault.need(workspace, SERVER), round, kept)
+        remember(server.keys, round, kept)
     return closed
 
 
@@ -119,15 +118,15 @@ def late(workspace: Workspace, closed: Artefact) -> list[int]:
     return [k for k in arrived if party_of(k) not in (closed.manifest.closing or {})]
 
 
-def _arrived(workspace: Workspace, theta: Artefact, report: Report) -> Iterator[tuple[int, Artefact]]:
+def _arrived(server: Party, theta: Artefact, report: Report) -> Iterator[tuple[int, Artefact]]:
     """The shares and the manifest of each update of this opening of the round, by client."""
     round = theta.manifest.round
-    for client, place in workspace.client_updates(round).items():
+    for client, place in server.workspace.client_updates(round).items():
         try:
             if read_manifest(place)[0].attempt < theta.manifest.attempt:
                 report(Event("warning", f"client {client}'s update is of an earlier attempt at this round"))
                 continue
-            update = received(place, workspace, reader=SERVER, stage="client-train", round=round, client=client)
+            update = received(place, by=server, stage="client-train", round=round, client=client)
             _check_update(theta, update, client)
         except NotReady as problem:
             report(Event("warning", f"client {client}'s update has not arrived whole: {problem.message}"))

@@ -9,6 +9,7 @@ import numpy as np
 
 from stages.artefacts.manifest import Masking
 from stages.artefacts.reading import Artefact
+from stages.parties.names import number_of
 from stages.runtime.errors import Refused
 from stages.secagg import masking
 from stages.secagg.vectors import read_array
@@ -43,7 +44,7 @@ def masking_of(update: Artefact) -> Masking:
 
 def commitments(update: Artefact) -> dict[int, str]:
     """What a client commits to for each other."""
-    return {int(party.partition("-")[2]): digest for party, digest in masking_of(update).commit_pairs.items()}
+    return {number_of(party): digest for party, digest in masking_of(update).commit_pairs.items()}
 
 
 def names_of(clients: Iterable[int]) -> str:

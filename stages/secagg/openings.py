@@ -10,11 +10,9 @@ from collections.abc import Collection
 
 from stages.artefacts.manifest import Opening
 from stages.artefacts.reading import read_manifest
-from stages.parties import roster
 from stages.parties.memory import Kept, recall, remember
-from stages.parties.names import SERVER
+from stages.parties.party import Party
 from stages.parties.roster import Roster
-from stages.parties.vault import Vault
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.agreement import threshold
 from stages.workspace.names import AGREEMENT
@@ -24,26 +22,25 @@ from stages.workspace.paths import Workspace
 
 
 def open_round(
-    workspace: Workspace, round: int, *, again: bool, without: Collection[int] | None
+    server: Party, round: int, *, again: bool, without: Collection[int] | None
 ) -> tuple[int, Opening | None]:
     """Which attempt at a round this is, and, in secure mode, what its broadcast says of keys and clients.
 
     again: whether what was opened before is given up. without: clients of the roster that are left out; None for as
     before, or for nobody.
     """
-    members = roster.pinned(workspace, SERVER)
+    workspace, members = server.workspace, server.members
     if without and not workspace.agreement.aggregation.is_secure:
         mend = "leave --without out: set aggregation.min_clients to average without some"
         message = "only a round of secure aggregation is opened for some clients"
         raise UsageProblem(message, where=workspace.root / AGREEMENT, mend=mend)
     if members is None:
         return 0, None
-    vault = Vault.need(workspace, SERVER)
-    kept = recall(vault, round)
+    kept = recall(server.keys, round)
     attempt = kept.attempt + again if kept else 0
     if not workspace.agreement.aggregation.is_secure:
         return attempt, None
-    slot = kept.slot if kept and not again else _next_slot(workspace, vault)
+    slot = kept.slot if kept and not again else _next_slot(server)
     assert slot is not None
     if without is None and kept and not again and workspace.broadcast(round).exists():
         earlier = read_manifest(workspace.broadcast(round))[0].opening
@@ -51,9 +48,10 @@ def open_round(
     return attempt, _opening(workspace, round, members, slot, without or ())
 
 
-def _next_slot(workspace: Workspace, vault: Vault) -> int:
+def _next_slot(server: Party) -> int:
     """The first set of one-time keys that no round was opened with."""
-    all_kept = [recall(vault, round) for round in range(1, workspace.agreement.federation.rounds + 1)]
+    rounds = range(1, server.workspace.agreement.federation.rounds + 1)
+    all_kept = [recall(server.keys, round) for round in rounds]
     return 1 + max((kept.slot for kept in all_kept if kept and kept.slot is not None), default=-1)
 
 
@@ -78,13 +76,12 @@ def _opening(workspace: Workspace, round: int, members: Roster, slot: int, witho
     )
 
 
-def opened(workspace: Workspace, round: int) -> None:
+def opened(server: Party, round: int) -> None:
     """Remember, at the server, the broadcast that is there now."""
-    if roster.pinned(workspace, SERVER) is None:
+    if server.members is None:
         return
-    manifest, digest = read_manifest(workspace.broadcast(round))
+    manifest, digest = read_manifest(server.workspace.broadcast(round))
     slot = manifest.opening.slot if manifest.opening else None
-    vault = Vault.need(workspace, SERVER)
-    kept = recall(vault, round)
+    kept = recall(server.keys, round)
     if kept is None or kept.broadcast_sha256 != digest:
-        remember(vault, round, Kept(attempt=manifest.attempt, broadcast_sha256=digest, slot=slot))
+        remember(server.keys, round, Kept(attempt=manifest.attempt, broadcast_sha256=digest, slot=slot))

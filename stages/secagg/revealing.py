@@ -12,10 +12,9 @@ from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, inbox
 from stages.artefacts.receiving import received
 from stages.artefacts.sizes import SHARE_BYTES
-from stages.parties import roster
 from stages.parties.memory import Kept, recall, remember
 from stages.parties.names import client as party_of
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.runtime.errors import Damaged, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.secagg import masking, reveals
@@ -25,20 +24,19 @@ from stages.secagg.sending import secret_of
 from stages.secagg.vectors import read_array
 from stages.workspace.commands import Command
 from stages.workspace.names import SEALED_REVEAL, round_name
-from stages.workspace.paths import Workspace, require
 
 
-def reveal(workspace: Workspace, theta: Artefact, client: int, report: Report = ignore) -> Manifest:
+def reveal(party: Party, theta: Artefact, report: Report = ignore) -> Manifest:
     """Reveal, to the server, what unmasks the sum of the survivors that it has named; once for every round.
 
     Raises NotReady before the round is closed; Refused for a close that leaves this client's update out, lists another,
     has too few survivors, or is a second one.
     """
-    round, vault = theta.manifest.round, Vault.need(workspace, party_of(client))
-    check_known(workspace, client)
-    closed, survivors = _closed(workspace, theta, client)
+    workspace, client, round, vault = party.workspace, party.number, theta.manifest.round, party.keys
+    check_known(party)
+    closed, survivors = _closed(party, theta)
     with vault.alone(report):
-        sealed = _once(workspace, theta, closed, survivors, vault, client)
+        sealed = _once(party, theta, closed, survivors)
         shutil.rmtree(workspace.masked_update(round, client), ignore_errors=True)  # the server has it
         opened = len(opening_of(theta).clients)
         words = f"round {round} is closed over {len(survivors)} of {opened} clients, {len(workspace.clients)} in all"
@@ -46,25 +44,22 @@ def reveal(workspace: Workspace, theta: Artefact, client: int, report: Report = 
         return publish(
             workspace.reveal(round, client),
             {SEALED_REVEAL: sealed},
-            workspace,
             Draft(
                 stage="reveal",
                 round=round,
                 attempt=theta.manifest.attempt,
-                client=client,
                 parents={"close": closed.sha256},
                 base=theta.manifest.base,
                 parameters=0,
                 transcript=transcript_of(theta),
             ),
+            by=party,
         )
 
 
-def _once(
-    workspace: Workspace, theta: Artefact, closed: Artefact, survivors: dict[int, str], vault: Vault, client: int
-) -> bytes:
+def _once(party: Party, theta: Artefact, closed: Artefact, survivors: dict[int, str]) -> bytes:
     """The reveal for the first close that this client sees, remembered before it is told; the same bytes ever after."""
-    round = theta.manifest.round
+    workspace, client, round, vault = party.workspace, party.number, theta.manifest.round, party.keys
     kept = recall(vault, round)
     if kept is None or kept.own_shares is None or kept.broadcast_sha256 != theta.sha256:
         mend = f"the round goes on without client {client}, if enough others reveal"
@@ -81,21 +76,20 @@ def _once(
         update = workspace.shown(workspace.client_update(round, client))
         raise Refused(message, where=closed.path, mend=f"carry {update} there again")
     if kept.reveal is None:
-        sealed = _sealed(workspace, theta, closed, survivors, kept, vault, client)
+        sealed = _sealed(party, theta, closed, survivors, kept)
         kept = kept.model_copy(update={"close_sha256": closed.sha256, "reveal": sealed.hex()})
         remember(vault, round, kept)
     assert kept.reveal is not None
     return bytes.fromhex(kept.reveal)
 
 
-def _closed(workspace: Workspace, theta: Artefact, client: int) -> tuple[Artefact, dict[int, str]]:
+def _closed(party: Party, theta: Artefact) -> tuple[Artefact, dict[int, str]]:
     """The server's close, as far as this client reads it, and the digest of each survivor's masked update."""
-    round = theta.manifest.round
+    workspace, client, round = party.workspace, party.number, theta.manifest.round
     place = workspace.close(round)
     mend = f"on the server: {Command('aggregate', round=round)}; then carry {workspace.shown(place)} here"
-    require(place, f"round {round} is not closed yet", mend)
-    reader = party_of(client)
-    closed = received(place, workspace, reader=reader, stage="close", round=round, only=[inbox(client)])
+    missing = f"round {round} is not closed yet", mend
+    closed = received(place, by=party, stage="close", round=round, missing=missing, only=[inbox(client)])
     survivors = survivors_of(closed, theta, client)
     least = workspace.agreement.quorum(len(opening_of(theta).clients))
     if len(survivors) < least:
@@ -135,16 +129,8 @@ def survivors_of(closed: Artefact, theta: Artefact, client: int | None) -> dict[
     return survivors
 
 
-def _sealed(
-    workspace: Workspace,
-    theta: Artefact,
-    closed: Artefact,
-    survivors: dict[int, str],
-    kept: Kept,
-    vault: Vault,
-    client: int,
-) -> bytes:
-    keys, secret = round_of(theta), secret_of(vault, theta, client)
+def _sealed(party: Party, theta: Artefact, closed: Artefact, survivors: dict[int, str], kept: Kept) -> bytes:
+    client, keys, secret = party.number, round_of(theta), secret_of(party, theta)
     path = closed.path / inbox(client)
     width = masking.sealed_row_bytes(len(keys.clients))
     shape = (len(survivors), width)
@@ -158,7 +144,7 @@ def _sealed(
         if dealer == client:
             own = np.frombuffer(bytes.fromhex(kept.own_shares), np.uint8)
             if own.size != len(keys.clients) * SHARE_BYTES:
-                raise vault.damaged(f"{round_name(theta.manifest.round)}.json")
+                raise party.keys.damaged(f"{round_name(theta.manifest.round)}.json")
             shares[dealer] = own.reshape(-1, SHARE_BYTES)
         else:
             try:
@@ -170,6 +156,5 @@ def _sealed(
                 problem.where, problem.mend = path, mend
                 raise
     revealed = reveals.reveal_shares(shares, client=client, clients=keys.clients, survivors=list(survivors))
-    members = roster.pinned(workspace, party_of(client))
-    assert members is not None
-    return reveals.seal_reveal(revealed, client=client, server=members.server_box, close_sha256=closed.sha256)
+    assert party.members is not None
+    return reveals.seal_reveal(revealed, client=client, server=party.members.server_box, close_sha256=closed.sha256)

@@ -11,31 +11,28 @@ from pathlib import Path
 
 from stages.artefacts.lineage import check_signed
 from stages.artefacts.reading import Artefact, read_artefact
-from stages.parties import roster
 from stages.parties.memory import recall
-from stages.parties.names import client as party_of
 from stages.parties.names import keys_made_by
+from stages.parties.party import Party
 from stages.parties.roster import Roster
 from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, NotReady, Refused
-from stages.workspace.paths import Workspace
 
 
-def check_known(workspace: Workspace, client: int) -> None:
+def check_known(party: Party) -> None:
     """Raise Refused if an update or a reveal of this client is here that its vault knows nothing of."""
-    party = party_of(client)
-    members, vault = roster.pinned(workspace, party), Vault.need(workspace, party)
+    workspace, whose, members, vault = party.workspace, party.name, party.members, party.keys
     if members is None:
         return
     for round in range(1, workspace.agreement.federation.rounds + 1):
-        for place in (workspace.client_update(round, client), workspace.reveal(round, client)):
-            found = _own(place, members, party)
+        for place in (workspace.client_update(round, party.number), workspace.reveal(round, party.number)):
+            found = _own(place, members, whose)
             if found and not _is_known(found, vault, round):
                 message = (
-                    f"{workspace.shown(place)} is {party}'s own, of attempt {found.manifest.attempt}, and its keys "
+                    f"{workspace.shown(place)} is {whose}'s own, of attempt {found.manifest.attempt}, and its keys "
                     "know nothing of it: they were put back from an older copy, and would tell twice what is told once"
                 )
-                anew = keys_made_by(party, renew=True)
+                anew = keys_made_by(whose, renew=True)
                 mend = f"put the newest keys back; or, for a new federation: {anew}"
                 raise Refused(message, where=place, mend=mend)
 

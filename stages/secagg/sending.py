@@ -19,7 +19,7 @@ from stages.artefacts.receiving import read_sound
 from stages.files import reading, writing
 from stages.parties.memory import Kept, recall, remember
 from stages.parties.names import client as party_of
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.runtime.errors import BadNumbers, Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.secagg import fixed_point, masking
@@ -28,42 +28,35 @@ from stages.secagg.said import check_known
 from stages.secagg.vectors import array_bytes
 from stages.workspace.commands import Command
 from stages.workspace.names import MANIFEST, MASKED_UPDATE, SEALED_SHARES, SIGNATURE
-from stages.workspace.paths import Workspace
 
 
-def sent(workspace: Workspace, theta: Artefact, client: int) -> Manifest | None:
+def sent(party: Party, theta: Artefact) -> Manifest | None:
     """The client's masked update of this opening of the round, if it has been published."""
-    target = workspace.client_update(theta.manifest.round, client)
-    kept = recall(Vault.need(workspace, party_of(client)), theta.manifest.round)
+    target = party.workspace.client_update(theta.manifest.round, party.number)
+    kept = recall(party.keys, theta.manifest.round)
     if kept is None or kept.y_sha256 is None or not os.path.lexists(target):
         return None
-    manifest = read_sound(target, workspace).manifest
+    manifest = read_sound(target, by=party).manifest
     is_this = manifest.transcript == transcript_of(theta) and manifest.masking is not None
     return manifest if is_this and manifest.masking and manifest.masking.y_sha256 == kept.y_sha256 else None
 
 
-def is_made(workspace: Workspace, theta: Artefact, client: int) -> bool:
+def is_made(party: Party, theta: Artefact) -> bool:
     """Whether the client has masked its update of this opening of the round, be it still there or not."""
-    kept = recall(Vault.need(workspace, party_of(client)), theta.manifest.round)
+    kept = recall(party.keys, theta.manifest.round)
     return kept is not None and kept.broadcast_sha256 == theta.sha256 and kept.y_sha256 is not None
 
 
-def whole(workspace: Workspace, theta: Artefact, client: int) -> Manifest | None:
+def whole(party: Party, theta: Artefact) -> Manifest | None:
     """The same, and None for a damaged one."""
     try:
-        return sent(workspace, theta, client)
+        return sent(party, theta)
     except (Damaged, NotReady):
         return None
 
 
 def send(
-    workspace: Workspace,
-    theta: Artefact,
-    trained: Artefact,
-    client: int,
-    *,
-    overwrite: bool = False,
-    report: Report = ignore,
+    party: Party, theta: Artefact, trained: Artefact, *, overwrite: bool = False, report: Report = ignore
 ) -> Manifest:
     """Mask a trained adapter's change and publish it, once for every opening of a round. Returns its manifest.
 
@@ -72,17 +65,17 @@ def send(
     Refused once the client has revealed for this round, or has taken another attempt at it, and where it has sent what
     its vault does not know.
     """
-    vault = Vault.need(workspace, party_of(client))
-    check_known(workspace, client)
+    vault = party.keys
+    check_known(party)
     with vault.alone(report):
-        if done := whole(workspace, theta, client) if overwrite else sent(workspace, theta, client):
+        if done := whole(party, theta) if overwrite else sent(party, theta):
             report(Event("note", "already sent"))
             return done
-        return _send(workspace, theta, trained, vault, client)
+        return _send(party, theta, trained)
 
 
-def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault, client: int) -> Manifest:
-    round = theta.manifest.round
+def _send(party: Party, theta: Artefact, trained: Artefact) -> Manifest:
+    workspace, client, round, vault = party.workspace, party.number, theta.manifest.round, party.keys
     kept = recall(vault, round)
     if kept and kept.close_sha256:
         message = f"client {client} has revealed for round {round}: it masks no second update for it"
@@ -108,9 +101,9 @@ def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault
         problem.where = trained.path
         raise
     if kept and kept.y_sha256:
-        return _send_again(workspace, theta, kept, client)
+        return _send_again(party, theta, kept)
     slot = opening_of(theta).slot
-    secret = secret_of(vault, theta, client, farthest=kept.slot if kept else None)  # which was looked at then
+    secret = secret_of(party, theta, farthest=kept.slot if kept else None)  # which was looked at then
     masked = masking.mask(values, keys, client=client, secret=secret)
     kept = Kept(
         attempt=theta.manifest.attempt,
@@ -124,12 +117,10 @@ def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault
     publish(
         workspace.masked_update(round, client),
         {MASKED_UPDATE: array_bytes("y", masked.y), SEALED_SHARES: array_bytes("s", masked.rows)},
-        workspace,
         Draft(
             stage="client-train",
             round=round,
             attempt=theta.manifest.attempt,
-            client=client,
             parents={theta.path.name: theta.sha256},
             base=theta.manifest.base,
             parameters=theta.manifest.parameters,
@@ -141,17 +132,18 @@ def _send(workspace: Workspace, theta: Artefact, trained: Artefact, vault: Vault
                 commit_pairs={party_of(other): commitment for other, commitment in masked.commit_pairs.items()},
             ),
         ),
+        by=party,
     )
     remember(vault, round, kept)
-    return _send_again(workspace, theta, kept, client)
+    return _send_again(party, theta, kept)
 
 
-def _send_again(workspace: Workspace, theta: Artefact, kept: Kept, client: int) -> Manifest:
+def _send_again(party: Party, theta: Artefact, kept: Kept) -> Manifest:
     """Send the masked update of this opening, byte for byte as it was made: a second one is never made."""
-    round = theta.manifest.round
+    workspace, client, round = party.workspace, party.number, theta.manifest.round
     target, own = workspace.client_update(round, client), workspace.masked_update(round, client)
     try:
-        made = read_sound(own, workspace)
+        made = read_sound(own, by=party)
         signature = reading.read(own / SIGNATURE, limit_bytes=reading.LARGEST_JSON_BYTES)
     except (Damaged, NotReady):
         made = None
@@ -168,9 +160,9 @@ def _send_again(workspace: Workspace, theta: Artefact, kept: Kept, client: int) 
     return made.manifest
 
 
-def secret_of(vault: Vault, theta: Artefact, client: int, farthest: int | None = None) -> X25519PrivateKey:
+def secret_of(party: Party, theta: Artefact, farthest: int | None = None) -> X25519PrivateKey:
     """The client's one-time key of a round, which must be the one that the others know."""
-    opening = opening_of(theta)
+    opening, vault = opening_of(theta), party.keys
     vault.check_slot(opening.slot, farthest=farthest)
-    vault.check_own(opening.slot, opening.prekeys[opening.clients.index(client)])
+    vault.check_own(opening.slot, opening.prekeys[opening.clients.index(party.number)])
     return vault.advance(opening.slot, farthest=farthest)

@@ -16,9 +16,8 @@ from stages.artefacts.adapter_files import Tensors, layout_of, read_adapter
 from stages.artefacts.manifest import Unmasking
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import read_sound, received
-from stages.parties.names import SERVER
 from stages.parties.names import client as party_of
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused
 from stages.runtime.events import Event, Report
 from stages.secagg import fixed_point, reveals, unmasking
@@ -28,7 +27,6 @@ from stages.secagg.one_round import opening_of, round_of
 from stages.secagg.revealing import survivors_of
 from stages.workspace.commands import Command
 from stages.workspace.names import MASKED_UPDATE, SEALED_REVEAL
-from stages.workspace.paths import Workspace
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,16 @@ class Sum:
 # --- opening the sum
 
 
-def open_sum(workspace: Workspace, theta: Artefact, closed: Artefact, report: Report) -> Sum:
+def open_sum(server: Party, theta: Artefact, closed: Artefact, report: Report) -> Sum:
     """The survivors' mean, from at least a threshold of reveals; the same to the bit whichever these are.
 
     Raises NotReady naming those who may still reveal, Damaged naming who is to blame where secrets do not open.
     """
-    round, keys = theta.manifest.round, round_of(theta)
+    workspace, round, keys = server.workspace, theta.manifest.round, round_of(theta)
     survivors = survivors_of(closed, theta, None)
     updates = {k: workspace.client_update(round, k) for k in survivors}
-    manifests = {k: _listed(workspace, closed, k, place) for k, place in updates.items()}
-    given = _reveals(workspace, theta, closed, list(survivors), report)
+    manifests = {k: _listed(server, closed, k, place) for k, place in updates.items()}
+    given = _reveals(server, theta, closed, list(survivors), report)
     if len(given) < keys.threshold:
         absent = [k for k in survivors if k not in given]
         number = keys.threshold - len(given)
@@ -70,7 +68,7 @@ def open_sum(workspace: Workspace, theta: Artefact, closed: Artefact, report: Re
             commit_selves={k: masking_of(update).commit_self for k, update in manifests.items()},
             commit_pairs={k: commitments(update) for k, update in manifests.items()},
         )
-        total = unmasking.unmask(_vectors(workspace, updates, closed, theta, report), opened, keys)
+        total = unmasking.unmask(_vectors(server, updates, closed, theta, report), opened, keys)
     except Problem as problem:
         problem.where = problem.where or closed.path
         give_up, go_on = Command("aggregate", round=round, keep_old=True), Command("broadcast", round=round + 1)
@@ -83,10 +81,10 @@ def open_sum(workspace: Workspace, theta: Artefact, closed: Artefact, report: Re
     return Sum(average, how, opened.warnings)
 
 
-def _listed(workspace: Workspace, closed: Artefact, client: int, place: Path) -> Artefact:
+def _listed(server: Party, closed: Artefact, client: int, place: Path) -> Artefact:
     """A survivor's update, which must be the one that was closed over; its vector is read later."""
     round = closed.manifest.round
-    update = received(place, workspace, reader=SERVER, stage="client-train", round=round, client=client, only=[])
+    update = received(place, by=server, stage="client-train", round=round, client=client, only=[])
     if update.sha256 != closed.manifest.parents.get(party_of(client)):
         message = f"client {client}'s update is not the one that the round was closed over"
         raise Damaged(message, where=place, mend="put the update back that arrived before the close")
@@ -94,14 +92,14 @@ def _listed(workspace: Workspace, closed: Artefact, client: int, place: Path) ->
 
 
 def _reveals(
-    workspace: Workspace, theta: Artefact, closed: Artefact, survivors: list[int], report: Report
+    server: Party, theta: Artefact, closed: Artefact, survivors: list[int], report: Report
 ) -> dict[int, np.ndarray]:
     """What each client has revealed so far for this close. Raises Damaged or Refused for one that is not sound."""
     found: dict[int, np.ndarray] = {}
     missing = len(opening_of(theta).clients) - len(survivors)
-    box = Vault.need(workspace, SERVER).box
+    box = server.keys.box
     for client in survivors:
-        place = workspace.reveal(theta.manifest.round, client)
+        place = server.workspace.reveal(theta.manifest.round, client)
         if not os.path.lexists(place):
             continue
         try:
@@ -109,7 +107,7 @@ def _reveals(
                 report(Event("warning", f"client {client}'s reveal is of another roster, and is passed over"))
                 continue
             round = theta.manifest.round
-            reveal = received(place, workspace, reader=SERVER, stage="reveal", round=round, client=client)
+            reveal = received(place, by=server, stage="reveal", round=round, client=client)
         except NotReady:
             continue
         if reveal.manifest.parents != {"close": closed.sha256}:
@@ -132,11 +130,11 @@ def _reveals(
 
 
 def _vectors(
-    workspace: Workspace, updates: dict[int, Path], closed: Artefact, theta: Artefact, report: Report
+    server: Party, updates: dict[int, Path], closed: Artefact, theta: Artefact, report: Report
 ) -> Iterator[np.ndarray]:
     """The survivors' masked vectors, one in memory at a time."""
     for number, (client, place) in enumerate(updates.items(), 1):
-        update = read_sound(place, workspace, only=[MASKED_UPDATE])
+        update = read_sound(place, by=server, only=[MASKED_UPDATE])
         y = vector_of(update, theta.manifest.parameters)
         if digest(y) != (closed.manifest.closing or {}).get(party_of(client)):
             raise Damaged(f"client {client}'s masked vector is not the one closed over", where=place)

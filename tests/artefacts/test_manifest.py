@@ -23,6 +23,7 @@ from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.publishing import already_made, publish
 from stages.artefacts.reading import read_artefact, read_manifest
 from stages.files import writing
+from stages.parties.party import Onlooker, Party
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from stages.workspace.paths import Workspace
@@ -43,7 +44,6 @@ def published_in(workspace: Workspace, **changed: Any) -> Path:
     given: dict[str, Any] = {
         "stage": "client-train",
         "round": 1,
-        "client": 2,
         "seed": 5,
         "steps": 6,
         "metrics": {"x": 0.5},
@@ -57,13 +57,13 @@ def published_in(workspace: Workspace, **changed: Any) -> Path:
     publish(
         folder,
         contents,
-        workspace,
         Draft(
             parents=PARENTS,
             base=BASE,
             parameters=56,
             **given | changed,
         ),
+        by=Party.client(workspace, 2),
     )
     return folder
 
@@ -328,10 +328,10 @@ def test_a_parent_of_thousands_of_digits_is_no_client(workspace: Workspace, upda
 def test_a_sound_folder_in_the_wrong_place_is_refused_by_what_is_wrong(
     workspace: Workspace, update: Path, expected: dict[str, Any], claim: str
 ) -> None:
-    place: dict[str, Any] = {"stage": "client-train", "round": 1, "client": 2, "reader": None}
-    check_belongs(read_artefact(update), workspace, **place)
+    place: dict[str, Any] = {"stage": "client-train", "round": 1, "client": 2, "by": Onlooker(workspace)}
+    check_belongs(read_artefact(update), **place)
     with pytest.raises(Refused, match=f"is of another {claim}: ") as caught:
-        check_belongs(read_artefact(update), workspace, **(place | expected))
+        check_belongs(read_artefact(update), **(place | expected))
     assert caught.value.mend
 
 
@@ -346,15 +346,17 @@ def test_a_sound_folder_in_the_wrong_place_is_refused_by_what_is_wrong(
 def test_a_folder_made_under_another_agreement_is_refused(update: Path, old: str, new: str, claim: str) -> None:
     root = update.parents[2]
     edit(root / "fedcollm.toml", old, new)
+    by = Onlooker(Workspace(root))
     with pytest.raises(Refused, match=f"is of another {claim}"):
-        check_belongs(read_artefact(update), Workspace(root), reader=None, stage="client-train", round=1, client=2)
+        check_belongs(read_artefact(update), by=by, stage="client-train", round=1, client=2)
 
 
 # --- already made
 
 
 def made(update: Path, parents: dict[str, str] = PARENTS, **changed: Any) -> object:
-    return already_made(update, Workspace(update.parents[2]), parents, **({"overwrite": False} | changed))
+    by = Party.client(Workspace(update.parents[2]), 2)
+    return already_made(update, parents, by=by, **({"overwrite": False} | changed))
 
 
 def test_equal_inputs_are_already_done(update: Path) -> None:

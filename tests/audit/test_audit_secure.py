@@ -24,7 +24,7 @@ from damages import (
 )
 from stages.audit.audit import audit
 from stages.federation.run import run
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.workspace.paths import Workspace
 
 
@@ -69,7 +69,7 @@ def swap_signatures(folder: Path) -> None:
 
 def another_roster(folder: Path) -> None:
     """The server shows its machine one roster, and client 2 has pinned another."""
-    vault = Vault.need(Workspace(folder), "client-2")
+    vault = Party(Workspace(folder), "client-2").keys
     vault.pin((vault.pinned or b"").replace(b'"federation": "tiny"', b'"federation": "wide"'))
 
 

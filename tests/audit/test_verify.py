@@ -18,7 +18,7 @@ from stages.audit.verify import verify
 from stages.parties import signatures
 from stages.parties.enroll import enroll
 from stages.parties.names import SERVER
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.runtime.errors import Problem
 from stages.workspace.paths import Workspace
 
@@ -37,7 +37,7 @@ def said(folder: Path, place: str, party: str, change: Callable[[dict[str, Any]]
     change(manifest)
     content = json.dumps(manifest).encode()
     path.write_bytes(content)
-    identity = Vault.need(Workspace(folder), party).identity
+    identity = Party(Workspace(folder), party).keys.identity
     path.with_name("manifest.json.sig").write_bytes(signatures.sign(content, manifest["stage"], identity))
 
 
@@ -63,7 +63,7 @@ def foreign_keys(folder: Path) -> None:
     path = folder / "exchange/keys/client-3.json"
     content = path.read_bytes().replace(b'"tiny"', b'"wide"')
     path.write_bytes(content)
-    identity = Vault.need(Workspace(folder), "client-3").identity
+    identity = Party(Workspace(folder), "client-3").keys.identity
     path.with_name("client-3.json.sig").write_bytes(signatures.sign(content, "keys", identity))
 
 

@@ -18,6 +18,7 @@ from stages.artefacts import adapter_files
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import BaseIdentity
 from stages.artefacts.publishing import publish
+from stages.parties.party import Party
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from stages.workspace.paths import Workspace
 
@@ -67,7 +68,6 @@ def make(folder: Path, clients: int) -> Workspace:
     publish(
         workspace.broadcast(1),
         contents(),
-        workspace,
         Draft(
             stage="broadcast",
             round=1,
@@ -75,22 +75,22 @@ def make(folder: Path, clients: int) -> Workspace:
             base=BASE,
             parameters=parameters,
         ),
+        by=Party.server(workspace),
     )
     digest = hashlib.sha256((workspace.broadcast(1) / "manifest.json").read_bytes()).hexdigest()
     for client in range(1, clients + 1):
         publish(
             workspace.client_update(1, client),
             contents(),
-            workspace,
             Draft(
                 stage="client-train",
                 round=1,
-                client=client,
                 parents={"broadcast": digest},
                 base=BASE,
                 parameters=parameters,
                 examples=100,
             ),
+            by=Party.client(workspace, client),
         )
     return workspace
 

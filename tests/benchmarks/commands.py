@@ -16,6 +16,8 @@ from builders import AGREEMENT, SHARED_DATA
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import BaseIdentity
 from stages.artefacts.publishing import publish
+from stages.parties import names
+from stages.parties.party import Party
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from stages.workspace.paths import Workspace
 
@@ -61,16 +63,15 @@ def make_large(folder: Path, *, clients: int, rounds: int) -> None:
         publish(
             place,
             contents,
-            workspace,
             Draft(
                 stage=stage,
                 role="llm" if place.name == "llm" else "slm",
                 round=round,
-                client=client,
                 parents=parents,
                 base=BASE,
                 parameters=16,
             ),
+            by=Party(workspace, names.of(client)),
         )
         return hashlib.sha256((place / "manifest.json").read_bytes()).hexdigest()
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 from builders import Outcome
 from federations import SECURE, Machines, agreement
 from stages.artefacts.reading import read_manifest
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.progress.status import status
 from stages.workspace.paths import Workspace
 
@@ -205,7 +205,7 @@ def test_reveal_says_what_it_waits_for_and_where_it_has_no_place(
     machines.give("server", "aggregate", "--round", 1, code=3)
     machines.down(2)
     # On a machine with the keys, and without what it masked: such as one restored from an old copy.
-    vault = Vault.need(Workspace(machines.folders["client-2"]), "client-2")
+    vault = Party(Workspace(machines.folders["client-2"]), "client-2").keys
     kept = vault.kept("round-0001") or {}
     vault.keep("round-0001", kept | {"own_shares": None})
     assert "client 2 has masked no update of this round here" in machines.client(2, "reveal", "--round", 1, code=5).err

@@ -20,7 +20,7 @@ from federations import CLIENTS, Machines, agreement, vault_of
 from stages.artefacts.reading import read_artefact
 from stages.exchange.transfers import transfers
 from stages.parties import one_time_keys
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.progress.status import status
 from stages.secagg import masking, shamir
 from stages.secagg.one_round import round_of
@@ -253,7 +253,7 @@ def test_no_secret_is_in_any_workspace_nor_in_what_any_command_said(federation: 
     machines = federation.machines
     secrets: dict[str, bytes] = {}
     for party, folder in machines.folders.items():
-        vault = Vault.need(Workspace(folder), party)
+        vault = Party(Workspace(folder), party).keys
         secrets[f"{party}'s identity"] = vault.identity.private_bytes_raw()
         secrets[f"{party}'s box"] = vault.box.private_bytes_raw()
         link = bytes.fromhex(federation.seeds[party])
@@ -275,7 +275,7 @@ def test_no_secret_is_in_any_workspace_nor_in_what_any_command_said(federation: 
         for form in written(secret):
             assert [path for path, content in haystack.items() if form in content] == [], name
     # The search finds what is there: the public halves are in the exchange.
-    public = Vault.need(Workspace(machines.folders["client-2"]), "client-2").identity.public_key().public_bytes_raw()
+    public = Party(Workspace(machines.folders["client-2"]), "client-2").keys.identity.public_key().public_bytes_raw()
     assert any(public.hex().encode() in content for content in haystack.values())
 
 

@@ -30,7 +30,7 @@ from faulty_federations import (
     signed,
     train,
 )
-from stages.parties.vault import Vault
+from stages.parties.party import Party
 from stages.secagg import reveals
 from stages.workspace.paths import Workspace
 
@@ -192,7 +192,7 @@ def test_22_a_client_that_signs_wrong_shares_is_named_and_done_without(
     folder, honest = secure("revealed"), tmp_path / "honest"
     shutil.copytree(folder, honest, symlinks=True)
     place, closed = folder / ROUND / "reveal-2", digest(folder / ROUND / "close" / MANIFEST)
-    box = Vault.need(Workspace(folder), "server").box
+    box = Party(Workspace(folder), "server").keys.box
     shares = reveals.open_reveal(
         (place / "reveal.bin").read_bytes(), client=2, box=box, close_sha256=closed, survivors=4, missing=0
     ).copy()
@@ -251,7 +251,7 @@ def test_23_an_update_after_the_close_is_left_out_and_its_own_mask_is_never_open
         reveals.open_reveal(
             (three / ROUND / f"reveal-{client}/reveal.bin").read_bytes(),
             client=client,
-            box=Vault.need(Workspace(three), "server").box,
+            box=Party(Workspace(three), "server").keys.box,
             close_sha256=close,
             survivors=3,
             missing=1,

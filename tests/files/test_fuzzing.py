@@ -30,6 +30,7 @@ from stages.exchange import bundles, parcel_checks, parcel_kinds, parcels
 from stages.federation.run import run
 from stages.files import reading
 from stages.parties import roster_files, signatures
+from stages.parties.party import Party
 from stages.runtime.errors import Damaged, Problem
 from stages.secagg import masking, reveals, vectors
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
@@ -211,7 +212,7 @@ def test_manifests(data: st.DataObject, study: Workspace) -> None:
         place_of(artefact.manifest)
         client = 2 if place.name == "client-2" else None
         stage = stage_of(place.name)
-        check_belongs(artefact, study, reader="server", stage=stage, round=1, client=client)
+        check_belongs(artefact, by=Party.server(study), stage=stage, round=1, client=client)
 
     attempt(read)
 
@@ -221,9 +222,8 @@ def stage_of(name: str) -> Any:
 
 
 def identity(study: Workspace, party: str) -> Ed25519PrivateKey:
-    from stages.parties.vault import Vault
 
-    return Vault.need(study, party).identity
+    return Party(study, party).keys.identity
 
 
 @fuzzed

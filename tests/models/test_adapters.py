@@ -16,6 +16,7 @@ from stages.artefacts.adapter_files import Tensors
 from stages.artefacts.draft import Draft
 from stages.artefacts.publishing import publish
 from stages.models import adapters
+from stages.parties.party import Party
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.workspace.agreement import Lora, Model
 from stages.workspace.paths import Workspace
@@ -117,7 +118,6 @@ def test_a_published_folder_gives_the_same_logits_by_peft_itself(family: Family,
     publish(
         folder,
         contents,
-        workspace,
         Draft(
             stage="broadcast",
             round=1,
@@ -125,6 +125,7 @@ def test_a_published_folder_gives_the_same_logits_by_peft_itself(family: Family,
             base=one.identity,
             parameters=count,
         ),
+        by=Party.server(workspace),
     )
     theirs = PeftModel.from_pretrained(tiny_model(family, seed=1), folder).eval()
     assert torch.equal(theirs(input_ids=IDS).logits, one.model(input_ids=IDS).logits)

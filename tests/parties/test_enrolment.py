@@ -16,6 +16,7 @@ from stages.parties import roster, signatures
 from stages.parties.enroll import enroll
 from stages.parties.join import join
 from stages.parties.keys import keys
+from stages.parties.party import Party
 from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, NotReady, Refused, UsageProblem
 from stages.workspace.paths import Workspace
@@ -60,7 +61,7 @@ def test_keys_given_again_publish_the_same_bytes_again(fresh: Path) -> None:
 def test_keys_given_again_after_rounds_publish_the_same_bytes_again(enrolled: Path) -> None:
     """The chain of one-time keys has moved on by then, and its beginning is erased."""
     before = exchanged(enrolled)
-    Vault.need(Workspace(enrolled), "client-2").advance(5)
+    Party(Workspace(enrolled), "client-2").keys.advance(5)
     keys(Workspace(enrolled), client=2)
     assert exchanged(enrolled) == before
 
@@ -226,7 +227,7 @@ def test_one_time_keys_that_nobody_could_mask_with_are_not_enrolled(kind: str, f
     change(value["prekeys"])
     content = json.dumps(value).encode()
     path.write_bytes(content)
-    identity = Vault.need(Workspace(fresh), "client-2").identity
+    identity = Party(Workspace(fresh), "client-2").keys.identity
     path.with_name("client-2.json.sig").write_bytes(signatures.sign(content, "keys", identity))
     with pytest.raises(Damaged, match=message) as caught:
         enroll(Workspace(fresh))
@@ -258,9 +259,9 @@ def test_join_without_a_fingerprint_tells_it_and_trusts_nothing(enrolled: Path) 
         join(Workspace(enrolled), client=2, fingerprint=None)
     assert "fedcollm join --client 2 --fingerprint ..." in caught.value.mend
     assert found not in caught.value.mend, "whoever copies the mend has compared the roster with itself"
-    assert Vault.need(Workspace(enrolled), "client-2").pinned is None
+    assert Party(Workspace(enrolled), "client-2").keys.pinned is None
     assert join(Workspace(enrolled), client=2, fingerprint=found.lower().replace("-", "")) == found
-    assert Vault.need(Workspace(enrolled), "client-2").pinned == (enrolled / ROSTER).read_bytes()
+    assert Party(Workspace(enrolled), "client-2").keys.pinned == (enrolled / ROSTER).read_bytes()
 
 
 def test_join_with_another_fingerprint_trusts_nothing(enrolled: Path) -> None:
@@ -269,7 +270,7 @@ def test_join_with_another_fingerprint_trusts_nothing(enrolled: Path) -> None:
     with pytest.raises(Refused, match=f"has the fingerprint {found}, not AAAA") as caught:
         join(Workspace(enrolled), client=2, fingerprint="AAAA-AAAA-AAAA-AAAA-AAAA")
     assert "the server gave you another roster" in (caught.value.mend or "")
-    assert Vault.need(Workspace(enrolled), "client-2").pinned is None
+    assert Party(Workspace(enrolled), "client-2").keys.pinned is None
 
 
 def test_join_given_again_does_nothing(enrolled: Path) -> None:
@@ -322,7 +323,7 @@ def test_in_secure_mode_everybodys_keys_must_have_come_along(enrolled: Path) -> 
     with pytest.raises(NotReady, match=r"client-3.json is not there") as caught:
         join(Workspace(enrolled), client=2, fingerprint=found)
     assert caught.value.mend == "copy all of exchange/keys from the server"
-    assert Vault.need(Workspace(enrolled), "client-2").pinned is None
+    assert Party(Workspace(enrolled), "client-2").keys.pinned is None
 
 
 # --- by the command line
@@ -333,7 +334,7 @@ def test_enrolment_by_commands_and_copies_ends_in_one_roster(
 ) -> None:
     machines = Machines.set_up(tmp_path, base_models, fedcollm, agreement(aggregation=SECURE), (1, 2, 3))
     fingerprint = machines.enrol(1, 2, 3)
-    pinned = {party: roster.pinned(Workspace(folder), party) for party, folder in machines.folders.items()}
+    pinned = {party: Party(Workspace(folder), party).members for party, folder in machines.folders.items()}
     assert len({found.sha256 for found in pinned.values() if found}) == 1
     assert len(pinned) == 4
     told = machines.client(2, "join", "--json").out
@@ -386,7 +387,7 @@ def test_a_roster_of_an_earlier_version_names_no_tasks_and_is_taken(fresh: Path)
     for client in (1, 2, 3):
         keys(Workspace(fresh), client=client)
     enroll(Workspace(fresh))
-    vault = Vault.need(Workspace(fresh), "server")
+    vault = Party(Workspace(fresh), "server").keys
     older = json.loads((fresh / ROSTER).read_text())
     del older["tasks_sha256"]
     content = json.dumps(older).encode()

@@ -17,7 +17,7 @@ from builders import ROOT, edit
 from federations import vault_of
 from stages.parties import roster, roster_files, signatures
 from stages.parties.names import SERVER
-from stages.parties.vault import Vault
+from stages.parties.party import Onlooker, Party
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.workspace.paths import Workspace
 
@@ -53,7 +53,7 @@ def test_how_a_person_types_a_fingerprint_does_not_matter(spoken: Callable[[str]
 
 
 def found(folder: Path, party: str = "client-2") -> roster.Roster:
-    pinned = roster.pinned(Workspace(folder), party)
+    pinned = Party(Workspace(folder), party).members
     assert pinned is not None
     return pinned
 
@@ -62,10 +62,10 @@ def test_every_party_pins_the_same_roster(enrolled: Path) -> None:
     content = (enrolled / "exchange/federation.json").read_bytes()
     for party in (SERVER, "client-1", "client-2", "client-3"):
         assert found(enrolled, party).sha256 == hashlib.sha256(content).hexdigest()
-        identity = Vault.need(Workspace(enrolled), party).identity
+        identity = Party(Workspace(enrolled), party).keys.identity
         assert found(enrolled).key_of(party) == identity.public_key().public_bytes_raw()
     assert found(enrolled).clients == [1, 2, 3]
-    box = Vault.need(Workspace(enrolled), SERVER).box
+    box = Party(Workspace(enrolled), SERVER).keys.box
     assert found(enrolled).server_box == box.public_key().public_bytes_raw()
 
 
@@ -85,19 +85,19 @@ def test_what_is_pinned_counts_and_not_what_lies_in_the_exchange(enrolled: Path)
 def test_who_has_not_joined_takes_no_part(party: str, mend: str, enrolled: Path) -> None:
     (vault_of(enrolled, party) / "federation.json").unlink()
     with pytest.raises(NotReady, match=f"{party} has not joined this federation") as caught:
-        roster.pinned(Workspace(enrolled), party)
+        _ = Party(Workspace(enrolled), party).members
     assert caught.value.mend == mend
 
 
 def test_without_keys_plain_mode_has_no_roster(finished: Path) -> None:
-    assert roster.pinned(Workspace(finished), SERVER) is None
-    assert roster.anyones(Workspace(finished)) is None
+    assert Party(Workspace(finished), SERVER).members is None
+    assert Onlooker(Workspace(finished)).members is None
 
 
 def test_an_edited_agreement_is_refused_by_everybody_in_the_roster(enrolled: Path) -> None:
     edit(enrolled / "fedcollm.toml", "seed = 7", "seed = 8")
     with pytest.raises(Refused, match=r"fedcollm.toml has changed since the parties enrolled") as caught:
-        roster.pinned(Workspace(enrolled), "client-2")
+        _ = Party(Workspace(enrolled), "client-2").members
     assert caught.value.where == enrolled / "fedcollm.toml"
     assert (caught.value.mend or "").startswith("undo the edit")
 
@@ -111,7 +111,7 @@ def resigned(path: Path, folder: Path, party: str, kind: str, change: Callable[[
     change(value)
     content = json.dumps(value).encode()
     path.write_bytes(content)
-    identity = Vault.need(Workspace(folder), party).identity
+    identity = Party(Workspace(folder), party).keys.identity
     path.with_name(f"{path.name}.sig").write_bytes(signatures.sign(content, kind, identity))
 
 
@@ -171,4 +171,4 @@ def test_a_roster_that_another_than_its_server_signed_is_damaged(enrolled: Path)
     with pytest.raises(Damaged, match=r"signed with key_id .*; the server has"):
         roster_files.read_federation(path)
     with pytest.raises(Damaged, match="signed with key_id"):
-        roster.anyones(Workspace(enrolled))
+        _ = Onlooker(Workspace(enrolled)).members

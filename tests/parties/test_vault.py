@@ -18,6 +18,7 @@ from federations import with_keys
 from stages.files import reading, writing
 from stages.parties import one_time_keys
 from stages.parties.names import SERVER
+from stages.parties.party import Party
 from stages.parties.vault import LARGEST_JUMP, Vault
 from stages.runtime.errors import Damaged, NotReady, Refused, StorageProblem
 from stages.workspace.paths import Workspace
@@ -68,7 +69,7 @@ def test_two_vaults_have_nothing_in_common(workspace: Workspace) -> None:
 @pytest.mark.parametrize(("party", "maker"), [("client-2", "fedcollm keys --client 2"), (SERVER, "fedcollm enroll")])
 def test_a_party_without_keys_is_told_how_to_make_them(party: str, maker: str, workspace: Workspace) -> None:
     with pytest.raises(NotReady, match=f"{party} has no keys on this machine") as caught:
-        Vault.need(workspace, party)
+        _ = Party(workspace, party).keys
     assert caught.value.mend == maker
     assert caught.value.where == workspace.secrets_pointer(party)
 
@@ -154,7 +155,7 @@ def test_its_lock_is_for_its_user_alone_and_held_by_one(workspace: Workspace) ->
             entered.result(timeout=0.5)
     entered.result()
     assert stat.S_IMODE((vault.root / "lock").stat().st_mode) == 0o600
-    with Vault.need(workspace, "client-2").alone():
+    with Party(workspace, "client-2").keys.alone():
         pass
 
 
@@ -256,7 +257,7 @@ def test_what_is_kept_is_found_again_and_nothing_else_is(workspace: Workspace) -
     assert vault.pinned is None
     vault.keep("round-0001", {"attempt": 1})
     vault.pin(b"roster\n")
-    again = Vault.need(workspace, "client-2")
+    again = Party(workspace, "client-2").keys
     assert again.kept("round-0001") == {"attempt": 1}
     assert again.pinned == b"roster\n"
 
@@ -320,7 +321,7 @@ def test_keys_that_were_made_are_not_erased_where_the_process_was_killed_just_th
     vault = Vault.make(workspace, "client-2")
     workspace.secrets_unfinished("client-2").write_bytes(workspace.secrets_pointer("client-2").read_bytes())
     Vault.erase_unfinished(workspace, "client-2")
-    assert Vault.need(workspace, "client-2") == vault
+    assert Party(workspace, "client-2").keys == vault
     assert vault.identity
     assert not workspace.secrets_unfinished("client-2").exists()
 

@@ -21,7 +21,8 @@ from stages.client_train import client_train
 from stages.parties import signatures
 from stages.parties.memory import Kept, recall, remember
 from stages.parties.names import SERVER
-from stages.parties.vault import LARGEST_JUMP, Vault
+from stages.parties.party import Party
+from stages.parties.vault import LARGEST_JUMP
 from stages.reveal import reveal
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused, UsageProblem
 from stages.secagg import accepting, one_round, openings
@@ -43,7 +44,7 @@ def theta_of(folder: Path, round: int = 1) -> Artefact:
 
 
 def kept(folder: Path, party: str = "client-2", round: int = 1) -> Kept | None:
-    return recall(Vault.need(Workspace(folder), party), round)
+    return recall(Party(Workspace(folder), party).keys, round)
 
 
 def reopened(folder: Path, change: Callable[[dict[str, Any]], object]) -> Artefact:
@@ -53,7 +54,7 @@ def reopened(folder: Path, change: Callable[[dict[str, Any]], object]) -> Artefa
     change(manifest)
     content = json.dumps(manifest).encode()
     (place / "manifest.json").write_bytes(content)
-    identity = Vault.need(Workspace(folder), SERVER).identity
+    identity = Party(Workspace(folder), SERVER).keys.identity
     (place / "manifest.json.sig").write_bytes(signatures.sign(content, "broadcast", identity))
     return theta_of(folder)
 
@@ -62,7 +63,7 @@ def refusal(folder: Path, theta: Artefact, client: int = 2) -> Problem:
     """How accepting it ends; what the client remembers stays as it was."""
     before = kept(folder, f"client-{client}")
     with pytest.raises((Refused, Damaged)) as caught:
-        accept(Workspace(folder), theta, client)
+        accept(Party.client(Workspace(folder), client), theta)
     assert kept(folder, f"client-{client}") == before
     assert caught.value.mend
     assert caught.value.where
@@ -130,14 +131,14 @@ def test_a_server_that_was_stopped_before_it_remembered_goes_on_with_the_same_ke
 
 def test_a_client_takes_a_broadcast_and_takes_it_again(opened: Path) -> None:
     for _ in range(2):
-        accept(Workspace(opened), theta_of(opened), 2)
+        accept(Party.client(Workspace(opened), 2), theta_of(opened))
     assert kept(opened) == Kept(attempt=0, broadcast_sha256=theta_of(opened).sha256, slot=0)
     assert kept(opened, "client-1") is None
 
 
 def test_a_second_broadcast_of_a_round_is_refused_with_both_digests(opened: Path) -> None:
     first = theta_of(opened)
-    accept(Workspace(opened), first, 2)
+    accept(Party.client(Workspace(opened), 2), first)
     second = reopened(opened, lambda manifest: manifest["metrics"].update(x=1.0))
     problem = refusal(opened, second)
     assert problem.message.startswith("this is a second broadcast of round 1")
@@ -148,9 +149,9 @@ def test_a_second_broadcast_of_a_round_is_refused_with_both_digests(opened: Path
 
 def test_a_later_attempt_is_followed_and_an_earlier_one_never_again(opened: Path) -> None:
     first = theta_of(opened)
-    accept(Workspace(opened), first, 2)
+    accept(Party.client(Workspace(opened), 2), first)
     broadcast(Workspace(opened), round=1, overwrite=True)
-    accept(Workspace(opened), theta_of(opened), 2)
+    accept(Party.client(Workspace(opened), 2), theta_of(opened))
     found = kept(opened)
     assert found is not None
     assert (found.attempt, found.slot) == (1, 1)
@@ -159,8 +160,8 @@ def test_a_later_attempt_is_followed_and_an_earlier_one_never_again(opened: Path
 
 
 def test_after_a_reveal_no_further_attempt_is_taken(opened: Path) -> None:
-    accept(Workspace(opened), theta_of(opened), 2)
-    vault, before = Vault.need(Workspace(opened), "client-2"), kept(opened)
+    accept(Party.client(Workspace(opened), 2), theta_of(opened))
+    vault, before = Party(Workspace(opened), "client-2").keys, kept(opened)
     assert before is not None
     remember(vault, 1, before.model_copy(update={"close_sha256": "0" * 64}))
     broadcast(Workspace(opened), round=1, overwrite=True)
@@ -209,8 +210,8 @@ def test_a_server_that_lies_about_a_round_is_refused(lie: str, opened: Path) -> 
 
 
 def test_keys_of_a_round_before_are_refused(opened: Path) -> None:
-    accept(Workspace(opened), theta_of(opened), 2)
-    vault = Vault.need(Workspace(opened), "client-2")
+    accept(Party.client(Workspace(opened), 2), theta_of(opened))
+    vault = Party(Workspace(opened), "client-2").keys
     remember(vault, 2, Kept(attempt=0, broadcast_sha256="0" * 64, slot=4))
     later = reopened(opened, lambda manifest: manifest.update(attempt=1))
     assert refusal(opened, later).message == "round 1 is opened with keys 0, and keys 4 were used before"
@@ -225,7 +226,7 @@ def test_a_jump_that_would_burn_keys_is_refused_before_anything_is_trained(opene
 
 def test_a_client_may_be_absent_for_many_rounds_and_a_far_jump_stays_refused(opened: Path) -> None:
     """It took round 1 with keys 0 and was away: an honest server opened each round since with the next keys."""
-    vault = Vault.need(Workspace(opened), "client-2")
+    vault = Party(Workspace(opened), "client-2").keys
     assert accepting._farthest(vault, 1) == LARGEST_JUMP
     remember(vault, 1, Kept(attempt=0, broadcast_sha256="0" * 64, slot=0))
     assert accepting._farthest(vault, 11) == 9 + LARGEST_JUMP
@@ -239,11 +240,11 @@ def test_a_client_may_be_absent_for_many_rounds_and_a_far_jump_stays_refused(ope
 
 
 def test_a_jump_past_missed_rounds_is_taken_by_accept_and_not_beyond(opened: Path) -> None:
-    vault = Vault.need(Workspace(opened), "client-2")
+    vault = Party(Workspace(opened), "client-2").keys
     remember(vault, 1, Kept(attempt=0, broadcast_sha256="0" * 64, slot=2))
     for _ in range(10):
         broadcast(Workspace(opened), round=1, overwrite=True)
-    accept(Workspace(opened), theta_of(opened), 2)  # keys 10: eight after those that it took before
+    accept(Party.client(Workspace(opened), 2), theta_of(opened))  # keys 10: eight after those that it took before
     found = kept(opened)
     assert found is not None
     assert found.slot == 10
@@ -251,8 +252,8 @@ def test_a_jump_past_missed_rounds_is_taken_by_accept_and_not_beyond(opened: Pat
 
 def test_a_broadcast_is_taken_by_one_process_at_a_time(opened: Path) -> None:
     with ThreadPoolExecutor() as pool:
-        with Vault.need(Workspace(opened), "client-2").alone():
-            taken = pool.submit(accept, Workspace(opened), theta_of(opened), 2)
+        with Party(Workspace(opened), "client-2").keys.alone():
+            taken = pool.submit(accept, Party.client(Workspace(opened), 2), theta_of(opened))
             with pytest.raises(TimeoutError):
                 taken.result(timeout=0.5)
             assert kept(opened) is None
@@ -262,24 +263,24 @@ def test_a_broadcast_is_taken_by_one_process_at_a_time(opened: Path) -> None:
 
 @pytest.mark.parametrize("harm", [{"own_shares": "zz"}, {"reveal": "0"}, {"slot": -1}])
 def test_a_memory_that_is_damaged_is_named(harm: dict[str, object], opened: Path) -> None:
-    accept(Workspace(opened), theta_of(opened), 2)
+    accept(Party.client(Workspace(opened), 2), theta_of(opened))
     path = vault_of(opened, "client-2") / "round-0001.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | harm))
     with pytest.raises(Damaged, match=r"the secret round-0001.json of client-2 is damaged"):
-        accept(Workspace(opened), theta_of(opened), 2)
+        accept(Party.client(Workspace(opened), 2), theta_of(opened))
 
 
 def test_without_anybodys_keys_a_client_waits(opened: Path) -> None:
     (opened / "exchange/keys/client-3.json").unlink()
     with pytest.raises(NotReady, match=r"client-3.json is not there"):
-        accept(Workspace(opened), theta_of(opened), 2)
+        accept(Party.client(Workspace(opened), 2), theta_of(opened))
 
 
 def test_a_key_that_is_not_the_rosters_is_refused_before_it_signs(opened: Path) -> None:
     identity = vault_of(opened, "client-2") / "identity.pem"
     identity.write_bytes((vault_of(opened, "client-1") / "identity.pem").read_bytes())
     with pytest.raises(Damaged, match=r"identity.pem of client-2 is not the one that it enrolled with"):
-        accept(Workspace(opened), theta_of(opened), 2)
+        accept(Party.client(Workspace(opened), 2), theta_of(opened))
 
 
 def test_a_servers_box_that_is_not_the_rosters_is_refused(enrolled: Path) -> None:
@@ -290,7 +291,7 @@ def test_a_servers_box_that_is_not_the_rosters_is_refused(enrolled: Path) -> Non
 
 
 def test_a_seed_that_is_not_the_one_enrolled_is_refused_before_anything_is_trained(opened: Path) -> None:
-    Vault.need(Workspace(opened), "client-2").keep("ratchet", {"slot": 0, "seed": "11" * 32})
+    Party(Workspace(opened), "client-2").keys.keep("ratchet", {"slot": 0, "seed": "11" * 32})
     assert "ratchet.json of client-2 is not the one" in refusal(opened, theta_of(opened)).message
 
 
@@ -324,7 +325,7 @@ def test_a_round_for_fewer_than_was_agreed_is_refused_and_what_it_is_for_is_said
         broadcast(Workspace(folder), round=1, without=[4])
     broadcast(Workspace(folder), round=1)
     said: list[str] = []
-    accept(Workspace(folder), theta_of(folder), 2, lambda event: said.append(event.text))
+    accept(Party.client(Workspace(folder), 2), theta_of(folder), lambda event: said.append(event.text))
     assert said == ["round 1 is opened for 4 of 4 clients; its sum is of 4 or more"]
 
     def few(manifest: dict[str, Any]) -> None:
@@ -344,7 +345,7 @@ def test_a_client_that_is_left_out_is_told_so_and_the_choice_stays(enrolled: Pat
     assert (opening.clients, opening.threshold) == ([1, 3, 4], 3)
     problem = refusal(folder, theta_of(folder))
     assert problem.message == "round 1 was opened without client 2"
-    accept(Workspace(folder), theta_of(folder), 4)
+    accept(Party.client(Workspace(folder), 4), theta_of(folder))
     before = theta_of(folder)
     broadcast(Workspace(folder), round=1)  # given again, without saying it again
     assert theta_of(folder) == before
@@ -362,10 +363,10 @@ def test_who_was_left_out_of_a_later_attempt_takes_part_in_the_next_round(enroll
     folder = four(enrolled, tmp_path)
     broadcast(Workspace(folder), round=1)
     first = shutil.copytree(folder / PLACE, tmp_path / "round-0001/broadcast")
-    accept(Workspace(folder), theta_of(folder), 2)
+    accept(Party.client(Workspace(folder), 2), theta_of(folder))
     broadcast(Workspace(folder), round=1, without=[2], overwrite=True)
     second = shutil.copytree(folder / PLACE, tmp_path / "second")
-    opening, slot, _ = openings.open_round(Workspace(folder), 2, again=False, without=None)[1], 2, None
+    opening, slot, _ = openings.open_round(Party.server(Workspace(folder)), 2, again=False, without=None)[1], 2, None
     assert opening is not None
     assert opening.slot == slot
     assert opening.previous_sha256 == theta_of(folder).sha256
@@ -377,7 +378,7 @@ def test_who_was_left_out_of_a_later_attempt_takes_part_in_the_next_round(enroll
     assert "copy exchange/round-0001/broadcast here again" in (problem.mend or "")
     shutil.rmtree(folder / PLACE)
     shutil.copytree(second, folder / PLACE)
-    accept(Workspace(folder), following, 2)
+    accept(Party.client(Workspace(folder), 2), following)
     found = kept(folder, round=2)
     assert found is not None
     assert found.broadcast_sha256 == following.sha256
@@ -385,7 +386,7 @@ def test_who_was_left_out_of_a_later_attempt_takes_part_in_the_next_round(enroll
 
 def refusal_of_round_2(folder: Path, theta: Artefact) -> Problem:
     with pytest.raises(Refused) as caught:
-        accept(Workspace(folder), theta, 2)
+        accept(Party.client(Workspace(folder), 2), theta)
     return caught.value
 
 
@@ -400,7 +401,6 @@ def test_a_close_over_fewer_than_was_agreed_is_not_revealed_for_and_fails_the_au
     publish(
         workspace.close(1),
         {inbox(k): b"-" for k in (1, 2, 3)},
-        workspace,
         Draft(
             stage="close",
             round=1,
@@ -411,6 +411,7 @@ def test_a_close_over_fewer_than_was_agreed_is_not_revealed_for_and_fails_the_au
             transcript=one_round.transcript_of(theta_of(folder)),
             closing={party: one.masking.y_sha256 for party, one in sent.items() if one.masking},
         ),
+        by=Party.server(workspace),
     )
     with pytest.raises(
         Refused, match=r"closed over 3 of 4 clients; by the agreement its sum is of 4 or more"

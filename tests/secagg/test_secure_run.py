@@ -20,6 +20,7 @@ from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.federation.run import run
+from stages.parties.party import Party
 from stages.progress.status import status
 from stages.reveal import reveal
 from stages.runtime.errors import BadNumbers, Damaged, NotReady, Refused
@@ -242,7 +243,7 @@ def test_what_a_client_remembers_is_changed_by_one_process_at_a_time(
         client_train(workspace, client=client, round=1)
     theta = read_artefact(workspace.broadcast(1))
     adapter = workspace.client_adapter(1, 2)
-    meanwhile(masking, "mask", lambda: sending.send(workspace, theta, read_artefact(adapter), 2))
+    meanwhile(masking, "mask", lambda: sending.send(Party.client(workspace, 2), theta, read_artefact(adapter)))
     sent = client_train(workspace, client=2, round=1)
     assert waited[0].result(timeout=60) == sent  # and no second mask
     with pytest.raises(NotReady, match="waits for"):
@@ -259,9 +260,9 @@ def test_a_broadcast_taken_while_the_client_trained_for_another_ends_the_latter(
     client_train(workspace, client=2, round=1)
     theta, trained = read_artefact(workspace.broadcast(1)), read_artefact(workspace.client_adapter(1, 2))
     broadcast(workspace, round=1, overwrite=True)
-    accepting.accept(workspace, read_artefact(workspace.broadcast(1)), 2)
+    accepting.accept(Party.client(workspace, 2), read_artefact(workspace.broadcast(1)))
     with pytest.raises(Refused, match="client 2 has taken another broadcast of round 1"):
-        sending.send(workspace, theta, trained, 2)
+        sending.send(Party.client(workspace, 2), theta, trained)
 
 
 def test_an_update_beyond_the_agreed_bound_is_not_sent(enrolled: Path) -> None:
