@@ -99,7 +99,11 @@ def loaded_after(code: str) -> set[str]:
 def modules_of(*rooms: str) -> list[str]:
     """Every module of these rooms, dotted."""
     paths = [path for path in MODULES if room_of(path) in rooms and path.stem not in ("__init__", *WITH_LIBRARIES)]
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return [dotted(path) for path in paths]
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def loaded_by_importing(names: list[str]) -> set[str]:
@@ -145,6 +149,38 @@ def test_nothing_under_stages_knows_of_the_command_line() -> None:
 def test_the_command_line_knows_of_no_library_that_stages_stand_on() -> None:
     for path in (ROOT / "fedcollm_cli").rglob("*.py"):
         assert not packages(path) & (HEAVY | {"numpy", "safetensors"}), path
+
+
+# --- what stages hand to views
+
+UNTYPED = "dict[str, Any]"
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    yield from (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+
+
+def test_no_function_of_a_stage_that_the_command_line_calls_returns_an_untyped_dict() -> None:
+    called = {name for path in (ROOT / "fedcollm_cli").rglob("*.py") for name in imported(path)}
+    returned = {
+        f"{dotted(path)}.{function.name}": ast.unparse(function.returns)
+        for path in MODULES
+        for function in functions(path)
+        if f"{dotted(path)}.{function.name}" in called and function.returns
+    }
+    assert len(returned) >= 30
+    assert [name for name, type_ in returned.items() if UNTYPED in type_] == []
+
+
+def test_no_view_takes_or_returns_an_untyped_dict() -> None:
+    for path in (ROOT / "fedcollm_cli" / "views").glob("*.py"):
+        for function in functions(path):
+            taken = [
+                ast.unparse(node.annotation)
+                for node in ast.walk(function.args)
+                if isinstance(node, ast.arg) and node.annotation
+            ]
+            assert UNTYPED not in " ".join([*taken, ast.unparse(function.returns)]), f"{path}: {function.name}"
 
 
 # --- size

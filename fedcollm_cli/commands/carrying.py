@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def pack(
             overwrite=overwrite,
             report=opened.console.report,
         )
-        opened.console.result(packed, packed["path"])
+        opened.console.result(packed.as_json(), str(packed.path))
 
 
 def unpack(
@@ -77,4 +78,4 @@ def unpack(
         from stages.exchange.unpack import unpack as stage
 
         found = stage(opened.workspace, file.absolute(), overwrite=overwrite, report=opened.console.report)
-        opened.console.result(found, texts.lines([*found["unpacked"], *found["already"]]))
+        opened.console.result(asdict(found), texts.lines([*found.unpacked, *found.already]))

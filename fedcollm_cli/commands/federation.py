@@ -108,7 +108,7 @@ def status(
         from stages.progress.status import status as stage
 
         found = stage(opened.workspace, verify=verify)
-        opened.console.result(progress.status_value(found, workspace), progress.status(found, workspace))
+        opened.console.result(found.as_json(workspace), progress.status(found, workspace))
     if verify and found.is_damaged:
         raise typer.Exit(Damaged.exit_code)
 

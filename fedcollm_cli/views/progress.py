@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stages.artefacts.records import Result, TaskScores
     from stages.data.split_file import Split
     from stages.demo.demo import Shown
-    from stages.progress.status import Score, Status
+    from stages.progress.status import Status
     from stages.progress.steps import Step
 
 MOST_NAMED = 8
@@ -93,7 +93,8 @@ def status(found: Status, workspace: Path | None) -> str:
                 reason = f"  ({step.reason})" if step.reason else ""
                 lines.append(f"  {step.name:<{width}}{_condition(step)}{reason}")
             elif step is by_kind[kind][0]:
-                lines.append(f"  {f'{kind}s':<{width}}{_summary(by_kind[kind], is_collected)}")
+                conditions = {one.name: one.condition if is_collected else _condition(one) for one in by_kind[kind]}
+                lines.append(f"  {f'{kind}s':<{width}}{_summary(conditions)}")
                 lines += [
                     f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason
                 ]
@@ -103,7 +104,8 @@ def status(found: Status, workspace: Path | None) -> str:
         first, last = len(begun) + 1, len(found.rounds)
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
     if found.scores:
-        lines.append(f"scores of round {found.rounds[-1].number}: {_summary(found.scores)}")
+        conditions = {score.name: score.condition for score in found.scores}
+        lines.append(f"scores of round {found.rounds[-1].number}: {_summary(conditions)}")
     if found.edited:
         lines.append(found.edited)
     lines += [f"stale: {one}" for one in found.stale]
@@ -123,42 +125,20 @@ def status(found: Status, workspace: Path | None) -> str:
     return texts.lines(lines)
 
 
-def _condition(step: Any) -> str:
+def _condition(step: Step) -> str:
     """Another party's folder that is not here is not said to be missing: it may never come here."""
     is_elsewhere = step.condition == "missing" and not (step.here or step.reason)
-    return "not on this machine" if is_elsewhere else str(step.condition)
+    return "not on this machine" if is_elsewhere else step.condition
 
 
-def _summary(several: list[Any], is_collected: bool = True) -> str:
-    """How many clients, or scores, are in which condition, naming those not done.
-
-    is_collected: whether those of all parties are to arrive on this machine.
-    """
+def _summary(conditions: Mapping[str, str]) -> str:
+    """How many clients, or scores, are in which condition, by name; naming those not done."""
     parts = []
-    conditions = [one.condition if is_collected else _condition(one) for one in several]
-    for condition, count in Counter(conditions).items():
-        names = [
-            re.sub(r"^\w+-", "", one.name) for one, its in zip(several, conditions, strict=True) if its == condition
-        ]
+    for condition, count in Counter(conditions.values()).items():
+        names = [re.sub(r"^\w+-", "", name) for name, its in conditions.items() if its == condition]
         shown = ", ".join(names[:MOST_NAMED]) + (f" and {count - MOST_NAMED} more" if count > MOST_NAMED else "")
         parts.append(f"{count} {condition}" if condition == "done" else f"{count} {condition}: {shown}")
     return "; ".join(parts)
-
-
-def status_value(found: Status, workspace: Path | None) -> dict[str, Any]:
-    """The same for machines."""
-    command = found.next_command
-    rounds = [asdict(round) | {"steps": [_with_line(step) for step in round.steps]} for round in found.rounds]
-    return asdict(found) | {
-        "next_command": str(command.also(workspace=workspace)) if command else "",
-        "rounds": rounds,
-        "scores": [_with_line(score) for score in found.scores],
-    }
-
-
-def _with_line(made: Step | Score) -> dict[str, Any]:
-    """A step or a score, with its command as the line to type."""
-    return asdict(made) | {"command": str(made.command)}
 
 
 def demo(measured: Shown) -> Group:

@@ -8,10 +8,11 @@ same bytes.
 from __future__ import annotations
 
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.exchange.bundles import bundle_bytes
+from stages.exchange.bundles import Member, bundle_bytes
 from stages.files import reading, writing
 from stages.parties.names import keys_made_by, of
 from stages.runtime.errors import Refused, UsageProblem
@@ -27,6 +28,20 @@ SECOND_LEGS = ("close", "reveal")
 """What goes along in a secure round once there is one; the bundle is named by it."""
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A bundle: its place, its size and digest, and the files in it, sorted."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+    members: list[Member]
+
+    def as_json(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"path": str(self.path), "members": [one.model_dump() for one in self.members]}
+
+
 def pack(
     workspace: Workspace,
     *,
@@ -39,8 +54,8 @@ def pack(
     output: Path | None = None,
     overwrite: bool = False,
     report: Report = ignore,
-) -> dict[str, Any]:
-    """Write a bundle; returns its path, digest and members. Checked before it is written, as `unpack` checks it.
+) -> Packed:
+    """Write a bundle. Checked before it is written, as `unpack` checks it.
 
     With round: what the client sends in it, or, without one, the server; to: for this client, without what the close
     holds for others. keys: instead, the client's public keys. roster: instead, the roster and every client's keys.
@@ -66,10 +81,10 @@ def pack(
     path = output or folder / _name(workspace, round, client, to, keys, last)
     _write(path, content, overwrite, report)
     listed = [
-        {"name": name, "size_bytes": len(members[name]), "sha256": reading.sha256(members[name])}
+        Member(name=name, size_bytes=len(members[name]), sha256=reading.sha256(members[name]))
         for name in sorted(members)
     ]
-    return {"path": str(path), "size_bytes": len(content), "sha256": reading.sha256(content), "members": listed}
+    return Packed(path, len(content), reading.sha256(content), listed)
 
 
 def _check_words(round: int | None, client: int | None, to: int | None, keys: bool, roster: bool) -> None:

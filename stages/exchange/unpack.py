@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,10 +29,16 @@ Content = bytes | dict[str, bytes]
 """Of a file, or of a folder's files."""
 
 
-def unpack(
-    workspace: Workspace, path: Path, *, overwrite: bool = False, report: Report = ignore
-) -> dict[str, list[str]]:
-    """Unpack a bundle. Returns the paths, from the workspace down, that it put there and that were there already.
+@dataclass(frozen=True)
+class Unpacked:
+    """The paths, from the workspace down, that were put there and that were there already."""
+
+    unpacked: list[str] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+
+
+def unpack(workspace: Workspace, path: Path, *, overwrite: bool = False, report: Report = ignore) -> Unpacked:
+    """Unpack a bundle.
 
     Raises Damaged for anything but a bundle of `pack`, Refused for one of another federation, agreement or round, and
     where other bytes are in its place, unless overwrite says to replace them.
@@ -55,12 +62,12 @@ def unpack(
     sorted_out = parcels.sorted_out(bundle.members, workspace, path)
     for parcel, contents in sorted_out.items():
         parcel_checks.check(parcel, contents, workspace, path / parcel.name(workspace, ""))
-    found: dict[str, list[str]] = {"unpacked": [], "already": []}
+    found = Unpacked()
     new: dict[Path, Content] = {}
     for parcel, contents in sorted_out.items():
         places = _places(parcel, contents, workspace)
         if all(_holds(place, content) for place, content in places.items()):
-            found["already"] += [workspace.shown(place) for place in places]
+            found.already.extend(map(workspace.shown, places))
             continue
         taken = [place for place, content in places.items() if os.path.lexists(place) and not _holds(place, content)]
         if taken and not overwrite:
@@ -70,7 +77,7 @@ def unpack(
         new |= places
     for place, content in new.items():
         _put(place, content, workspace)
-        found["unpacked"].append(workspace.shown(place))
+        found.unpacked.append(workspace.shown(place))
     if not new:
         report(Event("note", "already done"))
     return found

@@ -11,7 +11,7 @@ import gc
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from stages.artefacts.manifest import versions
 from stages.artefacts.reading import Artefact
@@ -25,9 +25,40 @@ from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MODE
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
+    from stages.export.exported import Proof
     from stages.workspace.settings import Role
 
 FORMAT = "fedcollm-export/1"
+
+
+class Source(TypedDict):
+    """What decides an export: two that agree on it are the same."""
+
+    format: str
+    federation: str
+    subject: str  # slm, llm, aggregate or client-k
+    round: int
+    merged: bool
+    adapter_sha256: str
+    manifest_sha256: str
+    agreement_sha256: str
+    base: dict[str, Any]  # as a BaseIdentity, with its model and revision on a hub
+    model_card_sha256: str
+
+
+class Entry(TypedDict):
+    """One file of an export."""
+
+    sha256: str
+    size_bytes: int
+
+
+class Export(Source):
+    """All that export.json says."""
+
+    proof: Proof
+    files: dict[str, Entry]  # by their paths in the folder
+    versions: dict[str, str]
 
 
 def export(
@@ -40,7 +71,7 @@ def export(
     folder: Path | None = None,
     overwrite: bool = False,
     report: Report = ignore,
-) -> dict[str, Any]:
+) -> Export:
     """Write one model as others load it. Returns what export.json says.
 
     model, client: as evaluate has them. merged: whole weights instead of an adapter. folder: instead of the place in
@@ -54,7 +85,7 @@ def export(
     base_model = hub_id(workspace, role)
     revision = workspace.agreement.model_of(role).revision if base_model else None
     card = model_card(workspace, adapter, subject, merged=merged, base_model=base_model, revision=revision).encode()
-    what = {
+    what: Source = {
         "format": FORMAT,
         "federation": adapter.manifest.federation,
         "subject": subject,
@@ -75,7 +106,7 @@ def export(
             _write_adapter(draft, adapter, base_model, revision)
         proof = _write_and_prove(draft, workspace, role, adapter, merged=merged)
         (draft / MODEL_CARD).write_bytes(card)
-        made = what | {"proof": proof, "files": _digests(draft), "versions": versions()}
+        made: Export = {**what, "proof": proof, "files": _digests(draft), "versions": versions()}
         (draft / EXPORT).write_bytes(reading.json_bytes(made))
     words = f"off by {proof['error']:.2g} at most, where the adapter moves them by {proof['change']:.2g}"
     if base_model is None:
@@ -84,7 +115,7 @@ def export(
     return made
 
 
-def _already_made(target: Path, what: dict[str, Any], shown: str, *, overwrite: bool) -> dict[str, Any] | None:
+def _already_made(target: Path, what: Source, shown: str, *, overwrite: bool) -> Export | None:
     """What export.json of a whole export of the same inputs says, or None: make it.
 
     Raises Refused for an export of other inputs, and, whatever overwrite says, for a folder that is not an export.
@@ -102,14 +133,14 @@ def _already_made(target: Path, what: dict[str, Any], shown: str, *, overwrite: 
     if overwrite:
         return None
     mend = "give the command again with --overwrite to replace it"
-    if changed := [key.removesuffix("_sha256") for key in what if earlier.get(key) != what[key]]:
+    if changed := [key.removesuffix("_sha256") for key in what if earlier.get(key) != what.get(key)]:
         message = f"{shown} was exported from other inputs; changed since: {', '.join(changed)}"
         raise Refused(message, where=target, mend=mend)
     for name, entry in earlier["files"].items():
         path = target / name
         if not path.is_file() or path.stat().st_size != entry["size_bytes"]:
             raise Damaged(f"{name} of an earlier export is missing or was changed", where=path, mend=mend)
-    return earlier
+    return cast(Export, earlier)
 
 
 def _write_adapter(draft: Path, adapter: Artefact, base_model: str | None, revision: str | None) -> None:
@@ -120,10 +151,8 @@ def _write_adapter(draft: Path, adapter: Artefact, base_model: str | None, revis
     (draft / ADAPTER_WEIGHTS).write_bytes(adapter.contents[ADAPTER_WEIGHTS])
 
 
-def _write_and_prove(
-    draft: Path, workspace: Workspace, role: Role, adapter: Artefact, *, merged: bool
-) -> dict[str, Any]:
-    """Write merged weights, or take the adapter that was written; then load the draft back. Returns the proof.
+def _write_and_prove(draft: Path, workspace: Workspace, role: Role, adapter: Artefact, *, merged: bool) -> Proof:
+    """Write merged weights, or take the adapter that was written; then load the draft back.
 
     In float32 whatever the settings say; of the two models that are compared only one is in memory at a time.
     """
@@ -155,12 +184,12 @@ def _write_and_prove(
         proof = exported.check_logits(found, expected, dtype)
     if merged:
         exported.check_tokenizer(draft, adapter.manifest.base.tokenizer_sha256)
-    return proof | {"stored_dtype": str(dtype).removeprefix("torch.")}
+    return proof
 
 
-def _digests(draft: Path) -> dict[str, dict[str, Any]]:
+def _digests(draft: Path) -> dict[str, Entry]:
     """sha256 and size of every file, read in pieces: merged weights are large."""
-    found = {}
+    found: dict[str, Entry] = {}
     for path in sorted(path for path in draft.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from peft import PeftModel
@@ -146,11 +146,19 @@ def load_merged(draft: Path, device: torch.device) -> PreTrainedModel:
     return loaded
 
 
-def check_logits(found: PeftModel | PreTrainedModel, expected: Reference, dtype: torch.dtype) -> dict[str, float]:
+class Proof(TypedDict):
+    """How far an export's logits are from the tuned model's, at the largest; how far tuning moved them; the largest."""
+
+    error: float
+    change: float
+    scale: float
+    stored_dtype: str
+
+
+def check_logits(found: PeftModel | PreTrainedModel, expected: Reference, dtype: torch.dtype) -> Proof:
     """Prove that an export, loaded back, says what the tuned model says and not what the base says.
 
-    dtype: what the export is stored in. Returns the largest difference of a logit from the tuned model's ("error"), the
-    largest that tuning made ("change"), and the largest logit ("scale"). The error has to be a small share of the
+    dtype: what the export is stored in. The error has to be a small share of the
     scale, and less than half of the change, so that the export is nearer to the tuned model than to the base.
     """
     logits = [adapters.logits(found, text) for text in expected.texts]
@@ -165,7 +173,7 @@ def check_logits(found: PeftModel | PreTrainedModel, expected: Reference, dtype:
     if not error < change / 2:
         message = f"{stored} does not keep what was tuned: logits off by {error:.3g}, moved by {change:.3g}"
         raise BadNumbers(message, mend="export the adapter, without --merged: it stays float32")
-    return {"error": error, "change": change, "scale": scale}
+    return {"error": error, "change": change, "scale": scale, "stored_dtype": stored}
 
 
 def _largest_difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:

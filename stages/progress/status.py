@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from stages.artefacts import records
 from stages.files import reading
@@ -60,6 +60,20 @@ class Status:
     def is_damaged(self) -> bool:
         """Whether anything is not as it was written."""
         return bool(self.changed) or any(step.condition == "damaged" for one in self.rounds for step in one.steps)
+
+    def as_json(self, workspace: Path | None) -> dict[str, Any]:
+        """For JSON, with commands as lines to type. workspace: the folder that was asked for, if by its name."""
+        command = self.next_command
+        rounds = [asdict(round) | {"steps": [_with_line(step) for step in round.steps]} for round in self.rounds]
+        return asdict(self) | {
+            "next_command": str(command.also(workspace=workspace)) if command else "",
+            "rounds": rounds,
+            "scores": [_with_line(score) for score in self.scores],
+        }
+
+
+def _with_line(made: Step | Score) -> dict[str, Any]:
+    return asdict(made) | {"command": str(made.command)}
 
 
 def status(workspace: Workspace, *, verify: bool = False, party: str | None = None) -> Status:
