@@ -126,7 +126,7 @@ def _public(workspace: Workspace, client: int | None, keys: bool) -> list[Parcel
         here = [k for k in workspace.clients if workspace.public_keys(k).exists()]
         wanted = [Parcel("federation"), *(Parcel("keys", client=k) for k in here)]
     for parcel in wanted:
-        made_by = keys_made_by(of(parcel.client))
+        made_by = keys_made_by(of(parcel.client or None))
         for file in parcel.public_files(workspace):
             require(parcel.folder(workspace) / file, f"{file} is not there", made_by)
     return wanted
