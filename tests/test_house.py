@@ -308,6 +308,59 @@ def test_names_on_disk_are_spelled_by_the_workspace_alone() -> None:
             assert NAMES[path] in OF_ITS_OWN or not joined(path) & (places | {"round-"}), NAMES[path]
 
 
+# --- parties
+
+OPENING = {"Party", "Party.client", "Party.server", "Onlooker", "all_of"}
+VAULTS = {"Vault", "Vault.find", "Vault.make"}
+OVER_ALL = ("parties", "audit", "progress")
+"""Rooms that look at every party of a machine."""
+
+WHO_LOOK = {
+    "stages/aggregation/drift.py",
+    "stages/artefacts/subjects.py",
+    "stages/exchange/parcel_checks.py",
+}
+"""Modules that take no part in a round, and look for the roster in exchange/ themselves."""
+
+
+def called(node: ast.AST) -> list[str]:
+    """What is called, as it is written."""
+    return [ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[NAMES[path] for path in MODULES])
+def test_a_step_opens_its_party_once_and_hands_it_on(path: Path) -> None:
+    found = called(ast.parse(path.read_text()))
+    opened = [name for name in found if name in OPENING]
+    room = room_of(path)
+    assert room == "parties" or not VAULTS & set(found)
+    if room in STEPS:
+        assert len(opened) <= 1
+    elif room not in OVER_ALL:
+        assert opened == (["Onlooker"] if NAMES[path] in WHO_LOOK else [])
+
+
+@pytest.mark.parametrize("path", NAMES, ids=NAMES.values())
+def test_the_name_of_a_party_is_taken_apart_in_one_place(path: Path) -> None:
+    cuts = {("partition", "-"), ("rpartition", "-"), ("split", "-"), ("replace", "-", " "), ("removeprefix", "client-")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            cut = (node.func.attr, *(one.value for one in node.args if isinstance(one, ast.Constant)))
+            assert cut not in cuts or NAMES[path] in ("stages/parties/names.py", "stages/artefacts/checkpoints.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[NAMES[path] for path in MODULES])
+def test_what_is_received_is_asked_for_in_one_call(path: Path) -> None:
+    """Whether a folder is there, what it holds and whose it is: received, with what to say where it is missing."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef):
+            asked: dict[str, set[str]] = {"require": set(), "received": set()}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in asked:
+                    asked[ast.unparse(node.func)].add(ast.unparse(node.args[0]))
+            assert not asked["require"] & asked["received"], function.name
+
+
 # --- what is loaded
 
 

@@ -88,8 +88,8 @@ def status(found: Status, workspace: Path | None) -> str:
         lines.append(f"round {round.number}")
         is_collected = any(step.name == "aggregate" and step.here for step in round.steps)  # by the server, from all
         for step in round.steps:
-            kind = step.name.partition("-")[0]
-            if step not in by_kind.get(kind, []):
+            kind = next((kind for kind, steps in by_kind.items() if step in steps), "")
+            if not kind:
                 reason = f"  ({step.reason})" if step.reason else ""
                 lines.append(f"  {step.name:<{width}}{_condition(step)}{reason}")
             elif step is by_kind[kind][0]:
