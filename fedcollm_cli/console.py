@@ -58,7 +58,7 @@ class Console:
         copy = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         self._err = _Harmless(file=copy, soft_wrap=True)
         self._quiet = quiet
-        self._as_json = as_json
+        self.as_json = as_json
         self._is_muted = is_muted  # of several processes of one command, all but the first
         self.tells_failures = not is_muted
         self._progress: Progress | None = None
@@ -141,7 +141,7 @@ class Console:
             self._result = value, text
 
     def _write(self, value: Any, text: str | Table | Group) -> None:
-        if self._as_json:
+        if self.as_json:
             sys.stdout.write(json.dumps(_printable(value), indent=2, sort_keys=True) + "\n")
         elif not isinstance(text, str):
             _Harmless().print(text)

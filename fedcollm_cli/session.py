@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import inspect
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -47,6 +49,19 @@ ProcessesOption = Annotated[
     typer.Option("--processes", min=1, help="How many torchrun was told to start; with any other number it refuses."),
 ]
 
+SHARED = {
+    name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    for name, annotation, default in (
+        ("workspace", WorkspaceOption, None),
+        ("as_json", JsonOption, False),
+        ("quiet", QuietOption, False),
+        ("device", DeviceOption, None),
+        ("dtype", DtypeOption, None),
+        ("processes", ProcessesOption, None),
+    )
+}
+"""The options that a session is opened with, as `session` takes them."""
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 HEEDED_WITHIN_S = 5
 """Seconds from a signal to the end of a command, cleaning up included, before it is interrupted once more."""
@@ -54,11 +69,42 @@ HEEDED_WITHIN_S = 5
 
 @dataclass(frozen=True)
 class Session:
-    """One command's workspace and console, and the processes that torchrun started for it."""
+    """One command's workspace and console, and the processes that torchrun started for it.
+
+    folder: the workspace as --workspace named it, if it did.
+    """
 
     workspace: Workspace
+    folder: Path | None
     console: Console
     processes: Processes
+
+
+Function = Callable[..., None]
+
+
+def in_workspace(*also: Literal["quiet", "device", "dtype", "processes"]) -> Callable[[Function], Function]:
+    """Make a function a command that opens a workspace: --workspace, --json and these options are its too.
+
+    The function is given the open session as `opened`. In the help --workspace stands where `opened` does among its
+    parameters, and the others stand last. A command with --processes can be one of several that torchrun started.
+    """
+    last = ("as_json", *also)
+
+    def made(function: Function) -> Function:
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        first = [SHARED["workspace"] if one.name == "opened" else one for one in own]
+
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            options = {name: given.pop(name) for name in ("workspace", *last)}
+            with session(**options, together="processes" in also) as opened:
+                function(opened=opened, **given)
+
+        vars(command)["__signature__"] = inspect.Signature([*first, *(SHARED[name] for name in last)])
+        return command
+
+    return made
 
 
 @contextlib.contextmanager
@@ -122,7 +168,7 @@ def session(
     workspace: Path | None,
     *,
     as_json: bool,
-    quiet: bool,
+    quiet: bool = True,
     device: str | None = None,
     dtype: str | None = None,
     processes: int | None = None,
@@ -130,7 +176,8 @@ def session(
 ) -> Iterator[Session]:
     """An open workspace, with every failure turned into a message and an exit code.
 
-    processes: how many are expected. together: whether this command can be of several.
+    quiet: so is a command that lacks the option. processes: how many are expected. together: whether this command can
+    be of several.
     """
     console = Console(quiet=quiet, as_json=as_json, is_muted=not is_first(os.environ))
     with guarded(console):
@@ -143,7 +190,7 @@ def session(
         joined = join(launch, found.machine.device)
         with joined.ending_together():
             try:
-                yield Session(found, console, joined)
+                yield Session(found, workspace, console, joined)
             except Problem as problem:
                 problem.edited = edits.since_last(found)
                 raise

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fedcollm_cli.console import Console
-from fedcollm_cli.session import JsonOption, QuietOption, WorkspaceOption, guarded, session
+from fedcollm_cli.session import JsonOption, QuietOption, Session, WorkspaceOption, guarded, in_workspace
 from stages.runtime import texts
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def audit(
         raise typer.Exit(exit_code(found, strict=strict))
 
 
+@in_workspace("quiet")
 def verify(
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    *,
+    opened: Session,
 ) -> None:
     """Walk the chain of manifests and signatures.
 
@@ -65,13 +65,12 @@ def verify(
 
     Example: fedcollm verify
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from dataclasses import asdict
+    from dataclasses import asdict
 
-        from stages.audit.verify import verify as stage
+    from stages.audit.verify import verify as stage
 
-        found = stage(opened.workspace, report=opened.console.report)
-        opened.console.result(asdict(found), found.as_text)
+    found = stage(opened.workspace, report=opened.console.report)
+    opened.console.result(asdict(found), found.as_text)
 
 
 def diff(

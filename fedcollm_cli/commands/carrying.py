@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, WorkspaceOption, session
+from fedcollm_cli.session import OverwriteOption, Session, in_workspace
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
 from stages.workspace.commands import Command
@@ -16,7 +16,9 @@ from stages.workspace.commands import Command
 ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace another file that is there.")]
 
 
+@in_workspace("quiet")
 def pack(
+    *,
     round: Annotated[int | None, typer.Option("--round", min=1, help="What is sent in this round.")] = None,
     client: Annotated[int | None, typer.Option("--client", min=1, help="By this client.")] = None,
     server: Annotated[bool, typer.Option("--server", help="By the server.")] = False,
@@ -24,10 +26,8 @@ def pack(
     keys: Annotated[bool, typer.Option("--keys", help="Instead: the client's public keys.")] = False,
     roster: Annotated[bool, typer.Option("--roster", help="Instead: the roster and all public keys.")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="The file to write. Default: a name in here.")] = None,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: ReplaceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Make one file of what a party sends.
 
@@ -38,33 +38,32 @@ def pack(
 
     Example: fedcollm pack --client 2 --round 5
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.exchange.pack import pack as stage
+    from stages.exchange.pack import pack as stage
 
-        if round is not None and server == (client is not None):
-            mend = f"{Command('pack', client=2, round=5)}, or {Command('pack', server=True, round=5)}"
-            raise UsageProblem("pack needs a sender: either --client or --server", mend=mend)
-        packed = stage(
-            opened.workspace,
-            folder=Path.cwd(),
-            round=round,
-            client=client,
-            to=to,
-            keys=keys,
-            roster=roster,
-            output=output and output.absolute(),
-            overwrite=overwrite,
-            report=opened.console.report,
-        )
-        opened.console.result(packed.as_json(), str(packed.path))
+    if round is not None and server == (client is not None):
+        mend = f"{Command('pack', client=2, round=5)}, or {Command('pack', server=True, round=5)}"
+        raise UsageProblem("pack needs a sender: either --client or --server", mend=mend)
+    packed = stage(
+        opened.workspace,
+        folder=Path.cwd(),
+        round=round,
+        client=client,
+        to=to,
+        keys=keys,
+        roster=roster,
+        output=output and output.absolute(),
+        overwrite=overwrite,
+        report=opened.console.report,
+    )
+    opened.console.result(packed.as_json(), str(packed.path))
 
 
+@in_workspace("quiet")
 def unpack(
+    *,
     file: Annotated[Path, typer.Argument(help="The bundle.")],
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Put what another party packed into its place.
 
@@ -74,8 +73,7 @@ def unpack(
 
     Example: fedcollm unpack tiny-round-0005-client-2.fedcollm
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.exchange.unpack import unpack as stage
+    from stages.exchange.unpack import unpack as stage
 
-        found = stage(opened.workspace, file.absolute(), overwrite=overwrite, report=opened.console.report)
-        opened.console.result(asdict(found), texts.lines([*found.unpacked, *found.already]))
+    found = stage(opened.workspace, file.absolute(), overwrite=overwrite, report=opened.console.report)
+    opened.console.result(asdict(found), texts.lines([*found.unpacked, *found.already]))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 import typer
 from rich.console import Group
 
-from fedcollm_cli.session import DeviceOption, DtypeOption, JsonOption, QuietOption, WorkspaceOption, session
+from fedcollm_cli.session import Session, in_workspace
 from fedcollm_cli.views import tables
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
@@ -17,7 +17,9 @@ from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
 
 
+@in_workspace("quiet", "device", "dtype")
 def compare(
+    *,
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Such as 1,2,3: run what is missing of these. Default: what is there.")
     ] = None,
@@ -35,11 +37,7 @@ def compare(
     ] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout: a line for each row, task and seed.")] = False,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    opened: Session,
 ) -> None:
     """Compare all methods, as the paper's Tables 1 and 2 do.
 
@@ -50,46 +48,43 @@ def compare(
 
     Example: fedcollm compare --seeds 1,2,3
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
-        from stages.federation.compare import compare as stage
+    from stages.federation.compare import compare as stage
 
-        if as_json + as_markdown + as_csv > 1:
-            raise UsageProblem("--json, --markdown and --csv exclude each other", mend="give one of them")
-        if overwrite and (collect or seeds is None):
-            mend = Command("compare", seeds="1,2,3", overwrite=True)
-            raise UsageProblem("--overwrite is for what --seeds runs", mend=mend)
-        found = stage(
-            opened.workspace,
-            seeds=_seeds(seeds),
-            methods=_methods(methods),
-            paper=paper,
-            metric=metric,
-            collect=collect,
-            overwrite=overwrite,
-            report=opened.console.report,
-        )
-        if as_csv:
-            opened.console.result(asdict(found), tables.as_lines(found))
-        elif as_markdown:
-            opened.console.result(asdict(found), tables.as_markdown(found))
-        else:
-            opened.console.result(asdict(found), tables.comparison(found))
+    if opened.console.as_json + as_markdown + as_csv > 1:
+        raise UsageProblem("--json, --markdown and --csv exclude each other", mend="give one of them")
+    if overwrite and (collect or seeds is None):
+        mend = Command("compare", seeds="1,2,3", overwrite=True)
+        raise UsageProblem("--overwrite is for what --seeds runs", mend=mend)
+    found = stage(
+        opened.workspace,
+        seeds=_seeds(seeds),
+        methods=_methods(methods),
+        paper=paper,
+        metric=metric,
+        collect=collect,
+        overwrite=overwrite,
+        report=opened.console.report,
+    )
+    if as_csv:
+        opened.console.result(asdict(found), tables.as_lines(found))
+    elif as_markdown:
+        opened.console.result(asdict(found), tables.as_markdown(found))
+    else:
+        opened.console.result(asdict(found), tables.comparison(found))
 
 
+@in_workspace("quiet", "device", "dtype")
 def sweep(
+    *,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary.")
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run everything again, as the settings are now.")
     ] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Run an ablation: every combination of some settings.
 
@@ -99,19 +94,18 @@ def sweep(
 
     Example: fedcollm sweep --set distillation.lambda_slm=0,0.5,1 --set federation.seed=1,2,3
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
-        from stages.federation.sweep import parse_setting
-        from stages.federation.sweep import sweep as stage
+    from stages.federation.sweep import parse_setting
+    from stages.federation.sweep import sweep as stage
 
-        settings = [parse_setting(text) for text in set_ or []]
-        grid = dict(settings)
-        if len(grid) < len(settings):
-            raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
-        found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
-        swept = tables.swept(found)
-        as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found.remarks], "\n\n")
-        as_tables = Group(*(sheet.drawn() for sheet in swept), *found.remarks)
-        opened.console.result(found.as_json(), as_text if as_markdown else as_tables)
+    settings = [parse_setting(text) for text in set_ or []]
+    grid = dict(settings)
+    if len(grid) < len(settings):
+        raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
+    found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
+    swept = tables.swept(found)
+    as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found.remarks], "\n\n")
+    as_tables = Group(*(sheet.drawn() for sheet in swept), *found.remarks)
+    opened.console.result(found.as_json(), as_text if as_markdown else as_tables)
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -6,19 +6,19 @@ from typing import Annotated
 
 import typer
 
-from fedcollm_cli.session import ClientOption, JsonOption, QuietOption, WorkspaceOption, session
+from fedcollm_cli.session import ClientOption, Session, in_workspace
 
 RenewOption = Annotated[
     bool, typer.Option("--renew", help="New ones, for a new federation; what was made before no longer counts.")
 ]
 
 
+@in_workspace("quiet")
 def keys(
+    *,
     client: ClientOption,
     renew: RenewOption = False,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    opened: Session,
 ) -> None:
     """Client: make the keys that sign and mask.
 
@@ -28,19 +28,18 @@ def keys(
 
     Example: fedcollm keys --client 2
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.parties.keys import keys as stage
+    from stages.parties.keys import keys as stage
 
-        made = stage(opened.workspace, client=client, renew=renew, report=opened.console.report)
-        shown = opened.workspace.shown(made.path)
-        opened.console.result({"path": shown, "key_id": made.key_id}, shown)
+    made = stage(opened.workspace, client=client, renew=renew, report=opened.console.report)
+    shown = opened.workspace.shown(made.path)
+    opened.console.result({"path": shown, "key_id": made.key_id}, shown)
 
 
+@in_workspace("quiet")
 def enroll(
+    *,
     renew: RenewOption = False,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    opened: Session,
 ) -> None:
     """Server: make the roster of all clients.
 
@@ -49,23 +48,22 @@ def enroll(
 
     Example: fedcollm enroll
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.parties.enroll import enroll as stage
+    from stages.parties.enroll import enroll as stage
 
-        found = stage(opened.workspace, renew=renew, report=opened.console.report)
-        value = {"path": opened.workspace.shown(found.path), "fingerprint": found.fingerprint}
-        opened.console.result(value, found.fingerprint)
+    found = stage(opened.workspace, renew=renew, report=opened.console.report)
+    value = {"path": opened.workspace.shown(found.path), "fingerprint": found.fingerprint}
+    opened.console.result(value, found.fingerprint)
 
 
+@in_workspace("quiet")
 def join(
+    *,
     client: ClientOption,
     fingerprint: Annotated[
         str | None,
         typer.Option("--fingerprint", help="The roster's, as another client read it out: XXXX-XXXX-..., 40 letters."),
     ] = None,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    opened: Session,
 ) -> None:
     """Client: trust the roster from now on.
 
@@ -74,8 +72,7 @@ def join(
 
     Example: fedcollm join --client 2 --fingerprint 3QOV-2B4K-7XDL-55AQ-ZK3T-LW6E-H2MD-Q5RA-4NVJ-OY7C
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.parties.join import join as stage
+    from stages.parties.join import join as stage
 
-        found = stage(opened.workspace, client=client, fingerprint=fingerprint, report=opened.console.report)
-        opened.console.result({"client": client, "fingerprint": found}, f"client {client} has joined {found}")
+    found = stage(opened.workspace, client=client, fingerprint=fingerprint, report=opened.console.report)
+    opened.console.result({"client": client, "fingerprint": found}, f"client {client} has joined {found}")

@@ -7,18 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedcollm_cli.session import (
-    DeviceOption,
-    JsonOption,
-    OverwriteOption,
-    QuietOption,
-    RoundOption,
-    WorkspaceOption,
-    session,
-)
+from fedcollm_cli.session import OverwriteOption, RoundOption, Session, in_workspace
 
 
+@in_workspace("quiet", "device")
 def export(
+    *,
     round: RoundOption,
     model: Annotated[
         Literal["slm", "llm", "aggregate"],
@@ -29,11 +23,8 @@ def export(
         bool, typer.Option("--merged", help="Whole weights and tokenizer, instead of an adapter.")
     ] = False,
     to: Annotated[Path | None, typer.Option("--to", help="The folder to write. Default: in exports/.")] = None,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
 ) -> None:
     """Write a model as others load it, with a model card.
 
@@ -43,18 +34,17 @@ def export(
 
     Example: fedcollm export --round 5 --model llm --merged
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device) as opened:
-        from stages.export.export import export as stage
+    from stages.export.export import export as stage
 
-        made = stage(
-            opened.workspace,
-            model=model,
-            round=round,
-            client=client,
-            merged=merged,
-            folder=to and to.absolute(),
-            overwrite=overwrite,
-            report=opened.console.report,
-        )
-        folder = to or opened.workspace.export(round, made["subject"], merged=merged)
-        opened.console.result({"path": opened.workspace.shown(folder), **made}, opened.workspace.shown(folder))
+    made = stage(
+        opened.workspace,
+        model=model,
+        round=round,
+        client=client,
+        merged=merged,
+        folder=to and to.absolute(),
+        overwrite=overwrite,
+        report=opened.console.report,
+    )
+    folder = to or opened.workspace.export(round, made["subject"], merged=merged)
+    opened.console.result({"path": opened.workspace.shown(folder), **made}, opened.workspace.shown(folder))

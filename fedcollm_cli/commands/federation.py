@@ -7,32 +7,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedcollm_cli.session import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    OverwriteOption,
-    QuietOption,
-    WorkspaceOption,
-    session,
-)
+from fedcollm_cli.session import OverwriteOption, Session, in_workspace
 from fedcollm_cli.views import progress
 from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
 
 
+@in_workspace("quiet", "device", "dtype")
 def run(
+    *,
     method: Annotated[
         Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"] | None,
         typer.Option("--method", help="Another method than the agreement's, in baselines/METHOD."),
     ] = None,
     rounds: Annotated[str | None, typer.Option("--rounds", help="Such as 3 or 1-5. Default: all.")] = None,
     scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Whether to evaluate too.")] = True,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Every step of every round, in one process.
 
@@ -45,28 +35,25 @@ def run(
 
     Example: fedcollm run --method fedavg-aux
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
-        from stages.federation.run import run as stage
+    from stages.federation.run import run as stage
 
-        results = stage(
-            opened.workspace,
-            method=method,
-            rounds=_rounds(rounds),
-            scores=scores,
-            overwrite=overwrite,
-            report=opened.console.report,
-        )
-        opened.console.result(results, progress.scores(results) if results else "done")
+    results = stage(
+        opened.workspace,
+        method=method,
+        rounds=_rounds(rounds),
+        scores=scores,
+        overwrite=overwrite,
+        report=opened.console.report,
+    )
+    opened.console.result(results, progress.scores(results) if results else "done")
 
 
+@in_workspace("quiet", "device", "dtype")
 def next(
+    *,
     client: Annotated[int | None, typer.Option("--client", min=1, help="The client whose step it is.")] = None,
     server: Annotated[bool, typer.Option("--server", help="The server's step.")] = False,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    opened: Session,
 ) -> None:
     """Do whatever is the next step of a party.
 
@@ -78,23 +65,23 @@ def next(
 
     Example: fedcollm next --client 2
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
-        from stages.federation.next import next as stage
+    from stages.federation.next import next as stage
 
-        if client is not None and server:
-            raise UsageProblem("--client and --server are two parties", mend="give one of them")
-        party = "server" if server else None if client is None else f"client-{opened.workspace.check_client(client)}"
-        done = stage(opened.workspace, party=party, report=opened.console.report)
-        line = str(done) if done else ""
-        opened.console.result({"command": line}, line or "nothing is left to do")
+    if client is not None and server:
+        raise UsageProblem("--client and --server are two parties", mend="give one of them")
+    party = "server" if server else None if client is None else f"client-{opened.workspace.check_client(client)}"
+    done = stage(opened.workspace, party=party, report=opened.console.report)
+    line = str(done) if done else ""
+    opened.console.result({"command": line}, line or "nothing is left to do")
     if done is None:
         raise typer.Exit(NOTHING_LEFT_EXIT_CODE)
 
 
+@in_workspace()
 def status(
+    *,
     verify: Annotated[bool, typer.Option("--verify", help="Read and hash every byte, instead of sizes alone.")] = False,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
+    opened: Session,
 ) -> None:
     """Tell what is done and what comes next.
 
@@ -104,11 +91,10 @@ def status(
 
     Example: fedcollm status
     """
-    with session(workspace, as_json=as_json, quiet=True) as opened:
-        from stages.progress.status import status as stage
+    from stages.progress.status import status as stage
 
-        found = stage(opened.workspace, verify=verify)
-        opened.console.result(found.as_json(workspace), progress.status(found, workspace))
+    found = stage(opened.workspace, verify=verify)
+    opened.console.result(found.as_json(opened.folder), progress.status(found, opened.folder))
     if verify and found.is_damaged:
         raise typer.Exit(Damaged.exit_code)
 

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from fedcollm_cli.console import Console
-from fedcollm_cli.session import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    QuietOption,
-    WorkspaceOption,
-    guarded,
-    session,
-)
+from fedcollm_cli.session import JsonOption, Session, WorkspaceOption, guarded, in_workspace, session
+from fedcollm_cli.views.plans import cost_of, drawn_table_3, plan_of
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
 
-if TYPE_CHECKING:
-    pass
-from fedcollm_cli.views.plans import cost_of, drawn_table_3, plan_of
 
-
+@in_workspace("device", "dtype")
 def plan(
+    *,
     length: Annotated[
         int | None,
         typer.Option(
             "--length", min=1, help="Tokens of a row to plan for. Default: the longest row here, or max_length."
         ),
     ] = None,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    opened: Session,
 ) -> None:
     """Tell what each stage will take, and what is missing here.
 
@@ -45,21 +33,20 @@ def plan(
 
     Example: fedcollm plan --length 128
     """
-    with session(workspace, as_json=as_json, quiet=True, device=device, dtype=dtype) as opened:
-        from stages.planning.plan import plan as stage
+    from stages.planning.plan import plan as stage
 
-        found = stage(opened.workspace, length=length)
-        opened.console.result(asdict(found), plan_of(found))
+    found = stage(opened.workspace, length=length)
+    opened.console.result(asdict(found), plan_of(found))
 
 
+@in_workspace("quiet")
 def prefetch(
+    *,
     model: Annotated[
         Literal["slm", "llm"] | None, typer.Option("--model", help="One model only; a client needs no LLM.")
     ] = None,
     tasks: Annotated[bool, typer.Option("--tasks/--no-tasks", help="Whether to fetch the tasks' datasets too.")] = True,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    opened: Session,
 ) -> None:
     """Fetch base models and the tasks' datasets.
 
@@ -68,12 +55,11 @@ def prefetch(
 
     Example: fedcollm prefetch --model slm
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.planning.prefetch import prefetch as stage
+    from stages.planning.prefetch import prefetch as stage
 
-        found = stage(opened.workspace, model=model, tasks=tasks, report=opened.console.report)
-        lines = [f"{one.name}: {'was here already' if one.was_here else 'fetched'}" for one in found]
-        opened.console.result([asdict(one) for one in found], texts.lines(lines) or "there is nothing to fetch")
+    found = stage(opened.workspace, model=model, tasks=tasks, report=opened.console.report)
+    lines = [f"{one.name}: {'was here already' if one.was_here else 'fetched'}" for one in found]
+    opened.console.result([asdict(one) for one in found], texts.lines(lines) or "there is nothing to fetch")
 
 
 def comm_cost(

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, WorkspaceOption, session
+from fedcollm_cli.session import OverwriteOption, Session, in_workspace
 from stages.runtime import texts
 from stages.runtime.events import Event
 
 
+@in_workspace("quiet")
 def slurm(
+    *,
     jobs: Annotated[
         bool, typer.Option("--jobs", help="Write nothing: list the jobs that are missing, as submit.sh reads them.")
     ] = False,
@@ -36,10 +38,8 @@ def slurm(
     mem: Annotated[str | None, typer.Option("--mem", help="Memory of a job, such as 32G.")] = None,
     time: Annotated[str | None, typer.Option("--time", help="Time limit of a job, such as 04:00:00.")] = None,
     parallel: Annotated[int | None, typer.Option("--parallel", min=1, help="At most so many clients at once.")] = None,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Write job scripts for a Slurm cluster.
 
@@ -53,33 +53,30 @@ def slurm(
 
     Example: fedcollm slurm --partition gpu --gpus-per-task 1 --time 04:00:00
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.federation.slurm import jobs as listing
-        from stages.federation.slurm import slurm as stage
+    from stages.federation.slurm import jobs as listing
+    from stages.federation.slurm import slurm as stage
 
-        report = opened.console.report
-        if jobs:
-            found = listing(opened.workspace, only=only, window=window)
-            if found.waiting_for:
-                report(Event("note", f"after these it waits for {found.waiting_for}"))
-            if not found.jobs:
-                report(Event("note", "nothing is left to do"))
-            lines = (f"{job.script} {job.round} {job.tasks}".rstrip() for job in found.jobs)
-            opened.console.result(asdict(found), texts.lines(lines))
-            return
-        asked = {
-            "partition": partition,
-            "account": account,
-            "gpus_per_task": gpus_per_task,
-            "cpus_per_task": cpus_per_task,
-            "mem": mem,
-            "time": time,
-            "window": window,
-            "parallel": parallel,
-        }
-        flags = {key: value for key, value in asked.items() if value is not None}
-        written = stage(
-            opened.workspace, only=only, processes=processes, flags=flags, overwrite=overwrite, report=report
-        )
-        shown = [opened.workspace.shown(path) for path in written]
-        opened.console.result(shown, texts.lines(shown))
+    report = opened.console.report
+    if jobs:
+        found = listing(opened.workspace, only=only, window=window)
+        if found.waiting_for:
+            report(Event("note", f"after these it waits for {found.waiting_for}"))
+        if not found.jobs:
+            report(Event("note", "nothing is left to do"))
+        lines = (f"{job.script} {job.round} {job.tasks}".rstrip() for job in found.jobs)
+        opened.console.result(asdict(found), texts.lines(lines))
+        return
+    asked = {
+        "partition": partition,
+        "account": account,
+        "gpus_per_task": gpus_per_task,
+        "cpus_per_task": cpus_per_task,
+        "mem": mem,
+        "time": time,
+        "window": window,
+        "parallel": parallel,
+    }
+    flags = {key: value for key, value in asked.items() if value is not None}
+    written = stage(opened.workspace, only=only, processes=processes, flags=flags, overwrite=overwrite, report=report)
+    shown = [opened.workspace.shown(path) for path in written]
+    opened.console.result(shown, texts.lines(shown))

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedcollm_cli.session import JsonOption, QuietOption, WorkspaceOption, session
+from fedcollm_cli.session import Session, in_workspace
 from fedcollm_cli.views.tables import Sheet, notes, sheets
 
 if TYPE_CHECKING:
     from stages.study.comparison import Comparison
 
 
+@in_workspace("quiet")
 def report(
+    *,
     metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    opened: Session,
 ) -> None:
     """Write one page of charts and tables on all that is here.
 
@@ -28,11 +28,10 @@ def report(
 
     Example: fedcollm report
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.report.report import write_report
+    from stages.report.report import write_report
 
-        written = write_report(opened.workspace, in_words=in_words, metric=metric, report=opened.console.report)
-        opened.console.result(asdict(written), written.path)
+    written = write_report(opened.workspace, in_words=in_words, metric=metric, report=opened.console.report)
+    opened.console.result(asdict(written), written.path)
 
 
 def in_words(found: Comparison) -> tuple[list[Sheet], list[str]]:

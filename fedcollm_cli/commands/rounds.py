@@ -7,36 +7,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedcollm_cli.session import (
-    ClientOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    OverwriteOption,
-    ProcessesOption,
-    QuietOption,
-    RoundOption,
-    Session,
-    WorkspaceOption,
-    session,
-)
+from fedcollm_cli.session import ClientOption, OverwriteOption, RoundOption, Session, in_workspace
 from fedcollm_cli.views import progress
 from stages.artefacts.manifest import Manifest
 from stages.runtime.errors import UsageProblem
 from stages.workspace.commands import Command
 
 
+@in_workspace("quiet", "device")
 def broadcast(
+    *,
     round: RoundOption,
     without: Annotated[
         list[int] | None,
         typer.Option("--without", help="Secure mode: open the round without this client; may be given several times."),
     ] = None,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
 ) -> None:
     """Server: publish a round's adapter to all clients.
 
@@ -46,29 +33,23 @@ def broadcast(
 
     Example: fedcollm broadcast --round 1
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device) as opened:
-        from stages.broadcast import broadcast as stage
+    from stages.broadcast import broadcast as stage
 
-        manifest = stage(
-            opened.workspace, round=round, without=without, overwrite=overwrite, report=opened.console.report
-        )
-        _published(opened, opened.workspace.broadcast(round), manifest)
+    manifest = stage(opened.workspace, round=round, without=without, overwrite=overwrite, report=opened.console.report)
+    _published(opened, opened.workspace.broadcast(round), manifest)
 
 
+@in_workspace("quiet", "device", "dtype", "processes")
 def client_train(
+    *,
     client: ClientOption,
     round: RoundOption,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: OverwriteOption = False,
     reset_privacy: Annotated[
         bool,
         typer.Option("--i-understand-reset", help="Forget what was spent of the privacy budget and count from zero."),
     ] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    processes: ProcessesOption = None,
 ) -> None:
     """Client: tune a round's adapter on private data.
 
@@ -82,24 +63,23 @@ def client_train(
 
     Example: fedcollm client-train --client 2 --round 1
     """
-    with session(
-        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
-    ) as opened:
-        from stages.client_train import client_train as stage
+    from stages.client_train import client_train as stage
 
-        manifest = stage(
-            opened.workspace,
-            client=client,
-            round=round,
-            overwrite=overwrite,
-            reset_privacy=reset_privacy,
-            processes=opened.processes,
-            report=opened.console.report,
-        )
-        _published(opened, opened.workspace.client_update(round, client), manifest)
+    manifest = stage(
+        opened.workspace,
+        client=client,
+        round=round,
+        overwrite=overwrite,
+        reset_privacy=reset_privacy,
+        processes=opened.processes,
+        report=opened.console.report,
+    )
+    _published(opened, opened.workspace.client_update(round, client), manifest)
 
 
+@in_workspace("quiet", "device", "dtype")
 def aggregate(
+    *,
     round: RoundOption,
     gate: Annotated[
         float | None, typer.Option("--gate", help="Keep the old adapter if the held-out loss rises by more than this.")
@@ -107,12 +87,8 @@ def aggregate(
     keep_old: Annotated[
         bool, typer.Option("--keep-old", help="Give the round up: go on with its broadcast's adapter.")
     ] = False,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Server: average the clients' adapters.
 
@@ -129,26 +105,25 @@ def aggregate(
 
     Example: fedcollm aggregate --round 1 --gate 0.1
     """
-    with session(workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype) as opened:
-        from stages.aggregate import aggregate as stage
+    from stages.aggregate import aggregate as stage
 
-        manifest = stage(
-            opened.workspace,
-            round=round,
-            gate=gate,
-            keep_old=keep_old,
-            overwrite=overwrite,
-            report=opened.console.report,
-        )
-        _published(opened, opened.workspace.aggregate(round), manifest)
+    manifest = stage(
+        opened.workspace,
+        round=round,
+        gate=gate,
+        keep_old=keep_old,
+        overwrite=overwrite,
+        report=opened.console.report,
+    )
+    _published(opened, opened.workspace.aggregate(round), manifest)
 
 
+@in_workspace("quiet")
 def reveal(
+    *,
     client: ClientOption,
     round: RoundOption,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    opened: Session,
 ) -> None:
     """Client: help to unmask a round's sum.
 
@@ -158,14 +133,15 @@ def reveal(
 
     Example: fedcollm reveal --client 2 --round 1
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.reveal import reveal as stage
+    from stages.reveal import reveal as stage
 
-        manifest = stage(opened.workspace, client=client, round=round, report=opened.console.report)
-        _published(opened, opened.workspace.reveal(round, client), manifest)
+    manifest = stage(opened.workspace, client=client, round=round, report=opened.console.report)
+    _published(opened, opened.workspace.reveal(round, client), manifest)
 
 
+@in_workspace("quiet", "device", "dtype", "processes")
 def co_distill(
+    *,
     round: RoundOption,
     phase: Annotated[
         Literal["capture", "train"] | None,
@@ -179,13 +155,8 @@ def co_distill(
         int | None,
         typer.Option("--top-k", min=1, help="capture: how many tokens of each position are kept. Default: 64."),
     ] = None,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    processes: ProcessesOption = None,
 ) -> None:
     """Server: let LLM and SLM teach each other.
 
@@ -200,27 +171,26 @@ def co_distill(
 
     Example: fedcollm co-distill --round 1 --phase capture --model llm
     """
-    with session(
-        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
-    ) as opened:
-        from stages.co_distill import co_distill as stage
+    from stages.co_distill import co_distill as stage
 
-        manifest = stage(
-            opened.workspace,
-            round=round,
-            phase=phase,
-            model=model,
-            top_k=top_k,
-            overwrite=overwrite,
-            processes=opened.processes,
-            report=opened.console.report,
-        )
-        here = opened.workspace
-        made = {"slm": here.slm(round), "llm": here.llm(round)}[manifest.role]
-        _published(opened, here.captured(round, manifest.role) if phase == "capture" else made, manifest)
+    manifest = stage(
+        opened.workspace,
+        round=round,
+        phase=phase,
+        model=model,
+        top_k=top_k,
+        overwrite=overwrite,
+        processes=opened.processes,
+        report=opened.console.report,
+    )
+    here = opened.workspace
+    made = {"slm": here.slm(round), "llm": here.llm(round)}[manifest.role]
+    _published(opened, here.captured(round, manifest.role) if phase == "capture" else made, manifest)
 
 
+@in_workspace("quiet", "device", "dtype", "processes")
 def evaluate(
+    *,
     round: Annotated[int | None, typer.Option("--round", min=1, help="The round t; with --zero-shot, none.")] = None,
     model: Annotated[
         Literal["slm", "llm", "aggregate"],
@@ -228,13 +198,8 @@ def evaluate(
     ] = "slm",
     client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
     zero_shot: Annotated[bool, typer.Option("--zero-shot", help="The base alone, without an adapter.")] = False,
-    workspace: WorkspaceOption = None,
+    opened: Session,
     overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    processes: ProcessesOption = None,
 ) -> None:
     """Score a model by lm-eval, zero-shot.
 
@@ -244,26 +209,23 @@ def evaluate(
 
     Example: fedcollm evaluate --round 1 --model llm
     """
-    with session(
-        workspace, as_json=as_json, quiet=quiet, device=device, dtype=dtype, processes=processes, together=True
-    ) as opened:
-        from stages.evaluate import evaluate as stage
+    from stages.evaluate import evaluate as stage
 
-        if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
-            example = Command("evaluate", round=1, model="slm")
-            mend = f"{example}; for a base alone, --zero-shot with --model slm or llm"
-            raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
-        result = stage(
-            opened.workspace,
-            model=model,
-            round=round,
-            client=client,
-            overwrite=overwrite,
-            processes=opened.processes,
-            report=opened.console.report,
-        )
-        path = opened.workspace.shown(opened.workspace.result(round, result["subject"]))
-        opened.console.result({"path": path, **result}, progress.scores([result]))
+    if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
+        example = Command("evaluate", round=1, model="slm")
+        mend = f"{example}; for a base alone, --zero-shot with --model slm or llm"
+        raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
+    result = stage(
+        opened.workspace,
+        model=model,
+        round=round,
+        client=client,
+        overwrite=overwrite,
+        processes=opened.processes,
+        report=opened.console.report,
+    )
+    path = opened.workspace.shown(opened.workspace.result(round, result["subject"]))
+    opened.console.result({"path": path, **result}, progress.scores([result]))
 
 
 def _published(opened: Session, folder: Path, manifest: Manifest) -> None:

@@ -10,15 +10,7 @@ import typer
 
 from fedcollm_cli.commands.reporting import in_words
 from fedcollm_cli.console import Console
-from fedcollm_cli.session import (
-    JsonOption,
-    OverwriteOption,
-    QuietOption,
-    WorkspaceOption,
-    guarded,
-    session,
-    show_one_gpu,
-)
+from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, Session, guarded, in_workspace, show_one_gpu
 from fedcollm_cli.views import progress
 
 
@@ -50,11 +42,11 @@ def init(
         console.result({"path": str(workspace.root)}, f"{folder}")
 
 
+@in_workspace("quiet")
 def prepare(
-    workspace: WorkspaceOption = None,
+    *,
+    opened: Session,
     overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Divide a public dataset among the parties.
 
@@ -64,12 +56,11 @@ def prepare(
 
     Example: fedcollm prepare
     """
-    with session(workspace, as_json=as_json, quiet=quiet) as opened:
-        from stages.data.prepare import prepare as stage
+    from stages.data.prepare import prepare as stage
 
-        summary = stage(opened.workspace, overwrite=overwrite, report=opened.console.report)
-        path = opened.workspace.shown(opened.workspace.split)
-        opened.console.result({"path": path, **summary}, progress.split(summary))
+    summary = stage(opened.workspace, overwrite=overwrite, report=opened.console.report)
+    path = opened.workspace.shown(opened.workspace.split)
+    opened.console.result({"path": path, **summary}, progress.split(summary))
 
 
 def demo(
