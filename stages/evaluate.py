@@ -6,14 +6,19 @@ same names; of the bases alone, results/zero-shot/{slm,llm}.json.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from stages.artefacts import records, turns
+from stages.artefacts import records
 from stages.artefacts.manifest import BaseIdentity, versions
 from stages.artefacts.reading import Artefact
 from stages.artefacts.records import Measured, Result, Scored
+from stages.artefacts.steps import Over, Step
 from stages.artefacts.subjects import Subject, adapter_of, subject_of
 from stages.files import reading, writing
+from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
@@ -42,112 +47,132 @@ def evaluate(
     client's own SLM instead. Without a round, the base alone. Before scoring, the adapter is proven to be in the model
     and to change its logits. processes: all call this alike; the first decides and writes, and each scores its share.
     """
-    if not processes.is_first:
-        theirs = processes.agree()
-        _score(workspace, theirs["role"], theirs["adapter"], models, processes, report)
-        return cast(Result, processes.agree())
     subject = subject_of(model, client)
-    role: Role = "llm" if subject == "llm" else "slm"
-    name = subject if round is None else f"{subject}, round {round}"
-    report(Event("stage", f"evaluate {name}"))
-    adapter = None if round is None else adapter_of(workspace, model, round, client)
-    if adapter is None:
-        from stages.models.loading import Models
-
-        models = models or Models(workspace, processes)
-        base = models.get(role).identity
-    else:
-        base = adapter.manifest.base
-    what = _what(workspace, subject, role, round, adapter, base)
     target = workspace.result(round, subject)
+    return Evaluate(
+        party=Party.server(workspace) if client is None else Party.client(workspace, client),
+        model=model,
+        subject=subject,
+        round=round,
+        client=client,
+        publishes=[target],
+        log=target,
+        overwrite=overwrite,
+        models=models,
+        processes=processes,
+        report=report,
+    ).take()
 
-    def look(again: bool) -> Result | None:
+
+class Opened(NamedTuple):
+    """The adapter, None for the base alone; which base that is; and what decides the scores."""
+
+    adapter: Artefact | None
+    base: BaseIdentity
+    what: Scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Step[Opened, Measured, Result]):
+    """Score one model on the tasks of the agreement."""
+
+    model: Subject
+    subject: str
+    round: int | None
+    client: int | None
+    models: Models | None
+
+    @property
+    def role(self) -> Role:
+        """The base that is scored."""
+        return "llm" if self.subject == "llm" else "slm"
+
+    @property
+    def lock(self) -> Path:
+        """Hidden, beside the result."""
+        return self.log.with_name(f".{self.subject}.lock")
+
+    def open(self) -> Opened:
+        """Receive the adapter; without one, the base is loaded to know which it is."""
+        name = self.subject if self.round is None else f"{self.subject}, round {self.round}"
+        self.report(Event("stage", f"evaluate {name}"))
+        if self.round is None:
+            adapter, base = None, self._models.get(self.role).identity
+        else:
+            adapter = adapter_of(self.workspace, self.model, self.round, self.client)
+            base = adapter.manifest.base
+        return Opened(adapter, base, self._what(adapter, base))
+
+    def look(self, opened: Opened, again: bool) -> Result | None:
+        """A result of this adapter, under these settings."""
+        [target] = self.publishes
         if again or not target.exists():
             return None
         earlier = records.read_result(target)
-        is_same = all(earlier.get(key) == value for key, value in what.items() if key != "base")
-        return earlier if is_same and records.is_of_base(earlier, base) else None
+        is_same = all(earlier.get(key) == value for key, value in opened.what.items() if key != "base")
+        return earlier if is_same and records.is_of_base(earlier, opened.base) else None
 
-    def make(places: turns.Places) -> Result:
-        processes.agree({"role": role, "adapter": adapter})
-        result: Result = {**what, **_score(workspace, role, adapter, models, processes, report)}
-        writing.write(target, reading.json_bytes(records.stamped(result)), over=places[target])
+    def compute(self, opened: Opened, again: bool) -> Measured:
+        """Put the adapter into the base, prove that it is there, and ask all questions."""
+        from stages.data import tasks
+        from stages.evaluation import scoring
+
+        settings, role, adapter = self.workspace.agreement.evaluation, self.role, opened.adapter
+        loaded = tasks.load(self.workspace, settings.tasks or self.workspace.agreement.data.tasks, self.report)
+        for task in loaded:
+            tasks.check_answers(task, self.report)
+        self._models.use(role)
+        tuned = self._models.get(role) if adapter is None else self._models.with_adapter(role, adapter)
+        scores = scoring.score(
+            tuned,
+            loaded,
+            with_adapter=adapter is not None,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            processes=self.processes,
+            shares=role not in self.workspace.machine.sharding,
+            report=self.report,
+        )
+        dtype = str(tuned.model.dtype).removeprefix("torch.")
+        return {"weights_dtype": dtype, "versions": versions(), "tasks": scores}
+
+    def publish(self, opened: Opened, computed: Measured, over: Over) -> Result:
+        """Write the result down, and tell it."""
+        [target] = self.publishes
+        result: Result = {**opened.what, **computed}
+        writing.write(target, reading.json_bytes(records.stamped(result)), over=over[target])
         for task, scores in result["tasks"].items():
             found = "  ".join(f"{key} {value:.4f}" for key, value in scores["metrics"].items())
-            report(Event("note", f"{task}: {found}"))
+            self.report(Event("note", f"{task}: {found}"))
             if scores["questions"] < scores["questions_in_all"]:
-                words = (
-                    f"only the first {scores['questions']} of {scores['questions_in_all']} questions of {task} count"
-                )
-                report(Event("warning", f"{words}, by evaluation.limit: no score of the whole task"))
-        processes.agree(result)
+                words = f"only the first {scores['questions']} of {scores['questions_in_all']} questions of {task}"
+                self.report(Event("warning", f"{words} count, by evaluation.limit: no score of the whole task"))
         return result
 
-    lock = target.with_name(f".{subject}.lock")
-    return turns.take([target], lock, look=look, make=make, overwrite=overwrite, report=report)
+    @cached_property
+    def _models(self) -> Models:
+        from stages.models.loading import Models
 
+        return self.models or Models(self.workspace, self.processes)
 
-def _what(
-    workspace: Workspace,
-    subject: str,
-    role: Role,
-    round: int | None,
-    adapter: Artefact | None,
-    base: BaseIdentity,
-) -> Scored:
-    """What decides the scores: two results that agree on it are the same result."""
-    settings = workspace.agreement.evaluation
-    if not (settings.tasks or workspace.agreement.data.tasks):
-        raise UsageProblem(
-            "nothing to score: evaluation.tasks is empty",
-            where=workspace.root / AGREEMENT,
-            mend="name lm-eval tasks there",
-        )
-    return {
-        "subject": subject,
-        "round": round,
-        "agreement_sha256": workspace.agreement_sha256,
-        "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256 if adapter else None,
-        "manifest_sha256": adapter.sha256 if adapter else None,
-        "base": base.model_dump(),
-        "tasks_sha256": workspace.tasks_sha256(),
-        "dtype": workspace.machine.dtype or workspace.agreement.model_of(role).dtype,
-        "limit": settings.limit,
-        "batch_size": settings.batch_size,
-    }
-
-
-def _score(
-    workspace: Workspace,
-    role: Role,
-    adapter: Artefact | None,
-    models: Models | None,
-    processes: Processes,
-    report: Report,
-) -> Measured:
-    from stages.data import tasks
-    from stages.evaluation import scoring
-    from stages.models.loading import Models
-
-    settings = workspace.agreement.evaluation
-    loaded = tasks.load(workspace, settings.tasks or workspace.agreement.data.tasks, report)
-    for task in loaded:
-        tasks.check_answers(task, report)
-    models = models or Models(workspace, processes)
-    models.use(role)
-    tuned = models.get(role) if adapter is None else models.with_adapter(role, adapter)
-    scores = scoring.score(
-        tuned,
-        loaded,
-        with_adapter=adapter is not None,
-        limit=settings.limit,
-        batch_size=settings.batch_size,
-        processes=processes,
-        shares=role not in workspace.machine.sharding,
-        report=report,
-    )
-    return {
-        "weights_dtype": str(tuned.model.dtype).removeprefix("torch."),
-        "versions": versions(),
-        "tasks": scores,
-    }
+    def _what(self, adapter: Artefact | None, base: BaseIdentity) -> Scored:
+        """What decides the scores: two results that agree on it are the same result."""
+        agreement = self.workspace.agreement
+        if not (agreement.evaluation.tasks or agreement.data.tasks):
+            raise UsageProblem(
+                "nothing to score: evaluation.tasks is empty",
+                where=self.workspace.root / AGREEMENT,
+                mend="name lm-eval tasks there",
+            )
+        return {
+            "subject": self.subject,
+            "round": self.round,
+            "agreement_sha256": self.workspace.agreement_sha256,
+            "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256 if adapter else None,
+            "manifest_sha256": adapter.sha256 if adapter else None,
+            "base": base.model_dump(),
+            "tasks_sha256": self.workspace.tasks_sha256(),
+            "dtype": self.workspace.machine.dtype or agreement.model_of(self.role).dtype,
+            "limit": agreement.evaluation.limit,
+            "batch_size": agreement.evaluation.batch_size,
+        }

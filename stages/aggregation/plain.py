@@ -1,18 +1,22 @@
-"""Updates that travel in the clear: which have arrived, and their average by the agreement's rule."""
+"""Updates that travel in the clear, as a channel: the server reads each, and averages them by the agreement's rule."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artefacts.average import Average
+from stages.artefacts.average import Arrived, Average
+from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import received
 from stages.artefacts.tensor_files import largest_bytes
+from stages.data.rows import Row
 from stages.parties.party import Party
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report
+from stages.secagg import accepting
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
@@ -23,8 +27,49 @@ OF_FACTORS = {"median", "trimmed-mean"}
 """Rules that act on each number of A and B by itself."""
 
 
-def present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int, Path]:
-    """The updates that have arrived, if they are enough; those of an earlier attempt at the round do not count."""
+@dataclass(frozen=True)
+class ToServer:
+    """The channel as a client has it: what it trains is what it sends; see aggregation.channels."""
+
+    party: Party
+    report: Report
+    done: str = "already done"
+
+    def accept(self, theta: Artefact) -> None:
+        """Where there are keys."""
+        accepting.accept(self.party, theta, self.report)
+
+    def check(self, theta: Artefact, rows: list[Row], again: bool) -> None:
+        """Whatever it trains can be sent."""
+
+    def is_final(self, theta: Artefact) -> bool:
+        """It can always be trained again."""
+        return False
+
+    def send(self, theta: Artefact, trained: Manifest, again: bool) -> Manifest:
+        """It lies in exchange/ already."""
+        return trained
+
+
+@dataclass(frozen=True)
+class FromClients:
+    """The channel as the server has it."""
+
+    party: Party
+    report: Report
+
+    def arrived(self, theta: Artefact, again: bool) -> Arrived:
+        """The updates here, if they are enough; those of an earlier attempt at the round do not count."""
+        updates = _present(self.party.workspace, theta, self.report)
+        parents = {f"client-{client}": read_manifest(path)[1] for client, path in updates.items()}
+        return Arrived({"broadcast": theta.sha256} | parents, updates)
+
+    def combine(self, theta: Artefact, arrived: Arrived) -> Average:
+        """Every update read once, and combined by the agreement's rule."""
+        return _average(self.party, theta, arrived, self.report)
+
+
+def _present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int, Path]:
     round, updates = theta.manifest.round, workspace.client_updates(theta.manifest.round)
     if theta.manifest.attempt:
         earlier = [k for k, path in updates.items() if read_manifest(path)[0].attempt < theta.manifest.attempt]
@@ -46,14 +91,7 @@ def present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int, 
     return updates
 
 
-def average(
-    server: Party,
-    theta: Artefact,
-    updates: dict[int, Path],
-    parents: dict[str, str],
-    report: Report,
-) -> Average:
-    """Every update read once, and combined by the agreement's rule."""
+def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -> Average:
     from threadpoolctl import threadpool_limits
 
     from stages.aggregation.rules import WEIGHTINGS, aggregator
@@ -64,6 +102,7 @@ def average(
     old = adapter_files.read_adapter(theta, None, lora)
     layout, weight_of = adapter_files.layout_of(old), WEIGHTINGS[settings.weighting]
     combined, examples, tokens = aggregator(settings, old), 0, 0
+    updates, parents = arrived.updates, dict(arrived.parents)
     del old  # rules that measure updates against it keep it
     if settings.rule in OF_FACTORS:
         report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
@@ -76,7 +115,6 @@ def average(
             report(Event("step", f"client {client}", step=number, total=len(updates)))
         tensors = combined.result()
         metrics = combined.metrics(list(updates))
-
     return Average(tensors, parents, examples, tokens, metrics)
 
 

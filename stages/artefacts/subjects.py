@@ -10,7 +10,7 @@ from stages.artefacts.manifest import Stage
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.parties.names import number_of
-from stages.parties.party import Onlooker
+from stages.parties.party import Onlooker, Party
 from stages.runtime.errors import UsageProblem
 from stages.workspace.commands import Command
 from stages.workspace.names import CLIENT
@@ -65,3 +65,16 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
     folder = folder_of(workspace, round, subject_of(model, client))
     missing = f"there is no adapter at {workspace.shown(folder)}", made_by
     return received(folder, by=Onlooker(workspace), stage=stage, round=round, client=client, missing=missing)
+
+
+def start_of(party: Party, round: int) -> Artefact:
+    """What a client starts from: theta^t; where nothing is averaged, from round 2 on, its own of the round before."""
+    workspace, client = party.workspace, party.number
+    if workspace.agreement.federation.averages or round == 1:
+        mend = f"on the server: {Command('broadcast', round=round)}; then carry exchange/ here"
+        missing = f"the broadcast of round {round} is not there", mend
+        return received(workspace.broadcast(round), by=party, stage="broadcast", round=round, missing=missing)
+    own, before = workspace.client_adapter(round - 1, client), round - 1
+    made_by = Command("client-train", client=client, round=before)
+    absent = f"client {client}'s adapter of round {before} is not there", made_by
+    return received(own, by=party, stage="client-train", round=before, client=client, missing=absent)

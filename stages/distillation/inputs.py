@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
@@ -27,6 +26,11 @@ class Inputs:
     data_sha256: str
 
     @property
+    def begun_with(self) -> dict[str, str]:
+        """The digests of the data and of what training begins with."""
+        return {"data": self.data_sha256, **self.parents}
+
+    @property
     def parents(self) -> dict[str, str]:
         """The sha256 of each manifest that it starts from, by name."""
         return {"aggregate": self.theta.sha256} | self.parents_of("llm")
@@ -36,6 +40,12 @@ class Inputs:
         if role == "slm":
             return {"aggregate": self.theta.sha256}
         return {"llm": self.omega.sha256} if self.omega else {}
+
+
+def read_inputs(server: Party, round: int, report: Report) -> Inputs:
+    """All of it: rows, theta and omega."""
+    rows, data_sha256 = read_auxiliary(server.workspace, report)
+    return Inputs(theta_of(server, round), omega_of(server, round), rows, data_sha256)
 
 
 def read_auxiliary(workspace: Workspace, report: Report) -> tuple[list[Row], str]:
@@ -62,11 +72,6 @@ def omega_of(server: Party, round: int) -> Artefact | None:
     earlier = server.workspace.llm(round - 1)
     missing = f"the LLM's adapter of round {round - 1} is not there", f"fedcollm co-distill --round {round - 1}"
     return received(earlier, by=server, stage="co-distill", round=round - 1, missing=missing)
-
-
-def lock_of(workspace: Workspace, round: int) -> Path:
-    """Held by whoever trains in a round, in one phase or in two."""
-    return workspace.log("co-distill", round).with_suffix(".lock")
 
 
 def _tell_of_unlabelled(workspace: Workspace, rows: list[Row], report: Report) -> None:

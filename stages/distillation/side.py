@@ -2,59 +2,112 @@
 
 from __future__ import annotations
 
-from stages.artefacts import adapter_files, turns
-from stages.artefacts.draft import Draft
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stages.artefacts import adapter_files
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact
+from stages.artefacts.steps import Over
 from stages.data.rows import Example, Row, encode, tell_left_out
+from stages.distillation.phases import Distilling
+from stages.files import writing
 from stages.models import adapters
 from stages.models.loading import Models
 from stages.models.tuned import Outline, Tuned
 from stages.models.vocabulary import check_one_vocabulary
-from stages.parties.party import Party
 from stages.runtime.errors import Refused
-from stages.runtime.events import Report
+from stages.runtime.events import Event
+from stages.training import trackers, training
+from stages.training.drafts import draft_of
+from stages.training.objective import Objective
 from stages.training.recipes import Outcome, Recipe
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
+AnyStep = Distilling[Any, Any]
 
-def ready(workspace: Workspace, round: int, models: Models, role: Role, start: Artefact | None) -> Tuned:
+
+def loaded(step: AnyStep, *roles: Role) -> Models:
+    """The base models, of which the step is about to use these."""
+    models = step.models or Models(step.workspace, step.processes)
+    models.use(*roles)
+    return models
+
+
+def ready(step: AnyStep, models: Models, role: Role, start: Artefact | None) -> Tuned:
     """One model with the adapter that it starts from: start, or in round 1 the LLM's own, made fresh."""
     tuned = models.get(role)
     if start is None:
-        adapters.make_fresh(tuned.model, workspace.seed_for("omega", 1))
+        adapters.make_fresh(tuned.model, step.workspace.seed_for("omega", 1))
         return tuned
-    whose = f"the aggregate of round {round}" if role == "slm" else f"the LLM's adapter of round {round - 1}"
+    whose = f"the aggregate of round {step.round}" if role == "slm" else f"the LLM's adapter of round {step.round - 1}"
     models.expect(role, start.manifest.base, whose)
-    lora = workspace.agreement.model_of(role).lora
+    lora = step.workspace.agreement.model_of(role).lora
     adapters.put(tuned.model, adapter_files.read_adapter(start, adapters.layout(tuned.model), lora))
     return tuned
 
 
 def encoded(
-    workspace: Workspace, rows: list[Row], slm: Outline, llm: Outline, report: Report
+    step: AnyStep, rows: list[Row], outlines: Mapping[Role, Outline]
 ) -> tuple[list[Example], int, dict[str, float]]:
     """The auxiliary rows as tokens of the one vocabulary, its size, and how many were left out, as tell_left_out says.
 
     Refused for a token that only one model has.
     """
+    slm, llm, data = outlines["slm"], outlines["llm"], step.workspace.auxiliary_data
     shared = check_one_vocabulary(slm, llm)
     examples = encode(
         rows,
         slm.tokenizer,
-        max_length=workspace.agreement.distillation.max_length,
+        max_length=step.workspace.agreement.distillation.max_length,
         context=min(slm.context, llm.context),
-        too_long=workspace.agreement.data.too_long,
-        path=workspace.auxiliary_data,
+        too_long=step.workspace.agreement.data.too_long,
+        path=data,
     )
-    left_out = tell_left_out(rows, examples, workspace.auxiliary_data, report)
+    left_out = tell_left_out(rows, examples, data, step.report)
     largest = max(max(example.input_ids) for example in examples)
     if largest >= shared:
         message = f"the auxiliary data uses token {largest}, but the models share only the first {shared}"
-        raise Refused(message, where=workspace.auxiliary_data, mend="take two models with one tokenizer")
+        raise Refused(message, where=data, mend="take two models with one tokenizer")
     return examples, shared, left_out
+
+
+def train(
+    step: AnyStep,
+    objective: Objective,
+    tuned: Sequence[Tuned],
+    examples: Sequence[Example],
+    *,
+    inputs: Mapping[str, str],
+    again: bool,
+) -> Outcome:
+    """Train the adapters of these models in place. Raises as training.train does.
+
+    inputs: the digests of data and adapters; a run that was stopped goes on only from the same.
+    """
+    workspace = step.workspace
+    outcome = training.train(
+        objective,
+        examples,
+        recipe(workspace, step.round, *(one.role for one in tuned)),
+        machine=workspace.machine,
+        folder=workspace.unfinished(step.name, step.round),
+        inputs={
+            "agreement": workspace.agreement_sha256,
+            **inputs,
+            **{f"{one.role}_base": one.identity.weights_sha256 for one in tuned},
+            "dtype": ", ".join(one.dtype for one in tuned),
+        },
+        overwrite=again,
+        tracking=trackers.tracking(workspace, step.name, step.round),
+        processes=step.processes,
+        report=step.report,
+    )
+    step.report(Event("note", outcome.change))
+    return outcome
 
 
 def recipe(workspace: Workspace, round: int, *roles: Role) -> Recipe:
@@ -72,41 +125,32 @@ def recipe(workspace: Workspace, round: int, *roles: Role) -> Recipe:
     )
 
 
-def weights(workspace: Workspace, role: Role) -> dict[str, float]:
-    """What each term of this model's loss counts."""
+def weights(workspace: Workspace, *roles: Role) -> dict[str, float]:
+    """What each term of these models' losses counts."""
     settings = workspace.agreement.distillation
-    return {f"{role}_ft": 1.0, f"{role}_kd": settings.lambda_slm if role == "slm" else settings.lambda_llm}
+    distilled = {"slm": settings.lambda_slm, "llm": settings.lambda_llm}
+    return {name: value for role in roles for name, value in ((f"{role}_ft", 1.0), (f"{role}_kd", distilled[role]))}
 
 
 def publish_model(
-    server: Party,
-    round: int,
+    step: AnyStep,
     tuned: Tuned,
-    parents: dict[str, str],
     outcome: Outcome,
-    metrics: dict[str, float],
-    places: turns.Places,
+    *,
+    parents: Mapping[str, str],
+    metrics: Mapping[str, float],
+    over: Over,
 ) -> Manifest:
-    """Publish one model's adapter as what the round ends with; places: what may be replaced."""
-    workspace = server.workspace
+    """Publish one model's adapter as what the round ends with."""
+    workspace, round = step.workspace, step.round
     folder = workspace.slm(round) if tuned.role == "slm" else workspace.llm(round)
-    return publish(
-        folder,
-        adapters.as_files(tuned.model, workspace.agreement.model_of(tuned.role).lora),
-        Draft(
-            stage="co-distill",
-            role=tuned.role,
-            round=round,
-            parents=parents,
-            base=tuned.identity,
-            parameters=adapters.count(tuned.model),
-            seed=workspace.seed_for("co-distill", round),
-            dtype=tuned.dtype,
-            steps=outcome.steps,
-            examples=outcome.examples,
-            tokens=outcome.tokens,
-            metrics=metrics,
-        ),
-        by=server,
-        over=places[folder],
-    )
+    contents = adapters.as_files(tuned.model, workspace.agreement.model_of(tuned.role).lora)
+    seed = workspace.seed_for("co-distill", round)
+    draft = draft_of(tuned, outcome, stage="co-distill", round=round, parents=parents, seed=seed, metrics=metrics)
+    return publish(folder, contents, draft, by=step.party, over=over[folder])
+
+
+def finish(step: AnyStep, log: list[dict[str, Any]]) -> None:
+    """Write the log, and clear away the checkpoints, which another process may be writing into."""
+    writing.write_log(step.log, log)
+    shutil.rmtree(step.workspace.unfinished(step.name, step.round), ignore_errors=True)
