@@ -62,7 +62,7 @@ def check(workspace: Workspace, *, client: int, round: int, examples: int | None
 
 
 def reserve(
-    workspace: Workspace, client: int, round: int, examples: int, attempt: str, step: int, adapter: str = ""
+    workspace: Workspace, client: int, round: int, examples: int, *, attempt: str, step: int, adapter: str = ""
 ) -> Charge:
     """Write down what a run is about to spend, or, if it has done so, that it goes on after this step.
 
@@ -89,7 +89,7 @@ def reserve(
         return charge
 
 
-def finish(workspace: Workspace, client: int, round: int, attempt: str, adapter: str) -> None:
+def finish(workspace: Workspace, client: int, round: int, *, attempt: str, adapter: str) -> None:
     """Write down, before anything is published, that a run has ended with an adapter of this sha256.
 
     Raises Damaged for a run that the ledger does not know, Refused for one that has ended with another adapter.

@@ -57,6 +57,13 @@ def seal(checkpoint: Path) -> None:
     writing.write(checkpoint / COMPLETE, reading.json_bytes(_digests(checkpoint)))
 
 
+def drop(mine: Path) -> None:
+    """Remove this process's own folder, and the one around it where no other run has any there."""
+    shutil.rmtree(mine, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        mine.parent.rmdir()
+
+
 def is_kept(mine: Path) -> bool:
     """Whether a process's own folder is still there: who publishes first removes those of all."""
     return (mine / INPUTS).exists()

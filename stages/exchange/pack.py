@@ -78,7 +78,7 @@ def pack(
         parcel_checks.check(parcel, contents, workspace, parcel.folder(workspace))
         members |= {parcel.name(workspace, file): content for file, content in contents.items()}
     content = bundle_bytes(workspace.agreement.federation.name, members)
-    path = output or folder / _name(workspace, round, client, to, keys, last)
+    path = output or folder / _name(workspace, round, client, to=to, keys=keys, last=last)
     _write(path, content, overwrite, report)
     listed = [
         Member(name=name, size_bytes=len(members[name]), sha256=reading.sha256(members[name]))
@@ -132,7 +132,7 @@ def _public(workspace: Workspace, client: int | None, keys: bool) -> list[Parcel
     return wanted
 
 
-def _name(workspace: Workspace, round: int | None, client: int | None, to: int | None, keys: bool, last: str) -> str:
+def _name(workspace: Workspace, round: int | None, client: int | None, *, to: int | None, keys: bool, last: str) -> str:
     """What a bundle is called. last: of what it carries, which tells the two legs of a secure round apart."""
     federation = workspace.agreement.federation.name
     if round is None:

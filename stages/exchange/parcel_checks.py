@@ -55,7 +55,7 @@ def check_first(
             raise Damaged(message, where=where, mend=reading.COPY_AGAIN)
         signature = _json(SIGNATURE, read(SIGNATURE), where)
         key = members.key_of(manifest.party)
-        signatures.check_value(signature, content, manifest.stage, key, where / MANIFEST, manifest.party)
+        signatures.check_value(signature, content, manifest.stage, key, where=where / MANIFEST, whose=manifest.party)
     check_sizes(Artefact(where, manifest, content, reading.sha256(content), {}), workspace)
 
 

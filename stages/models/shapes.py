@@ -75,7 +75,7 @@ def of_workspace(workspace: Workspace, role: Role, dtype: torch.dtype = torch.fl
     else:
         mend = f"`{Command('prefetch', model=role)}` where there is a network, or set models.{role} in machine.toml"
         raise NotReady(f"the configuration of the {role.upper()} {settings.model} is not here", mend=mend)
-    return _shape(config, settings, stored, came_from, dtype, workspace)
+    return _shape(config, settings, dtype, workspace, stored=stored, came_from=came_from)
 
 
 def _stored_dtype(folder: Path, config: Any) -> str | None:
@@ -98,11 +98,11 @@ def of_paper(setting: str, role: Role) -> Shape:
     lora = Lora(r=preset.rank, alpha=2 * preset.rank, target_modules=list(preset.target_modules))
     settings = Model(model=checkpoint.model, lora=lora)
     config = AutoConfig.for_model(**checkpoint.config)
-    return _shape(config, settings, checkpoint.stored_dtype, SHIPPED, torch.float32, None)
+    return _shape(config, settings, torch.float32, None, stored=checkpoint.stored_dtype, came_from=SHIPPED)
 
 
 def _shape(
-    config: Any, settings: Model, stored: str | None, came_from: str, dtype: torch.dtype, workspace: Workspace | None
+    config: Any, settings: Model, dtype: torch.dtype, workspace: Workspace | None, *, stored: str | None, came_from: str
 ) -> Shape:
     base = base_loading.empty_model(config, dtype, f"the model {settings.model}", None)
     base.config.use_cache = False

@@ -46,10 +46,10 @@ def check(content: bytes, kind: str, public: bytes, where: Path, whose: str, *, 
         problem.message = f"{path.name} is not there: {where.name} counts only with {whose}'s signature"
         problem.mend = "wait until it is copied too, or copy it again"
         raise
-    check_value(value, content, kind, public, where, whose)
+    check_value(value, content, kind, public, where=where, whose=whose)
 
 
-def check_value(value: dict[str, Any], content: bytes, kind: str, public: bytes, where: Path, whose: str) -> None:
+def check_value(value: dict[str, Any], content: bytes, kind: str, public: bytes, *, where: Path, whose: str) -> None:
     """The same of a signature that has been read. Raises Damaged."""
     path = signature_beside(where)
     expected = {"v": 1, "alg": "ed25519", "key_id": key_id(public), "type": f"fedcollm/{kind}"}

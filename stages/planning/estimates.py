@@ -70,7 +70,7 @@ def client_train(here: Here, rows: Extent | None) -> StagePlan:
     from stages.training.objective import task_loss
 
     budget = here.workspace.agreement.client_training
-    found = _training("client-train", "each client", here, budget, rows, task_loss)
+    found = _training("client-train", "each client", here, budget, rows=rows, losses=task_loss)
     if not (here.workspace.agreement.privacy.is_on and found.memory):
         return found
     gradient, batch = found.memory["gradients"], found.batch or 1
@@ -83,7 +83,7 @@ def co_distill(here: Here, rows: Extent | None) -> StagePlan:
     from stages.training.objective import mutual_losses
 
     budget = here.workspace.agreement.distillation
-    return _training("co-distill", "server", here, budget, rows, mutual_losses(_whole(budget)), ROLES)
+    return _training("co-distill", "server", here, budget, rows=rows, losses=mutual_losses(_whole(budget)), roles=ROLES)
 
 
 def _whole(budget: Distillation) -> Distillation:
@@ -103,7 +103,7 @@ def in_two_phases(here: Here, rows: Extent | None) -> list[StagePlan]:
     shape = here.shapes.get("llm")
     if shape is None or budget.order == "alternating":
         return []
-    training = _training("train", "server", here, budget, rows, _beside_a_capture(budget), ("llm",))
+    training = _training("train", "server", here, budget, rows=rows, losses=_beside_a_capture(budget), roles=("llm",))
     compute = devices.precision(here.workspace, "llm", here.device)[0]
     step = memory.capture_step(
         shape,
@@ -150,6 +150,7 @@ def _training(
     party: str,
     here: Here,
     budget: Budget,
+    *,
     rows: Extent | None,
     losses: Losses,
     roles: tuple[Role, ...] = ("slm",),

@@ -61,7 +61,14 @@ def training_step(
             logits = {}
             for role, shape in models.items():
                 with torch.set_grad_enabled(turn in (None, role)):
-                    logits[role] = _answer_logits(shape.model.train(), rows, length, answers, device, autocast[role])
+                    logits[role] = _answer_logits(
+                        shape.model.train(),
+                        rows=rows,
+                        length=length,
+                        answers=answers,
+                        device=device,
+                        autocast=autocast[role],
+                    )
             activations = kept({})
             of_answers = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in logits.values()}
             parts = losses(logits, labels, Tokens(labels.numel(), labels.numel()))
@@ -108,7 +115,9 @@ def capture_step(
     with FakeTensorMode(), torch.no_grad():
         state = _state(shape.model, device)
         with _reparametrize_module(shape.model, state, tie_weights=True), _Peak(_storages([state])) as peak:
-            logits = _answer_logits(shape.model.eval(), rows, length, answers, device, autocast)
+            logits = _answer_logits(
+                shape.model.eval(), rows=rows, length=length, answers=answers, device=device, autocast=autocast
+            )
             keep(logits)
         return Step(0, logits.nbytes, max(0, peak.bytes - logits.nbytes))
 
@@ -130,7 +139,7 @@ def _storages(states: Iterable[State]) -> set[int]:
 
 
 def _answer_logits(
-    model: PeftModel, rows: int, length: int, answers: int, device: torch.device, autocast: bool
+    model: PeftModel, *, rows: int, length: int, answers: int, device: torch.device, autocast: bool
 ) -> Tensor:
     """As batches.answer_logits of a padded batch. Its mask of answers has no form: here their places are indices."""
     ones = torch.ones(rows, length, dtype=torch.long, device=device)

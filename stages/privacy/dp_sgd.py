@@ -19,9 +19,9 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event, Report
 from stages.training import micro_batch
 from stages.training.objective import Objective, Tokens
-from stages.training.recipes import Outcome, Recipe
+from stages.training.recipes import Outcome, Recipe, change
 from stages.training.stopping import (
     refuse_runaway,
     refuse_unless_finite,
@@ -56,11 +56,19 @@ from stages.workspace.machine import Machine
 STATE = "state.pt"
 MEMORY_KNOBS = "set micro_batch = 1 in machine.toml, give --dtype bfloat16, or agree on a smaller max_length"
 
-Reserve = Callable[[str, int, str], Charge]
-"""Told a run's attempt, its steps done and its adapter's sha256; returns what may be spent, having written it down."""
 
-Finish = Callable[[str, str], None]
-"""Told a run's attempt and the sha256 of the adapter that it ended with; writes that down."""
+class Reserve(Protocol):
+    """Told a run's attempt, its steps done and its adapter's sha256; returns what may be spent, having written it."""
+
+    def __call__(self, *, attempt: str, step: int, adapter: str) -> Charge:
+        """As accounting.budget has it."""
+
+
+class Finish(Protocol):
+    """Told a run's attempt and the sha256 of the adapter that it ended with; writes that down."""
+
+    def __call__(self, *, attempt: str, adapter: str) -> None:
+        """As accounting.budget has it."""
 
 
 def train(
@@ -92,9 +100,9 @@ def train(
         run.load(checkpoint)
     else:
         run.save()  # before the reservation: once there is one, there is a checkpoint to go on from
-    charge = reserve(run.attempt, run.step, digest(objective))
+    charge = reserve(attempt=run.attempt, step=run.step, adapter=digest(objective))
     with naming_memory_knobs(MEMORY_KNOBS), checkpoints.stopping() as stop:
-        rows = _rows_at_once(objective, slm, examples, recipe, machine, report)
+        rows = _rows_at_once(objective, slm, examples, recipe, machine, report=report)
         before = objective.measure(examples, rows)
         hooks = GradSampleHooks(slm.model, loss_reduction="sum", strict=True)
         try:
@@ -105,13 +113,8 @@ def train(
                 optimizer.attach_step_hook(lambda one: nn.utils.clip_grad_norm_(one.params, largest))
             secret = SecretRandom()
             while run.step < steps:
-                drawn = draw(secret, len(examples), charge.sample_rate)
-                loss = take_step(objective, optimizer, [examples[i] for i in drawn], rows)
-                run.schedule.step()
-                values = {"slm_ft": loss / len(drawn)} if drawn else {}
-                refuse_unless_finite(values, f"at step {run.step + 1} of {steps}")
-                run.did(values)
-                report(Event("step", step=run.step, total=steps, values=values))
+                drawn = [examples[i] for i in draw(secret, len(examples), charge.sample_rate)]
+                run.take(optimizer, drawn, rows, steps, report)
                 if run.step % machine.checkpoint_steps == 0 or run.step == steps or stop.is_asked:
                     run.save()
                 if stop.is_asked:
@@ -124,19 +127,19 @@ def train(
             raise
         finally:
             hooks.cleanup()
-    finish(run.attempt, digest(objective))
-    metrics = {"slm_ft_before": before["slm_ft"], "slm_ft_after": after["slm_ft"]}
+    finish(attempt=run.attempt, adapter=digest(objective))
+    metrics, ended = change(before, after), {"wall_s": round(time.monotonic() - started, 3)}
     return Outcome(
         steps=steps,
         examples=steps * min(recipe.budget.rows_per_step, len(examples)),
         tokens=0,
         metrics=metrics,
-        log=[{"inputs": dict(inputs)}, *run.log, {**metrics, "wall_s": round(time.monotonic() - started, 3)}],
+        log=[{"inputs": dict(inputs)}, *run.log, metrics | ended],
     )
 
 
 def _rows_at_once(
-    objective: Objective, slm: Tuned, examples: Sequence[Example], recipe: Recipe, machine: Machine, report: Report
+    objective: Objective, slm: Tuned, examples: Sequence[Example], recipe: Recipe, machine: Machine, *, report: Report
 ) -> int:
     """As dry_step has it, for a step in which each row has a gradient of its own."""
     if machine.micro_batch != "auto":
@@ -233,10 +236,15 @@ class Run:
         self.optimizer = torch.optim.AdamW(objective.adapter_parameters("slm"), lr=rate, weight_decay=decay)
         self.schedule = get_constant_schedule_with_warmup(self.optimizer, recipe.warmup_steps)
 
-    def did(self, values: Mapping[str, float]) -> None:
-        """Count one step more."""
+    def take(self, optimizer: NoisyOptimizer, drawn: Sequence[Example], rows: int, steps: int, report: Report) -> None:
+        """Take one step of so many, on the examples drawn, and record it."""
+        loss = take_step(self._objective, optimizer, drawn, rows)
+        self.schedule.step()
+        values = {"slm_ft": loss / len(drawn)} if drawn else {}
         self.step += 1
+        refuse_unless_finite(values, f"at step {self.step} of {steps}")
         self.log.append({"step": self.step, **values})
+        report(Event("step", step=self.step, total=steps, values=values))
 
     def save(self) -> None:
         """Write a checkpoint; the one before goes when this one is whole."""

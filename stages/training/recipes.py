@@ -47,3 +47,10 @@ class Outcome:
         return "  ".join(
             f"{name} {self.metrics[f'{name}_before']:.4g} -> {self.metrics[f'{name}_after']:.4g}" for name in names
         )
+
+
+def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Each loss before and after a training, as metrics."""
+    return {f"{name}_before": loss for name, loss in before.items()} | {
+        f"{name}_after": loss for name, loss in after.items()
+    }

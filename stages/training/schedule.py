@@ -44,6 +44,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
         examples: Sequence[Example],
         rows: int,
         objective: Objective,
+        *,
         alternating: bool,
         processes: int = 1,
     ) -> None:

@@ -63,3 +63,12 @@ def refuse_runaway(objective: Objective, start: Mapping[str, torch.Tensor], role
         if not largest <= LARGEST:
             message = f"the {role.upper()}'s adapter has a weight of {largest:.3g}; float16 ends at {LARGEST:g}"
             raise BadNumbers(message, mend=mend)
+
+
+def refuse_runaways(
+    objective: Objective, start: Mapping[str, torch.Tensor], before: Mapping[str, float], after: Mapping[str, float]
+) -> None:
+    """As refuse_runaway, of each model: how far it has moved counts where its loss rose."""
+    for role in objective.models:
+        has_risen = objective.weighted(after, role) > objective.weighted(before, role)
+        refuse_runaway(objective, start, role, " while its loss rose" if has_risen else None)

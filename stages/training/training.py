@@ -5,7 +5,6 @@ A stage that was killed goes on from its last checkpoint with the same rows in t
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 import warnings
@@ -31,10 +30,10 @@ from stages.runtime.processes import ALONE, Processes
 from stages.training import trackers
 from stages.training.micro_batch import rows_at_once
 from stages.training.objective import Objective
-from stages.training.recipes import Outcome, Recipe
+from stages.training.recipes import Outcome, Recipe, change
 from stages.training.schedule import MicroBatches, schedule
 from stages.training.stopping import (
-    refuse_runaway,
+    refuse_runaways,
     refuse_unless_finite,
     refuse_unless_finite_before,
     snapshot,
@@ -72,24 +71,14 @@ def train(
     steps = schedule(len(examples), recipe.budget, recipe.seed)
     with naming_memory_knobs():
         rows = rows_at_once(objective, examples, recipe.budget, machine, report=report)
-    dataset = MicroBatches(steps, examples, rows, objective, recipe.alternating, processes.count)
-    own, checkpoint = processes.agree(
-        (checkpoints.own(folder), checkpoints.begin(folder, inputs, anew=overwrite, report=report))
-        if processes.is_first
-        else None
-    )
+    dataset = MicroBatches(steps, examples, rows, objective, alternating=recipe.alternating, processes=processes.count)
+    own, checkpoint = _begin(folder, inputs, anew=overwrite, processes=processes, report=report)
     tracking = tracking if processes.is_first else UNTRACKED
-    if processes.agree(dict(inputs)) != inputs:
-        mend = "give all processes the same base models, settings and --dtype"
-        raise Refused(f"process {processes.rank} would train something else than the first", mend=mend)
     per_step, count = dataset.per_step // processes.count, recipe.turns * len(steps)
-    arguments = _arguments(own, recipe, machine, objective.device, count, per_step, tracking)
-    if arguments.world_size != processes.count:
-        message = f"Trainer takes this to be one of {arguments.world_size} processes, it is one of {processes.count}"
-        raise UsageProblem(message, mend="start them with torchrun, and no ACCELERATE_ variable in the environment")
-    frozen = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
-    buffers = [name for name, _ in objective.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen + buffers)  # type: ignore[no-untyped-call]
+    arguments = _arguments(
+        recipe, machine, tracking, folder=own, device=objective.device, steps=count, per_step=per_step
+    )
+    _make_ready(objective, arguments, processes)
     with naming_memory_knobs(), shutting_out(own), trackers.named(tracking):
         before, start = objective.measure(examples, rows), snapshot(objective)
         trainer = _Trainer(
@@ -109,43 +98,63 @@ def train(
             refuse_unless_finite_before(before)
             with checkpoints.stopping() as stop, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-                trainer.add_callback(_Watch(objective, recipe, report, len(steps), log, stop, processes))
+                watch = _Watch(
+                    objective, recipe, steps=len(steps), log=log, stop=stop, processes=processes, report=report
+                )
+                trainer.add_callback(watch)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if stop.is_asked:
                 raise KeyboardInterrupt(stopped_after(trainer.state.global_step // recipe.turns, len(steps)))
             after = objective.measure(examples, rows)
             refuse_unless_finite(after, "after the last step")
-            for role in objective.models:
-                has_risen = objective.weighted(after, role) > objective.weighted(before, role)
-                refuse_runaway(objective, start, role, " while its loss rose" if has_risen else None)
+            refuse_runaways(objective, start, before, after)
         except BadNumbers:
             if processes.is_first:
-                shutil.rmtree(own, ignore_errors=True)
-                with contextlib.suppress(OSError):  # there are those of another run
-                    folder.rmdir()
+                checkpoints.drop(own)
             raise
+    ended = {"wall_s": round(time.monotonic() - started, 3)}
     return Outcome(
         steps=len(steps),
         examples=len(steps) * recipe.budget.rows_per_step,
         tokens=sum(examples[i].answer_tokens for step in steps for i in step),
-        metrics={f"{name}_before": loss for name, loss in before.items()}
-        | {f"{name}_after": loss for name, loss in after.items()},
-        log=[
-            {"inputs": dict(inputs)},
-            *_steps(trainer.state.log_history),
-            {"wall_s": round(time.monotonic() - started, 3)},
-        ],
+        metrics=change(before, after),
+        log=[{"inputs": dict(inputs)}, *_steps(trainer.state.log_history), ended],
     )
 
 
+def _begin(
+    folder: Path, inputs: Mapping[str, Any], *, anew: bool, processes: Processes, report: Report
+) -> tuple[Path, Path | None]:
+    """The run's own folder, and the checkpoint to go on from. Raises Refused where processes would not train alike."""
+    found = None
+    if processes.is_first:
+        found = checkpoints.own(folder), checkpoints.begin(folder, inputs, anew=anew, report=report)
+    own, checkpoint = processes.agree(found)
+    if processes.agree(dict(inputs)) != inputs:
+        mend = "give all processes the same base models, settings and --dtype"
+        raise Refused(f"process {processes.rank} would train something else than the first", mend=mend)
+    return own, checkpoint
+
+
+def _make_ready(objective: Objective, arguments: TrainingArguments, processes: Processes) -> None:
+    """Raise UsageProblem unless Trainer counts the same processes, and keep frozen parameters out of their exchange."""
+    if arguments.world_size != processes.count:
+        message = f"Trainer takes this to be one of {arguments.world_size} processes, it is one of {processes.count}"
+        raise UsageProblem(message, mend="start them with torchrun, and no ACCELERATE_ variable in the environment")
+    frozen = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in objective.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen + buffers)  # type: ignore[no-untyped-call]
+
+
 def _arguments(
-    folder: Path,
     recipe: Recipe,
     machine: Machine,
+    tracking: Tracking,
+    *,
+    folder: Path,
     device: torch.device,
     steps: int,
     per_step: int,
-    tracking: Tracking,
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
@@ -214,11 +223,12 @@ class _Watch(TrainerCallback):
         self,
         objective: Objective,
         recipe: Recipe,
-        report: Report,
+        *,
         steps: int,
         log: Callable[[dict[str, float]], None] | None,
         stop: checkpoints.Stop,
         processes: Processes,
+        report: Report,
     ) -> None:
         self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
         self._log, self._stop, self._processes = log, stop, processes

@@ -31,7 +31,7 @@ def privately(folder: Path, settings: str) -> Path:
 
 
 def spend(folder: Path, round: int, attempt: str, step: int = 0) -> Charge:
-    return reserve(Workspace(folder), 1, round, ROWS, attempt, step)
+    return reserve(Workspace(folder), 1, round, ROWS, attempt=attempt, step=step)
 
 
 def ledger(folder: Path) -> Path:
@@ -118,7 +118,7 @@ def test_without_an_epsilon_noise_is_counted_and_never_refused(workspace_folder:
 
 def test_small_data_is_taken_whole(workspace_folder: Path) -> None:
     privately(workspace_folder, "noise_multiplier = 1.0")
-    assert reserve(Workspace(workspace_folder), 1, 1, 3, "a", 0).sample_rate == 1.0
+    assert reserve(Workspace(workspace_folder), 1, 1, 3, attempt="a", step=0).sample_rate == 1.0
 
 
 def edited(text: str) -> str:
@@ -169,12 +169,12 @@ def test_a_checkpoint_that_the_ledger_does_not_know_is_no_licence(federation: Pa
 def test_a_finished_run_goes_on_with_its_own_adapter_alone(federation: Path) -> None:
     first, (own, other) = spend(federation, 1, "a"), ("1" * 64, "2" * 64)
     for _ in range(2):  # a crash while publishing
-        finish(Workspace(federation), 1, 1, "a", own)
-        assert reserve(Workspace(federation), 1, 1, ROWS, "a", STEPS, own) == first
+        finish(Workspace(federation), 1, 1, attempt="a", adapter=own)
+        assert reserve(Workspace(federation), 1, 1, ROWS, attempt="a", step=STEPS, adapter=own) == first
     before = ledger(federation).read_bytes()
     for step, adapter in ((STEPS, other), (4, other), (4, own), (0, other)):
         with pytest.raises(Refused, match=f"this run has finished; its checkpoint of step {step} ") as caught:
-            reserve(Workspace(federation), 1, 1, ROWS, "a", step, adapter)
+            reserve(Workspace(federation), 1, 1, ROWS, attempt="a", step=step, adapter=adapter)
         assert "--overwrite, which trains and spends anew" in str(caught.value.mend)
     assert ledger(federation).read_bytes() == before
     assert [line.entry.kind for line in read_ledger(ledger(federation))] == ["reserved", "finished"] + ["resumed"] * 2
@@ -202,9 +202,9 @@ def test_gradient_checkpointing_is_refused_before_anything_else(federation: Path
 def test_a_run_whose_line_is_gone_or_that_another_process_has_ended_publishes_nothing(federation: Path) -> None:
     spend(federation, 1, "a")
     with pytest.raises(Damaged, match="does not know the run"):
-        finish(Workspace(federation), 1, 1, "b", "1" * 64)
-    finish(Workspace(federation), 1, 1, "a", "1" * 64)
-    finish(Workspace(federation), 1, 1, "a", "1" * 64)
+        finish(Workspace(federation), 1, 1, attempt="b", adapter="1" * 64)
+    finish(Workspace(federation), 1, 1, attempt="a", adapter="1" * 64)
+    finish(Workspace(federation), 1, 1, attempt="a", adapter="1" * 64)
     with pytest.raises(Refused, match="has finished with another adapter"):
-        finish(Workspace(federation), 1, 1, "a", "2" * 64)
+        finish(Workspace(federation), 1, 1, attempt="a", adapter="2" * 64)
     assert [line.entry.kind for line in read_ledger(ledger(federation))] == ["reserved", "finished"]

@@ -254,7 +254,7 @@ def test_a_disk_that_fails_under_the_privacy_ledger_loses_no_line_and_nothing_is
     edit(toml, "[evaluation]", "[privacy]\nnoise_multiplier = 1.0\ndelta = 1e-5\n\n[evaluation]")
     workspace, disk = Workspace(workspace_folder), FailingDisk(tmp_path, monkeypatch)
     path = workspace.privacy_ledger(1)
-    budget.reserve(workspace, 1, 1, 12, "first", 0)
+    budget.reserve(workspace, 1, 1, 12, attempt="first", step=0)
     first = path.read_bytes()
     for kind in KINDS:
         for which, error in errors():
@@ -263,7 +263,7 @@ def test_a_disk_that_fails_under_the_privacy_ledger_loses_no_line_and_nothing_is
             said = None
             try:
                 with faults.naming_storage_faults():
-                    budget.reserve(workspace, 1, 2, 12, "second", 0)
+                    budget.reserve(workspace, 1, 2, 12, attempt="second", step=0)
             except StorageProblem as problem:
                 said = Path(str(problem.where)).name, problem.mend
             if not disk.disarm():
@@ -274,6 +274,6 @@ def test_a_disk_that_fails_under_the_privacy_ledger_loses_no_line_and_nothing_is
             assert said[1] == MENDS[error]
             assert drafts(tmp_path) == []
             assert len(ledger.charges(ledger.read_ledger(path))) in (1, 2)
-            budget.reserve(workspace, 1, 2, 12, "second", 0)
+            budget.reserve(workspace, 1, 2, 12, attempt="second", step=0)
             assert path.read_bytes().startswith(first)
             assert len(ledger.charges(ledger.read_ledger(path))) == 2

@@ -171,7 +171,7 @@ class Run:
         self.said: str | None = None
         self.outcome: Outcome | None = None
 
-        def reserve(attempt: str, step: int, adapter: str) -> Charge:
+        def reserve(*, attempt: str, step: int, adapter: str) -> Charge:
             self.held.append(adapter)
             self.asked.append((attempt, step))
             return Charge(noise, changed.get("rate", 1.0), STEPS)
