@@ -141,7 +141,6 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
             stage="client-train",
             round=self.round,
             attempt=opened.theta.manifest.attempt,
-            client=self.party.number,
             parents=opened.parents,
             seed=told.seed,
             metrics=told.metrics,

@@ -10,6 +10,7 @@ from stages.data.rows import Row, read_rows, warn_of_spacing
 from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace, require
 from stages.workspace.settings import Role
 
@@ -51,7 +52,7 @@ def read_inputs(server: Party, round: int, report: Report) -> Inputs:
 def read_auxiliary(workspace: Workspace, report: Report) -> tuple[list[Row], str]:
     """The auxiliary rows and their digest."""
     data = workspace.auxiliary_data
-    require(data, "the server has no auxiliary data", "put JSONL rows there, or make them with `fedcollm prepare`")
+    require(data, "the server has no auxiliary data", f"put JSONL rows there, or make them with `{Command('prepare')}`")
     rows, data_sha256 = read_rows(data, unlabelled=True)
     warn_of_spacing(rows, report)
     _tell_of_unlabelled(workspace, rows, report)
@@ -61,7 +62,7 @@ def read_auxiliary(workspace: Workspace, report: Report) -> tuple[list[Row], str
 def theta_of(server: Party, round: int) -> Artefact:
     """What the SLM starts from."""
     source = server.workspace.aggregate(round)
-    missing = f"the aggregate of round {round} is not there", f"fedcollm aggregate --round {round}"
+    missing = f"the aggregate of round {round} is not there", Command("aggregate", round=round)
     return received(source, by=server, stage="aggregate", round=round, missing=missing)
 
 
@@ -70,7 +71,7 @@ def omega_of(server: Party, round: int) -> Artefact | None:
     if round == 1:
         return None
     earlier = server.workspace.llm(round - 1)
-    missing = f"the LLM's adapter of round {round - 1} is not there", f"fedcollm co-distill --round {round - 1}"
+    missing = f"the LLM's adapter of round {round - 1} is not there", Command("co-distill", round=round - 1)
     return received(earlier, by=server, stage="co-distill", round=round - 1, missing=missing)
 
 

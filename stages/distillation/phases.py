@@ -15,6 +15,7 @@ from stages.distillation.inputs import Inputs
 from stages.parties.party import Party
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.processes import Processes
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
@@ -66,7 +67,8 @@ def check_phase(
     """Raise UsageProblem for a round that there is not, and for options that do not go together."""
     workspace.check_round(round)
     workspace.check_step("co-distill", round)
-    capture = f"fedcollm co-distill --round {round} --phase capture --model llm; then --model slm; then --phase train"
+    first = Command("co-distill", round=round, phase="capture", model="llm")
+    capture = f"{first}; then --model slm; then --phase train"
     if phase is None and (model or top_k):
         raise UsageProblem("--model and --top-k are for co-distill in two phases", mend=capture)
     if phase == "capture" and model is None:
@@ -77,7 +79,7 @@ def check_phase(
         raise UsageProblem("--top-k is for the first phase: training takes what was captured", mend=capture)
     if phase and workspace.agreement.distillation.order == "alternating":
         message = 'order "alternating" has no second phase: there the LLM learns from the SLM as it has just become'
-        mend = f'agree on distillation.order = "simultaneous", or `fedcollm co-distill --round {round}` in one phase'
+        mend = f'agree on distillation.order = "simultaneous", or `{Command("co-distill", round=round)}` in one phase'
         raise UsageProblem(message, where=workspace.root / AGREEMENT, mend=mend)
 
 
@@ -104,5 +106,6 @@ def _refuse_half_of_two_phases(workspace: Workspace, round: int) -> None:
     llm = workspace.llm(round)
     if llm.exists() and "captured-slm" in read_manifest(llm)[0].parents:
         message = f"round {round}'s LLM was trained in two phases, the SLM not yet"
-        mend = f"fedcollm co-distill --round {round} --phase train; or --overwrite, to begin again in one phase"
+        second = Command("co-distill", round=round, phase="train")
+        mend = f"{second}; or --overwrite, to begin again in one phase"
         raise Refused(message, where=llm, mend=mend)

@@ -90,16 +90,11 @@ def train(
     finish is told after the last one, when the adapter has been found finite, and before anything is published.
     Outcome.examples is the expected number, and tokens is 0: what was drawn tells about the data.
     """
-    started = time.monotonic()
-    steps = recipe.budget.steps_for(len(examples))
+    started, steps = time.monotonic(), recipe.budget.steps_for(len(examples))
     objective = Objective([slm], loss_of_examples, {"slm_ft": 1.0})
     start = snapshot(objective)
     checkpoint = checkpoints.begin(folder, inputs, anew=overwrite, report=report)
-    run = Run(objective, recipe, folder)
-    if checkpoint:
-        run.load(checkpoint)
-    else:
-        run.save()  # before the reservation: once there is one, there is a checkpoint to go on from
+    run = Run.begun(objective, recipe, folder, checkpoint)
     charge = reserve(attempt=run.attempt, step=run.step, adapter=digest(objective))
     with naming_memory_knobs(MEMORY_KNOBS), checkpoints.stopping() as stop:
         rows = _rows_at_once(objective, slm, examples, recipe, machine, report=report)
@@ -235,6 +230,16 @@ class Run:
         rate, decay = recipe.learning_rates["slm"], recipe.budget.weight_decay
         self.optimizer = torch.optim.AdamW(objective.adapter_parameters("slm"), lr=rate, weight_decay=decay)
         self.schedule = get_constant_schedule_with_warmup(self.optimizer, recipe.warmup_steps)
+
+    @classmethod
+    def begun(cls, objective: Objective, recipe: Recipe, folder: Path, checkpoint: Path | None) -> Run:
+        """From the checkpoint, or with one: before the reservation, so that there always is one to go on from."""
+        run = cls(objective, recipe, folder)
+        if checkpoint:
+            run.load(checkpoint)
+        else:
+            run.save()
+        return run
 
     def take(self, optimizer: NoisyOptimizer, drawn: Sequence[Example], rows: int, steps: int, report: Report) -> None:
         """Take one step of so many, on the examples drawn, and record it."""

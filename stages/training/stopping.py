@@ -68,7 +68,11 @@ def refuse_runaway(objective: Objective, start: Mapping[str, torch.Tensor], role
 def refuse_runaways(
     objective: Objective, start: Mapping[str, torch.Tensor], before: Mapping[str, float], after: Mapping[str, float]
 ) -> None:
-    """As refuse_runaway, of each model: how far it has moved counts where its loss rose."""
+    """Raise BadNumbers for losses that are no numbers after the last step, and for a model that has run away.
+
+    How far it has moved counts where its loss rose.
+    """
+    refuse_unless_finite(after, "after the last step")
     for role in objective.models:
         has_risen = objective.weighted(after, role) > objective.weighted(before, role)
         refuse_runaway(objective, start, role, " while its loss rose" if has_risen else None)

@@ -67,8 +67,7 @@ def train(
     Raises BadNumbers if a loss becomes NaN or an adapter has run away, which removes the checkpoints too, or if memory
     runs out; KeyboardInterrupt when SIGTERM or SIGUSR1 came, after the step that was being done and its checkpoint.
     """
-    started = time.monotonic()
-    steps = schedule(len(examples), recipe.budget, recipe.seed)
+    started, steps = time.monotonic(), schedule(len(examples), recipe.budget, recipe.seed)
     with naming_memory_knobs():
         rows = rows_at_once(objective, examples, recipe.budget, machine, report=report)
     dataset = MicroBatches(steps, examples, rows, objective, alternating=recipe.alternating, processes=processes.count)
@@ -78,35 +77,21 @@ def train(
     arguments = _arguments(
         recipe, machine, tracking, folder=own, device=objective.device, steps=count, per_step=per_step
     )
-    _make_ready(objective, arguments, processes)
     with naming_memory_knobs(), shutting_out(own), trackers.named(tracking):
         before, start = objective.measure(examples, rows), snapshot(objective)
-        trainer = _Trainer(
-            processes,
-            model=objective,
-            args=arguments,
-            train_dataset=dataset,
-            data_collator=_only,
-            optimizers=(_optimizer(objective, recipe), None),
-            callbacks=trackers.callbacks(tracking, after_step=checkpoints.step_of(checkpoint) if checkpoint else 0),
-        )
-        trainer.remove_callback(PrinterCallback)
-        if processes.count > 1:
-            torch.manual_seed(recipe.seed + processes.rank)  # else all would drop out alike
+        callbacks = trackers.callbacks(tracking, after_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
+        trainer = _trainer(objective, dataset, recipe, processes, arguments=arguments, callbacks=callbacks)
         log = trainer.log if tracking.trackers else None
         try:
             refuse_unless_finite_before(before)
             with checkpoints.stopping() as stop, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-                watch = _Watch(
-                    objective, recipe, steps=len(steps), log=log, stop=stop, processes=processes, report=report
-                )
+                watch = _Watch(objective, recipe, processes, steps=len(steps), log=log, stop=stop, report=report)
                 trainer.add_callback(watch)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if stop.is_asked:
                 raise KeyboardInterrupt(stopped_after(trainer.state.global_step // recipe.turns, len(steps)))
             after = objective.measure(examples, rows)
-            refuse_unless_finite(after, "after the last step")
             refuse_runaways(objective, start, before, after)
         except BadNumbers:
             if processes.is_first:
@@ -188,6 +173,32 @@ def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=recipe.budget.weight_decay)
 
 
+def _trainer(
+    objective: Objective,
+    dataset: MicroBatches,
+    recipe: Recipe,
+    processes: Processes,
+    *,
+    arguments: TrainingArguments,
+    callbacks: list[TrainerCallback],
+) -> _Trainer:
+    """Trainer, ready to begin; it says nothing."""
+    _make_ready(objective, arguments, processes)
+    trainer = _Trainer(
+        processes,
+        model=objective,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=_only,
+        optimizers=(_optimizer(objective, recipe), None),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if processes.count > 1:
+        torch.manual_seed(recipe.seed + processes.rank)  # else all would drop out alike
+    return trainer
+
+
 class _Trainer(Trainer):
     """Trainer, silent while it writes a checkpoint, which is whole or not taken, and fails as any file of ours does."""
 
@@ -223,11 +234,11 @@ class _Watch(TrainerCallback):
         self,
         objective: Objective,
         recipe: Recipe,
+        processes: Processes,
         *,
         steps: int,
         log: Callable[[dict[str, float]], None] | None,
         stop: checkpoints.Stop,
-        processes: Processes,
         report: Report,
     ) -> None:
         self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
