@@ -50,7 +50,7 @@ def evaluate(
     subject = subject_of(model, client)
     target = workspace.result(round, subject)
     return Evaluate(
-        party=Party.server(workspace) if client is None else Party.client(workspace, client),
+        party=Party.of(workspace, client),
         model=model,
         subject=subject,
         round=round,

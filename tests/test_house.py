@@ -333,7 +333,7 @@ def test_names_on_disk_are_spelled_by_the_workspace_alone() -> None:
 
 # --- parties
 
-OPENING = {"Party", "Party.client", "Party.server", "Onlooker", "all_of"}
+OPENING = {"Party", "Party.client", "Party.server", "Party.of", "Onlooker", "all_of"}
 VAULTS = {"Vault", "Vault.find", "Vault.make"}
 OVER_ALL = ("parties", "audit", "progress")
 """Rooms that look at every party of a machine."""

@@ -38,6 +38,11 @@ class Party:
         """A client of a workspace."""
         return Party(workspace, names.client(number))
 
+    @staticmethod
+    def of(workspace: Workspace, client: int | None) -> Party:
+        """A client, or, without its number, the server."""
+        return Party(workspace, names.of(client))
+
     @property
     def is_server(self) -> bool:
         """Whether it is the server."""
