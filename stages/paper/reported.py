@@ -12,7 +12,7 @@ import importlib.resources
 import json
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
-from typing import Any
+from typing import Any, TypedDict, cast
 
 LABELS = {
     "zero-shot": "Zero-Shot",
@@ -63,10 +63,18 @@ class Transmitted:
     percent: float
 
 
+class Tables(TypedDict):
+    """Tables 1 to 3."""
+
+    source: dict[str, str]  # title, arXiv number, and what each table's figures are
+    accuracy: dict[str, dict[str, dict[str, dict[str, float]]]]  # percent, by model, task, method and setting
+    transmitted: dict[str, dict[str, Any]]  # Transmitted, by setting
+
+
 @functools.cache
-def tables() -> dict[str, Any]:
-    """Tables 1 to 3: "source"; "accuracy" by model, task, method and setting; "transmitted" by setting."""
-    return dict(json.loads(_folder().joinpath("tables.json").read_text()))
+def tables() -> Tables:
+    """The paper's tables, as the file has them."""
+    return cast(Tables, json.loads(_folder().joinpath("tables.json").read_text()))
 
 
 def accuracy(setting: str, model: str, method: str, task: str) -> float | None:
@@ -74,8 +82,7 @@ def accuracy(setting: str, model: str, method: str, task: str) -> float | None:
 
     setting: s1, s2, s3. method: zero-shot, standalone, fedavg, centralized, fedcollm. task: lm-eval's name.
     """
-    found: float | None = tables()["accuracy"][model].get(task, {}).get(method, {}).get(setting)
-    return found
+    return tables()["accuracy"][model].get(task, {}).get(method, {}).get(setting)
 
 
 def transmitted(setting: str) -> Transmitted:

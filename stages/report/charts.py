@@ -14,7 +14,9 @@ from typing import Any
 from stages.runtime.texts import in_cell
 
 Row = dict[str, Any]
+"""One point of a chart, or one line of its CSV: numbers and short words by column."""
 Spec = dict[str, Any]
+"""A part of a Vega-Lite specification."""
 
 WIDTH = 328
 """A phone's 360 pixels less the margins of the page."""

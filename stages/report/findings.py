@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from math import ceil, isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -18,14 +18,13 @@ from stages.artefacts.reading import read_manifest
 from stages.data.split_file import read_split
 from stages.exchange.transfers import SERVER, transfers
 from stages.files.reading import read_own
+from stages.report.charts import Row
 from stages.runtime.errors import Damaged, Problem
 from stages.study.results import Study, begun, open_study
 from stages.study.scores import answers
 from stages.study.statistics import estimate
 from stages.workspace.agreement import Method
 from stages.workspace.paths import Workspace
-
-Row = dict[str, Any]
 
 MOST_POINTS = 150
 """A line of losses has no more points than this: a page on a phone shows no more."""

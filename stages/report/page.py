@@ -6,12 +6,16 @@ import base64
 import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from stages.report.charts import Chart
 from stages.report.drawing import Absent
 from stages.report.findings import shortened
 from stages.runtime.texts import printable
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 TEMPLATE = "report.html.jinja"
 
@@ -54,17 +58,24 @@ def _told(value: Any) -> Any:
     return printable(value) if type(value) is str else value
 
 
-def _embedded(chart: Chart) -> dict[str, Any]:
-    import markupsafe
+@dataclass(frozen=True)
+class Embedded:
+    """A chart as the page has it: its drawing, the name of its CSV file, and a link that holds the same bytes."""
 
-    return {
-        "name": chart.name,
-        "title": chart.title,
-        "caption": chart.caption,
-        "svg": markupsafe.Markup(chart.svg()),  # the library has escaped the texts in it
-        "file": f"{chart.name}.csv",
-        "link": "data:text/csv;base64," + base64.b64encode(chart.csv().encode()).decode(),
-    }
+    name: str
+    title: str
+    caption: str
+    svg: Markup
+    file: str
+    link: str
+
+
+def _embedded(chart: Chart) -> Embedded:
+    from markupsafe import Markup
+
+    drawing = Markup(chart.svg())  # the library has escaped the texts in it
+    link = "data:text/csv;base64," + base64.b64encode(chart.csv().encode()).decode()
+    return Embedded(chart.name, chart.title, chart.caption, drawing, f"{chart.name}.csv", link)
 
 
 def without_folders(text: str) -> str:

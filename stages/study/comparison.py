@@ -39,12 +39,12 @@ class Accuracy(Estimate):
 class Paper:
     """What the paper reports in one of its settings: percent, by table, row and task.
 
-    other_models: the base models in whose place there are others here.
+    other_models: the base models in whose place there are others here. source: title, arXiv number, and so on.
     """
 
     setting: str
     other_models: list[str]
-    source: str
+    source: dict[str, str]
     tables: dict[Table, dict[Row, dict[str, float]]]
 
 
