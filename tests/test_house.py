@@ -188,8 +188,8 @@ def test_the_command_line_knows_of_no_library_that_stages_stand_on() -> None:
 UNTYPED = "dict[str, Any]"
 
 
-def functions(path: Path) -> Iterator[ast.FunctionDef]:
-    yield from (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
 
 
 def test_no_function_of_a_stage_that_the_command_line_calls_returns_an_untyped_dict() -> None:
@@ -204,15 +204,20 @@ def test_no_function_of_a_stage_that_the_command_line_calls_returns_an_untyped_d
     assert [name for name, type_ in returned.items() if UNTYPED in type_] == []
 
 
+def test_the_options_that_open_a_session_are_spelled_once() -> None:
+    spelled = {
+        function.name
+        for path in (ROOT / "fedcollm_cli" / "commands").glob("*.py")
+        for function in functions(path)
+        if "WorkspaceOption" in ast.unparse(function.args)
+    }
+    assert spelled == {"audit", "comm_cost"}, "which can do without a workspace; for others there is in_workspace"
+
+
 def test_no_view_takes_or_returns_an_untyped_dict() -> None:
     for path in (ROOT / "fedcollm_cli" / "views").glob("*.py"):
         for function in functions(path):
-            taken = [
-                ast.unparse(node.annotation)
-                for node in ast.walk(function.args)
-                if isinstance(node, ast.arg) and node.annotation
-            ]
-            assert UNTYPED not in " ".join([*taken, ast.unparse(function.returns)]), f"{path}: {function.name}"
+            assert UNTYPED not in f"{ast.unparse(function.args)} {ast.unparse(function.returns)}", function.name
 
 
 # --- size

@@ -65,12 +65,8 @@ def compare(
         overwrite=overwrite,
         report=opened.console.report,
     )
-    if as_csv:
-        opened.console.result(asdict(found), tables.as_lines(found))
-    elif as_markdown:
-        opened.console.result(asdict(found), tables.as_markdown(found))
-    else:
-        opened.console.result(asdict(found), tables.comparison(found))
+    drawn = tables.as_lines if as_csv else tables.as_markdown if as_markdown else tables.comparison
+    opened.console.result(asdict(found), drawn(found))
 
 
 @in_workspace("quiet", "device", "dtype")

@@ -1,4 +1,4 @@
-"""The commands of Algorithm 1, run, which gives them all, and status, which tells where a federation stands."""
+"""The commands of Algorithm 1, a round's steps, and evaluate."""
 
 from __future__ import annotations
 
