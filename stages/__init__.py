@@ -1,4 +1,4 @@
-"""Algorithm 1 of FedCoLLM, one module for each step: open, check, compute, publish, return.
+"""Algorithm 1 of FedCoLLM, one module for each step: open, look, compute, publish (artefacts.steps has the driver).
 
     line   module        reads                                           writes
     -      keys, enroll, join                                           exchange/keys, exchange/federation.json
@@ -19,10 +19,10 @@ before it:
     bases         base models on disk                    artefacts     manifests, adapters, records, checkpoints
     accounting    what privacy was spent                 exchange      pack, unpack, what travels
     progress      how far a federation is, status        models        base models and adapters, loaded
-    secagg        secure aggregation                     study         federations side by side
+    secagg        secure aggregation, a channel          study         federations side by side
     training      losses, batches, steps                 evaluation    lm-eval's scores
-    aggregation   rules, the gate                        distillation  in one phase or two
-    privacy       DP-SGD                                 export        a model as others load it
+    aggregation   channels, rules, the gate              distillation  in one phase or two
+    privacy       how clients train, DP-SGD              export        a model as others load it
 
 and above the steps those that look ahead (planning: plan, prefetch, comm_cost) or back (audit: audit, verify, diff),
 that draw (report), that drive the steps (federation: run, next, compare, sweep, slurm), and the demo. Steps meet on

@@ -74,7 +74,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -
 @pytest.fixture(scope="session")
 def studied_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
     """A workspace with every method from the seeds 7 and 8, scored; made once, by what `compare --seeds 7,8` runs."""
-    import stages.evaluation.scoring
+    import stages.evaluation.scoring  # noqa: F401
     import stages.training.training  # noqa: F401
     from stages.federation.compare import run_all
     from stages.study.results import METHODS

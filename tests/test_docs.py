@@ -163,6 +163,20 @@ def calls(path: Path) -> Iterator[list[str]]:
     yield from (words for words in map(str.split, inline_code(path)) if words[0] in COMMANDS and len(words) > 1)
 
 
+PLACE = re.compile(r"`((?:stages|fedcollm_cli|tests)/[\w/]+\.py)`")
+NAMED_IN = re.compile(r"`([\w-]+)`(?: and `(\w+)`)?,? (?:in|of) `((?:stages|fedcollm_cli)/[\w/]+\.py)`")
+
+
+def test_what_is_said_of_the_code_is_there() -> None:
+    text = (DOCS / "architecture.md").read_text()
+    places = PLACE.findall(text)
+    assert len(places) > 15
+    assert [place for place in places if not (ROOT / place).is_file()] == []
+    named = [(name, place) for *names, place in NAMED_IN.findall(text) for name in names if name]
+    assert len(named) > 10
+    assert [(name, place) for name, place in named if name not in (ROOT / place).read_text()] == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_and_option_exists(name: str) -> None:
     for command, *words in calls(ROOT / name):

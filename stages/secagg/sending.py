@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from stages.artefacts.adapter_files import layout_of, read_adapter
@@ -75,8 +76,17 @@ def send(
 
 
 def _send(party: Party, theta: Artefact, trained: Artefact) -> Manifest:
-    workspace, client, round, vault = party.workspace, party.number, theta.manifest.round, party.keys
-    kept = recall(vault, round)
+    kept = recall(party.keys, theta.manifest.round)
+    _check_is_this_round_s(party, theta, kept)
+    values = _encoded(party, theta, trained)
+    if kept is None or kept.y_sha256 is None:
+        kept = _mask(party, theta, trained, values, farthest=kept.slot if kept else None)
+    return _send_again(party, theta, kept)
+
+
+def _check_is_this_round_s(party: Party, theta: Artefact, kept: Kept | None) -> None:
+    """Raise Refused where the client has revealed for this round, or has taken another broadcast of it."""
+    workspace, client, round = party.workspace, party.number, theta.manifest.round
     if kept and kept.close_sha256:
         message = f"client {client} has revealed for round {round}: it masks no second update for it"
         mend = "the server has the first; put it back here from there if it is missed"
@@ -84,38 +94,38 @@ def _send(party: Party, theta: Artefact, trained: Artefact) -> Manifest:
     if kept and kept.broadcast_sha256 != theta.sha256:
         message = f"client {client} has taken another broadcast of round {round} while it trained for this one"
         again = Command("client-train", client=client, round=round)
-        mend = f"copy the newer broadcast here; {again}"
-        raise Refused(message, where=theta.path, mend=mend)
-    settings, lora, keys = workspace.agreement.aggregation, workspace.agreement.slm.lora, round_of(theta)
+        raise Refused(message, where=theta.path, mend=f"copy the newer broadcast here; {again}")
+
+
+def _encoded(party: Party, theta: Artefact, trained: Artefact) -> np.ndarray:
+    """The update in the ring, as fixed_point.encode has it. Raises BadNumbers for one that is too large for it."""
+    agreement = party.workspace.agreement
+    settings, lora = agreement.aggregation, agreement.slm.lora
     before = read_adapter(theta, None, lora)
     after = read_adapter(trained, layout_of(before), lora)
     try:
-        values = fixed_point.encode(
+        return fixed_point.encode(
             fixed_point.flatten(after) - fixed_point.flatten(before),
             bound=settings.max_update_value,
-            clients=len(keys.clients),
+            clients=len(round_of(theta).clients),
             examples=trained.manifest.examples if settings.weighting == "samples" else None,
             largest_examples=settings.max_examples or 1,
         )
     except BadNumbers as problem:
         problem.where = trained.path
         raise
-    if kept and kept.y_sha256:
-        return _send_again(party, theta, kept)
-    slot = opening_of(theta).slot
-    secret = secret_of(party, theta, farthest=kept.slot if kept else None)  # which was looked at then
-    masked = masking.mask(values, keys, client=client, secret=secret)
-    kept = Kept(
-        attempt=theta.manifest.attempt,
-        broadcast_sha256=theta.sha256,
-        slot=slot,
-        adapter_sha256=trained.sha256,
-        y_sha256=masked.y_sha256,
-        own_shares=masked.own_shares.tobytes().hex(),
-    )
-    # Made whole beside the adapter, remembered, then sent: whatever ends in between, the same is sent for ever.
+
+
+def _mask(party: Party, theta: Artefact, trained: Artefact, values: np.ndarray, *, farthest: int | None) -> Kept:
+    """Mask the update with a secret of this once. Made whole beside the adapter, then remembered: it is sent for ever.
+
+    farthest: the slot that was looked at when the broadcast was taken.
+    """
+    keys, round = round_of(theta), theta.manifest.round
+    secret = secret_of(party, theta, farthest=farthest)
+    masked = masking.mask(values, keys, client=party.number, secret=secret)
     publish(
-        workspace.masked_update(round, client),
+        party.workspace.masked_update(round, party.number),
         {MASKED_UPDATE: array_bytes("y", masked.y), SEALED_SHARES: array_bytes("s", masked.rows)},
         Draft(
             stage="client-train",
@@ -134,8 +144,16 @@ def _send(party: Party, theta: Artefact, trained: Artefact) -> Manifest:
         ),
         by=party,
     )
-    remember(vault, round, kept)
-    return _send_again(party, theta, kept)
+    kept = Kept(
+        attempt=theta.manifest.attempt,
+        broadcast_sha256=theta.sha256,
+        slot=opening_of(theta).slot,
+        adapter_sha256=trained.sha256,
+        y_sha256=masked.y_sha256,
+        own_shares=masked.own_shares.tobytes().hex(),
+    )
+    remember(party.keys, round, kept)
+    return kept
 
 
 def _send_again(party: Party, theta: Artefact, kept: Kept) -> Manifest:
