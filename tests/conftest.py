@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import shutil
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from builders import Outcome, make_base_models, make_study, make_workspace
+from command_line import give
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -40,18 +44,46 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-LONGEST = ("tests/slurm/", "tests/test_arc_easy.py")
-"""Begun first: they are minutes long, and in part wait, while other processes do all the rest."""
+# --- in several processes
+
+
+LONGEST = ("tests/slurm/test_on_slurm.py",)
+"""Begun first, in this order: the others fill up what time is left. The first waits for Slurm more than it computes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    order = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 @pytest.fixture(scope="session")
-def base_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """A folder that is filled once for all of xdist's processes: once("finished", fill) -> what fill(folder) filled."""
+    top = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent
+
+    def filled(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, is_whole = top / f"once-{name}", top / f"once-{name}.whole"
+        with (top / f"once-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                is_whole.touch()
+        return folder
+
+    return filled
+
+
+# --- made once, to be read only or copied
+
+
+@pytest.fixture(scope="session")
+def base_models(once: Once) -> Path:
     """A folder with slm/ and llm/: GPT-2-shaped models of two sizes with one word-level tokenizer, random weights."""
-    return make_base_models(tmp_path_factory.mktemp("models"))
+    return once("models", make_base_models)
 
 
 @pytest.fixture
@@ -61,29 +93,33 @@ def workspace_folder(tmp_path: Path, base_models: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
+def finished_once(once: Once, base_models: Path) -> Path:
     """A workspace in which `run` has done both rounds, without scores; made once."""
-    from stages.federation.run import run
-    from stages.workspace.paths import Workspace
 
-    folder = make_workspace(tmp_path_factory.mktemp("finished") / "study", base_models)
-    run(Workspace(folder), scores=False)
-    return folder
+    def fill(top: Path) -> None:
+        from stages.federation.run import run
+        from stages.workspace.paths import Workspace
+
+        run(Workspace(make_workspace(top / "study", base_models)), scores=False)
+
+    return once("finished", fill) / "study"
 
 
 @pytest.fixture(scope="session")
-def studied_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
+def studied_once(once: Once, base_models: Path) -> Path:
     """A workspace with every method from the seeds 7 and 8, scored; made once, by what `compare --seeds 7,8` runs."""
-    import stages.evaluation.scoring  # noqa: F401
-    import stages.training.training  # noqa: F401
-    from stages.federation.compare import run_all
-    from stages.study.results import METHODS
-    from stages.workspace.paths import Workspace
 
-    gc.freeze()
-    folder = make_study(tmp_path_factory.mktemp("studied") / "study", base_models)
-    run_all(Workspace(folder), seeds=[7, 8], methods=METHODS)
-    return folder
+    def fill(top: Path) -> None:
+        import stages.evaluation.scoring  # noqa: F401
+        import stages.training.training  # noqa: F401
+        from stages.federation.compare import run_all
+        from stages.study.results import METHODS
+        from stages.workspace.paths import Workspace
+
+        gc.freeze()
+        run_all(Workspace(make_study(top / "study", base_models)), seeds=[7, 8], methods=METHODS)
+
+    return once("studied", fill) / "study"
 
 
 @pytest.fixture
@@ -99,30 +135,35 @@ def finished(finished_once: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reported_once(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reported_once(finished_once: Path, once: Once) -> Path:
     """A finished workspace with scores, FedAvg beside it, and a report; made once, to be read only."""
-    from fedcollm_cli.main import app
-    from stages.federation.run import run
-    from stages.workspace.paths import Workspace
 
-    folder = shutil.copytree(finished_once, tmp_path_factory.mktemp("reported") / "study", symlinks=True)
-    run(Workspace(folder))
-    run(Workspace(folder), method="fedavg")
-    app(["report", "--quiet", "--workspace", str(folder)], standalone_mode=False)
-    return folder
+    def fill(top: Path) -> None:
+        from stages.federation.run import run
+        from stages.workspace.paths import Workspace
+
+        folder = shutil.copytree(finished_once, top / "study", symlinks=True)
+        run(Workspace(folder))
+        run(Workspace(folder), method="fedavg")
+        assert give("report", "--quiet", "--workspace", folder) == 0
+
+    return once("reported", fill) / "study"
 
 
 @pytest.fixture(scope="session")
-def enrolled_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> tuple[Path, Path]:
+def enrolled_once(once: Once, base_models: Path) -> tuple[Path, Path]:
     """A workspace of secure aggregation in which all have joined and no round has begun, and its keys; made once."""
-    from federations import agreement, enrol, with_keys
-    from stages.workspace.paths import Workspace
 
-    top = tmp_path_factory.mktemp("enrolled")
-    folder = with_keys(make_workspace(top / "study", base_models), top / "keys")
-    (folder / "fedcollm.toml").write_text(agreement())
-    enrol(Workspace(folder))
-    return folder, top / "keys"
+    def fill(top: Path) -> None:
+        from federations import agreement, enrol, with_keys
+        from stages.workspace.paths import Workspace
+
+        folder = with_keys(make_workspace(top / "study", base_models), top / "keys")
+        (folder / "fedcollm.toml").write_text(agreement())
+        enrol(Workspace(folder))
+
+    top = once("enrolled", fill)
+    return top / "study", top / "keys"
 
 
 @pytest.fixture
@@ -134,16 +175,18 @@ def enrolled(enrolled_once: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def summed_once(tmp_path_factory: pytest.TempPathFactory, enrolled_once: tuple[Path, Path]) -> tuple[Path, Path]:
+def summed_once(once: Once, enrolled_once: tuple[Path, Path]) -> tuple[Path, Path]:
     """The same after `run`: two rounds of secure aggregation; made once."""
-    from federations import copied
-    from stages.federation.run import run
-    from stages.workspace.paths import Workspace
 
-    top = tmp_path_factory.mktemp("summed")
-    folder = copied(enrolled_once, top)
-    run(Workspace(folder), scores=False)
-    return folder, top / "keys"
+    def fill(top: Path) -> None:
+        from federations import copied
+        from stages.federation.run import run
+        from stages.workspace.paths import Workspace
+
+        run(Workspace(copied(enrolled_once, top)), scores=False)
+
+    top = once("summed", fill)
+    return top / "study", top / "keys"
 
 
 @pytest.fixture
@@ -168,14 +211,8 @@ def fedcollm(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Call the command line in this process: fedcollm("status", "-w", folder) -> exit code, stdout, stderr."""
 
     def call(*words: object) -> Outcome:
-        from fedcollm_cli.main import app
-
         capfd.readouterr()
-        try:
-            app([str(word) for word in words], standalone_mode=True)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        code = give(*words)
         out, err = capfd.readouterr()
         return Outcome(code, out, err)
 

@@ -10,10 +10,10 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,21 @@ import pytest
 
 HEAVY = ["stages.training.training", "stages.evaluation.scoring", "fedcollm_cli.main"]
 PATIENCE_S = 120.0
+SECONDS_FOR_A_STEP = "SECONDS_FOR_A_STEP"
+"""A variable of the environment with which training is slow: so long after each of an optimiser's steps."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What befalls a command: see start."""
+
+    file_bytes: int | None = None
+    memory_bytes: int | None = None
+    locks: Literal["real", "none", "of each machine"] = "real"
+    stops_at: int | None = None
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass
@@ -94,14 +109,33 @@ def start(
 
     The libraries are imported once, in a server that forks: a command begins in milliseconds and is a process like any.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)
-    output, talk = context.Pipe(duplex=False)
-    settings = file_bytes, memory_bytes, locks, stops_at, dict(environment or {})
-    process = context.Process(target=_call, args=([str(word) for word in words], talk, *settings))
-    process.start()
+    output, talk = multiprocessing.Pipe(duplex=False)
+    limits = Limits(file_bytes, memory_bytes, locks, stops_at)
+    process = begin(words, talk, environment=environment, limits=limits)
     talk.close()
     return Command(process, output)
+
+
+def begin(
+    words: Sequence[object],
+    out: Connection,
+    *,
+    err: Connection | None = None,
+    folder: str = "",
+    environment: Mapping[str, str] | None = None,
+    limits: Limits = NO_LIMITS,
+) -> ForkServerProcess:
+    """Begin a command that talks into these pipes, or files; default: both streams into the same."""
+    arguments = [str(word) for word in words], out, err or out, folder, dict(environment or {}), limits
+    process = _context().Process(target=_call, args=arguments)
+    process.start()
+    return process
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    return context
 
 
 def start_together(count: int, *words: object) -> list[Command]:
@@ -118,8 +152,7 @@ def start_together(count: int, *words: object) -> list[Command]:
 
 def call_together(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What a module's function(processes, *arguments) gives in each of so many processes that have met."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)
+    context = _context()
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(count)]
         started = [
@@ -151,33 +184,34 @@ def _meet(
 
 
 def _call(
-    words: list[str],
-    talk: Connection,
-    file_bytes: int | None,
-    memory_bytes: int | None,
-    locks: str,
-    stops_at: int | None,
-    environment: dict[str, str],
+    words: list[str], out: Connection, err: Connection, folder: str, environment: dict[str, str], limits: Limits
 ) -> None:
     os.environ.update(environment)
-    for stream in (1, 2):
+    if folder:
+        os.chdir(folder)
+    for stream, talk in ((1, out), (2, err)):
         os.dup2(talk.fileno(), stream)
-    talk.close()
-    if file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    if memory_bytes is not None or environment:
+    out.close()
+    err.close()
+    if limits.file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_bytes, limits.file_bytes))
+    if limits.memory_bytes is not None or environment:
         import torch
 
         torch.set_num_threads(1)  # threads that cannot get a stack would end the process before memory runs out
-    if memory_bytes is not None:
+    if limits.memory_bytes is not None:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + memory_bytes, held + memory_bytes))
-    if stops_at is not None:
-        _stop_at(stops_at)
-    if locks != "real":
+        resource.setrlimit(resource.RLIMIT_AS, (held + limits.memory_bytes, held + limits.memory_bytes))
+    if limits.stops_at is not None:
+        _stop_at(limits.stops_at)
+    if limits.locks != "real":
         from storage_faults import without_locks
 
-        without_locks(pytest.MonkeyPatch(), errno.ENOLCK if locks == "none" else None)
+        without_locks(pytest.MonkeyPatch(), errno.ENOLCK if limits.locks == "none" else None)
+    if slow := environment.get(SECONDS_FOR_A_STEP):
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        register_optimizer_step_post_hook(lambda *_: time.sleep(float(slow)))
     from fedcollm_cli.main import app
 
     app(words)

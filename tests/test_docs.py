@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import typer
 
 from builders import ROOT, Outcome
-from fedcollm_cli.main import app
+from command_line import command_line
 from generate_docs import keys, pages
 from stages.workspace.agreement import Agreement
 from stages.workspace.machine import Machine
@@ -150,7 +149,7 @@ def test_every_page_is_found_from_the_first() -> None:
 
 # --- commands, options and settings
 
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = command_line().commands
 OPTIONS = {name: {word for one in command.params for word in one.opts} for name, command in COMMANDS.items()}
 CALL = re.compile(r"(?<![\w./~-])fedcollm(?:_cli)? +(?=[\w-])([^\n#`|;&)]+)")
 

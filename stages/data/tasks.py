@@ -75,13 +75,9 @@ def load(workspace: Workspace, names: list[str], report: Report = ignore) -> lis
 
 def _load(workspace: Workspace, names: list[str], above: tuple[str, ...] = ()) -> list[ConfigurableTask]:
     local = TaskManager(include_path=str(workspace.tasks), include_defaults=False)
-    shipped: TaskManager | None = None
     tasks: list[ConfigurableTask] = []
     for name in names:
-        manager = local
-        if name not in local.all_tasks:
-            shipped = shipped or TaskManager()
-            manager = shipped
+        manager = local if name in local.all_tasks else task_files.shipped()
         if name not in manager.all_tasks:
             known = ", ".join(map(str, local.all_tasks)) or "none"
             mend = f"known in this workspace: {known}; or put a task file in {workspace.shown(workspace.tasks)}/"

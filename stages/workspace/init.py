@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stages.files import writing
 from stages.paper.reported import PRESETS
+from stages.runtime import quiet
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.agreement import Agreement
 from stages.workspace.names import AGREEMENT
@@ -100,7 +101,8 @@ def _check_known(names: Sequence[str]) -> None:
         return
     from stages.workspace.task_files import shipped
 
-    known = shipped()
+    with quiet.libraries():
+        known = list(shipped().all_tasks)
     for name in names:
         if name not in known:
             like = difflib.get_close_matches(name, known, n=3)

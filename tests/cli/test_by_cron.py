@@ -16,6 +16,7 @@ from _pytest.capture import FDCapture
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from builders import Outcome, rows, write_rows
+from command_line import give
 from federations import CLIENTS, Machines, agreement, vault_of
 from stages.artefacts.reading import read_artefact
 from stages.exchange.transfers import transfers
@@ -33,16 +34,11 @@ PARTIES = ("server", *(f"client-{k}" for k in CLIENTS))
 
 def call(*words: object) -> Outcome:
     """The command line in this process, outside any one test."""
-    from fedcollm_cli.main import app
-
     capture = FDCapture(1), FDCapture(2)
     for one in capture:
         one.start()
     try:
-        app([str(word) for word in words], standalone_mode=True)
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
+        code = give(*words)
     finally:
         sys.stdout.flush()
         out, err = (one.snap() for one in capture)

@@ -7,19 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import typer
 
 from builders import ROOT, Outcome, edit, published, rows, write_rows
+from command_line import command_line
 from fedcollm_cli import __version__
-from fedcollm_cli.main import app
+from programs import forking_fedcollm
 from stages.artefacts import records
 from stages.workspace.paths import Workspace
 
-COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = sorted(command_line().commands)
 READS = set(COMMANDS) - {"init", "demo", "keys"}
 WRITES = set(COMMANDS) - {"status", "demo", "compare", "plan", "comm-cost", "audit", "diff"}
 STAGES = {
@@ -197,44 +197,50 @@ def test_words_that_are_no_command_exit_2(words: str, fedcollm: Callable[..., Ou
     assert outcome.out == ""
 
 
+# --- the shipped script, whose processes are forked from one that has the libraries
+
+
+@pytest.fixture
+def script(workspace_folder: Path) -> Iterator[Callable[[], str]]:
+    """Run the workspace's run_rounds.sh to its end, which must be good. Returns what it says."""
+    path = shutil.copy(ROOT / "workspace_template/run_rounds.sh", workspace_folder)
+    with forking_fedcollm() as program:
+        environment = os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+
+        def go() -> str:
+            command = ["bash", path]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+            assert done.returncode == 0, done.stderr
+            return done.stderr
+
+        yield go
+
+
 @pytest.mark.slow
 def test_the_shipped_script_runs_a_federation_to_its_end_and_passes_over_it_the_second_time(
-    workspace_folder: Path,
+    workspace_folder: Path, script: Callable[[], str]
 ) -> None:
     edit(workspace_folder / "fedcollm.toml", "clients = 3", "clients = 1")
     edit(workspace_folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
     write_rows(workspace_folder / "private/client-1/train.jsonl", rows(8))
-    script = shutil.copy(ROOT / "workspace_template/run_rounds.sh", workspace_folder)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-
-    def go() -> str:
-        environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            ["bash", script], env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stderr
-
-    go()
+    script()
     made = published(workspace_folder)
     places = {str(Path(name).parent) for name in made}
     exchange, server = "exchange/round-0001", "private/server/round-0001"
     assert places >= {f"{exchange}/{one}" for one in ("broadcast", "client-1")}
     assert places >= {f"{server}/{one}" for one in ("aggregate", "llm", "slm")}
     assert {"results/round-0001/slm.json", "results/round-0001/llm.json"} <= set(made)
-    assert go().count("already done") == 6
+    assert script().count("already done") == 6
     assert published(workspace_folder) == made
 
 
 @pytest.mark.slow
-def test_the_shipped_script_runs_a_secure_federation_too(workspace_folder: Path, own_secrets: Path) -> None:
+def test_the_shipped_script_runs_a_secure_federation_too(
+    workspace_folder: Path, own_secrets: Path, script: Callable[[], str]
+) -> None:
     toml = workspace_folder / "fedcollm.toml"
     edit(toml, "rounds = 2", "rounds = 1")
     edit(toml, "[distillation]", '[aggregation]\nmode = "secure"\n\n[distillation]')
-    script = shutil.copy(ROOT / "workspace_template/run_rounds.sh", workspace_folder)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
+    script()
     assert len(list(own_secrets.glob("fedcollm/*/*"))) == 4
     assert (workspace_folder / "private/server/round-0001/slm/manifest.json").exists()

@@ -9,11 +9,7 @@ import json
 import os
 import re
 import shutil
-import socketserver
 import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +19,7 @@ import pytest
 
 from builders import ROOT, adapters, drafts, edit
 from federations import secrets_of
-from processes import start
+from programs import forking_fedcollm
 from stages.federation.run import run
 from stages.workspace.init import init
 from stages.workspace.paths import Workspace
@@ -33,38 +29,11 @@ SNAKEFILE = ROOT / "workspace_template/Snakefile"
 SNAKEMAKE = os.environ.get("FEDCOLLM_SNAKEMAKE") or shutil.which("snakemake")
 needs_snakemake = pytest.mark.skipif(SNAKEMAKE is None, reason="no snakemake in FEDCOLLM_SNAKEMAKE or on PATH")
 
-CALL = """#!{python} -SE
-import json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as line:
-    line.connect({address!r})
-    line.sendall(json.dumps([*sys.argv[1:], "-w", os.getcwd()]).encode() + b"\\n")
-    code, said = json.loads(line.makefile().readline())
-print(said, end="", flush=True)
-sys.exit(code)
-"""
-
-
-class _Line(socketserver.StreamRequestHandler):
-    def handle(self) -> None:
-        answer = start(*json.loads(self.rfile.readline())).end()
-        self.wfile.write(json.dumps(answer).encode() + b"\n")
-
-
-class _Exchange(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    request_queue_size = 64
-
 
 @pytest.fixture
 def fedcollm_here() -> Iterator[Path]:
-    """A program `fedcollm`, whose commands run in processes that need not import the libraries anew."""
-    with tempfile.TemporaryDirectory(prefix="fedcollm-") as top:
-        program, address = Path(top) / "fedcollm", str(Path(top) / "line")
-        program.write_text(CALL.format(python=sys.executable, address=address))
-        program.chmod(0o755)
-        with _Exchange(address, _Line) as exchange:
-            threading.Thread(target=exchange.serve_forever, daemon=True).start()
-            yield program
-            exchange.shutdown()
+    with forking_fedcollm() as program:
+        yield program
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from builders import Outcome, drafts, edit, make_workspace, published, rows, write_rows
+from command_line import give
 from stages.accounting import budget, ledger
 from stages.artefacts.reading import read_artefact
 from stages.files import faults
@@ -146,13 +147,7 @@ def _begin(world: Path, base_models: Path, mode: str) -> None:
 
 def _bare(*words: object) -> Outcome:
     """The command line, outside any test."""
-    from fedcollm_cli.main import app
-
-    try:
-        app([str(word) for word in words], standalone_mode=True)
-    except SystemExit as stop:
-        return Outcome(int(stop.code or 0), "", "")
-    return Outcome(0, "", "")
+    return Outcome(give(*words), "", "")
 
 
 @pytest.fixture(scope="module")

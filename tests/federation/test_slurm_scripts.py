@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from builders import ROOT, Outcome, edit
+from builders import Outcome, edit
 from federations import SECURE, agreement
+from programs import forking_fedcollm
 from stages.federation.slurm import slurm
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.paths import Workspace
@@ -40,21 +42,30 @@ def with_machine(folder: Path, text: str) -> Path:
     return folder
 
 
-def submit(folder: Path, queue: str = "", **environment: object) -> tuple[int, str, str, list[str]]:
+Submit = Callable[..., tuple[int, str, str, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def submit() -> Iterator[Submit]:
     """Run submit.sh with a Slurm that writes down what it is asked: exit code, stdout, stderr, calls of sbatch."""
+    with forking_fedcollm() as program:
+        yield functools.partial(_submit, program)
+
+
+def _submit(program: Path, folder: Path, queue: str = "", **environment: object) -> tuple[int, str, str, list[str]]:
     bin = folder.parent / "bin"
     bin.mkdir(exist_ok=True)
     programs = {
         "sbatch": FAKE_SBATCH,
         "squeue": f"#!/bin/sh\nprintf '{queue}'\n",
-        "fedcollm": f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m fedcollm_cli "$@"\n',
     }
     for name, text in programs.items():
         (bin / name).write_text(text)
         (bin / name).chmod(0o755)
     (folder / "sbatch.log").unlink(missing_ok=True)
     found = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    found |= {"PATH": f"{bin}:{os.environ['PATH']}"} | {key: str(value) for key, value in environment.items()}
+    found |= {"PATH": f"{bin}:{program.parent}:{os.environ['PATH']}"}
+    found |= {key: str(value) for key, value in environment.items()}
     command = [folder / "slurm/submit.sh"]
     done = subprocess.run(command, capture_output=True, text=True, env=found, check=False, timeout=120)
     log = folder / "sbatch.log"
@@ -160,7 +171,7 @@ def dependencies(calls: list[str]) -> list[str]:
     return [(re.findall(r"--dependency=(\S+)", call) or [""])[0] for call in calls]
 
 
-def test_submit_chains_the_jobs_and_limits_the_array(workspace_folder: Path) -> None:
+def test_submit_chains_the_jobs_and_limits_the_array(workspace_folder: Path, submit: Submit) -> None:
     write(workspace_folder, parallel=2)
     code, out, _, calls = submit(workspace_folder)
     assert code == 0
@@ -185,7 +196,7 @@ def test_submit_chains_the_jobs_and_limits_the_array(workspace_folder: Path) -> 
     ],
 )
 def test_a_jobs_number_is_found_in_whatever_a_sites_sbatch_prints(
-    workspace_folder: Path, printed: str, number: str | None, monkeypatch: pytest.MonkeyPatch
+    workspace_folder: Path, printed: str, number: str | None, monkeypatch: pytest.MonkeyPatch, submit: Submit
 ) -> None:
     write(workspace_folder)
     monkeypatch.setitem(globals(), "FAKE_SBATCH", f"#!/bin/sh\necho \"$@\" >> sbatch.log\nprintf -- '{printed}'\n")
@@ -198,7 +209,9 @@ def test_a_jobs_number_is_found_in_whatever_a_sites_sbatch_prints(
     assert dependencies(calls) == ["", *[f"afterok:{number}"] * 5]
 
 
-def test_with_a_quorum_the_server_follows_the_clients_whichever_way_they_end(workspace_folder: Path) -> None:
+def test_with_a_quorum_the_server_follows_the_clients_whichever_way_they_end(
+    workspace_folder: Path, submit: Submit
+) -> None:
     toml = workspace_folder / "fedcollm.toml"
     toml.write_text(toml.read_text() + "\n[aggregation]\nmin_clients = 2\n")
     write(workspace_folder)
@@ -207,7 +220,9 @@ def test_with_a_quorum_the_server_follows_the_clients_whichever_way_they_end(wor
     assert dependencies(calls) == chained
 
 
-def test_submit_refuses_while_its_jobs_are_queued_but_not_for_others_or_for_its_own(workspace_folder: Path) -> None:
+def test_submit_refuses_while_its_jobs_are_queued_but_not_for_others_or_for_its_own(
+    workspace_folder: Path, submit: Submit
+) -> None:
     write(workspace_folder)
     assert submit(workspace_folder)[0] == 0
     code, _, err, calls = submit(workspace_folder, queue="104\\n105\\n105\\n9\\n")
@@ -219,7 +234,9 @@ def test_submit_refuses_while_its_jobs_are_queued_but_not_for_others_or_for_its_
     assert (code, len(calls)) == (0, 6)
 
 
-def test_submit_stops_where_the_site_takes_no_more_jobs_and_says_how_to_go_on(workspace_folder: Path) -> None:
+def test_submit_stops_where_the_site_takes_no_more_jobs_and_says_how_to_go_on(
+    workspace_folder: Path, submit: Submit
+) -> None:
     write(workspace_folder)
     code, _, err, _ = submit(workspace_folder, SUBMIT_LIMIT=2)
     assert code == 1
@@ -227,7 +244,7 @@ def test_submit_stops_where_the_site_takes_no_more_jobs_and_says_how_to_go_on(wo
     assert "fedcollm slurm --window 5" in err
 
 
-def test_submit_says_what_is_missing_and_submits_nothing(workspace_folder: Path) -> None:
+def test_submit_says_what_is_missing_and_submits_nothing(workspace_folder: Path, submit: Submit) -> None:
     write(workspace_folder)
     (workspace_folder / "models").unlink()
     code, out, err, calls = submit(workspace_folder)
@@ -377,7 +394,9 @@ def test_in_two_phases_each_capture_is_for_one_process(workspace_folder: Path, p
     assert " fedcollm co-distill --round 1 --phase train" in train
 
 
-def test_lines_that_bring_the_program_into_path_come_first_and_may_be_careless(workspace_folder: Path) -> None:
+def test_lines_that_bring_the_program_into_path_come_first_and_may_be_careless(
+    workspace_folder: Path, submit: Submit
+) -> None:
     careless = 'setup = ["export PLACE=$NOT_SET/bin", "false"]'
     write(with_machine(workspace_folder, f"[slurm]\n{careless}\n"))
     assert job(workspace_folder, "client.sbatch", [0], ROUND=1, SLURM_ARRAY_TASK_ID=2)[0] == 0

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from builders import Outcome, edit, make_study, rows, write_rows
+from command_line import give
 from stages.artefacts.reading import read_manifest
 from stages.data.prepare import prepare
 from stages.federation.run import run
@@ -34,11 +35,7 @@ def swept_once(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> P
     toml = folder / "fedcollm.toml"
     toml.write_text(toml.read_text() + '\n[data]\nfiles = ["data/all.jsonl"]\n')
     prepare(Workspace(folder))
-    from fedcollm_cli.main import app
-
-    with pytest.raises(SystemExit) as ended:
-        app([*WORDS, str(folder), "--quiet"], standalone_mode=True)
-    assert not ended.value.code
+    assert give(*WORDS, folder, "--quiet") == 0
     return folder
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import pytest
 from builders import ROOT, adapters, edit, make_workspace, rows, write_rows
 from clusters import Cluster, absent, cluster
 from federations import agreement, enrol, with_keys
+from processes import SECONDS_FOR_A_STEP
+from programs import forking_fedcollm
 from stages.runtime.errors import INTERRUPTED_EXIT_CODE
 from stages.workspace.paths import Workspace
 
@@ -21,23 +22,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(absent()), reason=f"no S
 PATIENCE_S = 300.0
 SLOW_STEP_S = 4
 
-FEDCOLLM = """#!/bin/sh
+FEDCOLLM = f"""#!/bin/sh
 # fedcollm; but, each once, client 2 is killed in round 1, and clients 1 and 4 are slow in round 2.
-once() { mkdir "$FAULTS/$1" 2>/dev/null; }
+once() {{ mkdir "$FAULTS/$1" 2>/dev/null; }}
 case "$*" in
     "client-train --client 2 --round 1") once killed && kill -9 $$ ;;
-    "client-train --client 1 --round 2" | "client-train --client 4 --round 2") once "slow-$3" && export SLOWLY=yes ;;
+    "client-train --client 1 --round 2" | "client-train --client 4 --round 2")
+        once "slow-$3" && export {SECONDS_FOR_A_STEP}={SLOW_STEP_S} ;;
 esac
-exec PYTHON PROGRAM "$@"
-"""
-PROGRAM = f"""
-import os
-if os.environ.get("SLOWLY"):
-    import time
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-    register_optimizer_step_post_hook(lambda *_: time.sleep({SLOW_STEP_S}))
-from fedcollm_cli.main import app
-app()
+exec PROGRAM "$@"
 """
 
 
@@ -46,12 +39,9 @@ def slurm(tmp_path: Path) -> Iterator[Cluster]:
     """Four nodes, and jobs that find this fedcollm, with faults to come."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "faults").mkdir()
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    script = FEDCOLLM.replace("PYTHON", sys.executable).replace("PROGRAM", str(program))
-    (tmp_path / "bin/fedcollm").write_text(script)
-    (tmp_path / "bin/fedcollm").chmod(0o755)
-    with cluster(nodes=4) as found:
+    with forking_fedcollm() as program, cluster(nodes=4) as found:
+        (tmp_path / "bin/fedcollm").write_text(FEDCOLLM.replace("PROGRAM", str(program)))
+        (tmp_path / "bin/fedcollm").chmod(0o755)
         own = {"FAULTS": str(tmp_path / "faults"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         found.environment |= own | {"PATH": f"{tmp_path / 'bin'}:{found.environment['PATH']}"}
         yield found
