@@ -1,14 +1,19 @@
-# make demo: the whole thing in a few minutes. make test: lint, types, tests. Both set up .venv first.
+# make demo: the whole thing in a few minutes. make test: lint, types, tests. Both set up .venv first; tests, Snakemake too.
 .PHONY: demo test lint types tests docs bench clean
 MAKEFLAGS += --jobs=3
 PYTHON ?= python3
 BIN := .venv/bin
+SNAKEMAKE := .venv-snakemake/bin/snakemake
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . \
 		pytest pytest-xdist ruff mypy tensorboard playwright hypothesis opacus dp-accounting bitsandbytes
 	touch $@
+
+$(SNAKEMAKE):
+	$(PYTHON) -m venv .venv-snakemake
+	.venv-snakemake/bin/python -m pip install --quiet --disable-pip-version-check 'snakemake>=9.27,<10'
 
 demo: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/fedcollm demo fedcollm-demo
@@ -23,8 +28,9 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-tests: .venv/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal --durations 10
+tests: .venv/installed $(SNAKEMAKE)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FEDCOLLM_SNAKEMAKE=$(CURDIR)/$(SNAKEMAKE) $(BIN)/python -m pytest \
+		--numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 docs: .venv/installed
 	$(BIN)/python tests/generate_docs.py
@@ -33,4 +39,4 @@ bench: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks
 
 clean:
-	rm -rf .venv fedcollm-demo
+	rm -rf .venv .venv-snakemake fedcollm-demo

@@ -47,12 +47,19 @@ def pytest_configure(config: pytest.Config) -> None:
 # --- in several processes
 
 
-LONGEST = ("tests/slurm/test_on_slurm.py",)
-"""Begun first, in this order: the others fill up what time is left. The first waits for Slurm more than it computes."""
+LONGEST = (
+    *("slurm/test_on_slurm.py", "test_arc_easy.py", "cli/test_write_failures.py", "cli/test_snakemake.py"),
+    *("cli/test_together.py", "cli/test_killed.py", "steps/test_evaluate.py", "cli/test_planning.py"),
+    *("files/test_fuzzing.py", "planning/test_plan.py", "test_secure_protocol.py", "secagg/test_secure_run.py"),
+    *("test_one_reader.py", "artefacts/test_checkpoints.py", "federation/test_compare_refuses.py"),
+    *("accounting/test_budget.py", "accounting/test_accountant.py", "secagg/test_unmasking.py", "cli/test_attempts.py"),
+    *("cli/test_commands.py", "cli/test_two_writers.py", "cli/test_faults.py", "cli/test_by_cron.py", "test_docs.py"),
+)
+"""Files whose tests are begun first, in this order: the first waits for Slurm, while other processes do the rest."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {file: place for place, file in enumerate(LONGEST)}
+    order = {f"tests/{file}": place for place, file in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
