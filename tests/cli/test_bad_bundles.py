@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from builders import bundled, contents, drafts, edit, published, sign
 from stages.exchange.bundles import bundle_bytes
-from stages.exchange.unpack import unpack
+from stages.exchange.unpack import Unpacked, unpack
 from stages.runtime.errors import Problem
 from stages.workspace.paths import Workspace
 
@@ -217,6 +217,6 @@ def test_whatever_is_in_a_bundle_only_problems_are_raised_and_nothing_is_written
         assert problem.mend  # noqa: PT017
     else:
         assert inside == whole
-        assert done == {"unpacked": [], "already": [f"{ROUND}/client-2"]}
+        assert done == Unpacked(unpacked=[], already=[f"{ROUND}/client-2"])
     assert published(finished_once) == before
     assert drafts(finished_once) == []
