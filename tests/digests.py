@@ -2,13 +2,15 @@
 
 A change of the code that should change nothing leaves the same list on the same machine: adapters, manifests, results,
 captures, exports, job scripts, keys and ledgers, of each method, order, rule, channel and precision. Keys and masks are
-drawn from a fixed stream for it. Times in logs are left out, and checkpoints are not looked at.
+drawn from a fixed stream for it. Times in logs are left out, and checkpoints are not looked at. Words name the
+federations to play, in this order; default: each once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -16,7 +18,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,17 +203,19 @@ def scenes() -> dict[str, Scene]:
     }
 
 
-def main() -> None:
+def main(names: Sequence[str] = (), *, libraries: Sequence[str] = ()) -> None:
+    """Play these federations; default: each. libraries: to be imported before, since some draw as they are imported."""
     drawn = hold_secrets_fixed()
+    for library in libraries:
+        importlib.import_module(library)
     from builders import make_base_models, make_workspace
 
     with tempfile.TemporaryDirectory() as top:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{top}/cache", "OMP_NUM_THREADS": "1"}
         bases = make_base_models(Path(top) / "models")
-        wanted = sys.argv[1:]
-        for name, (arrangements, play) in scenes().items():
-            if wanted and name not in wanted:
-                continue
+        played = scenes()
+        for name in names or played:
+            arrangements, play = played[name]
             drawn.count = 0
             # One name for all, since a workspace's path is in some of its files.
             folder = make_workspace(Path(top) / "study", bases)
@@ -225,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
