@@ -21,6 +21,7 @@ def audit(
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Adapter folders, rounds, exchanges or workspaces. Default: this one.")
     ] = None,
+    *,
     client: Annotated[int | None, typer.Option("--client", min=1, help="Only what concerns this client.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 10 if there are warnings.")] = False,
     canary: Annotated[

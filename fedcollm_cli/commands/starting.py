@@ -16,6 +16,7 @@ from fedcollm_cli.views import progress
 
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    *,
     template: Annotated[str, typer.Option(help="demo, blank, or the paper's settings s1, s2, s3.")] = "blank",
     task: Annotated[
         list[str] | None, typer.Option(help="An lm-eval task to train and score on; repeatable. Default: arc_easy.")
