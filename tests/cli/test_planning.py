@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -203,57 +204,74 @@ def hub(base_models: Path) -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
+ONE_AFTER_THE_OTHER = """
+import json, os, sys
+from command_line import give
+answers = os.fdopen(os.dup(1), "w")
+for line in sys.stdin:
+    for stream, name in enumerate(("out", "err"), 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    code = give(*json.loads(line))
+    sys.stdout.flush()
+    print(code, file=answers, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def fresh_python(folder: Path, hub: str, home: Path, *, offline: bool = False) -> Iterator[Callable[..., Outcome]]:
+    """A Python that reads its settings of the hub anew, as a command does, and gives commands in a folder."""
+    places = {"HF_HOME": str(home), "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | places | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", ONE_AFTER_THE_OTHER]
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, **pipe) as process:  # type: ignore[call-overload]
+
+        def call(*words: str) -> Outcome:
+            process.stdin.write(json.dumps(words) + "\n")
+            process.stdin.flush()
+            code = int(process.stdout.readline())
+            return Outcome(code, *((folder / name).read_text() for name in ("out", "err")))
+
+        yield call
+
+
 @pytest.mark.slow
-def test_a_model_is_fetched_once_and_then_found_without_a_network(
+def test_a_hub_is_asked_for_what_is_fetched_alone_once_and_then_no_more(
     workspace_folder: Path, hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:
-    edit(workspace_folder / "fedcollm.toml", '"models/slm"', '"somebody/tiny"')
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub[0], "HF_HUB_DISABLE_XET": "1"}
-
-    def go(offline: str, *words: str) -> str:
-        command = [sys.executable, "-m", "fedcollm_cli", *words, "-w", str(workspace_folder)]
-        done = subprocess.run(
-            command,
-            env=environment | {"HF_HUB_OFFLINE": offline},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    task = workspace_folder / "tasks/colours.yaml"
-    local = task.read_text()
-    edit(task, "dataset_path: json", "dataset_path: somebody/questions")
-    planned = go("0", "plan")
-    assert "fedcollm prefetch --model slm" in planned
-    assert "the dataset of task colours cannot be loaded" in planned
-    assert hub[1] == []  # it asked for nothing
-    task.write_text(local)
-    assert go("0", "prefetch", "--model", "slm", "--no-tasks") == "somebody/tiny: fetched\n"
-    assert go("1", "prefetch", "--model", "slm") == "somebody/tiny: was here already\ncolours: was here already\n"
-    assert "nothing is missing here" in go("1", "plan")
+    address, asked = hub
+    with fresh_python(workspace_folder, address, tmp_path / "home") as call:
+        assert (call("evaluate", "--zero-shot", "--model", "slm", "-q").code, asked) == (0, [])
+        assert (workspace_folder / "err").read_text() == ""
+        edit(workspace_folder / "fedcollm.toml", '"models/slm"', '"somebody/tiny"')
+        task = workspace_folder / "tasks/colours.yaml"
+        local = task.read_text()
+        edit(task, "dataset_path: json", "dataset_path: somebody/questions")
+        planned = call("plan")
+        assert planned.code == 0, planned.err
+        assert "fedcollm prefetch --model slm" in planned.out
+        assert "the dataset of task colours cannot be loaded" in planned.out
+        assert asked == []
+        task.write_text(local)
+        fetched = call("prefetch", "--model", "slm", "--no-tasks")
+        assert (fetched.code, fetched.out) == (0, "somebody/tiny: fetched\n"), fetched.err
+        assert asked
+    with fresh_python(workspace_folder, address, tmp_path / "home", offline=True) as call:
+        found = call("prefetch", "--model", "slm")
+        assert (found.code, found.out) == (0, "somebody/tiny: was here already\ncolours: was here already\n"), found.err
+        planned = call("plan")
+        assert planned.code == 0, planned.err
+        assert "nothing is missing here" in planned.out
 
 
 @pytest.mark.slow
-def test_nothing_is_asked_of_a_hub_that_nobody_asked_for_and_a_cache_that_cannot_be_written_is_told_as_such(
+def test_a_cache_that_cannot_be_written_is_told_as_such(
     workspace_folder: Path, hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-
-    def go(home: str, *words: str) -> Outcome:
-        found = {"HF_HOME": str(tmp_path / home), "HF_ENDPOINT": hub[0], "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-m", "fedcollm_cli", *words, "-q", "-w", str(workspace_folder)]
-        environment = os.environ | found | {"HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-        return Outcome(done.returncode, done.stdout, done.stderr)
-
-    scored = go("home", "evaluate", "--zero-shot", "--model", "slm")
-    assert (scored.code, scored.err, hub[1]) == (0, "", [])
     edit(workspace_folder / "fedcollm.toml", '"models/slm"', '"somebody/tiny"')
-    failed = go("file/home", "prefetch", "--model", "slm", "--no-tasks")
+    with fresh_python(workspace_folder, hub[0], tmp_path / "file/home") as call:
+        failed = call("prefetch", "--model", "slm", "--no-tasks", "-q")
     assert failed.code == 8
     assert "the SLM cannot be put into the hub's cache" in failed.err
     assert "set HF_HOME, or whichever variable names that folder" in failed.err
