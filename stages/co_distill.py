@@ -87,7 +87,7 @@ class CoDistill(Distilling[Inputs, Trained]):
         from stages.models import adapters
         from stages.training.objective import Objective, mutual_losses
 
-        models = side.loaded(self, "slm", "llm")
+        models = side.loaded_to_train(self, "slm", "llm")
         slm, llm = side.ready(self, models, "slm", opened.theta), side.ready(self, models, "llm", opened.omega)
         examples, _, left_out = side.encoded(self, opened.rows, {"slm": slm.outline, "llm": llm.outline})
         begun = [(one, adapters.take(one.model)) for one in (llm, slm)]

@@ -37,6 +37,12 @@ def loaded(step: AnyStep, *roles: Role) -> Models:
     return models
 
 
+def loaded_to_train(step: AnyStep, *roles: Role) -> Models:
+    """The same. Raises UsageProblem, before a model is loaded, for a tracker that is not installed."""
+    trackers.tracking(step.workspace, step.name, step.round)
+    return loaded(step, *roles)
+
+
 def ready(step: AnyStep, models: Models, role: Role, start: Artefact | None) -> Tuned:
     """One model with the adapter that it starts from: start, or in round 1 the LLM's own, made fresh."""
     tuned = models.get(role)

@@ -119,7 +119,7 @@ class TrainAgainst(Distilling[Opened, Trained]):
         content = opened.taught_by.contents.pop(CAPTURE)  # not kept beside what is made of it: it may be large
         captured = top_k_logits.parse_capture(content, opened.taught_by.path / CAPTURE)
         del content
-        models = side.loaded(self, role)
+        models = side.loaded_to_train(self, role)
         examples, shared, left_out = side.encoded(self, inputs.rows, {one: models.outline(one) for one in OTHER})
         source = top_k_logits.Source(
             data_sha256=inputs.data_sha256,

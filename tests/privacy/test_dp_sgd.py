@@ -197,7 +197,7 @@ class Run:
                 recipe,
                 clip=changed.get("clip", 1e3),
                 reserve=reserve,
-                finish=lambda *told: self.finished.append(told),
+                finish=lambda *, attempt, adapter: self.finished.append((attempt, adapter)),
                 machine=Machine(checkpoint_steps=changed.get("every", EVERY), micro_batch=changed.get("micro_batch")),
                 folder=folder,
                 inputs={"data": "a"},

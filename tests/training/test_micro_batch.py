@@ -192,7 +192,7 @@ def test_a_private_step_counts_each_rows_own_gradient() -> None:
     recipe = Recipe(BUDGET, {"slm": 1e-3}, {"slm": None}, 0, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dp_sgd, "gradients", crowded)
-        found = dp_sgd._rows_at_once(objective, one, ROWS, recipe, AUTO, lambda event: None)
+        found = dp_sgd._rows_at_once(objective, one, ROWS, recipe, AUTO, report=lambda event: None)
     assert (found, seen) == (2, [8, 4, 2])
     put(one.model, before)
     assert not any(getattr(parameter, "grad_sample", None) is not None for parameter in objective.parameters())
