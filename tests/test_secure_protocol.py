@@ -28,13 +28,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from builders import AGREEMENT, random_adapter, rows, write_rows
-from stages import client_train as client_train_module
 from stages.artefacts import adapter_files
 from stages.artefacts.draft import Draft
-from stages.artefacts.manifest import BaseIdentity, Opening
+from stages.artefacts.manifest import BaseIdentity, Manifest, Opening
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, inbox, read_artefact
-from stages.client_train import client_train
+from stages.artefacts.steps import Over
+from stages.client_train import ClientTrain, Opened, client_train
 from stages.files import writing
 from stages.parties import memory
 from stages.parties.enroll import enroll
@@ -66,24 +66,27 @@ def update_of(round: int, client: int) -> adapter_files.Tensors:
     return random_adapter(LAYOUT, seed=10 * round + client)
 
 
-def train(party: Party, round: int, rows: object, data_sha256: str, theta: Artefact, *_: object):  # type: ignore[no-untyped-def]
-    """In the place of client-train's training."""
-    workspace, client = party.workspace, party.number
-    writing.write_log(workspace.log("client-train", round, client), [{"inputs": {"data": data_sha256}}])
-    weights = adapter_files.weights_bytes(update_of(round, client))
+def published(self: ClientTrain, opened: Opened, _: None, over: Over) -> Manifest:
+    """In the place of what client-train's training leaves."""
+    theta, client = opened.theta, self.party.number
+    assert client is not None
+    writing.write_log(self.log, [{"inputs": {"data": opened.data_sha256}}])
+    weights = adapter_files.weights_bytes(update_of(self.round, client))
+    [target] = self.publishes
     return publish(
-        workspace.client_adapter(round, client),
+        target,
         {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights},
         Draft(
             stage="client-train",
-            round=round,
+            round=self.round,
             attempt=theta.manifest.attempt,
             parents={"broadcast": theta.sha256},
             base=NOBODY,
             parameters=theta.manifest.parameters,
             examples=1,
         ),
-        by=party,
+        by=self.party,
+        over=over[target],
     )
 
 
@@ -167,7 +170,8 @@ class Protocol(RuleBasedStateMachine):
         self.told: set[tuple[int, int]] = set()
         self.restored: set[int] = set()
         self._patches = contextlib.ExitStack()
-        self._patches.enter_context(mock.patch.object(client_train_module, "_train", train))
+        self._patches.enter_context(mock.patch.object(ClientTrain, "compute", return_value=None))
+        self._patches.enter_context(mock.patch.object(ClientTrain, "publish", published))
         self._patches.enter_context(mock.patch.object(writing, "_sync"))  # no power fails here
 
     def teardown(self) -> None:
