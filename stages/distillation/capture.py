@@ -123,6 +123,7 @@ class Capture(Distilling[Opened, Taken]):
             every=machine.checkpoint_steps,
             folder=self.unfinished,
             inputs=inputs,
+            selects=settings.select == "min-ce",
             overwrite=again,
             report=self.report,
         )

@@ -23,17 +23,25 @@ from stages.distillation import top_k_logits
 from stages.distillation.top_k_logits import Captured, Source
 from stages.files import reading, writing
 from stages.models.devices import naming_memory_knobs
-from stages.models.packing import Batch, answer_logits
+from stages.models.packing import ROWS, Batch, answer_logits
 from stages.models.tuned import Tuned
-from stages.runtime.errors import UsageProblem
+from stages.runtime.errors import Damaged, UsageProblem
 from stages.runtime.events import Event, Report
 from stages.training.batches import collate
-from stages.training.losses import DIVERGENCES, TopK, captured_distillation, cross_entropy, top_k
+from stages.training.losses import (
+    DIVERGENCES,
+    TopK,
+    captured_distillation,
+    cross_entropy,
+    knows_better,
+    row_losses,
+    top_k,
+)
 from stages.training.micro_batch import rows_that_fit
-from stages.training.objective import Losses, Objective, Tokens
+from stages.training.objective import TAUGHT, Losses, Objective, Tokens
 from stages.workspace.agreement import Distillation
 
-TAUGHT = "taught_"
+TOLD = "taught_"
 """What the parts of a TopK are called in a batch, before their own names."""
 
 
@@ -50,6 +58,7 @@ def capture(
     every: int,
     folder: Path,
     inputs: Mapping[str, Any],
+    selects: bool = False,
     overwrite: bool = False,
     report: Report,
 ) -> Captured:
@@ -67,7 +76,7 @@ def capture(
         message = f"a capture of {total} positions with --top-k {source.top_k} would have {largest} bytes"
         raise UsageProblem(message, mend=f"give --top-k {fits} or less")
     if finds_rows:
-        once = partial(_said, teacher, source=source, report=lambda _: None)
+        once = partial(_said, teacher, source=source, selects=selects, report=lambda _: None)
         rows = rows_that_fit(lambda some: once([some]), examples, rows, report=report)
     wanted = reading.json_bytes({**inputs, "rows": rows})
     if overwrite or not checkpoints.is_of(folder, wanted):
@@ -80,26 +89,23 @@ def capture(
         place = folder / f"batches-{start}.safetensors"
         if not place.exists():
             with naming_memory_knobs():
-                part = _said(teacher, some, source, report=partial(_tell, report, start, len(batches)))
+                part = _said(teacher, some, source, selects=selects, report=partial(_tell, report, start, len(batches)))
             top_k_logits.check(part, f"what the {teacher.role.upper()} says")
             writing.write(place, top_k_logits.capture_bytes(part))
         content = reading.read(place, limit_bytes=reading.LARGEST_ADAPTER_BYTES)
         parts.append(top_k_logits.parse_capture(content, place))
-    return Captured(
-        source,
-        *(
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("positions", "tokens", "log_probabilities", "confidence")
-        ),
-    )
+    names = ["positions", "tokens", "log_probabilities", "confidence", *(["losses"] if selects else [])]
+    return Captured(source, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 @torch.no_grad()
-def _said(teacher: Tuned, batches: Sequence[Sequence[Example]], source: Source, *, report: Any) -> Captured:
+def _said(
+    teacher: Tuned, batches: Sequence[Sequence[Example]], source: Source, *, selects: bool, report: Any
+) -> Captured:
     """The capture of some batches."""
     was_training = teacher.model.training
     teacher.model.eval()
-    found = []
+    found, losses = [], []
     for number, batch in enumerate(batches):
         tensors = collate(batch, may_pack=teacher.packs, hidden_size=teacher.hidden_size)
         device = teacher.model.device
@@ -107,11 +113,14 @@ def _said(teacher: Tuned, batches: Sequence[Sequence[Example]], source: Source, 
             logits = answer_logits(teacher.model, {name: tensor.to(device) for name, tensor in tensors.items()})
         short = top_k(logits[..., : source.vocabulary], source.top_k, temperature=source.temperature)
         found.append([part.cpu().numpy() for part in short])
+        if selects:
+            losses.append(row_losses(logits, tensors["labels"].to(device), tensors[ROWS].to(device)).cpu().numpy())
         report(number)
     teacher.model.train(was_training)
     positions = [example.distilled_positions for batch in batches for example in batch]
     tokens, log_probabilities, confidence = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Captured(source, np.array(positions, np.int32), tokens.astype(np.int32), log_probabilities, confidence)
+    said = np.array(positions, np.int32), tokens.astype(np.int32), log_probabilities, confidence
+    return Captured(source, *said, np.concatenate(losses) if selects else None)
 
 
 def _tell(report: Report, before: int, total: int, number: int) -> None:
@@ -123,8 +132,9 @@ def _tell(report: Report, before: int, total: int, number: int) -> None:
 
 @dataclass(frozen=True)
 class Taught(Example):
-    """A row with a captured teacher: what it says there begins at this position of the capture."""
+    """A row with a captured teacher: which of the capture's rows it is, and where what is said of it begins there."""
 
+    row: int
     first: int
 
 
@@ -135,6 +145,8 @@ class TaughtObjective(Objective):
     """
 
     def __init__(self, student: Tuned, captured: Captured, settings: Distillation, weights: Mapping[str, float]):
+        if settings.select == "min-ce" and captured.losses is None:
+            raise Damaged("the capture does not say how well its model knows each row", mend=top_k_logits.AGAIN)
         super().__init__([student], taught_losses(student.role, settings, captured.source.vocabulary), weights)
         self._captured = captured
 
@@ -147,14 +159,22 @@ class TaughtObjective(Objective):
             torch.from_numpy(found.log_probabilities[places]),
             torch.from_numpy(found.confidence[places]),
         )
-        return super().collate(examples, step) | as_batch(short)
+        batch = super().collate(examples, step) | as_batch(short)
+        if found.losses is not None:
+            batch[KNOWN] = torch.from_numpy(found.losses[[one.row for one in _all(examples)]])
+        return batch
 
     def losses_of(self, logits: Mapping[str, Tensor], batch: Batch, tokens: Tokens) -> dict[str, Tensor]:
         """Every named loss; the teacher comes in the batch, beside the student's logits."""
-        return super().losses_of({**logits, **{name: batch[name] for name in _NAMES}}, batch, tokens)
+        return super().losses_of(
+            {**logits, **{name: batch[name] for name in (*_NAMES, KNOWN) if name in batch}}, batch, tokens
+        )
 
 
-_NAMES = [f"{TAUGHT}{name}" for name in TopK._fields]
+KNOWN = "taught_losses"
+"""In a batch: [rows], how well the teacher knows each row, where rows are selected."""
+
+_NAMES = [f"{TOLD}{name}" for name in TopK._fields]
 
 
 def as_batch(teacher: TopK) -> Batch:
@@ -173,10 +193,14 @@ def taught_losses(role: str, settings: Distillation, vocabulary: int) -> Losses:
     )
 
     def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
-        teacher = TopK(*(logits[name] for name in _NAMES))
+        teacher, where = TopK(*(logits[name] for name in _NAMES)), None
+        if settings.select == "min-ce":
+            rows = logits[ROWS]
+            where = knows_better(logits[KNOWN], row_losses(logits[role], labels, rows), rows)
         return {
             f"{role}_ft": cross_entropy(logits[role], labels, tokens.labelled),
-            f"{role}_kd": distilled(logits[role], teacher, tokens.distilled),
+            f"{role}_kd": distilled(logits[role], teacher, tokens.distilled, taught=where),
+            **({} if where is None else {f"{role}{TAUGHT}": where.sum() / tokens.distilled}),
         }
 
     return losses
@@ -184,8 +208,8 @@ def taught_losses(role: str, settings: Distillation, vocabulary: int) -> Losses:
 
 def taught(examples: Sequence[Example], captured: Captured) -> list[Taught]:
     """The rows that were captured, each with its place in the capture."""
-    firsts = captured.firsts.tolist()
-    return [Taught(row.input_ids, row.prompt_tokens, first) for row, first in zip(examples, firsts, strict=True)]
+    places = enumerate(captured.firsts.tolist())
+    return [Taught(one.input_ids, one.prompt_tokens, *place) for one, place in zip(examples, places, strict=True)]
 
 
 def _all(examples: Sequence[Example]) -> list[Taught]:

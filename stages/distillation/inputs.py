@@ -78,9 +78,16 @@ def omega_of(server: Party, round: int) -> Artefact | None:
 def _tell_of_unlabelled(workspace: Workspace, rows: list[Row], report: Report) -> None:
     """Tell how many rows only distillation learns from. Raises UsageProblem if that leaves a model without a loss."""
     unlabelled = sum(row.completion is None for row in rows)
-    if unlabelled:
-        report(Event("note", f"{unlabelled} of {len(rows)} auxiliary rows are unlabelled: distillation alone"))
     settings = workspace.agreement.distillation
+    if unlabelled and settings.select == "min-ce":
+        words = f"{unlabelled} of {len(rows)} auxiliary rows are unlabelled and teach nothing"
+        report(Event("warning", f"{words}: by distillation.select, a model teaches rows whose answer it knows better"))
+    elif unlabelled:
+        report(Event("note", f"{unlabelled} of {len(rows)} auxiliary rows are unlabelled: distillation alone"))
+    if unlabelled == len(rows) and settings.select == "min-ce":
+        message = "nothing would teach: no auxiliary row has a completion, and distillation.select goes by completions"
+        mend = 'add rows with a completion to it, or agree on distillation.select = "all"'
+        raise UsageProblem(message, where=workspace.auxiliary_data, mend=mend)
     for role, weight in (("slm", settings.lambda_slm), ("llm", settings.lambda_llm)):
         if unlabelled == len(rows) and weight == 0:
             message = f"nothing would teach the {role.upper()}: no auxiliary row has a completion, lambda_{role} is 0"

@@ -22,7 +22,7 @@ from stages.runtime.errors import Refused
 from stages.runtime.events import Event
 from stages.training import trackers, training
 from stages.training.drafts import draft_of
-from stages.training.objective import Objective
+from stages.training.objective import TAUGHT, Objective
 from stages.training.recipes import Outcome, Recipe
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
@@ -113,6 +113,11 @@ def train(
         report=step.report,
     )
     step.report(Event("note", outcome.change))
+    for role in (one.role for one in tuned):
+        if outcome.metrics.get(f"{role}{TAUGHT}_before") == 0 == outcome.metrics.get(f"{role}{TAUGHT}_after"):
+            other = "llm" if role == "slm" else "slm"
+            words = f"the {other.upper()} knew none of the rows looked at better than the {role.upper()}"
+            step.report(Event("warning", f"{words}: it taught it nothing of them"))
     return outcome
 
 
@@ -135,7 +140,8 @@ def weights(workspace: Workspace, *roles: Role) -> dict[str, float]:
     """What each term of these models' losses counts."""
     settings = workspace.agreement.distillation
     distilled = {"slm": settings.lambda_slm, "llm": settings.lambda_llm}
-    return {name: value for role in roles for name, value in ((f"{role}_ft", 1.0), (f"{role}_kd", distilled[role]))}
+    terms = (("_ft", dict.fromkeys(distilled, 1.0)), ("_kd", distilled), (TAUGHT, dict.fromkeys(distilled, 0.0)))
+    return {f"{role}{name}": of_role[role] for role in roles for name, of_role in terms}
 
 
 def publish_model(

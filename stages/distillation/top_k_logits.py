@@ -8,6 +8,8 @@ the fields of Source. Its tensors:
     log_probabilities   float32 [n, k + 1]        theirs in nats, at the distillation's temperature; last, that of all
                                                   other tokens together, which is left out where k is the vocabulary
     confidence          float32 [n]               the probability of the likeliest token, at temperature 1
+    losses              float64 [rows]            where rows are selected: -log p of the row's completion, in nats;
+                                                  NaN for an unlabelled row
 
 Written and read strictly, as adapters are, without torch.
 """
@@ -60,6 +62,7 @@ class Captured:
     tokens: np.ndarray
     log_probabilities: np.ndarray
     confidence: np.ndarray
+    losses: np.ndarray | None = None
 
     @property
     def firsts(self) -> np.ndarray:
@@ -86,18 +89,20 @@ def rows_sha256(examples: Sequence[Example]) -> str:
 
 def largest_bytes(rows: int, positions: int, k: int) -> int:
     """The most that a capture of so many rows can have; its header takes less than is counted here."""
-    return 4096 + 4 * rows + positions * (8 * k + 8)
+    return 4096 + 12 * rows + positions * (8 * k + 8)
 
 
 def capture_bytes(captured: Captured) -> bytes:
     """The file, byte for byte the same for the same contents."""
     told = json.dumps({"format": FORMAT, **asdict(captured.source)}, sort_keys=True)
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "positions": captured.positions.astype(np.int32),
         "tokens": captured.tokens.astype(np.int32),
         "log_probabilities": captured.log_probabilities.astype(np.float32),
         "confidence": captured.confidence.astype(np.float32),
     }
+    if captured.losses is not None:
+        tensors["losses"] = captured.losses.astype(np.float64)
     return safetensors.numpy.save(tensors, metadata={"capture": told})
 
 
@@ -112,6 +117,7 @@ def parse_capture(content: bytes, path: Path) -> Captured:
         "tokens": ("I32", [positions, k]),
         "log_probabilities": ("F32", [positions, k + (k < source.vocabulary)]),
         "confidence": ("F32", [positions]),
+        **({"losses": ("F64", [rows])} if "losses" in header else {}),
     }
     found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
     for name in sorted(found.keys() | expected.keys()):
@@ -133,6 +139,8 @@ def check(captured: Captured, path: Path | str) -> None:
         mend = "compute with --dtype float32, and capture again"
         raise BadNumbers(f"{Path(path).name} holds NaN or infinity", where=path, mend=mend)
     tokens, source = captured.tokens, captured.source
+    if captured.losses is not None and ((captured.losses < 0) | np.isinf(captured.losses)).any():
+        raise _bad(path, "a loss is no -log p")
     if (captured.positions < 1).any() or captured.positions.sum(dtype=np.int64) != len(tokens):
         raise _bad(path, f"its rows have {captured.positions.sum(dtype=np.int64)} positions, {len(tokens)} are there")
     if len(tokens) and (tokens[:, 0].min() < 0 or tokens[:, -1].max() >= source.vocabulary):

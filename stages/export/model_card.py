@@ -34,6 +34,8 @@ LOSSES = {
     "slm_kd": "SLM, divergence from the LLM, nats a token",
     "llm_ft": "LLM, cross-entropy of the answers, nats a token",
     "llm_kd": "LLM, divergence from the SLM, nats a token",
+    "slm_taught": "SLM, share of the answers at which the LLM taught it",
+    "llm_taught": "LLM, share of the answers at which the SLM taught it",
 }
 
 

@@ -20,9 +20,12 @@ from stages.data.rows import NO_LABEL, Example
 
 Batch = dict[str, Tensor]
 
+ROWS = "rows"
+"""In a batch: [answers], which of its examples each answer belongs to."""
+
 
 def packed(examples: Sequence[Example]) -> Batch:
-    """One row: input_ids, position_ids [1, tokens]; attention_mask [1, 1, tokens, tokens]; answers, labels [A]."""
+    """One row: input_ids, position_ids [1, tokens]; attention_mask [1, 1, tokens, tokens]; all else [A]."""
     lengths = torch.tensor([len(example.input_ids) for example in examples])
     starts = (lengths.cumsum(0) - lengths).tolist()
     owner = torch.repeat_interleave(torch.arange(len(examples)), lengths)  # (tokens)
@@ -39,11 +42,12 @@ def packed(examples: Sequence[Example]) -> Batch:
         "attention_mask": ((owner[:, None] == owner[None, :]) & causal)[None, None],
         "answers": torch.cat(answers),
         "labels": _labels(examples),
+        ROWS: _rows(examples),
     }
 
 
 def padded(examples: Sequence[Example]) -> Batch:
-    """A row each: input_ids, position_ids, attention_mask [rows, length]; answers [rows, kept] bool; labels [A]."""
+    """A row each: input_ids, position_ids, attention_mask [rows, length]; answers [rows, kept]; labels, rows [A]."""
     length = max(len(example.input_ids) for example in examples)
     kept = max(example.answer_tokens for example in examples) + 1
     ids = torch.zeros(len(examples), length, dtype=torch.long)
@@ -60,6 +64,7 @@ def padded(examples: Sequence[Example]) -> Batch:
         "attention_mask": mask,
         "answers": answers,
         "labels": _labels(examples),
+        ROWS: _rows(examples),
     }
 
 
@@ -109,3 +114,8 @@ def packs(model: Any) -> bool:
 def _labels(examples: Sequence[Example]) -> Tensor:
     answers = (example.input_ids[example.prompt_tokens :] for example in examples)
     return torch.tensor([token for answer in answers for token in answer or [NO_LABEL]])
+
+
+def _rows(examples: Sequence[Example]) -> Tensor:
+    counts = torch.tensor([example.distilled_positions for example in examples])
+    return torch.repeat_interleave(torch.arange(len(examples)), counts)

@@ -88,7 +88,7 @@ def co_distill(here: Here, rows: Extent | None) -> StagePlan:
 
 def _whole(budget: Distillation) -> Distillation:
     """With every token distilled: which ones are not is known only when the models have spoken."""
-    return budget.model_copy(update={"min_confidence": None})
+    return budget.model_copy(update={"min_confidence": None, "select": "all"})
 
 
 def in_two_phases(here: Here, rows: Extent | None) -> list[StagePlan]:

@@ -18,6 +18,9 @@ from stages.data.rows import NO_LABEL
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
+AT_ONCE = 64
+"""Of how many answers row_losses holds the logits in float64."""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, tokens: Tensor | int) -> Tensor:
     """L_FT, Eq. 4 (and the task loss of Eq. 3): -log p(target), summed over answers, over tokens.
@@ -25,6 +28,27 @@ def cross_entropy(logits: Tensor, targets: Tensor, tokens: Tensor | int) -> Tens
     logits: [answers, vocabulary]; targets: [answers], token ids, or NO_LABEL, which counts zero.
     """
     return F.cross_entropy(logits.float(), targets, ignore_index=NO_LABEL, reduction="sum") / tokens
+
+
+def row_losses(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+    """-log p of each row's whole completion, [number of rows], in nats and float64; NaN for an unlabelled row.
+
+    logits: [answers, vocabulary]; targets: [answers]; rows: [answers], the row that each answer belongs to, from 0 in
+    rising order. Summed, not averaged, over the whole vocabulary at temperature 1: what a model knows of a text does
+    not hang on how its tokenizer cuts it.
+    """
+    parts = zip(torch.split(logits.detach(), AT_ONCE), torch.split(targets, AT_ONCE), strict=True)
+    found = [F.cross_entropy(one.double(), wanted, ignore_index=NO_LABEL, reduction="none") for one, wanted in parts]
+    each = torch.where(targets == NO_LABEL, torch.nan, torch.cat(found))
+    return each.new_zeros(int(rows[-1]) + 1).index_add(0, rows, each)
+
+
+def knows_better(teacher: Tensor, student: Tensor, rows: Tensor) -> Tensor:
+    """At which answers a teacher may teach: [answers], those of rows that it knows better (DualMinCE of FedMKT).
+
+    teacher, student: of row_losses. Neither teaches a row that both know alike, or that has no answer.
+    """
+    return (teacher < student)[rows]
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -64,16 +88,20 @@ def distillation(
     temperature: float,
     divergence: Divergence,
     min_confidence: float | None = None,
+    taught: Tensor | None = None,
 ) -> Tensor:
     """L_KD, Eq. 5: the divergence of the student from the teacher; gradients reach the student only.
 
     The two vocabularies are one tokenizer's; rows that only one of them has are padding and are cut off. With a
     temperature the term is multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
     min_confidence: only where the teacher gives its likeliest token at least this probability, at temperature 1, does
-    it teach; the sum is divided by all the tokens as ever, so that each token left out counts zero.
+    it teach; the sum is divided by all the tokens as ever, so that each token left out counts zero. taught: [answers],
+    at which the teacher may teach at all, by default everywhere; the others count zero too.
     """
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
     student_logits, teacher_logits = student_logits[..., :shared], teacher_logits.detach()[..., :shared]
+    if taught is not None:
+        student_logits, teacher_logits = student_logits[taught], teacher_logits[taught]
     if min_confidence is not None:
         is_sure = torch.softmax(teacher_logits.float(), dim=-1).amax(dim=-1) >= min_confidence  # (answers)
         student_logits, teacher_logits = student_logits[is_sure], teacher_logits[is_sure]
@@ -112,6 +140,7 @@ def captured_distillation(
     temperature: float,
     divergence: Divergence,
     min_confidence: float | None = None,
+    taught: Tensor | None = None,
 ) -> Tensor:
     """L_KD, Eq. 5, from a teacher in short: the divergence of the two distributions over k tokens and "any other".
 
@@ -121,6 +150,8 @@ def captured_distillation(
     logit of the student, also of tokens that are not among the k, through the probability of "any other".
     """
     student_logits = student_logits[..., :vocabulary]
+    if taught is not None:
+        student_logits, teacher = student_logits[taught], TopK(*(part[taught] for part in teacher))
     if min_confidence is not None:
         is_sure = teacher.confidence >= min_confidence  # (answers)
         student_logits, teacher = student_logits[is_sure], TopK(*(part[is_sure] for part in teacher))

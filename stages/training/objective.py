@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from stages.data.rows import Example
-from stages.models.packing import Batch, answer_logits
+from stages.models.packing import ROWS, Batch, answer_logits
 from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
 from stages.training import batches
-from stages.training.losses import DIVERGENCES, cross_entropy, distillation
+from stages.training.losses import DIVERGENCES, cross_entropy, distillation, knows_better, row_losses
 from stages.workspace.agreement import Distillation
 
 LOSS_SAMPLE = 64
 """How many examples the loss before and after is measured on: enough to see it move, little beside training."""
+
+
+TAUGHT = "_taught"
+"""After a model's role, where rows are selected: the share of the distilled positions at which the other teaches it."""
 
 
 class Tokens(NamedTuple):
@@ -56,11 +60,19 @@ def mutual_losses(settings: Distillation) -> Losses:
 
     def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
         slm, llm = logits["slm"], logits["llm"]
+        taught: dict[str, Tensor | None] = {"slm": None, "llm": None}
+        if settings.select == "min-ce":
+            rows = logits[ROWS]
+            of_slm, of_llm = row_losses(slm, labels, rows), row_losses(llm, labels, rows)
+            taught = {"slm": knows_better(of_llm, of_slm, rows), "llm": knows_better(of_slm, of_llm, rows)}
         return {
             "slm_ft": cross_entropy(slm, labels, tokens.labelled),
-            "slm_kd": distilled(slm, llm, tokens.distilled),
+            "slm_kd": distilled(slm, llm, tokens.distilled, taught=taught["slm"]),
             "llm_ft": cross_entropy(llm, labels, tokens.labelled),
-            "llm_kd": distilled(llm, slm, tokens.distilled),
+            "llm_kd": distilled(llm, slm, tokens.distilled, taught=taught["llm"]),
+            **{
+                f"{role}{TAUGHT}": where.sum() / tokens.distilled for role, where in taught.items() if where is not None
+            },
         }
 
     return losses
@@ -108,7 +120,7 @@ class Objective(nn.Module):
 
     def losses_of(self, logits: Mapping[str, Tensor], batch: Batch, tokens: Tokens) -> dict[str, Tensor]:
         """Every named loss, from the models' logits of a batch."""
-        return self._losses(logits, batch["labels"], tokens)
+        return self._losses({**logits, ROWS: batch[ROWS]}, batch["labels"], tokens)
 
     def forward(self, *, tokens: Tensor, turn: str | None = None, **batch: Any) -> dict[str, Tensor]:
         """The loss of one micro-batch, its share of that of the whole optimiser step.

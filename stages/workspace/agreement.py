@@ -103,6 +103,7 @@ class Distillation(Budget):
     temperature: Rate = 1.0
     divergence: Literal["forward", "reverse", "jensen-shannon"] = "forward"
     min_confidence: Annotated[float, Field(gt=0, le=1)] | None = None
+    select: Literal["all", "min-ce"] = "all"
     order: Literal["simultaneous", "alternating"] = "simultaneous"
 
 

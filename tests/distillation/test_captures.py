@@ -27,7 +27,7 @@ from stages.workspace.agreement import Distillation
 from stages.workspace.settings import Role
 
 VOCABULARY = 40
-WEIGHTS = {"slm_ft": 1.0, "slm_kd": 1.0, "llm_ft": 1.0, "llm_kd": 1.0}
+WEIGHTS = {"slm_ft": 1.0, "slm_kd": 1.0, "llm_ft": 1.0, "llm_kd": 1.0, "slm_taught": 0.0, "llm_taught": 0.0}
 # Answers of unequal length, and an unlabelled row.
 ROWS = [*examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3)], vocabulary=VOCABULARY), Example([7, 3, 9], 3)]
 POSITIONS = 2 + 1 + 4 + 1 + 6 + 3 + 1
@@ -51,6 +51,7 @@ def captured(teacher: Tuned, folder: Path, *, k: int = VOCABULARY, rows: int = 3
         every=2,
         folder=folder,
         inputs={},
+        selects=settings.get("selects", False),
         report=lambda event: None,
     )
 
@@ -61,15 +62,24 @@ def gradients(objective: Objective, batch: dict[str, Tensor], role: Role) -> Ten
     return torch.cat([parameter.grad.flatten() for parameter in objective.adapter_parameters(role)])
 
 
+@pytest.mark.parametrize("select", ["all", "min-ce"])
 @pytest.mark.parametrize("min_confidence", [None, 0.2])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen-shannon"])
 @pytest.mark.parametrize("role", ["slm", "llm"])
 def test_with_the_whole_vocabulary_the_gradient_is_that_of_one_phase(
-    role: Role, divergence: Any, temperature: float, min_confidence: float | None, pair: Any, tmp_path: Path
+    role: Role,
+    divergence: Any,
+    temperature: float,
+    min_confidence: float | None,
+    select: Any,
+    pair: Any,
+    tmp_path: Path,
 ) -> None:
-    settings = Distillation(steps=1, divergence=divergence, temperature=temperature, min_confidence=min_confidence)
-    teacher = captured(pair["llm" if role == "slm" else "slm"], tmp_path, temperature=temperature)
+    told = {"divergence": divergence, "temperature": temperature, "min_confidence": min_confidence, "select": select}
+    settings = Distillation(steps=1, **told)
+    selects = select == "min-ce"
+    teacher = captured(pair["llm" if role == "slm" else "slm"], tmp_path, temperature=temperature, selects=selects)
     if min_confidence:
         assert 0 < (teacher.confidence >= min_confidence).sum() < POSITIONS
     both = Objective(list(pair.values()), mutual_losses(settings), WEIGHTS)
@@ -77,10 +87,36 @@ def test_with_the_whole_vocabulary_the_gradient_is_that_of_one_phase(
     alone = captures.TaughtObjective(pair[role], teacher, settings, WEIGHTS)
     found = gradients(alone, alone.collate(captures.taught(ROWS, teacher)), role)
     assert float((found - expected).norm() / expected.norm()) < 1e-6
-    for name in (f"{role}_ft", f"{role}_kd"):
+    names = {f"{role}_ft", f"{role}_kd", *([f"{role}_taught"] if selects else [])}
+    for name in names:
         assert math.isclose(alone.last[name], both.last[name], rel_tol=1e-6)
-    assert set(alone.last) == {f"{role}_ft", f"{role}_kd"}
+    assert set(alone.last) == names
+    assert not selects or 0 < alone.last[f"{role}_taught"] < 1
     both.last.clear()
+
+
+def test_a_capture_says_how_well_its_model_knows_each_row_and_is_read_back(pair: Any, tmp_path: Path) -> None:
+    found = captured(pair["llm"], tmp_path, selects=True)
+    assert found.losses is not None
+    objective = Objective([pair["slm"], pair["llm"]], mutual_losses(Distillation(steps=1)), WEIGHTS)
+    for row, loss in zip(ROWS, found.losses, strict=True):
+        if row.answer_tokens:  # its mean, times how many they are
+            mean = objective.parts(objective.collate([row]), Tokens.of([row]))["llm_ft"].detach()
+            expected = float(mean) * row.answer_tokens
+            assert loss == pytest.approx(expected, rel=1e-5)
+        else:
+            assert math.isnan(loss)
+    again = parse_capture(capture_bytes(found), WHERE)
+    np.testing.assert_array_equal(again.losses, found.losses)
+    with pytest.raises(Damaged, match="no -log p"):
+        parse_capture(capture_bytes(replace(found, losses=-found.losses)), WHERE)
+
+
+def test_a_capture_without_losses_teaches_no_selected_rows(pair: Any, tmp_path: Path) -> None:
+    teacher = captured(pair["llm"], tmp_path)
+    assert teacher.losses is None
+    with pytest.raises(Damaged, match="how well its model knows each row"):
+        captures.TaughtObjective(pair["slm"], teacher, Distillation(steps=1, select="min-ce"), WEIGHTS)
 
 
 def test_with_fewer_tokens_the_gradient_comes_nearer_with_each_and_the_loss_never_exceeds(

@@ -125,7 +125,7 @@ def one_step(folder: Path, *more: str) -> None:
         sign(place, agreement_sha256=reading.sha256((folder / "fedcollm.toml").read_bytes()))
 
 
-@pytest.mark.parametrize("more", [[], ['divergence = "jensen-shannon"', "temperature = 2.0"]])
+@pytest.mark.parametrize("more", [[], ['divergence = "jensen-shannon"', "temperature = 2.0"], ['select = "min-ce"']])
 def test_one_step_with_the_whole_vocabulary_gives_the_adapters_of_one_phase(
     more: list[str], aggregated: Path, tmp_path: Path
 ) -> None:

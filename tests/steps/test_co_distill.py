@@ -19,6 +19,7 @@ from builders import adapters, edit, sign, write_rows
 from stages.artefacts.manifest import Manifest
 from stages.co_distill import co_distill
 from stages.runtime.errors import UsageProblem
+from stages.runtime.events import Report, ignore
 from stages.workspace.paths import Workspace
 
 STEPS = 5  # builders.AGREEMENT
@@ -114,12 +115,12 @@ def test_half_of_a_result_is_made_again_without_overwrite(finished: Path) -> Non
     assert adapters(finished) == before
 
 
-def distilled(folder: Path, *changes: str) -> Manifest:
+def distilled(folder: Path, *changes: str, report: Report = ignore) -> Manifest:
     """Round 1's co-distill once more, under an agreement with these lines in [distillation]."""
     edit(folder / "fedcollm.toml", "[distillation]", "\n".join(["[distillation]", *changes]))
     agreement = hashlib.sha256((folder / "fedcollm.toml").read_bytes()).hexdigest()
     sign(folder / f"{SERVER}1/aggregate", agreement_sha256=agreement)
-    return co_distill(Workspace(folder), round=1, overwrite=True)
+    return co_distill(Workspace(folder), round=1, overwrite=True, report=report)
 
 
 def test_alternating_lets_the_llm_learn_from_the_slm_that_has_just_learned(finished: Path) -> None:
@@ -143,6 +144,7 @@ def test_alternating_lets_the_llm_learn_from_the_slm_that_has_just_learned(finis
         'divergence = "jensen-shannon"',
         "min_confidence = 0.05",  # random weights, 28 words: the likeliest has a little more than 1/28
         "temperature = 2.0",
+        'select = "min-ce"',
         "lambda_slm = 0.0",
         "lambda_llm = 0.0",
     ],
@@ -203,6 +205,34 @@ def test_unlabelled_rows_teach_by_distillation_alone(keep: int, finished: Path) 
     assert keep <= manifest.tokens <= 2 * keep  # five steps of four rows see each of twelve once or twice
     steps = [json.loads(line) for line in (finished / f"{SERVER}1/co-distill.jsonl").read_text().splitlines()][1:-1]
     assert all(math.isfinite(line[name]) for line in steps for name in LOSSES)
+
+
+# --- selected rows
+
+
+@pytest.mark.parametrize("keep", [12, 8])
+def test_of_selected_rows_log_and_manifest_tell_who_taught_how_many(keep: int, finished: Path) -> None:
+    rows = unlabel(finished, keep=keep)
+    told: list[str] = []
+    manifest = distilled(finished, 'select = "min-ce"', report=lambda event: told.append(event.text))
+    says = f"{12 - keep} of 12 auxiliary rows are unlabelled and teach nothing"
+    assert any(text.startswith(says) for text in told) == (keep < 12)
+    slm, labels = answer_logits(finished / "models/slm", finished / f"{SERVER}1/slm", rows)
+    llm, _ = answer_logits(finished / "models/llm", finished / f"{SERVER}1/llm", rows)
+    # Every completion is one token: a row's loss is that token's.
+    of_slm, of_llm = (F.cross_entropy(one[:keep], labels[:keep], reduction="none") for one in (slm, llm))
+    assert manifest.metrics["slm_taught_after"] == pytest.approx(float((of_llm < of_slm).sum()) / 12)
+    assert manifest.metrics["llm_taught_after"] == pytest.approx(float((of_slm < of_llm).sum()) / 12)
+    steps = [json.loads(line) for line in (finished / f"{SERVER}1/co-distill.jsonl").read_text().splitlines()][1:-1]
+    assert all(0 <= line["slm_taught"] + line["llm_taught"] <= 1 for line in steps)
+
+
+def test_rows_without_any_answer_cannot_be_selected(finished: Path) -> None:
+    unlabel(finished, keep=0)
+    (finished / "models").unlink()
+    with pytest.raises(UsageProblem, match="nothing would teach: no auxiliary row has a completion") as caught:
+        distilled(finished, 'select = "min-ce"')
+    assert caught.value.where == finished / "private/server/auxiliary.jsonl"
 
 
 @pytest.mark.parametrize("role", ["slm", "llm"])

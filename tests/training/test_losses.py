@@ -21,7 +21,9 @@ from stages.training.losses import (
     distillation,
     forward_kl,
     jensen_shannon,
+    knows_better,
     reverse_kl,
+    row_losses,
     top_k,
 )
 
@@ -413,3 +415,29 @@ def test_rows_that_only_the_student_has_take_no_part_beside_a_teacher_in_short()
     found.backward()
     assert long.grad is not None
     assert long.grad[:, 7:].abs().max() == 0
+
+
+def test_what_a_model_knows_of_a_row_is_the_sum_over_its_answer_in_float64() -> None:
+    own, targets = logits(seed=3).to(torch.float32), torch.tensor([2, 0, NO_LABEL, 4, 1])
+    rows = torch.tensor([0, 0, 1, 2, 2])[: len(own)]
+    found = row_losses(own[:5], targets, rows)
+    whole = -torch.log_softmax(own[:5].double(), -1)
+    expected = [float(whole[0, 2] + whole[1, 0]), math.nan, float(whole[3, 4] + whole[4, 1])]
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+def test_rows_of_more_answers_than_are_held_at_once_count_whole() -> None:
+    torch.manual_seed(0)
+    own, targets, rows = torch.randn(200, 7), torch.randint(7, (200,)), torch.arange(200) // 50
+    expected = -torch.log_softmax(own.double(), -1)[range(200), targets].view(4, 50).sum(-1)
+    torch.testing.assert_close(row_losses(own, targets, rows), expected)
+
+
+@pytest.mark.parametrize(
+    ("apart", "teaches"), [(1e-6, True), (1e-12, True), (0.0, False), (-1e-6, False), (math.nan, False)]
+)
+def test_only_who_knows_a_row_better_teaches_it_however_little(apart: float, teaches: bool) -> None:
+    student = torch.tensor([3.0, 2.0], dtype=torch.float64)
+    teacher = student - torch.tensor([apart, -1.0], dtype=torch.float64)
+    assert knows_better(teacher, student, torch.tensor([0, 0, 1])).tolist() == [teaches, teaches, False]

@@ -22,7 +22,7 @@ ROLES = pytest.mark.parametrize("role", ["slm", "llm"])
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2)])
 ANSWERS = sum(row.answer_tokens for row in ROWS)
 TOKENS = Tokens.of(ROWS)
-WEIGHTS = {"slm_ft": 1.0, "slm_kd": 1.0, "llm_ft": 1.0, "llm_kd": 1.0}
+WEIGHTS = {"slm_ft": 1.0, "slm_kd": 1.0, "llm_ft": 1.0, "llm_kd": 1.0, "slm_taught": 0.0, "llm_taught": 0.0}
 
 
 @pytest.fixture
@@ -279,6 +279,43 @@ def test_a_step_with_unlabelled_rows_is_the_same_in_micro_batches(
         torch.testing.assert_close(gradients(objective, role), gradient, rtol=1e-4, atol=1e-6)
     assert objective.pop_losses() == pytest.approx(losses, rel=1e-5)
     assert objective.measure(step, rows) == pytest.approx(losses, rel=1e-4)
+
+
+@ROLES
+def test_of_each_row_only_the_model_that_knows_it_better_teaches(pair: tuple[Tuned, Tuned], role: str) -> None:
+    student, teacher = pair if role == "slm" else pair[::-1]
+    labels = torch.tensor([token for row in ROWS for token in row.input_ids[row.prompt_tokens :]])
+    owner = torch.tensor([i for i, row in enumerate(ROWS) for _ in range(row.answer_tokens)])
+    logits = [logits_by_hand(one, ROWS).detach().double() for one in (teacher, student)]
+    each = [-F.log_softmax(one, -1)[range(ANSWERS), labels] for one in logits]
+    sums = [torch.stack([one[owner == i].sum() for i in range(len(ROWS))]) for one in each]
+    taught = (sums[0] < sums[1])[owner]
+    assert 0 < taught.sum() < ANSWERS
+    p, q = (F.softmax(one, -1) for one in logits)
+    expected = (p * (p / q).log()).sum(-1)[taught].sum() / ANSWERS
+    objective = mutual(pair, select="min-ce")
+    for rows in (1, len(ROWS)):  # whichever rows come together
+        parts = [objective.parts(objective.collate(ROWS[i : i + rows]), TOKENS) for i in range(0, len(ROWS), rows)]
+        found = sum(float(one[f"{role}_kd"].detach()) for one in parts)
+        assert found == pytest.approx(float(expected), rel=1e-4)
+        assert sum(float(one[f"{role}_taught"]) for one in parts) == pytest.approx(float(taught.sum()) / ANSWERS)
+
+
+def test_a_model_that_nobody_can_teach_learns_from_the_answers_alone_to_the_bit(pair: tuple[Tuned, Tuned]) -> None:
+    twin = tuned("llm", width=16)
+    twin.model.load_state_dict(pair[0].model.state_dict())
+    for one in (pair[0], twin):
+        one.model.train()
+    found = []
+    for weight in (1.0, 0.0):
+        objective = mutual((pair[0], twin), WEIGHTS | {"slm_kd": weight, "llm_kd": weight}, select="min-ce")
+        objective.zero_grad()
+        objective(**objective.collate(ROWS))["loss"].backward()
+        assert float(objective.last["slm_taught"]) == float(objective.last["llm_taught"]) == 0
+        found.append(gradients(objective, "slm"))
+    assert size(found[0]) > 0
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
 
 
 @ROLES
