@@ -131,7 +131,8 @@ class Broadcast(Step[Opened, Computed, Manifest]):
     def _first(self, opened: Opened) -> Computed:
         """theta^1: PEFT's initialisation (B = 0), drawn once: an average of different ones would be none.
 
-        An LLM that is here, and needed later in the round, is checked without reading its weights before anyone trains.
+        An LLM that is here, and needed later in the round, is checked without reading its weights before anyone trains:
+        by itself, and that it has the SLM's tokenizer.
         """
         from stages.bases import base_folders
         from stages.models import adapters, shapes
@@ -141,6 +142,8 @@ class Broadcast(Step[Opened, Computed, Manifest]):
         if agreement.federation.distils and base_folders.configuration(self.workspace, "llm"):
             shapes.of_workspace(self.workspace, "llm")
         models = self.models or Models(self.workspace)
+        if agreement.federation.distils:
+            models.check_both()
         models.use("slm")
         slm = models.get("slm")
         adapters.make_fresh(slm.model, seed)

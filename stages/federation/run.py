@@ -70,6 +70,8 @@ def run(
     rounds = rounds or range(1, federation.rounds + 1)
     for round in (rounds[0], rounds[-1]):
         workspace.check_round(round)
+    if federation.distils:
+        models.check_both()
     scores = scores and bool(evaluation.tasks or workspace.agreement.data.tasks)
     score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
 

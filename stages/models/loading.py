@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from stages.models.base_loading import (
 from stages.models.devices import device_of, naming_memory_knobs, precision
 from stages.models.identity import identify
 from stages.models.tuned import Outline, Tuned, context_in
+from stages.models.vocabulary import check_one_vocabulary
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.processes import ALONE, Processes
 from stages.workspace.commands import Command
@@ -104,6 +106,14 @@ class Models:
                 mend += "; copy config.json, generation_config.json and the tokenizer's files of the others"
             raise Refused(message, where=self._workspace.root, mend=mend)
         return tuned
+
+    def check_both(self) -> None:
+        """Raise UsageProblem, without reading weights, for two models that cannot teach each other.
+
+        Says nothing where a model or its tokenizer is not here.
+        """
+        with contextlib.suppress(NotReady):
+            check_one_vocabulary(self.outline("slm"), self.outline("llm"))
 
     def with_adapter(self, role: Role, artefact: Artefact) -> Tuned:
         """The SLM or the LLM with this adapter in it. Raises as expect and read_adapter do."""

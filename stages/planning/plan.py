@@ -73,9 +73,11 @@ class Plan:
 def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
     """What lies ahead. length: plan for rows of so many tokens, instead of the longest row here or max_length.
 
-    Raises UsageProblem where the settings ask for what cannot be: a device, target modules, a configuration.
+    Raises UsageProblem where the settings ask for what cannot be: a device, target modules, a configuration, two models
+    of different tokenizers.
     """
     from stages.models import devices, shapes
+    from stages.models.loading import Models
     from stages.planning.missing import missing
 
     device = devices.device_of(workspace.machine)
@@ -86,6 +88,8 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
             found[role] = shapes.of_workspace(workspace, role, kept_in)
         except NotReady:
             continue  # it is among the missing
+    if workspace.agreement.federation.distils:
+        Models(workspace).check_both()
     here = Here(workspace, device, found, length)
     if length is not None and not 2 <= length <= longest(here):
         message = f"rows of {length} tokens: a row has 2 at least, and these models take {longest(here)}"

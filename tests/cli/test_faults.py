@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +220,14 @@ def test_two_models_with_different_tokenizers_cannot_teach_each_other(finished: 
     shutil.rmtree(finished / "private/server/round-0001/slm")
     said = refused(finished, 2, "co-distill", "--round", 1)
     assert "the tokenizers differ: token 2 is 'red' for the SLM, 'crimson' for the LLM" in said
+
+
+@pytest.mark.parametrize("words", [["broadcast", "--round", 1], ["plan"], ["run"]])
+def test_nor_does_anybody_train_for_them_first(words: list[Any], workspace_folder: Path, refused: Refusal) -> None:
+    edit(other_model(workspace_folder, "llm") / "tokenizer.json", '"red": 2,', '"crimson": 2,')
+    said = refused(workspace_folder, 2, *words)
+    assert "the tokenizers differ: token 2 is 'red' for the SLM, 'crimson' for the LLM" in said
+    assert not (workspace_folder / "exchange/round-0001/broadcast").exists()
 
 
 def test_target_modules_that_do_not_exist_are_refused_naming_those_that_do(
