@@ -102,7 +102,9 @@ class Aggregate(Step[Opened, Computed, Manifest]):
         return Opened(theta, gate_of(workspace, self.gate), Arrived({"broadcast": theta.sha256}))
 
     def decide(self, opened: Opened, again: bool) -> tuple[Opened, bool]:
-        """Which updates are averaged."""
+        """Which updates are averaged: decided once, whatever arrives meanwhile."""
+        if opened.arrived.is_decided:
+            return opened, again
         channel = channels.from_clients(self.party, self.report)
         return opened._replace(arrived=channel.arrived(opened.theta, again)), again
 
@@ -127,12 +129,10 @@ class Aggregate(Step[Opened, Computed, Manifest]):
         """Average, and put the average to the gate."""
         from stages.artefacts import adapter_files
 
-        started, theta = time.monotonic(), opened.theta
+        started, theta, gate = time.monotonic(), opened.theta, opened.gate
         average = channels.from_clients(self.party, self.report).combine(theta, opened.arrived)
         adapter_files.check_finite(average.tensors, "the average")
-        if opened.gate is None:
-            return Computed(average, None, started)
-        verdict = opened.gate.verdict(self.workspace, theta, average.tensors, self.models, self.report)
+        verdict = gate.verdict(self.workspace, theta, average.tensors, self.models, self.report) if gate else None
         return Computed(average, verdict, started)
 
     def publish(self, opened: Opened, computed: Computed, over: Over) -> Manifest:

@@ -67,11 +67,12 @@ def client_train(
 
 
 class Opened(NamedTuple):
-    """The client's rows, the digest of their file, and the adapter that it starts from."""
+    """The rows, the digest of their file, what training starts from, and whether a final update is only sent again."""
 
     rows: list[Row]
     data_sha256: str
     theta: Artefact
+    sends_again: bool
 
     @property
     def parents(self) -> dict[str, str]:
@@ -97,16 +98,18 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
         theta = start_of(self.party, self.round)
         self.channel.accept(theta)
         self.channel.check(theta, rows, self.overwrite)
-        return Opened(rows, data_sha256, theta)
+        return Opened(rows, data_sha256, theta, self.overwrite and self.channel.is_final(theta))
 
     def decide(self, opened: Opened, again: bool) -> tuple[Opened, bool]:
         """An adapter is made again if that is asked for and can be, or if it is of an earlier attempt at the round."""
-        again = again and not self.channel.is_final(opened.theta)
+        again = again and not opened.sends_again
         self.channel.check(opened.theta, opened.rows, again)  # once more: another process may have sent it meanwhile
+        return opened, again or self._is_earlier(opened.theta)  # a damaged one is not read, if that is asked for
+
+    def _is_earlier(self, theta: Artefact) -> bool:
         [target] = self.publishes
         is_there = target.is_dir() and (target / MANIFEST).exists()
-        is_earlier = is_there and read_manifest(target)[0].attempt < opened.theta.manifest.attempt
-        return opened, again or is_earlier
+        return is_there and read_manifest(target)[0].attempt < theta.manifest.attempt
 
     def look(self, opened: Opened, again: bool) -> Manifest | None:
         """An adapter that was trained from this theta on these rows."""
@@ -154,4 +157,4 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
 
     def end(self, opened: Opened, made: Manifest, again: bool) -> Manifest:
         """Send it."""
-        return self.channel.send(opened.theta, made, again or self.overwrite)
+        return self.channel.send(opened.theta, made, again or opened.sends_again)

@@ -24,6 +24,11 @@ class Arrived:
     updates: dict[int, Path] = field(default_factory=dict)
     closed: Artefact | None = None
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether it was looked which updates are here."""
+        return bool(self.updates or self.closed)
+
 
 @dataclass(frozen=True)
 class Average:

@@ -96,9 +96,9 @@ class Step(ABC, Generic[Opened, Computed, Made]):
         """
         if not self.processes.is_first:
             return self._help()
-        opened = self.open()
+        opened, alone = self.open(), self.alone()
         places = {path: seen_places.Place(path) for path in self.publishes}
-        with locks.held(self.lock, report=self.report), self.alone():
+        with locks.held(self.lock, report=self.report), alone:
             is_new = any(place.has_changed for place in places.values())
             for place in places.values():
                 writing.put_right(place.path)
@@ -114,12 +114,13 @@ class Step(ABC, Generic[Opened, Computed, Made]):
     def _make(self, opened: Opened, again: bool, places: Over) -> Made:
         try:
             self.processes.agree((opened, again, None))
-            made = self.publish(opened, self.compute(opened, again), places)
-        except Exception:
-            if not any(place.has_changed for place in places.values()) or (found := self._found(opened)) is None:
-                raise
-            self.report(Event("note", "another process published it first"))
-            return found
+            computed = self.compute(opened, again)
+        except Exception as error:
+            return self._instead(error, opened, places)  # the others may be amid a computation, and are told nothing
+        try:
+            made = self.publish(opened, computed, places)
+        except Exception as error:
+            made = self._instead(error, opened, places)
         self.processes.agree(made)
         return made
 
@@ -132,14 +133,22 @@ class Step(ABC, Generic[Opened, Computed, Made]):
         found: Made = made
         return found
 
-    def _found(self, opened: Opened) -> Made | None:
-        """What another process has made of the same inputs, once it is complete."""
+    def _instead(self, error: Exception, opened: Opened, places: Over) -> Made:
+        """What another process has made of the same inputs, once it is complete. Raises the error where there is none.
+
+        Raises what look does for what was made of others.
+        """
+        if not any(place.has_changed for place in places.values()):
+            raise error
         deadline = time.monotonic() + COMPLETE_WITHIN_S
         while True:
             is_late = time.monotonic() > deadline
             try:
-                if (made := self.look(*self.decide(opened, False))) is not None or is_late:
+                if (made := self.look(*self.decide(opened, False))) is not None:
+                    self.report(Event("note", "another process published it first"))
                     return made
+                if is_late:
+                    raise error
             except (Damaged, NotReady):  # as a folder may seem while it is replaced
                 if is_late:
                     raise

@@ -93,6 +93,7 @@ class Processes:
 
         try:
             yield
+            self._wait_for_the_first()
         except BaseException as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, because another was quicker to end
             code = error.exit_code if isinstance(error, Problem) else 1
@@ -109,6 +110,15 @@ class Processes:
         self._leave(within_s=LEFT_WITHIN_S)
         dist.destroy_process_group()
 
+    def _wait_for_the_first(self) -> None:
+        """Whoever helped ends as the first does, which may have more to do alone, and may fail at it."""
+        if self.is_first:
+            return
+        while not self._store.check([ENDED]):
+            time.sleep(POLLED_EVERY_S)
+        if self._code() != 0:
+            self._end_as_told()
+
     def _ends_first(self, code: int) -> bool:
         own = f"{code} {self.rank}"
         try:
@@ -120,9 +130,13 @@ class Processes:
         """End with the exit code of the process that ended first."""
         code = 1
         with contextlib.suppress(RuntimeError):
-            code = int(self._store.get(ENDED).decode().split()[0])
+            code = self._code()
             self._store.add("left", 1)
         raise SystemExit(code)
+
+    def _code(self) -> int:
+        """The exit code of the process that ended first."""
+        return int(self._store.get(ENDED).decode().split()[0])
 
     def _leave(self, within_s: float) -> None:
         """The first, which may hold the store, waits a little for the others to have read how it ended."""

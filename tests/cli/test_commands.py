@@ -114,6 +114,14 @@ def test_the_plain_result_is_the_folder_and_nothing_else(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_overwrite_makes_again_what_is_damaged(stage: str, finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    command, folder = STAGES[stage]
+    (finished / folder / "manifest.json").write_text("{")
+    assert fedcollm(*command.split(), "-w", finished).code == 4
+    assert fedcollm(*command.split(), "--overwrite", "-w", finished).out == f"{folder}\n"
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_json_is_the_manifest_and_the_path(stage: str, finished: Path, fedcollm: Callable[..., Outcome]) -> None:
     command, folder = STAGES[stage]
     found = json.loads(fedcollm(*command.split(), "--json", "-w", finished).out)

@@ -20,7 +20,10 @@ from safetensors.numpy import load_file
 from builders import NO_NUMBERS, Outcome, drafts, edit, published, sign
 from fedcollm_cli.torchrun import launched
 from processes import Command, start, start_together
+from stages.broadcast import broadcast
+from stages.client_train import client_train
 from stages.runtime.errors import UsageProblem
+from stages.workspace.paths import Workspace
 
 ADAPTERS = {
     "client-train": ["exchange/round-0001/client-2"],
@@ -177,6 +180,19 @@ def test_a_problem_is_told_once_and_ends_all_with_its_exit_code(finished: Path, 
     assert start("broadcast", "--round", 1, "-w", wild).end()[0] == 0
     codes, said = all_end(start_together(2, "client-train", *WORDS["client-train"], "-w", wild))
     assert (codes, said.count("error: a step's 1 rows in micro-batches of 1 cannot be shared")) == ([2, 2], 1), said
+
+
+@pytest.mark.slow
+def test_a_masked_update_that_the_first_cannot_send_ends_all_with_its_exit_code(enrolled: Path) -> None:
+    workspace = Workspace(enrolled)
+    broadcast(workspace, round=1)
+    client_train(workspace, client=2, round=1)
+    for sent in (workspace.client_update(1, 2), workspace.masked_update(1, 2)):
+        shutil.rmtree(sent)
+    for taken in ("already trained", "slm_ft"):
+        codes, said = all_end(start_together(2, "client-train", *WORDS["client-train"], "-w", enrolled))
+        assert (codes, said.count("error: "), taken in said) == ([5, 5], 1, True), said
+        shutil.rmtree(workspace.client_adapter(1, 2))
 
 
 def long(finished: Path, folder: Path) -> Path:

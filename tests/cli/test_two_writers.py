@@ -16,10 +16,15 @@ from federations import agreement, secrets_of, with_keys
 from processes import start
 from stages.accounting.ledger import charges, read_ledger
 from stages.aggregate import aggregate
+from stages.artefacts.subjects import start_of
 from stages.broadcast import broadcast
 from stages.client_train import client_train
+from stages.files import locks
+from stages.parties.party import Party
 from stages.reveal import reveal
 from stages.runtime.errors import NotReady
+from stages.runtime.events import ignore
+from stages.secagg.channel import ToServer
 from stages.workspace.paths import Workspace
 
 SERVER, CLIENT, EXCHANGE = "private/server/round-0001", "private/client-1/round-0001", "exchange/round-0001"
@@ -163,6 +168,24 @@ def test_what_another_process_made_of_other_inputs_is_refused_as_ever(ready: Pat
     assert adapters(ready) == made
 
 
+def test_an_update_that_arrives_while_another_process_averages_changes_nothing_for_this_one(
+    workspace_folder: Path,
+) -> None:
+    toml, workspace = workspace_folder / "fedcollm.toml", Workspace(workspace_folder)
+    toml.write_text(f"{toml.read_text()}\n[aggregation]\nmin_clients = 2\n")
+    broadcast(workspace, round=1)
+    for client in (1, 2):
+        client_train(workspace, client=client, round=1)
+    words = ("aggregate", "--round", 1, "-w", workspace_folder)
+    first = start(*words, locks="none", stops_at=1)
+    first.wait_until_stopped()
+    assert start(*words, locks="none").end()[0] == 0
+    client_train(workspace, client=3, round=1)
+    code, said = first.stop(signal.SIGCONT)
+    assert code == 0, said
+    assert (SECOND in said, said.count("absent: client 3")) == (True, 1), said
+
+
 def test_a_folder_that_a_killed_process_had_moved_away_is_back_before_anything_is_made(
     ready: Path, fedcollm: Callable[..., Outcome]
 ) -> None:
@@ -245,6 +268,21 @@ def test_secure_stages_at_once_send_one_masked_update_one_close_and_one_reveal(o
     at_once("aggregate", "--round", 1)
     aggregate(workspace, round=1)
     assert drafts(opened) == drafts(secrets_of(opened)) == []
+
+
+def test_an_adapter_is_not_replaced_whose_update_another_process_sends_meanwhile(
+    opened: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, party = Workspace(opened), Party.client(Workspace(opened), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ToServer, "send", lambda own, theta, trained, again: trained)
+        trained = client_train(workspace, client=2, round=1)
+    with locks.held(workspace.log("client-train", 1, 2).with_suffix(".lock")):
+        second = start("client-train", "--client", 2, "--round", 1, "--overwrite", "-w", opened)
+        second.wait_until_said(WAITS)
+        ToServer(party, ignore).send(start_of(party, 1), trained, False)
+    code, said = second.end()
+    assert (code, "which cannot be replaced" in said) == (5, True), said
 
 
 def test_two_that_open_a_round_anew_make_one_attempt(opened: Path) -> None:

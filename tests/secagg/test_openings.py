@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from builders import edit
 from federations import vault_of
 from stages.artefacts.draft import Draft
 from stages.artefacts.publishing import publish
@@ -281,6 +282,13 @@ def test_a_key_that_is_not_the_rosters_is_refused_before_it_signs(opened: Path) 
     identity.write_bytes((vault_of(opened, "client-1") / "identity.pem").read_bytes())
     with pytest.raises(Damaged, match=r"identity.pem of client-2 is not the one that it enrolled with"):
         accept(Party.client(Workspace(opened), 2), theta_of(opened))
+
+
+def test_a_round_that_cannot_be_opened_leaves_nothing_behind(enrolled: Path) -> None:
+    edit(enrolled / "fedcollm.toml", "steps = 6", "steps = 7")
+    with pytest.raises(Refused, match="has changed since the parties enrolled"):
+        broadcast(Workspace(enrolled), round=1)
+    assert not Workspace(enrolled).log("broadcast", 1).parent.exists()
 
 
 def test_a_servers_box_that_is_not_the_rosters_is_refused(enrolled: Path) -> None:
