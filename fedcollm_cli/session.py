@@ -46,7 +46,7 @@ DtypeOption = Annotated[
 ]
 ProcessesOption = Annotated[
     int | None,
-    typer.Option("--processes", min=1, help="How many torchrun was told to start; with any other number it refuses."),
+    typer.Option("--processes", min=1, help="How many processes torchrun starts; any other number is refused."),
 ]
 
 SHARED = {

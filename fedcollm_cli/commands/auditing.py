@@ -33,10 +33,10 @@ def audit(
 ) -> None:
     """Check all that was exchanged, as an auditor would.
 
-    The chain of manifests and signatures, files, layout, numbers, drift, clients' updates against each other, leaks,
-    keys, secure aggregation, the privacy ledger; a line for each check. Reads every byte of the workspace, or of any
-    folder, another tool's PEFT adapter too; writes nothing, loads no model, opens no pickle. Exit code 4 if a check
-    failed, 3 where nothing was exchanged yet.
+    Prints a line for each check: the chain of manifests and signatures, files, layout, numbers, drift, clients' updates
+    against each other, leaks, keys, secure aggregation, the privacy ledger. Reads every byte of the workspace, or of
+    any folder, also of another tool's PEFT adapter. Writes nothing, loads no model, opens no pickle. Ends with exit
+    code 4 if a check failed, and with 3 if nothing was exchanged yet.
 
     Example: fedcollm audit --client 2 --strict
     """
@@ -60,9 +60,9 @@ def verify(
 ) -> None:
     """Walk the chain of manifests and signatures.
 
-    From round 1 on: every byte against its manifest, every manifest against the signature of the party that the roster
-    names, its place, the agreement and the folders it was made from. Reads all folders on this machine, writes nothing.
-    Stops at the first broken link, names it, and ends with the exit code of its fault.
+    It begins with round 1. It compares every byte with its manifest. It checks each manifest's signature by the party
+    that the roster names, its place, its agreement, and the folders it was made from. Reads all folders on this
+    machine, writes nothing. Stops at the first fault, names it, and ends with its exit code.
 
     Example: fedcollm verify
     """
@@ -81,9 +81,10 @@ def diff(
 ) -> None:
     """Compare two adapters, tensor by tensor and in what they add.
 
-    Norms, cosine, largest difference and effective rank of each tensor; of each layer the norms, difference and cosine
-    of what is added to its weights, B A scaled as PEFT does; where their configurations differ, and what of them is not
-    understood. Reads the two folders and writes nothing; exit code 0 whether they are equal or not.
+    For each tensor, it prints norms, cosine, largest difference and effective rank. For each layer, it prints norms,
+    difference and cosine of what is added to the weights: B A, scaled as PEFT does. It names the settings that differ,
+    and those that it does not understand. Reads the two folders, writes nothing. Ends with exit code 0 whether they are
+    equal or not.
 
     Example: fedcollm diff exchange/round-0001/broadcast exchange/round-0002/broadcast
     """

@@ -19,22 +19,24 @@ ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace anothe
 @in_workspace("quiet")
 def pack(
     *,
-    round: Annotated[int | None, typer.Option("--round", min=1, help="What is sent in this round.")] = None,
-    client: Annotated[int | None, typer.Option("--client", min=1, help="By this client.")] = None,
-    server: Annotated[bool, typer.Option("--server", help="By the server.")] = False,
-    to: Annotated[int | None, typer.Option("--to", min=1, help="Without what the server sends to others.")] = None,
-    keys: Annotated[bool, typer.Option("--keys", help="Instead: the client's public keys.")] = False,
-    roster: Annotated[bool, typer.Option("--roster", help="Instead: the roster and all public keys.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", help="The file to write. Default: a name in here.")] = None,
+    round: Annotated[int | None, typer.Option("--round", min=1, help="The round whose files are packed.")] = None,
+    client: Annotated[int | None, typer.Option("--client", min=1, help="Pack what this client sends.")] = None,
+    server: Annotated[bool, typer.Option("--server", help="Pack what the server sends.")] = False,
+    to: Annotated[int | None, typer.Option("--to", min=1, help="With --server: only what this client needs.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Pack the client's public keys instead.")] = False,
+    roster: Annotated[bool, typer.Option("--roster", help="Pack the roster and all public keys instead.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The file to write. Default: its usual name, in this folder.")
+    ] = None,
     opened: Session,
     overwrite: ReplaceOption = False,
 ) -> None:
     """Make one file of what a party sends.
 
-    To mail or to carry. Reads exchange/round-t/client-k and reveal-k; with --server, broadcast and close; with --keys,
-    exchange/keys/client-k.json; with --roster, exchange/federation.json and all of exchange/keys. Checks it as unpack
-    does. Writes a ZIP without compression, such as NAME-round-0005-client-2.fedcollm, in the current folder; the same
-    files give the same bytes. Never packs a secret key.
+    For mail or a USB stick. Reads exchange/round-t/client-k and reveal-k. With --server: broadcast and close. With
+    --keys: exchange/keys/client-k.json. With --roster: exchange/federation.json and all of exchange/keys. Checks them
+    as unpack does. Writes a ZIP without compression into the current folder, such as
+    NAME-round-0005-client-2.fedcollm. The same files give the same bytes. Never packs a secret key.
 
     Example: fedcollm pack --client 2 --round 5
     """
@@ -67,9 +69,9 @@ def unpack(
 ) -> None:
     """Put what another party packed into its place.
 
-    Reads one bundle. Writes the folders and files of exchange/ that it holds, each whole, and nothing unless all of it
-    is sound and of this federation, agreement and round. What is there already with the same bytes is left alone; other
-    bytes are refused.
+    Reads one bundle. First it checks that nothing in it is damaged, and that all of it belongs to this federation and
+    agreement. If not, it writes nothing. Then it writes the bundle's folders and files into exchange/, each completely.
+    What is there already with the same bytes is left alone. Other bytes are refused.
 
     Example: fedcollm unpack tiny-round-0005-client-2.fedcollm
     """

@@ -41,10 +41,10 @@ def compare(
 ) -> None:
     """Compare all methods, as the paper's Tables 1 and 2 do.
 
-    Every method on the same data with the same budgets: a ledger of steps, examples and tokens is checked first. Reads
-    results/ here, in baselines/ and in seeds/. With --seeds, runs what is missing of them. Gives means, deviations over
-    seeds, paired differences with 95 % intervals, and names no winner that these do not support. fedavg-aux trains on
-    the auxiliary data without distillation: FedCoLLM minus that is what distillation bought.
+    All methods must have the same data and the same budgets: first it checks their steps, examples and tokens. Reads
+    results/ here, in baselines/ and in seeds/. With --seeds, it runs what is missing. Prints means, deviations over
+    seeds, and paired differences with 95 % intervals. It names a winner only if the interval supports it. fedavg-aux
+    trains on the auxiliary data without distillation. So FedCoLLM minus fedavg-aux is the effect of distillation.
 
     Example: fedcollm compare --seeds 1,2,3
     """
@@ -84,9 +84,9 @@ def sweep(
 ) -> None:
     """Run an ablation: every combination of some settings.
 
-    Reads this workspace's models, tasks and data. Writes a workspace for each combination into sweeps/, and prints
-    their scores and each one's difference from the first. With federation.seed among the settings, means over seeds
-    and 95 % intervals. What is done is passed over.
+    Reads this workspace's models, tasks and data. Writes a workspace for each combination into sweeps/. Prints their
+    scores, and each difference from the first. With several values of federation.seed, it prints means over seeds and
+    95 % intervals. What is done already is not done again.
 
     Example: fedcollm sweep --set distillation.lambda_slm=0,0.5,1 --set federation.seed=1,2,3
     """

@@ -9,7 +9,7 @@ import typer
 from fedcollm_cli.session import ClientOption, Session, in_workspace
 
 RenewOption = Annotated[
-    bool, typer.Option("--renew", help="New ones, for a new federation; what was made before no longer counts.")
+    bool, typer.Option("--renew", help="Make new ones, for a new federation; those made before no longer count.")
 ]
 
 
@@ -23,8 +23,8 @@ def keys(
     """Client: make the keys that sign and mask.
 
     Secret keys go to the user's own data folder, outside the workspace (machine.toml's `secrets`). Writes
-    exchange/keys/client-k.json and its .sig, which go to the server. Secure aggregation needs keys; in plain mode they
-    are a choice: with them every exchanged file is signed.
+    exchange/keys/client-k.json and its .sig, which go to the server. Secure aggregation needs keys. In plain mode they
+    are optional: with keys every exchanged file is signed.
 
     Example: fedcollm keys --client 2
     """
@@ -43,8 +43,9 @@ def enroll(
 ) -> None:
     """Server: make the roster of all clients.
 
-    Reads exchange/keys/client-k.json of every client. Writes exchange/federation.json and its .sig, which go to the
-    clients with exchange/keys. Prints the roster's fingerprint, which clients compare with each other before they join.
+    Reads exchange/keys/client-k.json of every client. Writes exchange/federation.json and its .sig. These and
+    exchange/keys go to the clients. Prints the roster's fingerprint. Clients compare it with each other before they
+    join.
 
     Example: fedcollm enroll
     """
@@ -61,14 +62,15 @@ def join(
     client: ClientOption,
     fingerprint: Annotated[
         str | None,
-        typer.Option("--fingerprint", help="The roster's, as another client read it out: XXXX-XXXX-..., 40 letters."),
+        typer.Option("--fingerprint", help="The one that another client read out: XXXX-XXXX-..., 40 letters."),
     ] = None,
     opened: Session,
 ) -> None:
     """Client: trust the roster from now on.
 
-    Reads exchange/federation.json and exchange/keys. Without --fingerprint it prints the roster's: read it to another
-    client, not to the server, which could give each client a roster of its own. Writes nothing into the workspace.
+    Reads exchange/federation.json and exchange/keys. Without --fingerprint it prints the roster's fingerprint. Read it
+    to another client, not to the server: a dishonest server could give each client a different roster. Writes nothing
+    into the workspace.
 
     Example: fedcollm join --client 2 --fingerprint 3QOV-2B4K-7XDL-55AQ-ZK3T-LW6E-H2MD-Q5RA-4NVJ-OY7C
     """

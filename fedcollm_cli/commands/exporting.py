@@ -16,7 +16,7 @@ def export(
     round: RoundOption,
     model: Annotated[
         Literal["slm", "llm", "aggregate"],
-        typer.Option("--model", help="Which of the server's: slm and llm after co-distill, aggregate the SLM before."),
+        typer.Option("--model", help="Of the server's models: slm or llm after co-distill, or the aggregate before."),
     ] = "slm",
     client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
     merged: Annotated[
@@ -29,8 +29,9 @@ def export(
     """Write a model as others load it, with a model card.
 
     A folder for PEFT, or merged weights for transformers. Reads private/server/round-t/slm, llm or aggregate, or
-    exchange/round-t/client-k, and the base; for the card, results/ and private/split.json. Writes
-    exports/MODEL-round-t. Loads it back first, and publishes it only if its logits are those of base and adapter.
+    exchange/round-t/client-k, and the base. For the card, it reads results/ and private/split.json. Writes
+    exports/MODEL-round-t. First it loads the export again, and publishes it only if its logits are those of base and
+    adapter.
 
     Example: fedcollm export --round 5 --model llm --merged
     """

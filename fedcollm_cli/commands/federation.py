@@ -26,11 +26,11 @@ def run(
 ) -> None:
     """Every step of every round, in one process.
 
-    All on this machine. Base models are loaded once. Reads and writes exactly the files of the separate commands; what
-    is done is passed over, so that the same command goes on after a stop.
+    All parties are on this machine. Base models are loaded once. Reads and writes exactly the files of the separate
+    commands. What is done already is not done again, so the same command goes on after a stop.
 
-    With --method, the same federation by another method, on the same data with the same budgets, in baselines/METHOD, a
-    workspace of its own. fedavg: no training at the server. fedavg-aux: the server trains both models on the auxiliary
+    --method runs another method, with the same data and the same budgets, in a separate workspace, baselines/METHOD.
+    fedavg: no training at the server. fedavg-aux: the server trains both models on the auxiliary
     data, without distillation. standalone: each client alone. centralized: the LLM on the data of all parties together.
 
     Example: fedcollm run --method fedavg-aux
@@ -58,10 +58,9 @@ def next(
     """Do whatever is the next step of a party.
 
     For cron and job scripts: one call takes one step, reads and writes what that step does, and prints its command.
-    Where nothing can be done yet it says whom it waits for, with exit code 3; where nothing is left to do, 9; under an
-    edited agreement, 5.
-    What a person must decide, to join a roster or to replace something, it leaves to them.
-    Without --client and --server: of any party with data here.
+    If it must wait, it says for what and ends with exit code 3. If nothing is left to do, it ends with 9. If the
+    agreement was edited, it ends with 5. A person must decide whether to join a roster or to replace something: it
+    does neither. Without --client and --server, it takes a step of any party with data here.
 
     Example: fedcollm next --client 2
     """
@@ -85,9 +84,9 @@ def status(
 ) -> None:
     """Tell what is done and what comes next.
 
-    Which steps are done, missing, damaged or stale, from the files alone, and the literal next command. Reads the
-    manifests of the whole workspace, writes nothing, loads no model. With --verify it ends with exit code 4 if anything
-    is not as it was written, and says what it does not cover.
+    Says which steps are done, missing, damaged or stale, and which command comes next. Reads the manifests of the whole
+    workspace, writes nothing, loads no model. With --verify it ends with exit code 4 if any byte has changed since it
+    was written, and says what it does not check.
 
     Example: fedcollm status
     """

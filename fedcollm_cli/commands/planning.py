@@ -27,9 +27,9 @@ def plan(
 ) -> None:
     """Tell what each stage will take, and what is missing here.
 
-    Steps, memory by part, bytes per round, disk; then what is not on this machine, each with the command that mends it.
-    Reads the settings, the base models' configurations, and rows and tokenizer if they are here. Loads no weights,
-    asks no network, writes nothing.
+    Prints steps, memory by part, bytes per round and disk. Then it lists what is missing on this machine, each with the
+    command that gets it. Reads the settings, the base models' configurations, and rows and tokenizer if they are here.
+    Loads no weights, needs no network, writes nothing.
 
     Example: fedcollm plan --length 128
     """
@@ -50,8 +50,8 @@ def prefetch(
 ) -> None:
     """Fetch base models and the tasks' datasets.
 
-    On a machine that has a network; without one it ends with exit code 3 if anything is missing. Reads fedcollm.toml,
-    machine.toml and tasks/. Writes into the caches of the Hugging Face hub (HF_HOME) alone.
+    Needs a network. Without one, it ends with exit code 3 if anything is missing. Reads fedcollm.toml, machine.toml and
+    tasks/. Writes only into the caches of the Hugging Face hub (HF_HOME).
 
     Example: fedcollm prefetch --model slm
     """
@@ -72,8 +72,8 @@ def comm_cost(
 ) -> None:
     """Count what travels, against sending the full model.
 
-    Reads the manifests in exchange/, of secure mode too, and the SLM's configuration; loads no weights, writes nothing.
-    With --preset, it needs no workspace and counts Table 3 from configurations alone.
+    Reads the manifests in exchange/, also in secure mode, and the SLM's configuration. Loads no weights and writes
+    nothing. With --preset, it needs no workspace, and computes Table 3 of the paper from configurations only.
 
     Example: fedcollm comm-cost --preset s1
     """

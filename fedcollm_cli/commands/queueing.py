@@ -19,10 +19,10 @@ def slurm(
         bool, typer.Option("--jobs", help="Write nothing: list the jobs that are missing, as submit.sh reads them.")
     ] = False,
     only: Annotated[
-        str | None, typer.Option("--only", help="client-2, say, or server: that party's jobs alone. Default: all here.")
+        str | None, typer.Option("--only", help="Jobs of one party: server, or such as client-2. Default: all here.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option("--window", min=1, help="Submit so many rounds; a job after them submits the next.")
+        int | None, typer.Option("--window", min=1, help="How many rounds to submit; then a job submits the next.")
     ] = None,
     partition: Annotated[str | None, typer.Option("--partition", help="As sbatch takes it.")] = None,
     account: Annotated[str | None, typer.Option("--account", help="As sbatch takes it.")] = None,
@@ -43,13 +43,13 @@ def slurm(
 ) -> None:
     """Write job scripts for a Slurm cluster.
 
-    Writes slurm/submit.sh and the scripts that it submits: for each round an array of clients and a job of the server,
-    each to begin when the one before has ended well, and the scores at the end. Run slurm/submit.sh again after a stop:
-    what is done is passed over. Reads the settings; what a site asks for can stand in [slurm] of machine.toml, over
-    which options win. Submits nothing.
+    Writes slurm/submit.sh and the scripts that it submits, and submits nothing. Each round has an array of clients and
+    a job of the server; scores come last. Each job begins when the one before has succeeded. After a stop, run
+    slurm/submit.sh again: it submits only what is missing. Reads the settings, also [slurm] of machine.toml. Options
+    override these.
 
-    A job that nears its time limit stops at a checkpoint and goes back into the queue, as does, up to
-    slurm.retries times, one that crashed. Settings, damaged files, refusals and bad numbers are not tried again.
+    Near its time limit, a job stops at a checkpoint and goes back into the queue. So does a job that crashed, up to
+    slurm.retries times. After a wrong setting, a damaged file, a refusal or bad numbers it does not.
 
     Example: fedcollm slurm --partition gpu --gpus-per-task 1 --time 04:00:00
     """

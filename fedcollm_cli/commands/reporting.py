@@ -22,9 +22,9 @@ def report(
 ) -> None:
     """Write one page of charts and tables on all that is here.
 
-    Reads results/, manifests, exchanged adapters and this machine's private logs, here and, for the comparison, in
-    baselines/ and seeds/. Writes results/report: index.html, one self-contained file without scripts that needs no
-    network, and every chart's data as CSV. What is not on this machine is left out, and the page says why.
+    Reads results/, manifests, exchanged adapters and this machine's private logs. For the comparison, it also reads
+    these in baselines/ and seeds/. Writes results/report: index.html, and every chart's data as CSV. The page is one
+    file without scripts, and needs no network. What is not on this machine is left out, and the page says why.
 
     Example: fedcollm report
     """

@@ -28,8 +28,8 @@ def broadcast(
     """Server: publish a round's adapter to all clients.
 
     Round 1 makes a fresh adapter from the federation's seed. Round t reads private/server/round-(t-1)/slm and
-    publishes it byte for byte. Writes exchange/round-t/broadcast. Where there are keys this opens the round, and
-    --overwrite opens it again: what clients sent before no longer counts.
+    publishes it byte for byte. Writes exchange/round-t/broadcast. With keys, this opens the round. --overwrite opens it
+    again: what clients sent before no longer counts.
 
     Example: fedcollm broadcast --round 1
     """
@@ -54,12 +54,12 @@ def client_train(
     """Client: tune a round's adapter on private data.
 
     Local training of Eq. 3. Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Writes
-    exchange/round-t/client-k, the one folder that goes to the server. Stopped, the same command goes on from its
-    last checkpoint.
+    exchange/round-t/client-k, the only folder that goes to the server. If it was stopped, the same command goes on from
+    its last checkpoint.
 
-    With epsilon or noise_multiplier under [privacy], training is differentially private for each row, and what it
-    spends is written to private/client-k/privacy-ledger.jsonl beforehand. Beyond the budget it ends with exit code 6.
-    --overwrite spends again.
+    With epsilon or noise_multiplier under [privacy], training is differentially private for each row. Before training,
+    what it spends is written to private/client-k/privacy-ledger.jsonl. If it would exceed the budget, it ends with exit
+    code 6. --overwrite spends again.
 
     Example: fedcollm client-train --client 2 --round 1
     """
@@ -85,23 +85,24 @@ def aggregate(
         float | None, typer.Option("--gate", help="Keep the old adapter if the held-out loss rises by more than this.")
     ] = None,
     keep_old: Annotated[
-        bool, typer.Option("--keep-old", help="Give the round up: go on with its broadcast's adapter.")
+        bool, typer.Option("--keep-old", help="Give up the round: go on with its broadcast's adapter.")
     ] = False,
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Server: average the clients' adapters.
 
-    Reads exchange/round-t/broadcast and every exchange/round-t/client-k that has arrived; fewer than min_clients is
-    exit code 3. Writes private/server/round-t/aggregate. The manifest tells, per layer, the cross term of averaging
-    A and B apart; with another aggregation.rule than mean, what the rule did to whom.
+    Reads exchange/round-t/broadcast and every exchange/round-t/client-k that has arrived. If these are fewer than
+    min_clients, it ends with exit code 3. Writes private/server/round-t/aggregate. The manifest has the cross term of
+    each layer, which comes from averaging A and B separately. With another aggregation.rule than mean, it says what the
+    rule did to which client.
 
-    With --gate, or aggregation.gate, the SLM's loss on private/server/held-out.jsonl decides: if it rises by more than
-    that, in nats per answer token, what is written is the broadcast's adapter, and the round goes on. No model is
-    loaded without a gate.
+    With --gate, or aggregation.gate, the SLM's loss on private/server/held-out.jsonl is measured. If it rises by more
+    than this, in nats per answer token, the broadcast's adapter is written instead, and the round goes on. Without a
+    gate no model is loaded.
 
-    In secure mode the first call closes the round, in exchange/round-t/close, and ends with exit code 3; once enough
-    clients have revealed, the second unmasks the sum. Where that cannot be done, --keep-old gives the round up.
+    In secure mode the first call closes the round, in exchange/round-t/close, and ends with exit code 3. After enough
+    clients have revealed, the second call unmasks the sum. If this is impossible, --keep-old gives the round up.
 
     Example: fedcollm aggregate --round 1 --gate 0.1
     """
@@ -128,8 +129,8 @@ def reveal(
     """Client: help to unmask a round's sum.
 
     Secure mode only. Reads exchange/round-t/broadcast and exchange/round-t/close, which names the clients whose updates
-    are summed. Writes exchange/round-t/reveal-k, sealed to the server. A client reveals for one such list in a round,
-    for ever; the same command again sends the same bytes again.
+    are summed. Writes exchange/round-t/reveal-k, encrypted for the server. In a round, a client reveals for one list of
+    clients and never for another. The same command again sends the same bytes again.
 
     Example: fedcollm reveal --client 2 --round 1
     """
@@ -164,10 +165,11 @@ def co_distill(
     private/server/round-(t-1)/llm and private/server/auxiliary.jsonl. Writes private/server/round-t/slm and llm,
     and the losses of every step in private/server/round-t/co-distill.jsonl.
 
-    Where the two do not fit on one device, in two phases: `--phase capture --model llm` and `--model slm` write what
-    each says of the auxiliary data to private/server/round-t/captured-llm and captured-slm; then `--phase train` trains
-    each against the other's capture, the LLM first. Each loads one model at a time. The teacher then stands still for
-    the round. The LLM can be captured as soon as the round before is done, while clients train.
+    If both models do not fit on one device, do it in two phases. `--phase capture --model llm` and `--model slm` write
+    each model's probabilities on the auxiliary data to private/server/round-t/captured-llm and captured-slm. Then
+    `--phase train` trains each model against the other's capture, the LLM first. Only one model is in memory at a time.
+    The teacher does not change during the round. The LLM can be captured as soon as the round before is done, while
+    clients train.
 
     Example: fedcollm co-distill --round 1 --phase capture --model llm
     """
@@ -194,7 +196,7 @@ def evaluate(
     round: Annotated[int | None, typer.Option("--round", min=1, help="The round t; with --zero-shot, none.")] = None,
     model: Annotated[
         Literal["slm", "llm", "aggregate"],
-        typer.Option("--model", help="Which of the server's: slm and llm after co-distill, aggregate the SLM before."),
+        typer.Option("--model", help="Of the server's models: slm or llm after co-distill, or the aggregate before."),
     ] = "slm",
     client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
     zero_shot: Annotated[bool, typer.Option("--zero-shot", help="The base alone, without an adapter.")] = False,
@@ -204,7 +206,7 @@ def evaluate(
     """Score a model by lm-eval, zero-shot.
 
     On the tasks of [evaluation]. Reads private/server/round-t/slm, llm or aggregate, or exchange/round-t/client-k.
-    Writes results/round-t/*.json, or results/zero-shot/*.json. Proves first that the adapter is in the model and
+    Writes results/round-t/*.json, or results/zero-shot/*.json. First it checks that the adapter is in the model and
     changes its logits.
 
     Example: fedcollm evaluate --round 1 --model llm

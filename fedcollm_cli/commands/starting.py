@@ -51,9 +51,9 @@ def prepare(
 ) -> None:
     """Divide a public dataset among the parties.
 
-    To simulate a federation. Reads the lm-eval tasks or JSONL files that [data] names. Writes
-    private/client-k/train.jsonl, private/server/auxiliary.jsonl, with data.held_out_share also held-out.jsonl beside
-    it, and private/split.json. Prints rows and labels per party.
+    For a simulation. Reads the lm-eval tasks or JSONL files that [data] names. Writes private/client-k/train.jsonl,
+    private/server/auxiliary.jsonl and private/split.json; with data.held_out_share also private/server/held-out.jsonl.
+    Prints rows and labels per party.
 
     Example: fedcollm prepare
     """
@@ -71,9 +71,9 @@ def demo(
 ) -> None:
     """Show a whole federation in minutes.
 
-    With models and data made on the spot; nothing is downloaded. Builds a small closed world of questions and two
-    tiny base models, runs every method by the same stages, scores them by lm-eval, compares them and writes a report.
-    What is done is kept in the folder and passed over the next time.
+    Nothing is downloaded: it makes a small world of questions and two tiny base models. Then it runs every method by
+    the same stages, scores the models by lm-eval, compares the methods and writes a report. Results stay in the folder;
+    the next call does only what is missing.
 
     Example: fedcollm demo
     """
