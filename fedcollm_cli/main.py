@@ -11,6 +11,7 @@ import typer
 
 from fedcollm_cli import __version__
 from fedcollm_cli.commands import (
+    aligning,
     auditing,
     carrying,
     comparing,
@@ -35,7 +36,7 @@ app = typer.Typer(
 )
 
 COMMANDS = (
-    *(starting.init, planning.plan, planning.prefetch, starting.prepare),
+    *(starting.init, planning.plan, planning.prefetch, starting.prepare, aligning.align),
     *(enrolling.keys, enrolling.enroll, enrolling.join),
     *(rounds.broadcast, rounds.client_train, rounds.reveal, rounds.aggregate, rounds.co_distill, rounds.evaluate),
     *(federation.run, federation.next, federation.status, queueing.slurm),

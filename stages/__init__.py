@@ -8,6 +8,7 @@
     13     aggregate     exchange/round-t/{broadcast,client-*,reveal-*}  private/server/round-t/aggregate: theta^{t,0}
     15-20  co_distill    the aggregate, round t-1's llm, D^a             private/server/round-t/{slm,llm}: theta, omega
                          in two phases also, and back again              private/server/round-t/captured-{slm,llm}
+    -      align         both tokenizers, rows                           private/server/alignment
     (4.1)  evaluate      one adapter, an lm-eval task                    results/round-t/*.json
 
 The steps stand in this folder, and nothing else. Around them are rooms, each for one thing, and each imports only those

@@ -213,6 +213,11 @@ class Layout(ABC):
         """What a model said of the auxiliary data before the round changed it, for co-distill in two phases."""
         return self._server(round) / f"captured-{role}"
 
+    @property
+    def alignment(self) -> Path:
+        """What `align` found: both vocabularies as bytes, the maps between them, and its report."""
+        return self.private / "server" / "alignment"
+
     # --- logs, unfinished work, results
 
     def log(self, stage: str, round: int, client: int | None = None) -> Path:
