@@ -99,7 +99,7 @@ class Align(Step[Opened, Aligned, "AlignmentReport"]):
         changed = [
             f"the {role.upper()}'s tokenizer"
             for role, one in opened.vocabularies.items()
-            if found.vocabularies[role].sha256 != one.sha256
+            if role not in found.vocabularies or found.vocabularies[role].sha256 != one.sha256
         ]
         changed += ["the rows"] * (found.rows_sha256 != opened.rows_sha256)
         changed += ["--method"] * (found.asked != self.method)

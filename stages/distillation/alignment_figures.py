@@ -115,11 +115,17 @@ class Read(NamedTuple):
     following: np.ndarray
 
 
+def is_text(vocabulary: Vocabulary) -> np.ndarray:
+    """Which ids texts are made of, bool [rows]."""
+    found: np.ndarray = (vocabulary.kinds == Kind.TEXT) | (vocabulary.kinds == Kind.BYTE)
+    return found
+
+
 def figures_of(vocabulary: Vocabulary) -> VocabularyFigures:
     """A vocabulary in figures."""
     return VocabularyFigures(
         rows=vocabulary.rows,
-        tokens=len(vocabulary.ids),
+        tokens=int(is_text(vocabulary).sum()),
         size_bytes=len(vocabulary_bytes(vocabulary)),
         sha256=vocabulary.sha256,
         tokenizer_sha256=vocabulary.tokenizer_sha256,
@@ -177,8 +183,7 @@ def direction_of(
         method, because = "min-edit", "it is the paper's, and there are no rows to measure on"
 
     def reached(side: np.ndarray, vocabulary: Vocabulary) -> int:
-        is_text = (vocabulary.kinds == Kind.TEXT) | (vocabulary.kinds == Kind.BYTE)
-        return int((is_text & (side != OTHER)).sum())
+        return int((is_text(vocabulary) & (side != OTHER)).sum())
 
     return Direction.model_validate(
         {

@@ -44,17 +44,18 @@ def vocabulary_of(tokenizer: Any, rows: int, whose: str) -> Vocabulary:
     if not getattr(tokenizer, "is_fast", False):
         message = f"{whose}'s tokenizer has no tokenizer.json, which says how its pieces become text"
         raise UsageProblem(message, where=where, mend="convert it to a fast tokenizer of transformers")
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = tokenizer.backend_tokenizer.decoder
+    decoder = None if own is None else json.loads(own.__getstate__())  # as tokenizer.json has it
     try:
-        as_bytes, takes_single_bytes = _joining(settings.get("decoder"))
+        as_bytes, takes_single_bytes = _joining(decoder)
     except _UnknownError as error:
         message = f"{whose}'s tokenizer cannot be aligned: its pieces become text by {error}, which loses bytes"
         raise UsageProblem(message, where=where, mend=REFUSAL) from None
     roles = {name: index for name in TOKEN_ROLES if (index := getattr(tokenizer, f"{name}_token_id")) is not None}
     tokens = [(Kind.NOTHING, b"")] * rows
     texts: set[bytes] = set()
-    added = {one["id"]: one["special"] for one in settings["added_tokens"]}
-    is_byte_level = _is_byte_level(settings.get("decoder"))
+    added = {index: token.special for index, token in tokenizer.added_tokens_decoder.items()}
+    is_byte_level = _is_byte_level(decoder)
     for piece, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
         # An added token stands in a text as it is written; where the space has a mark, the mark in it is one.
         found = piece.encode() if index in added and is_byte_level else as_bytes(piece)

@@ -86,6 +86,10 @@ def test_what_is_measured_is_what_can_be_counted_by_hand(pair: Path) -> None:
     assert (to_llm.method, to_llm.because) == ("leading", "it measures best")
     assert to_llm.usable == 1.0
     assert found.vocabularies["slm"].tokens == 256
+    assert found.vocabularies["llm"].tokens == len(tokenizer) - 3, "all but <unk>, <s> and </s>"
+    for one in found.directions:
+        assert one.exact <= one.near <= found.vocabularies[one.teacher].tokens
+        assert one.led <= found.vocabularies[one.student].tokens
     assert to_llm.exact == 256, "of each byte the LLM has a token"
 
 
