@@ -70,12 +70,12 @@ def run(
     rounds = rounds or range(1, federation.rounds + 1)
     for round in (rounds[0], rounds[-1]):
         workspace.check_round(round)
-    if federation.distils:
+    is_derived = workspace.home != workspace.root  # the bases are checked and scored where it was derived from
+    if federation.distils and not is_derived:
         models.check_both()
     scores = scores and bool(evaluation.tasks or workspace.agreement.data.tasks)
     score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
 
-    is_derived = workspace.home != workspace.root  # the bases are scored where it was derived from
     if workspace.agreement.aggregation.is_secure:
         _enrol(workspace, renew=overwrite, report=report)
     if not overwrite:

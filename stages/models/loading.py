@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from stages.runtime.processes import ALONE, Processes
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
-from stages.workspace.settings import Role
+from stages.workspace.settings import ROLES, Role
 
 
 class Models:
@@ -110,10 +109,17 @@ class Models:
     def check_both(self) -> None:
         """Raise UsageProblem, without reading weights, for two models that cannot teach each other.
 
-        Says nothing where a model or its tokenizer is not here.
+        Says nothing where a model's configuration or tokenizer is not here.
         """
-        with contextlib.suppress(NotReady):
-            check_one_vocabulary(self.outline("slm"), self.outline("llm"))
+        found = []
+        for role in ROLES:
+            folder, whose = base_folders.configuration(self._workspace, role), f"the {role.upper()}"
+            if folder is None or not base_files.tokenizer_files(folder):
+                return
+            config = read_configuration(folder, whose)
+            vocabulary = int(config.get_text_config().vocab_size)
+            found.append(Outline(load_tokenizer(folder, whose), vocabulary, context_in(config)))
+        check_one_vocabulary(*found)
 
     def with_adapter(self, role: Role, artefact: Artefact) -> Tuned:
         """The SLM or the LLM with this adapter in it. Raises as expect and read_adapter do."""
