@@ -54,9 +54,10 @@ def aggregate(
     Raises NotReady below the quorum, naming the absent; refuses, naming the client, any update that was trained from
     another broadcast, under another agreement, on another base or in another shape.
     """
-    step = KeepOld if keep_old else Aggregate
-    return step(
-        party=Party.server(workspace),
+    server = Party.server(workspace)
+    return (KeepOld if keep_old else Aggregate)(
+        party=server,
+        channel=channels.from_clients(server, report),
         round=round,
         gate=gate,
         publishes=[workspace.aggregate(round)],
@@ -87,6 +88,7 @@ class Computed(NamedTuple):
 class Aggregate(Step[Opened, Computed, Manifest]):
     """Line 13: theta, averaged over the updates that have arrived."""
 
+    channel: channels.FromClients
     round: int
     gate: float | None
     models: Models | None
@@ -105,8 +107,7 @@ class Aggregate(Step[Opened, Computed, Manifest]):
         """Which updates are averaged: decided once, whatever arrives meanwhile."""
         if opened.arrived.is_decided:
             return opened, again
-        channel = channels.from_clients(self.party, self.report)
-        return opened._replace(arrived=channel.arrived(opened.theta, again)), again
+        return opened._replace(arrived=self.channel.arrived(opened.theta, again)), again
 
     def look(self, opened: Opened, again: bool) -> Manifest | None:
         """An aggregate of these updates. Raises Refused for one that passed another gate.
@@ -130,7 +131,7 @@ class Aggregate(Step[Opened, Computed, Manifest]):
         from stages.artefacts import adapter_files
 
         started, theta, gate = time.monotonic(), opened.theta, opened.gate
-        average = channels.from_clients(self.party, self.report).combine(theta, opened.arrived)
+        average = self.channel.combine(theta, opened.arrived)
         adapter_files.check_finite(average.tensors, "the average")
         verdict = gate.verdict(self.workspace, theta, average.tensors, self.models, self.report) if gate else None
         return Computed(average, verdict, started)
@@ -177,8 +178,7 @@ class KeepOld(Aggregate):
 
     def look(self, opened: Opened, again: bool) -> Manifest | None:
         """Whether it was given up before."""
-        [target] = self.publishes
-        return already_made(target, opened.arrived.parents, by=self.party, overwrite=again)
+        return already_made(self.publishes[0], opened.arrived.parents, by=self.party, overwrite=again)
 
     def compute(self, opened: Opened, again: bool) -> Computed:
         """Nothing is averaged."""

@@ -11,10 +11,7 @@ from rich.table import Table
 from stages.workspace.settings import ROLES
 
 if TYPE_CHECKING:
-    from stages.distillation.alignment import Method
     from stages.distillation.alignment_figures import AlignmentReport, Direction
-
-METHODS: tuple[Method, ...] = ("exact", "min-edit", "leading")
 
 
 def alignment_of(found: AlignmentReport, path: str) -> Group:
@@ -39,6 +36,8 @@ def _tokens(found: AlignmentReport) -> str:
 
 
 def _column(found: AlignmentReport, one: Direction) -> dict[str, str]:
+    from stages.distillation.alignment import METHODS  # with NumPy, which other commands do without
+
     teacher, student = (found.vocabularies[role].tokens for role in (one.teacher, one.student))
     cells = {
         "teacher's tokens that the student has (exact)": _share(one.exact, teacher),

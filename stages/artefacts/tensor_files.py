@@ -58,6 +58,18 @@ def read_header(content: bytes, path: Path) -> dict[str, Any]:
     return header
 
 
+def told_in(header: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a file says of itself: the JSON under this name, the only key of its metadata; empty if it is not so.
+
+    Takes the metadata out of the header, which is then its tensors alone.
+    """
+    metadata = header.pop("__metadata__", {})
+    try:
+        return reading.parse_json(str(metadata[name]).encode()) if set(metadata) == {name} else {}
+    except (ValueError, RecursionError):
+        return {}
+
+
 def check_head(file: IO[bytes], size_bytes: int, path: Path) -> None:
     """Raise Damaged unless the header of an open file describes as many bytes as the file has."""
     head = file.read(8 + LARGEST_HEADER_BYTES)

@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from stages.artefacts.tensor_files import bad, read_header
+from stages.artefacts.tensor_files import bad, read_header, told_in
 from stages.files import reading
 
 FORMAT = "fedcollm-vocabulary/1"
@@ -109,7 +109,7 @@ def vocabulary_bytes(vocabulary: Vocabulary) -> bytes:
 def parse_vocabulary(content: bytes, path: Path) -> Vocabulary:
     """The contents of such a file. Raises Damaged unless it is exactly of this form, and of no absurd size."""
     header = read_header(content, path)
-    digest, roles = _told(header.pop("__metadata__", {}), path)
+    digest, roles = _told(told_in(header, "vocabulary"), path)
     rows, size = _size(header, "kinds", path, MOST_ROWS), _size(header, "content", path, MOST_BYTES)
     expected = {"kinds": ("U8", [rows]), "offsets": ("I32", [rows + 1]), "content": ("U8", [size])}
     if {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} != expected:
@@ -153,12 +153,8 @@ def _check(vocabulary: Vocabulary, path: Path) -> None:
         raise bad(path, "has a text twice")
 
 
-def _told(metadata: dict[str, Any], path: Path) -> tuple[str, dict[str, int]]:
-    """The tokenizer's sha256 and the roles, as the file's metadata says."""
-    try:
-        told = reading.parse_json(str(metadata["vocabulary"]).encode()) if set(metadata) == {"vocabulary"} else {}
-    except (ValueError, RecursionError):
-        told = {}
+def _told(told: dict[str, Any], path: Path) -> tuple[str, dict[str, int]]:
+    """The tokenizer's sha256 and the roles, as the file says."""
     digest, roles = told.get("tokenizer_sha256"), told.get("roles")
     is_ours = told.keys() == {"format", "tokenizer_sha256", "roles"} and told["format"] == FORMAT
     if not is_ours or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):

@@ -14,10 +14,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from stages.artefacts.tensor_files import bad, read_header
+from stages.artefacts.tensor_files import bad, read_header, told_in
 from stages.artefacts.vocabulary_files import Vocabulary
 from stages.distillation.alignment import OTHER, Alignment
-from stages.files import reading
 
 FORMAT = "fedcollm-alignment/1"
 
@@ -32,11 +31,7 @@ def alignment_bytes(alignment: Alignment, teacher: Vocabulary, student: Vocabula
 def parse_alignment(content: bytes, path: Path, teacher: Vocabulary, student: Vocabulary) -> Alignment:
     """The contents of such a file. Raises Damaged unless it is exactly of this form, and of these vocabularies."""
     header = read_header(content, path)
-    metadata = header.pop("__metadata__", {})
-    try:
-        told = reading.parse_json(str(metadata["alignment"]).encode()) if set(metadata) == {"alignment"} else {}
-    except (ValueError, RecursionError):
-        told = {}
+    told = told_in(header, "alignment")
     method: Any = told.get("method")
     if told != _told(method, teacher, student):
         raise bad(path, "is not an alignment of these two vocabularies")

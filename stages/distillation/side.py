@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.artefacts import adapter_files
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.steps import Over
 from stages.data.rows import Example, Row, encode, tell_left_out
+from stages.distillation.inputs import OTHER
 from stages.distillation.phases import Distilling
 from stages.files import writing
 from stages.models import adapters
@@ -45,15 +45,12 @@ def loaded_to_train(step: AnyStep, *roles: Role) -> Models:
 
 def ready(step: AnyStep, models: Models, role: Role, start: Artefact | None) -> Tuned:
     """One model with the adapter that it starts from: start, or in round 1 the LLM's own, made fresh."""
-    tuned = models.get(role)
     if start is None:
+        tuned = models.get(role)
         adapters.make_fresh(tuned.model, step.workspace.seed_for("omega", 1))
         return tuned
     whose = f"the aggregate of round {step.round}" if role == "slm" else f"the LLM's adapter of round {step.round - 1}"
-    models.expect(role, start.manifest.base, whose)
-    lora = step.workspace.agreement.model_of(role).lora
-    adapters.put(tuned.model, adapter_files.read_adapter(start, adapters.layout(tuned.model), lora))
-    return tuned
+    return models.with_adapter(role, start, whose)
 
 
 def encoded(
@@ -115,8 +112,7 @@ def train(
     step.report(Event("note", outcome.change))
     for role in (one.role for one in tuned):
         if outcome.metrics.get(f"{role}{TAUGHT}_before") == 0 == outcome.metrics.get(f"{role}{TAUGHT}_after"):
-            other = "llm" if role == "slm" else "slm"
-            words = f"the {other.upper()} knew none of the rows looked at better than the {role.upper()}"
+            words = f"the {OTHER[role].upper()} knew none of the rows looked at better than the {role.upper()}"
             step.report(Event("warning", f"{words}: it taught it nothing of them"))
     return outcome
 

@@ -28,9 +28,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from stages.artefacts.tensor_files import read_header
+from stages.artefacts.tensor_files import read_header, told_in
 from stages.data.rows import Example
-from stages.files import reading
 from stages.runtime.errors import BadNumbers, Damaged
 
 FORMAT = "fedcollm-capture/1"
@@ -109,7 +108,7 @@ def capture_bytes(captured: Captured) -> bytes:
 def parse_capture(content: bytes, path: Path) -> Captured:
     """The contents of such a file. Raises Damaged unless it is exactly of this form, BadNumbers for NaN."""
     header = read_header(content, path)
-    source = _source(header.pop("__metadata__", {}), path)
+    source = _source(told_in(header, "capture"), path)
     rows, positions = _size(header, "positions", path), _size(header, "confidence", path)
     k = min(source.top_k, source.vocabulary)
     expected: dict[str, tuple[str, list[int]]] = {
@@ -154,12 +153,8 @@ def check(captured: Captured, path: Path | str) -> None:
         raise _bad(path, "a confidence is no probability")
 
 
-def _source(metadata: dict[str, Any], path: Path) -> Source:
+def _source(told: dict[str, Any], path: Path) -> Source:
     """What the file says it was made from."""
-    try:
-        told = reading.parse_json(str(metadata["capture"]).encode()) if set(metadata) == {"capture"} else {}
-    except (ValueError, RecursionError):
-        told = {}
     kinds = {"data_sha256": str, "rows_sha256": str, "temperature": float, "vocabulary": int, "top_k": int}
     is_ours = told.pop("format", None) == FORMAT and {key: type(value) for key, value in told.items()} == kinds
     if not is_ours or told["vocabulary"] < 1 or told["top_k"] < 1 or not 0 < told["temperature"] < math.inf:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
+from transformers import PreTrainedTokenizerBase
 
 from stages.artefacts.adapter_files import read_adapter
 from stages.artefacts.manifest import BaseIdentity
@@ -89,7 +91,7 @@ class Models:
         config = read_configuration(folder, f"the {role.upper()}")
         if tokenizer is None:
             raise NotReady(f"the {role.upper()}'s tokenizer is not here", where=folder, mend=mend)
-        return Outline(tokenizer, int(config.get_text_config().vocab_size), context_in(config))
+        return _outline(tokenizer, config)
 
     def expect(self, role: Role, identity: BaseIdentity, whose: str) -> Tuned:
         """As get, but the base must be the one named by identity. Raises Refused otherwise."""
@@ -116,14 +118,15 @@ class Models:
             folder, whose = base_folders.configuration(self._workspace, role), f"the {role.upper()}"
             if folder is None or not base_files.tokenizer_files(folder):
                 return
-            config = read_configuration(folder, whose)
-            vocabulary = int(config.get_text_config().vocab_size)
-            found.append(Outline(load_tokenizer(folder, whose), vocabulary, context_in(config)))
+            found.append(_outline(load_tokenizer(folder, whose), read_configuration(folder, whose)))
         check_one_vocabulary(*found)
 
-    def with_adapter(self, role: Role, artefact: Artefact) -> Tuned:
-        """The SLM or the LLM with this adapter in it. Raises as expect and read_adapter do."""
-        tuned = self.expect(role, artefact.manifest.base, self._workspace.shown(artefact.path))
+    def with_adapter(self, role: Role, artefact: Artefact, whose: str | None = None) -> Tuned:
+        """The SLM or the LLM with this adapter in it. Raises as expect and read_adapter do.
+
+        whose: what messages call the adapter; by default its path.
+        """
+        tuned = self.expect(role, artefact.manifest.base, whose or self._workspace.shown(artefact.path))
         lora = self._workspace.agreement.model_of(role).lora
         adapters.put(tuned.model, read_adapter(artefact, adapters.layout(tuned.model), lora))
         return tuned
@@ -162,3 +165,7 @@ class Models:
             identity=identity,
             autocast=compute == torch.bfloat16,
         )
+
+
+def _outline(tokenizer: PreTrainedTokenizerBase, config: Any) -> Outline:
+    return Outline(tokenizer, int(config.get_text_config().vocab_size), context_in(config))
