@@ -24,6 +24,9 @@ PATIENCE_S = 120.0
 SECONDS_FOR_A_STEP = "SECONDS_FOR_A_STEP"
 """A variable of the environment with which training is slow: so long after each of an optimiser's steps."""
 
+SLOWLY = {SECONDS_FOR_A_STEP: "0.03"}
+"""For a command that is to be stopped in the middle: it must not end before a busy machine comes to look."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -138,12 +141,13 @@ def _context() -> ForkServerContext:
     return context
 
 
-def start_together(count: int, *words: object) -> list[Command]:
+def start_together(count: int, *words: object, environment: Mapping[str, str] | None = None) -> list[Command]:
     """Begin a command as so many processes, with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared |= environment or {}
     return [
         start(*words, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)})
         for rank in range(count)

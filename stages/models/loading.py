@@ -111,13 +111,15 @@ class Models:
     def check_both(self) -> None:
         """Raise UsageProblem, without reading weights, for two models that cannot teach each other.
 
-        Says nothing where a model's configuration or tokenizer is not here.
+        Raises as base_files.check does for a folder that holds no whole base. Says nothing where a model's
+        configuration or tokenizer is not here.
         """
         found = []
         for role in ROLES:
             folder, whose = base_folders.configuration(self._workspace, role), f"the {role.upper()}"
             if folder is None or not base_files.tokenizer_files(folder):
                 return
+            base_files.check(folder, role, self._workspace.agreement.model_of(role).quantization, weights=False)
             found.append(_outline(load_tokenizer(folder, whose), read_configuration(folder, whose)))
         check_one_vocabulary(*found)
 

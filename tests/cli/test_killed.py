@@ -19,7 +19,7 @@ import torch
 
 import fedcollm_cli.console
 from builders import Outcome, adapters, drafts, edit, published, sign
-from processes import start
+from processes import SLOWLY, start
 
 COMMANDS = {"client-train": ["--round", 1, "--client", 2], "co-distill": ["--round", 1]}
 
@@ -109,7 +109,7 @@ def test_a_killed_stage_goes_on_from_its_checkpoint_to_the_very_bytes_of_an_unin
 
     before = published(finished)
     for least in (20, 100):  # in its first process, and in one that went on
-        work = start(command, *COMMANDS[command], "-w", finished)
+        work = start(command, *COMMANDS[command], "-w", finished, environment=SLOWLY)
         work.wait_until(partial(has_checkpoint, finished, least))
         code, said = work.stop(signal.SIGKILL)
         assert code == -signal.SIGKILL, said

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 import fedcollm_cli.console
 from builders import Outcome, edit, published, rows, write_rows
-from processes import start
+from processes import SLOWLY, start
 from stages.accounting.accountant import Charge, total_epsilon
 from stages.accounting.ledger import charges, read_ledger
 from stages.audit.audit import audit
@@ -293,7 +293,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_has_spent_once(
     edit(private / "fedcollm.toml", "\nsteps = 6\n", "\nsteps = 300\n")
     (private / "machine.toml").write_text("checkpoint_steps = 20\n")
     assert fedcollm("broadcast", "--round", 1, "--overwrite", "-w", private).code == 0
-    work = start(*TRAIN, "-w", private)
+    work = start(*TRAIN, "-w", private, environment=SLOWLY)
     work.wait_until(lambda: any(private.glob("private/client-1/round-0001/.client-train/*/checkpoint-[1-9]*/complete")))
     code, said = work.stop(signal.SIGKILL)
     assert code == -signal.SIGKILL, said

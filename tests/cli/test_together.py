@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from builders import NO_NUMBERS, Outcome, drafts, edit, published, sign
 from fedcollm_cli.torchrun import launched
-from processes import Command, start, start_together
+from processes import SLOWLY, Command, start, start_together
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.runtime.errors import UsageProblem
@@ -217,7 +217,7 @@ def test_a_signal_to_one_stops_all_after_one_step_and_they_go_on_to_the_same_byt
     whole = shutil.copytree(folder, tmp_path / "whole", symlinks=True)
     words = ["client-train", *WORDS["client-train"], "-w"]
     assert all_end(start_together(2, *words, whole))[0] == [0, 0]
-    working = start_together(2, *words, folder)
+    working = start_together(2, *words, folder, environment=SLOWLY)
     working[0].wait_until(lambda: has_checkpoint(folder))
     code, said = working[1].stop(signal.SIGUSR1)
     ended = working[0].end()
@@ -234,7 +234,7 @@ def test_a_signal_to_one_stops_all_after_one_step_and_they_go_on_to_the_same_byt
 @pytest.mark.slow
 def test_when_one_is_killed_the_others_end_soon(finished: Path, tmp_path: Path) -> None:
     folder = long(finished, tmp_path / "work")
-    working = start_together(2, "client-train", *WORDS["client-train"], "-w", folder)
+    working = start_together(2, "client-train", *WORDS["client-train"], "-w", folder, environment=SLOWLY)
     working[0].wait_until(lambda: has_checkpoint(folder))
     started = time.monotonic()
     assert working[1].stop(signal.SIGKILL)[0] == -signal.SIGKILL
