@@ -178,7 +178,7 @@ def _rows_here(workspace: Workspace) -> tuple[list[Row], str]:
 
 def _read(folder: Path) -> AlignmentReport:
     """The report in a folder. Raises Damaged unless it, and all that it names, is as it was written."""
-    from stages.artefacts.vocabulary_files import LARGEST_BYTES
+    from stages.artefacts.sizes import LARGEST_VOCABULARY_BYTES
     from stages.distillation.alignment_figures import AlignmentReport
 
     path = folder / ALIGNMENT_REPORT
@@ -189,7 +189,7 @@ def _read(folder: Path) -> AlignmentReport:
     except ValidationError as error:
         raise Damaged(f"{path.name} is not a report of align", where=path, mend=mend) from error
     for name, digest in found.files.items():
-        if reading.sha256(reading.read(folder / name, limit_bytes=LARGEST_BYTES)) != digest:
+        if reading.sha256(reading.read(folder / name, limit_bytes=LARGEST_VOCABULARY_BYTES)) != digest:
             raise Damaged(f"{name} has been changed since it was written", where=folder / name, mend=mend)
     return found
 

@@ -2,9 +2,10 @@
 
 Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Where the method averages nothing, a client goes on
 from round 2 with its own exchange/round-(t-1)/client-k instead.
+In round 1 a client with a model of its own makes its adapter itself.
 Writes exchange/round-t/client-k, and the private log private/client-k/round-t/client-train.jsonl; with differential
 privacy, private/client-k/privacy-ledger.jsonl too, before training begins. In secure mode the adapter stays in
-private/client-k/round-t/slm, and what goes to exchange/ is masked.
+private/client-k/round-t/slm, and what goes to exchange/ is masked; with FedMKT it stays in .../trained.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stages.aggregation import channels
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.publishing import already_made, publish
-from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.publishing import already_made, is_earlier, publish
+from stages.artefacts.reading import Artefact
 from stages.artefacts.steps import Over, Step
 from stages.artefacts.subjects import start_of
 from stages.data.rows import Row
@@ -25,7 +26,6 @@ from stages.parties.party import Party
 from stages.privacy.local_training import Learner, Trained, learner_of
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
-from stages.workspace.names import MANIFEST
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def client_train(
         round=round,
         channel=channel,
         learner=learner_of(party, round, resets=reset_privacy, processes=processes, report=report),
-        publishes=[workspace.client_adapter(round, client)],
+        publishes=[workspace.client_trained(round, client)],
         log=workspace.log("client-train", round, client),
         done=channel.done,
         overwrite=overwrite,
@@ -71,13 +71,18 @@ class Opened(NamedTuple):
 
     rows: list[Row]
     data_sha256: str
-    theta: Artefact
+    theta: Artefact | None
     sends_again: bool
 
     @property
     def parents(self) -> dict[str, str]:
         """What the adapter is made from."""
-        return {self.theta.path.name: self.theta.sha256}
+        return {self.theta.path.name: self.theta.sha256} if self.theta else {}
+
+    @property
+    def attempt(self) -> int:
+        """At the round."""
+        return self.theta.manifest.attempt if self.theta else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +109,7 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
         """An adapter is made again if that is asked for and can be, or if it is of an earlier attempt at the round."""
         again = again and not opened.sends_again
         self.channel.check(opened.theta, opened.rows, again)  # once more: another process may have sent it meanwhile
-        return opened, again or self._is_earlier(opened.theta)  # a damaged one is not read, if that is asked for
-
-    def _is_earlier(self, theta: Artefact) -> bool:
-        [target] = self.publishes
-        is_there = target.is_dir() and (target / MANIFEST).exists()
-        return is_there and read_manifest(target)[0].attempt < theta.manifest.attempt
+        return opened, again or is_earlier(self.publishes[0], opened.attempt)  # unread, if asked for
 
     def look(self, opened: Opened, again: bool) -> Manifest | None:
         """An adapter that was trained from this theta on these rows."""
@@ -123,9 +123,9 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
         from stages.training.update_norm import keep_short
 
         self.learner.check(opened.rows, again)
-        models = self.models or Models(self.workspace, self.processes)
+        models = self.models.of(self.workspace) if self.models else Models(self.workspace, self.processes)
         models.use("slm")
-        slm = models.with_adapter("slm", opened.theta)
+        slm = models.begun("slm", opened.theta, seed=self.workspace.seed_for("theta", 1, self.party.number))
         start = adapters.take(slm.model)
         examples, left_out = self.learner.examples(opened.rows, slm)
         outcome = self.learner.train(slm, examples, {"data": opened.data_sha256, **opened.parents}, again)
@@ -143,7 +143,7 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
             outcome,
             stage="client-train",
             round=self.round,
-            attempt=opened.theta.manifest.attempt,
+            attempt=opened.attempt,
             parents=opened.parents,
             seed=told.seed,
             metrics=told.metrics,

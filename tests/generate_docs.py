@@ -81,9 +81,9 @@ def _fenced(text: str) -> str:
 
 # --- settings
 
-TABLE = re.compile(r"\[(?P<table>[a-z_.]+)\]\s*(?:#\s*(?P<comment>.*))?")
+TABLE = re.compile(r"(?:# )?\[(?P<table>[a-z_.0-9]+)\]\s*(?:#\s*(?P<comment>.*))?")
 KEY = re.compile(r"(?P<line>(?:# )?(?P<key>[a-z_]+) = (?:\"[^\"]*\"|\[[^\]]*\]|[^\s#]+))\s*(?:#\s*(?P<comment>.*))?")
-MORE = re.compile(r"\s+#\s*(?P<comment>.*)")
+MORE = re.compile(r"#?\s+#\s*(?P<comment>.*)")
 
 
 def settings_page() -> str:
@@ -104,7 +104,7 @@ def _sections(name: str, text: str, kind: type[BaseModel]) -> Iterator[str]:
     yield f"## {name}\n"
     for table, comment, rows in _tables(text):
         place = tuple(table.split(".")) if table else ()
-        model = _model(kind, place)
+        model = _model(kind, place) if rows else kind
         if table:
             yield f"### [{table}]\n"
         if comment:
@@ -154,7 +154,7 @@ def keys(kind: type[BaseModel], place: tuple[str, ...] = ()) -> Iterator[tuple[s
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from keys(inner, (*place, name))
-        else:
+        elif get_origin(inner) is not dict:  # of which a table stands in the file as an example, commented out
             yield (*place, name)
 
 

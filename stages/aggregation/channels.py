@@ -19,22 +19,22 @@ from stages.secagg import channel as secure
 
 
 class ToServer(Protocol):
-    """One client's end."""
+    """One client's end. theta: the round's broadcast; None where the method has none."""
 
     @property
     def done(self) -> str:
         """What is said of an adapter that has been trained before."""
 
-    def accept(self, theta: Artefact) -> None:
+    def accept(self, theta: Artefact | None) -> None:
         """Take a broadcast as the round's, and no other from now on. Raises Refused for one that is not as agreed."""
 
-    def check(self, theta: Artefact, rows: list[Row], again: bool) -> None:
+    def check(self, theta: Artefact | None, rows: list[Row], again: bool) -> None:
         """Raise before training if what it gives could not be sent. again: whether an adapter is to be replaced."""
 
-    def is_final(self, theta: Artefact) -> bool:
+    def is_final(self, theta: Artefact | None) -> bool:
         """Whether an update was made for this broadcast that no other may replace: damaged, it is sent as it was."""
 
-    def send(self, theta: Artefact, trained: Manifest, again: bool) -> Manifest:
+    def send(self, theta: Artefact | None, trained: Manifest, again: bool) -> Manifest:
         """Send what was trained. Returns the manifest of what goes to the server. again: over one that is damaged."""
 
 

@@ -35,18 +35,19 @@ class ToServer:
     report: Report
     done: str = "already done"
 
-    def accept(self, theta: Artefact) -> None:
+    def accept(self, theta: Artefact | None) -> None:
         """Where there are keys."""
-        accepting.accept(self.party, theta, self.report)
+        if theta:
+            accepting.accept(self.party, theta, self.report)
 
-    def check(self, theta: Artefact, rows: list[Row], again: bool) -> None:
+    def check(self, theta: Artefact | None, rows: list[Row], again: bool) -> None:
         """Whatever it trains can be sent."""
 
-    def is_final(self, theta: Artefact) -> bool:
+    def is_final(self, theta: Artefact | None) -> bool:
         """It can always be trained again."""
         return False
 
-    def send(self, theta: Artefact, trained: Manifest, again: bool) -> Manifest:
+    def send(self, theta: Artefact | None, trained: Manifest, again: bool) -> Manifest:
         """It lies in exchange/ already."""
         return trained
 

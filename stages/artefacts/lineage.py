@@ -9,6 +9,7 @@ from stages.artefacts.manifest import Manifest, Stage
 from stages.artefacts.reading import LEVELS, Artefact
 from stages.artefacts.sizes import check_sizes
 from stages.parties import names, signatures
+from stages.parties.names import SERVER
 from stages.parties.party import Reader
 from stages.parties.roster import Roster
 from stages.runtime.errors import Refused
@@ -38,7 +39,8 @@ def check_belongs(
 
     by: who is about to use it, whose roster counts.
     """
-    manifest, workspace, members = artefact.manifest, by.workspace, by.members
+    manifest, members = artefact.manifest, by.members
+    workspace = by.workspace if client is None else by.workspace.of_client(client)
     if members:
         check_signed(artefact, members, names.of(client))
     claims = [
@@ -71,13 +73,16 @@ def place_of(manifest: Manifest) -> str:
     """Where a folder says it belongs, as the last two names of its path: round-0005/client-2."""
     names = {"client-train": f"client-{manifest.client}", "reveal": f"reveal-{manifest.client}"}
     names["capture"] = f"captured-{manifest.role}"
-    name = manifest.role if manifest.stage == "co-distill" else names.get(manifest.stage, manifest.stage)
+    names |= {"share-knowledge": manifest.party, "align": f"vocabulary-{manifest.party}"}
+    name = manifest.role if manifest.stage.endswith("distill") else names.get(manifest.stage, manifest.stage)
     return f"{round_name(manifest.round)}/{name}"
 
 
 def round_of_parent(manifest: Manifest, name: str) -> int:
     """The round that a folder's parent of this name was made in: its own, or the one before."""
     is_start = manifest.stage == "broadcast" or (manifest.stage == "client-train" and name != "broadcast")
+    if name.startswith("vocabulary-"):
+        return 1
     return manifest.round - (is_start or (manifest.stage in ("co-distill", "capture") and name == "llm"))
 
 
@@ -89,6 +94,14 @@ def parent_place(workspace: Workspace, manifest: Manifest, name: str) -> Path:
     for role in ROLES:
         if name == f"captured-{role}":
             return workspace.captured(round, role)
+    if name.startswith("vocabulary-"):
+        found = re.fullmatch(CLIENT, name.removeprefix("vocabulary-"))
+        return workspace.vocabulary(int(found[1]) if found else None)
+    if name == SERVER:
+        return workspace.knowledge(workspace.told_in(round), None)
+    if manifest.client is not None and name in ("slm", "trained"):
+        place = workspace.client_adapter if name == "slm" else workspace.client_trained
+        return place(round, manifest.client)
     places = {"aggregate": workspace.aggregate, "slm": workspace.slm, "llm": workspace.llm, "close": workspace.close}
     return places.get(name.removesuffix("-after"), workspace.broadcast)(round)
 

@@ -21,7 +21,18 @@ from stages.workspace.settings import Quantization, Role
 FORMAT: Literal["fedcollm/1"] = "fedcollm/1"
 LIBRARIES = ("fedcollm", "torch", "transformers", "peft", "safetensors", "numpy")
 
-Stage = Literal["broadcast", "client-train", "aggregate", "capture", "co-distill", "close", "reveal"]
+Stage = Literal[
+    "broadcast",
+    "client-train",
+    "aggregate",
+    "capture",
+    "co-distill",
+    "close",
+    "reveal",
+    "align",
+    "share-knowledge",
+    "client-distill",
+]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Number = Annotated[int, Field(ge=1, le=2**31)]

@@ -27,12 +27,15 @@ from stages.workspace.names import (
     ADAPTER_WEIGHTS,
     AGREEMENT,
     CAPTURE,
+    CUTS,
+    KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
     SEALED_REVEAL,
     SEALED_SHARES,
     SECRETS_MARKER,
     SIGNATURE,
+    VOCABULARY,
 )
 
 KEPT_OLD = "kept_old"
@@ -78,12 +81,18 @@ def spare_strangers(folder: Path) -> None:
     Hidden files are no reason: rsync leaves such.
     """
     ours = {MANIFEST, SIGNATURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_SHARES, SEALED_REVEAL, CAPTURE}
+    ours |= {KNOWLEDGE, VOCABULARY, CUTS}
     for path in sorted(folder.iterdir()):
         is_ours = path.name in ours or is_inbox(path.name)
         is_ours |= path.name.startswith(".") and path.name != SECRETS_MARKER
         if not is_ours or (path.is_dir() and not path.is_symlink()):
             message = f"{path.name} does not belong in {folder.name}, which is not replaced as long as it is there"
             raise Damaged(message, where=path, mend="move it out, and give the same command again")
+
+
+def is_earlier(folder: Path, attempt: int) -> bool:
+    """Whether a folder was made for an earlier attempt at its round."""
+    return folder.is_dir() and (folder / MANIFEST).exists() and read_manifest(folder)[0].attempt < attempt
 
 
 def already_made(

@@ -17,12 +17,15 @@ from stages.workspace.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CAPTURE,
+    CUTS,
+    KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
     SEALED_INBOX,
     SEALED_REVEAL,
     SEALED_SHARES,
     SIGNATURE,
+    VOCABULARY,
 )
 
 LEVELS = 3
@@ -111,6 +114,10 @@ def expected_names(manifest: Manifest) -> set[str] | None:
         return {SEALED_REVEAL}
     if manifest.stage == "capture":
         return {CAPTURE}
+    if manifest.stage == "align":
+        return {VOCABULARY, CUTS}
+    if manifest.stage == "share-knowledge":
+        return {KNOWLEDGE}
     return {MASKED_UPDATE, SEALED_SHARES} if manifest.masking else {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
 
 
@@ -141,6 +148,7 @@ def check_names(folder: Path, manifest: Manifest, wanted: Iterable[str] | None =
 
 def _kind(manifest: Manifest) -> str:
     kinds = {"close": "a round's close", "reveal": "a reveal", "capture": "a capture"}
+    kinds |= {"align": "a vocabulary", "share-knowledge": "knowledge of public rows"}
     return "a masked update" if manifest.masking else kinds.get(manifest.stage, "an adapter folder")
 
 

@@ -47,7 +47,8 @@ def read_sound(folder: Path, *, by: Reader, only: Iterable[str] | None = None) -
     """
 
     def check(found: Artefact) -> None:
-        workspace, members = by.workspace, by.members
+        members, maker = by.members, found.manifest.client
+        workspace = by.workspace if maker is None else by.workspace.of_client(maker)
         if members and found.manifest.federation_sha256 != members.sha256:
             message = f"{workspace.shown(folder)} is of another roster than this federation's"
             raise Refused(message, where=found.path / MANIFEST, mend="make it again with --overwrite")

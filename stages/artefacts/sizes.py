@@ -10,14 +10,21 @@ from stages.runtime.errors import Damaged
 from stages.workspace.names import (
     ADAPTER_WEIGHTS,
     CAPTURE,
+    CUTS,
+    KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
     SEALED_SHARES,
+    VOCABULARY,
 )
 from stages.workspace.paths import Workspace
 
 SHARE_BYTES = 33
 """What a Shamir share has: a number below 2^257 and a little."""
+
+MOST_TOKENS, MOST_TOKENS_BYTES = 1 << 21, 1 << 26
+"""Of a vocabulary. The 262,144 tokens of Gemma 3 have 2 MB together."""
+LARGEST_VOCABULARY_BYTES = 4096 + 5 * MOST_TOKENS + MOST_TOKENS_BYTES
 
 SEAL_BYTES = 64
 """More than the salt and the tag of a sealed row have."""
@@ -37,8 +44,10 @@ def check_sizes(artefact: Artefact, workspace: Workspace) -> None:
 
 
 def _most_bytes(manifest: Manifest, name: str, workspace: Workspace, size_bytes: int) -> int:
-    if name == CAPTURE:
+    if name in (CAPTURE, KNOWLEDGE, CUTS):
         return reading.LARGEST_ADAPTER_BYTES
+    if name == VOCABULARY:
+        return LARGEST_VOCABULARY_BYTES
     if name == SEALED_SHARES or is_inbox(name):
         clients = len(workspace.clients)
         return tensor_files.largest_bytes(clients * (SEAL_BYTES + SHARE_BYTES * clients))

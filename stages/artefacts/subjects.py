@@ -56,8 +56,8 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
     stage: Stage
     if client is not None:
         workspace.check_client(client)
-        stage = "client-train"
-        made_by = Command("client-train", client=client, round=round)
+        stage = client_stage(workspace)
+        made_by = Command(stage, client=client, round=round)
     else:
         step: Literal["aggregate", "co-distill"] = "aggregate" if model == "aggregate" else "co-distill"
         workspace.check_step(step, round)
@@ -67,14 +67,24 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
     return received(folder, by=Onlooker(workspace), stage=stage, round=round, client=client, missing=missing)
 
 
-def start_of(party: Party, round: int) -> Artefact:
-    """What a client starts from: theta^t; where nothing is averaged, from round 2 on, its own of the round before."""
+def start_of(party: Party, round: int) -> Artefact | None:
+    """What a client starts from: theta^t; where nothing is averaged, from round 2 on, its own of the round before.
+
+    None in round 1 where clients have models of their own: each makes an adapter for itself.
+    """
     workspace, client = party.workspace, party.number
+    if round == 1 and not workspace.agreement.is_of_one_slm:
+        return None
     if workspace.agreement.federation.averages or round == 1:
         mend = f"on the server: {Command('broadcast', round=round)}; then carry exchange/ here"
         missing = f"the broadcast of round {round} is not there", mend
         return received(workspace.broadcast(round), by=party, stage="broadcast", round=round, missing=missing)
     own, before = workspace.client_adapter(round - 1, client), round - 1
-    made_by = Command("client-train", client=client, round=before)
-    absent = f"client {client}'s adapter of round {before} is not there", made_by
-    return received(own, by=party, stage="client-train", round=before, client=client, missing=absent)
+    stage = client_stage(workspace)
+    absent = f"client {client}'s adapter of round {before} is not there", Command(stage, client=client, round=before)
+    return received(own, by=party, stage=stage, round=before, client=client, missing=absent)
+
+
+def client_stage(workspace: Workspace) -> Literal["client-train", "client-distill"]:
+    """The step that makes the adapter which a client ends a round with."""
+    return "client-distill" if workspace.agreement.federation.learns_in_public else "client-train"

@@ -26,17 +26,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from stages.artefacts.sizes import LARGEST_VOCABULARY_BYTES, MOST_TOKENS, MOST_TOKENS_BYTES
 from stages.artefacts.tensor_files import bad, read_header, told_in
 from stages.files import reading
 
 FORMAT = "fedcollm-vocabulary/1"
 TOKEN_ROLES = ("bos", "eos", "pad", "unk")
-MOST_ROWS = 1 << 21
 MOST_TOKEN_BYTES = 1 << 12
 """Of one token. The longest of known vocabularies have some 250: runs of spaces."""
-MOST_BYTES = 1 << 26
-"""Of all tokens together. The 262,144 of Gemma 3 have 2 MB."""
-LARGEST_BYTES = 4096 + 5 * MOST_ROWS + MOST_BYTES
 
 
 class Kind(IntEnum):
@@ -110,7 +107,7 @@ def parse_vocabulary(content: bytes, path: Path) -> Vocabulary:
     """The contents of such a file. Raises Damaged unless it is exactly of this form, and of no absurd size."""
     header = read_header(content, path)
     digest, roles = _told(told_in(header, "vocabulary"), path)
-    rows, size = _size(header, "kinds", path, MOST_ROWS), _size(header, "content", path, MOST_BYTES)
+    rows, size = _size(header, "kinds", path, MOST_TOKENS), _size(header, "content", path, MOST_TOKENS_BYTES)
     expected = {"kinds": ("U8", [rows]), "offsets": ("I32", [rows + 1]), "content": ("U8", [size])}
     if {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} != expected:
         raise bad(path, "has other arrays than a vocabulary")
@@ -126,7 +123,7 @@ def parse_vocabulary(content: bytes, path: Path) -> Vocabulary:
 
 def read_vocabulary(path: Path) -> Vocabulary:
     """Read such a file. Raises as parse_vocabulary does, NotReady if it is absent."""
-    return parse_vocabulary(reading.read(path, limit_bytes=LARGEST_BYTES), path)
+    return parse_vocabulary(reading.read(path, limit_bytes=LARGEST_VOCABULARY_BYTES), path)
 
 
 def _check(vocabulary: Vocabulary, path: Path) -> None:

@@ -30,7 +30,7 @@ def folder(workspace: Workspace, role: Role) -> Path:
     if local := own_folder(workspace, role):
         if local.is_dir():
             return local
-        mend = f"put the model there, or set models.{role} in machine.toml"
+        mend = f"put the model there, or set {setting(workspace, role)} in machine.toml"
         raise NotReady(f"the {role.upper()}'s folder is not there", where=local, mend=mend)
     try:
         for weights in WEIGHTS:
@@ -47,7 +47,7 @@ def folder(workspace: Workspace, role: Role) -> Path:
             raise faults.unwritable_cache(f"the {role.upper()} cannot be put into the hub's cache", error) from error
         mend = (
             f"`{Command('prefetch', model=role)}` where there is a network, "
-            f"or set models.{role} in machine.toml to a local folder"
+            f"or set {setting(workspace, role)} in machine.toml to a local folder"
         )
         raise NotReady(
             f"the {role.upper()} {settings.model} is neither here nor on the hub: {error}", mend=mend
@@ -58,9 +58,14 @@ def folder(workspace: Workspace, role: Role) -> Path:
 def own_folder(workspace: Workspace, role: Role) -> Path | None:
     """The local folder that the settings name, there or not; None if they name a model of the hub."""
     model = workspace.agreement.model_of(role).model
-    override: str | None = getattr(workspace.machine.models, role)
+    override = workspace.machine.models.of(role, workspace.own_model)
     local = workspace.local(override or model)
     return local if override or local.is_dir() or model.startswith((".", "/", "~")) else None
+
+
+def setting(workspace: Workspace, role: Role) -> str:
+    """The key of machine.toml that says where this machine keeps a model."""
+    return f"models.clients.{workspace.own_model}" if role == "slm" and workspace.own_model else f"models.{role}"
 
 
 def whole_folder(workspace: Workspace, role: Role) -> Path | None:

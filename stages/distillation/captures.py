@@ -39,7 +39,7 @@ from stages.training.losses import (
 )
 from stages.training.micro_batch import rows_that_fit
 from stages.training.objective import TAUGHT, Losses, Objective, Tokens
-from stages.workspace.agreement import Distillation
+from stages.workspace.budgets import Distillation
 
 TOLD = "taught_"
 """What the parts of a TopK are called in a batch, before their own names."""

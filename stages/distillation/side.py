@@ -45,12 +45,8 @@ def loaded_to_train(step: AnyStep, *roles: Role) -> Models:
 
 def ready(step: AnyStep, models: Models, role: Role, start: Artefact | None) -> Tuned:
     """One model with the adapter that it starts from: start, or in round 1 the LLM's own, made fresh."""
-    if start is None:
-        tuned = models.get(role)
-        adapters.make_fresh(tuned.model, step.workspace.seed_for("omega", 1))
-        return tuned
     whose = f"the aggregate of round {step.round}" if role == "slm" else f"the LLM's adapter of round {step.round - 1}"
-    return models.with_adapter(role, start, whose)
+    return models.begun(role, start, seed=step.workspace.seed_for("omega", 1), whose=whose)
 
 
 def encoded(

@@ -20,7 +20,8 @@ from stages.artefacts.records import TaskScores, is_of_base, read_result
 from stages.artefacts.subjects import scored_by
 from stages.data.split_file import read_split
 from stages.runtime.texts import in_code, in_line, in_markdown
-from stages.workspace.agreement import Budget, Method
+from stages.workspace.agreement import Method
+from stages.workspace.budgets import Budget
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST
 from stages.workspace.paths import Workspace
 

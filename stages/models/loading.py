@@ -48,7 +48,9 @@ class Models:
         self.device = device_of(workspace.machine)
 
     def of(self, workspace: Workspace) -> Models:
-        """The models of another workspace on this machine."""
+        """The models of another workspace on this machine, or of one client of this workspace."""
+        if workspace == self._workspace:
+            return self
         other = Models(workspace, self._processes)
         other._loaded = self._loaded
         return other
@@ -84,7 +86,8 @@ class Models:
         if role in self._roles:
             return self._roles[role].outline
         folder = base_folders.configuration(self._workspace, role)
-        mend = f"`{Command('prefetch', model=role)}` where there is a network, or set models.{role} in machine.toml"
+        where = base_folders.setting(self._workspace, role)
+        mend = f"`{Command('prefetch', model=role)}` where there is a network, or set {where} in machine.toml"
         if folder is None:
             raise NotReady(f"the {role.upper()}'s configuration and tokenizer are not here", mend=mend)
         tokenizer = check_unread(folder, role, self._workspace.agreement.model_of(role).quantization)
@@ -99,7 +102,8 @@ class Models:
         if name := tuned.identity.differs(identity):
             here, there = (str(getattr(one, name) or "none")[:16] for one in (tuned.identity, identity))
             message = f"the {role.upper()} here is not the one of {whose}: {name} is {here}, there {there}"
-            mend = f"use the same {role}.model and revision everywhere; see models.{role} in machine.toml"
+            setting = base_folders.setting(self._workspace, role)
+            mend = f"use the same {role}.model and revision everywhere; see {setting} in machine.toml"
             if name == "weights_sha256":
                 mend += "; the same weights pickled (*.bin), or in another precision, are other files: copy theirs"
             if name == "settings_sha256":
@@ -122,6 +126,17 @@ class Models:
             base_files.check(folder, role, self._workspace.agreement.model_of(role).quantization, weights=False)
             found.append(_outline(load_tokenizer(folder, whose), read_configuration(folder, whose)))
         check_one_vocabulary(*found)
+
+    def begun(self, role: Role, start: Artefact | None, *, seed: int, whose: str | None = None) -> Tuned:
+        """The SLM or the LLM with the adapter that it starts from; without one, with a fresh one drawn from the seed.
+
+        Raises as with_adapter does.
+        """
+        if start is not None:
+            return self.with_adapter(role, start, whose)
+        tuned = self.get(role)
+        adapters.make_fresh(tuned.model, seed)
+        return tuned
 
     def with_adapter(self, role: Role, artefact: Artefact, whose: str | None = None) -> Tuned:
         """The SLM or the LLM with this adapter in it. Raises as expect and read_adapter do.

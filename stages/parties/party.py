@@ -35,13 +35,13 @@ class Party:
 
     @staticmethod
     def client(workspace: Workspace, number: int) -> Party:
-        """A client of a workspace."""
-        return Party(workspace, names.client(number))
+        """A client of a workspace, which it sees with its own model as the SLM."""
+        return Party(workspace.of_client(number), names.client(number))
 
     @staticmethod
     def of(workspace: Workspace, client: int | None) -> Party:
         """A client, or, without its number, the server."""
-        return Party(workspace, names.of(client))
+        return Party.server(workspace) if client is None else Party.client(workspace, client)
 
     @property
     def is_server(self) -> bool:

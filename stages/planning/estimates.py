@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from stages.data.rows import Extent
-from stages.workspace.agreement import Budget, Distillation
+from stages.workspace.budgets import Budget, Distillation
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES, Role
 

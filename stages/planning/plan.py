@@ -15,7 +15,7 @@ from stages.bases import base_files, base_folders
 from stages.bases.base_names import name_of
 from stages.data.rows import encode, extent, read_rows
 from stages.runtime.errors import Damaged, NotReady, UsageProblem
-from stages.workspace.agreement import Budget
+from stages.workspace.budgets import Budget
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES, Role
 

@@ -15,6 +15,8 @@ from stages.runtime.events import Event, Report
 from stages.secagg import accepting, closing, said, sending, summing
 from stages.workspace.commands import Command
 
+ALWAYS = "a round of secure aggregation begins with a broadcast"
+
 
 @dataclass(frozen=True)
 class ToServer:
@@ -24,13 +26,15 @@ class ToServer:
     report: Report
     done: str = "already trained"  # and maybe still to be sent
 
-    def accept(self, theta: Artefact) -> None:
+    def accept(self, theta: Artefact | None) -> None:
         """Raises Refused where this client's vault has forgotten what it sent, too."""
+        assert theta, ALWAYS
         said.check_known(self.party)
         accepting.accept(self.party, theta, self.report)
 
-    def check(self, theta: Artefact, rows: list[Row], again: bool) -> None:
+    def check(self, theta: Artefact | None, rows: list[Row], again: bool) -> None:
         """Raise for an update that is masked already, and for one of more examples than can be summed."""
+        assert theta, ALWAYS
         workspace, client = self.party.workspace, self.party.number
         if again and sending.whole(self.party, theta):
             round = theta.manifest.round
@@ -45,12 +49,14 @@ class ToServer:
             mend = f"all parties agree on max_examples = {examples} or more, or on fewer steps"
             raise BadNumbers(message, where=workspace.client_data(client), mend=mend)
 
-    def is_final(self, theta: Artefact) -> bool:
+    def is_final(self, theta: Artefact | None) -> bool:
         """Once it is masked."""
+        assert theta, ALWAYS
         return sending.is_made(self.party, theta)
 
-    def send(self, theta: Artefact, trained: Manifest, again: bool) -> Manifest:
+    def send(self, theta: Artefact | None, trained: Manifest, again: bool) -> Manifest:
         """Mask it, once for every opening of a round."""
+        assert theta, ALWAYS
         place = self.party.workspace.client_adapter(trained.round, self.party.number)
         adapter = read_sound(place, by=self.party)
         return sending.send(self.party, theta, adapter, overwrite=again, report=self.report)

@@ -28,7 +28,17 @@ from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
 Table = Literal["llm", "clients", "slm"]
-Row = Literal["zero-shot", "standalone", "fedavg", "fedavg-aux", "centralized", "fedcollm"]
+Row = Literal[
+    "zero-shot",
+    "standalone",
+    "standalone-public",
+    "fedavg",
+    "fedavg-aux",
+    "llm2slm",
+    "centralized",
+    "fedcollm",
+    "fedmkt",
+]
 Scores = dict[str, np.ndarray]
 """By task: [seeds, questions], the share of right answers to each question: 0 or 1, or a mean over clients."""
 

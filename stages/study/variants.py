@@ -19,7 +19,8 @@ from stages.data.rows import read_rows, rows_bytes
 from stages.files import reading, writing
 from stages.files.seclusion import make_folder
 from stages.runtime.errors import NotReady, Refused, UsageProblem
-from stages.workspace.agreement import Agreement, Budget, Method
+from stages.workspace.agreement import Agreement, Method
+from stages.workspace.budgets import Budget
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.paths import Workspace

@@ -19,7 +19,7 @@ from stages.models.devices import MEMORY_KNOBS
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.training.objective import Objective
-from stages.workspace.agreement import Budget
+from stages.workspace.budgets import Budget
 from stages.workspace.machine import Machine
 
 MOMENTS = 2

@@ -15,7 +15,7 @@ from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
 from stages.training import batches
 from stages.training.losses import DIVERGENCES, cross_entropy, distillation, knows_better, row_losses
-from stages.workspace.agreement import Distillation
+from stages.workspace.budgets import Distillation
 
 LOSS_SAMPLE = 64
 """How many examples the loss before and after is measured on: enough to see it move, little beside training."""

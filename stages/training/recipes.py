@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.workspace.agreement import Budget
+from stages.workspace.budgets import Budget
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from stages.data.rows import Example
 from stages.runtime.errors import UsageProblem
 from stages.training.objective import Objective, Tokens
-from stages.workspace.agreement import Budget
+from stages.workspace.budgets import Budget
 
 
 def schedule(examples: int, budget: Budget, seed: int) -> list[list[int]]:

@@ -6,15 +6,17 @@ are named at once. Absence means off; there is no -1. `workspace_template/fedcol
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stages.workspace.budgets import ClientTraining, Distillation
 from stages.workspace.commands import Command
 from stages.workspace.settings import Dtype, Positive, Quantization, Rate, Settings, Share
 
-Method = Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"]
+Method = Literal[
+    "fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized", "fedmkt", "llm2slm", "standalone-public"
+]
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
 
 
@@ -30,12 +32,27 @@ class Federation(Settings):
     @property
     def averages(self) -> bool:
         """Whether clients' adapters are averaged (line 13); if not, each goes on with its own, round after round."""
-        return self.method not in ("standalone", "centralized")
+        return self.method in ("fedcollm", "fedavg", "fedavg-aux")
 
     @property
     def distils(self) -> bool:
         """Whether the server trains both models on the auxiliary data (lines 14-20)."""
         return self.method in ("fedcollm", "fedavg-aux")
+
+    @property
+    def learns_in_public(self) -> bool:
+        """Whether each client trains on public rows too, after its own, and keeps its adapter to itself (FedMKT)."""
+        return self.method in ("fedmkt", "llm2slm", "standalone-public")
+
+    @property
+    def server_tells(self) -> bool:
+        """Whether the server tells the clients what its LLM knows of the public rows (S_0)."""
+        return self.method in ("fedmkt", "llm2slm")
+
+    @property
+    def clients_tell(self) -> bool:
+        """Whether each client tells the server what its model knows of the public rows (S_k), and the LLM learns."""
+        return self.method == "fedmkt"
 
 
 class Lora(Settings):
@@ -57,54 +74,11 @@ class Model(Settings):
     lora: Lora = Lora()
 
 
-class Budget(Settings):
-    """How long and on what batches a model is trained: epochs or steps, exactly one of them."""
+class Client(Settings):
+    """What one client has of its own: a model in the place of [slm], and how fast that learns."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    steps: Positive | None = None
-    batch_size: Positive = 8
-    gradient_accumulation: Positive = 1
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Share = 0.0
-    max_length: Positive = 512
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> Budget:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("needs exactly one of epochs and steps")
-        return self
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows that one optimiser step sees."""
-        return self.batch_size * self.gradient_accumulation
-
-    def steps_for(self, rows: int) -> int:
-        """How many optimiser steps that is on so many rows."""
-        return self.steps or math.ceil((self.epochs or 1.0) * rows / self.rows_per_step)
-
-
-class ClientTraining(Budget):
-    """Local training, Eq. 3."""
-
-    learning_rate: Rate = 3e-4
-    max_grad_norm: Rate | None = None
-
-
-class Distillation(Budget):
-    """Mutual distillation, Eq. 4-6."""
-
-    slm_learning_rate: Rate = 3e-4
-    llm_learning_rate: Rate = 3e-4
-    slm_max_grad_norm: Rate | None = None
-    llm_max_grad_norm: Rate | None = None
-    lambda_slm: Share = 1.0
-    lambda_llm: Share = 1.0
-    temperature: Rate = 1.0
-    divergence: Literal["forward", "reverse", "jensen-shannon"] = "forward"
-    min_confidence: Annotated[float, Field(gt=0, le=1)] | None = None
-    select: Literal["all", "min-ce"] = "all"
-    order: Literal["simultaneous", "alternating"] = "simultaneous"
+    slm: Model | None = None
+    learning_rate: Rate | None = None
 
 
 class Aggregation(Settings):
@@ -188,6 +162,7 @@ class Agreement(Settings):
     federation: Federation
     slm: Model
     llm: Model
+    clients: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], Client] = {}
     client_training: ClientTraining
     aggregation: Aggregation = Aggregation()
     privacy: Privacy = Privacy()
@@ -229,6 +204,8 @@ class Agreement(Settings):
         if not self.aggregation.is_secure:
             return self
         clients, least = self.federation.clients, threshold(self.federation.clients)
+        if self.federation.clients_tell:
+            raise ValueError("aggregation.mode secure hides what each client tells: method fedmkt compares just that")
         if not self.federation.averages:
             raise ValueError(
                 f"aggregation.mode secure has nothing to hide: method {self.federation.method} averages nothing"
@@ -246,6 +223,32 @@ class Agreement(Settings):
         return self
 
     @model_validator(mode="after")
+    def _unlike_models_are_not_averaged(self) -> Agreement:
+        for number in self.clients:
+            if int(number) > self.federation.clients:
+                raise ValueError(f"clients.{number}: there are clients 1 to {self.federation.clients}")
+        if self.clients and self.federation.averages:
+            raise ValueError(
+                f"method {self.federation.method} averages adapters of one model: take out the tables [clients...], "
+                'or set federation.method = "fedmkt"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _across_tokenizers_only(self) -> Agreement:
+        settings, method = self.distillation, self.federation.method
+        if not self.federation.server_tells:
+            if settings.divergence in ("spans", "sorted"):
+                raise ValueError(
+                    f"distillation.divergence {settings.divergence} is for method fedmkt, here is {method}"
+                )
+            if settings.select == "none":
+                raise ValueError("distillation.select none is for method fedmkt: set lambda_slm and lambda_llm to 0.0")
+        elif settings.order == "alternating":
+            raise ValueError(f"distillation.order alternating has no turns to take: {method} trains models apart")
+        return self
+
+    @model_validator(mode="after")
     def _centralized_is_one_party_with_the_llm(self) -> Agreement:
         if self.federation.method == "centralized" and (self.federation.clients > 1 or self.slm != self.llm):
             command = Command("run", method="centralized")
@@ -255,3 +258,23 @@ class Agreement(Settings):
     def model_of(self, role: str) -> Model:
         """The settings of the model that plays this role, "slm" or "llm"."""
         return {"slm": self.slm, "llm": self.llm}[role]
+
+    @property
+    def is_of_one_slm(self) -> bool:
+        """Whether all clients tune the model in [slm]: one theta^1 can then be broadcast to all."""
+        return not any(client.slm for client in self.clients.values())
+
+    def of_client(self, number: int) -> Agreement:
+        """The same as a client reads it: [slm] is the model that it tunes, at its own learning rates."""
+        own = self.clients.get(str(number))
+        if own is None:
+            return self
+        rates = {} if own.learning_rate is None else {"learning_rate": own.learning_rate}
+        distilled = {f"slm_{name}": value for name, value in rates.items()}
+        return self.model_copy(
+            update={
+                "slm": own.slm or self.slm,
+                "client_training": self.client_training.model_copy(update=rates),
+                "distillation": self.distillation.model_copy(update=distilled),
+            }
+        )

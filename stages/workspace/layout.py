@@ -159,10 +159,21 @@ class Layout(ABC):
         return self._exchange(round) / f"client-{client}"
 
     def client_adapter(self, round: int, client: int) -> Path:
-        """theta_k^{t+1}, readable: what the client sends, or, in secure mode, what it keeps."""
-        if self.agreement.aggregation.is_secure:
+        """theta_k^{t+1}, readable: what the client sends; in secure mode, and with FedMKT, what it keeps."""
+        if self.clients_keep_theirs:
             return self.private / f"client-{client}" / round_name(round) / "slm"
         return self.client_update(round, client)
+
+    @property
+    def clients_keep_theirs(self) -> bool:
+        """Whether clients' readable adapters never leave their machines."""
+        return self.agreement.aggregation.is_secure or self.agreement.federation.learns_in_public
+
+    def client_trained(self, round: int, client: int) -> Path:
+        """What client-train makes: with FedMKT theta_k before the client learns from the server, else theta_k^{t+1}."""
+        if self.agreement.federation.learns_in_public:
+            return self.private / f"client-{client}" / round_name(round) / "trained"
+        return self.client_adapter(round, client)
 
     def masked_update(self, round: int, client: int) -> Path:
         """Secure mode: what the client has masked, as it is sent and, until it has revealed, sent again."""
@@ -189,9 +200,11 @@ class Layout(ABC):
 
     def client_adapters(self, round: int) -> dict[int, Path]:
         """The clients' readable adapters that are on this machine."""
-        if not self.agreement.aggregation.is_secure:
+        if not self.clients_keep_theirs:
             return self.client_updates(round)
         return {k: place for k in self.clients if (place := self.client_adapter(round, k)).exists()}
+
+    # --- the server's adapters
 
     def aggregate(self, round: int) -> Path:
         """theta^{t,0}."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.workspace.agreement import Budget
+from stages.workspace.budgets import Budget
 from stages.workspace.settings import Dtype, Positive, Role, Settings
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
@@ -17,6 +17,13 @@ class LocalModels(Settings):
 
     slm: str | None = None
     llm: str | None = None
+    clients: dict[str, str] = {}
+
+    def of(self, role: Role, client: int | None) -> str | None:
+        """Where a model is; client: who tunes the SLM, if it is a model of that client's own."""
+        if role == "slm" and client is not None:
+            return self.clients.get(str(client))
+        return self.slm if role == "slm" else self.llm
 
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@+=/-]{0,127}$")]

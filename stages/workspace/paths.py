@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +14,15 @@ from stages.files import reading
 from stages.runtime.errors import NotReady, UsageProblem
 from stages.workspace.agreement import Agreement
 from stages.workspace.commands import Command
-from stages.workspace.layout import Layout
+from stages.workspace.knowledge_layout import KnowledgeLayout
 from stages.workspace.machine import Machine
 from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.settings import Dtype, Settings, parse
 
 LARGEST_TOML_BYTES = 1 << 20
+
+RoundStep = Literal["broadcast", "aggregate", "co-distill", "share-knowledge", "client-distill"]
+"""The steps of a round that not every method takes."""
 
 
 class MachineFlags(Settings):
@@ -30,11 +33,13 @@ class MachineFlags(Settings):
 
 
 @dataclass(frozen=True)
-class Workspace(Layout):
+class Workspace(KnowledgeLayout):
     """One party's copy of a federation's folder."""
 
     root: Path
     flags: MachineFlags = field(default=MachineFlags())
+    client: int | None = None
+    """Whose model [slm] is, where clients have models of their own: see of_client."""
 
     @staticmethod
     def find(start: Path, flags: MachineFlags | None = None) -> Workspace:
@@ -58,7 +63,19 @@ class Workspace(Layout):
     @functools.cached_property
     def agreement(self) -> Agreement:
         """What all parties agreed on."""
-        return parse(Agreement, self.agreement_bytes, self.root / AGREEMENT)
+        agreement = parse(Agreement, self.agreement_bytes, self.root / AGREEMENT)
+        return agreement if self.client is None else agreement.of_client(self.client)
+
+    def of_client(self, client: int) -> Workspace:
+        """The workspace as a client sees it: the SLM is the one that it tunes. Its own, where all have one."""
+        return self if str(client) not in self.agreement.clients else replace(self, client=client)
+
+    @property
+    def own_model(self) -> int | None:
+        """Whose own model [slm] is here; None where it is the one of all."""
+        if self.client is None or (own := self.agreement.clients.get(str(self.client))) is None:
+            return None
+        return self.client if own.slm else None
 
     @functools.cached_property
     def agreement_sha256(self) -> str:
@@ -96,16 +113,21 @@ class Workspace(Layout):
             raise UsageProblem(message, where=self.root / AGREEMENT, mend=mend)
         return round
 
-    def check_step(self, step: Literal["broadcast", "aggregate", "co-distill"], round: int) -> None:
+    def check_step(self, step: RoundStep, round: int) -> None:
         """Raise UsageProblem unless this federation's method takes this step in this round."""
         federation = self.agreement.federation
         takes = {
-            "broadcast": federation.averages or round == 1,
+            "broadcast": federation.averages or (round == 1 and self.agreement.is_of_one_slm),
             "aggregate": federation.averages,
-            "co-distill": federation.distils,
+            "co-distill": federation.distils or federation.clients_tell,
+            "share-knowledge": federation.server_tells,
+            "client-distill": federation.learns_in_public,
         }
         if not takes[step]:
-            message = f"method {federation.method} has no {step}" + (" after round 1" if step == "broadcast" else "")
+            message = f"method {federation.method} has no {step}"
+            if step == "broadcast":
+                one = self.agreement.is_of_one_slm
+                message += " after round 1" if one else " where clients have models of their own"
             mend = f"{Command('status')} names the next step; federation.method in {AGREEMENT} decides which there are"
             raise UsageProblem(message, where=self.root / AGREEMENT, mend=mend)
 

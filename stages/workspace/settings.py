@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -68,9 +68,14 @@ def _mistake(kind: type[Settings], found: object) -> str:
 
 def _known_keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
     """The keys of the table at this place."""
-    for part in place:
+    parts = iter(place)
+    for part in parts:
         field = kind.model_fields[str(part)].annotation
-        if not (isinstance(field, type) and issubclass(field, BaseModel)):
+        if get_origin(field) is dict:  # a table of tables, such as [clients.2.slm]: the next part is a key of it
+            next(parts, None)
+            field = get_args(field)[1]
+        tables = [one for one in (field, *get_args(field)) if isinstance(one, type) and issubclass(one, BaseModel)]
+        if not tables:
             return []
-        kind = field
+        kind = tables[0]
     return list(kind.model_fields)

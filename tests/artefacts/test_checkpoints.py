@@ -21,7 +21,7 @@ from stages.runtime.events import Event
 from stages.training.objective import Objective, mutual_losses
 from stages.training.recipes import Outcome, Recipe
 from stages.training.training import train
-from stages.workspace.agreement import Distillation
+from stages.workspace.budgets import Distillation
 from stages.workspace.machine import Machine
 
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2), (2, 2)])

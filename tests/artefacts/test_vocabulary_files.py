@@ -142,14 +142,14 @@ def test_the_same_contents_in_another_spelling_are_refused() -> None:
 def test_absurd_sizes_are_refused_from_the_header_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     content = vocabulary_bytes(whole())
     with monkeypatch.context() as patch:
-        patch.setattr(vocabulary_files, "MOST_ROWS", 6)
+        patch.setattr(vocabulary_files, "MOST_TOKENS", 6)
         with pytest.raises(Damaged, match=r"kinds of shape \[7\], at most 6"):
             parse_vocabulary(content, WHERE)
     with monkeypatch.context() as patch:
         patch.setattr(vocabulary_files, "MOST_TOKEN_BYTES", 3)
         with pytest.raises(Damaged, match="a token of 4 bytes, at most 3"):
             parse_vocabulary(content, WHERE)
-    monkeypatch.setattr(vocabulary_files, "LARGEST_BYTES", len(content) - 1)
+    monkeypatch.setattr(vocabulary_files, "LARGEST_VOCABULARY_BYTES", len(content) - 1)
     (tmp_path / "v").write_bytes(content)
     with pytest.raises(Damaged, match="at most"):
         read_vocabulary(tmp_path / "v")

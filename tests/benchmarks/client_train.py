@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from stages.data.rows import Example
 from stages.training import recipes, schedule, training
 from stages.training.objective import Objective, task_loss
-from stages.workspace.agreement import ClientTraining
+from stages.workspace.budgets import ClientTraining
 from stages.workspace.machine import Machine
 from tests.benchmarks import gpt2_on_arc as arc
 

@@ -15,7 +15,7 @@ from stages.models.tuned import Tuned
 from stages.training import recipes, schedule, training
 from stages.training.losses import cross_entropy
 from stages.training.objective import Losses, Objective, mutual_losses, task_loss
-from stages.workspace.agreement import Distillation
+from stages.workspace.budgets import Distillation
 from stages.workspace.machine import Machine
 from stages.workspace.settings import Role
 from tests.benchmarks import gpt2_on_arc as arc

@@ -32,7 +32,8 @@ from stages.planning.estimates import ADAM_BYTES, TOP_K, _beside_a_capture
 from stages.training import recipes, training
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Objective, mutual_losses, task_loss
-from stages.workspace.agreement import Distillation, Lora, Model
+from stages.workspace.agreement import Lora, Model
+from stages.workspace.budgets import Distillation
 from stages.workspace.machine import Machine
 from stages.workspace.settings import Role
 

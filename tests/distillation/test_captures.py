@@ -23,7 +23,7 @@ from stages.distillation.top_k_logits import Captured, Source, capture_bytes, pa
 from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers, Damaged, Problem, UsageProblem
 from stages.training.objective import Objective, Tokens, mutual_losses
-from stages.workspace.agreement import Distillation
+from stages.workspace.budgets import Distillation
 from stages.workspace.settings import Role
 
 VOCABULARY = 40

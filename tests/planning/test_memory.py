@@ -18,7 +18,7 @@ from stages.planning import memory
 from stages.planning.estimates import _beside_a_capture
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Tokens, mutual_losses, task_loss
-from stages.workspace.agreement import Distillation
+from stages.workspace.budgets import Distillation
 
 CPU = torch.device("cpu")
 ROWS, LENGTH, ANSWERS = 4, 32, 5

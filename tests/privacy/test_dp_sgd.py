@@ -26,7 +26,7 @@ from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event
 from stages.training.objective import Objective
 from stages.training.recipes import Outcome, Recipe
-from stages.workspace.agreement import ClientTraining
+from stages.workspace.budgets import ClientTraining
 from stages.workspace.machine import Machine
 
 CHANCE = 1e-9

@@ -56,7 +56,7 @@ def trained(processes: Processes, folder: str) -> tuple[int, dict[str, float]]:
     from stages.training.objective import Objective, task_loss
     from stages.training.recipes import Recipe
     from stages.training.training import train
-    from stages.workspace.agreement import ClientTraining
+    from stages.workspace.budgets import ClientTraining
     from stages.workspace.machine import Machine
 
     rank, count = str(processes.rank), str(processes.count)

@@ -20,7 +20,7 @@ from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.events import Event
 from stages.training import micro_batch
 from stages.training.objective import Objective, task_loss
-from stages.workspace.agreement import ClientTraining
+from stages.workspace.budgets import ClientTraining
 from stages.workspace.machine import Machine
 from stages.workspace.paths import Workspace
 

@@ -16,7 +16,7 @@ from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
 from stages.training.objective import LOSS_SAMPLE, Objective, Tokens, mutual_losses, task_loss
 from stages.training.schedule import MicroBatches
-from stages.workspace.agreement import Distillation
+from stages.workspace.budgets import Distillation
 
 ROLES = pytest.mark.parametrize("role", ["slm", "llm"])
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2)])

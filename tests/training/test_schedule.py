@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.training.schedule import schedule
-from stages.workspace.agreement import Distillation
+from stages.workspace.budgets import Distillation
 
 
 @pytest.mark.parametrize(("count", "batch_size", "accumulation"), [(12, 4, 1), (12, 2, 3), (7, 7, 1), (6, 1, 2)])

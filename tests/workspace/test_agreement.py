@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import pytest
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -37,7 +37,7 @@ def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
     for name, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from keys_of(field.annotation, f"{prefix}{name}.")
-        else:
+        elif get_origin(field.annotation) is not dict:  # whose keys are clients; the template tells of it in words
             yield prefix + name, field.get_default()
 
 
@@ -118,6 +118,11 @@ def test_a_new_workspace_has_the_defaults_wherever_init_does_not_choose(tmp_path
             assert here[last] == default, key
 
 
+def test_the_template_tells_of_tables_that_are_named_after_clients() -> None:
+    assert "# [clients.2.slm] " in (TEMPLATE / "fedcollm.toml").read_text()
+    assert "# [models.clients] " in (TEMPLATE / "machine.toml").read_text()
+
+
 # --- strictness
 
 
@@ -146,7 +151,7 @@ def test_several_mistakes_are_all_named_at_once_with_the_nearest_key() -> None:
         changed("batch_size = 4", "batchsize = 4").replace("clients = 3", 'clients = "3"').replace('name = "tiny"', "")
     )
     text = text.replace("slm_learning_rate = 1e-2", "slm_learningrate = 1e-2\nlambda_slm = -1.0")
-    message = refusal(text + "\n[clients]\n")
+    message = refusal(text + "\n[client]\n")
     assert message.startswith("6 mistakes in the settings\n")
     for line in (
         "federation.name: missing",
@@ -156,7 +161,7 @@ def test_several_mistakes_are_all_named_at_once_with_the_nearest_key() -> None:
         "distillation.lambda_slm: Input should be greater than or equal to 0, found -1.0",
     ):
         assert f"\n  - {line}" in message
-    assert "\n  - clients: unknown key; " in message
+    assert "\n  - client: unknown key; did you mean clients?" in message
 
 
 def test_a_key_that_resembles_none_is_answered_with_all_there_are() -> None:
