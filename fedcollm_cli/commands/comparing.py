@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Group
 
 from fedcollm_cli.session import Session, in_workspace
 from fedcollm_cli.views import tables
+from stages.paper.reported import Setting
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
 from stages.workspace.agreement import Method
@@ -28,7 +29,8 @@ def compare(
         typer.Option("--methods", help="Such as fedavg,fedcollm. Default: all with --seeds, else those there."),
     ] = None,
     paper: Annotated[
-        Literal["s1", "s2", "s3"] | None, typer.Option("--paper", help="Print the paper's figures beside.")
+        Setting | None,
+        typer.Option("--paper", help="Print the paper's figures beside: FedCoLLM's s1 to s3; mkt-... are FedMKT's."),
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
     collect: Annotated[bool, typer.Option("--collect", help="With --seeds: run nothing, read what is there.")] = False,

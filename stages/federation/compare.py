@@ -19,6 +19,7 @@ from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.models.loading import Models
+    from stages.paper.reported import Setting
 
 
 def compare(
@@ -26,7 +27,7 @@ def compare(
     *,
     seeds: Sequence[int] | None = None,
     methods: Sequence[Method] | None = None,
-    paper: str | None = None,
+    paper: Setting | None = None,
     metric: str = "acc",
     collect: bool = False,
     overwrite: bool = False,

@@ -1,8 +1,8 @@
-"""The paper as data: its three settings, its tables, and the shapes of its six base models.
+"""Two papers as data: FedCoLLM's three settings, tables and the shapes of its six base models; and FedMKT's tables.
 
-Fan et al., Federated Co-tuning Framework for Large and Small Language Models, arXiv 2411.11707. The models'
-configurations hold only what decides shapes, so that counts and plans need no network; stored_dtype is the type of the
-weights as each checkpoint was published on the hub.
+Fan et al., Federated Co-tuning Framework for Large and Small Language Models, arXiv 2411.11707; Fan et al., FedMKT,
+arXiv 2406.02224 v4. The models' configurations hold only what decides shapes, so that counts and plans need no network;
+stored_dtype is the type of the weights as each checkpoint was published on the hub.
 """
 
 from __future__ import annotations
@@ -12,17 +12,26 @@ import importlib.resources
 import json
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
+
+FEDCOLLM, FEDMKT = "tables.json", "fedmkt.json"
+"""The files with the papers' tables; every other one in data/ is a base model's configuration."""
 
 LABELS = {
     "zero-shot": "Zero-Shot",
     "standalone": "Standalone",
+    "standalone-public": "Standalone + D_p",
     "fedavg": "FedAvg",
     "fedavg-aux": "FedAvg + D^a",
+    "llm2slm": "LLM2SLM",
     "centralized": "Centralized",
     "fedcollm": "FedCoLLM",
+    "fedmkt": "FedMKT",
 }
-"""What its tables call the methods; fedavg-aux, which they do not have, is named alike."""
+"""What their tables call the methods; fedavg-aux and standalone-public, which they do not have, are named alike."""
+
+Setting = Literal["s1", "s2", "s3", "mkt-heterogeneous", "mkt-s1", "mkt-s2", "mkt-one-to-one-s1", "mkt-one-to-one-s2"]
+"""The settings that accuracies are reported in: FedCoLLM's, and FedMKT's."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Preset:
     target_modules: tuple[str, ...]
 
 
-SETTINGS = {
+SETTINGS: dict[str, Preset] = {
     # These shapes give exactly the transmitted parameters of Table 3.
     "s1": Preset("gpt2", "gpt2-large", 8, ("c_attn",)),
     "s2": Preset("facebook/opt-1.3b", "facebook/opt-6.7b", 16, ("q_proj", "v_proj")),
@@ -64,25 +73,63 @@ class Transmitted:
 
 
 class Tables(TypedDict):
-    """Tables 1 to 3."""
+    """FedCoLLM's Tables 1 to 3."""
 
     source: dict[str, str]  # title, arXiv number, and what each table's figures are
     accuracy: dict[str, dict[str, dict[str, dict[str, float]]]]  # percent, by model, task, method and setting
     transmitted: dict[str, dict[str, Any]]  # Transmitted, by setting
 
 
+@dataclass(frozen=True)
+class Accuracies:
+    """What a paper reports in one of its settings.
+
+    source: title, arXiv number, table, what the figures are. slms: the clients' base models, one for all or one each.
+    accuracy: percent, by model, task and method. A model is "llm", "slm" (the mean of the clients'), or the name in
+    slms of a client's own.
+    """
+
+    source: dict[str, str]
+    slms: tuple[str, ...]
+    llm: str
+    accuracy: dict[str, dict[str, dict[str, float]]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """As lm-eval names them."""
+        return list(self.accuracy["llm"])
+
+
 @functools.cache
 def tables() -> Tables:
-    """The paper's tables, as the file has them."""
-    return cast(Tables, json.loads(_folder().joinpath("tables.json").read_text()))
+    """FedCoLLM's tables, as the file has them."""
+    return cast(Tables, json.loads(_folder().joinpath(FEDCOLLM).read_text()))
 
 
-def accuracy(setting: str, model: str, method: str, task: str) -> float | None:
-    """Percent, of Table 1 ("llm") or Table 2 ("slm", the mean of the clients'); None where the paper gives none.
+@functools.cache
+def accuracies(setting: Setting) -> Accuracies:
+    """FedCoLLM's Tables 1 and 2 in one of its settings, or FedMKT's Table 2, 3 or 4."""
+    if preset := SETTINGS.get(setting):
+        found = {
+            model: {
+                task: {method: by_setting[setting] for method, by_setting in methods.items()}
+                for task, methods in tasks.items()
+            }
+            for model, tasks in tables()["accuracy"].items()
+        }
+        return Accuracies(tables()["source"], (preset.slm,), preset.llm, found)
+    fedmkt = json.loads(_folder().joinpath(FEDMKT).read_text())
+    own = fedmkt["settings"][setting]
+    source = fedmkt["source"] | {"table": own["table"]}
+    return Accuracies(source, tuple(own["slms"]), own["llm"], own["accuracy"])
 
-    setting: s1, s2, s3. method: zero-shot, standalone, fedavg, centralized, fedcollm. task: lm-eval's name.
+
+def accuracy(setting: Setting, model: str, method: str, task: str) -> float | None:
+    """Percent, of a model as Accuracies names it; None where the paper gives none.
+
+    method: a key of LABELS. task: lm-eval's name.
     """
-    return tables()["accuracy"][model].get(task, {}).get(method, {}).get(setting)
+    return accuracies(setting).accuracy.get(model, {}).get(task, {}).get(method)
 
 
 def transmitted(setting: str) -> Transmitted:
@@ -92,8 +139,8 @@ def transmitted(setting: str) -> Transmitted:
 
 @functools.cache
 def checkpoints() -> dict[str, Checkpoint]:
-    """The six base models, by hub id."""
-    texts = [path.read_text() for path in _folder().iterdir() if path.name != "tables.json"]
+    """FedCoLLM's six base models, by hub id."""
+    texts = [path.read_text() for path in _folder().iterdir() if path.name not in (FEDCOLLM, FEDMKT)]
     return {one.model: one for one in (Checkpoint(**json.loads(text)) for text in texts)}
 
 

@@ -19,6 +19,7 @@ from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
 if TYPE_CHECKING:
+    from stages.paper.reported import Setting
     from stages.study.budgets import Spent
     from stages.study.results import Row, Scores, Study, Table
 
@@ -37,7 +38,7 @@ class Accuracy(Estimate):
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper reports in one of its settings: percent, by table, row and task.
+    """What a paper reports in one of its settings: percent, by table, row and task.
 
     other_models: the base models in whose place there are others here. source: title, arXiv number, and so on.
     """
@@ -81,14 +82,14 @@ def compare(
     *,
     seeds: Sequence[int] | None = None,
     methods: Sequence[Method] | None = None,
-    paper: str | None = None,
+    paper: Setting | None = None,
     metric: str = "acc",
     report: Report = ignore,
 ) -> Comparison:
     """The tables, the differences of FedCoLLM from every other row, and the ledger of budgets.
 
     seeds: by default those that there are. methods: by default all of them where seeds are given, else those that there
-    are. paper: a setting of the paper, to stand beside. Raises BadNumbers if budgets differ, NotReady, with the
+    are. paper: a paper's setting, to stand beside. Raises BadNumbers if budgets differ, NotReady, with the
     command, for what is missing.
     """
     from stages.study import budgets, results
@@ -190,28 +191,28 @@ def _budgets(study: Study) -> dict[Method, dict[str, Spent]]:
 
 
 def _paper(
-    workspace: Workspace, setting: str, tables: dict[Table, dict[Row, dict[str, Accuracy]]], report: Report
+    workspace: Workspace, setting: Setting, tables: dict[Table, dict[Row, dict[str, Accuracy]]], report: Report
 ) -> Paper:
     """What the paper reports for the tasks that are here. Raises UsageProblem if it has none of them."""
     from stages.bases import base_names
     from stages.paper import reported
 
-    known = reported.tables()["accuracy"]["llm"]
+    paper = reported.accuracies(setting)
     here = [task for task in tables["slm"]["zero-shot"] if task != ALL]
-    tasks = [task for task in here if task in known]
+    tasks = [task for task in here if task in paper.tasks]
     if not tasks:
         message = f"the paper has no task of this workspace: {', '.join(here)}"
-        raise UsageProblem(message, mend=f"the paper's are: {', '.join(known)}")
+        raise UsageProblem(message, mend=f"the paper's are: {', '.join(paper.tasks)}")
     models: dict[Table, Role] = {"llm": "llm", "clients": "slm"}
-    theirs: dict[Role, str] = {"slm": reported.SETTINGS[setting].slm, "llm": reported.SETTINGS[setting].llm}
+    theirs: dict[Role, tuple[str, ...]] = {"slm": paper.slms, "llm": (paper.llm,)}
     ours = {role: base_names.name_of(workspace, role) for role in theirs}
-    others = [f"{theirs[role]}, not of {ours[role]}" for role in theirs if ours[role] != theirs[role]]
+    others = [f"{' and '.join(theirs[role])}, not of {ours[role]}" for role in theirs if ours[role] not in theirs[role]]
     if others:
         report(Event("warning", f"the paper's figures of {setting} are of other models: {'; '.join(others)}"))
     return Paper(
         setting=setting,
         other_models=others,
-        source=reported.tables()["source"],
+        source=paper.source,
         tables={
             table: {
                 row: {

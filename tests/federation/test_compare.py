@@ -235,6 +235,29 @@ def test_the_papers_figures_stand_beside_a_task_of_the_paper(
     assert figures["slm", "fedcollm"] == ""
 
 
+def test_a_setting_of_fedmkt_stands_beside_with_its_own_source(
+    tmp_path: Path, base_models: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    folder = make_study(tmp_path / "study", base_models)
+    for name in ("fedcollm.toml", "tasks/colours.yaml"):
+        (folder / name).write_text((folder / name).read_text().replace("colours", "arc_easy"))
+    (folder / "tasks/colours.yaml").rename(folder / "tasks/arc_easy.yaml")
+    edit(folder / "fedcollm.toml", "rounds = 2", 'rounds = 1\nmethod = "standalone"')
+    run(Workspace(folder))
+    # FedMKT's Table 3, setting S1, ARC-E: Standalone has 60.3; its table of the LLM has no such row.
+    found = json.loads(fedcollm("compare", "--paper", "mkt-s1", "--json", "-w", folder).out)["paper"]
+    assert found["tables"]["clients"] == {"zero-shot": {}, "standalone": {"arc_easy": 60.3}}
+    assert (found["source"]["arxiv"], found["source"]["table"][:7]) == ("2406.02224", "Table 3")
+    assert found["other_models"][1] == "meta-llama/Llama-2-7b-hf, not of models/llm"
+    # Table 2 has no mean of its unlike clients, and the zero-shot figure of the LLM.
+    found = json.loads(fedcollm("compare", "--paper", "mkt-heterogeneous", "--json", "-w", folder).out)["paper"]
+    assert found["tables"] == {
+        "llm": {"zero-shot": {"arc_easy": 69.3}},
+        "clients": {"zero-shot": {}, "standalone": {}},
+    }
+    assert found["other_models"][0].startswith("gpt2-xl and facebook/opt-1.3b and ")
+
+
 def test_a_task_that_the_paper_does_not_have_is_no_paper(studied_once: Path, fedcollm: Callable[..., Outcome]) -> None:
     outcome = fedcollm("compare", "--paper", "s1", "-w", studied_once)
     assert outcome.code == 2

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import pytest
 
 from builders import ROOT
 from stages.paper import reported
 
+FEDMKT = ROOT.parent / "shared" / "paper" / "fedmkt-notes.md"
 PAPER = ROOT.parent / "shared" / "paper" / "fedcollm-paper.txt"
 TASKS = {"CQA": "commonsense_qa", "OBQA": "openbookqa", "ARC-C": "arc_challenge", "ARC-E": "arc_easy"}
+FEDMKT_TASKS = {
+    **{"RTE": "rte", "WiC": "wic", "BoolQ": "boolq"},
+    **{name: TASKS[name] for name in ("CQA", "ARC-E", "ARC-C")},
+    **{"S-NI": "super_natural_instructions", "DialogSum": "dialogsum"},
+}
+SAME_SLM: dict[reported.Setting, str] = {
+    **{"mkt-s1": "fedavg", "mkt-s2": "fedavg"},
+    **{"mkt-one-to-one-s1": "llm2slm", "mkt-one-to-one-s2": "llm2slm"},
+}
+"""The method beside Standalone and FedMKT where all clients have the same SLM."""
 
 
 def test_the_figures_that_everyone_compares_with() -> None:
@@ -55,6 +67,71 @@ def test_every_figure_stands_in_the_papers_text() -> None:
             given = [reported.accuracy(setting, model, found[2].lower(), task) for setting in reported.SETTINGS]
             assert given == [float(found[i]) for i in (3, 4, 5)]
         assert lines == {"llm": 12, "slm": 16}[model]
+
+
+# --- FedMKT's
+
+
+def test_each_of_fedmkts_settings_has_its_figures_by_model_method_and_task() -> None:
+    opt, own = "facebook/opt-1.3b", ("zero-shot", "standalone", "fedmkt")
+    assert [reported.accuracy("mkt-heterogeneous", opt, row, "rte") for row in own] == [52.7, 62.5, 65.7]  # Table 2
+    assert reported.accuracy("mkt-heterogeneous", "llm", "centralized", "dialogsum") == 27.7
+    assert [reported.accuracy("mkt-s1", "slm", row, "arc_easy") for row in ("fedavg", "fedmkt")] == [60.6, 61.7]
+    assert reported.accuracy("mkt-one-to-one-s2", "slm", "llm2slm", "commonsense_qa") == 59.1  # Table 4
+
+
+def test_fedmkts_unlike_clients_have_no_mean_and_its_homogeneous_ones_no_figure_each() -> None:
+    assert reported.accuracy("mkt-heterogeneous", "slm", "fedmkt", "rte") is None
+    assert reported.accuracy("mkt-s2", "facebook/opt-1.3b", "fedmkt", "arc_easy") is None
+
+
+@pytest.mark.parametrize("setting", get_args(reported.Setting))
+def test_every_setting_says_its_source_and_has_figures_of_the_models_that_it_names(setting: reported.Setting) -> None:
+    found = reported.accuracies(setting)
+    assert found.accuracy.keys() - {"llm", "slm"} <= set(found.slms)
+    assert {"slm", *found.slms} & found.accuracy.keys()
+    assert found.source["arxiv"] == ("2406.02224" if setting.startswith("mkt-") else "2411.11707")
+    for tasks in found.accuracy.values():
+        assert list(tasks) == found.tasks
+        assert all(
+            0 < figure < 100 and row in reported.LABELS for rows in tasks.values() for row, figure in rows.items()
+        )
+
+
+def test_fedmkts_tables_hold_120_figures_of_unlike_slms_and_60_of_equal_ones() -> None:
+    counts = {
+        setting: sum(len(rows) for tasks in reported.accuracies(setting).accuracy.values() for rows in tasks.values())
+        for setting in get_args(reported.Setting)
+        if setting.startswith("mkt-")
+    }
+    # Table 2: 8 tasks, 5 models, 3 methods. Tables 3 and 4: in each setting 3 tasks, 3 methods of SLMs, 2 of the LLM.
+    assert counts.pop("mkt-heterogeneous") == 8 * 5 * 3
+    assert set(counts.values()) == {3 * (3 + 2)}
+    assert len(counts) == 4
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not FEDMKT.exists(), reason="a transcript of FedMKT's tables is not beside the checkout")
+def test_every_figure_of_fedmkt_stands_in_the_transcript() -> None:
+    unlike, llm = reported.accuracies("mkt-heterogeneous").slms, ("zero-shot", "fedmkt", "centralized")
+    by_cells: dict[int, list[tuple[reported.Setting, str, tuple[str, ...]]]] = {
+        5: [("mkt-heterogeneous", slm, ("zero-shot", "standalone", "fedmkt")) for slm in unlike],
+        8: [],
+    }
+    by_cells[5].append(("mkt-heterogeneous", "llm", llm))
+    for setting, other in SAME_SLM.items():
+        by_cells[8] += [(setting, "slm", ("standalone", other, "fedmkt")), (setting, "llm", llm[1:])]
+    lines = 0
+    for line in FEDMKT.read_text().splitlines():
+        name, *cells = [cell.strip() for cell in re.split(r"[|;]", line.strip("|"))]
+        if task := FEDMKT_TASKS.get(name):
+            lines += 1
+            for cell, (setting, model, rows) in zip(cells, by_cells[len(cells)], strict=True):
+                assert [reported.accuracy(setting, model, row, task) for row in rows] == [*map(float, cell.split())]
+    assert lines == 8 + 3
+
+
+# --- shapes
 
 
 def test_every_setting_names_models_whose_shapes_are_shipped() -> None:
