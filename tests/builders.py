@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import shutil
+import string
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,46 @@ def make_base_models(folder: Path) -> Path:
         )
         GPT2LMHeadModel(config).save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
+    return folder
+
+
+def make_unlike_models(folder: Path) -> Path:
+    """Build slm-1/, slm-2/, slm-3/ and llm/: random weights, each of another architecture or size and tokenizer.
+
+    slm-1 reads characters, slm-2 a byte-level BPE of 400 tokens, slm-3 as Llama 2 does: a mark for each space, one
+    before the first word, <s> before all, and bytes for what is no token. The LLM reads a byte-level BPE of 500 tokens.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import vocabularies
+
+    texts = [*vocabularies.TEXTS, string.printable, LEXICON, *(row["prompt"] + row["completion"] for row in rows(12))]
+    context = {"max_position_embeddings": 128, "num_attention_heads": 2}
+    llama = context | {"model_type": "llama", "num_key_value_heads": 1}
+    opt = context | {"model_type": "opt", "dropout": 0.0, "pad_token_id": None}
+    gpt2 = {"model_type": "gpt2", "n_positions": 128, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    tokenizers_and_shapes = {
+        "slm-1": (vocabularies.characters(texts), gpt2 | {"n_embd": 16, "n_layer": 1, "attn_pdrop": 0.0}),
+        "slm-2": (
+            vocabularies.byte_level(400, texts=texts),
+            llama | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
+        ),
+        "slm-3": (
+            vocabularies.sentence_piece(300, first=True, texts=texts),
+            opt | {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1},
+        ),
+        "llm": (
+            vocabularies.byte_level(500, llama_3=True, texts=texts),
+            llama | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        ),
+    }
+    for seed, (name, (tokenizer, shape)) in enumerate(tokenizers_and_shapes.items()):
+        torch.manual_seed(seed)
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = AutoConfig.for_model(**shape, **ids, vocab_size=len(tokenizer))
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import Outcome, make_base_models, make_study, make_workspace
+from builders import Outcome, make_base_models, make_study, make_unlike_models, make_workspace
 from command_line import give
 
 Once = Callable[[str, Callable[[Path], object]], Path]
@@ -91,6 +91,12 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 def base_models(once: Once) -> Path:
     """A folder with slm/ and llm/: GPT-2-shaped models of two sizes with one word-level tokenizer, random weights."""
     return once("models", make_base_models)
+
+
+@pytest.fixture(scope="session")
+def unlike_models(once: Once) -> Path:
+    """A folder with slm-1/, slm-2/, slm-3/ and llm/: random weights, a tokenizer of its own each."""
+    return once("unlike-models", make_unlike_models)
 
 
 @pytest.fixture

@@ -27,7 +27,14 @@ def fast(tokenizer: Tokenizer, **tokens: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
-def byte_level(size: int = 320, *, llama_3: bool = False, prefix: bool = False, end: str = "<|end|>") -> Any:
+def byte_level(
+    size: int = 320,
+    *,
+    llama_3: bool = False,
+    prefix: bool = False,
+    end: str = "<|end|>",
+    texts: Sequence[str] = TEXTS,
+) -> Any:
     """As GPT-2's, or as Llama 3's, which splits by a pattern of its own; one special token for everything."""
     tokenizer = Tokenizer(models.BPE())
     own = [
@@ -39,11 +46,13 @@ def byte_level(size: int = 320, *, llama_3: bool = False, prefix: bool = False, 
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return fast(tokenizer, unk_token=end, bos_token=end, eos_token=end)
 
 
-def sentence_piece(size: int = 200, *, dummy: bool = True, first: bool = False) -> Any:
+def sentence_piece(
+    size: int = 200, *, dummy: bool = True, first: bool = False, texts: Sequence[str] = TEXTS[:2]
+) -> Any:
     """As Llama 2's, with a space before the first word, or as Gemma's, without; with all bytes to fall back on.
 
     first: whether it begins each text with <s>.
@@ -53,7 +62,7 @@ def sentence_piece(size: int = 200, *, dummy: bool = True, first: bool = False) 
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), spaces]) if dummy else spaces
     tokenizer.pre_tokenizer = pre_tokenizers.Split(MARK, "merged_with_next")  # no token has two words, as in theirs
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator(TEXTS[:2], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     told = json.loads(tokenizer.to_str())
     vocabulary = told["model"]["vocab"]
     for byte in range(256):
@@ -79,9 +88,9 @@ def metaspace() -> Any:
     return fast(tokenizer)
 
 
-def characters() -> Any:
+def characters(texts: Sequence[str] = TEXTS) -> Any:
     """A token for each character of some texts; any other is <unk>."""
-    letters = sorted(set("".join(TEXTS)))
+    letters = sorted(set("".join(texts)))
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *letters])}
     return fast(Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>")))
 

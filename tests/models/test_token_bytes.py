@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import vocabularies
 from stages.artefacts.vocabulary_files import Kind, Vocabulary
@@ -99,6 +99,22 @@ def test_an_added_token_is_the_text_it_is_spelled_as() -> None:
 def test_tokens_that_do_not_make_a_text_have_no_ends() -> None:
     tokenizer = vocabularies.characters()
     assert ends_of(of(tokenizer), tokenizer.encode("the 한 cat"), "the 한 cat") is None
+
+
+@pytest.mark.parametrize("name", ["slm-1", "slm-2", "slm-3", "llm"])
+def test_a_saved_model_s_tokenizer_is_read_as_the_one_in_memory_and_knows_all_of_a_row(
+    name: str, unlike_models: Path
+) -> None:
+    config = AutoConfig.from_pretrained(unlike_models / name)
+    tokenizer = AutoTokenizer.from_pretrained(unlike_models / name)
+    text = "Q : what colour is the big star 2 ? A : green"
+    ids = tokenizer.encode(text)
+    ends = ends_of(of(tokenizer, config.vocab_size), ids, text)
+    assert ends is not None
+    assert (ends[-1], tokenizer.unk_token_id in ids) == (len(text), False)
+    # Characters each end a byte later; what Llama 2 reads begins with <s>, which has read nothing.
+    assert len(set(ends.tolist())) == (len(text) if name == "slm-1" else len(ids))
+    assert (ends[0] == 0) == (name == "slm-3")
 
 
 def test_words_without_spaces_are_refused_though_no_sample_is_known(base_models: Path) -> None:
