@@ -18,6 +18,7 @@ from fedcollm_cli.commands import (
     enrolling,
     exporting,
     federation,
+    knowledge,
     planning,
     queueing,
     reporting,
@@ -38,7 +39,8 @@ app = typer.Typer(
 COMMANDS = (
     *(starting.init, planning.plan, planning.prefetch, starting.prepare, aligning.align),
     *(enrolling.keys, enrolling.enroll, enrolling.join),
-    *(rounds.broadcast, rounds.client_train, rounds.reveal, rounds.aggregate, rounds.co_distill, rounds.evaluate),
+    *(rounds.broadcast, rounds.client_train, rounds.reveal, rounds.aggregate, rounds.co_distill),
+    *(knowledge.share_knowledge, knowledge.client_distill, rounds.evaluate),
     *(federation.run, federation.next, federation.status, queueing.slurm),
     *(carrying.pack, carrying.unpack),
     *(comparing.compare, comparing.sweep, reporting.report, planning.comm_cost, exporting.export),

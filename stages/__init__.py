@@ -9,6 +9,9 @@
     15-20  co_distill    the aggregate, round t-1's llm, D^a             private/server/round-t/{slm,llm}: theta, omega
                          in two phases also, and back again              private/server/round-t/captured-{slm,llm}
     -      align         both tokenizers, rows                           private/server/alignment
+    FedMKT align_party   its tokenizer, D_p                              exchange/round-0001/vocabulary-*
+           share_knowl.  private/client-k/round-t/trained; the llm       exchange/round-t/client-k, server: S_k, S_0
+           client_dist.  exchange/round-t/server, D_p                    private/client-k/round-t/slm
     (4.1)  evaluate      one adapter, an lm-eval task                    results/round-t/*.json
 
 The steps stand in this folder, and nothing else. Around them are rooms, each for one thing, and each imports only those

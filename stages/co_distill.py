@@ -1,10 +1,11 @@
 """co-distill, lines 15-18 of Algorithm 1: LLM and SLM teach each other on the auxiliary data (Eq. 4-6).
 
 Reads private/server/round-t/aggregate, from round 2 private/server/round-(t-1)/llm, and private/server/auxiliary.jsonl.
-Writes private/server/round-t/llm and, last, .../slm, and the log private/server/round-t/co-distill.jsonl.
+Writes private/server/round-t/llm and, last, .../slm, and the log private/server/round-t/co-distill.jsonl. For FedMKT
+see distillation.from_clients.
 
 In two phases, with one model in memory at a time: `capture` writes what a model says, before the round changes it, to
-private/server/round-t/captured-llm (captured-slm); `train` trains each model against the other's capture.
+private/server/round-t/captured-llm (captured-slm); `train` trains each model against it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import read_manifest
 from stages.artefacts.steps import Over
 from stages.distillation.inputs import Inputs, read_inputs
-from stages.distillation.phases import Distilling, Phase, Trained, check_phase, done_before
+from stages.distillation.phases import Distilling, Phase, Trained, check_phase, done_before, learn_from_clients
 from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
@@ -41,7 +42,7 @@ def co_distill(
     processes: Processes = ALONE,
     report: Report = ignore,
 ) -> Manifest:
-    """Train both adapters of one round and publish them. Returns the SLM's manifest.
+    """Train both adapters of one round and publish them. Returns the SLM's manifest; with FedMKT the LLM's, alone.
 
     The SLM's folder is the commit record: written last, with the LLM's manifest among its parents.
     phase: one of two, each with one model in memory at a time; it returns the manifest of what it made last. capture
@@ -49,18 +50,18 @@ def co_distill(
     processes: all call this alike; the first decides and writes, and each trains its share.
     """
     check_phase(workspace, round, phase=phase, model=model, top_k=top_k, processes=processes)
-    server = Party.server(workspace)
+    server, read = Party.server(workspace), cache(lambda: read_inputs(server, round, report))
     said: dict[str, Any] = {"overwrite": overwrite, "models": models, "processes": processes, "report": report}
+    if workspace.agreement.federation.clients_tell:
+        return learn_from_clients(server, round, **said)
+    roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
     if phase == "capture":
         from stages.distillation.capture import Capture
 
-        assert model
-        return Capture.of(server, round, model, top_k=top_k, **said).take()
-    read = cache(lambda: read_inputs(server, round, report))
+        return Capture.of(server, round, roles[0], top_k=top_k, **said).take()
     if phase == "train":
         from stages.distillation.two_phases import TrainAgainst
 
-        roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
         return [TrainAgainst.of(server, round, role, read=read, **said).take() for role in roles][-1]
     publishes, log = [workspace.slm(round), workspace.llm(round)], workspace.log("co-distill", round)
     return CoDistill(party=server, round=round, publishes=publishes, log=log, read=read, **said).take()
@@ -101,8 +102,7 @@ class CoDistill(Distilling[Inputs, Trained]):
         """Publish the LLM's adapter and then the SLM's, which ends the round, and write the log."""
         from stages.distillation import side
 
-        slm, llm, outcome, _, left_out = computed
-        metrics, parents = computed.metrics, opened.parents
+        (slm, llm, outcome, _, left_out), metrics, parents = computed, computed.metrics, opened.parents
         side.publish_model(self, llm, outcome, parents=parents, metrics=metrics("llm"), over=over)
         parents |= {"llm-after": read_manifest(self.workspace.llm(self.round))[1]}
         manifest = side.publish_model(self, slm, outcome, parents=parents, metrics=metrics("slm"), over=over)

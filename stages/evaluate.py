@@ -153,7 +153,7 @@ class Evaluate(Step[Opened, Measured, Result]):
     def _models(self) -> Models:
         from stages.models.loading import Models
 
-        return self.models or Models(self.workspace, self.processes)
+        return self.models.of(self.workspace) if self.models else Models(self.workspace, self.processes)
 
     def _what(self, adapter: Artefact | None, base: BaseIdentity) -> Scored:
         """What decides the scores: two results that agree on it are the same result."""

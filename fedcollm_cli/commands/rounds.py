@@ -36,7 +36,7 @@ def broadcast(
     from stages.broadcast import broadcast as stage
 
     manifest = stage(opened.workspace, round=round, without=without, overwrite=overwrite, report=opened.console.report)
-    _published(opened, opened.workspace.broadcast(round), manifest)
+    published(opened, opened.workspace.broadcast(round), manifest)
 
 
 @in_workspace("quiet", "device", "dtype", "processes")
@@ -55,7 +55,8 @@ def client_train(
 
     Local training of Eq. 3. Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Writes
     exchange/round-t/client-k, the only folder that goes to the server. If it was stopped, the same command goes on from
-    its last checkpoint.
+    its last checkpoint. With FedMKT (Eq. 4) a client goes on with its own adapter, which stays in
+    private/client-k/round-t/trained.
 
     With epsilon or noise_multiplier under [privacy], training is differentially private for each row. Before training,
     what it spends is written to private/client-k/privacy-ledger.jsonl. If it would exceed the budget, it ends with exit
@@ -74,7 +75,9 @@ def client_train(
         processes=opened.processes,
         report=opened.console.report,
     )
-    _published(opened, opened.workspace.client_update(round, client), manifest)
+    here = opened.workspace
+    keeps = here.agreement.federation.learns_in_public
+    published(opened, here.client_trained(round, client) if keeps else here.client_update(round, client), manifest)
 
 
 @in_workspace("quiet", "device", "dtype")
@@ -116,7 +119,7 @@ def aggregate(
         overwrite=overwrite,
         report=opened.console.report,
     )
-    _published(opened, opened.workspace.aggregate(round), manifest)
+    published(opened, opened.workspace.aggregate(round), manifest)
 
 
 @in_workspace("quiet")
@@ -137,7 +140,7 @@ def reveal(
     from stages.reveal import reveal as stage
 
     manifest = stage(opened.workspace, client=client, round=round, report=opened.console.report)
-    _published(opened, opened.workspace.reveal(round, client), manifest)
+    published(opened, opened.workspace.reveal(round, client), manifest)
 
 
 @in_workspace("quiet", "device", "dtype", "processes")
@@ -171,6 +174,9 @@ def co_distill(
     The teacher does not change during the round. The LLM can be captured as soon as the round before is done, while
     clients train.
 
+    With FedMKT the LLM learns alone: of each row of private/server/auxiliary.jsonl, from whichever client knows its
+    answer best, and only if that client knows it better. Reads exchange/round-t/client-k of each client that has told.
+
     Example: fedcollm co-distill --round 1 --phase capture --model llm
     """
     from stages.co_distill import co_distill as stage
@@ -187,7 +193,7 @@ def co_distill(
     )
     here = opened.workspace
     made = {"slm": here.slm(round), "llm": here.llm(round)}[manifest.role]
-    _published(opened, here.captured(round, manifest.role) if phase == "capture" else made, manifest)
+    published(opened, here.captured(round, manifest.role) if phase == "capture" else made, manifest)
 
 
 @in_workspace("quiet", "device", "dtype", "processes")
@@ -213,9 +219,10 @@ def evaluate(
     """
     from stages.evaluate import evaluate as stage
 
-    if zero_shot == (round is not None) or (zero_shot and (client or model == "aggregate")):
+    own = client is not None and opened.workspace.of_client(client).own_model
+    if zero_shot == (round is not None) or (zero_shot and ((client and not own) or model == "aggregate")):
         example = Command("evaluate", round=1, model="slm")
-        mend = f"{example}; for a base alone, --zero-shot with --model slm or llm"
+        mend = f"{example}; for a base alone, --zero-shot with --model slm or llm, or a client with a model of its own"
         raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
     result = stage(
         opened.workspace,
@@ -230,7 +237,7 @@ def evaluate(
     opened.console.result({"path": path, **result}, progress.scores([result]))
 
 
-def _published(opened: Session, folder: Path, manifest: Manifest) -> None:
+def published(opened: Session, folder: Path, manifest: Manifest) -> None:
     """The result of a stage that makes an adapter: its folder, or its manifest as JSON."""
     shown = opened.workspace.shown(folder)
     opened.console.result({"path": shown, **manifest.model_dump()}, shown)

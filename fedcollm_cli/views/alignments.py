@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -28,6 +29,14 @@ def alignment_of(found: AlignmentReport, path: str) -> Group:
         for one in found.directions
     ]
     return Group(_tokens(found), table, *lines, path)
+
+
+def alignments_of(pairs: Mapping[int, AlignmentReport], folders: Sequence[str]) -> Group:
+    """Of each client and the server, the same; then what was told."""
+    parts = [
+        alignment_of(found, f"client {client} (SLM) and the server (LLM)") for client, found in sorted(pairs.items())
+    ]
+    return Group(*parts, *folders)
 
 
 def _tokens(found: AlignmentReport) -> str:

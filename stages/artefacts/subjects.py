@@ -60,6 +60,9 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
         made_by = Command(stage, client=client, round=round)
     else:
         step: Literal["aggregate", "co-distill"] = "aggregate" if model == "aggregate" else "co-distill"
+        if model == "slm" and not workspace.agreement.federation.averages:
+            message = f"method {workspace.agreement.federation.method} makes no SLM at the server"
+            raise UsageProblem(message, mend="give --client k, whose own model it is, or --model llm")
         workspace.check_step(step, round)
         stage, made_by = step, Command(step, round=round)
     folder = folder_of(workspace, round, subject_of(model, client))

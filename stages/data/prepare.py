@@ -2,7 +2,8 @@
 
 Reads lm-eval tasks (by their own prompts) or JSONL files, as [data] in fedcollm.toml says.
 Writes private/client-k/train.jsonl for every k, private/server/auxiliary.jsonl, with data.held_out_share
-private/server/held-out.jsonl, and, last, private/split.json.
+private/server/held-out.jsonl, with FedMKT a copy of the auxiliary rows at each client, private/client-k/public.jsonl,
+and, last, private/split.json.
 Parties with data of their own put it in those places instead.
 """
 
@@ -101,6 +102,8 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tup
         "auxiliary": {"labelled": len(auxiliary) - unlabelled, "unlabelled": unlabelled},
         "parties": {path.parent.name: _counts(share) for path, share in parties.items()},
     }
+    if agreement.federation.learns_in_public:
+        parties |= {workspace.public_data(k): auxiliary for k in workspace.clients}
     if held_out:
         parties[workspace.held_out_data] = held_out
         summary["held_out"] = _counts(held_out)

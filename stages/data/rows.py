@@ -210,22 +210,36 @@ def encode(
 
     Rows that do not fit are refused by line (raises Damaged) or skipped; nothing is ever cut.
     """
+    limits = {"max_length": max_length, "context": context}
+    return [one for one in fitting(rows, tokenizer, **limits, too_long=too_long, path=path) if one is not None]
+
+
+def fitting(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    context: int,
+    too_long: Literal["refuse", "skip"],
+    path: Path,
+) -> list[Example | None]:
+    """As encode, with None in the place of a row that is skipped."""
     limit = min(max_length, context)
-    examples = []
+    examples: list[Example | None] = []
     for number, row in enumerate(rows, 1):
         example = encode_row(row, tokenizer)
         if example.prompt_tokens < 1:
             message = f"line {number} of {path.name} is too short: there is no token of a prompt before its answer"
             raise Damaged(message, where=f"{path}:{number}", mend="give the row a longer prompt")
-        if len(example.input_ids) <= limit:
-            examples.append(example)
-        elif too_long == "refuse":
+        fits = len(example.input_ids) <= limit
+        examples.append(example if fits else None)
+        if not fits and too_long == "refuse":
             bound = f"max_length is {max_length}, the model's context {context}"
             message = f"line {number} of {path.name} has {len(example.input_ids)} tokens; {bound}"
             raised = "" if limit == context else "raise max_length, "
             mend = f'shorten the row, {raised}or agree on data.too_long = "skip"'
             raise Damaged(message, where=f"{path}:{number}", mend=mend)
-    if not examples:
+    if not any(examples):
         raise Damaged(f"no row of {path.name} fits in {limit} tokens", where=path, mend="raise max_length")
     return examples
 

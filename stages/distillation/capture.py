@@ -123,7 +123,7 @@ class Capture(Distilling[Opened, Taken]):
             every=machine.checkpoint_steps,
             folder=self.unfinished,
             inputs=inputs,
-            selects=settings.select == "min-ce",
+            also=("losses",) if settings.select == "min-ce" else (),
             overwrite=again,
             report=self.report,
         )

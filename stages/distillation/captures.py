@@ -31,9 +31,11 @@ from stages.training.batches import collate
 from stages.training.losses import (
     DIVERGENCES,
     TopK,
+    by_row,
     captured_distillation,
     cross_entropy,
     knows_better,
+    label_losses,
     row_losses,
     top_k,
 )
@@ -58,7 +60,7 @@ def capture(
     every: int,
     folder: Path,
     inputs: Mapping[str, Any],
-    selects: bool = False,
+    also: tuple[str, ...] = (),
     overwrite: bool = False,
     report: Report,
 ) -> Captured:
@@ -66,7 +68,7 @@ def capture(
 
     Of each batch only the k likeliest tokens are kept. Every so many batches what there is goes to the folder, and a
     run with equal inputs that was stopped goes on from there; the caller removes it. finds_rows: whether to try how
-    many rows fit, and take fewer if not all do.
+    many rows fit, and take fewer if not all do. also: further parts of Captured that are wanted: losses, chances.
     """
     total = sum(example.distilled_positions for example in examples)
     largest = top_k_logits.largest_bytes(len(examples), total, min(source.top_k, source.vocabulary))
@@ -76,7 +78,7 @@ def capture(
         message = f"a capture of {total} positions with --top-k {source.top_k} would have {largest} bytes"
         raise UsageProblem(message, mend=f"give --top-k {fits} or less")
     if finds_rows:
-        once = partial(_said, teacher, source=source, selects=selects, report=lambda _: None)
+        once = partial(_said, teacher, source=source, also=also, report=lambda _: None)
         rows = rows_that_fit(lambda some: once([some]), examples, rows, report=report)
     wanted = reading.json_bytes({**inputs, "rows": rows})
     if overwrite or not checkpoints.is_of(folder, wanted):
@@ -89,23 +91,23 @@ def capture(
         place = folder / f"batches-{start}.safetensors"
         if not place.exists():
             with naming_memory_knobs():
-                part = _said(teacher, some, source, selects=selects, report=partial(_tell, report, start, len(batches)))
+                part = _said(teacher, some, source, also=also, report=partial(_tell, report, start, len(batches)))
             top_k_logits.check(part, f"what the {teacher.role.upper()} says")
             writing.write(place, top_k_logits.capture_bytes(part))
         content = reading.read(place, limit_bytes=reading.LARGEST_ADAPTER_BYTES)
         parts.append(top_k_logits.parse_capture(content, place))
-    names = ["positions", "tokens", "log_probabilities", "confidence", *(["losses"] if selects else [])]
-    return Captured(source, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    names = ["positions", "tokens", "log_probabilities", "confidence", *also]
+    return Captured(source, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 @torch.no_grad()
 def _said(
-    teacher: Tuned, batches: Sequence[Sequence[Example]], source: Source, *, selects: bool, report: Any
+    teacher: Tuned, batches: Sequence[Sequence[Example]], source: Source, *, also: tuple[str, ...], report: Any
 ) -> Captured:
     """The capture of some batches."""
     was_training = teacher.model.training
     teacher.model.eval()
-    found, losses = [], []
+    found, each = [], []
     for number, batch in enumerate(batches):
         tensors = collate(batch, may_pack=teacher.packs, hidden_size=teacher.hidden_size)
         device = teacher.model.device
@@ -113,14 +115,16 @@ def _said(
             logits = answer_logits(teacher.model, {name: tensor.to(device) for name, tensor in tensors.items()})
         short = top_k(logits[..., : source.vocabulary], source.top_k, temperature=source.temperature)
         found.append([part.cpu().numpy() for part in short])
-        if selects:
-            losses.append(row_losses(logits, tensors["labels"].to(device), tensors[ROWS].to(device)).cpu().numpy())
+        if also:
+            of_labels = label_losses(logits, tensors["labels"].to(device))
+            each.append((by_row(of_labels, tensors[ROWS].to(device)).cpu().numpy(), -of_labels.cpu().numpy()))
         report(number)
     teacher.model.train(was_training)
     positions = [example.distilled_positions for batch in batches for example in batch]
     tokens, log_probabilities, confidence = (np.concatenate(parts) for parts in zip(*found, strict=True))
     said = np.array(positions, np.int32), tokens.astype(np.int32), log_probabilities, confidence
-    return Captured(source, *said, np.concatenate(losses) if selects else None)
+    further = dict(zip(("losses", "chances"), map(np.concatenate, zip(*each, strict=True)), strict=False))
+    return Captured(source, *said, **{name: further[name] for name in also})
 
 
 def _tell(report: Report, before: int, total: int, number: int) -> None:

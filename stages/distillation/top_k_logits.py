@@ -10,6 +10,7 @@ the fields of Source. Its tensors:
     confidence          float32 [n]               the probability of the likeliest token, at temperature 1
     losses              float64 [rows]            where rows are selected: -log p of the row's completion, in nats;
                                                   NaN for an unlabelled row
+    chances             float32 [n]               for FedMKT: log p of the completion's own token
 
 Written and read strictly, as adapters are, without torch.
 """
@@ -62,6 +63,7 @@ class Captured:
     log_probabilities: np.ndarray
     confidence: np.ndarray
     losses: np.ndarray | None = None
+    chances: np.ndarray | None = None
 
     @property
     def firsts(self) -> np.ndarray:
@@ -102,6 +104,8 @@ def capture_bytes(captured: Captured) -> bytes:
     }
     if captured.losses is not None:
         tensors["losses"] = captured.losses.astype(np.float64)
+    if captured.chances is not None:
+        tensors["chances"] = captured.chances.astype(np.float32)
     return safetensors.numpy.save(tensors, metadata={"capture": told})
 
 
@@ -117,6 +121,7 @@ def parse_capture(content: bytes, path: Path) -> Captured:
         "log_probabilities": ("F32", [positions, k + (k < source.vocabulary)]),
         "confidence": ("F32", [positions]),
         **({"losses": ("F64", [rows])} if "losses" in header else {}),
+        **({"chances": ("F32", [positions])} if "chances" in header else {}),
     }
     found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
     for name in sorted(found.keys() | expected.keys()):

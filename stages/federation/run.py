@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from stages.client_train import client_train
 from stages.co_distill import co_distill
 from stages.data.prepare import prepare
 from stages.evaluate import evaluate
+from stages.federation.in_public import align_all, round_in_public
 from stages.parties.agreed import check_agreement
 from stages.parties.enroll import enroll
 from stages.parties.join import join
@@ -80,7 +82,9 @@ def run(
         _enrol(workspace, renew=overwrite, report=report)
     if not overwrite:
         _check_agreement(workspace, rounds[-1])
-    results = [score(model="slm"), score(model="llm")] if scores and not is_derived else []
+    results = _bases(workspace, score) if scores and not is_derived else []
+    if federation.learns_in_public:
+        align_all(workspace, _here(workspace, rounds[0], overwrite), overwrite=overwrite, report=report)
     for round in rounds:
         report(Event("round", f"{federation.method}, round {round} of {federation.rounds}"))
         _round(workspace, round, overwrite, models, report)
@@ -88,6 +92,8 @@ def run(
             results += [score(model="slm", round=round), score(model="llm", round=round)]
         elif scores and federation.averages:
             results += [score(model="aggregate", round=round)]
+        elif scores and federation.clients_tell:
+            results += [score(model="llm", round=round)]
         if scores and (round == rounds[-1] or not federation.averages):
             results += [score(round=round, client=client) for client in workspace.client_adapters(round)]
     return results
@@ -137,14 +143,25 @@ def _check_agreement(workspace: Workspace, last: int) -> None:
 def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:
     """One round of Algorithm 1, as far as the method goes."""
     federation = workspace.agreement.federation
-    if federation.averages or round == 1:
+    if federation.averages or (round == 1 and workspace.agreement.is_of_one_slm):
         broadcast(workspace, round=round, overwrite=overwrite, models=models, report=report)
-    for client in _here(workspace, round, overwrite):
+    here = _here(workspace, round, overwrite)
+    if federation.learns_in_public:
+        round_in_public(workspace, round, here, overwrite=overwrite, models=models, report=report)
+        return
+    for client in here:
         client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
     if federation.averages:
         _aggregate(workspace, round, overwrite, models, report)
     if federation.distils:
         co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
+
+
+def _bases(workspace: Workspace, score: Callable[..., Result]) -> list[Result]:
+    """The scores of the bases alone: of every model that somebody tunes."""
+    own = [client for client in workspace.clients if workspace.of_client(client).own_model]
+    shared = [] if len(own) == len(workspace.clients) else [score(model="slm")]
+    return [*shared, *(score(client=client) for client in own), score(model="llm")]
 
 
 def _enrol(workspace: Workspace, *, renew: bool, report: Report) -> None:

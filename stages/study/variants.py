@@ -19,7 +19,7 @@ from stages.data.rows import read_rows, rows_bytes
 from stages.files import reading, writing
 from stages.files.seclusion import make_folder
 from stages.runtime.errors import NotReady, Refused, UsageProblem
-from stages.workspace.agreement import Agreement, Method
+from stages.workspace.agreement import Agreement, Federation, Method
 from stages.workspace.budgets import Budget
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT, MACHINE
@@ -50,10 +50,11 @@ def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
     if method == "fedcollm" and not (settings.lambda_slm or settings.lambda_llm):
         mend = "set distillation.lambda_slm or lambda_llm in a study of its own, or leave it out with --methods"
         raise UsageProblem("fedcollm without distillation is fedavg-aux: both lambdas are 0 here", mend=mend)
-    alone = method in ("standalone", "centralized") and workspace.agreement.aggregation.is_secure
+    alone = not Federation(name="x", method=method).averages and workspace.agreement.aggregation.is_secure
     apart = {"aggregation.mode": "plain"} if alone else {}  # where nothing is averaged there is nothing to hide
     return workspace.baseline(method), {"federation.method": method} | apart | {
         "fedavg-aux": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
+        "standalone-public": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
         "centralized": _centralized(workspace) if method == "centralized" else {},
     }.get(method, {})
 
@@ -85,6 +86,7 @@ def _centralized(workspace: Workspace) -> dict[str, Any]:
         "federation.clients": 1,
         "aggregation.min_clients": None,
         "slm": agreement.llm.model_dump(),
+        "clients": None,
     } | {f"client_training.{key}": value for key, value in training.items()}
 
 
@@ -203,6 +205,12 @@ def _share_data(parent: Workspace, variant: Workspace) -> None:
     if variant.agreement.federation.method == "centralized":
         writing.write(variant.client_data(1), _pool(parent))
         return
+    if variant.agreement.federation.learns_in_public:
+        for client in variant.clients:
+            copy = parent.public_data(client)  # a parent of another method has the server's alone
+            source = copy if copy.exists() else parent.auxiliary_data
+            if source.exists() and parent.client_data(client).exists():
+                _link(source, variant.public_data(client))
     server = [parent.auxiliary_data, parent.held_out_data, parent.split]
     for place in [*map(parent.client_data, variant.clients), *server]:
         if place.exists():

@@ -19,7 +19,7 @@ from stages.data.rows import NO_LABEL
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 AT_ONCE = 64
-"""Of how many answers row_losses holds the logits in float64."""
+"""Of how many answers label_losses holds the logits in float64."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, tokens: Tensor | int) -> Tensor:
@@ -30,6 +30,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, tokens: Tensor | int) -> Tens
     return F.cross_entropy(logits.float(), targets, ignore_index=NO_LABEL, reduction="sum") / tokens
 
 
+def label_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each answer's own token, [answers], in nats and float64; NaN where there is none.
+
+    logits: [answers, vocabulary]; targets: [answers], token ids or NO_LABEL.
+    """
+    parts = zip(torch.split(logits.detach(), AT_ONCE), torch.split(targets, AT_ONCE), strict=True)
+    found = [F.cross_entropy(one.double(), wanted, ignore_index=NO_LABEL, reduction="none") for one, wanted in parts]
+    return torch.where(targets == NO_LABEL, torch.nan, torch.cat(found))
+
+
 def row_losses(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
     """-log p of each row's whole completion, [number of rows], in nats and float64; NaN for an unlabelled row.
 
@@ -37,9 +47,11 @@ def row_losses(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
     rising order. Summed, not averaged, over the whole vocabulary at temperature 1: what a model knows of a text does
     not hang on how its tokenizer cuts it.
     """
-    parts = zip(torch.split(logits.detach(), AT_ONCE), torch.split(targets, AT_ONCE), strict=True)
-    found = [F.cross_entropy(one.double(), wanted, ignore_index=NO_LABEL, reduction="none") for one, wanted in parts]
-    each = torch.where(targets == NO_LABEL, torch.nan, torch.cat(found))
+    return by_row(label_losses(logits, targets), rows)
+
+
+def by_row(each: Tensor, rows: Tensor) -> Tensor:
+    """The sums of what belongs to each row, [number of rows]; each, rows: [answers], rows rising from 0."""
     return each.new_zeros(int(rows[-1]) + 1).index_add(0, rows, each)
 
 

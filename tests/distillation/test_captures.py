@@ -51,7 +51,7 @@ def captured(teacher: Tuned, folder: Path, *, k: int = VOCABULARY, rows: int = 3
         every=2,
         folder=folder,
         inputs={},
-        selects=settings.get("selects", False),
+        also=settings.get("also", ()),
         report=lambda event: None,
     )
 
@@ -79,7 +79,9 @@ def test_with_the_whole_vocabulary_the_gradient_is_that_of_one_phase(
     told = {"divergence": divergence, "temperature": temperature, "min_confidence": min_confidence, "select": select}
     settings = Distillation(steps=1, **told)
     selects = select == "min-ce"
-    teacher = captured(pair["llm" if role == "slm" else "slm"], tmp_path, temperature=temperature, selects=selects)
+    teacher = captured(
+        pair["llm" if role == "slm" else "slm"], tmp_path, temperature=temperature, also=("losses",) if selects else ()
+    )
     if min_confidence:
         assert 0 < (teacher.confidence >= min_confidence).sum() < POSITIONS
     both = Objective(list(pair.values()), mutual_losses(settings), WEIGHTS)
@@ -96,7 +98,7 @@ def test_with_the_whole_vocabulary_the_gradient_is_that_of_one_phase(
 
 
 def test_a_capture_says_how_well_its_model_knows_each_row_and_is_read_back(pair: Any, tmp_path: Path) -> None:
-    found = captured(pair["llm"], tmp_path, selects=True)
+    found = captured(pair["llm"], tmp_path, also=("losses",))
     assert found.losses is not None
     objective = Objective([pair["slm"], pair["llm"]], mutual_losses(Distillation(steps=1)), WEIGHTS)
     for row, loss in zip(ROWS, found.losses, strict=True):

@@ -1,0 +1,78 @@
+"""The commands of a round that FedMKT has beyond the others."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedcollm_cli.commands.rounds import published
+from fedcollm_cli.session import ClientOption, OverwriteOption, RoundOption, Session, in_workspace
+
+
+@in_workspace("quiet", "device", "dtype")
+def share_knowledge(
+    *,
+    client: Annotated[int | None, typer.Option("--client", min=1, help="Of this client's model.")] = None,
+    server: Annotated[bool, typer.Option("--server", help="Of the server's LLM, as co-distill has left it.")] = False,
+    round: RoundOption,
+    opened: Session,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """FedMKT: tell what a model knows of the public rows.
+
+    A client's reads private/client-k/round-t/trained and private/client-k/public.jsonl, and writes
+    exchange/round-t/client-k, which goes to the server. The server's reads private/server/round-t/llm and
+    private/server/auxiliary.jsonl, and writes exchange/round-t/server, which goes to all clients. Both need what
+    `fedcollm align` has told of the party's vocabulary in round 1.
+
+    Told is, for each row, how many nats its answer costs the model; and for each token of an answer, its probability
+    and the distillation.top_k likeliest tokens with theirs. No text, no gradient, no weight. It comes from the whole
+    vocabulary, before training on the public rows, and a NaN is refused. No row is told whose answer was cut off.
+
+    What a model says of public rows can still give away what it was trained on. Differential privacy of client-train
+    covers it; nothing else does.
+
+    Example: fedcollm share-knowledge --client 2 --round 1
+    """
+    from stages.share_knowledge import share_knowledge as stage
+
+    manifest = stage(
+        opened.workspace,
+        client=client,
+        server=server,
+        round=round,
+        overwrite=overwrite,
+        report=opened.console.report,
+    )
+    published(opened, opened.workspace.knowledge(round, client), manifest)
+
+
+@in_workspace("quiet", "device", "dtype", "processes")
+def client_distill(
+    *,
+    client: ClientOption,
+    round: RoundOption,
+    opened: Session,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """FedMKT, client: learn on the public rows from the LLM.
+
+    The client's model is trained on the answers of private/client-k/public.jsonl and, by distillation.select, on what
+    the LLM has told of those rows that it knows better. Reads private/client-k/round-t/trained, exchange/round-t/server
+    and the client's own exchange/round-t/client-k. Writes private/client-k/round-t/slm, from which the client goes on
+    in the next round. It never leaves the client. If it was stopped, the same command goes on from its last checkpoint.
+
+    Example: fedcollm client-distill --client 2 --round 1
+    """
+    from stages.client_distill import client_distill as stage
+
+    manifest = stage(
+        opened.workspace,
+        client=client,
+        round=round,
+        overwrite=overwrite,
+        processes=opened.processes,
+        report=opened.console.report,
+    )
+    published(opened, opened.workspace.client_adapter(round, client), manifest)

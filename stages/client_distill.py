@@ -1,0 +1,166 @@
+"""client-distill, FedMKT: a client's model learns on the public rows, from the LLM where that knows better (Eq. 8, 10).
+
+Reads private/client-k/round-t/trained, private/client-k/public.jsonl, exchange/round-t/server, its own
+exchange/round-t/client-k, and from round 1 both vocabularies. Where the LLM stays as it is (llm2slm), it is round 1's
+exchange/round-0001/server that is learned from; standalone-public learns from the answers alone.
+Writes private/client-k/round-t/slm, and the private log private/client-k/round-t/client-distill.jsonl.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.publishing import already_made, publish
+from stages.artefacts.reading import Artefact
+from stages.artefacts.receiving import received
+from stages.artefacts.steps import Over, Step
+from stages.files import writing
+from stages.parties.party import Party
+from stages.runtime.events import Event, Report, ignore
+from stages.runtime.processes import ALONE, Processes
+from stages.workspace.commands import Command
+from stages.workspace.paths import Workspace
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stages.distillation.public import Public
+    from stages.distillation.teaching import Taught
+    from stages.models.loading import Models
+    from stages.models.tuned import Tuned
+    from stages.training.recipes import Outcome
+
+
+def client_distill(
+    workspace: Workspace,
+    *,
+    client: int,
+    round: int,
+    overwrite: bool = False,
+    models: Models | None = None,
+    processes: Processes = ALONE,
+    report: Report = ignore,
+) -> Manifest:
+    """Train one client's adapter on the public rows and publish it. Returns its manifest.
+
+    processes: all call this alike; the first decides and writes, and each trains its share.
+    """
+    workspace.check_round(round)
+    workspace.check_step("client-distill", round)
+    workspace.check_client(client)
+    party = Party.client(workspace, client)
+    return ClientDistill(
+        party=party,
+        round=round,
+        publishes=[workspace.client_adapter(round, client)],
+        log=workspace.log("client-distill", round, client),
+        overwrite=overwrite,
+        models=models,
+        processes=processes,
+        report=report,
+    ).take()
+
+
+class Opened(NamedTuple):
+    """The public rows, the adapter, what the LLM teaches, and how well the client itself knows each row.
+
+    taught, losses: None where there is no teacher; losses: also where the client tells nobody.
+    """
+
+    public: Public
+    trained: Artefact
+    taught: Taught | None
+    losses: np.ndarray | None
+    parents: dict[str, str]
+
+
+class Computed(NamedTuple):
+    """The model with the adapter that was trained, how that went, and what the manifest tells beyond it."""
+
+    slm: Tuned
+    outcome: Outcome
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientDistill(Step[Opened, Computed, Manifest]):
+    """Lines 31 to 39 of FedMKT's Algorithm 1."""
+
+    round: int
+    models: Models | None
+
+    def open(self) -> Opened:
+        """Read the rows, the adapter, and what the LLM and the client itself know of them."""
+        from stages.distillation import teaching
+        from stages.distillation.public import read_public
+
+        round, number, federation = self.round, self.party.number, self.workspace.agreement.federation
+        self.report(Event("stage", f"client-distill, round {round}, client {number}"))
+        public = read_public(self.party, self.report)
+        place, made_by = (
+            self.workspace.client_trained(round, number),
+            Command("client-train", client=number, round=round),
+        )
+        missing = f"client {number} has not trained in round {round}", made_by
+        trained = received(place, by=self.party, stage="client-train", round=round, client=number, missing=missing)
+        parents, taught, losses = {"trained": trained.sha256}, None, None
+        if federation.server_tells:
+            taught = teaching.from_server(self.party, round, public, self.report)
+            parents |= taught.parents
+        if taught and federation.clients_tell:
+            knowledge, own = teaching.told_by(self.party, round, number, public, taught.own)
+            parents[self.party.name], losses = own.sha256, knowledge.losses
+        return Opened(public, trained, taught, losses, parents)
+
+    def look(self, opened: Opened, again: bool) -> Manifest | None:
+        """An adapter that was trained from these."""
+        [folder], data = self.publishes, opened.public.sha256
+        return already_made(folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data)
+
+    def compute(self, opened: Opened, again: bool) -> Computed:
+        """Choose the rows that the LLM knows better, and train on all of them."""
+        from stages.distillation.public import tell_left_out
+        from stages.distillation.studying import Study
+        from stages.models import adapters
+        from stages.models.loading import Models
+
+        models = self.models.of(self.workspace) if self.models else Models(self.workspace, self.processes)
+        models.use("slm")
+        if opened.taught:
+            models.expect("slm", opened.taught.own.base, f"vocabulary-{self.party.name}")
+        slm = models.with_adapter("slm", opened.trained)
+        study = Study(self.party, self.round, opened.public, opened.taught, self.processes, self.report)
+        examples, before = study.examples(slm), adapters.take(slm.model)
+        left_out = tell_left_out(opened.public, examples, self.report)
+        outcome, counts = study.train(
+            slm, examples, opened.losses, {"data": opened.public.sha256, **opened.parents}, again
+        )
+        norms = adapters.check_trained(before, adapters.take(slm.model))
+        return Computed(slm, outcome, {**outcome.metrics, **norms, **counts, **left_out})
+
+    def publish(self, opened: Opened, computed: Computed, over: Over) -> Manifest:
+        """Publish the adapter, and write the log."""
+        from stages.models import adapters
+        from stages.training.drafts import draft_of
+
+        [folder], (slm, outcome, metrics) = self.publishes, computed
+        draft = draft_of(
+            slm,
+            outcome,
+            stage="client-distill",
+            round=self.round,
+            parents=opened.parents,
+            seed=self.workspace.seed_for("client-distill", self.round, self.party.number),
+            metrics=metrics,
+            privacy=opened.trained.manifest.privacy,
+        )
+        contents = adapters.as_files(slm.model, self.workspace.agreement.slm.lora)
+        manifest = publish(folder, contents, draft, by=self.party, over=over[folder])
+        writing.write_log(self.log, outcome.log)
+        unfinished = self.workspace.unfinished("client-distill", self.round, self.party.number)
+        shutil.rmtree(unfinished, ignore_errors=True)  # which another process may be writing into
+        return manifest

@@ -1,0 +1,114 @@
+"""Asking a model what it knows of the public rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages.distillation import captures, knowledge, top_k_logits
+from stages.distillation.knowledge import Knowledge, Told
+from stages.distillation.learning import Pupil
+from stages.distillation.pairs import Voice
+from stages.distillation.public import Public, examples_of
+from stages.models.packing import ROWS, answer_logits
+from stages.models.tuned import Tuned
+from stages.runtime.errors import Refused
+from stages.runtime.events import Event, Report
+from stages.training.batches import collate
+from stages.training.losses import row_losses
+from stages.workspace.paths import Workspace
+
+
+def told_of(workspace: Workspace, public: Public, voice: Voice) -> Told:
+    """What knowledge of these rows by this party has to say of itself."""
+    settings = workspace.agreement.distillation
+    return Told(
+        data_sha256=public.sha256,
+        vocabulary_sha256=voice.vocabulary.sha256,
+        temperature=settings.temperature,
+        vocabulary=voice.vocabulary.rows,
+        top_k=settings.top_k,
+    )
+
+
+def known(
+    tuned: Tuned,
+    public: Public,
+    voice: Voice,
+    workspace: Workspace,
+    *,
+    folder: Path,
+    inputs: Mapping[str, str],
+    again: bool,
+    report: Report,
+) -> Knowledge:
+    """What a model knows of the rows that its party reads. Memory does not grow with their number.
+
+    folder: what there is goes there now and then, and a run with equal inputs that was stopped goes on from it. Raises
+    Refused where the rows are cut otherwise than was told.
+    """
+    told, machine = told_of(workspace, public, voice), workspace.machine
+    examples = [
+        one
+        for one, positions in zip(examples_of(public, tuned.outline, workspace), voice.cuts.positions, strict=True)
+        if one is not None and positions
+    ]
+    if [one.answer_tokens for one in examples] != voice.cuts.positions[voice.cuts.positions > 0].tolist():
+        message = "the tokenizer here cuts the public rows otherwise than was told in round 1"
+        mend = "the other parties would take this for other rows: go on with the tokenizer of round 1"
+        raise Refused(message, where=public.path, mend=mend)
+    source = top_k_logits.Source(
+        data_sha256=public.sha256,
+        rows_sha256=top_k_logits.rows_sha256(examples),
+        temperature=told.temperature,
+        vocabulary=told.vocabulary,
+        top_k=told.top_k,
+    )
+    captured = captures.capture(
+        tuned,
+        examples,
+        source,
+        rows=machine.rows_at_once(workspace.agreement.distillation),
+        finds_rows=machine.micro_batch == "auto",
+        every=machine.checkpoint_steps,
+        folder=folder,
+        inputs={"agreement": workspace.agreement_sha256, **inputs, "dtype": tuned.dtype},
+        also=("losses", "chances"),
+        overwrite=again,
+        report=report,
+    )
+    found = knowledge.knowledge_of(captured, voice.cuts, told)
+    knowledge.check(found, voice.cuts, Path("what the model knows"))
+    return found
+
+
+def figures(found: Knowledge) -> dict[str, float]:
+    """What a manifest tells of knowledge: rows, nats of a row's completion, mean probability of the k tokens."""
+    k = found.tokens.shape[1]
+    kept = np.exp(found.log_probabilities[:, :k], dtype=np.float64).sum(axis=1).clip(max=1.0)
+    has = ~np.isnan(found.losses)
+    return {"rows": float(has.sum()), "loss": float(found.losses[has].mean()), "kept": float(kept.mean())}
+
+
+@torch.no_grad()
+def losses_of(tuned: Tuned, examples: Sequence[Pupil], rows: int, count: int, report: Report) -> np.ndarray:
+    """How well a model knows each public row: float64 [count], in nats; NaN for one that its party leaves out.
+
+    examples: those that it reads. rows: how many are taken at once.
+    """
+    was_training = tuned.model.training
+    tuned.model.eval()
+    found = np.full(count, np.nan)
+    for start in range(0, len(examples), rows):
+        some = examples[start : start + rows]
+        batch = collate(some, may_pack=tuned.packs, hidden_size=tuned.hidden_size)
+        batch = {name: tensor.to(tuned.model.device) for name, tensor in batch.items()}
+        with torch.autocast(tuned.model.device.type, torch.bfloat16, enabled=tuned.autocast):
+            logits = answer_logits(tuned.model, batch)
+        found[[one.row for one in some]] = row_losses(logits, batch["labels"], batch[ROWS]).cpu().numpy()
+        report(Event("step", "rows", step=start + len(some), total=len(examples)))
+    tuned.model.train(was_training)
+    return found
