@@ -160,11 +160,12 @@ def make_unlike_models(folder: Path) -> Path:
 
     texts = [*vocabularies.TEXTS, string.printable, LEXICON, *(row["prompt"] + row["completion"] for row in rows(12))]
     context = {"max_position_embeddings": 128, "num_attention_heads": 2}
-    llama = context | {"model_type": "llama", "num_key_value_heads": 1}
-    opt = context | {"model_type": "opt", "dropout": 0.0, "pad_token_id": None}
-    gpt2 = {"model_type": "gpt2", "n_positions": 128, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    llama = context | {"model_type": "llama", "num_key_value_heads": 1, "initializer_range": 0.2}
+    opt = context | {"model_type": "opt", "dropout": 0.0, "pad_token_id": None, "init_std": 0.2}
+    undropped = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    gpt2 = undropped | {"model_type": "gpt2", "n_positions": 128, "n_head": 2, "initializer_range": 0.2}
     tokenizers_and_shapes = {
-        "slm-1": (vocabularies.characters(texts), gpt2 | {"n_embd": 16, "n_layer": 1, "attn_pdrop": 0.0}),
+        "slm-1": (vocabularies.characters(texts), gpt2 | {"n_embd": 16, "n_layer": 1}),
         "slm-2": (
             vocabularies.byte_level(400, texts=texts),
             llama | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
