@@ -177,6 +177,20 @@ def test_probabilities_of_one_outcome_add_up(divergence: Divergence) -> None:
     assert found.item() == pytest.approx(divergence_by_hand(name, [1 / 4, 3 / 4], [1 / 2, 1 / 2]), rel=1e-6)
 
 
+@pytest.mark.parametrize("of_student", [None, MERGING, MERGING.where(MERGING != 2, -1)], ids=["own", "merged", "lost"])
+@pytest.mark.parametrize("scale", [1, 100, 10_000])
+def test_both_sides_of_a_divergence_are_distributions(of_student: Tensor | None, scale: int) -> None:
+    def both_sum_to_one(student: Tensor, teacher: Tensor) -> Tensor:
+        for side in (student, teacher):
+            assert len(side) == ROWS
+            torch.testing.assert_close(side.logsumexp(-1), torch.zeros(ROWS), rtol=0, atol=1e-6)
+        return student.sum()
+
+    settings: dict[str, Any] = {"temperature": 2.0, "divergence": both_sum_to_one}
+    found = mapped_distillation(scale * logits(), TOLD, taught(), 5, student_outcomes=of_student, **settings)
+    assert bool(found.isfinite())
+
+
 def test_what_a_student_gives_to_outcomes_sums_to_one_however_unlikely_they_are() -> None:
     groups = MERGING.where(MERGING >= 0, 8)
     for scale in (1, 100, 10_000):
@@ -220,10 +234,14 @@ def test_a_zero_on_one_side_leaves_value_and_gradient_finite(divergence: Diverge
     settings: dict[str, Any] = {"temperature": 1.0, "divergence": divergence}
     certain = torch.tensor([[0.0, -math.inf, -math.inf]])  # of a told outcome and of "any other" nothing
     nothing_else = torch.tensor([[0.2, 0.3, 0.1, 0.4]]).log()  # a student that cannot say "any other"
-    for outcomes, teacher in ((torch.tensor([[0, 2]]), certain), (torch.tensor([[0, 1, 2]]), nothing_else)):
-        found = mapped_distillation(student, outcomes, teacher, 1, **settings)
+    cases = (([0, 2], certain, [0, 1, 2]), ([0, 1, 2], nothing_else, [0, 1, 2]), ([0, 1, 2], nothing_else, [0, 2, 2]))
+    for row, teacher, of_student in cases:
+        outcomes = torch.tensor([row])
+        found = mapped_distillation(
+            student, outcomes, teacher, 1, student_outcomes=torch.tensor(of_student), **settings
+        )
         name = next(name for name, one in DIVERGENCES.items() if one is divergence)
-        expected = mapped_by_hand(name, student.detach(), outcomes, teacher, [0, 1, 2], 1.0)
+        expected = mapped_by_hand(name, student.detach(), outcomes, teacher, of_student, 1.0)
         assert found.item() == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
         assert bool(gradient(found, student).isfinite().all())
 
@@ -446,7 +464,10 @@ def test_a_student_far_too_sure_of_a_span_is_pulled_back_however_sure(temperatur
         student, torch.tensor([0]), torch.tensor([0]), torch.tensor([-0.7]), 1,
         temperature=temperature, divergence=forward_kl,
     )  # fmt: skip
-    expected = -temperature * math.expm1(-0.7 / temperature)
+    a = math.exp(-0.7 / temperature)
+    distance = a * math.log(a) + (1 - a) * (math.log(1 - a) + gap + math.log(temperature))
+    assert found.item() == pytest.approx(temperature * distance, rel=1e-4)
+    expected = temperature * (1 - a)
     assert gradient(found, student)[0].tolist() == pytest.approx([expected, -expected], rel=1e-4)
 
 
