@@ -227,6 +227,24 @@ def make_workspace(folder: Path, base_models: Path) -> Path:
     return folder
 
 
+def make_unlike_workspace(folder: Path, unlike_models: Path) -> Path:
+    """A workspace of FedMKT: three clients and an LLM of four tokenizers, two rounds; no stage has run."""
+    make_workspace(folder, unlike_models)
+    toml = folder / "fedcollm.toml"
+    edit(toml, "seed = 7\n", 'seed = 7\nmethod = "fedmkt"\n')
+    edit(toml, "models/slm", "models/slm-1")
+    for client in (2, 3):
+        shape = f"[clients.{client}.slm.lora]\nr = 2\n"
+        toml.write_text(
+            toml.read_text() + f'[clients.{client}.slm]\nmodel = "models/slm-{client}"\ndtype = "float32"\n{shape}'
+        )
+    taught = 'lambda_slm = 1.0\nlambda_llm = 1.0\nselect = "min-ce"\ntop_k = 32\n'
+    edit(toml, "llm_learning_rate = 1e-2\n", f"llm_learning_rate = 1e-2\n{taught}")
+    for client in (1, 2, 3):
+        shutil.copy(folder / "private/server/auxiliary.jsonl", folder / f"private/client-{client}/public.jsonl")
+    return folder
+
+
 QUESTIONS = 20
 
 

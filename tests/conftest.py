@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import Outcome, make_base_models, make_study, make_unlike_models, make_workspace
+from builders import Outcome, make_base_models, make_study, make_unlike_models, make_unlike_workspace, make_workspace
 from command_line import give
 
 Once = Callable[[str, Callable[[Path], object]], Path]
@@ -145,6 +145,31 @@ def studied(studied_once: Path, tmp_path: Path) -> Path:
 def finished(finished_once: Path, tmp_path: Path) -> Path:
     """A finished workspace of one's own, to read, damage and repair."""
     return shutil.copytree(finished_once, tmp_path / "study", symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def unlike_once(once: Once, unlike_models: Path) -> Path:
+    """A workspace of FedMKT in which `run` has done both rounds, without scores; made once."""
+
+    def fill(top: Path) -> None:
+        from stages.federation.run import run
+        from stages.workspace.paths import Workspace
+
+        run(Workspace(make_unlike_workspace(top / "study", unlike_models)), scores=False)
+
+    return once("unlike", fill) / "study"
+
+
+@pytest.fixture
+def unlike(unlike_once: Path, tmp_path: Path) -> Path:
+    """A finished workspace of FedMKT of one's own."""
+    return shutil.copytree(unlike_once, tmp_path / "study", symlinks=True)
+
+
+@pytest.fixture
+def unlike_folder(unlike_models: Path, tmp_path: Path) -> Path:
+    """A workspace of FedMKT in which no stage has run."""
+    return make_unlike_workspace(tmp_path / "new study", unlike_models)
 
 
 @pytest.fixture(scope="session")

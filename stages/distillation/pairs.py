@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from stages.artefacts.manifest import BaseIdentity
@@ -10,7 +13,7 @@ from stages.artefacts.receiving import received
 from stages.artefacts.vocabulary_files import Vocabulary, parse_vocabulary
 from stages.distillation.aligning import Align, Sides, read_map
 from stages.distillation.alignment import Alignment
-from stages.distillation.alignment_figures import AlignmentReport
+from stages.distillation.alignment_figures import AlignmentReport, Read
 from stages.distillation.cuts import Cuts, parse_cuts, reads
 from stages.distillation.public import Public
 from stages.parties import names
@@ -77,24 +80,26 @@ def pair_with(
     folder = party.workspace.alignment_with(client, at=here)
     agreed = party.workspace.agreement.distillation.alignment
 
-    def sides() -> Sides:
-        vocabularies = {role: voice.vocabulary for role, voice in voices.items()}
-        rows = [row for row in public.rows if row.completion is not None][:MOST_ROWS]
-
-        def read(role: Role):  # type: ignore[no-untyped-def]
-            found = reads(voices[role].cuts, voices[role].vocabulary, public.rows)
-            return [one for row, one in zip(public.rows, found, strict=True) if row.completion is not None][:MOST_ROWS]
-
-        return Sides(vocabularies, read, rows, public.sha256)
-
     made = Align(
         party=party,
         publishes=[folder],
         log=folder.with_name(f"{folder.name}.jsonl"),
-        sides=sides,
+        sides=partial(_sides, voices, public),
         method=None if agreed == "best" else agreed,
         again_by=aligned_by(here).also(overwrite=True),
         overwrite=overwrite,
         report=report,
     ).take()
     return Pair(own, other, read_map(folder, theirs, {role: one.vocabulary for role, one in voices.items()}), made)
+
+
+def _sides(voices: Mapping[Role, Voice], public: Public) -> Sides:
+    """Both vocabularies, and the public rows as both have told to read them."""
+    labelled = [row.completion is not None for row in public.rows]
+
+    def read(role: Role) -> list[Read | None]:
+        found = reads(voices[role].cuts, voices[role].vocabulary, public.rows)
+        return list(itertools.islice(itertools.compress(found, labelled), MOST_ROWS))
+
+    rows = list(itertools.islice(itertools.compress(public.rows, labelled), MOST_ROWS))
+    return Sides({role: voice.vocabulary for role, voice in voices.items()}, read, rows, public.sha256)

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def align_all(workspace: Workspace, clients: Sequence[int], *, overwrite: bool, report: Report) -> None:
     """Before round 1: every party tells how it reads, and each is aligned with the server."""
     if workspace.agreement.federation.server_tells:
-        for client in (None, *clients, None):  # the server once more: now it has met all of them
-            align_party(workspace, client=client, overwrite=overwrite and client is not None, report=report)
+        for client in (None, *clients):
+            align_party(workspace, client=client, overwrite=overwrite, report=report)
+        align_party(workspace, report=report)  # the server once more: now it has met all of them
 
 
 def round_in_public(

@@ -1,0 +1,320 @@
+"""A round of FedMKT by its steps: what each reads and writes, what is chosen, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from builders import edit
+from stages.align_party import align_party
+from stages.artefacts.reading import read_manifest
+from stages.client_distill import client_distill
+from stages.client_train import client_train
+from stages.co_distill import co_distill
+from stages.distillation.lessons import chosen
+from stages.runtime.errors import Damaged, NotReady, Problem, Refused, UsageProblem
+from stages.runtime.events import Event
+from stages.share_knowledge import share_knowledge
+from stages.workspace.paths import Workspace
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def losses(folder: Path, round: int, name: str) -> np.ndarray:
+    found: np.ndarray = load_file(folder / f"exchange/round-{round:04d}/{name}/knowledge.safetensors")["losses"]
+    return found
+
+
+def test_a_run_leaves_what_the_separate_commands_leave(unlike: Path, unlike_folder: Path) -> None:
+    workspace = Workspace(unlike_folder)
+    for client in (None, 1, 2, 3):
+        align_party(workspace, client=client)
+    for round in (1, 2):
+        for client in (1, 2, 3):
+            client_train(workspace, client=client, round=round)
+            share_knowledge(workspace, client=client, round=round)
+        co_distill(workspace, round=round)
+        share_knowledge(workspace, server=True, round=round)
+        for client in (1, 2, 3):
+            client_distill(workspace, client=client, round=round)
+    for path in sorted(unlike.glob("*/**/*.safetensors")):
+        assert path.read_bytes() == (unlike_folder / path.relative_to(unlike)).read_bytes(), path
+
+
+def test_no_adapter_travels_and_what_does_is_of_the_known_kinds(unlike: Path) -> None:
+    found = {path.relative_to(unlike / "exchange").as_posix() for path in (unlike / "exchange").rglob("*.*")}
+    parties = ["client-1", "client-2", "client-3", "server"]
+    expected = {
+        f"round-0001/vocabulary-{name}/{file}.safetensors" for name in parties for file in ("vocabulary", "cuts")
+    }
+    expected |= {f"round-000{round}/{name}/knowledge.safetensors" for round in (1, 2) for name in parties}
+    assert found == expected | {f"{Path(path).parent}/manifest.json" for path in expected}
+
+
+def test_each_client_trains_a_model_of_its_own_with_its_own_lora_shape(unlike: Path) -> None:
+    shapes = {}
+    for client in (1, 2, 3):
+        manifest, _ = read_manifest(unlike / f"private/client-{client}/round-0002/slm")
+        shapes[manifest.base.architecture] = manifest.lora.r
+        assert {"trained", "server", f"client-{client}"} <= manifest.parents.keys()
+    assert shapes == {"gpt2": 4, "llama": 2, "opt": 2}
+
+
+def test_the_llm_learns_each_row_from_whoever_knows_it_best_and_the_manifest_says_how_many(unlike: Path) -> None:
+    manifest, _ = read_manifest(unlike / "private/server/round-0001/llm")
+    told = {f"client-{k}": losses(unlike, 1, f"client-{k}") for k in (1, 2, 3)}
+    assert sum(manifest.metrics[f"rows_from_{name}"] for name in told) <= 12
+    best = np.array(list(told.values())).argmin(axis=0)
+    for number, name in enumerate(told):  # an LLM of random weights knows each row worse than a trained client
+        assert manifest.metrics[f"rows_from_{name}"] <= (best == number).sum()
+    for client in (1, 2, 3):
+        learned, _ = read_manifest(unlike / f"private/client-{client}/round-0002/slm")
+        better = (losses(unlike, 2, "server") < losses(unlike, 2, f"client-{client}")).sum()
+        assert learned.metrics["rows_from_server"] == better
+
+
+def test_a_round_goes_on_with_what_the_round_before_left(unlike: Path) -> None:
+    for client in (1, 2, 3):
+        _, digest = read_manifest(unlike / f"private/client-{client}/round-0001/slm")
+        assert read_manifest(unlike / f"private/client-{client}/round-0002/trained")[0].parents == {"slm": digest}
+    _, omega = read_manifest(unlike / "private/server/round-0001/llm")
+    assert read_manifest(unlike / "private/server/round-0002/llm")[0].parents["llm"] == omega
+    assert read_manifest(unlike / "exchange/round-0001/server")[0].parents["llm"] == omega
+
+
+def test_a_client_needs_nothing_of_others_but_what_travels(unlike: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "client 2 alone"
+    (alone / "models").mkdir(parents=True)
+    shutil.copy(unlike / "fedcollm.toml", alone)
+    shutil.copytree(unlike / "models/slm-2", alone / "models/slm-2")
+    shutil.copytree(unlike / "private/client-2", alone / "private/client-2")
+    shutil.rmtree(alone / "private/client-2/round-0002/slm")
+    shutil.rmtree(alone / "private/client-2/alignment")
+    for place in (
+        "round-0001/vocabulary-server",
+        "round-0001/vocabulary-client-2",
+        "round-0002/server",
+        "round-0002/client-2",
+    ):
+        shutil.copytree(unlike / "exchange" / place, alone / "exchange" / place)
+    client_distill(Workspace(alone), client=2, round=2)
+    made = "private/client-2/round-0002/slm"
+    assert (alone / made / ADAPTER).read_bytes() == (unlike / made / ADAPTER).read_bytes()
+
+
+# --- selection
+
+
+NAN = float("nan")
+
+
+def test_a_difference_of_a_millionth_of_a_nat_decides_and_equality_is_ones_own() -> None:
+    own = np.array([2.0, 2.0, 2.0, 2.0, NAN, 2.0])
+    told = {"a": np.array([2.0 - 1e-6, 2.0, 2.0 + 1e-6, 1.0, 1.0, NAN]), "b": np.array([3.0, 2.0, 9.0, 1.0, 1.0, 1.9])}
+    shares = chosen(own, told, "min-ce")
+    assert shares["a"].tolist() == [1, 0, 0, 1, 0, 0]  # of equal ones the first
+    assert shares["b"].tolist() == [0, 0, 0, 0, 0, 1]
+    both = chosen(own, told, "all")
+    assert both["a"].tolist() == [0.5, 0.5, 0.5, 0.5, 0, 0]
+    assert both["b"].tolist() == [0.5, 0.5, 0.5, 0.5, 0, 1]
+    assert all(share.sum() == 0 for share in chosen(own, told, "none").values())
+
+
+def test_a_teacher_that_teaches_nothing_is_said_aloud(unlike: Path) -> None:
+    edit(unlike / "fedcollm.toml", 'select = "min-ce"', 'select = "none"')
+    events: list[Event] = []
+    with pytest.raises(Refused):  # made under the agreement before
+        co_distill(Workspace(unlike), round=1, report=events.append)
+    shutil.rmtree(unlike / "exchange")
+    for place in unlike.glob("private/*/round-*"):
+        shutil.rmtree(place)
+    workspace = Workspace(unlike)
+    for client in (None, 1, 2, 3):
+        align_party(workspace, client=client)
+    for client in (1, 2, 3):
+        client_train(workspace, client=client, round=1)
+        share_knowledge(workspace, client=client, round=1)
+    manifest = co_distill(workspace, round=1, report=events.append)
+    assert [e.text for e in events if "nobody teaches the LLM" in e.text]
+    assert manifest.metrics["llm_kd_before"] == manifest.metrics["llm_kd_after"] == 0
+
+
+# --- who may be absent
+
+
+def test_without_a_client_the_llm_learns_from_the_others_if_that_is_agreed(unlike: Path) -> None:
+    workspace = Workspace(unlike)
+    for name in ("exchange/round-0001/client-3", "private/server/round-0001/llm"):
+        shutil.rmtree(unlike / name)
+    with pytest.raises(NotReady, match="2 of 3 clients have told what they know, 3 are needed; absent: client 3"):
+        co_distill(workspace, round=1)
+
+
+def test_with_a_quorum_the_absent_are_named(unlike_folder: Path) -> None:
+    toml = unlike_folder / "fedcollm.toml"
+    edit(toml, "[evaluation]", "[aggregation]\nmin_clients = 2\n[evaluation]")
+    workspace, events = Workspace(unlike_folder), list[Event]()
+    for client in (None, 1, 3):
+        align_party(workspace, client=client)
+    for client in (1, 3):
+        client_train(workspace, client=client, round=1)
+        share_knowledge(workspace, client=client, round=1)
+    manifest = co_distill(workspace, round=1, report=events.append)
+    assert "the LLM learns without client 2" in [event.text for event in events]
+    assert {"client-1", "client-3"} <= manifest.parents.keys()
+    assert "client-2" not in manifest.parents
+
+
+# --- what is refused
+
+
+def forge(folder: Path, **changed: np.ndarray) -> None:
+    """Knowledge with other numbers, and a manifest that names the new file."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    from builders import sign
+
+    path = folder / "knowledge.safetensors"
+    with safe_open(path, framework="numpy") as file:
+        told = file.metadata()
+    save_file(load_file(path) | changed, path, metadata=told)
+    sign(folder)
+
+
+def without_llm(folder: Path) -> Path:
+    shutil.rmtree(folder / "private/server/round-0001/llm")
+    return folder / "exchange/round-0001/client-2"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("losses", lambda x: x * 0.5, "a row's loss is not that of its tokens"),
+        ("losses", lambda x: np.where(np.arange(len(x)) == 3, np.nan, x), "holds NaN or infinity"),
+        ("losses", lambda x: -x, "a loss is no -log p"),
+        ("losses", lambda x: x[:-1], "has other arrays than knowledge of"),
+        ("chances", lambda x: x + 9, "likelier than the likeliest"),
+        ("chances", lambda x: x * np.nan, "holds NaN or infinity"),
+        ("log_probabilities", lambda x: x + 1, "add up to"),
+        ("log_probabilities", lambda x: x * np.nan, "holds NaN or infinity"),
+        ("tokens", lambda x: x[:, ::-1].copy(), "not in rising order"),
+        ("tokens", lambda x: np.repeat(x[:, :1], x.shape[1], axis=1), "not in rising order"),
+        ("tokens", lambda x: x + 400, "outside the vocabulary of"),
+        ("tokens", lambda x: x - 400, "outside the vocabulary of"),
+        ("confidence", lambda x: x + 1, "a confidence is no probability"),
+    ],
+)
+def test_knowledge_that_no_model_can_have_is_refused_by_name(unlike: Path, part: str, change, said: str) -> None:  # type: ignore[no-untyped-def]
+    place = without_llm(unlike)
+    forge(place, **{part: change(load_file(place / "knowledge.safetensors")[part])})
+    with pytest.raises(Problem, match=said) as caught:
+        co_distill(Workspace(unlike), round=1)
+    assert isinstance(caught.value, Damaged) or "NaN" in said
+    assert "client-2" in str(caught.value.where)
+    assert not (unlike / "private/server/round-0001/llm").exists()
+
+
+def test_knowledge_of_another_round_client_or_agreement_is_refused(unlike: Path) -> None:
+    place = without_llm(unlike)
+    for other, said in (
+        ("exchange/round-0002/client-2", "of another round"),
+        ("exchange/round-0001/client-3", "client"),
+    ):
+        shutil.rmtree(place)
+        shutil.copytree(unlike / other, place)
+        with pytest.raises(Refused, match=said):
+            co_distill(Workspace(unlike), round=1)
+
+
+def test_other_public_rows_are_refused_by_their_digest(unlike: Path) -> None:
+    without_llm(unlike)
+    rows = (unlike / "private/server/auxiliary.jsonl").read_text()
+    (unlike / "private/server/auxiliary.jsonl").write_text(rows.replace("red", "blue"))
+    with pytest.raises(Refused, match="is of other public rows: sha256"):
+        co_distill(Workspace(unlike), round=1)
+
+
+def test_a_client_whose_model_changed_is_refused(unlike: Path, unlike_models: Path) -> None:
+    (unlike / "models").unlink()
+    shutil.copytree(unlike_models, unlike / "models")
+    shutil.copy(unlike_models / "slm-2/model.safetensors", unlike / "models/slm-2/model.safetensors")
+    weights = load_file(unlike / "models/slm-2/model.safetensors")
+    from safetensors.numpy import save_file
+
+    save_file(
+        {name: value + 1e-3 for name, value in weights.items()},
+        unlike / "models/slm-2/model.safetensors",
+        metadata={"format": "pt"},
+    )
+    shutil.rmtree(unlike / "exchange/round-0002/client-2")
+    with pytest.raises(Refused, match="the SLM here is not the one of vocabulary-client-2: weights_sha256"):
+        share_knowledge(Workspace(unlike), client=2, round=2)
+
+
+def test_a_vocabulary_of_another_tokenizer_is_refused(unlike: Path) -> None:
+    place, other = (
+        unlike / "exchange/round-0001/vocabulary-client-2",
+        unlike / "exchange/round-0001/vocabulary-client-3",
+    )
+    without_llm(unlike)
+    shutil.copy(other / "vocabulary.safetensors", place)
+    with pytest.raises(Damaged, match=r"vocabulary.safetensors has \d+ bytes, its manifest says"):
+        co_distill(Workspace(unlike), round=1)
+
+
+def test_rows_that_do_not_fit_a_client_are_refused_or_left_out_by_that_client_alone(unlike_folder: Path) -> None:
+    long = json.dumps({"prompt": "red " * 40, "completion": " blue"}) + "\n"
+    for place in unlike_folder.glob("private/*/*.jsonl"):
+        if place.name in ("public.jsonl", "auxiliary.jsonl"):
+            place.write_text(place.read_text() + long)
+    workspace = Workspace(unlike_folder)
+    align_party(workspace, client=2)
+    with pytest.raises(Damaged, match=r"line 13 of public.jsonl has \d+ tokens"):  # characters: 160 of at most 128
+        align_party(workspace, client=1)
+    edit(unlike_folder / "fedcollm.toml", "[evaluation]", '[data]\ntoo_long = "skip"\n[evaluation]')
+    workspace, events = Workspace(unlike_folder), list[Event]()
+    align_party(workspace, client=1, report=events.append)
+    assert "1 of 13 public rows are left out: too long, or not given back" in [event.text for event in events]
+    client_train(workspace, client=1, round=1)
+    share_knowledge(workspace, client=1, round=1)
+    found = losses(unlike_folder, 1, "client-1")
+    assert np.isnan(found).tolist() == [False] * 12 + [True]
+
+
+def test_an_unlabelled_public_row_is_left_out_and_counted_and_none_but_such_are_refused(unlike_folder: Path) -> None:
+    public = unlike_folder / "private/client-1/public.jsonl"
+    public.write_text(public.read_text() + '{"prompt": "red or blue?"}\n')
+    events: list[Event] = []
+    align_party(Workspace(unlike_folder), client=1, report=events.append)
+    assert "1 of 13 public rows are left out: they have no completion to know" in [event.text for event in events]
+    public.write_text('{"prompt": "red or blue?"}\n')
+    with pytest.raises(UsageProblem, match=r"no row of public.jsonl has a completion"):
+        align_party(Workspace(unlike_folder), client=1, overwrite=True)
+
+
+def test_steps_that_the_method_has_not_are_refused(unlike_folder: Path, workspace_folder_of_fedavg: Path) -> None:
+    workspace = Workspace(workspace_folder_of_fedavg)
+    for step in (
+        lambda: share_knowledge(workspace, client=1, round=1),
+        lambda: client_distill(workspace, client=1, round=1),
+        lambda: align_party(workspace, client=1),
+    ):
+        with pytest.raises(UsageProblem, match="method fed"):
+            step()
+    with pytest.raises(UsageProblem, match="no phases"):
+        co_distill(Workspace(unlike_folder), round=1, phase="train")
+    with pytest.raises(UsageProblem, match="a client, or the server"):
+        share_knowledge(Workspace(unlike_folder), round=1)
+
+
+@pytest.fixture
+def workspace_folder_of_fedavg(tmp_path: Path, base_models: Path) -> Path:
+    from builders import make_workspace
+
+    return make_workspace(tmp_path / "another study", base_models)
