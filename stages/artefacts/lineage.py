@@ -69,13 +69,26 @@ def check_belongs(
     check_sizes(artefact, workspace)
 
 
-def place_of(manifest: Manifest) -> str:
-    """Where a folder says it belongs, as the last two names of its path: round-0005/client-2."""
-    names = {"client-train": f"client-{manifest.client}", "reveal": f"reveal-{manifest.client}"}
-    names["capture"] = f"captured-{manifest.role}"
+def place_of(manifest: Manifest, workspace: Workspace | None) -> str:
+    """Where a folder says it belongs, as the last names of its path: round-0005/client-2.
+
+    What a client keeps for itself when it learns in public has its name in front: client-2/round-0005/trained.
+    workspace: where that is known; its method says whether a client keeps what it trains.
+    """
+    round, own = round_name(manifest.round), f"client-{manifest.client}"
+    if manifest.stage == "client-distill":
+        return f"{own}/{round}/slm"
+    if manifest.stage == "client-train" and workspace and workspace.agreement.federation.learns_in_public:
+        return f"{own}/{round}/trained"
+    names = {"client-train": own, "reveal": f"reveal-{manifest.client}", "co-distill": manifest.role}
+    names |= {"capture": f"captured-{manifest.role}"}
     names |= {"share-knowledge": manifest.party, "align": f"vocabulary-{manifest.party}"}
-    name = manifest.role if manifest.stage.endswith("distill") else names.get(manifest.stage, manifest.stage)
-    return f"{round_name(manifest.round)}/{name}"
+    return f"{round}/{names.get(manifest.stage, manifest.stage)}"
+
+
+def lies_at(folder: Path, place: str) -> str:
+    """As many of the last names of a folder's path as a place has, to compare with it."""
+    return "/".join(folder.parts[-len(place.split("/")) :])
 
 
 def round_of_parent(manifest: Manifest, name: str) -> int:

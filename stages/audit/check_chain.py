@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.artefacts.lineage import parent_place, place_of, round_of_parent, short
+from stages.artefacts.lineage import lies_at, parent_place, round_of_parent, short
 from stages.artefacts.reading import read_manifest
 from stages.audit.check_signatures import A1, roster_of, signature_of
 from stages.audit.checks import Finding, number_of
@@ -26,8 +26,9 @@ def manifest_of(folder: Folder) -> Iterator[Finding]:
         else:
             yield A1.skip("no manifest: another tool made it", where=folder.shown)
         return
-    if folder.place not in (None, place_of(manifest)) and not _is_kept(folder):
-        yield A1.fail(folder.shown, f"it says it is {place_of(manifest)}", f"{folder.place}")
+    claims_to_be = folder.claims_to_be
+    if folder.place and lies_at(folder.path, claims_to_be) != claims_to_be and not _is_kept(folder):
+        yield A1.fail(folder.shown, f"it says it is {claims_to_be}", lies_at(folder.path, claims_to_be))
     agreement, workspace = folder.scope.agreement, folder.scope.workspace
     if agreement is None or workspace is None:
         return
@@ -121,10 +122,10 @@ def _forks(ours: list[Folder]) -> Iterator[Finding]:
     """Two folders that claim to be the same step of the same federation, and are not the same bytes."""
     first: dict[tuple[str, str, bool], Folder] = {}
     for folder in ours:
-        manifest = folder.said
-        same = first.setdefault((manifest.federation, place_of(manifest), _is_kept(folder)), folder)
+        manifest, claims_to_be = folder.said, folder.claims_to_be
+        same = first.setdefault((manifest.federation, claims_to_be, _is_kept(folder)), folder)
         if same.sha256 != folder.sha256:
-            found = f"contradicts {same.shown}: both say they are {place_of(manifest)}, sha256 {short(folder.sha256)}"
+            found = f"contradicts {same.shown}: both say they are {claims_to_be}, sha256 {short(folder.sha256)}"
             yield A1.fail(folder.shown, found, short(same.sha256))
 
 

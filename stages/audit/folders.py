@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stages.artefacts import tensor_files
-from stages.artefacts.lineage import check_signed
+from stages.artefacts.lineage import check_signed, place_of
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.sizes import check_sizes
@@ -126,6 +126,11 @@ class Folder:
         """Such as round-0005/client-2, if it lies in a round."""
         here = self.path.parent.name
         return f"{here}/{self.path.name}" if ROUND.fullmatch(here) and PARTY.fullmatch(self.path.name) else None
+
+    @property
+    def claims_to_be(self) -> str:
+        """Where its manifest says that it belongs."""
+        return place_of(self.said, self.scope.workspace if self.scope.agreement else None)
 
     @property
     def is_adapter(self) -> bool:

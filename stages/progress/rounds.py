@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stages.artefacts.lineage import place_of
+from stages.artefacts.lineage import lies_at, place_of
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import check_names, read_manifest
 from stages.artefacts.receiving import read_sound
@@ -234,7 +234,8 @@ class Reader:
             if isinstance(problem, NotReady) and not here:  # on its way; nothing is on its way to who made it
                 return Step(name, "missing", problem.message, command, here, party=party)
             return Step(name, "damaged", problem.message, again, here, party=party)
-        claims, place = place_of(manifest), f"{folder.parent.name}/{folder.name}"
+        claims = place_of(manifest, self._workspace)
+        place = lies_at(folder, claims)
         if claims != place:
             return Step(name, "damaged", f"is {claims}, here it should be {place}", again, here, digest, party)
         changed = [key for key, digest in parents.items() if digest and manifest.parents.get(key) != digest]

@@ -209,7 +209,7 @@ def test_manifests(data: st.DataObject, study: Workspace) -> None:
 
     def read() -> None:
         artefact = read_artefact(folder)
-        place_of(artefact.manifest)
+        place_of(artefact.manifest, study)
         client = 2 if place.name == "client-2" else None
         stage = stage_of(place.name)
         check_belongs(artefact, by=Party.server(study), stage=stage, round=1, client=client)
