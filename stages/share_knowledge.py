@@ -170,8 +170,7 @@ class ShareKnowledge(Step[Opened, Computed, Manifest]):
 
     def publish(self, opened: Opened, computed: Computed, over: Over) -> Manifest:
         """Publish it, and write the log."""
-        from stages.distillation.knowing import figures
-        from stages.distillation.knowledge import knowledge_bytes
+        from stages.distillation.knowledge import figures, knowledge_bytes
         from stages.models import adapters
 
         knowledge, tuned, started = computed

@@ -14,10 +14,11 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -26,9 +27,10 @@ import safetensors.numpy
 from stages.artefacts.tensor_files import bad, read_header, told_in
 from stages.artefacts.vocabulary_files import Vocabulary
 from stages.data.rows import Example, Row
-from stages.distillation.alignment_figures import Read
-from stages.models.token_bytes import ends_of
 from stages.runtime.errors import Refused
+
+if TYPE_CHECKING:
+    from stages.distillation.alignment_figures import Read
 
 FORMAT = "fedcollm-cuts/1"
 
@@ -61,6 +63,8 @@ def cuts_of(
 
     examples: the rows as its tokens; None for one that it leaves out.
     """
+    from stages.models.token_bytes import ends_of
+
     positions, ends, unlike = np.zeros(len(rows), np.int32), [np.empty(0, np.int32)], 0
     for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
         if example is None:
@@ -86,45 +90,64 @@ def parse_cuts(content: bytes, path: Path, rows: Sequence[Row], data_sha256: str
 
     Raises Refused for one of other rows than these.
     """
+    cuts = parse_unread(content, path, vocabulary)
+    if cuts.data_sha256 != data_sha256:
+        found = cuts.data_sha256[:16]
+        message = f"{path.name} is of other public rows: sha256 {found}..., here they have {data_sha256[:16]}..."
+        raise Refused(message, where=path, mend="give all parties the same file of public rows, byte for byte")
+    if len(cuts.positions) != len(rows):
+        raise bad(path, f"has the cuts of {len(cuts.positions)} rows, there are {len(rows)}")
+    _check(cuts, path, rows)
+    return cuts
+
+
+def parse_unread(content: bytes, path: Path, vocabulary: Vocabulary) -> Cuts:
+    """The same where the rows are not here: all that can be told without their texts. Raises Damaged."""
     header = read_header(content, path)
     told: dict[str, Any] = told_in(header, "cuts")
     if told.keys() != {"format", "data_sha256", "vocabulary_sha256"} or told["format"] != FORMAT:
         raise bad(path, f"does not say that it is a {FORMAT}")
-    if told["data_sha256"] != data_sha256:
-        found = str(told["data_sha256"])[:16]
-        message = f"{path.name} is of other public rows: sha256 {found}..., here they have {data_sha256[:16]}..."
-        raise Refused(message, where=path, mend="give all parties the same file of public rows, byte for byte")
+    if not isinstance(told["data_sha256"], str) or not re.fullmatch("[0-9a-f]{64}", told["data_sha256"]):
+        raise bad(path, "does not say of which rows it is")
     if told["vocabulary_sha256"] != vocabulary.sha256:
         raise bad(path, "is of another vocabulary than the one beside it")
     shapes = {name: (entry["dtype"], len(entry["shape"])) for name, entry in header.items()}
-    if shapes != {"positions": ("I32", 1), "ends": ("I32", 1)} or header["positions"]["shape"] != [len(rows)]:
-        raise bad(path, f"has other arrays than the cuts of {len(rows)} rows")
+    if shapes != {"positions": ("I32", 1), "ends": ("I32", 1)}:
+        raise bad(path, "has other arrays than cuts")
     try:
-        cuts = Cuts(data_sha256, vocabulary.sha256, **safetensors.numpy.load(content))
+        cuts = Cuts(told["data_sha256"], vocabulary.sha256, **safetensors.numpy.load(content))
     except safetensors.SafetensorError as error:
         raise bad(path, f"is not a sound safetensors file: {error}") from error
-    _check(cuts, path, rows)
+    if (cuts.positions < 0).any() or cuts.positions.sum(dtype=np.int64) != len(cuts.ends):
+        raise bad(path, f"its rows have {cuts.positions.sum(dtype=np.int64)} positions, {len(cuts.ends)} are there")
+    if not len(cuts.ends):
+        raise bad(path, "leaves out every row")
+    is_wrong = cuts.ends < 0
+    is_wrong[1:] |= cuts.ends[1:] < cuts.ends[:-1]
+    begins = cuts.firsts[:-1][cuts.positions > 0]
+    is_wrong[begins] = cuts.ends[begins] < 0
+    if is_wrong.any():
+        number = np.searchsorted(cuts.firsts, is_wrong.argmax(), side="right")
+        raise bad(path, f"cuts row {number} at bytes that it has not, or not in order")
     return cuts
 
 
 def _check(cuts: Cuts, path: Path, rows: Sequence[Row]) -> None:
     """Raise Damaged for cuts that these rows cannot have."""
     lengths = [len((row.prompt + (row.completion or "")).encode()) for row in rows]
-    if (cuts.positions < 0).any() or cuts.positions.sum(dtype=np.int64) != len(cuts.ends):
-        raise bad(path, f"its rows have {cuts.positions.sum(dtype=np.int64)} positions, {len(cuts.ends)} are there")
-    if not len(cuts.ends):
-        raise bad(path, "leaves out every row")
     spans = itertools.pairwise(cuts.firsts.tolist())
     for number, (row, length, (first, end)) in enumerate(zip(rows, lengths, spans, strict=True), 1):
         ends = cuts.ends[first:end]
         if len(ends) and (row.completion is None or len(ends) > length + 1):
             raise bad(path, f"cuts row {number} into {len(ends)} tokens, which cannot be")
-        if len(ends) and (ends[0] < 0 or ends[-1] > length or (np.diff(ends) < 0).any()):
-            raise bad(path, f"cuts row {number} at bytes that it has not, or not in order")
+        if len(ends) and ends[-1] > length:
+            raise bad(path, f"cuts row {number} at bytes that it has not")
 
 
 def reads(cuts: Cuts, vocabulary: Vocabulary, rows: Sequence[Row]) -> list[Read | None]:
     """Each row as its party reads it: cuts, and the token that follows each; -1 where no token has those bytes."""
+    from stages.distillation.alignment_figures import Read
+
     found: list[Read | None] = []
     for row, (first, end) in zip(rows, itertools.pairwise(cuts.firsts.tolist()), strict=True):
         ends = cuts.ends[first:end]

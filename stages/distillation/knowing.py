@@ -85,14 +85,6 @@ def known(
     return found
 
 
-def figures(found: Knowledge) -> dict[str, float]:
-    """What a manifest tells of knowledge: rows, nats of a row's completion, mean probability of the k tokens."""
-    k = found.tokens.shape[1]
-    kept = np.exp(found.log_probabilities[:, :k], dtype=np.float64).sum(axis=1).clip(max=1.0)
-    has = ~np.isnan(found.losses)
-    return {"rows": float(has.sum()), "loss": float(found.losses[has].mean()), "kept": float(kept.mean())}
-
-
 @torch.no_grad()
 def losses_of(tuned: Tuned, examples: Sequence[Pupil], rows: int, count: int, report: Report) -> np.ndarray:
     """How well a model knows each public row: float64 [count], in nats; NaN for one that its party leaves out.

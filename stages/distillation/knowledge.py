@@ -18,6 +18,7 @@ it is taken that a model cannot have said.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,7 @@ def parse_knowledge(content: bytes, path: Path, cuts: Cuts, expected: Told) -> K
     Raises Refused, naming the difference, for knowledge of other rows, another vocabulary or temperature than expected.
     """
     header = read_header(content, path)
-    said: dict[str, Any] = told_in(header, "knowledge")
-    kinds = {name: type(value) for name, value in asdict(expected).items()}
-    if said.pop("format", None) != FORMAT or {name: type(value) for name, value in said.items()} != kinds:
-        raise bad(path, f"does not say that it is a {FORMAT}")
+    said = asdict(_said(header, path))
     for name, value in asdict(expected).items():
         if said[name] != value:
             found, here = (str(one)[:16] for one in (said[name], value))
@@ -115,6 +113,22 @@ def parse_knowledge(content: bytes, path: Path, cuts: Cuts, expected: Told) -> K
     return knowledge
 
 
+def told_by_itself(content: bytes, path: Path) -> Told:
+    """Of what and how such a file says that it was told; no more of it is looked at. Raises Damaged."""
+    return _said(read_header(content, path), path)
+
+
+def _said(header: dict[str, Any], path: Path) -> Told:
+    said = told_in(header, "knowledge")
+    kinds = {"data_sha256": str, "vocabulary_sha256": str, "temperature": float, "vocabulary": int, "top_k": int}
+    if said.pop("format", None) != FORMAT or {name: type(value) for name, value in said.items()} != kinds:
+        raise bad(path, f"does not say that it is a {FORMAT}")
+    told = Told(**said)
+    if told.vocabulary < 1 or told.top_k < 1 or not 0 < told.temperature < math.inf:
+        raise bad(path, f"does not say that it is a {FORMAT}")
+    return told
+
+
 def check(knowledge: Knowledge, cuts: Cuts, path: Path) -> None:
     """Raise BadNumbers for NaN and infinity, Damaged for numbers that no model can have said of these rows."""
     told, has = knowledge.told, cuts.positions > 0
@@ -132,3 +146,11 @@ def check(knowledge: Knowledge, cuts: Cuts, path: Path) -> None:
     sums = -np.add.reduceat(chances.astype(np.float64), cuts.firsts[:-1][has])
     if (np.abs(sums - losses) > OFF_LOSS * (cuts.positions[has] + np.abs(losses))).any():
         raise bad(path, "a row's loss is not that of its tokens")
+
+
+def figures(found: Knowledge) -> dict[str, float]:
+    """What a manifest tells of knowledge: rows, nats of a row's completion, mean probability of the k tokens."""
+    k = found.tokens.shape[1]
+    kept = np.exp(found.log_probabilities[:, :k], dtype=np.float64).sum(axis=1).clip(max=1.0)
+    has = ~np.isnan(found.losses)
+    return {"rows": float(has.sum()), "loss": float(found.losses[has].mean()), "kept": float(kept.mean())}

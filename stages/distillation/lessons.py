@@ -9,14 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from stages.distillation.alignment import Alignment, mapped, matching
 from stages.distillation.cuts import Cuts
 from stages.distillation.knowledge import Knowledge
-from stages.distillation.pairs import Pair
+
+if TYPE_CHECKING:
+    from stages.distillation.pairs import Pair
 
 Kind = Literal["tokens", "sorted", "spans"]
 """What is compared: each token's probability, probabilities by rank, or how likely a piece of the answer is."""
