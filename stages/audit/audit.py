@@ -20,7 +20,7 @@ from stages.audit.check_clients import A6, clients_of
 from stages.audit.check_files import files_between, files_of
 from stages.audit.check_layout import A3, layout_of_adapter, layout_of_capture, same_layout
 from stages.audit.check_leaks import Words, leaks_between, leaks_of
-from stages.audit.check_numbers import drift_of, numbers_in_all, numbers_of
+from stages.audit.check_numbers import A5, drift_of, numbers_in_all, numbers_of
 from stages.audit.check_privacy import privacy_of
 from stages.audit.check_secagg import masked_of, rounds_of
 from stages.audit.check_secrets import secrets_in, vaults_of
@@ -150,6 +150,9 @@ def _numbers(state: Audit, folder: Folder, adapter: AnyAdapter | None) -> Iterab
 
 def _drift(state: Audit, found: list[Finding]) -> Iterator[Finding]:
     for scope in state.scopes:
+        if scope.learns_in_public:
+            yield A5.skip("nothing is averaged: every model is trained by itself")
+            continue
         yield from drift_of([folder for folder in state.folders if folder.scope is scope])
 
 
@@ -157,6 +160,9 @@ def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
     for scope in state.scopes:
         if scope.agreement and scope.agreement.aggregation.is_secure:
             yield A6.skip("secure mode: nobody sees a single client's update")
+            continue
+        if scope.learns_in_public:
+            yield A6.skip("no update travels: clients tell what they know of public rows, see A11")
             continue
         sound = [one for one in state.folders + state.beside if one.scope is scope and one.path in state.finite]
         try:

@@ -16,6 +16,12 @@ from stages.workspace.commands import Command
 from stages.workspace.layout import broadcast_in
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, round_name
 
+TAKEN_IN = {
+    "aggregate": ("client-train", "is not in the average"),
+    "co-distill": ("share-knowledge", "is not in what the LLM learned from"),
+}
+"""What a step of the server takes in of every client in a round, and what is said of one that it did not."""
+
 
 def manifest_of(folder: Folder) -> Iterator[Finding]:
     """Of one folder: that its manifest can be read, belongs where it lies, and was made under this agreement."""
@@ -131,32 +137,32 @@ def _forks(ours: list[Folder]) -> Iterator[Finding]:
 
 def _agreement(ours: list[Folder]) -> Iterator[Finding]:
     """Folders of one federation that differ in the agreement, the base model or the shape of the adapter."""
-    first: dict[tuple[str, str], Folder] = {}
+    agreed: dict[tuple[str, str], Folder] = {}
+    first: dict[tuple[str, str, int | None], Folder] = {}
     for folder in ours:
         manifest = folder.said
-        before = first.setdefault((manifest.federation, manifest.role), folder)
-        other = before.said
-        for name in ("agreement_sha256", "base", "lora"):
+        same = agreed.setdefault((manifest.federation, manifest.role), folder)
+        model = first.setdefault((manifest.federation, manifest.role, folder.owner), folder)
+        for name, before in (("agreement_sha256", same), ("base", model), ("lora", model)):
+            other = before.said
             is_same = getattr(manifest, name) == getattr(other, name)
             if not is_same and not (name == "base" and manifest.base.is_of(other.base)):
                 yield A1.fail(folder.shown, f"has another {name} than {before.shown}", "the same in all folders")
 
 
 def _left_out(folder: Folder, ours: list[Folder]) -> Iterator[Finding]:
-    """Updates of a round that are here and not in its average."""
+    """Updates of a round that are here and not in its average; what clients told, and the LLM did not learn from."""
     manifest = folder.said
-    if manifest.stage != "aggregate":
+    if manifest.stage not in TAKEN_IN:
         return
+    sent, said = TAKEN_IN[manifest.stage]
     for other in ours:
         update = other.said
         if _is_kept(other) or _is_earlier(other):
             continue
-        of_round = update.stage == "client-train" and (update.federation, update.round) == (
-            manifest.federation,
-            manifest.round,
-        )
-        if of_round and f"client-{update.client}" not in manifest.parents:
-            yield A1.warn(other.shown, "is not in the average of its round: it came too late, or was left out")
+        of_round = (update.stage, update.federation, update.round) == (sent, manifest.federation, manifest.round)
+        if of_round and update.client and f"client-{update.client}" not in manifest.parents:
+            yield A1.warn(other.shown, f"{said} of its round: it came too late, or was left out")
 
 
 def _other_weights(folder: Folder, ours: dict[Path, Folder]) -> Iterator[Finding]:

@@ -98,6 +98,7 @@ def _settings(adapter: AnyAdapter, settings: str) -> Iterator[Finding]:
 def _against_manifest(folder: Folder, adapter: AnyAdapter) -> Iterator[Finding]:
     assert folder.manifest is not None
     agreement, manifest = folder.scope.agreement, folder.manifest
+    agreement = agreement.of_client(manifest.client) if agreement and manifest.client else agreement
     lora = agreement.model_of(manifest.role).lora if agreement else manifest.lora
     content = folder.contents.get(ADAPTER_CONFIG)
     if content is not None:
@@ -122,12 +123,12 @@ def layout_of_capture(folder: Folder) -> Iterator[Finding]:
 
 def same_layout(layouts: dict[Path, Layout], folders: list[Folder]) -> Iterator[Finding]:
     """That the adapters of one model of one federation have the same tensors."""
-    first: dict[tuple[str, str], Folder] = {}
+    first: dict[tuple[str, str, int | None], Folder] = {}
     readable = [folder for folder in folders if folder.path in layouts]
     for folder in readable:
         if folder.manifest is None:
             continue
-        before = first.setdefault((folder.manifest.federation, folder.manifest.role), folder)
+        before = first.setdefault((folder.manifest.federation, folder.manifest.role, folder.owner), folder)
         found, expected = layouts[folder.path], layouts[before.path]
         if found != expected:
             names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))

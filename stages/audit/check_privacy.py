@@ -19,6 +19,8 @@ from stages.workspace.agreement import Privacy
 
 A10 = Check("A10", "privacy")
 
+TRAINED = ("client-train", "share-knowledge", "client-distill")
+"""What a client makes with its private rows, and what is made of that alone, which costs nothing more."""
 TOLERANCE = 1e-3
 """Of epsilon, relative: what another version of the accountant may differ by."""
 
@@ -31,7 +33,7 @@ def privacy_of(scope: Scope, folders: list[Folder], client: int | None) -> Itera
         return
     claims: dict[int, list[tuple[Folder, Manifest]]] = {}
     for folder in folders:
-        if folder.manifest and folder.manifest.stage == "client-train" and folder.manifest.client:
+        if folder.manifest and folder.manifest.stage in TRAINED and folder.manifest.client:
             claims.setdefault(folder.manifest.client, []).append((folder, folder.manifest))
     for k, of_client in claims.items():
         yield from _claims(of_client, agreement.privacy, _borne_out(scope, k))

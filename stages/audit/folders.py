@@ -29,8 +29,11 @@ from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SE
 from stages.workspace.paths import Workspace
 
 ROUND = re.compile(r"round-[0-9]{4}")
-PARTY = re.compile(r"(client|reveal)-[1-9][0-9]{0,8}|broadcast|close|aggregate|captured-(slm|llm)|slm|llm")
-BY_CLIENT = re.compile(r"(?:client|reveal)-([1-9][0-9]{0,8})(?:\.json|\.json\.sig)?")
+PARTY = re.compile(
+    r"(client|reveal|vocabulary-client)-[1-9][0-9]{0,8}|(vocabulary-)?server"
+    r"|broadcast|close|aggregate|captured-(slm|llm)|slm|llm|trained"
+)
+BY_CLIENT = re.compile(r"(?:client|reveal|vocabulary-client)-([1-9][0-9]{0,8})(?:\.json|\.json\.sig)?")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 FOLDER = "a folder"
 READ = (".json", ".safetensors", ".sig", SEALED_REVEAL)
@@ -68,6 +71,11 @@ class Scope:
             return Onlooker(self.workspace).members if self.workspace else None
         except (Problem, OSError):
             return None
+
+    @property
+    def learns_in_public(self) -> bool:
+        """Whether what travels are vocabularies and knowledge of public rows, and no adapter."""
+        return self.agreement is not None and self.agreement.federation.learns_in_public
 
     @property
     def exchanged(self) -> Path:
@@ -131,6 +139,18 @@ class Folder:
     def claims_to_be(self) -> str:
         """Where its manifest says that it belongs."""
         return place_of(self.said, self.scope.workspace if self.scope.agreement else None)
+
+    @property
+    def owner(self) -> int | None:
+        """The client whose own model it is of; None: of one that all have.
+
+        Outside of a workspace, what a client tells is taken to be of its own.
+        """
+        number, agreement = self.said.client, self.scope.agreement
+        if agreement is None:
+            return number if self.said.stage in ("align", "share-knowledge", "client-distill") else None
+        own = agreement.clients.get(str(number))
+        return number if own and own.slm else None
 
     @property
     def is_adapter(self) -> bool:
@@ -236,7 +256,7 @@ def _check_vouched_for(folder: Folder, name: str) -> None:
         except Problem as problem:
             raise Damaged(f"has {size_bytes} bytes, {unread}: {problem.message}") from problem
     if workspace and folder.scope.agreement:
-        check_sizes(found, workspace)
+        check_sizes(found, workspace.of_client(manifest.client) if manifest.client else workspace)
 
 
 def said_by(problem: Problem | OSError) -> str:

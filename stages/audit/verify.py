@@ -93,6 +93,9 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
 def _folders(workspace: Workspace, round: int) -> Iterator[tuple[Path, Stage, int | None]]:
     """A round's folders in the order in which they are made; clients' readable adapters of secure mode among them."""
     yield workspace.broadcast(round), "broadcast", None
+    if workspace.agreement.federation.learns_in_public:
+        yield from _in_public(workspace, round)
+        return
     for client in workspace.clients:
         for place in {workspace.client_adapter(round, client): None, workspace.client_update(round, client): None}:
             yield place, "client-train", client
@@ -104,6 +107,21 @@ def _folders(workspace: Workspace, round: int) -> Iterator[tuple[Path, Stage, in
         yield workspace.captured(round, role), "capture", None
     for place in (workspace.llm(round), workspace.slm(round)):
         yield place, "co-distill", None
+
+
+def _in_public(workspace: Workspace, round: int) -> Iterator[tuple[Path, Stage, int | None]]:
+    """Those of a round of FedMKT, after the broadcast; what was told before round 1 is of that."""
+    parties = (None, *workspace.clients)
+    if round == 1:
+        for party in parties:
+            yield workspace.vocabulary(party), "align", party
+    for client in workspace.clients:
+        yield workspace.client_trained(round, client), "client-train", client
+        yield workspace.knowledge(round, client), "share-knowledge", client
+    yield workspace.llm(round), "co-distill", None
+    yield workspace.knowledge(round, None), "share-knowledge", None
+    for client in workspace.clients:
+        yield workspace.client_adapter(round, client), "client-distill", client
 
 
 def _check_roster(workspace: Workspace, members: Roster, pinned_by: Party | None) -> None:
