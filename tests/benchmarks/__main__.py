@@ -15,11 +15,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.benchmarks import aggregate, client_train, co_distill, commands, gpu, on_slurm, secagg, two_phases
+from tests.benchmarks import aggregate, client_train, co_distill, commands, gpu, knowledge, on_slurm, secagg, two_phases
 
 BENCHMARKS = {
     "client-train": client_train.measure,
     "co-distill": co_distill.measure,
+    "fedmkt": knowledge.measure,
     "aggregate": aggregate.measure,
     "commands": commands.measure,
     "secagg": secagg.measure,
