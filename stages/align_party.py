@@ -15,6 +15,7 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import already_made, publish
 from stages.artefacts.steps import Over, Step
 from stages.files import writing
+from stages.parties import names
 from stages.parties.party import Party
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
@@ -84,7 +85,7 @@ class ShareVocabulary(Step[Own, Draft, Manifest]):
         from stages.models.loading import Models
         from stages.models.token_bytes import vocabulary_of
 
-        self.report(Event("stage", f"align: the vocabulary of {self.party.name}"))
+        self.report(Event("stage", f"align: how {names.said(self.party.name)} reads"))
         public, outline = read_public(self.party, self.report), Models(self.workspace).outline(self.role)
         whose = "the LLM" if self.party.is_server else f"client {self.party.number}'s model"
         vocabulary = vocabulary_of(outline.tokenizer, outline.vocabulary, whose)

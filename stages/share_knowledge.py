@@ -21,6 +21,7 @@ from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.artefacts.steps import Over, Step
 from stages.files import writing
+from stages.parties import names
 from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
@@ -113,7 +114,7 @@ class ShareKnowledge(Step[Opened, Computed, Manifest]):
         from stages.distillation.pairs import voice_of
         from stages.distillation.public import read_public
 
-        self.report(Event("stage", f"share-knowledge, round {self.round}, {self.party.name}"))
+        self.report(Event("stage", f"share-knowledge, round {self.round}, {names.said(self.party.name)}"))
         public = read_public(self.party, self.report)
         voice, start = voice_of(self.party, self.client, public), self._start()
         parents = {f"vocabulary-{self.party.name}": voice.sha256}

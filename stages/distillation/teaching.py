@@ -37,7 +37,8 @@ def told_by(party: Party, round: int, client: int | None, public: Public, voice:
     """What another party (None: the server) has told of the public rows in a round. Raises as received does."""
     name, folder = names.of(client), party.workspace.knowledge(round, client)
     share = Command("share-knowledge", client=client, server=client is None, round=round)
-    missing = f"what {name} knows in round {round} is not there", f"{share}, at {name}; then carry exchange/ here"
+    where = f"{share}" + ("" if party.name == name else f", at {names.said(name)}; then carry exchange/ here")
+    missing = f"what {names.said(name)} knows in round {round} is not there", where
     found = received(folder, by=party, stage="share-knowledge", round=round, client=client, missing=missing)
     expected = told_of(party.workspace, public, voice)
     return parse_knowledge(found.contents.pop(KNOWLEDGE), folder / KNOWLEDGE, voice.cuts, expected), found
@@ -94,12 +95,14 @@ def choose(
     shares = chosen(own, {lesson.teacher: lesson.losses for lesson in lessons}, select)
     rows = int((~np.isnan(own)).sum())
     won = {teacher: int((share > 0).sum()) for teacher, share in shares.items()}
-    report(Event("note", f"{student} learns of {rows} rows: " + ", ".join(f"{n} from {who}" for who, n in won.items())))
+    told = ", ".join(f"{count} from {names.said(who)}" for who, count in won.items())
+    report(Event("note", f"{student} learns of {rows} rows: {told}"))
     nothing = [who for who, count in won.items() if not count]
     if not any(won.values()) and won:
         report(Event("warning", f"nobody teaches {student} anything: it knows each row better; answers alone train it"))
     elif nothing and select == "min-ce":
-        report(Event("warning", f"{', '.join(nothing)} knew no row best, and teaches {student} nothing in this round"))
+        who = ", ".join(map(names.said, nothing))
+        report(Event("warning", f"{who} knew no row best, and teaches {student} nothing in this round"))
     return list(shares.values()), {f"rows_from_{who}": float(count) for who, count in won.items()}
 
 
