@@ -55,7 +55,7 @@ def voice_of(party: Party, client: int | None, public: Public) -> Voice:
     """What a party (None: the server) has told of how it reads these rows. Raises as received and the parsers do."""
     workspace, name = party.workspace, names.of(client)
     folder = workspace.vocabulary(client)
-    where = f"{aligned_by(client)}" + ("" if party.name == name else f" there; then carry exchange/ here")
+    where = f"{aligned_by(client)}" + ("" if party.name == name else " there; then carry exchange/ here")
     missing = f"{names.said(name)} has not told its vocabulary", where
     found = received(folder, by=party, stage="align", round=1, client=client, missing=missing)
     vocabulary = parse_vocabulary(found.contents[VOCABULARY], folder / VOCABULARY)
