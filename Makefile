@@ -1,19 +1,20 @@
 # make demo: the whole thing in a few minutes. make test: lint, types, tests. Both set up .venv first; tests, Snakemake too.
-.PHONY: demo test lint types tests docs bench clean
+.PHONY: demo test lint types compiled tests docs bench clean
 MAKEFLAGS += --jobs=3
 PYTHON ?= python3
 BIN := .venv/bin
 SNAKEMAKE := .venv-snakemake/bin/snakemake
+export PYTHONDONTWRITEBYTECODE =  # nothing is compiled when it is installed; what is imported is, the first time
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . \
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable . \
 		pytest pytest-xdist ruff mypy tensorboard playwright hypothesis opacus dp-accounting bitsandbytes
 	touch $@
 
 $(SNAKEMAKE):
 	$(PYTHON) -m venv .venv-snakemake
-	.venv-snakemake/bin/python -m pip install --quiet --disable-pip-version-check 'snakemake>=9.27,<10'
+	.venv-snakemake/bin/python -m pip install --quiet --no-compile --disable-pip-version-check 'snakemake>=9.27,<10'
 
 demo: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/fedcollm demo fedcollm-demo
@@ -28,7 +29,11 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-tests: .venv/installed $(SNAKEMAKE)
+# Compiles what is imported, once, before several processes import it at a time.
+compiled: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --collect-only --quiet >.venv/collected || (cat .venv/collected; false)
+
+tests: compiled $(SNAKEMAKE)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FEDCOLLM_SNAKEMAKE=$(CURDIR)/$(SNAKEMAKE) $(BIN)/python -m pytest \
 		--numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 

@@ -6,8 +6,9 @@ import fcntl
 import gc
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,26 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-@pytest.fixture(scope="module", autouse=True)
+frozen = {"modules": 0}
+
+
+@pytest.fixture(autouse=True)
 def frozen_garbage() -> None:
     """Trainer collects garbage whenever it begins: a third of a second, unless what is imported is kept out of it."""
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > frozen["modules"]:
+        frozen["modules"] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect no garbage while all is imported: there is none."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

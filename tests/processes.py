@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import os
 import resource
@@ -183,6 +184,7 @@ def _meet(
 
     from stages.runtime import processes
 
+    gc.freeze()  # what the server has imported is not looked through in each of its children
     torch.set_num_threads(1)
     talk.send(function(processes.join(rank, count, local_rank=rank, device="cpu", address=address), *arguments))
 
@@ -190,6 +192,7 @@ def _meet(
 def _call(
     words: list[str], out: Connection, err: Connection, folder: str, environment: dict[str, str], limits: Limits
 ) -> None:
+    gc.freeze()  # what the server has imported is not looked through in each of its children
     os.environ.update(environment)
     if folder:
         os.chdir(folder)

@@ -6,7 +6,6 @@ import math
 import sys
 
 import pytest
-from dp_accounting.pld import privacy_loss_distribution as pld
 
 from stages.accounting.accountant import Charge, least_noise, total_epsilon
 from stages.runtime.errors import UsageProblem
@@ -16,6 +15,8 @@ SPEC = Charge(1.0, 64 / 10_000, 1570)  # 10,000 rows, batches of 64, ten epochs
 
 def by_dp_accounting(charges: list[Charge], delta: float) -> float:
     """Epsilon from privacy loss distributions, by dp-accounting."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     parts = [
         pld.from_gaussian_mechanism(noise, sampling_prob=rate, use_connect_dots=True).self_compose(steps)
         for noise, rate, steps in charges
