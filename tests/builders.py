@@ -248,6 +248,20 @@ def make_unlike_workspace(folder: Path, unlike_models: Path) -> Path:
 QUESTIONS = 20
 
 
+def make_unlike_study(folder: Path, unlike_models: Path) -> Path:
+    """A workspace of FedMKT to compare methods in, its task named as one of the paper's."""
+    make_unlike_workspace(folder, unlike_models)
+    toml = folder / "fedcollm.toml"
+    toml.write_text(toml.read_text().replace("1e-2", "0.1").replace("colours", "arc_easy"))
+    edit(toml, "rounds = 2", "rounds = 1")
+    edit(folder / "tasks/colours.yaml", "colours", "arc_easy")
+    (folder / "tasks/colours.yaml").rename(folder / "tasks/arc_easy.yaml")
+    edit(toml, "steps = 6", "steps = 3")
+    edit(toml, "steps = 5", "epochs = 1.0")
+    ask(folder)
+    return folder
+
+
 def make_study(folder: Path, base_models: Path) -> Path:
     """A workspace to compare methods in: two clients with unequal data, counted in epochs, and questions on which even
     a little training changes answers."""
@@ -261,13 +275,18 @@ def make_study(folder: Path, base_models: Path) -> Path:
     write_rows(folder / "private/client-1/train.jsonl", rows(11))
     write_rows(folder / "private/client-2/train.jsonl", rows(5, start=20))
     write_rows(folder / "private/server/auxiliary.jsonl", rows(7, start=30))
+    ask(folder)
+    return folder
+
+
+def ask(folder: Path) -> None:
+    """Put questions of random words into a workspace."""
     draw = random.Random(1)
     asked = []
     for _ in range(QUESTIONS):
         words = draw.sample(WORDS, 9)
         asked.append({"question": " ".join(words[:6]), "choices": words[6:], "answer": draw.randrange(3)})
     (folder / "data/test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
-    return folder
 
 
 def edit(path: Path, old: str, new: str) -> None:

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from builders import Outcome, make_base_models, make_study, make_unlike_models, make_unlike_workspace, make_workspace
+from builders import (
+    Outcome,
+    make_base_models,
+    make_study,
+    make_unlike_models,
+    make_unlike_study,
+    make_unlike_workspace,
+    make_workspace,
+)
 from command_line import give
 
 Once = Callable[[str, Callable[[Path], object]], Path]
@@ -142,11 +150,11 @@ def studied_once(once: Once, base_models: Path) -> Path:
         import stages.evaluation.scoring  # noqa: F401
         import stages.training.training  # noqa: F401
         from stages.federation.compare import run_all
-        from stages.study.results import METHODS
+        from stages.study.table_rows import FEDCOLLM
         from stages.workspace.paths import Workspace
 
         gc.freeze()
-        run_all(Workspace(make_study(top / "study", base_models)), seeds=[7, 8], methods=METHODS)
+        run_all(Workspace(make_study(top / "study", base_models)), seeds=[7, 8], methods=FEDCOLLM)
 
     return once("studied", fill) / "study"
 
@@ -180,6 +188,26 @@ def unlike_once(once: Once, unlike_models: Path) -> Path:
 def unlike(unlike_once: Path, tmp_path: Path) -> Path:
     """A finished workspace of FedMKT of one's own."""
     return shutil.copytree(unlike_once, tmp_path / "study", symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def unlike_studied_once(once: Once, unlike_models: Path) -> Path:
+    """A workspace of FedMKT with all its baselines, scored, from one seed; made once, to be read only."""
+
+    def fill(top: Path) -> None:
+        from stages.federation.compare import run_all
+        from stages.study.table_rows import FEDMKT
+        from stages.workspace.paths import Workspace
+
+        run_all(Workspace(make_unlike_study(top / "study", unlike_models)), seeds=[7], methods=FEDMKT)
+
+    return once("unlike-studied", fill) / "study"
+
+
+@pytest.fixture
+def unlike_studied(unlike_studied_once: Path, tmp_path: Path) -> Path:
+    """Such a study of one's own."""
+    return shutil.copytree(unlike_studied_once, tmp_path / "study", symlinks=True)
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ def compare(
     results/ here, in baselines/ and in seeds/. With --seeds, it runs what is missing. Prints means, deviations over
     seeds, and paired differences with 95 % intervals. It names a winner only if the interval supports it. fedavg-aux
     trains on the auxiliary data without distillation. So FedCoLLM minus fedavg-aux is the effect of distillation.
+    With FedMKT that is FedMKT minus standalone-public. Where clients have models of their own, each has rows of its
+    own, and methods that average are left out.
 
     Example: fedcollm compare --seeds 1,2,3
     """

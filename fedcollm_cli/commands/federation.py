@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from fedcollm_cli.session import OverwriteOption, Session, in_workspace
 from fedcollm_cli.views import progress
 from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
+from stages.workspace.agreement import Method
 
 
 @in_workspace("quiet", "device", "dtype")
 def run(
     *,
     method: Annotated[
-        Literal["fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized"] | None,
+        Method | None,
         typer.Option("--method", help="Another method than the agreement's, in baselines/METHOD."),
     ] = None,
     rounds: Annotated[str | None, typer.Option("--rounds", help="Such as 3 or 1-5. Default: all.")] = None,
@@ -32,6 +33,8 @@ def run(
     --method runs another method, with the same data and the same budgets, in a separate workspace, baselines/METHOD.
     fedavg: no training at the server. fedavg-aux: the server trains both models on the auxiliary
     data, without distillation. standalone: each client alone. centralized: the LLM on the data of all parties together.
+    fedmkt: each client keeps a model of its own, and what models know of public rows travels. llm2slm: so too, but the
+    LLM stays as it is. standalone-public: each client also trains on the public rows, and learns from nobody.
 
     Example: fedcollm run --method fedavg-aux
     """

@@ -14,6 +14,7 @@ from rich.console import Group
 from rich.table import Table as Drawn
 
 from stages.paper.reported import LABELS
+from stages.parties.names import said
 from stages.runtime import texts
 from stages.workspace.commands import Command
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from stages.federation.sweep import Swept
     from stages.study.budgets import Spent
     from stages.study.comparison import Comparison
-    from stages.study.results import Row, Table
     from stages.study.statistics import Difference, Estimate
+    from stages.study.table_rows import Row, Table
 
 TITLES: dict[Table, str] = {
     "llm": "the server's LLM (the paper's Table 1)",
@@ -30,23 +31,29 @@ TITLES: dict[Table, str] = {
     "slm": "the server's SLM, which the clients would go on with",
 }
 POINTS = "points [95 % interval; * where it excludes zero]"
+TITLES_OF_FEDMKT = TITLES | {"llm": "the server's LLM", "clients": TITLES["clients"].replace("Table 2", "Table 3")}
 SHORT: dict[Table, str] = {"llm": "the LLM", "clients": "clients' own SLMs", "slm": "the server's SLM"}
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table in words: drawn on a terminal, or written as Markdown. named: so many columns first hold names."""
+    """A table in words: drawn on a terminal, or written as Markdown.
+
+    named: so many columns first hold names; left: so many first are drawn to the left.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     named: int = 1
+    left: int = 1
 
     def drawn(self) -> Group:
         """For a terminal."""
         table = Drawn(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for number, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+            is_left = number < self.left
+            table.add_column(name, justify="left" if is_left else "right", no_wrap=is_left)
         for row in self.rows:
             table.add_row(*row)
         return Group(self.title, table)
@@ -73,28 +80,56 @@ def as_markdown(found: Comparison) -> str:
 
 def sheets(found: Comparison) -> list[Sheet]:
     """Tables 1 and 2, the server's SLM, the differences, the budgets."""
-    tables = [_accuracies(found, name) for name in found.tables]
-    return [*tables, *([_differences(found)] if any(found.differences.values()) else []), _budgets(found)]
+    own = [name for name in found.tables if is_of_client(name)]
+    tables = [_accuracies(found, name) for name in found.tables if name not in own]
+    tables += [_each_client(found, own)] if own else []
+    differences = _differences_of_each if own else _differences
+    return [*tables, *([differences(found)] if any(found.differences.values()) else []), _budgets(found)]
+
+
+def is_of_client(name: Table) -> bool:
+    """Whether a table is of one client's own model."""
+    return name not in TITLES
+
+
+def short(name: Table) -> str:
+    """Whose models a table scores."""
+    return SHORT.get(name) or f"{said(name)}'s SLM"
 
 
 def _accuracies(found: Comparison, name: Table) -> Sheet:
-    rows = found.tables[name]
-    tasks = _tasks(rows)
+    tasks, in_paper = _columns(found, [name])
+    titles = TITLES if "slm" in found.tables else TITLES_OF_FEDMKT
+    title = titles[name].format(clients=found.clients)
+    columns = ["method", *tasks, *(f"{task}, paper" for task in in_paper)]
+    return Sheet(f"{title}: {found.metric} in %", columns, _lines(found, name, tasks, in_paper))
+
+
+def _each_client(found: Comparison, names: list[Table]) -> Sheet:
+    """A line for each client's own model and method."""
+    tasks, in_paper = _columns(found, names)
+    columns = ["client", "method", *tasks, *(f"{task}, paper" for task in in_paper)]
+    lines = [[said(name), *line] for name in names for line in _lines(found, name, tasks, in_paper)]
+    return Sheet(f"each client's own SLM (the paper's Table 2): {found.metric} in %", columns, lines, named=2, left=2)
+
+
+def _columns(found: Comparison, names: list[Table]) -> tuple[list[str], list[str]]:
+    """The tasks of some tables, and those for which the paper has a figure."""
+    tasks = _tasks(found.tables[names[0]])
+    reported = [row for name in names for row in _reported(found, name).values()]
+    return tasks, [task for task in tasks if any(task in row for row in reported)]
+
+
+def _lines(found: Comparison, name: Table, tasks: list[str], in_paper: list[str]) -> list[list[str]]:
     reported = _reported(found, name)
-    in_paper = [task for task in tasks if any(task in row for row in reported.values())]
-    title = TITLES[name].format(clients=found.clients)
-    return Sheet(
-        f"{title}: {found.metric} in %",
-        ["method", *tasks, *(f"{task}, paper" for task in in_paper)],
+    return [
         [
-            [
-                LABELS[row],
-                *(_accuracy(by_task[task]) for task in tasks),
-                *(str(reported[row].get(task, "-")) for task in in_paper),
-            ]
-            for row, by_task in rows.items()
-        ],
-    )
+            LABELS[row],
+            *(_accuracy(by_task[task]) for task in tasks),
+            *(str(reported.get(row, {}).get(task, "-")) for task in in_paper),
+        ]
+        for row, by_task in found.tables[name].items()
+    ]
 
 
 def _reported(found: Comparison, name: Table) -> dict[Row, dict[str, float]]:
@@ -115,13 +150,29 @@ def _accuracy(found: Estimate) -> str:
 def _differences(found: Comparison) -> Sheet:
     """FedCoLLM minus each other method, over all questions: a column for each table."""
     tables = found.differences
-    others = [row for row in LABELS if any(row in rows for rows in tables.values())]
+    lines = [[LABELS[row], *(_minus(tables[name], row) for name in tables)] for row in _others(found)]
+    title = f"{LABELS[found.compared]} minus the other methods, {POINTS}"
+    return Sheet(title, ["minus", *(short(name) for name in tables)], lines)
+
+
+def _differences_of_each(found: Comparison) -> Sheet:
+    """FedMKT minus each other method, a line for each model: of clients there can be many."""
+    others = _others(found)
+    mean = {"clients": "mean of clients"}
     lines = [
-        [LABELS[row], *(_difference(_overall(tables[name], row)) if row in tables[name] else "-" for name in tables)]
-        for row in others
+        [mean.get(name, short(name)), *(_minus(rows, row) for row in others)]
+        for name, rows in found.differences.items()
     ]
-    title = f"FedCoLLM minus the other methods, {POINTS}"
-    return Sheet(title, ["minus", *(SHORT[name] for name in tables)], lines)
+    title = f"{LABELS[found.compared]} minus the other methods, {POINTS}"
+    return Sheet(title, ["of", *(f"minus {LABELS[row]}" for row in others)], lines)
+
+
+def _others(found: Comparison) -> list[Row]:
+    return [row for row in LABELS if any(row in rows for rows in found.differences.values())]  # type: ignore[misc]
+
+
+def _minus(rows: Mapping[Row, Mapping[str, Difference]], row: Row) -> str:
+    return _difference(_overall(rows, row)) if row in rows else "-"
 
 
 def _overall(rows: Mapping[Row, Mapping[str, Difference]], row: Row) -> Difference:
@@ -163,8 +214,8 @@ def _range(clients: list[Spent], key: str) -> str:
 
 def notes(found: Comparison) -> list[str]:
     """What the tables rest on."""
-    by_task = next(iter(found.tables["slm"].values()))
-    last = by_task[_tasks(found.tables["slm"])[-1]]
+    rows = found.tables.get("slm") or found.tables["llm"]
+    last = next(iter(rows.values()))[_tasks(rows)[-1]]
     seeds = ", ".join(map(str, found.seeds))
     several = len(found.seeds) > 1
     lines = [
@@ -173,10 +224,13 @@ def notes(found: Comparison) -> list[str]:
         + f"; {last.questions} questions, themselves a sample: ± {100 * last.binomial:.1f}",
         *found.remarks,
     ]
-    if "fedavg-aux" in found.tables["slm"]:
+    if "fedavg-aux" in rows:
         lines.append("FedAvg + D^a: the server trains both models on the auxiliary data, without distillation")
-    if bought := [(name, rows) for name, rows in found.differences.items() if "fedavg-aux" in rows]:
-        words = [f"{SHORT[name]} {_bought(_overall(rows, 'fedavg-aux'))}" for name, rows in bought]
+    if "standalone-public" in found.methods:
+        lines.append("Standalone + D_p: each client trains on the public rows too, and learns from nobody")
+    plain: Row = "fedavg-aux" if found.compared == "fedcollm" else "standalone-public"
+    if bought := [(name, rows) for name, rows in found.differences.items() if plain in rows]:
+        words = [f"{short(name)} {_bought(_overall(rows, plain))}" for name, rows in bought]
         lines.append(f"what distillation bought beyond that, in points: {'; '.join(words)}")
     if found.paper:
         lines.append(f"paper: setting {found.paper.setting}; {found.paper.source}")
@@ -212,7 +266,7 @@ def swept(found: Swept) -> list[Sheet]:
     axes = [key.rpartition(".")[2] for key in found.axes]
     values = [[str(row.settings[key]) for key in found.axes] for row in found.rows]
     tables = list(found.rows[0].scores)
-    columns = [*axes, *(SHORT[table] for table in tables)]
+    columns = [*axes, *(short(table) for table in tables)]
     scores = [[_accuracy(row.scores[table]) for table in tables] for row in found.rows]
     minus = [[_difference(row.minus_first[table]) for table in tables] for row in found.rows if row.minus_first]
     seeds = f"seed{'s' if len(found.seeds) > 1 else ''} {', '.join(map(str, found.seeds))}"

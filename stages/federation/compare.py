@@ -7,10 +7,11 @@ Writes nothing else. Names no winner that the error bars do not support.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.evaluate import evaluate
-from stages.federation.run import derived, run
+from stages.federation.run import derived, run, score_bases
 from stages.runtime.events import Event, Report, ignore
 from stages.study import comparison
 from stages.workspace.agreement import Method
@@ -35,11 +36,11 @@ def compare(
     report: Report = ignore,
 ) -> comparison.Comparison:
     """Run what is missing of the seeds that are given, unless collect is set; then compare, as study's compare does."""
-    from stages.study import results
+    from stages.study import table_rows
 
     comparison.check_no_baseline(workspace)
     if seeds and not collect:
-        wanted = list(methods or results.METHODS)
+        wanted = list(methods or table_rows.methods_of(workspace))
         run_all(workspace, seeds=seeds, methods=wanted, overwrite=overwrite, models=models, report=report)
     return comparison.compare(workspace, seeds=seeds, methods=methods, paper=paper, metric=metric, report=report)
 
@@ -60,14 +61,13 @@ def run_all(
     for method in set(methods) - {workspace.agreement.federation.method}:
         variants.baseline(workspace, method)  # what this workspace cannot have is refused before hours of work
     models = models or Models(workspace)
-    for role in ("slm", "llm"):
-        evaluate(workspace, model=role, models=models, report=report)
+    score_bases(workspace, partial(evaluate, workspace, models=models, report=report))
     for seed in seeds:
         own = workspace
         if seed != workspace.agreement.federation.seed:
             made_by = Command("compare", seeds=",".join(map(str, seeds)))
             replica = variants.replica(workspace, seed)
             own = derived(workspace, *replica, made_by=made_by, overwrite=overwrite, report=report)
-        for method in methods:
+        for method in sorted(methods, key=lambda one: one != own.agreement.federation.method):  # on whose budgets
             report(Event("round", f"{method}, seed {seed}"))
             run(own, method=method, overwrite=overwrite, models=models.of(own), report=report)

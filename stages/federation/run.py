@@ -82,7 +82,7 @@ def run(
         _enrol(workspace, renew=overwrite, report=report)
     if not overwrite:
         _check_agreement(workspace, rounds[-1])
-    results = _bases(workspace, score) if scores and not is_derived else []
+    results = score_bases(workspace, score) if scores and not is_derived else []
     if federation.learns_in_public:
         align_all(workspace, _here(workspace, rounds[0], overwrite), overwrite=overwrite, report=report)
     for round in rounds:
@@ -157,7 +157,7 @@ def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, re
         co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
 
 
-def _bases(workspace: Workspace, score: Callable[..., Result]) -> list[Result]:
+def score_bases(workspace: Workspace, score: Callable[..., Result]) -> list[Result]:
     """The scores of the bases alone: of every model that somebody tunes."""
     own = [client for client in workspace.clients if workspace.of_client(client).own_model]
     shared = [] if len(own) == len(workspace.clients) else [score(model="slm")]

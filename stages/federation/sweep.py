@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from stages.models.loading import Models
-    from stages.study.results import Study, Table
+    from stages.study.results import Study
     from stages.study.statistics import Difference, Estimate
+    from stages.study.table_rows import Table
     from stages.study.variants import Changes
 
 SEED = "federation.seed"
@@ -117,6 +118,9 @@ def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Cha
         if key.startswith("evaluation.") or (key == "data.tasks" and not evaluation.tasks):
             message = f"{key} decides the questions, and scores on different ones cannot be compared"
             raise UsageProblem(message, mend=f"leave {key} out; other questions need a workspace of their own")
+        if key == "federation.clients" and not workspace.agreement.is_of_one_slm:
+            mend = f"leave {key} out; a study with other clients needs a workspace of its own"
+            raise UsageProblem(f"{key} decides whose models there are, and each is compared with itself", mend=mend)
         if not values:
             raise UsageProblem(f"no value for {key}", mend=f"such as --set {key}=1,2")
     if not grid:
@@ -172,10 +176,10 @@ def _scores(study: Study, metric: str) -> dict[Table, np.ndarray]:
     """Of each of the federation's models, over all questions of all tasks: [seeds, questions]."""
     import numpy as np
 
-    from stages.study import results, scores
+    from stages.study import scores, table_rows
 
     method = study.methods[0]
-    tables: list[Table] = [table for table, rows in results.ROWS.items() if method in rows]
+    tables = [table for table, rows in table_rows.rows_of(study.root).items() if method in rows]
     means = {table: scores.mean_of(scores.scores(study, table, method, metric)) for table in tables}
     return {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
 

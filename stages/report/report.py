@@ -28,8 +28,8 @@ from stages.workspace.paths import Workspace
 if TYPE_CHECKING:
     from stages.report.charts import Chart
     from stages.report.drawing import Absent
-    from stages.study.results import Row
     from stages.study.statistics import Difference
+    from stages.study.table_rows import Row
 
     Differences = Mapping[Row, Mapping[str, Difference]]
 

@@ -1,13 +1,15 @@
 """The ledger of training: optimiser steps, examples and tokens of each party, from the manifests.
 
-Methods are compared only where each was given as much: every client's local training is the same by all methods, and
-every LLM is tuned for as many steps and examples as co-distill takes.
+Methods are compared only where each was given as much: every client's local training is the same by all methods, its
+training on public rows by all that have it, and every LLM is tuned for as many steps and examples as co-distill takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
 
 from stages.artefacts.reading import read_manifest
 from stages.runtime.errors import BadNumbers
@@ -31,16 +33,33 @@ class Spent:
         return Spent(self.steps + other.steps, self.examples + other.examples, self.tokens + other.tokens)
 
 
-def spent(workspace: Workspace) -> dict[str, Spent]:
-    """By party: "client-1", ..., "server". Clients that sent nothing in a round spent nothing in it."""
+Kind = Literal["own", "public", "server"]
+"""Training: of a client on its own rows, of a client on the public ones (FedMKT), of the LLM at the server."""
+
+
+def spent(workspace: Workspace, *kinds: Kind) -> dict[str, Spent]:
+    """By party: "client-1", ..., "server". Clients that sent nothing in a round spent nothing in it.
+
+    kinds: of training; by default all.
+    """
     found: dict[str, Spent] = {}
     for round in range(1, workspace.agreement.federation.rounds + 1):
-        places = {f"client-{k}": path for k, path in workspace.client_adapters(round).items()}
-        places |= {"server": workspace.llm(round)} if workspace.agreement.federation.distils else {}
-        for party, place in places.items():
-            manifest, _ = read_manifest(place)
-            found[party] = found.get(party, Spent()) + Spent(manifest.steps, manifest.examples, manifest.tokens)
+        for kind, party, place in _trained(workspace, round):
+            if kind in (kinds or get_args(Kind)):
+                manifest, _ = read_manifest(place)
+                found[party] = found.get(party, Spent()) + Spent(manifest.steps, manifest.examples, manifest.tokens)
     return found
+
+
+def _trained(workspace: Workspace, round: int) -> Iterator[tuple[Kind, str, Path]]:
+    """Every adapter that a round's training has made: of which kind, whose, and where it is."""
+    federation = workspace.agreement.federation
+    for k, place in workspace.client_adapters(round).items():
+        if federation.learns_in_public:
+            yield "own", f"client-{k}", workspace.client_trained(round, k)
+        yield ("public" if federation.learns_in_public else "own"), f"client-{k}", place
+    if federation.distils or federation.clients_tell:
+        yield "server", "server", workspace.llm(round)
 
 
 RunAgain = Callable[[Workspace], Command]
@@ -50,23 +69,23 @@ RunAgain = Callable[[Workspace], Command]
 def check_equal(by_method: Mapping[Method, Workspace], run_again: RunAgain) -> None:
     """Raise BadNumbers, naming the method and the party, unless each was given as much as by the first method.
 
-    Clients' local training: by every method but centralized. The LLM's: co-distill's and centralized's, in steps and
-    examples; its tokens depend on the rows, which are others.
+    Clients' local training: by every method but centralized; on public rows: by every method that has it. The LLM's:
+    co-distill's and centralized's, in steps and examples; its tokens depend on the rows, which are others.
     """
-    ledgers = {method: spent(workspace) for method, workspace in by_method.items()}
-    clients: dict[Method, dict[str, Spent]] = {
-        method: {party: done for party, done in ledger.items() if party != "server"}
-        for method, ledger in ledgers.items()
-        if method != "centralized"
+    clients = {method: workspace for method, workspace in by_method.items() if method != "centralized"}
+    _check({method: spent(workspace, "own") for method, workspace in clients.items()}, by_method, run_again)
+    public = {method: spent(workspace, "public") for method, workspace in clients.items()}
+    _check({method: ledger for method, ledger in public.items() if ledger}, by_method, run_again)
+    llms = {
+        method: spent(workspace, "own" if method == "centralized" else "server")
+        for method, workspace in by_method.items()
     }
-    _check(clients, by_method, run_again)
-    trained: dict[Method, str] = {"centralized": "client-1", "fedcollm": "server", "fedavg-aux": "server"}
-    llm: dict[Method, dict[str, Spent]] = {
-        method: {"the LLM": Spent(ledger[trained[method]].steps, ledger[trained[method]].examples)}
-        for method, ledger in ledgers.items()
-        if trained.get(method) in ledger
-    }
-    _check(llm, by_method, run_again)
+    _check({method: _of_llm(ledger) for method, ledger in llms.items() if ledger}, by_method, run_again)
+
+
+def _of_llm(ledger: Mapping[str, Spent]) -> dict[str, Spent]:
+    [done] = ledger.values()
+    return {"the LLM": Spent(done.steps, done.examples)}
 
 
 def _check(

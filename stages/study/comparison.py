@@ -11,17 +11,18 @@ import numpy as np
 from stages.progress.staleness import PREPARE
 from stages.progress.status import status
 from stages.runtime.errors import Refused, UsageProblem
-from stages.runtime.events import Event, Report, ignore
+from stages.runtime.events import Report, ignore
 from stages.study.statistics import Difference, Estimate, difference, estimate
 from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
-from stages.workspace.settings import Role
 
 if TYPE_CHECKING:
     from stages.paper.reported import Setting
     from stages.study.budgets import Spent
-    from stages.study.results import Row, Scores, Study, Table
+    from stages.study.paper_beside import Paper
+    from stages.study.results import Scores, Study
+    from stages.study.table_rows import Row, Table
 
 ALL = "all tasks"
 """The column of all questions of all tasks together."""
@@ -37,24 +38,12 @@ class Accuracy(Estimate):
 
 
 @dataclass(frozen=True)
-class Paper:
-    """What a paper reports in one of its settings: percent, by table, row and task.
-
-    other_models: the base models in whose place there are others here. source: title, arXiv number, and so on.
-    """
-
-    setting: str
-    other_models: list[str]
-    source: dict[str, str]
-    tables: dict[Table, dict[Row, dict[str, float]]]
-
-
-@dataclass(frozen=True)
 class Comparison:
     """The methods that were run, side by side.
 
-    absent: methods that were not. tables: by row and task. differences: of FedCoLLM from every other row, likewise.
-    budgets: by party. remarks: what the scores lack, in sentences.
+    absent: methods that were not. tables: by row and task. differences: of FedCoLLM, or FedMKT, from every other row,
+    likewise; where clients have models of their own, also of their mean. budgets: by party. remarks: what the scores
+    lack, and what the paper's figures stand beside, in sentences.
     """
 
     metric: str
@@ -68,6 +57,11 @@ class Comparison:
     differences: dict[Table, dict[Row, dict[str, Difference]]]
     budgets: dict[Method, dict[str, Spent]]
     remarks: list[str]
+
+    @property
+    def compared(self) -> Method:
+        """The method whose differences from the others these are. With FedMKT no server has an SLM."""
+        return "fedcollm" if "slm" in self.tables else "fedmkt"
 
 
 def check_no_baseline(workspace: Workspace) -> None:
@@ -86,36 +80,45 @@ def compare(
     metric: str = "acc",
     report: Report = ignore,
 ) -> Comparison:
-    """The tables, the differences of FedCoLLM from every other row, and the ledger of budgets.
+    """The tables, the differences of FedCoLLM (FedMKT) from every other row, and the ledger of budgets.
 
-    seeds: by default those that there are. methods: by default all of them where seeds are given, else those that there
+    seeds: by default those that there are. methods: by default methods_of where seeds are given, else those that there
     are. paper: a paper's setting, to stand beside. Raises BadNumbers if budgets differ, NotReady, with the
     command, for what is missing.
     """
-    from stages.study import budgets, results
+    from stages.study import budgets, paper_beside, results, table_rows
 
     check_no_baseline(workspace)
     begun_seeds, begun_methods = results.begun(workspace)
-    methods = list(methods or (results.METHODS if seeds else begun_methods))
+    usual = table_rows.methods_of(workspace)
+    methods = list(methods or (usual if seeds else begun_methods))
     study = results.open_study(workspace, seeds or begun_seeds, methods)
     results.check_finished(study)
     for runs in study.runs.values():
         budgets.check_equal(runs, study.run_again)
-    measured = {table: _measured(study, table, metric) for table in results.ROWS}
+    measured = {table: _measured(study, rows, table, metric) for table, rows in table_rows.rows_of(workspace).items()}
     _check_sound(study)
     tables = {table: _estimates(scores) for table, scores in measured.items()}
+    beside, sentences = None, list[str]()
+    if paper:
+        tasks = [task for task in tables["llm"]["zero-shot"] if task != ALL]
+        rows = {table: list(found) for table, found in tables.items()}
+        beside, sentences = paper_beside.beside(workspace, paper, rows, tasks, report)
     return Comparison(
         metric=metric,
         seeds=study.seeds,
         methods=study.methods,
-        absent=[method for method in results.METHODS if method not in study.methods],
+        absent=[method for method in usual if method not in study.methods],
         clients=workspace.agreement.federation.clients,
         rounds=workspace.agreement.federation.rounds,
-        paper=_paper(workspace, paper, tables, report) if paper else None,
+        paper=beside,
         tables=tables,
-        differences={table: _differences(scores) for table, scores in measured.items()},
+        differences={
+            table: _differences(scores, table_rows.own_method(workspace))
+            for table, scores in _with_mean(measured).items()
+        },
         budgets=_budgets(study),
-        remarks=results.remarks([study.root, *study.workspaces]),
+        remarks=[*results.remarks([study.root, *study.workspaces]), *_of_clients(workspace), *sentences],
     )
 
 
@@ -132,12 +135,37 @@ def _check_sound(study: Study) -> None:
                     raise Refused(message, where=where, mend=mend)
 
 
-def _measured(study: Study, table: Table, metric: str) -> dict[Row, dict[str, Scores]]:
-    """Every row of a table that the study has, by subject, with all tasks' questions together under ALL."""
-    from stages.study import results, scores
+def _of_clients(workspace: Workspace) -> list[str]:
+    """Whose models these are, where clients have their own, and what FedMKT is not compared with, in sentences."""
+    from stages.bases.base_names import name_of
+    from stages.paper.reported import LABELS
+    from stages.study.table_rows import left_out
 
-    rows = [row for row in results.ROWS[table] if row == "zero-shot" or row in study.methods]
-    found = {row: scores.scores(study, table, row, metric) for row in rows}
+    lines = []
+    if not workspace.agreement.is_of_one_slm:
+        models = [f"client {k}: {name_of(workspace.of_client(k), 'slm')}" for k in workspace.clients]
+        lines.append(f"the clients' models: {', '.join(models)}")
+    for why, methods in left_out(workspace).items():
+        lines.append(f"left out: {', '.join(LABELS[method] for method in methods)}, since {why}")
+    return lines
+
+
+def _with_mean(measured: dict[Table, dict[Row, dict[str, Scores]]]) -> dict[Table, dict[Row, dict[str, Scores]]]:
+    """The tables, and, of clients with one each, the mean over them: of differences that says something."""
+    own = {table: rows for table, rows in measured.items() if table.startswith("client-")}
+    if not own:
+        return measured
+    common = [row for row in next(iter(own.values())) if all(row in rows for rows in own.values())]
+    together = {row: {table: scores for table, rows in own.items() for scores in rows[row].values()} for row in common}
+    return measured | {"clients": together}
+
+
+def _measured(study: Study, rows: Sequence[Row], table: Table, metric: str) -> dict[Row, dict[str, Scores]]:
+    """Every row of a table that the study has, by subject, with all tasks' questions together under ALL."""
+    from stages.study import scores
+
+    there = [row for row in rows if row == "zero-shot" or row in study.methods]
+    found = {row: scores.scores(study, table, row, metric) for row in there}
     scores.check_tasks([by_task for by_subject in found.values() for by_task in by_subject.values()])
     return {
         row: {
@@ -170,11 +198,11 @@ def _accuracy(scores: np.ndarray, by_subject: dict[str, Scores], task: str) -> A
     )
 
 
-def _differences(measured: dict[Row, dict[str, Scores]]) -> dict[Row, dict[str, Difference]]:
+def _differences(measured: dict[Row, dict[str, Scores]], compared: Row) -> dict[Row, dict[str, Difference]]:
     from stages.study.scores import mean_of
 
     means = {row: mean_of(by_subject) for row, by_subject in measured.items()}
-    own = means.pop("fedcollm", None)
+    own = means.pop(compared, None)
     if own is None:
         return {}
     return {
@@ -188,38 +216,3 @@ def _budgets(study: Study) -> dict[Method, dict[str, Spent]]:
 
     runs = study.runs[study.seeds[0]]
     return {method: spent(runs[method]) for method in study.methods}
-
-
-def _paper(
-    workspace: Workspace, setting: Setting, tables: dict[Table, dict[Row, dict[str, Accuracy]]], report: Report
-) -> Paper:
-    """What the paper reports for the tasks that are here. Raises UsageProblem if it has none of them."""
-    from stages.bases import base_names
-    from stages.paper import reported
-
-    paper = reported.accuracies(setting)
-    here = [task for task in tables["slm"]["zero-shot"] if task != ALL]
-    tasks = [task for task in here if task in paper.tasks]
-    if not tasks:
-        message = f"the paper has no task of this workspace: {', '.join(here)}"
-        raise UsageProblem(message, mend=f"the paper's are: {', '.join(paper.tasks)}")
-    models: dict[Table, Role] = {"llm": "llm", "clients": "slm"}
-    theirs: dict[Role, tuple[str, ...]] = {"slm": paper.slms, "llm": (paper.llm,)}
-    ours = {role: base_names.name_of(workspace, role) for role in theirs}
-    others = [f"{' and '.join(theirs[role])}, not of {ours[role]}" for role in theirs if ours[role] not in theirs[role]]
-    if others:
-        report(Event("warning", f"the paper's figures of {setting} are of other models: {'; '.join(others)}"))
-    return Paper(
-        setting=setting,
-        other_models=others,
-        source=paper.source,
-        tables={
-            table: {
-                row: {
-                    task: found for task in tasks if (found := reported.accuracy(setting, model, row, task)) is not None
-                }
-                for row in tables[table]
-            }
-            for table, model in models.items()
-        },
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,40 +18,18 @@ from stages.artefacts.reading import read_manifest
 from stages.artefacts.records import Result, is_of_base, read_result
 from stages.artefacts.subjects import folder_of, scored_by
 from stages.files import reading
+from stages.parties import names
 from stages.runtime.errors import NotReady, Problem, Refused
+from stages.study.table_rows import METHODS, base_of
 from stages.study.variants import Changes, baseline, check_data, open_variant, replica
 from stages.workspace import edits, listing
 from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
-from stages.workspace.settings import Role
 
-Table = Literal["llm", "clients", "slm"]
-Row = Literal[
-    "zero-shot",
-    "standalone",
-    "standalone-public",
-    "fedavg",
-    "fedavg-aux",
-    "llm2slm",
-    "centralized",
-    "fedcollm",
-    "fedmkt",
-]
 Scores = dict[str, np.ndarray]
 """By task: [seeds, questions], the share of right answers to each question: 0 or 1, or a mean over clients."""
-
-METHODS: tuple[Method, ...] = get_args(Method)
-
-ROWS: dict[Table, tuple[Row, ...]] = {
-    # The server's LLM: the paper's Table 1.
-    "llm": ("zero-shot", "centralized", "fedavg-aux", "fedcollm"),
-    # Each client's own SLM after local training, mean over clients: the paper's Table 2.
-    "clients": ("zero-shot", "standalone", "fedavg", "fedavg-aux", "fedcollm"),
-    # The server's SLM at the end, which the clients would begin the next round with.
-    "slm": ("zero-shot", "fedavg", "fedavg-aux", "fedcollm"),
-}
 
 
 class Derived(NamedTuple):
@@ -143,38 +121,43 @@ def check_finished(study: Study) -> None:
 
 
 def _check_alike(study: Study) -> None:
-    """Raise Refused unless all SLMs, and all LLMs, were tuned from one base in one precision, and that base scored."""
-    first: dict[Role, Manifest] = {}
+    """Raise Refused unless all SLMs, and all LLMs, were tuned from one base in one precision, and that base scored.
+
+    Of a client with a model of its own: all that this client has tuned.
+    """
+    first: dict[str, Manifest] = {}
     for workspace in study.workspaces:
-        for role, place in _tuned(workspace):
+        for base, place in _tuned(workspace):
             manifest, _ = read_manifest(place)
-            other = first.setdefault(role, manifest)
+            other = first.setdefault(base, manifest)
             if not manifest.base.is_of(other.base) or manifest.dtype != other.dtype:
                 message = f"{study.root.shown(place)} was tuned from another base or in another precision than the rest"
                 raise Refused(message, where=place, mend=study.run_again(workspace))
-    for role, manifest in first.items():
-        path = study.root.result(None, role)
+    for base, manifest in first.items():
+        path = study.root.result(None, base)
         if path.exists() and not is_of_base(read_result(path), manifest.base):
             message = f"{study.root.shown(path)} is of another base model than was tuned"
-            raise Refused(message, where=path, mend=Command("evaluate", zero_shot=True, model=role, overwrite=True))
+            raise Refused(message, where=path, mend=scored_by(None, base).also(overwrite=True))
 
 
-def _tuned(workspace: Workspace) -> Iterator[tuple[Role, Path]]:
-    """Each adapter that the last round trained, and of which model it is."""
+def _tuned(workspace: Workspace) -> Iterator[tuple[str, Path]]:
+    """Each adapter that the last round trained, and of which base."""
     federation = workspace.agreement.federation
-    for place in workspace.client_adapters(federation.rounds).values():
-        yield _role(workspace, place.name), place
-    if federation.distils:
+    for client, place in workspace.client_adapters(federation.rounds).items():
+        yield _base(workspace, names.client(client)), place
+    if federation.distils or federation.clients_tell:
         yield "llm", workspace.llm(federation.rounds)
 
 
-def _role(workspace: Workspace, subject: str) -> Role:
-    return "llm" if subject == "llm" or workspace.agreement.federation.method == "centralized" else "slm"
+def _base(workspace: Workspace, subject: str) -> str:
+    """As base_of names it; with centralized, client 1 tunes the LLM."""
+    return "llm" if workspace.agreement.federation.method == "centralized" else base_of(workspace, subject)
 
 
 def _check_data(study: Study, workspace: Workspace, round: int) -> None:
     """Raise Refused where the private logs say that a party was trained on other rows than lie there."""
     logs = {workspace.client_data(k): workspace.log("client-train", round, k) for k in workspace.clients}
+    logs |= {workspace.public_data(k): workspace.log("client-distill", round, k) for k in workspace.clients}
     logs[workspace.auxiliary_data] = workspace.log("co-distill", round)
     for data, log in logs.items():
         if (
@@ -188,9 +171,11 @@ def _check_data(study: Study, workspace: Workspace, round: int) -> None:
 
 def _made_in(workspace: Workspace, round: int) -> list[Path]:
     """What a round ends with."""
-    if not workspace.agreement.federation.averages:
-        return [workspace.client_adapter(round, client) for client in workspace.clients]
-    return [workspace.round_result(round), *([workspace.llm(round)] if workspace.agreement.federation.distils else [])]
+    federation = workspace.agreement.federation
+    llm = [workspace.llm(round)] if federation.distils or federation.clients_tell else []
+    if not federation.averages:
+        return [*(workspace.client_adapter(round, client) for client in workspace.clients), *llm]
+    return [workspace.round_result(round), *llm]
 
 
 def remarks(workspaces: Iterable[Workspace]) -> list[str]:
@@ -226,14 +211,6 @@ def _is_of(result: Result, workspace: Workspace) -> bool:
     return result.get("agreement_sha256") == workspace.agreement_sha256
 
 
-def subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
-    """Whom a row of a table scores."""
-    if table == "clients" or row == "centralized":
-        last = workspace.agreement.federation.rounds
-        return [f"client-{client}" for client in workspace.client_adapters(last)]
-    return ["aggregate" if table == "slm" and row == "fedavg" else table]
-
-
 def result_of(study: Study, workspace: Workspace, round: int | None, subject: str) -> Result:
     """A result as it was written, of the agreement, the adapter and the questions that are there now."""
     path = workspace.result(round, subject)
@@ -254,7 +231,7 @@ def result_of(study: Study, workspace: Workspace, round: int | None, subject: st
         raise Refused(message, where=path, mend=mend.also(overwrite=True))
     if round is not None:
         _check_current(study, folder_of(workspace, round, subject), result, path, mend)
-        base = study.root.result(None, _role(workspace, subject))
+        base = study.root.result(None, _base(workspace, subject))
         if base.exists() and read_result(base).get("dtype") != result.get("dtype"):
             message = f"{study.root.shown(path)} was scored in another precision than {study.root.shown(base)}"
             raise Refused(message, where=path, mend=f"score both anew in one: {mend.also(overwrite=True)}")

@@ -8,7 +8,8 @@ import numpy as np
 
 from stages.artefacts.records import Result
 from stages.runtime.errors import NotReady, Refused, UsageProblem
-from stages.study.results import Row, Scores, Study, Table, result_of, subjects
+from stages.study.results import Scores, Study, result_of
+from stages.study.table_rows import Row, Table, base_of, subjects
 from stages.workspace.paths import Workspace
 
 
@@ -19,7 +20,7 @@ def scores(study: Study, table: Table, row: Row, metric: str) -> dict[str, Score
     not there, UsageProblem for a metric that is not a matter of right or wrong.
     """
     if row == "zero-shot":
-        subject = "llm" if table == "llm" else "slm"
+        subject = base_of(study.root, table)
         return {subject: _scores([result_of(study, study.root, None, subject)], metric)}
     runs = [of_seed[row] for of_seed in study.runs.values()]
     return {

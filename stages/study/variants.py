@@ -33,6 +33,13 @@ DERIVED = (
 Changes = Mapping[str, Any]
 """Settings by dotted key: {"federation.seed": 2}."""
 
+WITHOUT: Mapping[Method, Method] = {
+    "fedcollm": "fedavg-aux",
+    "fedmkt": "standalone-public",
+    "llm2slm": "standalone-public",
+}
+"""What a method is without distillation."""
+
 DEALT_BY = ("federation.seed", "federation.clients", "data.")
 """Settings that decide how `prepare` deals the rows: where one of them changes, the data is not shared."""
 
@@ -46,17 +53,51 @@ def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
     if workspace.is_baseline:
         there = Command("run", method=method, workspace=workspace.root.parents[1])
         raise UsageProblem("this is a baseline itself", where=workspace.root, mend=there)
-    settings = workspace.agreement.distillation
-    if method == "fedcollm" and not (settings.lambda_slm or settings.lambda_llm):
+    settings, federation = workspace.agreement.distillation, Federation(name="x", method=method)
+    if method in WITHOUT and not (settings.lambda_slm or settings.lambda_llm):
         mend = "set distillation.lambda_slm or lambda_llm in a study of its own, or leave it out with --methods"
-        raise UsageProblem("fedcollm without distillation is fedavg-aux: both lambdas are 0 here", mend=mend)
-    alone = not Federation(name="x", method=method).averages and workspace.agreement.aggregation.is_secure
-    apart = {"aggregation.mode": "plain"} if alone else {}  # where nothing is averaged there is nothing to hide
-    return workspace.baseline(method), {"federation.method": method} | apart | {
+        raise UsageProblem(f"{method} without distillation is {WITHOUT[method]}: both lambdas are 0 here", mend=mend)
+    if federation.averages and (why := unlike(workspace.agreement)):
+        mend = "leave it out; the methods for clients with models of their own are standalone, standalone-public, "
+        message = f"{method} averages adapters of one model: {why}"
+        raise UsageProblem(message, where=workspace.root / AGREEMENT, mend=f"{mend}llm2slm, fedmkt and centralized")
+    alone = not federation.averages and workspace.agreement.aggregation.is_secure
+    changes: dict[str, Any] = {"federation.method": method}
+    changes |= {"aggregation.mode": "plain"} if alone else {}  # where nothing is averaged there is nothing to hide
+    changes |= _of_its_kind(workspace.agreement, federation)
+    return workspace.baseline(method), changes | {
         "fedavg-aux": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
         "standalone-public": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
         "centralized": _centralized(workspace) if method == "centralized" else {},
     }.get(method, {})
+
+
+def unlike(agreement: Agreement) -> str:
+    """Why the clients' adapters cannot be averaged: whose model, or learning rate, is not that of all. Empty: they can.
+
+    A client's table that says what holds for all makes no difference.
+    """
+    for client in range(1, agreement.federation.clients + 1):
+        own = agreement.of_client(client)
+        if own.slm != agreement.slm:
+            return f"client {client} has a model of its own, {own.slm.model}"
+        if own != agreement:
+            return f"client {client} has a learning rate of its own"
+    return ""
+
+
+def _of_its_kind(agreement: Agreement, method: Federation) -> Changes:
+    """What a method takes back of settings that it does not have: the agreement refuses them."""
+    changes: dict[str, Any] = {}
+    if method.averages and agreement.clients:
+        changes["clients"] = None  # they say what holds for all: see unlike
+    if not method.server_tells and agreement.distillation.divergence in ("spans", "sorted"):
+        changes["distillation.divergence"] = None
+    if not method.server_tells and agreement.distillation.select == "none":
+        changes["distillation.select"] = None
+    if method.server_tells and agreement.distillation.order == "alternating":
+        changes["distillation.order"] = None
+    return changes
 
 
 def replica(workspace: Workspace, seed: int) -> tuple[Path, Changes]:
@@ -92,11 +133,12 @@ def _centralized(workspace: Workspace) -> dict[str, Any]:
 
 def _steps(workspace: Workspace) -> int:
     """Optimiser steps of co-distill in one round."""
-    settings = workspace.agreement.distillation
-    if settings.epochs and workspace.agreement.data.too_long == "skip":  # how many rows are left only training knows
-        return read_manifest(workspace.llm(1))[0].steps
+    settings, federation = workspace.agreement.distillation, workspace.agreement.federation
+    has_told = federation.clients_tell and workspace.llm(1).exists()
+    if settings.epochs and (has_told or workspace.agreement.data.too_long == "skip"):
+        return read_manifest(workspace.llm(1))[0].steps  # how many rows are left only training knows
     rows, _ = read_rows(workspace.auxiliary_data, unlabelled=True)
-    return settings.steps_for(len(rows))
+    return settings.steps_for(sum(row.completion is not None or not federation.learns_in_public for row in rows))
 
 
 def check(parent: Workspace, changes: Changes) -> None:
@@ -150,7 +192,7 @@ def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_
     if deals_anew(parent, changes):
         return
     shared = [*_all_data(parent), parent.held_out_data]
-    expected = {variant.root / place.relative_to(parent.root): place for place in shared}
+    expected = {variant.root / place.relative_to(parent.root): place for place in shared} | _public(parent, variant)
     is_pooled = variant.agreement.federation.method == "centralized"
     contents = (
         {variant.client_data(1): _pool(parent)}
@@ -205,16 +247,23 @@ def _share_data(parent: Workspace, variant: Workspace) -> None:
     if variant.agreement.federation.method == "centralized":
         writing.write(variant.client_data(1), _pool(parent))
         return
-    if variant.agreement.federation.learns_in_public:
-        for client in variant.clients:
-            copy = parent.public_data(client)  # a parent of another method has the server's alone
-            source = copy if copy.exists() else parent.auxiliary_data
-            if source.exists() and parent.client_data(client).exists():
-                _link(source, variant.public_data(client))
+    for target, source in _public(parent, variant).items():
+        _link(source, target)
     server = [parent.auxiliary_data, parent.held_out_data, parent.split]
     for place in [*map(parent.client_data, variant.clients), *server]:
         if place.exists():
             _link(place, variant.root / place.relative_to(parent.root))
+
+
+def _public(parent: Workspace, variant: Workspace) -> dict[Path, Path]:
+    """Where each of the variant's clients looks for the public rows, if its method has them, and the parent's copy."""
+    found: dict[Path, Path] = {}
+    for client in variant.clients if variant.agreement.federation.learns_in_public else ():
+        copy = parent.public_data(client)  # a parent of another method has the server's alone
+        source = copy if copy.exists() else parent.auxiliary_data
+        if source.exists() and parent.client_data(client).exists():
+            found[variant.public_data(client)] = source
+    return found
 
 
 def _pool(parent: Workspace) -> bytes:

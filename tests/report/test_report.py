@@ -14,8 +14,8 @@ from pathlib import Path
 
 from builders import Outcome, edit
 from stages.report.report import verdicts
-from stages.study.results import Row
 from stages.study.statistics import Difference
+from stages.study.table_rows import Row
 
 Fedcollm = Callable[..., Outcome]
 
