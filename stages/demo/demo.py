@@ -45,7 +45,7 @@ def demo(folder: Path, *, in_words: InWords, seeds: Sequence[int] = SEEDS, repor
     _build_models(folder / "models", world, report)
     study = folder / "study"
     if not (study / AGREEMENT).exists():
-        write_world(study / "data", world)
+        write_world(study / "data", world, world.corpora)
         init(study, template="demo", seed=seeds[0])
     workspace = Workspace(study)
     prepare(workspace, report=report)
@@ -66,11 +66,13 @@ def _build_models(folder: Path, world: World, report: Report) -> None:
     from stages.demo.world import lexicon
 
     tokenizer = tiny_models.train_tokenizer(lexicon())
-    plans = {"slm": (world.slm_corpus, tiny_models.SLM), "llm": (world.llm_corpus, tiny_models.LLM)}
-    for role, (corpus, shape) in plans.items():
+    shapes = {"slm": tiny_models.SLM, "llm": tiny_models.LLM}
+    for role, corpus in world.corpora.items():
         report(Event("stage", f"build the {role.upper()} from scratch"))
         with quiet.libraries():
-            tiny_models.build_model(folder / role, corpus, tokenizer, shape, seed=WORLD_SEED, report=_steps(report))
+            tiny_models.build_model(
+                folder / role, corpus, tokenizer, shapes[role], seed=WORLD_SEED, report=_steps(report)
+            )
 
 
 def _steps(report: Report) -> Callable[[int, int, float], None]:

@@ -6,13 +6,15 @@ fact is used once: in the sentences that the models are pre-trained on, or in on
 cannot be answered by heart, only by rule, and knowing every rule gives `World.rule_accuracy`, short of 100 %.
 
 The large model reads of most rules, the small model of fewer: what it lacks is in the clients' questions, in the
-auxiliary questions, and in the large model.
+auxiliary questions, and in the large model. Where clients have small models of their own, each of these reads of other
+rules, and some of them are news to the large model.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +78,7 @@ SPLITS = ("train", "validation", "test")
 FACTS_PER_RULE = {"corpus": 8, "train": 8, "validation": 4, "test": 6}  # one fact for each adjective
 CORPUS_QUESTIONS = 3  # so many of a rule's corpus facts are read as question and answer too: the form is known
 SLM_RULES, LLM_RULES = 0.4, 0.9  # shares of the rules that each model reads of; the large model's include the small's
+UNLIKE_SLMS, UNLIKE_LLM_RULES = 3, 0.8  # the rules are dealt to so many small models; the large one reads of this share
 
 
 class Question(TypedDict):
@@ -92,13 +95,28 @@ class Question(TypedDict):
 class World:
     """What the models read before the federation, and what they are asked in it.
 
-    questions: by (domain, split). rule_accuracy: by split, in %, of one who knows every rule and no exception.
+    sentences: what there is to read of each rule. questions: by (domain, split). rule_accuracy: by split, in %, of one
+    who knows every rule and no exception.
     """
 
-    slm_corpus: Sequence[str]
-    llm_corpus: Sequence[str]
+    sentences: Sequence[Sequence[str]]
     questions: Mapping[tuple[str, str], Sequence[Question]]
     rule_accuracy: Mapping[str, float]
+
+    @property
+    def corpora(self) -> dict[str, list[str]]:
+        """What each of two models reads: "slm" and "llm"."""
+        return {"slm": self._of_first(SLM_RULES), "llm": self._of_first(LLM_RULES)}
+
+    @property
+    def unlike_corpora(self) -> dict[str, list[str]]:
+        """What each of several small models reads, "slm-1" and so on, of no rule that another reads of; and "llm"."""
+        dealt = {f"slm-{1 + hand}": self.sentences[hand::UNLIKE_SLMS] for hand in range(UNLIKE_SLMS)}
+        own = {name: list(itertools.chain(*of_rules)) for name, of_rules in dealt.items()}
+        return {**own, "llm": self._of_first(UNLIKE_LLM_RULES)}
+
+    def _of_first(self, share: float) -> list[str]:
+        return list(itertools.chain(*self.sentences[: math.ceil(share * len(self.sentences))]))
 
 
 class Rule(NamedTuple):
@@ -125,14 +143,11 @@ def build_world(seed: int) -> World:
     rng = random.Random(seed)
     rules = list(_rules(rng))
     rng.shuffle(rules)
-    slm_corpus: list[str] = []
-    llm_corpus: list[str] = []
+    read: list[list[str]] = []
     asked: dict[tuple[str, str], list[Fact]] = {key: [] for key in itertools.product(KINDS, SPLITS)}
-    for rank, rule in enumerate(rules):
+    for rule in rules:
         facts = _facts(rule, rng)
-        sentences = list(_sentences(facts["corpus"], rng))
-        slm_corpus += sentences if rank < SLM_RULES * len(rules) else []
-        llm_corpus += sentences if rank < LLM_RULES * len(rules) else []
+        read.append(list(_sentences(facts["corpus"], rng)))
         for split in SPLITS:
             asked[rule.domain, split] += facts[split]
 
@@ -143,16 +158,16 @@ def build_world(seed: int) -> World:
         rows = [_question(fact, f"{domain}-{split}-{i}", i % 4, rng) for i, fact in enumerate(part)]
         questions[domain, split] = rows
         scores[split] += map(_rule_score, part, rows)
-    return World(slm_corpus, llm_corpus, questions, {split: 100 * fmean(scores[split]) for split in SPLITS})
+    return World(read, questions, {split: 100 * fmean(scores[split]) for split in SPLITS})
 
 
-def write_world(folder: Path, world: World) -> None:
-    """Put {domain}-{split}.jsonl, which the demo's task files name, and both corpora into the folder."""
+def write_world(folder: Path, world: World, corpora: Mapping[str, Sequence[str]]) -> None:
+    """Put {domain}-{split}.jsonl, which the demo's task files name, and the models' corpora into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for (domain, split), rows in world.questions.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{domain}-{split}.jsonl").write_text(lines, encoding="utf-8")
-    for name, corpus in (("slm", world.slm_corpus), ("llm", world.llm_corpus)):
+    for name, corpus in corpora.items():
         (folder / f"{name}-corpus.txt").write_text("".join(f"{line}\n" for line in corpus), encoding="utf-8")
 
 

@@ -110,7 +110,7 @@ def in_the_demos_world(top: Path, seed: int) -> Workspace:
         return Workspace(folder)
     world = build_world(WORLD_SEED)
     _build_models(top / "models", world, lambda event: None)
-    write_world(folder / "data", world)
+    write_world(folder / "data", world, world.corpora)
     init(folder, template="demo", seed=seed)
     toml = folder / "fedcollm.toml"
     toml.write_text(toml.read_text().replace("../models", str(top / "models")))
