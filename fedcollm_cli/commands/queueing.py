@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -63,8 +62,7 @@ def slurm(
             report(Event("note", f"after these it waits for {found.waiting_for}"))
         if not found.jobs:
             report(Event("note", "nothing is left to do"))
-        lines = (f"{job.script} {job.round} {job.tasks}".rstrip() for job in found.jobs)
-        opened.console.result(asdict(found), texts.lines(lines))
+        opened.console.result(found.as_json(), texts.lines(job.line for job in found.jobs))
         return
     asked = {
         "partition": partition,

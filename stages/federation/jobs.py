@@ -1,52 +1,21 @@
 """What is left of a federation as a chain of jobs, each to begin when the one before it has ended.
 
-A job is a script of slurm/ with its round, and one task for each client in it. Nothing is read here but what `progress`
-has found, so that jobs, `run` and commands given by hand can take turns.
+Nothing is read here but what `progress` has found, so that jobs, `run` and commands given by hand can take turns.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from stages.parties.names import SERVER, number_of
+from stages.federation.job import Chain, Job
+from stages.federation.jobs_in_public import linked, round_in_public
+from stages.parties.names import SERVER, client, number_of
 from stages.progress import staleness
 from stages.progress.steps import Round, Step
 from stages.runtime.errors import Refused
 from stages.workspace.agreement import threshold
 from stages.workspace.paths import Workspace
-
-Script = Literal["broadcast", "server", "client", "close", "reveal", "evaluate", "window"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job. round: the server's job ends this round and opens the next."""
-
-    script: Script
-    round: int
-    clients: tuple[int, ...] = ()
-
-    @property
-    def tasks(self) -> str:
-        """The clients as an array's tasks, such as 1-3,5; "" for a job of one task."""
-        runs: list[list[int]] = []
-        for client in self.clients:
-            if runs and client == runs[-1][-1] + 1:
-                runs[-1].append(client)
-            else:
-                runs.append([client])
-        return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The jobs in their order, and what has to arrive from elsewhere before there can be more; "" if nothing."""
-
-    jobs: list[Job]
-    waiting_for: str
 
 
 def chain(
@@ -57,27 +26,40 @@ def chain(
     window: at most so many rounds, and then a job that asks again. Raises Refused for what is damaged or stale: what
     replaces it is for a person to decide.
     """
+    found = _chain(workspace, rounds, parties, window)
+    if workspace.agreement.federation.learns_in_public:
+        return Chain(linked(workspace.agreement, found.jobs), found.waiting_for)
+    return found
+
+
+def _chain(workspace: Workspace, rounds: Sequence[Round], parties: Collection[str], window: int | None) -> Chain:
+    in_public = workspace.agreement.federation.learns_in_public
     jobs: list[Job] = []
     begun = 0
     for round in rounds:
+        _check_sound(workspace, round)
         before = list(jobs)
-        waiting_for = _round(workspace, round, parties, jobs)
+        waiting_for = (round_in_public if in_public else _round)(workspace, round, parties, jobs)
         begun += jobs != before
         if window is not None and begun > window:
             return Chain([*before, Job("window", round.number)], "")
         if waiting_for:
             return Chain(jobs, waiting_for)
-    if SERVER in parties and (jobs or _is_unscored(workspace)) and _is_scored(workspace):
+    scores_here = SERVER in parties or in_public  # there a client's model is on no machine but its own
+    if scores_here and (jobs or _is_unscored(workspace, parties)) and _is_scored(workspace):
         jobs.append(Job("evaluate", rounds[-1].number))
     return Chain(jobs, "")
 
 
-def _round(workspace: Workspace, round: Round, parties: Collection[str], jobs: list[Job]) -> str:
-    """Add what these parties have to do in a round. Returns what they wait for after it."""
+def _check_sound(workspace: Workspace, round: Round) -> None:
     for step in round.steps:
         if step.condition in ("damaged", "stale"):
             message = f"{step.name} of round {round.number} is {step.condition}: {step.reason}"
             raise Refused(message, where=workspace.root, mend=step.command)
+
+
+def _round(workspace: Workspace, round: Round, parties: Collection[str], jobs: list[Job]) -> str:
+    """Add what these parties have to do in a round. Returns what they wait for after it."""
     if round.is_done:
         return ""
     number, missing = round.number, {step.name for step in round.steps if step.condition == "missing"}
@@ -136,24 +118,37 @@ def _is_scored(workspace: Workspace) -> bool:
     return bool(workspace.agreement.evaluation.tasks or workspace.agreement.data.tasks)
 
 
-def _is_unscored(workspace: Workspace) -> bool:
+def _is_unscored(workspace: Workspace, parties: Collection[str]) -> bool:
     """Whether a score of the last round, or of the bases, is missing here, or stale."""
     last = workspace.agreement.federation.rounds
-    subjects = [*server_subjects(workspace), *(f"client-{client}" for client in workspace.client_adapters(last))]
-    bases = base_subjects(workspace)
+    clients = [client(k) for k in workspace.client_adapters(last)]
+    if workspace.agreement.federation.learns_in_public:
+        clients = [name for name in clients if name in parties]
+    subjects, bases = [*server_subjects(workspace, parties), *clients], base_subjects(workspace, parties)
     paths = [workspace.result(last, name) for name in subjects] + [workspace.result(None, name) for name in bases]
     stale = {path for path, *_ in staleness.stale(workspace)}
     return any(path in stale or not path.exists() for path in paths)
 
 
-def server_subjects(workspace: Workspace) -> list[str]:
+def server_subjects(workspace: Workspace, parties: Collection[str]) -> list[str]:
     """The server's models that are scored after the last round."""
     federation = workspace.agreement.federation
+    if federation.clients_tell:
+        return ["llm"] if SERVER in parties else []
     return ["slm", "llm"] if federation.distils else ["aggregate"] if federation.averages else []
 
 
-def base_subjects(workspace: Workspace) -> list[str]:
-    """The bases that are scored without an adapter; a derived workspace's are scored where it was derived from."""
+def base_subjects(workspace: Workspace, parties: Collection[str]) -> list[str]:
+    """The bases that are scored without an adapter; a derived workspace's are scored where it was derived from.
+
+    Where each party has a model of its own, those of these parties.
+    """
+    federation = workspace.agreement.federation
     if workspace.home != workspace.root:
         return []
-    return ["slm", "llm"] if workspace.agreement.federation.distils else ["slm"]
+    if not federation.learns_in_public and workspace.agreement.is_of_one_slm:
+        return ["slm", "llm"] if federation.distils else ["slm"]
+    here = [k for k in workspace.clients if client(k) in parties]
+    own = [client(k) for k in here if workspace.of_client(k).own_model]
+    llm = ["llm"] if federation.server_tells and SERVER in parties else []
+    return [*(["slm"] if len(own) < len(here) else []), *own, *llm]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from stages.federation.jobs import Chain, base_subjects, chain, server_subjects
+from stages.federation.job import Chain
+from stages.federation.jobs import base_subjects, chain, server_subjects
 from stages.files import writing
+from stages.parties import names
 from stages.parties.enrolment import enrolment
 from stages.parties.names import SERVER, client
 from stages.progress.rounds import Reader
@@ -57,6 +59,10 @@ def slurm(
         writing.write(workspace.slurm / name, content.encode(), mode=0o777 if name.endswith(".sh") else 0o666)
     for absent in _missing(workspace, _parties(workspace, only) or {SERVER}, scores=True):
         report(Event("warning", f"missing here, to be mended before slurm/submit.sh: {absent}"))
+    federation = workspace.agreement.federation
+    if settings.two_phases and federation.learns_in_public:
+        words = f"slurm.two_phases is passed over: with method {federation.method} no job has two models in memory"
+        report(Event("note", words))
     return [workspace.slurm / name for name in contents]
 
 
@@ -106,9 +112,10 @@ def _check_enrolled(workspace: Workspace, parties: set[str]) -> None:
 
 
 def _parties(workspace: Workspace, only: str | None) -> set[str]:
-    """Who is on this machine, by their data; where nothing is averaged, the server is whoever has the clients'."""
+    """Who is on this machine, by their data; where a server has no part, it is whoever has the clients'."""
     here = {client(k) for k in workspace.clients if workspace.client_data(k).exists()}
-    if workspace.auxiliary_data.exists() or (here and not workspace.agreement.federation.averages):
+    federation = workspace.agreement.federation
+    if workspace.auxiliary_data.exists() or (here and not (federation.averages or federation.server_tells)):
         here.add(SERVER)
     return here & {only} if only else here
 
@@ -117,10 +124,30 @@ def _missing(workspace: Workspace, parties: set[str], *, scores: bool) -> list[s
     """What these parties' jobs need and would not find, each with what mends it."""
     from stages.planning.missing import missing
 
-    is_server = SERVER in parties
-    roles: list[Role] = ["slm", "llm"] if is_server and workspace.agreement.federation.distils else ["slm"]
+    federation, is_server = workspace.agreement.federation, SERVER in parties
+    if federation.learns_in_public or not workspace.agreement.is_of_one_slm:
+        return _missing_of_each(workspace, parties, scores=scores)
+    roles: list[Role] = ["slm", "llm"] if is_server and federation.distils else ["slm"]
     found = missing(workspace, roles=roles, scores=scores and is_server)
     return [lines([one.what, f"    mend  {one.mend}"]) for one in found]
+
+
+def _missing_of_each(workspace: Workspace, parties: set[str], *, scores: bool) -> list[str]:
+    """The same where each party has its own model and, to learn in public, the public rows."""
+    from stages.planning.missing import Missing, missing
+
+    federation = workspace.agreement.federation
+    here: list[int | None] = [k for k in workspace.clients if client(k) in parties]
+    here += [None] if SERVER in parties and federation.server_tells else []
+    found = missing(workspace, roles=[], scores=scores)
+    for number in here:
+        if federation.learns_in_public and not workspace.public_data(number).exists():
+            place = workspace.shown(workspace.public_data(number))
+            mend = f"put the rows that all parties have into {place}; in a simulation, `{PREPARE}` does"
+            found.append(Missing(f"the public rows of {names.of(number)}", mend))
+        view = workspace if number is None else workspace.of_client(number)
+        found += missing(view, roles=["llm" if number is None else "slm"], scores=False)
+    return [lines([one.what, f"    mend  {one.mend}"]) for one in dict.fromkeys(found)]
 
 
 # --- scripts
@@ -142,6 +169,8 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
 
     agreement = workspace.agreement
     federation, is_secure = agreement.federation, agreement.aggregation.is_secure
+    in_public = federation.learns_in_public
+    parties = {only} if only and in_public else {SERVER, *map(client, workspace.clients)}
     arguments = (f" --only {only}" if only else "") + (f" --window {settings.window}" if settings.window else "")
     values = {
         "name": federation.name,
@@ -149,9 +178,13 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
         "clients": federation.clients,
         "distils": federation.distils,
         "two_phases": settings.two_phases,
-        "quorum": agreement.aggregation.min_clients is not None and federation.averages,
-        "bases": base_subjects(workspace),
-        "models": server_subjects(workspace),
+        "in_public": in_public,
+        "server_tells": federation.server_tells,
+        "clients_tell": federation.clients_tell,
+        "quorum": agreement.aggregation.min_clients is not None and (federation.averages or federation.clients_tell),
+        "bases": base_subjects(workspace, parties),
+        "models": server_subjects(workspace, parties),
+        "scored": [k for k in workspace.clients if client(k) in parties],
         "setup": settings.setup,
         "processes": processes,
         "retries": settings.retries,
@@ -166,9 +199,10 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
         "client.sbatch": only != SERVER,
         "close.sbatch": is_secure and only in (None, SERVER),
         "reveal.sbatch": is_secure and only != SERVER,
-        "broadcast.sbatch": only in (None, SERVER),
-        "server.sbatch": only in (None, SERVER) and federation.averages,
-        "evaluate.sbatch": only in (None, SERVER),
+        "distill.sbatch": in_public and only != SERVER,
+        "broadcast.sbatch": only in (None, SERVER) and (federation.averages or agreement.is_of_one_slm),
+        "server.sbatch": only in (None, SERVER) and (federation.averages or federation.server_tells),
+        "evaluate.sbatch": only in (None, SERVER) or in_public,
         "window.sbatch": settings.window is not None,
         "submit.sh": True,
     }
@@ -201,4 +235,4 @@ def _directives(settings: Slurm, script: str, processes: int) -> list[str]:
     lines = [f"--{name}={value}" for name, value in values.items() if value is not None] + settings.options
     if is_brief:
         return lines
-    return lines + (settings.client_options if script == "client" else settings.server_options)
+    return lines + (settings.client_options if script in ("client", "distill") else settings.server_options)

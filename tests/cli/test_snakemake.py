@@ -72,6 +72,14 @@ def times(folder: Path) -> dict[str, int]:
 # --- without Snakemake
 
 
+def places_in_the_snakefile() -> dict[str, Any]:
+    """What the Snakefile knows of the workspace around: its settings, and where results are."""
+    text = SNAKEFILE.read_text().split("# --- what is left to do")[0].replace("from snakemake", "# from snakemake")
+    names: dict[str, Any] = {"config": {}}
+    exec(compile(text, str(SNAKEFILE), "exec"), names)
+    return names
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_the_snakefile_looks_where_the_commands_write(
     secure: bool, workspace_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -79,9 +87,7 @@ def test_the_snakefile_looks_where_the_commands_write(
     if secure:
         edit(workspace_folder / "fedcollm.toml", "[evaluation]", '[aggregation]\nmode = "secure"\n\n[evaluation]')
     monkeypatch.chdir(workspace_folder)
-    text = SNAKEFILE.read_text().split("# --- what is left to do")[0].replace("from snakemake", "# from snakemake")
-    names: dict[str, Any] = {"config": {}}
-    exec(compile(text, str(SNAKEFILE), "exec"), names)
+    names = places_in_the_snakefile()
     workspace = Workspace(workspace_folder)
     for round, client in ((1, 1), (2, 3), (12, 34)):
         places = {
@@ -91,6 +97,7 @@ def test_the_snakefile_looks_where_the_commands_write(
             "reveal": workspace.reveal(round, client),
             "aggregate": workspace.aggregate(round),
             "slm": workspace.slm(round),
+            "llm": workspace.llm(round),
         }
         for name, place in places.items():
             named = names[name](round, client) if name in ("client_update", "reveal") else names[name](round)
@@ -101,6 +108,32 @@ def test_the_snakefile_looks_where_the_commands_write(
     assert (names["clients"], names["rounds"]) == (workspace.clients, range(1, federation.rounds + 1))
     assert (names["averages"], names["distils"], names["secure"]) == (federation.averages, federation.distils, secure)
     assert names["tasks"] == ["colours"]
+
+
+@pytest.mark.parametrize("method", ["fedmkt", "llm2slm", "standalone-public", "standalone"])
+def test_the_snakefile_looks_where_fedmkt_writes(
+    method: str, unlike_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_method(unlike_folder, method)
+    monkeypatch.chdir(unlike_folder)
+    names, workspace = places_in_the_snakefile(), Workspace(unlike_folder)
+    federation = workspace.agreement.federation
+    for name in ("averages", "distils", "learns_in_public", "server_tells", "clients_tell"):
+        assert names[name] == getattr(federation, name), name
+    assert names["own_models"] == {2, 3}
+    for round, client in ((1, 1), (2, 3), (12, 34)):
+        expected = {
+            names["vocabulary"]("server"): workspace.vocabulary(None),
+            names["vocabulary"](f"client-{client}"): workspace.vocabulary(client),
+            names["knowledge"](round, "server"): workspace.knowledge(round, None),
+            names["knowledge"](round, f"client-{client}"): workspace.knowledge(round, client),
+            names["trained"](round, client): workspace.client_trained(round, client),
+            names["llm"](round): workspace.llm(round),
+        }
+        if federation.learns_in_public:
+            expected |= {names["distilled"](round, client): workspace.client_adapter(round, client)}
+        for named, place in expected.items():
+            assert Path(named) == (place / "manifest.json").relative_to(workspace.root)
 
 
 @pytest.mark.parametrize("template", ["demo", "blank"])
@@ -193,6 +226,61 @@ METHODS = {
     ),
     "standalone": ({"broadcast": 1, "client_train": 6}, {"evaluate_client": 6}),
 }
+
+
+UNLIKE_METHODS = {
+    "fedmkt": (
+        {"align": 1, "align_client": 3, "client_train": 6, "share_knowledge": 6, "co_distill": 2}
+        | {"share_knowledge_of_llm": 2, "client_distill": 6},
+        {"evaluate": 2, "evaluate_client": 6},
+    ),
+    "llm2slm": (
+        {"align": 1, "align_client": 3, "client_train": 6, "share_knowledge_of_llm": 1, "client_distill": 6},
+        {"evaluate_client": 6},
+    ),
+    "standalone-public": ({"client_train": 6, "client_distill": 6}, {"evaluate_client": 6}),
+    "standalone": ({"client_train": 6}, {"evaluate_client": 6}),
+}
+
+
+def with_method(folder: Path, method: str) -> None:
+    toml = folder / "fedcollm.toml"
+    toml.write_text(toml.read_text().replace('method = "fedmkt"', f'method = "{method}"'))
+
+
+@needs_snakemake
+@pytest.mark.parametrize("method", UNLIKE_METHODS)
+def test_models_of_their_own_have_their_steps_and_their_scores(
+    method: str, unlike_folder: Path, snakemake: Snakemake
+) -> None:
+    with_method(unlike_folder, method)
+    steps, scores = UNLIKE_METHODS[method]
+    bases = {"evaluate_base": 2, "evaluate_base_of_client": 2}
+    assert snakemake.left(unlike_folder, scores=True) == steps | scores | bases
+
+
+@needs_snakemake
+def test_one_model_for_all_is_broadcast_once(workspace_folder: Path, snakemake: Snakemake) -> None:
+    edit(workspace_folder / "fedcollm.toml", "rounds = 2", 'rounds = 2\nmethod = "standalone-public"')
+    assert snakemake.left(workspace_folder) == {"broadcast": 1, "client_train": 6, "client_distill": 6}
+
+
+@pytest.mark.slow
+@needs_snakemake
+def test_fedmkt_goes_on_from_what_is_there_and_leaves_what_run_leaves(
+    unlike: Path, unlike_once: Path, snakemake: Snakemake
+) -> None:
+    for path in ("exchange/round-0002/server", "exchange/round-0002/client-3", "private/server/round-0002/llm"):
+        shutil.rmtree(unlike / path)
+    for client in (1, 2):
+        shutil.rmtree(unlike / f"private/client-{client}/round-0002/slm")
+    made = times(unlike)
+    left = {"share_knowledge": 1, "co_distill": 1, "share_knowledge_of_llm": 1, "client_distill": 2}
+    assert snakemake.left(unlike) == left
+    snakemake(unlike, "--cores", "2")
+    assert made.items() <= times(unlike).items()
+    assert snakemake.left(unlike) == {}
+    assert adapters(unlike) == adapters(unlike_once)
 
 
 @needs_snakemake

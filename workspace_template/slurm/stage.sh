@@ -15,7 +15,7 @@ stage() {
 {% if processes > 1 %}
     case $* in
         *"--phase capture"*) srun --ntasks=1 fedcollm "$@" ;;
-        client-train* | co-distill* | evaluate*)  # by {{ processes }} processes, which find each other as torchrun's do
+        client-train* | co-distill* | {{ "client-distill* | " if in_public }}evaluate*)  # by {{ processes }} processes, which find each other as torchrun's do
             export MASTER_ADDR=localhost MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
             srun --ntasks={{ processes }} --kill-on-bad-exit=0 --wait=0 slurm/rank.sh fedcollm "$@" --processes {{ processes }} ;;
         *) srun --ntasks=1 fedcollm "$@" ;;
@@ -26,7 +26,7 @@ stage() {
     local code=$?
     case "$code $1" in
         "0 $1" | "${tolerates:-0} $1") return ;;
-        "75 client-train" | "75 co-distill")    # told to stop, as before the time limit: goes on from its checkpoint
+        "75 client-train" | "75 co-distill"{{ ' | "75 client-distill"' if in_public }})    # told to stop, as before the time limit: goes on from its checkpoint
             again "stopped before its end" ;;
         [2456]" $1") ;;                         # would end so again: settings, damage, refusal, numbers
         *)                                      # a crash, a kill, a full disk, a file that is late: up to {{ retries }} times

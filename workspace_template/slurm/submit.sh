@@ -17,12 +17,23 @@ if [ "$queued" ]; then
     exit 7
 fi
 
+{% if in_public %}
+jobs=$(fedcollm slurm --jobs{{ arguments }})  # one a line: script, round, tasks of an array, what it waits for
+declare -A ids
+{% else %}
 jobs=$(fedcollm slurm --jobs{{ arguments }})  # one a line: script, round, tasks of an array
+{% endif %}
 : > slurm/jobs.txt
 rm -f slurm/logs/*.failures
 after=
-while read -r script round tasks; do
+while read -r script round tasks{{ " needs" if in_public }}; do
     [ "$script" ] || break
+{% if in_public %}
+    tasks=${tasks#-} after=
+    for need in $needs; do    # such as aftercorr:client/2, which lets each task wait for the task of its own client alone
+        after+=${after:+,}${need%%:*}:${ids[${need#*:}]}
+    done
+{% endif %}
     said=$(sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=$after} \
         ${tasks:+--array=$tasks{{ limit }}} --export=ALL,ROUND="$round" "slurm/$script.sbatch") || {
         echo "submitted so far: $(paste -sd' ' slurm/jobs.txt); when they have ended, slurm/submit.sh goes on" >&2
@@ -38,7 +49,9 @@ while read -r script round tasks; do
     id=${id//[^0-9]/}
     echo "$id" >> slurm/jobs.txt
     echo "$id $script round $round${tasks:+ clients $tasks}"
-{% if quorum %}
+{% if in_public %}
+    ids[$script/$round]=$id
+{% elif quorum %}
     # After the clients' tasks, whichever way they ended: min_clients decides whether they are enough.
     if [ "$tasks" ]; then after=${after:+$after,}afterany:$id; else after=afterok:$id; fi
 {% else %}
