@@ -439,9 +439,10 @@ def loaded_by(words: list[str]) -> set[str]:
     return loaded_after(f"from fedcollm_cli.main import app\n{call}")
 
 
-def test_auditors_need_numpy_and_no_torch(finished_once: Path) -> None:
+def test_auditors_need_numpy_and_no_torch(finished_once: Path, unlike_once: Path) -> None:
     adapters = [str(finished_once / "exchange" / f"round-000{round}" / "broadcast") for round in (1, 2)]
-    for words in (["audit", "--json", "-w", str(finished_once)], ["diff", *adapters, "--json"]):
+    audits = [["audit", "--json", "-w", str(folder)] for folder in (finished_once, unlike_once)]
+    for words in (*audits, ["diff", *adapters, "--json"]):
         found = loaded_by(words)
         assert "numpy" in found
         assert not found & (HEAVY | DRAWING)

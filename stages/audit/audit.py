@@ -18,6 +18,7 @@ from stages.artefacts.adapter_files import Layout, Tensors, layout_of
 from stages.audit.check_chain import chain, manifest_of
 from stages.audit.check_clients import A6, clients_of
 from stages.audit.check_files import files_between, files_of
+from stages.audit.check_knowledge import knowledge_of, told_in_all
 from stages.audit.check_layout import A3, layout_of_adapter, layout_of_capture, same_layout
 from stages.audit.check_leaks import Words, leaks_between, leaks_of
 from stages.audit.check_numbers import A5, drift_of, numbers_in_all, numbers_of
@@ -27,6 +28,7 @@ from stages.audit.check_secrets import secrets_in, vaults_of
 from stages.audit.checks import Finding, count, told
 from stages.audit.folders import Folder, Scope, folders_in, open_folder, scope_of
 from stages.audit.foreign_adapters import AnyAdapter, parse_weights, tensors_if_sound
+from stages.audit.heard import Heard
 from stages.files import reading
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
@@ -41,7 +43,7 @@ class Audit:
 
     folders: those that concern the client that was asked for, or all. beside: the others, to compare with.
     layouts: of each adapter that can be read; finite: those without NaN and infinity.
-    start: the broadcast of the round that is being looked at.
+    start: the broadcast of the round that is being looked at. heard: what parties of FedMKT have told.
     """
 
     scopes: list[Scope]
@@ -52,6 +54,7 @@ class Audit:
     layouts: dict[Path, Layout] = field(default_factory=dict)
     finite: set[Path] = field(default_factory=set)
     start: tuple[Path, Tensors | None] | None = None
+    heard: Heard = field(default_factory=Heard)
 
 
 def audit(
@@ -192,6 +195,12 @@ def _privacy(state: Audit, found: list[Finding]) -> Iterator[Finding]:
         yield from privacy_of(scope, [one for one in state.folders if one.scope is scope], state.client)
 
 
+def _told(state: Audit, found: list[Finding]) -> Iterator[Finding]:
+    for scope in state.scopes:
+        ours = [folder for folder in state.folders if folder.scope is scope and folder.manifest]
+        yield from told_in_all(scope, ours, state.heard)
+
+
 def _secrets(state: Audit, found: list[Finding]) -> Iterator[Finding]:
     for scope in state.scopes:
         yield from secrets_in(scope)
@@ -238,5 +247,6 @@ CHECKS: dict[str, Looks] = {
     "A8": Looks(_secrets),
     "A9": Looks(_rounds, lambda state, folder, _: masked_of(folder)),
     "A10": Looks(_privacy),
+    "A11": Looks(_told, lambda state, folder, _: knowledge_of(folder, state.heard)),
 }
 """Every check by its number; another one is another line."""
