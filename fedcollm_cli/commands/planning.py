@@ -12,6 +12,7 @@ from fedcollm_cli.session import JsonOption, Session, WorkspaceOption, guarded, 
 from fedcollm_cli.views.plans import cost_of, drawn_table_3, plan_of
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
+from stages.workspace.commands import Command
 
 
 @in_workspace("device", "dtype")
@@ -45,6 +46,7 @@ def prefetch(
     model: Annotated[
         Literal["slm", "llm"] | None, typer.Option("--model", help="One model only; a client needs no LLM.")
     ] = None,
+    client: Annotated[int | None, typer.Option("--client", min=1, help="Only the SLM that this client tunes.")] = None,
     tasks: Annotated[bool, typer.Option("--tasks/--no-tasks", help="Whether to fetch the tasks' datasets too.")] = True,
     opened: Session,
 ) -> None:
@@ -57,7 +59,10 @@ def prefetch(
     """
     from stages.planning.prefetch import prefetch as stage
 
-    found = stage(opened.workspace, model=model, tasks=tasks, report=opened.console.report)
+    if model and client:
+        mend = f"{Command('prefetch', client=client)}, or --model {model}"
+        raise UsageProblem("--client and --model exclude each other", mend=mend)
+    found = stage(opened.workspace, model=model, client=client, tasks=tasks, report=opened.console.report)
     lines = [f"{one.name}: {'was here already' if one.was_here else 'fetched'}" for one in found]
     opened.console.result([asdict(one) for one in found], texts.lines(lines) or "there is nothing to fetch")
 

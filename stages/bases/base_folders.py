@@ -46,7 +46,7 @@ def folder(workspace: Workspace, role: Role) -> Path:
         if isinstance(error, OSError) and (error.errno in faults.UNWRITABLE or error.filename):
             raise faults.unwritable_cache(f"the {role.upper()} cannot be put into the hub's cache", error) from error
         mend = (
-            f"`{Command('prefetch', model=role)}` where there is a network, "
+            f"`{fetched_by(workspace, role)}` where there is a network, "
             f"or set {setting(workspace, role)} in machine.toml to a local folder"
         )
         raise NotReady(
@@ -66,6 +66,18 @@ def own_folder(workspace: Workspace, role: Role) -> Path | None:
 def setting(workspace: Workspace, role: Role) -> str:
     """The key of machine.toml that says where this machine keeps a model."""
     return f"models.clients.{workspace.own_model}" if role == "slm" and workspace.own_model else f"models.{role}"
+
+
+def fetched_by(workspace: Workspace, role: Role) -> Command:
+    """The command that fetches a model where there is a network."""
+    own = workspace.own_model if role == "slm" else None
+    return Command("prefetch", client=own) if own else Command("prefetch", model=role)
+
+
+def fetching(workspace: Workspace, role: Role) -> str:
+    """What to do where a model is not here."""
+    setting_key = setting(workspace, role)
+    return f"`{fetched_by(workspace, role)}` where there is a network, or set {setting_key} in machine.toml"
 
 
 def whole_folder(workspace: Workspace, role: Role) -> Path | None:

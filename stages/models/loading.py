@@ -28,7 +28,6 @@ from stages.models.tuned import Outline, Tuned, context_in
 from stages.models.vocabulary import check_one_vocabulary
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.processes import ALONE, Processes
-from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES, Role
@@ -86,8 +85,7 @@ class Models:
         if role in self._roles:
             return self._roles[role].outline
         folder = base_folders.configuration(self._workspace, role)
-        where = base_folders.setting(self._workspace, role)
-        mend = f"`{Command('prefetch', model=role)}` where there is a network, or set {where} in machine.toml"
+        mend = base_folders.fetching(self._workspace, role)
         if folder is None:
             raise NotReady(f"the {role.upper()}'s configuration and tokenizer are not here", mend=mend)
         tokenizer = check_unread(folder, role, self._workspace.agreement.model_of(role).quantization)

@@ -21,7 +21,6 @@ from stages.models.tuned import context_of
 from stages.paper import reported
 from stages.runtime.errors import NotReady
 from stages.workspace.agreement import Lora, Model
-from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Quantization, Role
@@ -73,8 +72,8 @@ def of_workspace(workspace: Workspace, role: Role, dtype: torch.dtype = torch.fl
     elif shipped:
         config, stored, came_from = AutoConfig.for_model(**shipped.config), shipped.stored_dtype, SHIPPED
     else:
-        mend = f"`{Command('prefetch', model=role)}` where there is a network, or set models.{role} in machine.toml"
-        raise NotReady(f"the configuration of the {role.upper()} {settings.model} is not here", mend=mend)
+        message = f"the configuration of the {role.upper()} {settings.model} is not here"
+        raise NotReady(message, mend=base_folders.fetching(workspace, role))
     return _shape(config, settings, dtype, workspace, stored=stored, came_from=came_from)
 
 

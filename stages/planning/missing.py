@@ -40,8 +40,9 @@ def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
             base_files.weight_files(own)
         except Damaged as problem:
             return [Missing(f"{what}: {problem.message}", problem.mend or "")]
-        return [Missing(what, f"put it into {workspace.shown(own)}, or set models.{role} in machine.toml")]
-    return [Missing(what, str(Command("prefetch", model=role)))]
+        setting = base_folders.setting(workspace, role)
+        return [Missing(what, f"put it into {workspace.shown(own)}, or set {setting} in machine.toml")]
+    return [Missing(what, str(base_folders.fetched_by(workspace, role)))]
 
 
 def _bitsandbytes(workspace: Workspace, roles: Sequence[Role]) -> list[Missing]:

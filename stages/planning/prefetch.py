@@ -11,7 +11,6 @@ from stages.bases import base_files, base_folders
 from stages.bases.base_names import name_of
 from stages.runtime.errors import NotReady
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
@@ -26,15 +25,26 @@ class Fetched:
 
 
 def prefetch(
-    workspace: Workspace, *, model: Role | None = None, tasks: bool = True, report: Report = ignore
+    workspace: Workspace,
+    *,
+    model: Role | None = None,
+    client: int | None = None,
+    tasks: bool = True,
+    report: Report = ignore,
 ) -> list[Fetched]:
     """Fetch what is not here yet. Raises NotReady, naming the first that is not to be had.
 
-    model: that one only; a client needs no LLM. tasks: whether to fetch the datasets of the tasks too.
+    model: that one only; a client needs no LLM. client: only the SLM of this client; without either, all that somebody
+    tunes. tasks: whether to fetch the datasets of the tasks too.
     """
     report(Event("stage", "prefetch"))
-    roles: tuple[Role, ...] = (model,) if model else ("slm", "llm")
-    found = [_model(workspace, role) for role in roles]
+    if client is not None:
+        found = [_model(workspace.of_client(workspace.check_client(client)), "slm")]
+    else:
+        seen = [workspace.of_client(k) for k in workspace.clients]
+        own = [one for one in seen if one.own_model] if model is None else []
+        roles: list[Role] = [model] if model else ["slm", "llm"] if len(own) < len(seen) else ["llm"]
+        found = [*(_model(one, "slm") for one in own), *(_model(workspace, role) for role in roles)]
     if tasks:
         data, scored = workspace.agreement.data.tasks, workspace.agreement.evaluation.tasks
         found += [_task(workspace, name) for name in dict.fromkeys([*data, *scored])]
@@ -51,7 +61,7 @@ def _model(workspace: Workspace, role: Role) -> Fetched:
     if was_here:
         return Fetched(name_of(workspace, role), True, workspace.shown(fetched))
     if not base_files.weight_files(fetched):
-        fetch = Command("prefetch", model=role)
+        fetch = base_folders.fetched_by(workspace, role)
         mend = f"put all its files there; or, for a model of the hub, `{fetch}` with a network"
         raise NotReady(f"the {role.upper()} {name} is here without its weights", where=fetched, mend=mend)
     return Fetched(name, False, workspace.shown(fetched))

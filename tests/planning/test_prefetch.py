@@ -58,3 +58,16 @@ def test_a_task_that_nothing_defines_is_a_mistake_not_a_missing_file(workspace_f
     (workspace_folder / "tasks/colours.yaml").write_text("task: colours\noutput_type: nonsense\ndataset_path: json\n")
     with pytest.raises(UsageProblem, match="task colours cannot be used"):
         prefetch(Workspace(workspace_folder))
+
+
+def test_clients_with_models_of_their_own_fetch_those(unlike_folder: Path) -> None:
+    workspace = Workspace(unlike_folder)
+    assert [one.name for one in prefetch(workspace, client=2, tasks=False)] == ["models/slm-2"]
+    every = [one.name for one in prefetch(workspace, tasks=False)]
+    assert every == ["models/slm-2", "models/slm-3", "models/slm-1", "models/llm"]
+    edit(unlike_folder / "fedcollm.toml", "models/slm-3", "example/slm-3")
+    with pytest.raises(NotReady) as caught:
+        prefetch(Workspace(unlike_folder), client=3, tasks=False)
+    assert "`fedcollm prefetch --client 3` where there is a network, or set models.clients.3" in str(caught.value.mend)
+    (unlike_folder / "machine.toml").write_text('[models.clients]\n3 = "models/slm-3"\n')
+    assert [one.was_here for one in prefetch(Workspace(unlike_folder), client=3, tasks=False)] == [True]
