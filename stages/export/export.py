@@ -79,6 +79,7 @@ def export(
     not those of the base; BadNumbers otherwise.
     """
     subject = subject_of(model, client)
+    workspace = workspace if client is None else workspace.of_client(client)  # whose model it is
     report(Event("stage", f"export {subject}, round {round}{', merged' if merged else ''}"))
     adapter = adapter_of(workspace, model, round, client)
     role: Role = "llm" if subject == "llm" else "slm"

@@ -15,11 +15,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages.artefacts.manifest import BaseIdentity, Manifest
-from stages.artefacts.reading import Artefact
+from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.records import TaskScores, is_of_base, read_result
 from stages.artefacts.subjects import scored_by
+from stages.bases.base_names import hub_id
 from stages.data.split_file import read_split
+from stages.parties import names
 from stages.runtime.texts import in_code, in_line, in_markdown
+from stages.study.table_rows import base_of
 from stages.workspace.agreement import Method
 from stages.workspace.budgets import Budget
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST
@@ -29,6 +32,9 @@ TEMPLATE = "model_card.md.j2"
 PLAIN_NAME = re.compile(r"[A-Za-z][\w.-]*(/[\w.-]+)?", re.ASCII)
 NO_TEXTS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 """What needs no quotes in YAML, unless it means something else there."""
+
+TAUGHT_ROWS = "rows_from_"
+"""What begins the metrics that tell of how many rows somebody has taught the model."""
 
 LOSSES = {
     "slm_ft": "SLM, cross-entropy of the answers, nats a token",
@@ -40,7 +46,14 @@ LOSSES = {
 }
 
 
+TAUGHT: dict[Method, str] = {
+    "fedcollm": ", and taught by the clients' averaged small one",
+    "fedmkt": " on public rows, on which the clients' models taught it",
+}
+"""By whom the large model was taught."""
+
 FEDAVG = "clients tune LoRA adapters of a small language model on data that stay where they are; a server averages them"
+OWN = "each client tunes a LoRA adapter of a model of its own on data that stay where they are"
 METHODS: dict[Method, str] = {
     "fedcollm": f"FedCoLLM (https://arxiv.org/abs/2411.11707): {FEDAVG} and lets small and large model teach each "
     "other.",
@@ -49,6 +62,11 @@ METHODS: dict[Method, str] = {
     "itself.",
     "standalone": "a baseline of FedCoLLM: no adapter is averaged, each client goes on with its own.",
     "centralized": "a baseline of FedCoLLM that no federation could have: one party with everyone's data.",
+    "fedmkt": f"FedMKT (https://arxiv.org/abs/2406.02224): {OWN}; what travels is what each model knows of public "
+    "rows, and the clients' models and the server's large one learn from each other by that.",
+    "llm2slm": f"LLM2SLM, a baseline of FedMKT: {OWN}; a large model that stays as it is tells what it knows of public "
+    "rows.",
+    "standalone-public": f"a baseline of FedMKT: {OWN} and on public rows, and learns from nobody.",
 }
 
 
@@ -78,6 +96,8 @@ def model_card(
         base_model=base_model,
         revision=revision,
         method=method_of(manifest, workspace.agreement.federation.method),
+        is_public=workspace.agreement.federation.learns_in_public,
+        teachers=_teachers(workspace, manifest),
         budget=_budget,
         losses=_losses(manifest),
         parties=_rows_of_parties(workspace),
@@ -107,13 +127,31 @@ def method_of(manifest: Manifest, method: Method) -> str:
         "centralized": f"{large}, tuned on the data of all parties in one place",
     }.get(method) or {
         "client-train": f"{whose}, tuned on its own data from what the server sent",
+        "client-distill": f"The model of client {manifest.client}, tuned on its own data and then on public rows"
+        + ("" if method == "standalone-public" else ", on which the server's large model taught it"),
         "aggregate": "The average of the clients' small models",
         "slm": "The small model: the average of the clients', then "
         + ("taught by the server's large one" if distilled else "tuned on the server's auxiliary data"),
-        "llm": f"{large}: tuned at the server"
-        + (", and taught by the clients' averaged small one" if distilled else ""),
+        "llm": f"{large}: tuned at the server" + TAUGHT.get(method, ""),
     }[manifest.role if manifest.stage == "co-distill" else manifest.stage]
     return f"{last}. Made with {METHODS[method]}"
+
+
+def _teachers(workspace: Workspace, manifest: Manifest) -> list[tuple[str, str, int]]:
+    """With FedMKT: who taught the model in its round, the base of who did, and of how many public rows."""
+    found = []
+    for key, rows in manifest.metrics.items():
+        if not key.startswith(TAUGHT_ROWS):
+            continue
+        teacher = key.removeprefix(TAUGHT_ROWS)
+        number = None if teacher == names.SERVER else names.number_of(teacher)
+        name = hub_id(workspace, "llm") if number is None else hub_id(workspace.of_client(number), "slm")
+        told = workspace.vocabulary(number)
+        if name is None and told.exists():
+            base = read_manifest(told)[0].base
+            name = f"of architecture {base.architecture}, weights {base.weights_sha256}"
+        found.append((names.said(teacher), name or "not known here", int(rows)))
+    return found
 
 
 def _budget(settings: Budget) -> str:
@@ -154,7 +192,8 @@ def _scores(workspace: Workspace, adapter: Artefact, subject: str) -> list[Score
     """What `evaluate` measured of this very adapter, beside the same of its base alone; empty if it did not."""
     manifest = adapter.manifest
     ours = _result(workspace.result(manifest.round, subject), manifest.files[ADAPTER_WEIGHTS].sha256, manifest.base)
-    base = dict(_metrics(_result(workspace.result(None, manifest.role), None, manifest.base)))
+    alone = "llm" if manifest.role == "llm" else base_of(workspace, subject)
+    base = dict(_metrics(_result(workspace.result(None, alone), None, manifest.base)))
     return [
         Score(task, metric, questions, value, base.get((task, metric), ("-", ""))[0])
         for (task, metric), (value, questions) in _metrics(ours)

@@ -339,3 +339,16 @@ def test_the_code_of_a_card_loads_the_export(finished: Path) -> None:
         expected = logits(load(base, finished / "private/server/round-0002/slm"), base)
         torch.testing.assert_close(logits(names["model"], base), expected, rtol=1e-4, atol=1e-5)
         assert names["tokenizer"].encode(TEXT) == AutoTokenizer.from_pretrained(base).encode(TEXT)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_client_s_own_model_is_exported_on_its_own_base(merged: bool, unlike: Path) -> None:
+    made = export(Workspace(unlike), round=2, client=3, merged=merged)
+    assert (made["subject"], made["base"]["architecture"]) == ("client-3", "opt")
+    assert made["proof"]["error"] < made["proof"]["change"] / 2
+    folder = Workspace(unlike).export(2, "client-3", merged=merged)
+    if merged:
+        assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "opt"
+    else:
+        adapter = unlike / "private/client-3/round-0002/slm/adapter_model.safetensors"
+        assert (folder / "adapter_model.safetensors").read_bytes() == adapter.read_bytes()

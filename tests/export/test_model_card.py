@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import rewrite
+from builders import edit, rewrite
 from stages.artefacts.reading import read_artefact
 from stages.artefacts.subjects import adapter_of
 from stages.evaluate import evaluate
@@ -93,3 +93,46 @@ def test_a_card_is_tidy_markdown(finished: Path) -> None:
         assert card.startswith("---\nlibrary_name: peft\n")
         assert "{" not in card
         assert not re.search(r"\n{3,}|[ \t]\n|\A\n|\n\n\Z", card)
+
+
+# --- FedMKT
+
+
+def test_a_card_of_a_client_s_own_model_says_what_fedmkt_is_and_who_taught_it(unlike: Path) -> None:
+    workspace = Workspace(unlike).of_client(2)
+    adapter = adapter_of(workspace, "slm", 2, 2)
+    card = model_card(workspace, adapter, "client-2", merged=False, base_model=None, revision=None)
+    assert "The model of client 2, tuned on its own data and then on public rows, on which the server's large" in card
+    assert "FedMKT (https://arxiv.org/abs/2406.02224): each client tunes a LoRA adapter of a model of its own" in card
+    taught = int(adapter.manifest.metrics["rows_from_server"])
+    llm = read_artefact(unlike / "private/server/round-0002/llm").manifest.base
+    assert f"| server | of architecture llama, weights {llm.weights_sha256} | {taught} |" in card
+    assert "on those of the models that it learned from, and on the data" in card
+    assert "| LoRA | r 2, alpha 16, dropout 0.0, on PEFT's default modules |" in card  # its own, not [slm]'s
+    assert "public rows, the same at every party." in card
+    assert "| training on public rows, each round | 5 steps of AdamW, 4 rows a step, learning rate 0.01 |" in card
+    assert not re.search(r"\n{3,}|[ \t]\n|\A\n|\n\n\Z", card)
+
+
+def test_a_card_of_the_llm_names_every_client_that_taught_it(unlike: Path) -> None:
+    edit(unlike / "fedcollm.toml", "models/slm-3", "facebook/opt-1.3b")
+    workspace = Workspace(unlike)
+    adapter = read_artefact(workspace.llm(2))
+    card = model_card(workspace, adapter, "llm", merged=False, base_model=None, revision=None)
+    assert "tuned at the server on public rows, on which the clients' models taught it. Made with FedMKT" in card
+    rows = {k: int(adapter.manifest.metrics[f"rows_from_client-{k}"]) for k in (1, 2, 3)}
+    for k in (1, 2):
+        assert re.search(rf"\| client {k} \| of architecture \w+, weights [0-9a-f]{{64}} \| {rows[k]} \|", card)
+    assert f"| client 3 | facebook/opt-1.3b | {rows[3]} |" in card
+
+
+def test_the_scores_beside_are_of_the_client_s_own_base(unlike_studied_once: Path) -> None:
+    workspace = Workspace(unlike_studied_once).of_client(2)
+    adapter = adapter_of(workspace, "slm", 1, 2)
+    card = model_card(workspace, adapter, "client-2", merged=False, base_model=None, revision=None)
+    shown = []
+    for place in ("round-0001", "zero-shot"):
+        result = json.loads((unlike_studied_once / f"results/{place}/client-2.json").read_text())
+        metrics = result["tasks"]["arc_easy"]["metrics"]
+        shown.append(f"{metrics['acc']:.4f} ± {metrics['acc_stderr']:.4f}")
+    assert f"| arc_easy | 20 | acc | {shown[0]} | {shown[1]} |" in card
