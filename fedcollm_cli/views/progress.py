@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 MOST_NAMED = 8
 """How many clients a line of `status` names before it counts the rest."""
 
+KINDS = {"client": "clients", "reveal": "reveals"}
+KINDS |= {"vocabulary": "vocabularies", "trained": "trained", "knowledge": "knowledge", "slm": "slm"}
+"""Steps of which each client takes one, and what their line of `status` is called."""
+
+COLLECTING = {"aggregate", "llm"}
+"""The steps that take what every client has sent."""
+
 
 def split(summary: Split) -> Table:
     """What `prepare` dealt: rows, labels and sources per party."""
@@ -81,12 +88,9 @@ def status(found: Status, workspace: Path | None) -> str:
     width = 2 + max([9, *(len(step.name) for round in found.rounds for step in round.steps)])
     begun = [round for round in found.rounds if any(step.condition != "missing" or step.reason for step in round.steps)]
     for round in begun:
-        by_kind = {
-            kind: [step for step in round.steps if re.fullmatch(rf"{kind}-\d+", step.name)]
-            for kind in ("client", "reveal")
-        }
+        by_kind = {kind: [step for step in round.steps if re.fullmatch(rf"{kind}-\d+", step.name)] for kind in KINDS}
         lines.append(f"round {round.number}")
-        is_collected = any(step.name == "aggregate" and step.here for step in round.steps)  # by the server, from all
+        is_collected = any(step.name in COLLECTING and step.here for step in round.steps)
         for step in round.steps:
             kind = next((kind for kind, steps in by_kind.items() if step in steps), "")
             if not kind:
@@ -94,12 +98,14 @@ def status(found: Status, workspace: Path | None) -> str:
                 lines.append(f"  {step.name:<{width}}{_condition(step)}{reason}")
             elif step is by_kind[kind][0]:
                 conditions = {one.name: one.condition if is_collected else _condition(one) for one in by_kind[kind]}
-                lines.append(f"  {f'{kind}s':<{width}}{_summary(conditions)}")
+                lines.append(f"  {KINDS[kind]:<{width}}{_summary(conditions)}")
                 lines += [
                     f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason
                 ]
         if round.late:
-            lines.append(f"  late, not in the aggregate: client {', '.join(map(str, round.late))}")
+            is_averaged = any(step.name == "aggregate" for step in round.steps)
+            passed_over = "not in the aggregate" if is_averaged else "not learned from by the LLM"
+            lines.append(f"  late, {passed_over}: client {', '.join(map(str, round.late))}")
     if len(begun) < len(found.rounds):
         first, last = len(begun) + 1, len(found.rounds)
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")

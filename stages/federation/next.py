@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.aggregate import aggregate
+from stages.align_party import align_party
 from stages.artefacts.reading import read_manifest
 from stages.broadcast import broadcast
+from stages.client_distill import client_distill
 from stages.client_train import client_train
 from stages.co_distill import co_distill
 from stages.data.prepare import prepare
@@ -24,13 +26,21 @@ from stages.progress.status import status
 from stages.reveal import reveal
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
+from stages.share_knowledge import share_knowledge
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
+
+def _align(workspace: Workspace, *, client: int | None = None, server: bool = False, report: Report = ignore) -> None:
+    align_party(workspace, client=None if server else client, report=report)
+
+
 STAGES: dict[str, Callable[..., Any]] = {
     "aggregate": aggregate,
+    "align": _align,
     "broadcast": broadcast,
+    "client-distill": client_distill,
     "client-train": client_train,
     "co-distill": co_distill,
     "enroll": enroll,
@@ -38,6 +48,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "keys": keys,
     "prepare": prepare,
     "reveal": reveal,
+    "share-knowledge": share_knowledge,
 }
 
 

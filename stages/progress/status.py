@@ -16,7 +16,7 @@ from stages.artefacts import records
 from stages.files import reading
 from stages.parties.enrolment import enrolment, other_tasks
 from stages.parties.names import SERVER, number_of
-from stages.progress import damage, staleness
+from stages.progress import damage, in_public, staleness
 from stages.progress.rounds import Reader
 from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.progress.steps import Round, Step
@@ -136,9 +136,9 @@ def _next(
             is_over = has_gone_on or (is_closed and step.name == step.party)
             if step.condition == "done" or not is_asked or (is_over and step.condition == "missing" and _is_sent(step)):
                 continue
-            waiting_for = _missing_before(workspace, round, step) or _missing_rows(workspace, step)
+            waiting_for = _missing_before(workspace, rounds, round, step) or _missing_rows(workspace, step)
             return (None, waiting_for) if waiting_for else (step.command, "")
-    ended = [score for score in scores if score.name == workspace.round_result(rounds[-1].number).name]
+    ended = [score for score in scores if score.name == _ended(workspace, rounds[-1].number).name]
     is_asked = party in (None, SERVER) and bool(ended) and ended[0].condition == "missing"
     return (ended[0].command if is_asked else None), ""
 
@@ -155,7 +155,7 @@ def _rows_of(workspace: Workspace, party: str | None) -> str:
 
 def _missing_rows(workspace: Workspace, step: Step) -> str:
     """Of a client's training, the rows, where they are not here."""
-    is_training = step.name == step.party != SERVER
+    is_training = step.party != SERVER and (step.name == step.party or step.name.startswith("trained-"))
     return "" if step.here or not is_training else _rows_of(workspace, step.party)
 
 
@@ -164,8 +164,10 @@ def _is_sent(step: Step) -> bool:
     return step.party != SERVER
 
 
-def _missing_before(workspace: Workspace, round: Round, step: Step) -> str:
+def _missing_before(workspace: Workspace, rounds: list[Round], round: Round, step: Step) -> str:
     """What a step needs that is not there yet, in words; empty if it can be taken."""
+    if workspace.agreement.federation.learns_in_public:
+        return in_public.waits_for(workspace, rounds, round.number, step)
     by_name = {other.name: other for other in round.steps}
     updates = [other for other in round.steps if other.name == other.party]
     needed = ["broadcast", "close"] if step.name.startswith("reveal-") else ["broadcast"] if step in updates else []
@@ -195,15 +197,21 @@ def _missing_updates(workspace: Workspace, number: int, updates: list[Step]) -> 
     return f"{missing} more updates of round {number} in exchange/, of {absent}" if missing > 0 else ""
 
 
+def _ended(workspace: Workspace, last: int) -> Path:
+    """What the last round ends with at the server: the SLM, the average, or with FedMKT the LLM."""
+    tunes_llm_alone = workspace.agreement.federation.clients_tell
+    return workspace.llm(last) if tunes_llm_alone else workspace.round_result(last)
+
+
 def _scores(workspace: Workspace, last: int, stale: list[Path]) -> list[Score]:
     """The scores of what the last round left on this machine: the server's models, and its own clients' SLMs."""
     agreement = workspace.agreement
     if not (agreement.evaluation.tasks or agreement.data.tasks):
         return []
-    ended = workspace.round_result(last)
+    federation, ended = agreement.federation, _ended(workspace, last)
     score = Command("evaluate", round=last)
     made = {ended.name: (ended, score.also(model=ended.name))}
-    made |= {"llm": (workspace.llm(last), score.also(model="llm"))} if agreement.federation.distils else {}
+    made |= {"llm": (workspace.llm(last), score.also(model="llm"))} if federation.distils else {}
     own = [k for k in workspace.clients if workspace.client_data(k).exists()]
     made |= {f"client {k}": (workspace.client_adapter(last, k), score.also(client=k)) for k in own}
     return [

@@ -1,0 +1,164 @@
+"""How far a round of FedMKT, or of its baselines, is: what clients keep, what everybody tells, the server's LLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.parties.names import SERVER, client, number_of, of
+from stages.progress.looking import Looker
+from stages.progress.steps import Round, Step
+from stages.workspace.commands import Command
+from stages.workspace.paths import Workspace
+
+
+class InPublic:
+    """Walks these rounds in order. A client's own folders never travel: they are looked for at that client alone."""
+
+    def __init__(self, look: Looker, is_server: bool) -> None:
+        self._look = look
+        self._workspace = workspace = look.workspace
+        self._federation = workspace.agreement.federation
+        self._is_server = is_server
+        self._own = [k for k in workspace.clients if _has_anything(workspace, k)]
+        self._before: dict[str, Step] = {}
+        """Steps of the rounds before: each vocabulary, the newest adapters, and what the server has told last."""
+
+    def round(self, number: int, first: list[Step]) -> Round:
+        """Its steps, in the order of Algorithm 1. first: the broadcast, in a round that has one."""
+        workspace, federation = self._workspace, self._federation
+        steps = self._vocabularies() if federation.server_tells and number == 1 else []
+        steps += first
+        if federation.server_tells and workspace.told_in(number) == number and not federation.clients_tell:
+            steps.append(self._knowledge(number, None))
+        for k in workspace.clients:
+            if k in self._own:
+                steps.append(self._trained(number, k, first))
+            if federation.clients_tell:
+                steps.append(self._knowledge(number, k))
+        late: list[int] = []
+        if federation.clients_tell:
+            llm, late = self._llm(number)
+            steps = [*self._counted(steps, llm), llm, self._knowledge(number, None)]
+        steps += [self._slm(number, k) for k in self._own]
+        return Round(number, steps, late)
+
+    def _vocabularies(self) -> list[Step]:
+        """How each party reads. With an LLM that stays as it is, the server needs no client's."""
+        return [
+            step
+            for k in (None, *self._workspace.clients)
+            if (step := self._vocabulary(k)).here or step.condition != "missing" or self._federation.clients_tell
+        ]
+
+    def _vocabulary(self, k: int | None) -> Step:
+        command = Command("align", server=True) if k is None else Command("align", client=k)
+        step = self._step(self._workspace.vocabulary(k), f"vocabulary-{k or SERVER}", command, {}, k)
+        return self._of_public_rows(step, "align", 1, k)
+
+    def _trained(self, number: int, k: int, first: list[Step]) -> Step:
+        before = {"slm": self._sha256(f"slm-{k}")} if number > 1 else {}
+        parents = before | {step.name: step.sha256 for step in first}
+        place, name = self._workspace.client_trained(number, k), f"trained-{k}"
+        self._before[name] = self._look.client_train(place, name, number, k, parents)
+        return self._before[name]
+
+    def _knowledge(self, number: int, k: int | None) -> Step:
+        """What a client, or the server's LLM, knows of the public rows."""
+        source = "llm" if k is None else "trained"
+        parents = self._vocabularies_of(k) | {source: self._sha256("llm" if k is None else f"trained-{k}")}
+        command = Command("share-knowledge", client=k, server=k is None, round=number)
+        step = self._step(self._workspace.knowledge(number, k), f"knowledge-{k or SERVER}", command, parents, k)
+        return self._of_public_rows(step, "share-knowledge", number, k)
+
+    def _llm(self, number: int) -> tuple[Step, list[int]]:
+        """The LLM, and the clients whose knowledge came too late for it."""
+        place, command = self._workspace.llm(number), Command("co-distill", round=number)
+        made_of = self._look.parents(place)
+        told = {k: self._sha256(f"knowledge-{k}") for k in self._workspace.clients}
+        taught_by = [k for k in told if client(k) in made_of]
+        parents = {client(k): told[k] for k in taught_by} | self._vocabularies_of(None, *taught_by)
+        parents |= {"llm": self._sha256("llm")} if number > 1 else {}
+        step = self._step(place, "llm", command, parents, None)
+        late = [k for k, sha256 in told.items() if sha256 and made_of and k not in taught_by]
+        return self._of_public_rows(step, "co-distill", number, None), late
+
+    def _slm(self, number: int, k: int) -> Step:
+        parents = {"trained": self._sha256(f"trained-{k}")}
+        if self._federation.server_tells:
+            parents |= self._vocabularies_of(None, k) | {SERVER: self._sha256(f"knowledge-{SERVER}")}
+        if self._federation.clients_tell:
+            parents |= {client(k): self._sha256(f"knowledge-{k}")}
+        command = Command("client-distill", client=k, round=number)
+        step = self._step(self._workspace.client_adapter(number, k), f"slm-{k}", command, parents, k)
+        return self._of_public_rows(step, "client-distill", number, k)
+
+    def _counted(self, steps: list[Step], llm: Step) -> Iterator[Step]:
+        """What is elsewhere and absent from a finished LLM is not waited for any more; a client here still learns."""
+        for step in steps:
+            if step.condition != "missing" or llm.condition != "done" or step.here or step.party == SERVER:
+                yield step
+
+    def _vocabularies_of(self, *parties: int | None) -> dict[str, str]:
+        return {f"vocabulary-{of(k)}": self._sha256(f"vocabulary-{k or SERVER}") for k in parties}
+
+    def _step(self, place: Path, name: str, command: Command, parents: dict[str, str], k: int | None) -> Step:
+        here = self._is_server if k is None else self._workspace.client_data(k).exists()
+        self._before[name] = self._look.step(place, name, command, parents, here, party=of(k))
+        return self._before[name]
+
+    def _of_public_rows(self, step: Step, stage: str, number: int, k: int | None) -> Step:
+        data, log = self._workspace.public_data(k), self._workspace.log(stage, number, k)
+        verb = "trained on" if stage.endswith("distill") else "made of"
+        return self._look.of_rows(step, data, log, dealt_to=SERVER, verb=verb)
+
+    def _sha256(self, name: str) -> str:
+        return self._before[name].sha256 if name in self._before else ""
+
+
+def _has_anything(workspace: Workspace, k: int) -> bool:
+    """Whether a client, or anything that it keeps, is on this machine."""
+    rounds = range(1, workspace.agreement.federation.rounds + 1)
+    places = [place(t, k) for t in rounds for place in (workspace.client_trained, workspace.client_adapter)]
+    return workspace.client_data(k).exists() or any(os.path.lexists(place) for place in places)
+
+
+def waits_for(workspace: Workspace, rounds: list[Round], number: int, step: Step) -> str:
+    """What a step of a round needs that is not there yet, in words; empty if it can be taken."""
+    known = {other.name: other for other in (*rounds[0].steps, *rounds[number - 1].steps)}
+    if step.name.startswith("trained-"):
+        return _undone(known, "broadcast", "the broadcast of round 1") if number == 1 else ""
+    rows = workspace.public_data(None if step.party == SERVER else number_of(step.party))
+    if not rows.exists():
+        return f"the public rows, the same file at every party: {workspace.shown(rows)}"
+    if step.name == "llm":
+        return _knowledge_missing(workspace, number, known)
+    if step.name.startswith("slm-"):
+        vocabulary = _undone(known, f"vocabulary-{SERVER}", "the server's vocabulary")
+        told_in = workspace.told_in(number)
+        return vocabulary or _undone(known, f"knowledge-{SERVER}", f"what the server knows in round {told_in}")
+    return ""
+
+
+def _undone(known: dict[str, Step], name: str, said: str) -> str:
+    """Another party's folder that is not here, or is not sound; empty if it is, or if the method has none."""
+    step = known.get(name)
+    if step is None or step.condition == "done":
+        return ""
+    return f"{said}, in exchange/" + (f": {step.reason}" if step.reason else "")
+
+
+def _knowledge_missing(workspace: Workspace, number: int, known: dict[str, Step]) -> str:
+    """What co-distill needs of clients: the knowledge of enough of them, and how each of these reads."""
+    told = {k: known[name] for k in workspace.clients if (name := f"knowledge-{k}") in known}
+    for k, step in told.items():
+        if step.condition in ("damaged", "stale"):
+            return f"sound knowledge: that of client {k} in round {number} is {step.condition}, {step.reason}"
+    ready = [k for k, step in told.items() if step.condition == "done"]
+    missing = (workspace.agreement.aggregation.min_clients or len(workspace.clients)) - len(ready)
+    if missing > 0:
+        absent = ", ".join(client(k) for k in workspace.clients if k not in ready)
+        clients = "client knows" if missing == 1 else "clients know"
+        return f"what {missing} more {clients} in round {number}, in exchange/, of {absent}"
+    return next(filter(None, (_undone(known, f"vocabulary-{k}", f"the vocabulary of client {k}") for k in ready)), "")
