@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from builders import edit
+from processes import start_together
 from stages.align_party import align_party
 from stages.artefacts.reading import read_manifest
 from stages.client_distill import client_distill
@@ -318,3 +319,77 @@ def workspace_folder_of_fedavg(tmp_path: Path, base_models: Path) -> Path:
     from builders import make_workspace
 
     return make_workspace(tmp_path / "another study", base_models)
+
+
+# --- what it goes with
+
+
+def test_with_differential_privacy_what_is_told_repeats_the_claim_of_its_adapter(unlike_folder: Path) -> None:
+    privacy = "[privacy]\nnoise_multiplier = 1.0\nmax_grad_norm = 1.0\n[evaluation]"
+    edit(unlike_folder / "fedcollm.toml", "[evaluation]", privacy)
+    workspace = Workspace(unlike_folder)
+    align_party(workspace)
+    align_party(workspace, client=2)
+    client_train(workspace, client=2, round=1)
+    told = share_knowledge(workspace, client=2, round=1)
+    claim = read_manifest(unlike_folder / "private/client-2/round-0001/trained")[0].privacy
+    assert claim is not None
+    assert claim.epsilon > 0
+    assert told.privacy == claim
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapters_of_one(unlike: Path, tmp_path: Path) -> None:
+    made = {
+        "co-distill": ("private/server/round-0001/llm", []),
+        "client-distill": ("private/client-3/round-0001/slm", ["--client", 3]),
+    }
+    for command, (place, words) in made.items():
+        alone = load_file(unlike / place / ADAPTER)
+        shutil.rmtree(unlike / place)
+        ends = [one.end() for one in start_together(2, command, "--round", 1, *words, "-w", unlike)]
+        assert [code for code, _ in ends] == [0, 0], ends
+        both = load_file(unlike / place / ADAPTER)
+        assert max(np.abs(alone[name] - both[name]).max() for name in alone) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('method = "fedmkt"', 'method = "fedcollm"', "averages adapters of one model: take out the tables"),
+        ("[evaluation]", '[aggregation]\nmode = "secure"\n[evaluation]', "hides what each client tells"),
+        ("clients = 3", "clients = 2", "clients.3: there are clients 1 to 2"),
+        ('select = "min-ce"', 'select = "min-ce"\norder = "alternating"', "has no turns to take"),
+        ("[clients.2.slm.lora]", "[clients.2.slm]\nmodell = 1\n[clients.2.slm.lora]", "Cannot declare"),
+        (
+            "[clients.2.slm.lora]\nr = 2",
+            "[clients.2.slm.lora]\nrr = 2",
+            "slm.lora.rr: unknown key; did you mean r?",
+        ),
+        ("[clients.2.slm]", "[clients.two.slm]", "clients.two"),
+    ],
+)
+def test_an_agreement_that_cannot_be_is_refused_with_the_reason(
+    old: str, new: str, said: str, unlike_folder: Path
+) -> None:
+    edit(unlike_folder / "fedcollm.toml", old, new)
+    with pytest.raises(UsageProblem) as caught:
+        _ = Workspace(unlike_folder).agreement
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "jensen-shannon", "spans", "sorted"])
+def test_each_divergence_teaches(divergence: str, unlike_folder: Path) -> None:
+    edit(unlike_folder / "fedcollm.toml", 'select = "min-ce"', f'select = "all"\ndivergence = "{divergence}"')
+    edit(
+        unlike_folder / "fedcollm.toml", "lambda_llm = 1.0", "lambda_llm = 100.0"
+    )  # beside the answers, which pull too
+    workspace = Workspace(unlike_folder)
+    for client in (None, 1, 2, 3):
+        align_party(workspace, client=client)
+    for client in (1, 2, 3):
+        client_train(workspace, client=client, round=1)
+        share_knowledge(workspace, client=client, round=1)
+    metrics = co_distill(workspace, round=1).metrics
+    assert metrics["llm_kd_before"] > 0
+    assert metrics["llm_kd_after"] < metrics["llm_kd_before"]
