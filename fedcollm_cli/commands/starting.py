@@ -17,7 +17,7 @@ from fedcollm_cli.views import progress
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     *,
-    template: Annotated[str, typer.Option(help="demo, blank, or the paper's settings s1, s2, s3.")] = "blank",
+    template: Annotated[str, typer.Option(help="demo, blank, or a paper's settings: s1, s2, s3, mkt.")] = "blank",
     task: Annotated[
         list[str] | None, typer.Option(help="An lm-eval task to train and score on; repeatable. Default: arc_easy.")
     ] = None,
@@ -31,7 +31,8 @@ def init(
 
     Writes fedcollm.toml with every key explained, machine.toml, README.md, run_rounds.sh, a Snakefile and task files.
     s1: GPT-2 with GPT-2-large. s2: OPT-1.3B with OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B. The paper has a
-    federation for each of its tasks: commonsense_qa, openbookqa, arc_challenge, arc_easy.
+    federation for each of its tasks: commonsense_qa, openbookqa, arc_challenge, arc_easy. mkt: clients with GPT-2-XL,
+    OPT-1.3B, Bloom-1.1B and Sheared-LLaMA-1.3B, and Llama-2-7B, as in FedMKT's Table 2.
 
     Example: fedcollm init study --template s1
     """

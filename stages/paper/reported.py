@@ -1,4 +1,4 @@
-"""Two papers as data: FedCoLLM's three settings, tables and the shapes of its six base models; and FedMKT's tables.
+"""Two papers as data: FedCoLLM's three settings and tables, FedMKT's setting and tables, and base models' shapes.
 
 Fan et al., Federated Co-tuning Framework for Large and Small Language Models, arXiv 2411.11707; Fan et al., FedMKT,
 arXiv 2406.02224 v4. The models' configurations hold only what decides shapes, so that counts and plans need no network;
@@ -36,12 +36,16 @@ Setting = Literal["s1", "s2", "s3", "mkt-heterogeneous", "mkt-s1", "mkt-s2", "mk
 
 @dataclass(frozen=True)
 class Preset:
-    """A pair of base models and the LoRA shapes for them."""
+    """A pair of base models and the LoRA shapes for them.
+
+    own: with FedMKT the clients' own models, each with its learning rate, in the order of clients.
+    """
 
     slm: str
     llm: str
     rank: int
     target_modules: tuple[str, ...]
+    own: tuple[tuple[str, float], ...] = ()
 
 
 SETTINGS: dict[str, Preset] = {
@@ -50,7 +54,13 @@ SETTINGS: dict[str, Preset] = {
     "s2": Preset("facebook/opt-1.3b", "facebook/opt-6.7b", 16, ("q_proj", "v_proj")),
     "s3": Preset("princeton-nlp/Sheared-LLaMA-1.3B", "meta-llama/Llama-2-7b-hf", 16, ("q_proj", "v_proj")),
 }
-PRESETS = {"blank": Preset("gpt2", "gpt2-large", 8, ()), **SETTINGS}
+# FedMKT's Appendix D; for its LLaMa2-1.3B it says: as for the LLM.
+OWN = (("gpt2-xl", 3e-4), ("facebook/opt-1.3b", 3e-5), ("bigscience/bloom-1b1", 3e-5), (SETTINGS["s3"].slm, 3e-5))
+PRESETS = {
+    "blank": Preset("gpt2", "gpt2-large", 8, ()),
+    **SETTINGS,
+    "mkt": Preset(SETTINGS["s3"].slm, SETTINGS["s3"].llm, 8, (), OWN),
+}
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,7 @@ def transmitted(setting: str) -> Transmitted:
 
 @functools.cache
 def checkpoints() -> dict[str, Checkpoint]:
-    """FedCoLLM's six base models, by hub id."""
+    """The papers' eight base models, by hub id."""
     texts = [path.read_text() for path in _folder().iterdir() if path.name not in (FEDCOLLM, FEDMKT)]
     return {one.model: one for one in (Checkpoint(**json.loads(text)) for text in texts)}
 

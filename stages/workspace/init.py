@@ -14,7 +14,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from stages.files import writing
-from stages.paper.reported import PRESETS
+from stages.paper.reported import PRESETS, Preset
 from stages.runtime import quiet
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.agreement import Agreement
@@ -23,7 +23,9 @@ from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
 
 TEMPLATES = ("demo", *PRESETS)
-ELSEWHERE = ("demo/", "slurm/")
+MKT = "mkt"
+"""The folder with the agreement of clients that have models of their own."""
+ELSEWHERE = ("demo/", "slurm/", f"{MKT}/")
 """What of workspace_template is not in a workspace from the start."""
 TASKS = ("arc_easy",)
 """The templates' task, but for the demo's."""
@@ -61,6 +63,9 @@ def init(
         contents = {name: data for name, data in whole.items() if not name.startswith(ELSEWHERE)}
         values |= {"slm": preset.slm, "llm": preset.llm, "rank": str(preset.rank), "alpha": str(2 * preset.rank)}
         values |= {"target_modules": json.dumps(preset.target_modules), "tasks": json.dumps(list(tasks or TASKS))}
+        if preset.own:
+            contents[AGREEMENT] = whole[f"{MKT}/{AGREEMENT}"]
+            values["own_models"] = _own_models(preset, clients)
     contents[AGREEMENT] = _filled(contents[AGREEMENT].decode(), values).encode()
     parse(Agreement, contents[AGREEMENT], folder / AGREEMENT)
     for name, content in contents.items():
@@ -110,6 +115,24 @@ def _check_known(names: Sequence[str]) -> None:
                 f"for a task of your own: leave --task out, write tasks/{name}.yaml and name it in {AGREEMENT}"
             )
             raise UsageProblem(f"lm-eval has no task named {name!r}", mend=mend)
+
+
+def _own_models(preset: Preset, clients: int) -> str:
+    """The tables of those clients that there are."""
+    return "\n".join(
+        f"""[clients.{client}]
+learning_rate = {f"{rate:.0e}".replace("e-0", "e-")}     # eta_theta: of both client-train and client-distill
+
+[clients.{client}.slm]          # the same keys as [slm]
+model = "{model}"
+
+[clients.{client}.slm.lora]
+r = {preset.rank}
+alpha = {2 * preset.rank}
+dropout = 0.05
+"""
+        for client, (model, rate) in enumerate(preset.own[:clients], 1)
+    )
 
 
 def _name(folder: Path) -> str:

@@ -136,8 +136,8 @@ def test_every_figure_of_fedmkt_stands_in_the_transcript() -> None:
 
 def test_every_setting_names_models_whose_shapes_are_shipped() -> None:
     for preset in reported.PRESETS.values():
-        assert {preset.slm, preset.llm} <= reported.checkpoints().keys()
-    assert len(reported.checkpoints()) == 6
+        assert {preset.slm, preset.llm, *(model for model, _ in preset.own)} <= reported.checkpoints().keys()
+    assert len(reported.checkpoints()) == 8
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,8 @@ def test_every_setting_names_models_whose_shapes_are_shipped() -> None:
         ("facebook/opt-6.7b", 6_658_473_984, "float16"),
         ("princeton-nlp/Sheared-LLaMA-1.3B", 1_345_423_360, "float32"),
         ("meta-llama/Llama-2-7b-hf", 6_738_415_616, "float16"),
+        ("gpt2-xl", 1_557_611_200, "float32"),
+        ("bigscience/bloom-1b1", 1_065_314_304, "float16"),
     ],
 )
 def test_a_shipped_configuration_gives_the_published_number_of_parameters(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from builders import ROOT, Outcome
+from stages.paper.reported import accuracies
 from stages.workspace.init import TEMPLATES, init
 from stages.workspace.machine import Machine
 from stages.workspace.paths import Workspace
@@ -47,16 +48,42 @@ def test_clients_rounds_and_seed_land_in_the_agreement(
     asked = ["--clients", 7, "--rounds", 3, "--seed", 11]
     assert fedcollm("init", folder, "--template", template, *asked).code == 0
     federation = tomllib.loads((folder / "fedcollm.toml").read_text())["federation"]
-    assert federation == {"name": "study", "clients": 7, "rounds": 3, "seed": 11}
+    method = {"method": "fedmkt"} if template == "mkt" else {}
+    assert federation == {"name": "study", "clients": 7, "rounds": 3, "seed": 11} | method
 
 
 def test_the_papers_settings_differ_from_each_other_and_from_blank(tmp_path: Path) -> None:
     made = {name: init(tmp_path / name, template=name).agreement for name in TEMPLATES if name != "demo"}
     shapes = {(a.slm.model, a.llm.model, a.slm.lora.r, *a.slm.lora.target_modules) for a in made.values()}
-    assert len(shapes) == len(made) == 4
+    assert len(shapes) == len(made) == 5
     assert (made["s1"].slm.model, made["s1"].llm.model) == ("gpt2", "gpt2-large")
     assert (made["s2"].slm.model, made["s2"].llm.model) == ("facebook/opt-1.3b", "facebook/opt-6.7b")
     assert made["s3"].llm.model == "meta-llama/Llama-2-7b-hf"
+
+
+def test_the_setting_of_fedmkt_is_its_appendix_d(tmp_path: Path) -> None:
+    agreement = init(tmp_path / "study", template="mkt").agreement
+    models = {k: own.slm.model for k, own in agreement.clients.items() if own.slm}
+    assert tuple(models.values()) == accuracies("mkt-heterogeneous").slms
+    assert agreement.llm.model == accuracies("mkt-heterogeneous").llm
+    assert [own.learning_rate for own in agreement.clients.values()] == [3e-4, 3e-5, 3e-5, 3e-5]
+    for lora in (agreement.llm.lora, *(agreement.of_client(k).slm.lora for k in range(1, 6))):
+        assert (lora.r, lora.alpha, lora.dropout) == (8, 16, 0.05)
+    own, public = agreement.client_training, agreement.distillation
+    assert (own.epochs, own.batch_size, own.weight_decay, own.max_grad_norm) == (1.0, 4, 0.1, 1.0)
+    assert (public.epochs, public.batch_size, public.weight_decay) == (1.0, 4, 0.1)
+    assert (public.slm_max_grad_norm, public.llm_max_grad_norm, public.llm_learning_rate) == (1.0, 1.0, 3e-5)
+    assert public.select == "min-ce"
+    # 0.9 L_FT + 0.1 L_KD is 0.9 (L_FT + L_KD / 9).
+    assert public.lambda_slm == public.lambda_llm == pytest.approx(1 / 9, abs=1e-4)
+    assert agreement.data.auxiliary_share is None  # 1/(K+1): five equal parts
+
+
+@pytest.mark.parametrize("clients", [1, 2, 6])
+def test_there_are_as_many_models_of_clients_as_the_paper_and_the_federation_have(clients: int, tmp_path: Path) -> None:
+    agreement = init(tmp_path / "study", template="mkt", clients=clients).agreement
+    assert list(agreement.clients) == ["1", "2", "3", "4"][:clients]
+    assert agreement.of_client(6).slm == agreement.slm
 
 
 @pytest.mark.parametrize(
@@ -93,7 +120,7 @@ def test_an_unknown_template_is_refused_naming_those_there_are(
     outcome = fedcollm("init", tmp_path / "study", "--template", "s4")
     assert outcome.code == 2
     assert "no template 's4'" in outcome.err
-    assert "demo, blank, s1, s2, s3" in outcome.err
+    assert "demo, blank, s1, s2, s3, mkt" in outcome.err
     assert not (tmp_path / "study").exists()
 
 
