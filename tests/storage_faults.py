@@ -12,6 +12,7 @@ import errno
 import fcntl
 import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ class FailingDisk:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self._folder = folder.resolve()
+        self._log: list[tuple[Kind, str]]
         self._real_open, self._real_fdopen = open, os.fdopen
         self._real_fsync, self._real_rename, self._real_replace = os.fsync, os.rename, os.replace
         self.disarm()
@@ -44,13 +46,25 @@ class FailingDisk:
         """From now, the which-th of this kind fails with this error number."""
         self._kind, self._which, self._number, self._seen = kind, which, number, 0
 
+    def watch(self) -> list[tuple[Kind, str]]:
+        """From now, nothing fails. Returns what will have happened: the kind, and where.
+
+        Where is a draft or, of any other file, its folder; both without numbers and random names.
+        """
+        self.arm("write", 0, 0)
+        return self._log
+
     def disarm(self) -> bool:
         """Fail no more. Returns whether it failed at all."""
         has_failed = getattr(self, "_which", 0) and self._seen >= self._which
-        self._kind, self._which, self._number, self._seen = "none", 0, 0, 0
+        self._kind, self._which, self._number, self._seen, self._log = "none", 0, 0, 0, []
         return bool(has_failed)
 
-    def _fails(self, kind: Kind) -> bool:
+    def _fails(self, kind: Kind, path: Any) -> bool:
+        if self._kind != "none":
+            place = Path(os.fsdecode(path)).absolute()
+            place = place if place.name.startswith(".") else place.parent
+            self._log.append((kind, re.sub(r"[0-9a-f]*\d[0-9a-f]*", "#", str(place))))
         if self._number == errno.ENOSPC and self._seen >= self._which > 0:
             return kind != "rename"
         self._seen += kind == self._kind
@@ -63,23 +77,25 @@ class FailingDisk:
         writes = set(mode) & set("wax+") and not isinstance(file, int)
         if self._kind == "none" or not writes or not self._is_below(file):
             return self._real_open(file, mode, buffering, *rest, **more)
-        raw = _Writer(io.FileIO(file, mode.replace("b", "").replace("t", "")), lambda: self._fails("write"), self)
-        return raw if "b" in mode else io.TextIOWrapper(raw, *rest, **more)
+        raw = io.FileIO(file, mode.replace("b", "").replace("t", ""))
+        writer = _Writer(raw, lambda: self._fails("write", file), self)
+        return writer if "b" in mode else io.TextIOWrapper(writer, *rest, **more)
 
     def _fdopen(self, descriptor: int, mode: str = "r", *rest: Any, **more: Any) -> Any:
         path = _path_of(descriptor)
         if self._kind == "none" or "w" not in mode or not self._is_below(path):
             return self._real_fdopen(descriptor, mode, *rest, **more)
-        return _Writer(io.FileIO(descriptor, "w"), lambda: self._fails("write"), self)
+        return _Writer(io.FileIO(descriptor, "w"), lambda: self._fails("write", path), self)
 
     def _fsync(self, descriptor: int) -> None:
-        if self._is_below(_path_of(descriptor)) and self._fails("fsync"):
+        path = _path_of(descriptor)
+        if self._is_below(path) and self._fails("fsync", path):
             raise OSError(self._number, os.strerror(self._number))
         self._real_fsync(descriptor)
 
     def _renaming(self, real: Callable[..., None]) -> Callable[..., None]:
         def rename(source: Any, target: Any, **more: Any) -> None:
-            if self._is_below(source) and self._fails("rename"):
+            if self._is_below(source) and self._fails("rename", source):
                 raise OSError(self._number, os.strerror(self._number), source, None, target)
             real(source, target, **more)
 

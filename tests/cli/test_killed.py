@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -72,26 +73,52 @@ def test_a_signal_in_training_exits_75_and_leaves_nothing_half_written(
     assert drafts(finished) == []
 
 
+FORKS = """
+import os, sys
+import stages.training.training
+from fedcollm_cli.main import app
+
+folders, children = sys.argv[1:], []
+for folder in folders:
+    if not (child := os.fork()):
+        sys.stderr.flush()
+        os.dup2(os.open(f"{folder}.err", os.O_WRONLY | os.O_CREAT), 2)
+        app(["client-train", "--round", "1", "--client", "2", "-w", folder])
+    children.append(child)
+print(*children, flush=True)
+sys.stdin.readline()
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+"""Forks a command for each folder, which ends as any Python does, and tells their ids and, when asked, their codes."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]]
-)
-def test_a_storm_of_signals_to_the_very_end_of_the_process_is_75(numbers: list[signal.Signals], finished: Path) -> None:
+def test_a_storm_of_signals_to_the_very_end_of_the_process_is_75(finished: Path, tmp_path: Path) -> None:
     lengthen(finished, 100_000, checkpoint_steps=5)
-    words = ["client-train", "--round", "1", "--client", "2", "-w", str(finished)]
-    with subprocess.Popen([sys.executable, "-m", "fedcollm_cli", *words], stderr=subprocess.PIPE, text=True) as work:
+    storms = [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]]
+    folders = [shutil.copytree(finished, tmp_path / str(storm), symlinks=True) for storm in range(len(storms))]
+    command, pipe = [sys.executable, "-c", FORKS, *map(str, folders)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as work:
+        assert work.stdin is not None
+        assert work.stdout is not None
+        children = dict(zip(map(int, work.stdout.readline().split()), map(itertools.cycle, storms), strict=True))
         deadline = time.monotonic() + 120
-        while work.poll() is None and not has_checkpoint(finished):
+        while not all(map(has_ended, children)) and not all(map(has_checkpoint, folders)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        for number in itertools.cycle(numbers):
-            if work.poll() is not None:
-                break
-            work.send_signal(number)
+        while not all(map(has_ended, children)):
+            for child, numbers in children.items():
+                os.kill(child, next(numbers))
             time.sleep(0.001)
-        assert work.stderr is not None
-        said = work.stderr.read()
-    assert (work.returncode, "Traceback" in said) == (75, False), said
+        codes = work.communicate("\n")[0].split()
+    for code, folder in zip(codes, folders, strict=True):
+        said = Path(f"{folder}.err").read_text()
+        assert (code, "Traceback" in said) == ("75", False), said
+
+
+def has_ended(child: int) -> bool:
+    """Whether a process is one that only waits for its parent to look."""
+    return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.slow

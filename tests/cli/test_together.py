@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from builders import NO_NUMBERS, Outcome, drafts, edit, published, sign
 from fedcollm_cli.torchrun import launched
 from processes import SLOWLY, Command, start, start_together
+from programs import forking_fedcollm
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.runtime.errors import UsageProblem
@@ -248,9 +249,10 @@ def test_when_one_is_killed_the_others_end_soon(finished: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_torchrun_itself_starts_them(finished: Path, tmp_path: Path) -> None:
     two = without(finished, tmp_path / "two", "co-distill")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = ["-m", "fedcollm_cli", "co-distill", "--round", "1", "--processes", "2", "-w", str(two)]
-    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=300, check=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    with forking_fedcollm() as program:
+        words = [program, "co-distill", "--round", "1", "--processes", "2", "-w", two]
+        done = subprocess.run([*torchrun, *map(str, words)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "private/server/round-0001/slm\n"
     assert_equal(two, finished, "co-distill")

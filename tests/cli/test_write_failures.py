@@ -1,4 +1,4 @@
-"""The disk fails at the n-th write, fsync or rename, for every n of every command that publishes.
+"""The disk fails at a write, fsync or rename of every command that publishes: at each; of several alike, at the last.
 
 Each time: exit 8 with the file and the mend, nothing half written under a published name, what was there intact, no
 draft left; and the same command, on a sound disk, ends with the very bytes of a run that nothing befell. Where fresh
@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -88,9 +88,15 @@ def chosen(mode: str) -> list[object]:
     ]
 
 
-def errors() -> Iterator[tuple[int, int]]:
-    """A number for every moment, with the error that strikes then: each in turn."""
-    return enumerate(itertools.cycle(MENDS), 1)
+def errors(moments: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """These moments, with the error that strikes then: each in turn."""
+    return zip(moments, itertools.cycle(MENDS), strict=False)
+
+
+def moments(log: Sequence[tuple[Kind, str]], kind: Kind) -> list[int]:
+    """Which of this kind to let fail: each; of several one after the other in the same place, the last."""
+    runs = [len(list(run)) for _, run in itertools.groupby(place for what, place in log if what == kind)]
+    return list(itertools.accumulate(runs))
 
 
 class History:
@@ -210,15 +216,18 @@ def test_a_disk_that_fails_at_any_moment_leaves_all_whole_and_the_same_command_m
     draws = mode == "secure" and command in GOES_ON
     clean = digests(history.world(number + 1, place))
     disk = FailingDisk(place, monkeypatch)
+    history.ready(command, place)
+    log = disk.watch()
+    assert history.give(fedcollm, place, command).code == history.expected(command)
+    assert not disk.disarm()
     for kind in KINDS:
-        for which, error in errors():
+        assert moments(log, kind), f"{command} does no {kind}"
+        for which, error in errors(moments(log, kind)):
             before = history.ready(command, place)
             disk.arm(kind, which, error)
             outcome = history.give(fedcollm, place, command)
-            if not disk.disarm():
-                assert which > 1, f"{command} does no {kind}"
-                break
             said = f"{kind} {which}: {outcome.err}"
+            assert disk.disarm(), said
             assert outcome.code == 8, said
             assert f"\n  in    {place}" in outcome.err, said
             assert f"\n  mend  {MENDS[error]}" in outcome.err, said
@@ -252,7 +261,7 @@ def test_a_disk_that_fails_under_the_privacy_ledger_loses_no_line_and_nothing_is
     budget.reserve(workspace, 1, 1, 12, attempt="first", step=0)
     first = path.read_bytes()
     for kind in KINDS:
-        for which, error in errors():
+        for which, error in errors(itertools.count(1)):
             path.write_bytes(first)
             disk.arm(kind, which, error)
             said = None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -108,27 +106,28 @@ def test_those_accuracies_differ_so_that_an_adapter_left_out_would_show(scored: 
 
 
 @pytest.mark.slow
-def test_accuracy_is_what_the_lm_eval_command_prints_for_the_same_folder(scored: Path, tmp_path: Path) -> None:
+def test_accuracy_is_what_the_lm_eval_command_prints_for_the_same_folder(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import lm_eval.__main__
+
     adapter = scored / "private/server/round-0002/slm"
     found = evaluate(Workspace(scored), model="slm", round=2)["tasks"]["colours"]
     ours = found["metrics"]
     arguments = f"pretrained={scored / 'models/slm'},peft={adapter},dtype=float32"
     words = f"--tasks colours --include_path tasks --batch_size 8 --device cpu --output_path {tmp_path / 'out'}"
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, *words.split(), "--log_samples"],
-        cwd=scored,  # the task's data files are named from there
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["lm_eval", "--model", "hf", "--model_args", arguments, *words.split(), "--log_samples"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(scored)  # the task's data files are named from there
+    monkeypatch.setattr(lm_eval.__main__, "setup_logging", lambda: None)  # for all tests after this one
+    capfd.readouterr()
+    lm_eval.__main__.cli_evaluate()
+    printed = capfd.readouterr().out
     (written,) = (tmp_path / "out").rglob("results_*.json")
     theirs = json.loads(written.read_text())["results"]["colours"]
     assert ours["acc"] == theirs["acc,none"]
     assert ours["acc_stderr"] == theirs["acc_stderr,none"]
-    (row,) = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|colours")]
+    (row,) = [line.split("|") for line in printed.splitlines() if line.startswith("|colours")]
     assert f"{ours['acc']:.4f}" == f"{float(row[7]):.4f}"
     (logged,) = (tmp_path / "out").rglob("samples_colours_*.jsonl")
     samples = sorted(map(json.loads, logged.read_text().splitlines()), key=lambda sample: sample["doc_id"])
