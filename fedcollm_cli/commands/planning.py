@@ -9,6 +9,7 @@ import typer
 
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import JsonOption, Session, WorkspaceOption, guarded, in_workspace, session
+from fedcollm_cli.views.knowledge_costs import told_cost_of
 from fedcollm_cli.views.plans import cost_of, drawn_table_3, plan_of
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
@@ -77,13 +78,21 @@ def comm_cost(
 ) -> None:
     """Count what travels, against sending the full model.
 
-    Reads the manifests in exchange/, also in secure mode, and the SLM's configuration. Loads no weights and writes
-    nothing. With --preset, it needs no workspace, and computes Table 3 of the paper from configurations only.
+    Reads the manifests in exchange/, also in secure mode, and the SLM's configuration. With method fedmkt or llm2slm,
+    it counts vocabularies and knowledge, against each client's adapter; what is not told yet is estimated from the
+    public rows. Loads no weights and writes nothing. With --preset, it needs no workspace, and computes Table 3 of the
+    paper from configurations only.
 
     Example: fedcollm comm-cost --preset s1
     """
     if preset is None:
         with session(workspace, as_json=as_json, quiet=True) as opened:
+            if opened.workspace.agreement.federation.learns_in_public:
+                from stages.planning.knowledge_cost import knowledge_cost
+
+                told = knowledge_cost(opened.workspace)
+                opened.console.result(told.as_json(), told_cost_of(told))
+                return
             from stages.planning.comm_cost import comm_cost as stage
 
             found = stage(opened.workspace)

@@ -109,11 +109,7 @@ def cost_of(found: CommCost) -> Group:
     """The bytes that each party sent and received, and what the full model would have taken."""
     parts: list[Table | str] = []
     if found.totals:
-        table = _table("round", "party", "sends", "receives", left=("party",))
-        for round in dict.fromkeys(one.round for one in found.rounds):
-            _add(table, [one for one in found.rounds if one.round == round])
-        _add(table, found.totals)
-        parts.append(table)
+        parts.append(travelled(found.rounds, found.totals))
     else:
         parts.append("nothing has travelled yet; of what a round will send:")
     if found.full:
@@ -126,10 +122,19 @@ def cost_of(found: CommCost) -> Group:
     return Group(*parts)
 
 
-def _add(table: Table, sent: list[Sent]) -> None:
+def travelled(rounds: list[Sent], totals: list[Sent], before: str = "keys") -> Table:
+    """The bytes that each party sent and received. before: what travels before round 1."""
+    table = _table("round", "party", "sends", "receives", left=("party",))
+    for round in dict.fromkeys(one.round for one in rounds):
+        _add(table, [one for one in rounds if one.round == round], before)
+    _add(table, totals, before)
+    return table
+
+
+def _add(table: Table, sent: list[Sent], before: str) -> None:
     """The rows of one round, or of the totals: the server, then the clients, summed up if they are many."""
     server, *clients = sent
-    label = {None: "all", 0: "keys"}.get(server.round, str(server.round))
+    label = {None: "all", 0: before}.get(server.round, str(server.round))
     table.add_row(label, server.party, f"{server.sent_bytes:,}", f"{server.received_bytes:,}")
     if len(clients) <= MOST_LISTED:
         for one in clients:

@@ -83,6 +83,12 @@ def knowledge_bytes(knowledge: Knowledge) -> bytes:
     return safetensors.numpy.save(tensors, metadata={"knowledge": told})
 
 
+def data_bytes(rows: int, positions: int, top_k: int, vocabulary: int) -> int:
+    """The size of such a file but for its header, which has some 600 bytes."""
+    k = min(top_k, vocabulary)
+    return 8 * rows + positions * (8 * k + 8 + 4 * (k < vocabulary))
+
+
 def parse_knowledge(content: bytes, path: Path, cuts: Cuts, expected: Told) -> Knowledge:
     """The contents of such a file. Raises Damaged unless it is exactly of this form, BadNumbers for NaN.
 

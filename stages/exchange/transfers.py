@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.artefacts.reading import inbox, read_manifest
-from stages.workspace.names import MANIFEST, signature_beside
+from stages.workspace.names import KNOWLEDGE, MANIFEST, signature_beside
 from stages.workspace.paths import Workspace
 
 SERVER = "server"
@@ -32,16 +32,17 @@ class Transfer:
 
 
 def transfers(workspace: Workspace) -> list[Transfer]:
-    """What the folders in exchange/ say has been sent; a broadcast goes to each of the K clients.
+    """What the folders in exchange/ say has been sent; what the server tells all goes to each of the K clients.
 
     Raises Damaged for a folder whose manifest cannot be read.
     """
-    found = _enrolment(workspace)
+    found = _enrolment(workspace) + _vocabularies(workspace)
     for round in range(1, workspace.agreement.federation.rounds + 1):
         broadcast = workspace.broadcast(round)
         if os.path.lexists(broadcast):
             size_bytes, parameters = _size(broadcast)
             found += [Transfer(round, SERVER, client(k), size_bytes, parameters) for k in workspace.clients]
+        found += _from_server_in_public(workspace, round)
         for k, update in workspace.client_updates(round).items():
             found.append(Transfer(round, client(k), SERVER, *_size(update)))
         found += _unmasking(workspace, round)
@@ -63,6 +64,27 @@ def _enrolment(workspace: Workspace) -> list[Transfer]:
     return found
 
 
+def _vocabularies(workspace: Workspace) -> list[Transfer]:
+    """FedMKT, before round 1: how each client reads, to the server, and how that does, to each client."""
+    found = [
+        Transfer(0, client(k), SERVER, _size(workspace.vocabulary(k))[0], 0)
+        for k in workspace.clients
+        if os.path.lexists(workspace.vocabulary(k))
+    ]
+    if os.path.lexists(workspace.vocabulary(None)):
+        size_bytes, _ = _size(workspace.vocabulary(None))
+        found += [Transfer(0, SERVER, client(k), size_bytes, 0) for k in workspace.clients]
+    return found
+
+
+def _from_server_in_public(workspace: Workspace, round: int) -> list[Transfer]:
+    """FedMKT: what the LLM knows."""
+    place = workspace.knowledge(round, None)
+    if not os.path.lexists(place):
+        return []
+    return [Transfer(round, SERVER, client(k), _size(place)[0], 0) for k in workspace.clients]
+
+
 def _unmasking(workspace: Workspace, round: int) -> list[Transfer]:
     """Secure mode: the close with each survivor's own inbox, and what each reveals."""
     found, close = [], workspace.close(round)
@@ -80,10 +102,10 @@ def _unmasking(workspace: Workspace, round: int) -> list[Transfer]:
 
 
 def _size(folder: Path) -> tuple[int, int]:
-    """Bytes of a folder's files, its manifest and its signature, and its parameters."""
+    """Bytes of a folder's files, its manifest and its signature, and its parameters; 0 of knowledge, which has none."""
     manifest, _ = read_manifest(folder)
     listed = sum(entry.size_bytes for entry in manifest.files.values())
-    return _signed(folder / MANIFEST) + listed, manifest.parameters
+    return _signed(folder / MANIFEST) + listed, 0 if KNOWLEDGE in manifest.files else manifest.parameters
 
 
 def _signed(path: Path) -> int:

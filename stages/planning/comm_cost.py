@@ -75,14 +75,18 @@ class Table3:
 
 def comm_cost(workspace: Workspace) -> CommCost:
     """The bytes of this workspace. Without an exchanged file yet, rounds are empty, and full says what will travel."""
+    return CommCost(len(workspace.clients), *counted(workspace), full_of(workspace))
+
+
+def counted(workspace: Workspace) -> tuple[list[Sent], list[Sent]]:
+    """What has travelled, by round and party, and in all rounds together; both empty where nothing has."""
     found = transfers(workspace)
     parties = [SERVER, *map(client, workspace.clients)]
     rounds = sorted({transfer.round for transfer in found})
     by_round = [
         _sent(round, party, [one for one in found if one.round == round]) for round in rounds for party in parties
     ]
-    totals = [_sent(None, party, found) for party in parties] if found else []
-    return CommCost(len(workspace.clients), by_round, totals, _full_of(workspace))
+    return by_round, [_sent(None, party, found) for party in parties] if found else []
 
 
 def table_3(settings: Sequence[str]) -> list[Table3]:
@@ -100,7 +104,8 @@ def _sent(round: int | None, party: str, found: Sequence[Transfer]) -> Sent:
     return Sent(round, party, sent, sum(one.size_bytes for one in found if one.receiver == party))
 
 
-def _full_of(workspace: Workspace) -> Full | None:
+def full_of(workspace: Workspace) -> Full | None:
+    """The SLM and its adapter; None if its configuration is not here."""
     from stages.models import shapes
 
     try:
