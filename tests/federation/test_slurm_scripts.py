@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -401,3 +402,118 @@ def test_lines_that_bring_the_program_into_path_come_first_and_may_be_careless(
     write(with_machine(workspace_folder, f"[slurm]\n{careless}\n"))
     assert job(workspace_folder, "client.sbatch", [0], ROUND=1, SLURM_ARRAY_TASK_ID=2)[0] == 0
     assert submit(workspace_folder)[0] == 0
+
+
+# --- FedMKT and its baselines
+
+
+def with_method(folder: Path, method: str) -> Path:
+    edit(folder / "fedcollm.toml", 'method = "fedmkt"', f'method = "{method}"')
+    return folder
+
+
+def steps(folder: Path, script: str, **environment: object) -> list[str]:
+    """The commands that a script gives."""
+    code, given, _ = job(folder, script, [0] * 9, **environment)
+    assert code == 0
+    return [line.rpartition(" fedcollm ")[2] for line in given]
+
+
+IN_PUBLIC = {
+    "fedmkt": {"client.sbatch", "distill.sbatch", "server.sbatch", "evaluate.sbatch"},
+    "llm2slm": {"client.sbatch", "distill.sbatch", "server.sbatch", "evaluate.sbatch"},
+    "standalone-public": {"client.sbatch", "distill.sbatch", "evaluate.sbatch"},
+    "standalone": {"client.sbatch", "evaluate.sbatch"},
+}
+
+
+@pytest.mark.parametrize("method", IN_PUBLIC)
+def test_models_of_their_own_have_the_scripts_of_their_method(method: str, unlike_folder: Path) -> None:
+    found = write(with_method(unlike_folder, method), processes=2, window=2)
+    for path in found.values():
+        subprocess.run(["bash", "-n", path], check=True)
+        assert not re.search(r"{[{%#]|[}%#]}", path.read_text())
+    assert {name for name in found if name.endswith(".sbatch")} == IN_PUBLIC[method] | {"window.sbatch"}
+
+
+def test_a_client_aligns_once_trains_and_tells_and_later_learns(unlike_folder: Path) -> None:
+    write(unlike_folder)
+    first, second = (steps(unlike_folder, "client.sbatch", ROUND=t, SLURM_ARRAY_TASK_ID=3) for t in (1, 2))
+    assert first == ["align --client 3", "client-train --client 3 --round 1", "share-knowledge --client 3 --round 1"]
+    assert second == ["client-train --client 3 --round 2", "share-knowledge --client 3 --round 2"]
+    learned = steps(unlike_folder, "distill.sbatch", ROUND=2, SLURM_ARRAY_TASK_ID=3)
+    assert learned == ["client-distill --client 3 --round 2"]
+
+
+def test_the_server_teaches_its_llm_and_tells(unlike_folder: Path) -> None:
+    write(unlike_folder)
+    told = "share-knowledge --server --round {}".format
+    assert steps(unlike_folder, "server.sbatch", ROUND=1) == ["align --server", "co-distill --round 1", told(1)]
+    assert steps(unlike_folder, "server.sbatch", ROUND=2) == ["co-distill --round 2", told(2)]
+
+
+def test_what_a_method_of_one_teacher_or_of_none_leaves_out(unlike_folder: Path) -> None:
+    write(with_method(unlike_folder, "llm2slm"))
+    assert steps(unlike_folder, "server.sbatch", ROUND=1) == ["align --server", "share-knowledge --server --round 1"]
+    assert len(steps(unlike_folder, "client.sbatch", ROUND=1, SLURM_ARRAY_TASK_ID=1)) == 2
+    shutil.rmtree(unlike_folder / "slurm")
+    edit(unlike_folder / "fedcollm.toml", "llm2slm", "standalone-public")
+    write(unlike_folder)
+    trained = ["client-train --client 1 --round 1"]
+    assert steps(unlike_folder, "client.sbatch", ROUND=1, SLURM_ARRAY_TASK_ID=1) == trained
+
+
+def test_an_llm_that_has_learned_from_a_quorum_is_not_taught_again(unlike_folder: Path) -> None:
+    edit(unlike_folder / "fedcollm.toml", "[evaluation]", "[aggregation]\nmin_clients = 2\n[evaluation]")
+    write(unlike_folder)
+    assert "co-distill --round 2" in steps(unlike_folder, "server.sbatch", ROUND=2)
+    Workspace(unlike_folder).llm(2).mkdir(parents=True)
+    assert steps(unlike_folder, "server.sbatch", ROUND=2) == ["share-knowledge --server --round 2"]
+
+
+def test_learning_goes_on_from_its_checkpoint_and_runs_on_the_processes_asked_for(unlike_folder: Path) -> None:
+    write(unlike_folder, retries=0, processes=2)
+    given = {"ROUND": 1, "SLURM_ARRAY_JOB_ID": 5, "SLURM_ARRAY_TASK_ID": 3}
+    code, called, requeued = job(unlike_folder, "distill.sbatch", [75], **given)
+    assert (code, requeued) == (75, ["requeue 5_3"])
+    assert called[0].startswith("--ntasks=2 ")
+    assert called[0].endswith(" fedcollm client-distill --client 3 --round 1 --processes 2")
+    assert job(unlike_folder, "client.sbatch", [0, 0, 0], **given)[1][2].startswith("--ntasks=1 fedcollm share")
+
+
+def test_each_party_scores_the_models_that_it_has(unlike_folder: Path) -> None:
+    write(unlike_folder)
+    bases = [f"evaluate --zero-shot {of}" for of in ("--model slm", "--client 2", "--client 3", "--model llm")]
+    last = [f"evaluate --round 2 {of}" for of in ("--model llm", "--client 1", "--client 2", "--client 3")]
+    assert steps(unlike_folder, "evaluate.sbatch", ROUND=2) == bases + last
+    for only, of in (("server", "--model llm"), ("client-2", "--client 2")):
+        shutil.rmtree(unlike_folder / "slurm")
+        found = write(unlike_folder, only=only)
+        scores = [f"evaluate --zero-shot {of}", f"evaluate --round 2 {of}"]
+        assert steps(unlike_folder, "evaluate.sbatch", ROUND=2) == scores
+        assert ("client.sbatch" in found) == ("distill.sbatch" in found) == (only == "client-2")
+        assert ("server.sbatch" in found) == (only == "server")
+
+
+def test_phases_that_a_method_has_not_are_passed_over_with_a_word(unlike_folder: Path) -> None:
+    with_machine(unlike_folder, '[slurm]\ntwo_phases = true\nclient_options = ["--mem=90G"]\n')
+    said: list[str] = []
+    found = slurm(Workspace(unlike_folder), report=lambda event: said.append(event.text))
+    assert said == [
+        "slurm.two_phases is passed over: with method fedmkt no job has two models in memory",
+    ]
+    assert "--phase" not in (unlike_folder / "slurm/server.sbatch").read_text()
+    assert {path.name for path in found if "--mem=90G" in path.read_text()} == {"client.sbatch", "distill.sbatch"}
+
+
+def test_submit_lets_each_client_wait_for_its_own_task_alone(unlike_folder: Path, submit: Submit) -> None:
+    write(unlike_folder, parallel=2)
+    code, out, _, calls = submit(unlike_folder)
+    assert code == 0
+    assert dependencies(calls) == [
+        *("", "afterok:101", "aftercorr:101,afterok:102", "aftercorr:103"),
+        *("afterok:102,afterok:104", "aftercorr:104,afterok:105", "afterok:105,afterok:104,afterok:106"),
+    ]
+    assert calls[2].endswith("--array=1-3%2 --export=ALL,ROUND=1 slurm/distill.sbatch")
+    assert "--array" not in calls[1]
+    assert out.splitlines()[1:3] == ["102 server round 1", "103 distill round 1 clients 1-3"]

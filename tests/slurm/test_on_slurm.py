@@ -132,3 +132,25 @@ def test_secure_aggregation_closes_over_a_quorum_and_is_revealed_by_its_survivor
     assert "line 1 of train.jsonl: not JSON" in log(folder, "client", 4)
     assert "back into the queue" not in log(folder, "client", 4)
     slurm.call("fedcollm", "verify", cwd=folder)
+
+
+def test_fedmkt_goes_on_without_a_client_that_cannot_and_cancels_that_ones_tasks_alone(
+    slurm: Cluster, unlike_folder: Path, unlike_once: Path
+) -> None:
+    toml = unlike_folder / "fedcollm.toml"
+    edit(toml, 'tasks = ["colours"]', "tasks = []")
+    edit(toml, "[evaluation]", "[aggregation]\nmin_clients = 2\n[evaluation]")
+    edit(toml, "rounds = 2", "rounds = 1")
+    (unlike_folder / "private/client-3/train.jsonl").write_text("no JSON\n")
+    slurm.call("fedcollm", "slurm", "--time", "10", "--mem", "2000", cwd=unlike_folder)
+    submitted = slurm.call("slurm/submit.sh", cwd=unlike_folder)
+    here = Workspace(unlike_folder)
+    slurm.wait_until(settled(slurm, here.client_adapter(1, 1)), within_s=PATIENCE_S)
+    assert here.client_adapter(1, 2).exists()
+    told = "exchange/round-0001/client-2/knowledge.safetensors"
+    assert (unlike_folder / told).read_bytes() == (unlike_once / told).read_bytes()
+    assert not here.knowledge(1, 3).exists()
+    assert "line 1 of train.jsonl: not JSON" in log(unlike_folder, "client", 3)
+    ((array,),) = [re.findall(r"(?m)^(\d+) distill round 1 clients 1-3$", submitted)]
+    ended = slurm.call("scontrol", "show", "job", f"{array}_3", "--oneliner")
+    assert re.search(r"JobState=CANCELLED Reason=DependencyNeverSatisfied", ended)
