@@ -43,7 +43,8 @@ def slurm(
     """Write job scripts for a Slurm cluster.
 
     Writes slurm/submit.sh and the scripts that it submits, and submits nothing. Each round has an array of clients and
-    a job of the server; scores come last. Each job begins when the one before has succeeded. After a stop, run
+    a job of the server; scores come last. Each job begins when the one before has succeeded. With FedMKT clients learn
+    in a second array, and no client waits for another. After a stop, run
     slurm/submit.sh again: it submits only what is missing. Reads the settings, also [slurm] of machine.toml. Options
     override these.
 

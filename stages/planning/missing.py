@@ -26,7 +26,8 @@ def missing(workspace: Workspace, *, roles: Sequence[Role] = ROLES, scores: bool
 
     roles: the base models that are needed here. scores: whether the tasks are.
     """
-    whose = {"slm": "of every party", "llm": "of the server alone"}
+    of_slm = f"of client {workspace.own_model}" if workspace.own_model else "of every party"
+    whose = {"slm": of_slm, "llm": "of the server alone"}
     models = [one for role in roles for one in _model(workspace, role, whose[role])]
     return [*models, *_bitsandbytes(workspace, roles), *_data(workspace), *(_tasks(workspace) if scores else [])]
 

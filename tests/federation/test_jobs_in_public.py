@@ -178,7 +178,7 @@ def test_a_clients_own_model_and_the_public_rows_are_looked_for_before_anything_
     with pytest.raises(NotReady, match="compute nodes fetch nothing") as refused:
         listed(unlike_folder)
     said = refused.value.message
-    assert "models/slm-2" in said
+    assert "the SLM models/slm-2, of client 2" in said
     assert "models/llm" in said
     assert "the public rows of client-3" in said
     assert "models/slm-1" not in said
