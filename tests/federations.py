@@ -15,6 +15,7 @@ from stages.parties.keys import keys
 from stages.workspace.paths import Workspace
 
 CLIENTS = (1, 2, 3)
+FROM_SERVER = ("broadcast", "close", "vocabulary-server", "server")
 SECURE = 'mode = "secure"\n'
 Fedcollm = Callable[..., Outcome]
 
@@ -98,13 +99,13 @@ class Machines:
     def down(self, *clients: int) -> None:
         """What the server has made, copied to these clients."""
         for client in clients:
-            self.carry("server", f"client-{client}", "broadcast", "close", "keys", "federation.json")
+            self.carry("server", f"client-{client}", *FROM_SERVER, "keys", "federation.json")
 
     def up(self, *clients: int) -> None:
         """What these clients have made, copied to the server."""
         for client in clients:
             party = f"client-{client}"
-            self.carry(party, "server", party, f"reveal-{client}", f"{party}.json")
+            self.carry(party, "server", party, f"vocabulary-{party}", f"reveal-{client}", f"{party}.json")
 
     def carry(self, source: str, target: str, *names: str) -> None:
         """rsync -a --delete, of what in exchange/ begins with these names."""

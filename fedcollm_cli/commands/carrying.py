@@ -33,10 +33,11 @@ def pack(
 ) -> None:
     """Make one file of what a party sends.
 
-    For mail or a USB stick. Reads exchange/round-t/client-k and reveal-k. With --server: broadcast and close. With
-    --keys: exchange/keys/client-k.json. With --roster: exchange/federation.json and all of exchange/keys. Checks them
-    as unpack does. Writes a ZIP without compression into the current folder, such as
-    NAME-round-0005-client-2.fedcollm. The same files give the same bytes. Never packs a secret key.
+    For mail or a USB stick. Reads exchange/round-t/client-k and reveal-k. With --server: broadcast, close and, with
+    FedMKT, server. In round 1 of FedMKT, also vocabulary-client-k, or vocabulary-server. With --keys:
+    exchange/keys/client-k.json. With --roster: exchange/federation.json and all of exchange/keys. Checks them as unpack
+    does. Writes a ZIP without compression into the current folder, such as NAME-round-0005-client-2.fedcollm. The same
+    files give the same bytes. Never packs a secret key.
 
     Example: fedcollm pack --client 2 --round 5
     """

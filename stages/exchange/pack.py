@@ -1,8 +1,8 @@
 """pack: what a party sends, as one file to mail or to carry.
 
-Reads from exchange/ what this party has made: a client's update and reveal, the server's broadcast and close, a
-client's public keys, or the roster with everybody's. Writes one file, outside the exchange; the same files give the
-same bytes.
+Reads from exchange/ what this party has made: a client's update and reveal, the server's broadcast and close; with
+FedMKT a party's vocabulary and what it knows; a client's public keys, or the roster with everybody's. Writes one file,
+outside the exchange; the same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.exchange.bundles import Member, bundle_bytes
 from stages.files import reading, writing
-from stages.parties.names import keys_made_by, of
+from stages.parties.names import keys_made_by, of, said
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.commands import Command
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SECOND_LEGS = ("close", "reveal")
 """What goes along in a secure round once there is one; the bundle is named by it."""
+FIRST_LEG = "-vocabulary"
+"""What the bundle of a round of FedMKT is named by in which the party does not say yet what it knows."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,39 @@ def _wanted(workspace: Workspace, round: int | None, client: int | None, keys: b
     if round is None:
         return _public(workspace, client, keys)
     workspace.check_round(round)
+    if workspace.agreement.federation.server_tells:
+        return _told(workspace, round, client)
     first = Parcel("broadcast", round) if client is None else Parcel("client", round, client)
     then = Parcel("close", round) if client is None else Parcel("reveal", round, client)
     name = f"the broadcast of round {round}" if client is None else f"client {client}'s update of round {round}"
     made_by = Command("broadcast" if client is None else "client-train", client=client, round=round)
     require(first.folder(workspace), f"{name} is not there", made_by)
     return [first, *([then] if os.path.lexists(then.folder(workspace)) else [])]
+
+
+def _told(workspace: Workspace, round: int, client: int | None) -> list[Parcel]:
+    """What a party of FedMKT sends: what it knows of the public rows; in round 1 also how it reads, and a broadcast.
+
+    Round 1 can be packed before the party knows anything: vocabularies are of use at once.
+    """
+    from stages.exchange.parcel_kinds import Parcel
+
+    federation, party = workspace.agreement.federation, said(of(client))
+    knows = Parcel("server", round) if client is None else Parcel("client", round, client)
+    tells = federation.clients_tell or (client is None and round == 1)
+    if round > 1 and not tells:
+        mend = f"pack round 1: there {'the LLM tells once for all' if client is None else 'it tells how it reads'}"
+        raise UsageProblem(f"method {federation.method} has {party} send nothing after round 1", mend=mend)
+    first = []
+    if round == 1:
+        first = [Parcel("vocabulary-server", 1), Parcel("broadcast", 1)]
+        first = first if client is None else [Parcel("vocabulary-client", 1, client)]
+        made_by = Command("align", server=client is None, client=client)
+        require(first[0].folder(workspace), f"{party} has not told its vocabulary", made_by)
+    else:
+        made_by = Command("share-knowledge", server=client is None, client=client, round=round)
+        require(knows.folder(workspace), f"what {party} knows in round {round} is not there", made_by)
+    return [one for one in (*first, *([knows] if tells else [])) if os.path.lexists(one.folder(workspace))]
 
 
 def _public(workspace: Workspace, client: int | None, keys: bool) -> list[Parcel]:
@@ -139,6 +168,8 @@ def _name(workspace: Workspace, round: int | None, client: int | None, *, to: in
         return f"{federation}-keys-client-{client}.fedcollm" if keys else f"{federation}-roster.fedcollm"
     sender = "server" if client is None else f"client-{client}"
     leg = f"-{last}" if last in SECOND_LEGS else ""
+    if workspace.agreement.federation.server_tells and last not in ("client", "server"):
+        leg = FIRST_LEG
     return f"{federation}-{round_name(round)}-{sender}{leg}{f'-to-{to}' if to else ''}.fedcollm"
 
 

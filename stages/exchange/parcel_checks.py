@@ -7,11 +7,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from stages.artefacts import tensor_files
 from stages.artefacts.adapter_files import read_adapter
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, expected_names
 from stages.artefacts.sizes import check_sizes
-from stages.exchange.parcel_kinds import STAGES, Parcel, is_sealed
+from stages.artefacts.vocabulary_files import parse_vocabulary
+from stages.exchange.parcel_kinds import Parcel, is_sealed
 from stages.files import reading
 from stages.parties import signatures
 from stages.parties.party import Onlooker
@@ -19,8 +21,11 @@ from stages.runtime.errors import Damaged, Refused
 from stages.workspace import edits
 from stages.workspace.names import (
     ADAPTER_WEIGHTS,
+    CUTS,
+    KNOWLEDGE,
     MANIFEST,
     SIGNATURE,
+    VOCABULARY,
 )
 from stages.workspace.paths import Workspace
 
@@ -56,7 +61,8 @@ def check_first(
         signature = _json(SIGNATURE, read(SIGNATURE), where)
         key = members.key_of(manifest.party)
         signatures.check_value(signature, content, manifest.stage, key, where=where / MANIFEST, whose=manifest.party)
-    check_sizes(Artefact(where, manifest, content, reading.sha256(content), {}), workspace)
+    own = workspace.of_client(parcel.client) if parcel.client else workspace
+    check_sizes(Artefact(where, manifest, content, reading.sha256(content), {}), own)
 
 
 def check(parcel: Parcel, contents: Mapping[str, bytes], workspace: Workspace, where: Path) -> None:
@@ -86,6 +92,10 @@ def check(parcel: Parcel, contents: Mapping[str, bytes], workspace: Workspace, w
             contents={name: contents[name] for name in manifest.files},
         )
         read_adapter(artefact, None, workspace.agreement.slm.lora)
+    for name in contents.keys() & {CUTS, KNOWLEDGE}:  # what they say of public rows is for whoever has these to judge
+        tensor_files.read_header(contents[name], where / name)
+    if VOCABULARY in contents:
+        parse_vocabulary(contents[VOCABULARY], where / VOCABULARY)
 
 
 def _manifest(content: bytes, where: Path) -> Manifest:
@@ -130,13 +140,14 @@ def _check_files(manifest: Manifest, contents: Mapping[str, bytes], where: Path)
 
 
 def _check_claims(parcel: Parcel, manifest: Manifest, workspace: Workspace, where: Path) -> None:
+    own = workspace.of_client(parcel.client) if parcel.client else workspace
     claims = [
         ("federation", manifest.federation, workspace.agreement.federation.name),
-        ("stage", manifest.stage, STAGES[parcel.kind]),
+        ("stage", manifest.stage, parcel.stage(workspace)),
         ("round", manifest.round, parcel.round),
         ("client", manifest.client, parcel.client or None),
         ("agreement", manifest.agreement_sha256, workspace.agreement_sha256),
-        ("LoRA shape", manifest.lora, workspace.agreement.slm.lora),
+        ("LoRA shape", manifest.lora, own.agreement.model_of(manifest.role).lora),
     ]
     for name, found, expected in claims:
         if found != expected:

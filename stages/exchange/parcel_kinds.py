@@ -7,26 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stages.artefacts.manifest import Stage
 from stages.artefacts.reading import inbox, read_manifest
 from stages.runtime.errors import Damaged, NotReady
 from stages.workspace.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CUTS,
+    KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
     SEALED_INBOX,
     SEALED_REVEAL,
     SEALED_SHARES,
     SIGNATURE,
+    VOCABULARY,
     signature_beside,
 )
 from stages.workspace.paths import Workspace
 
-Kind = Literal["broadcast", "close", "client", "reveal", "keys", "federation"]
+Kind = Literal[
+    "broadcast", "close", "client", "reveal", "vocabulary-server", "vocabulary-client", "server", "keys", "federation"
+]
 ADAPTER = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
-CONTENTS = {"broadcast": ADAPTER, "client": ADAPTER | {MASKED_UPDATE, SEALED_SHARES}, "reveal": {SEALED_REVEAL}}
-"""What can be in a folder; in a close, the inboxes of those who take part."""
-STAGES = {"broadcast": "broadcast", "client": "client-train", "close": "close", "reveal": "reveal"}
+CONTENTS = {"broadcast": ADAPTER, "client-train": ADAPTER | {MASKED_UPDATE, SEALED_SHARES}, "reveal": {SEALED_REVEAL}}
+CONTENTS |= {"align": {VOCABULARY, CUTS}, "share-knowledge": {KNOWLEDGE}}
+"""What can be in a folder that a stage makes; in a close, the inboxes of those who take part."""
+STAGES: dict[Kind, Stage] = {"broadcast": "broadcast", "client": "client-train", "close": "close", "reveal": "reveal"}
+IN_PUBLIC: dict[Kind, Stage] = {"vocabulary-server": "align", "vocabulary-client": "align", "broadcast": "broadcast"}
+IN_PUBLIC |= {"server": "share-knowledge", "client": "share-knowledge"}
+"""The stages that make what travels; with FedMKT, and where an LLM teaches that stays as it is."""
+OF_NO_CLIENT = ("broadcast", "close", "vocabulary-server", "server", "federation")
 
 
 @dataclass(frozen=True, order=True)
@@ -48,6 +59,12 @@ class Parcel:
                 return workspace.client_update(self.round, self.client)
             case "reveal":
                 return workspace.reveal(self.round, self.client)
+            case "vocabulary-server":
+                return workspace.vocabulary(None)
+            case "vocabulary-client":
+                return workspace.vocabulary(self.client)
+            case "server":
+                return workspace.knowledge(self.round, None)
             case "keys":
                 return workspace.public_keys(self.client).parent
             case "federation":
@@ -67,6 +84,10 @@ class Parcel:
         """Whether it is a folder of a round."""
         return self.kind not in ("keys", "federation")
 
+    def stage(self, workspace: Workspace) -> Stage | None:
+        """The stage that makes such a folder; None where the federation's method has none that sends it."""
+        return (IN_PUBLIC if workspace.agreement.federation.server_tells else STAGES).get(self.kind)
+
     def public_files(self, workspace: Workspace) -> list[str]:
         """The two files of what is no folder: the signature first, since what it signs counts from its arrival on."""
         path = workspace.public_keys(self.client) if self.kind == "keys" else workspace.federation
@@ -76,7 +97,10 @@ class Parcel:
         """Whether a file of this name can be in it."""
         if not self.is_folder:
             return file in self.public_files(workspace)
-        known = {MANIFEST, SIGNATURE} | CONTENTS.get(self.kind, set())
+        stage = self.stage(workspace)
+        if stage is None:
+            return False
+        known = {MANIFEST, SIGNATURE} | CONTENTS.get(stage, set())
         return file in known or (self.kind == "close" and is_sealed(file))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from stages.exchange.parcel_checks import check_first
-from stages.exchange.parcel_kinds import Parcel
+from stages.exchange.parcel_kinds import OF_NO_CLIENT, Parcel
 from stages.files import reading
 from stages.runtime.errors import Damaged, Refused
 from stages.workspace.names import (
@@ -24,7 +24,8 @@ from stages.workspace.paths import Workspace
 PRIVATE_KEY = b"PRIVATE KEY-----"
 """Stands in the first line of every secret key in PEM."""
 
-NAME = re.compile(r"round-(\d{4,6})/(broadcast|close|client|reveal)(?:-(\d{1,9}))?/([a-z_.0-9-]+)", re.ASCII)
+FOLDER = "broadcast|close|client|reveal|server|vocabulary-server|vocabulary-client"
+NAME = re.compile(rf"round-(\d{{4,6}})/({FOLDER})(?:-(\d{{1,9}}))?/([a-z_.0-9-]+)", re.ASCII)
 KEYS = re.compile(r"keys/client-(\d{1,9})\.json(?:\.sig)?", re.ASCII)
 
 
@@ -58,7 +59,7 @@ def _parse(name: str, workspace: Workspace) -> tuple[Parcel | None, str]:
     elif found := KEYS.fullmatch(name):
         parcel = Parcel("keys", client=int(found[1]))
     has_round = parcel.round in range(1, workspace.agreement.federation.rounds + 1) or not parcel.is_folder
-    has_client = parcel.client in workspace.clients or parcel.kind in ("broadcast", "close", "federation")
+    has_client = parcel.client in workspace.clients or parcel.kind in OF_NO_CLIENT
     if has_round and has_client and parcel.takes(file, workspace) and parcel.name(workspace, file) == name:
         return parcel, file
     return None, file

@@ -1,7 +1,8 @@
 """unpack: put what another party packed into its place in the exchange.
 
-Reads one bundle, once. Writes exchange/round-t/broadcast, close, client-k or reveal-k, exchange/keys or the roster,
-whatever the bundle holds: each folder whole or not at all, and nothing unless everything in the bundle is sound.
+Reads one bundle, once. Writes exchange/round-t/broadcast, close, client-k, reveal-k, server or vocabulary-*,
+exchange/keys or the roster, whatever the bundle holds: each folder whole or not at all, and nothing unless everything
+in the bundle is sound.
 """
 
 from __future__ import annotations

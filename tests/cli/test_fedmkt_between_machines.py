@@ -1,0 +1,153 @@
+"""FedMKT on four machines with a model each, that share what is copied between them, or mailed as bundles."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from builders import Outcome, adapters, bundled, make_unlike_workspace
+from federations import CLIENTS, Machines, with_keys
+from stages.progress.status import status
+from stages.workspace.paths import Workspace
+
+PARTIES = ("server", *(f"client-{k}" for k in CLIENTS))
+
+
+@pytest.fixture
+def machines(tmp_path: Path, unlike_models: Path, fedcollm: Callable[..., Outcome]) -> Machines:
+    """A server with the LLM, and three clients with a model each; nothing is done."""
+    whole, found = make_unlike_workspace(tmp_path / "whole", unlike_models), Machines(tmp_path, fedcollm)
+    for party in PARTIES:
+        folder = tmp_path / f"machine of {party}"
+        model = "llm" if party == "server" else f"slm-{party[-1]}"
+        shutil.copytree(whole / "private" / party, folder / "private" / party)
+        shutil.copytree(unlike_models / model, folder / "models" / model)
+        shutil.copy(whole / "fedcollm.toml", folder)
+        found.folders[party] = with_keys(folder, tmp_path / f"keys of {party}")
+    return found
+
+
+def who(party: str) -> tuple[object, ...]:
+    return ("--server",) if party == "server" else ("--client", party[-1])
+
+
+def until_idle(machines: Machines, party: str, by: Callable[[str], object]) -> tuple[list[str], str]:
+    """What a party does, by the line that `status` prints, and what it waits for then; scores are left out."""
+    given: list[str] = []
+    while True:
+        found = status(Workspace(machines.folders[party]), party=party)
+        if not found.next_command or "evaluate" in str(found.next_command):
+            return given, found.waiting_for
+        by(str(found.next_command))
+        given.append(str(found.next_command).removeprefix("fedcollm "))
+        assert len(given) < 20, given
+
+
+def test_by_next_alone_four_machines_end_where_one_does(machines: Machines, unlike_once: Path) -> None:
+    def all_of(party: str) -> tuple[list[str], str]:
+        return until_idle(machines, party, lambda line: _is(line, machines.give(party, "next", *who(party)).out))
+
+    def _is(line: str, done: str) -> None:
+        assert done.strip() == line
+
+    assert all_of("server") == (
+        ["align --server"],
+        "what 3 more clients know in round 1, in exchange/, of client-1, client-2, client-3",
+    )
+    for round in (1, 2):
+        for k in CLIENTS:
+            lines = ([f"client-distill --client {k} --round 1"] if round == 2 else [f"align --client {k}"]) + [
+                f"client-train --client {k} --round {round}",
+                f"share-knowledge --client {k} --round {round}",
+            ]
+            awaited = "the server's vocabulary" if round == 1 else "what the server knows in round 2"
+            assert all_of(f"client-{k}") == (lines, f"{awaited}, in exchange/")
+            assert machines.give(f"client-{k}", "next", *who(f"client-{k}"), code=3).out == ""
+        machines.up(1, 2)
+        told = "what 1 more client knows in round {0}, in exchange/, of client-3"
+        assert all_of("server") == ([], told.format(round))
+        machines.up(3)
+        lines = [f"co-distill --round {round}", f"share-knowledge --server --round {round}"]
+        rest = (
+            "" if round == 2 else "what 3 more clients know in round 2, in exchange/, of client-1, client-2, client-3"
+        )
+        assert all_of("server") == (lines, rest)
+        machines.down(*CLIENTS)
+    for k in CLIENTS:
+        assert all_of(f"client-{k}") == ([f"client-distill --client {k} --round 2"], "")
+        assert "this machine's part is done" in machines.give(f"client-{k}", "status").out
+        machines.give(f"client-{k}", "next", *who(f"client-{k}"), code=9)
+    assert "next: fedcollm evaluate --round 2 --model llm" in machines.give("server", "status").out
+    expected = adapters(unlike_once)
+    for party, folder in machines.folders.items():
+        held = {name: digest for name, digest in adapters(folder).items() if "keys" not in name}
+        assert held.items() <= expected.items()
+        # Of others it has what they told, and of nobody a model.
+        assert {path.name for path in (folder / "private").iterdir()} == {"agreements", party}
+        rounds = ("exchange/round-0001", "exchange/round-0002")
+        seen = {name for name in held if name.startswith("exchange")}
+        others = {name for name in seen if "client-" in name and f"client-{party[-1]}" not in name}
+        assert party == "server" or not others
+        assert all(name.startswith(rounds) for name in seen)
+    held = set().union(*(adapters(folder) for folder in machines.folders.values()))
+    assert held == set(expected)
+
+
+def test_by_bundles_with_keys_they_end_at_the_same_weights(
+    machines: Machines, unlike_once: Path, tmp_path: Path
+) -> None:
+    machines.enrol(*CLIENTS)
+
+    def take(party: str) -> None:
+        until_idle(machines, party, lambda line: machines.give(party, *line.split()[1:]))
+
+    def mail(sender: str, round: int, *receivers: str, name: str) -> Path:
+        """Pack by the usual name, and have each receiver unpack it."""
+        bundle = tmp_path / name
+        machines.give(sender, "pack", *who(sender), "--round", round, "--output", bundle)
+        for receiver in receivers:
+            machines.give(receiver, "unpack", bundle)
+        return bundle
+
+    for round in (1, 2):
+        for k in CLIENTS:
+            take(f"client-{k}")
+            bundle = mail(f"client-{k}", round, "server", name=f"{k}-{round}.fedcollm")
+            files = {"knowledge.safetensors", "manifest.json", "manifest.json.sig"}
+            place = f"round-{round:04d}"
+            expected = {f"{place}/client-{k}/{file}" for file in files}
+            if round == 1:
+                vocabulary = {"vocabulary.safetensors", "cuts.safetensors", "manifest.json", "manifest.json.sig"}
+                expected |= {f"{place}/vocabulary-client-{k}/{file}" for file in vocabulary}
+            assert set(bundled(bundle)) == expected
+        take("server")
+        mail("server", round, *PARTIES[1:], name=f"server-{round}.fedcollm")
+    for k in CLIENTS:
+        take(f"client-{k}")
+    for party, folder in machines.folders.items():
+        for path in folder.glob("*/**/*.safetensors"):
+            if "models" not in path.parts:
+                assert path.read_bytes() == (unlike_once / path.relative_to(folder)).read_bytes(), path
+        assert status(Workspace(folder), verify=True, party=party).is_damaged is False
+        for signed in folder.glob("**/manifest.json"):
+            assert signed.with_name("manifest.json.sig").is_file()
+
+
+def test_round_one_can_be_packed_before_anybody_knows_anything(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for party in ("server", "client-1"):
+        machines.give(party, "align", *who(party))
+        said = machines.give(party, "pack", *who(party), "--round", 1, "--json").out
+        path = Path(json.loads(said)["path"])
+        assert path.name == f"tiny-round-0001-{party}-vocabulary.fedcollm"
+        machines.give("client-1" if party == "server" else "server", "unpack", path)
+        path.unlink()
+    machines.give("client-1", "align", *who("client-1"))
+    assert (machines.folders["client-1"] / "private/client-1/alignment/report.json").is_file()
+    machines.give("client-1", "pack", *who("client-1"), "--round", 2, code=3)
