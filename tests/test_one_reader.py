@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -86,8 +85,7 @@ WATCHED = '''
 import io, json, os, sys
 from pathlib import Path
 
-study = Path(sys.argv[1])
-exchange = os.path.realpath(study / "exchange") + "/"
+exchange = "/nowhere/"
 reads, strangers, mapped = set(), [], []
 
 
@@ -140,19 +138,28 @@ sys.addaudithook(watch)
 
 from fedcollm_cli.main import app
 
-codes = []
-for words in json.loads(sys.argv[2]):
-    try:
-        app(words)
-        codes.append([words, 0])
-    except SystemExit as stop:
-        codes.append([words, stop.code or 0])
-sound = list(strangers)
-(study / "exchange/round-0001/broadcast/manifest.json").read_bytes()  # the watch sees what it is for
-safetensors.safe_open(str(study / "exchange/round-0001/broadcast/adapter_model.safetensors"), "np")
-found = {"codes": codes, "reads": sorted(reads), "strangers": sound, "mapped": mapped[:-1]}
-found |= {"caught": len(strangers) - len(sound), "caught_by_path": len(mapped[-1:])}
-sys.stdout.write("\\n" + json.dumps(found))
+
+def play(study, commands):
+    codes = []
+    for words in commands:
+        try:
+            app(words)
+            codes.append([words, 0])
+        except SystemExit as stop:
+            codes.append([words, stop.code or 0])
+    sound = list(strangers)
+    (study / "exchange/round-0001/broadcast/manifest.json").read_bytes()  # the watch sees what it is for
+    safetensors.safe_open(str(study / "exchange/round-0001/broadcast/adapter_model.safetensors"), "np")
+    found = {"codes": codes, "reads": sorted(reads), "strangers": sound, "mapped": mapped[:-1]}
+    return found | {"caught": len(strangers) - len(sound), "caught_by_path": len(mapped[-1:])}
+
+
+for study, commands in json.loads(sys.argv[1]):
+    exchange = os.path.realpath(f"{study}/exchange") + "/"
+    for noted in (reads, strangers, mapped):
+        noted.clear()
+    found = play(Path(study), commands)
+    Path(study, "found.json").write_text(json.dumps(found))
 '''
 COMMANDS = [
     ["run"],
@@ -174,28 +181,34 @@ MASKED = {
 }
 
 
+MODES = ("plain", "secure")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, base_models: Path) -> Path:
+    """What a fresh Python that gives these commands in each mode saw of exchange/: <mode>/study/found.json."""
+    top, plays = tmp_path_factory.mktemp("watched"), []
+    for mode in MODES:
+        (top / mode).mkdir()
+        study = make_workspace(top / mode / "study", base_models)
+        text = (study / "fedcollm.toml").read_text().replace("steps = 6", "steps = 1").replace("steps = 5", "steps = 1")
+        text = text.replace("[evaluation]", f'[aggregation]\nmode = "{mode}"\n[evaluation]')
+        (study / "fedcollm.toml").write_text(text)
+        (study / "machine.toml").write_text('secrets = "../secrets"\n')
+        commands = [[word.replace("@", str(study / "exchange")) for word in command] for command in COMMANDS]
+        plays.append((str(study), [words if words[0] == "diff" else [*words, "-w", str(study)] for words in commands]))
+    call = [sys.executable, "-c", WATCHED, json.dumps(plays)]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return top
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["plain", "secure"])
-def test_in_whole_rounds_nothing_but_the_one_reader_opens_an_exchanged_file(
-    mode: str, tmp_path: Path, base_models: Path
-) -> None:
-    study = make_workspace(tmp_path / "study", base_models)
-    text = (study / "fedcollm.toml").read_text().replace("steps = 6", "steps = 1").replace("steps = 5", "steps = 1")
-    (study / "fedcollm.toml").write_text(text.replace("[evaluation]", f'[aggregation]\nmode = "{mode}"\n[evaluation]'))
-    (study / "machine.toml").write_text('secrets = "../secrets"\n')
-    commands = [[word.replace("@", str(study / "exchange")) for word in command] for command in COMMANDS]
-    found = watched(study, [words if words[0] == "diff" else [*words, "-w", str(study)] for words in commands])
+@pytest.mark.parametrize("mode", MODES)
+def test_in_whole_rounds_nothing_but_the_one_reader_opens_an_exchanged_file(mode: str, watched: Path) -> None:
+    found = json.loads((watched / mode / "study/found.json").read_text())
     assert [code for _, code in found["codes"]] == [0] * len(found["codes"]), found["codes"]
     assert found["strangers"] == []
     assert found["mapped"] == []
     assert (found["caught"], found["caught_by_path"]) == (1, 1)
     assert set(found["reads"]) >= (ADAPTER | MASKED if mode == "secure" else ADAPTER)
-
-
-def watched(study: Path, commands: list[list[str]]) -> dict[str, Any]:
-    """What a fresh Python that gives these commands saw of exchange/."""
-    call = [sys.executable, "-c", WATCHED, str(study), json.dumps(commands)]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.rpartition("\n")[2])
-    return found
