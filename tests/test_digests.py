@@ -6,26 +6,31 @@ it is held by tests/cli/test_write_failures.py; of other ways to drive a federat
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import contextlib
+import io
 
 import pytest
 
-from builders import ROOT
+from processes import call_together
 
 LIBRARIES = ["stages.training.training", "stages.evaluation.scoring", "stages.privacy.dp_sgd"]
 ROUND, SERVER, KEYS = "exchange/round-0002", "private/server/round-0002", "private/client-1/keys.json"
 
 
+def lines(_: object, name: str) -> list[str]:
+    """What tests/digests.py prints of a federation that is played twice."""
+    import digests
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        digests.main([name] * 2, libraries=LIBRARIES)
+    return out.getvalue().splitlines()
+
+
 @pytest.mark.slow
 def test_a_secure_and_private_federation_leaves_the_same_bytes_again() -> None:
     name = "secure and private"
-    code = f"import digests; digests.main([{name!r}] * 2, libraries={LIBRARIES})"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    first, again = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    [printed] = call_together(1, lines, name)
+    first, again = printed[: len(printed) // 2], printed[len(printed) // 2 :]
     assert first == again
     files = {line.partition(f"{name}: ")[2] for line in first}
     assert len(files) == len(first)
