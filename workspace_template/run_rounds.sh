@@ -9,6 +9,31 @@ cd "$(dirname "$0")"
 clients=${CLIENTS:-$(sed -n 's/^clients *= *\([0-9]*\).*/\1/p' fedcollm.toml)}
 rounds=${ROUNDS:-$(sed -n 's/^rounds *= *\([0-9]*\).*/\1/p' fedcollm.toml)}
 secure=$(sed -n 's/^mode *= *"secure".*/yes/p' fedcollm.toml)
+method=$(sed -n 's/^method *= *"\([a-z0-9-]*\)".*/\1/p' fedcollm.toml)
+own_models=$(sed -n 's/^\[clients\.[0-9]*\.slm\].*/yes/p' fedcollm.toml)
+
+case $method in fedmkt | llm2slm | standalone-public)                      # no adapter travels
+    [ "$method" = standalone-public ] || fedcollm align                    # all -> exchange/round-0001/vocabulary-*
+    [ "$own_models" ] || fedcollm broadcast --round 1                      # server  -> exchange/round-0001/broadcast
+    [ "$method" != llm2slm ] || fedcollm share-knowledge --server --round 1 # server  -> exchange/round-0001/server
+    for round in $(seq 1 "$rounds"); do
+        for client in $(seq 1 "$clients"); do
+            fedcollm client-train --client "$client" --round "$round"      # client  -> private/client-k/round-t/trained
+            [ "$method" = fedmkt ] || continue
+            fedcollm share-knowledge --client "$client" --round "$round"   # client  -> exchange/round-t/client-k
+        done
+        if [ "$method" = fedmkt ]; then
+            fedcollm co-distill --round "$round"                           # server  -> private/server/round-t/llm
+            fedcollm share-knowledge --server --round "$round"             # server  -> exchange/round-t/server
+            fedcollm evaluate --round "$round" --model llm                 # scores  -> results/round-t/llm.json
+        fi
+        for client in $(seq 1 "$clients"); do
+            fedcollm client-distill --client "$client" --round "$round"    # client  -> private/client-k/round-t/slm
+            fedcollm evaluate --round "$round" --client "$client"
+        done
+    done
+    exit ;;
+esac
 
 if [ "$secure" ]; then
     for client in $(seq 1 "$clients"); do

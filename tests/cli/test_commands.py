@@ -209,14 +209,13 @@ def test_words_that_are_no_command_exit_2(words: str, fedcollm: Callable[..., Ou
 
 
 @pytest.fixture
-def script(workspace_folder: Path) -> Iterator[Callable[[], str]]:
-    """Run the workspace's run_rounds.sh to its end, which must be good. Returns what it says."""
-    path = shutil.copy(ROOT / "workspace_template/run_rounds.sh", workspace_folder)
+def script() -> Iterator[Callable[[Path], str]]:
+    """Run a workspace's run_rounds.sh to its end, which must be good. Returns what it says."""
     with forking_fedcollm() as program:
         environment = os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
 
-        def go() -> str:
-            command = ["bash", path]
+        def go(folder: Path) -> str:
+            command = ["bash", shutil.copy(ROOT / "workspace_template/run_rounds.sh", folder)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
             assert done.returncode == 0, done.stderr
             return done.stderr
@@ -226,29 +225,61 @@ def script(workspace_folder: Path) -> Iterator[Callable[[], str]]:
 
 @pytest.mark.slow
 def test_the_shipped_script_runs_a_federation_to_its_end_and_passes_over_it_the_second_time(
-    workspace_folder: Path, script: Callable[[], str]
+    workspace_folder: Path, script: Callable[[Path], str]
 ) -> None:
     edit(workspace_folder / "fedcollm.toml", "clients = 3", "clients = 1")
     edit(workspace_folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
     write_rows(workspace_folder / "private/client-1/train.jsonl", rows(8))
-    script()
+    script(workspace_folder)
     made = published(workspace_folder)
     places = {str(Path(name).parent) for name in made}
     exchange, server = "exchange/round-0001", "private/server/round-0001"
     assert places >= {f"{exchange}/{one}" for one in ("broadcast", "client-1")}
     assert places >= {f"{server}/{one}" for one in ("aggregate", "llm", "slm")}
     assert {"results/round-0001/slm.json", "results/round-0001/llm.json"} <= set(made)
-    assert script().count("already done") == 6
+    assert script(workspace_folder).count("already done") == 6
     assert published(workspace_folder) == made
 
 
 @pytest.mark.slow
 def test_the_shipped_script_runs_a_secure_federation_too(
-    workspace_folder: Path, own_secrets: Path, script: Callable[[], str]
+    workspace_folder: Path, own_secrets: Path, script: Callable[[Path], str]
 ) -> None:
     toml = workspace_folder / "fedcollm.toml"
     edit(toml, "rounds = 2", "rounds = 1")
     edit(toml, "[distillation]", '[aggregation]\nmode = "secure"\n\n[distillation]')
-    script()
+    script(workspace_folder)
     assert len(list(own_secrets.glob("fedcollm/*/*"))) == 4
     assert (workspace_folder / "private/server/round-0001/slm/manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_the_shipped_script_runs_fedmkt_and_leaves_what_run_leaves(
+    unlike_folder: Path, unlike_once: Path, script: Callable[[Path], str]
+) -> None:
+    edit(unlike_folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
+    script(unlike_folder)
+    for path in [
+        *unlike_once.glob("*/round-0001/*/*.safetensors"),
+        *unlike_once.glob("*/*/round-0001/*/*.safetensors"),
+    ]:
+        assert path.read_bytes() == (unlike_folder / path.relative_to(unlike_once)).read_bytes(), path
+    scores = {path.stem for path in (unlike_folder / "results/round-0001").glob("*.json")}
+    assert scores == {"llm", "client-1", "client-2", "client-3"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["llm2slm", "standalone-public"])
+def test_the_shipped_script_runs_fedmkts_baselines(
+    method: str, unlike_folder: Path, script: Callable[[Path], str]
+) -> None:
+    toml = unlike_folder / "fedcollm.toml"
+    edit(toml, 'method = "fedmkt"', f'method = "{method}"')
+    edit(toml, 'tasks = ["colours"]', 'tasks = ["colours"]\nlimit = 2')
+    script(unlike_folder)
+    assert (unlike_folder / "private/client-3/round-0002/slm/manifest.json").exists()
+    told = {
+        path.parent.relative_to(unlike_folder / "exchange").as_posix() for path in unlike_folder.rglob("knowledge.*")
+    }
+    assert told == ({"round-0001/server"} if method == "llm2slm" else set())
+    assert not list(unlike_folder.glob("results/*/llm.json"))
