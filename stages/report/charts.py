@@ -37,12 +37,15 @@ class Style:
 
 
 STYLES = (
-    # Okabe and Ito's palette, where needed darkened to stand out 3:1 on white and on near-black alike.
+    # Okabe and Ito's palette, where needed darkened to stand out 3:1 on white and on near-black alike; and three more.
     Style("#0072B2", (1, 0), "circle"),
     Style("#D55E00", (6, 2), "square"),
     Style("#B85C95", (2, 2), "triangle-up"),
     Style("#008F68", (9, 3), "diamond"),
     Style("#808080", (4, 4), "cross"),
+    Style("#7A5AC8", (1, 0), "triangle-down"),
+    Style("#9A7B00", (6, 2), "triangle-left"),
+    Style("#00839B", (2, 2), "triangle-right"),
 )
 PLAIN = Style("currentColor", (1, 0), "triangle-right")
 

@@ -11,13 +11,8 @@ from stages.runtime.errors import Problem
 from stages.runtime.texts import in_line
 from stages.workspace.paths import Workspace
 
-STYLE_OF = dict(
-    zip(
-        (LABELS[row] for row in ("fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized", "zero-shot")),
-        (*STYLES, PLAIN),
-        strict=True,
-    )
-)
+DRAWN = ("fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized", "fedmkt", "standalone-public", "llm2slm")
+STYLE_OF = dict(zip((LABELS[row] for row in (*DRAWN, "zero-shot")), (*STYLES, PLAIN), strict=True))
 MOST_PARTED = 10
 MOST_DRAWN = {"round": 20, "party": 60}
 """A grid with more columns or lines shows some of them, evenly chosen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any, Literal
 
@@ -23,20 +23,22 @@ MODELS = {
 
 
 def figures(metric: str) -> list[Figure]:
-    """All of them, in the order of the page."""
+    """All of FedCoLLM's, in the order of the page."""
     return [
-        *(_accuracy(model, metric) for model in MODELS),
-        _client_losses(),
+        *(accuracy(model, title, metric) for model, title in MODELS.items()),
+        client_losses(),
         *(_distillation(model) for model in ("slm", "llm")),
         _cross_terms(),
         *_drifts(),
-        *_splits(),
-        _traffic(),
-        _times(),
+        *splits(),
+        traffic(),
+        times(),
     ]
 
 
-def _accuracy(model: str, metric: str) -> Figure:
+def accuracy(model: str, title: str, metric: str) -> Figure:
+    """One model's, by method, after each round."""
+
     def rows(workspace: Workspace) -> list[Row]:
         found = findings.accuracies(workspace, model, metric)
         return [row | {"method": LABELS[row["method"]]} for row in found] if any(row["round"] for row in found) else []
@@ -66,17 +68,18 @@ def _accuracy(model: str, metric: str) -> Figure:
 
     nothing = "None of its rounds has been scored: "
     nothing += f"{Command('run')} scores every round, {Command('evaluate')} a single one."
-    return Figure("accuracy", f"accuracy-{model}", MODELS[model], rows, spec, caption, nothing)
+    return Figure("accuracy", f"accuracy-{model}", title, rows, spec, caption, nothing)
 
 
-def _client_losses() -> Figure:
+def client_losses() -> Figure:
+    """Of local training."""
     return Figure(
         "losses",
         "loss-client-train",
         "client-train: L_FT of each client",
         findings.client_losses,
-        functools.partial(_loss_lines, series="client"),
-        lambda rows: f"Cross-entropy of the answer tokens (Eq. 3). {_points(rows)}{_of_many(rows, 'client')}",
+        functools.partial(loss_lines, series="client"),
+        lambda rows: f"Cross-entropy of the answer tokens (Eq. 3). {points(rows)}{of_many(rows, 'client')}",
         "No log of a client's training is on this machine, or [privacy] is on: each client keeps its own.",
     )
 
@@ -89,15 +92,16 @@ def _distillation(model: str) -> Figure:
         f"loss-co-distill-{model}",
         f"co-distill: L_FT and L_KD of the {name}",
         functools.partial(findings.distillation_losses, model=model),
-        functools.partial(_loss_lines, series="term"),
+        functools.partial(loss_lines, series="term"),
         lambda rows: (
-            f"L_FT: the auxiliary answers; L_KD: the divergence from the {other} (Eq. 4 and 5). {_points(rows)}"
+            f"L_FT: the auxiliary answers; L_KD: the divergence from the {other} (Eq. 4 and 5). {points(rows)}"
         ),
         "No log of co-distill is on this machine: the server has it, if the method distils.",
     )
 
 
-def _loss_lines(rows: list[Row], series: str) -> Spec:
+def loss_lines(rows: list[Row], series: str) -> Spec:
+    """A line for each series, which ends with its round where rounds are few."""
     titles = ("step, counted over all rounds", "nats a token")
     part = "round" if _parts_rounds(rows) else None
     return line_charts.lines(rows, x="step", y="loss", series=series, titles=titles, points=False, part=part)
@@ -108,25 +112,30 @@ def _parts_rounds(rows: Sequence[Row]) -> bool:
     return len({row["round"] for row in rows}) <= MOST_PARTED
 
 
-def _points(rows: list[Row]) -> str:
+def points(rows: list[Row]) -> str:
+    """What a point of a line of losses is, in a sentence."""
     steps = max(row["steps"] for row in rows)
     each = "Every step is shown" if steps == 1 else f"A point is the mean of {steps} steps"
     return f"{each}; a line ends with its round." if _parts_rounds(rows) else f"{each}."
 
 
-def _of_many(rows: Sequence[Row], series: str) -> str:
+def of_many(rows: Sequence[Row], series: str) -> str:
+    """What a line is where there are too many for one each, in a sentence."""
     count = len({row[series] for row in rows})
     return f" Line: the mean of {count} clients; band: lowest to highest." if count > line_charts.MOST_SERIES else ""
 
 
-def _traffic() -> Figure:
-    def caption(rows: list[Row]) -> str:
-        total = sum(row["bytes"] for row in rows)
-        return (
-            f"{total / 1e6:,.2f} MB in all, in adapters of {rows[0]['parameters']:,} numbers each; "
-            "a broadcast is counted once for each client."
-        )
+def caption_of_traffic(rows: list[Row]) -> str:
+    """How much it is together, and what travels."""
+    total = sum(row["bytes"] for row in rows)
+    return (
+        f"{total / 1e6:,.2f} MB in all, in adapters of {rows[0]['parameters']:,} numbers each; "
+        "a broadcast is counted once for each client."
+    )
 
+
+def traffic(caption: Callable[[list[Row]], str] = caption_of_traffic) -> Figure:
+    """What has travelled."""
     return Figure(
         "costs",
         "bytes",
@@ -182,7 +191,7 @@ def _drifts() -> list[Figure]:
             title,
             rows,
             lambda rows: line_charts.lines(rows, x="round", y=key, series="client", titles=("round", key)),
-            lambda rows: f"{caption}{_of_many(rows, 'client')}",
+            lambda rows: f"{caption}{of_many(rows, 'client')}",
             "No client's update is here together with the broadcast that it began from.",
         )
 
@@ -196,7 +205,9 @@ def _drifts() -> list[Figure]:
     ]
 
 
-def _splits() -> list[Figure]:
+def splits() -> list[Figure]:
+    """Who has which rows, as `prepare` dealt them."""
+
     def figure(by: Literal["labels", "sources"], name: str) -> Figure:
         def rows(workspace: Workspace) -> list[Row]:
             return _most_common(findings.data_split(workspace, by), name)
@@ -237,7 +248,9 @@ def _most_common(rows: list[Row], name: str) -> list[Row]:
     return list(merged.values())
 
 
-def _times() -> Figure:
+def times() -> Figure:
+    """How long each stage took."""
+
     def spec(rows: list[Row]) -> Spec:
         totals: dict[str, list[float]] = {}
         for row in rows:

@@ -23,6 +23,7 @@ from stages.runtime.errors import Damaged, Problem
 from stages.study.results import Study, begun, open_study
 from stages.study.scores import answers
 from stages.study.statistics import estimate
+from stages.study.table_rows import METHODS, OWN, base_of
 from stages.workspace.agreement import Method
 from stages.workspace.paths import Workspace
 
@@ -33,22 +34,24 @@ MOST_ROWS = 4000
 
 SUBJECTS: dict[str, dict[Method, str]] = {
     # Which model of each method is scored as what; "clients" stands for the mean of client-1, client-2, ...
-    "llm": {"centralized": "client-1", "fedavg-aux": "llm", "fedcollm": "llm"},
+    "llm": {"centralized": "client-1", "fedavg-aux": "llm", "fedcollm": "llm", "fedmkt": "llm"},
     "slm": {"fedavg": "aggregate", "fedavg-aux": "slm", "fedcollm": "slm"},
-    "clients": dict.fromkeys(["standalone", "fedavg", "fedavg-aux", "fedcollm"], "clients"),
+    "clients": dict.fromkeys(
+        ["standalone", "standalone-public", "fedavg", "fedavg-aux", "llm2slm", "fedcollm", "fedmkt"], "clients"
+    ),
 }
 
 
 def accuracies(workspace: Workspace, model: str, metric: str) -> list[Row]:
     """In %, by method and round, mean over the seeds that are there; round 0 is the base alone.
 
-    model: llm, slm or clients. error_points: the standard deviation over seeds, or, of one seed, the binomial standard
-    error of the questions; error_of says which.
+    model: llm, slm, clients, or client-2. error_points: the standard deviation over seeds, or, of one seed, the
+    binomial standard error of the questions; error_of says which.
     """
     studies = list(_studies(workspace))
-    base = answers(Study(workspace, {}), workspace, None, "llm" if model == "llm" else "slm", metric)
+    base = answers(Study(workspace, {}), workspace, None, base_of(workspace, model), metric)
     rows = [] if base is None else [_accuracy("zero-shot", 0, [base])]
-    for method, subject in SUBJECTS[model].items():
+    for method, subject in SUBJECTS.get(model, {one: model for one in METHODS if one in OWN}).items():
         of_method = [study for study in studies if method in study.methods]
         for round in range(1, workspace.agreement.federation.rounds + 1):
             found = [_scores(study, method, round, subject, metric) for study in of_method]
@@ -97,32 +100,37 @@ def client_losses(workspace: Workspace) -> list[Row]:
     """
     if workspace.agreement.privacy.is_on:
         return []
-    most = min(MOST_POINTS, max(12, MOST_ROWS // len(workspace.clients)))
     logs = {
-        (round, f"client {k}"): _losses(workspace.log("client-train", round, k), "slm_ft")
-        for round in _rounds(workspace)
+        (round, f"client {k}"): losses(workspace.log("client-train", round, k), "slm_ft")
+        for round in rounds(workspace)
         for k in workspace.clients
     }
     return [
         {"client": party, "round": round, "step": step, "steps": group, "loss": values["slm_ft"]}
-        for (round, party), step, group, values in _thinned(logs, most)
+        for (round, party), step, group, values in thinned(logs, most_points(workspace))
     ]
 
 
 def distillation_losses(workspace: Workspace, model: str) -> list[Row]:
     """L_FT and L_KD of one model, slm or llm, in co-distill, by step counted over all rounds, thinned."""
     logs = {
-        (round, ""): _losses(workspace.log("co-distill", round), f"{model}_ft", f"{model}_kd")
-        for round in _rounds(workspace)
+        (round, ""): losses(workspace.log("co-distill", round), f"{model}_ft", f"{model}_kd")
+        for round in rounds(workspace)
     }
     return [
         {"term": f"L_{term.upper()}", "round": round, "step": step, "steps": group, "loss": values[f"{model}_{term}"]}
-        for (round, _), step, group, values in _thinned(logs, MOST_POINTS)
+        for (round, _), step, group, values in thinned(logs, MOST_POINTS)
         for term in ("ft", "kd")
     ]
 
 
-def _rounds(workspace: Workspace) -> range:
+def most_points(workspace: Workspace) -> int:
+    """To a client's line, where each has one."""
+    return min(MOST_POINTS, max(12, MOST_ROWS // len(workspace.clients)))
+
+
+def rounds(workspace: Workspace) -> range:
+    """All of the agreement's."""
     return range(1, workspace.agreement.federation.rounds + 1)
 
 
@@ -159,14 +167,15 @@ def _damaged(log: Path, found: str) -> Damaged:
     return Damaged(f"the log {name} is damaged: {found}", where=log, mend=mend)
 
 
-def _losses(log: Path, *names: str) -> list[dict[str, float]]:
+def losses(log: Path, *names: str) -> list[dict[str, float]]:
+    """The steps of a private log. Raises Damaged unless all have the same losses, and these among them."""
     found = [line for line in _lines(log) if "step" in line]
     if any(line.keys() != found[0].keys() or not line.keys() >= set(names) for line in found):
         raise _damaged(log, "its steps do not name the same losses")
     return found
 
 
-def _thinned(
+def thinned(
     logs: dict[tuple[int, str], list[dict[str, float]]], most: int
 ) -> Iterator[tuple[tuple[int, str], int, int, dict[str, float]]]:
     """By (round, party): the last step of each group of steps, counted over rounds, the group's size and its means.
@@ -201,7 +210,7 @@ def cross_terms(workspace: Workspace) -> list[Row]:
     """What averaging A and B apart loses, in % of ||mean(BA)||, by layer and round, from the aggregates' manifests."""
     found = {
         (key.removeprefix("cross_term/"), round): value
-        for round in _rounds(workspace)
+        for round in rounds(workspace)
         if workspace.aggregate(round).exists()
         for key, value in read_manifest(workspace.aggregate(round))[0].metrics.items()
         if key.startswith("cross_term/")
@@ -248,11 +257,13 @@ def shortened(name: str) -> str:
 
 def wall_times(workspace: Workspace) -> list[Row]:
     """Seconds of each run of each stage that keeps a log on this machine."""
-    places = [("client-train", k) for k in workspace.clients] + [("aggregate", None), ("co-distill", None)]
+    by_clients = ("client-train", "share-knowledge", "client-distill")
+    places: list[tuple[str, int | None]] = [(stage, k) for stage in by_clients for k in workspace.clients]
+    places += [("aggregate", None), ("co-distill", None), ("share-knowledge", None)]
     return [
         {"stage": stage, "round": round, "party": f"client-{k}" if k else SERVER, "seconds": line["wall_s"]}
         for stage, k in places
-        for round in _rounds(workspace)
+        for round in rounds(workspace)
         for line in _lines(workspace.log(stage, round, k))
         if "wall_s" in line
     ]

@@ -23,6 +23,7 @@ SECTIONS = {
     "accuracy": "Accuracy over rounds",
     "losses": "Losses inside each stage",
     "averaging": "What averaging meets",
+    "choices": "Who teaches whom",
     "data": "Data split",
     "costs": "Traffic and time",
 }
@@ -49,6 +50,7 @@ def render(drawn: Iterable[tuple[str, Chart | Absent]], words: Mapping[str, Any]
             ],
         }
         for section, title in SECTIONS.items()
+        if any(place == section for place, _ in placed)
     ]
     return template.render(words, sections=sections)
 

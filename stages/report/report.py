@@ -92,11 +92,11 @@ def write_report(workspace: Workspace, *, in_words: InWords, metric: str = "acc"
     """
     from stages.report.charts import Chart
     from stages.report.drawing import draw
-    from stages.report.figures import figures
+    from stages.report.knowledge_figures import figures_of
     from stages.report.page import render
 
     report(Event("stage", "report"))
-    planned = figures(metric)
+    planned = figures_of(workspace, metric)
     drawn: list[tuple[str, Chart | Absent]] = []
     for number, figure in enumerate(planned, 1):
         drawn.append((figure.section, draw(figure, workspace)))
@@ -238,8 +238,6 @@ def _left_out(workspace: Workspace) -> str:
 
 def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
     """The digests that this page can be held against, and the versions of what made the adapters."""
-    from stages.report.page import without_folders
-
     last: dict[str, tuple[Manifest, str]] = {}
     for round in range(1, workspace.agreement.federation.rounds + 1):
         places = [workspace.broadcast(round), workspace.aggregate(round), workspace.slm(round), workspace.llm(round)]
@@ -250,13 +248,7 @@ def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
                 except Problem:  # fedcollm status and audit tell of damage
                     continue
     pairs = [(AGREEMENT, workspace.agreement_sha256)]
-    for role in ("slm", "llm"):
-        for manifest in [manifest for manifest, _ in last.values() if manifest.role == role][:1]:
-            base = f"{role.upper()} base, {manifest.base.architecture}"
-            if (name := name_of(workspace, role)) != (agreed := workspace.agreement.model_of(role).model):
-                base = f"{base}; here {name}, not known to be {agreed}"
-            pairs += [(in_line(without_folders(base)), manifest.base.weights_sha256)]
-            pairs += [(f"{role.upper()} tokenizer", manifest.base.tokenizer_sha256)]
+    pairs += _bases(workspace, [manifest for manifest, _ in last.values()])
     newest = max((manifest.round for manifest, _ in last.values()), default=0)
     pairs += [
         (f"{place}, manifest", digest)
@@ -268,6 +260,23 @@ def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
         for library, version in manifest.versions.items():
             versions.setdefault(library, set()).add(version)
     return pairs + [(library, ", ".join(sorted(found))) for library, found in sorted(versions.items())]
+
+
+def _bases(workspace: Workspace, manifests: list[Manifest]) -> list[tuple[str, str]]:
+    """The digests of each base that was tuned; of a client's own model with its number."""
+    from stages.report.page import without_folders
+
+    pairs: dict[str, tuple[str, str]] = {}
+    for role in ("slm", "llm"):
+        for manifest in [manifest for manifest in manifests if manifest.role == role]:
+            own = workspace if manifest.client is None else workspace.of_client(manifest.client)
+            whose = f"{role.upper()}" + (f" of client {own.own_model}" if own.own_model else "")
+            base = f"{whose} base, {manifest.base.architecture}"
+            if (name := name_of(own, role)) != (agreed := own.agreement.model_of(role).model):
+                base = f"{base}; here {name}, not known to be {agreed}"
+            pairs.setdefault(f"{whose} base", (in_line(without_folders(base)), manifest.base.weights_sha256))
+            pairs.setdefault(f"{whose} tokenizer", (f"{whose} tokenizer", manifest.base.tokenizer_sha256))
+    return list(pairs.values())
 
 
 def _listed(names: Iterable[str]) -> str:
