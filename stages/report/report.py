@@ -270,7 +270,7 @@ def _bases(workspace: Workspace, manifests: list[Manifest]) -> list[tuple[str, s
     for role in ("slm", "llm"):
         for manifest in [manifest for manifest in manifests if manifest.role == role]:
             own = workspace if manifest.client is None else workspace.of_client(manifest.client)
-            whose = f"{role.upper()}" + (f" of client {own.own_model}" if own.own_model else "")
+            whose = f"client {own.own_model}'s SLM" if own.own_model else role.upper()
             base = f"{whose} base, {manifest.base.architecture}"
             if (name := name_of(own, role)) != (agreed := own.agreement.model_of(role).model):
                 base = f"{base}; here {name}, not known to be {agreed}"

@@ -123,11 +123,11 @@ def test_the_page_shows_who_teaches_whom_and_the_digests_of_every_client_s_base(
         "Client 3&#39;s SLM, models/slm-3",
     ):
         assert words in page
-    for words in ("What averaging meets", "The server's SLM", "Left out. None"):
+    for words in ("What averaging meets", "The server&#39;s SLM", "Left out. None"):
         assert words not in page
     workspace = Workspace(unlike_studied)
     role: Role = "slm"
-    for client, whose in {1: "SLM base", 2: "SLM of client 2 base", 3: "SLM of client 3 base"}.items():
+    for client, whose in {1: "SLM base", 2: "client 2&#39;s SLM base", 3: "client 3&#39;s SLM base"}.items():
         base = read_manifest(workspace.client_adapter(1, client))[0].base
         assert f"<td>{whose}, {base.architecture}</td><td>{base.weights_sha256}</td>" in page
         assert workspace.of_client(client).agreement.model_of(role).model == f"models/slm-{client}"
