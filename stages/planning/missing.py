@@ -26,13 +26,24 @@ def missing(workspace: Workspace, *, roles: Sequence[Role] = ROLES, scores: bool
 
     roles: the base models that are needed here. scores: whether the tasks are.
     """
-    of_slm = f"of client {workspace.own_model}" if workspace.own_model else "of every party"
-    whose = {"slm": of_slm, "llm": "of the server alone"}
-    models = [one for role in roles for one in _model(workspace, role, whose[role])]
+    models = [one for role in roles for view in _views(workspace, role) for one in _model(view, role)]
     return [*models, *_bitsandbytes(workspace, roles), *_data(workspace), *(_tasks(workspace) if scores else [])]
 
 
-def _model(workspace: Workspace, role: Role, whose: str) -> list[Missing]:
+def _views(workspace: Workspace, role: Role) -> list[Workspace]:
+    """The workspace as those see it who need a model of their own here: the clients here; each, if there is none."""
+    if role == "llm" or workspace.client is not None or workspace.agreement.is_of_one_slm:
+        return [workspace]
+    here = [k for k in workspace.clients if workspace.client_data(k).exists()]
+    if not here and workspace.auxiliary_data.exists():
+        return []
+    views = [workspace.of_client(k) for k in here or workspace.clients]
+    return list({view.own_model: view for view in views}.values())
+
+
+def _model(workspace: Workspace, role: Role) -> list[Missing]:
+    of_slm = f"of client {workspace.own_model}" if workspace.own_model else "of every party"
+    whose = {"slm": of_slm, "llm": "of the server alone"}[role]
     if base_folders.whole_folder(workspace, role):
         return []
     what = f"the {role.upper()} {workspace.agreement.model_of(role).model}, {whose}"
@@ -77,8 +88,9 @@ def _tasks(workspace: Workspace) -> list[Missing]:
     """Tasks that rows are still to be made of, and those that are scored here; a client's own machine loads none."""
     from stages.data import tasks
 
+    federation = workspace.agreement.federation
     rows = [path for path in map(workspace.client_data, workspace.clients) if path.exists()]
-    if rows and not workspace.auxiliary_data.exists() and workspace.agreement.federation.averages:
+    if rows and not workspace.auxiliary_data.exists() and (federation.averages or federation.server_tells):
         return []
     dealt, scored, found = workspace.agreement.data.tasks, workspace.agreement.evaluation.tasks, []
     for name in dict.fromkeys([*(dealt if not (rows and scored) else []), *scored]):

@@ -83,3 +83,21 @@ def test_bitsandbytes_is_missing_where_a_base_is_to_be_held_in_few_bits(
     edit(workspace_folder / "fedcollm.toml", 'model = "models/llm"', 'model = "models/llm"\nquantization = "4bit"')
     (found,) = missing(Workspace(workspace_folder))
     assert (found.what, found.mend) == ("bitsandbytes, for llm.quantization", "pip install 'fedcollm[quant]'")
+
+
+def test_of_unlike_models_each_client_misses_its_own_and_the_server_none(unlike_folder: Path) -> None:
+    assert missing(Workspace(unlike_folder)) == []
+    (unlike_folder / "models").unlink()
+    found = [one.what for one in missing(Workspace(unlike_folder), scores=False)]
+    assert found == [
+        "the SLM models/slm-1, of every party",
+        "the SLM models/slm-2, of client 2",
+        "the SLM models/slm-3, of client 3",
+        "the LLM models/llm, of the server alone",
+    ]
+    for party in ("client-1", "client-3", "server"):
+        shutil.rmtree(unlike_folder / "private" / party)
+    assert [one.what for one in missing(Workspace(unlike_folder), roles=["slm"], scores=False)] == [found[1]]
+    shutil.move(unlike_folder / "private/client-2", unlike_folder / "private/server")
+    (unlike_folder / "private/server/train.jsonl").rename(unlike_folder / "private/server/auxiliary.jsonl")
+    assert [one.what for one in missing(Workspace(unlike_folder), scores=False)] == [found[3]]
