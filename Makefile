@@ -44,4 +44,4 @@ bench: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks
 
 clean:
-	rm -rf .venv .venv-snakemake fedcollm-demo
+	rm -rf .venv .venv-snakemake fedcollm-demo fedmkt-demo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,12 +17,14 @@ from fedcollm_cli.views import progress
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     *,
-    template: Annotated[str, typer.Option(help="demo, blank, or a paper's settings: s1, s2, s3, mkt.")] = "blank",
+    template: Annotated[
+        str, typer.Option(help="demo, demo-fedmkt, blank, or a paper's settings: s1, s2, s3, mkt.")
+    ] = "blank",
     task: Annotated[
         list[str] | None, typer.Option(help="An lm-eval task to train and score on; repeatable. Default: arc_easy.")
     ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="K, the number of clients (the demo has four).")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="T, the number of rounds (the demo has two).")] = 5,
+    clients: Annotated[int, typer.Option(min=1, help="K, the number of clients (demos have their own).")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="T, the number of rounds (demos have their own).")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="The federation's seed.")] = 1,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -66,7 +68,13 @@ def prepare(
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where to make the demo's workspace.")] = Path("fedcollm-demo"),
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where to make the demo's workspace. Default: fedcollm-demo, or fedmkt-demo.")
+    ] = None,
+    *,
+    method: Annotated[
+        Literal["fedcollm", "fedmkt"], typer.Option(help="What is shown, with its baselines.")
+    ] = "fedcollm",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -74,14 +82,16 @@ def demo(
 
     Nothing is downloaded: it makes a small world of questions and two tiny base models. Then it runs every method by
     the same stages, scores the models by lm-eval, compares the methods and writes a report. Results stay in the folder;
-    the next call does only what is missing.
+    the next call does only what is missing. With --method fedmkt, three clients have models of three kinds, whose
+    tokenizers differ, and each knows a third of the world's rules.
 
-    Example: fedcollm demo
+    Example: fedcollm demo --method fedmkt
     """
     console = Console(quiet=quiet, as_json=as_json)
     with guarded(console):
         from stages.demo.demo import demo as stage
 
         show_one_gpu("auto")
-        measured = stage(folder, in_words=in_words, report=console.report)
+        place = folder or Path(f"{method}-demo")
+        measured = stage(place, method=method, in_words=in_words, report=console.report)
         console.result(asdict(measured), progress.demo(measured))

@@ -7,15 +7,13 @@ another.
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stages.demo.tiny_models import END, Shape, build_model, train_tokenizer
+from stages.demo.tiny_models import END, Shape, train_tokenizer
 from stages.demo.world import lexicon
 
 UNKNOWN = "<unk>"
@@ -30,23 +28,6 @@ SHAPES = {
     "slm-3": Shape(width=96, layers=2, heads=4, passes=20, learning_rate=5e-3, context=32, architecture="opt"),
     "llm": Shape(width=160, layers=2, heads=4, passes=13, learning_rate=4e-3, context=32),
 }
-
-
-def build_unlike_models(
-    folder: Path,
-    corpora: Mapping[str, Sequence[str]],
-    *,
-    shapes: Mapping[str, Shape] = SHAPES,
-    seed: int,
-    report: Callable[[str, int, int, float], None],
-) -> None:
-    """Train slm-1, slm-2, slm-3 and llm, each on its own of the corpora; save each in its folder as build_model does.
-
-    report: called with (model, step, steps in all, loss) on the way.
-    """
-    for name, tokenizer in tokenizers().items():
-        own = functools.partial(report, name)
-        build_model(folder / name, corpora[name], tokenizer, shapes[name], seed=seed, report=own)
 
 
 def tokenizers() -> dict[str, PreTrainedTokenizerFast]:

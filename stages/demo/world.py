@@ -96,12 +96,13 @@ class World:
     """What the models read before the federation, and what they are asked in it.
 
     sentences: what there is to read of each rule. questions: by (domain, split). rule_accuracy: by split, in %, of one
-    who knows every rule and no exception.
+    who knows every rule and no exception. rule_of: of each question, by its id, the rule's place in sentences.
     """
 
     sentences: Sequence[Sequence[str]]
     questions: Mapping[tuple[str, str], Sequence[Question]]
     rule_accuracy: Mapping[str, float]
+    rule_of: Mapping[str, int]
 
     @property
     def corpora(self) -> dict[str, list[str]]:
@@ -114,6 +115,16 @@ class World:
         dealt = {f"slm-{1 + hand}": self.sentences[hand::UNLIKE_SLMS] for hand in range(UNLIKE_SLMS)}
         own = {name: list(itertools.chain(*of_rules)) for name, of_rules in dealt.items()}
         return {**own, "llm": self._of_first(UNLIKE_LLM_RULES)}
+
+    @property
+    def unlike_questions(self) -> dict[tuple[str, str], list[Question]]:
+        """By (share, split): those of share "rules-1" are on the rules that slm-1 reads of, and so on."""
+        dealt: dict[tuple[str, str], list[Question]] = {}
+        for (_, split), rows in self.questions.items():
+            for row in rows:
+                hand = self.rule_of[row["id"]] % UNLIKE_SLMS
+                dealt.setdefault((f"rules-{1 + hand}", split), []).append(row)
+        return dealt
 
     def _of_first(self, share: float) -> list[str]:
         return list(itertools.chain(*self.sentences[: math.ceil(share * len(self.sentences))]))
@@ -153,20 +164,27 @@ def build_world(seed: int) -> World:
 
     questions: dict[tuple[str, str], list[Question]] = {}
     scores: dict[str, list[float]] = {split: [] for split in SPLITS}
+    rule_of: dict[str, int] = {}
     for (domain, split), part in asked.items():
         rng.shuffle(part)
         rows = [_question(fact, f"{domain}-{split}-{i}", i % 4, rng) for i, fact in enumerate(part)]
         questions[domain, split] = rows
         scores[split] += map(_rule_score, part, rows)
-    return World(read, questions, {split: 100 * fmean(scores[split]) for split in SPLITS})
+        rule_of |= {row["id"]: rules.index(fact.rule) for fact, row in zip(part, rows, strict=True)}
+    return World(read, questions, {split: 100 * fmean(scores[split]) for split in SPLITS}, rule_of)
 
 
-def write_world(folder: Path, world: World, corpora: Mapping[str, Sequence[str]]) -> None:
-    """Put {domain}-{split}.jsonl, which the demo's task files name, and the models' corpora into the folder."""
+def write_world(
+    folder: Path, questions: Mapping[tuple[str, str], Sequence[Question]], corpora: Mapping[str, Sequence[str]]
+) -> None:
+    """Put {task}-{split}.jsonl, which the demo's task files name, and the models' corpora into the folder.
+
+    questions: by (task, split), World's questions or unlike_questions.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for (domain, split), rows in world.questions.items():
+    for (task, split), rows in questions.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{domain}-{split}.jsonl").write_text(lines, encoding="utf-8")
+        (folder / f"{task}-{split}.jsonl").write_text(lines, encoding="utf-8")
     for name, corpus in corpora.items():
         (folder / f"{name}-corpus.txt").write_text("".join(f"{line}\n" for line in corpus), encoding="utf-8")
 

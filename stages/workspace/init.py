@@ -22,10 +22,12 @@ from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
 
-TEMPLATES = ("demo", *PRESETS)
+DEMOS = ("demo", "demo-fedmkt")
+"""Folders of workspace_template: whole workspaces on data that `fedcollm demo` makes."""
+TEMPLATES = (*DEMOS, *PRESETS)
 MKT = "mkt"
 """The folder with the agreement of clients that have models of their own."""
-ELSEWHERE = ("demo/", "slurm/", f"{MKT}/")
+ELSEWHERE = (*(f"{name}/" for name in DEMOS), "slurm/", f"{MKT}/")
 """What of workspace_template is not in a workspace from the start."""
 TASKS = ("arc_easy",)
 """The templates' task, but for the demo's."""
@@ -55,9 +57,9 @@ def init(
     values = {"name": _name(folder), "seed": str(seed), "clients": str(clients), "rounds": str(rounds)}
     whole = _contents(source, "")
     _check_known([name for name in tasks if f"tasks/{name}.yaml" not in whole])
-    if template == "demo":
+    if template in DEMOS:
         chains = {name: whole[name] for name in whole if name.startswith(CHAINS)}
-        contents = _contents(source / "demo", "") | chains
+        contents = _contents(source / template, "") | chains
     else:
         preset = PRESETS[template]
         contents = {name: data for name, data in whole.items() if not name.startswith(ELSEWHERE)}
@@ -82,7 +84,7 @@ def init(
 def _check(template: str, tasks: Sequence[str]) -> None:
     if template not in TEMPLATES:
         raise UsageProblem(f"no template {template!r}", mend=f"there are: {', '.join(TEMPLATES)}")
-    if tasks and template == "demo":
+    if tasks and template in DEMOS:
         mend = "leave --task out, or take another template"
         raise UsageProblem("the demo has tasks of its own", mend=mend)
     for name in tasks:

@@ -102,15 +102,15 @@ def on_arc_easy(top: Path, seed: int) -> Workspace:
 
 def in_the_demos_world(top: Path, seed: int) -> Workspace:
     """The demo's study from a seed, its models built once."""
-    from stages.demo.demo import WORLD_SEED, _build_models
+    from stages.demo.demo import WORLD_SEED, build_models
     from stages.demo.world import build_world, write_world
 
     folder = top / f"seed-{seed}"
     if folder.exists():
         return Workspace(folder)
     world = build_world(WORLD_SEED)
-    _build_models(top / "models", world, lambda event: None)
-    write_world(folder / "data", world, world.corpora)
+    build_models(top / "models", world.corpora, "fedcollm", lambda event: None)
+    write_world(folder / "data", world.questions, world.corpora)
     init(folder, template="demo", seed=seed)
     toml = folder / "fedcollm.toml"
     toml.write_text(toml.read_text().replace("../models", str(top / "models")))

@@ -14,7 +14,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import ROOT
-from stages.demo.unlike_models import SHAPES, build_unlike_models, tokenizers
+from stages.demo.tiny_models import build_model
+from stages.demo.unlike_models import SHAPES, tokenizers
 from stages.demo.world import ADJECTIVES, ATTRIBUTES, KINDS, PROMPT, World, build_world
 from stages.models.token_bytes import ends_of, vocabulary_of
 
@@ -42,14 +43,17 @@ def questions() -> list[str]:
 
 def built(folder: Path, world: World) -> dict[str, list[float]]:
     """All four, much smaller and briefly trained; each model's losses on the way."""
-    losses: dict[str, list[float]] = {}
-    build_unlike_models(
-        folder,
-        world.unlike_corpora,
-        shapes=TINY,
-        seed=3,
-        report=lambda name, _step, _total, loss: losses.setdefault(name, []).append(loss),
-    )
+    losses: dict[str, list[float]] = {name: [] for name in NAMES}
+    for name, tokenizer in tokenizers().items():
+        told = losses[name]
+        build_model(
+            folder / name,
+            world.unlike_corpora[name],
+            tokenizer,
+            TINY[name],
+            seed=3,
+            report=lambda _step, _total, loss, told=told: told.append(loss),  # type: ignore[misc]
+        )
     return losses
 
 

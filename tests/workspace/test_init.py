@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from builders import ROOT, Outcome
+from builders import Outcome
 from stages.paper.reported import accuracies
-from stages.workspace.init import TEMPLATES, init
+from stages.workspace.init import DEMOS, TEMPLATES, init
 from stages.workspace.machine import Machine
 from stages.workspace.paths import Workspace
 
@@ -18,8 +18,6 @@ from stages.workspace.paths import Workspace
 @pytest.fixture(params=TEMPLATES)
 def template(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if name == "demo" and not (ROOT / "workspace_template/demo/fedcollm.toml").exists():
-        pytest.skip("the demo's template is not written yet")
     return name
 
 
@@ -40,7 +38,7 @@ def test_every_template_has_a_script_that_runs_and_a_task_that_evaluation_names(
     assert all((folder / "tasks" / f"{task}.yaml").exists() for task in tasks)
 
 
-@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "demo"])
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name not in DEMOS])
 def test_clients_rounds_and_seed_land_in_the_agreement(
     template: str, tmp_path: Path, fedcollm: Callable[..., Outcome]
 ) -> None:
@@ -53,7 +51,7 @@ def test_clients_rounds_and_seed_land_in_the_agreement(
 
 
 def test_the_papers_settings_differ_from_each_other_and_from_blank(tmp_path: Path) -> None:
-    made = {name: init(tmp_path / name, template=name).agreement for name in TEMPLATES if name != "demo"}
+    made = {name: init(tmp_path / name, template=name).agreement for name in TEMPLATES if name not in DEMOS}
     shapes = {(a.slm.model, a.llm.model, a.slm.lora.r, *a.slm.lora.target_modules) for a in made.values()}
     assert len(shapes) == len(made) == 5
     assert (made["s1"].slm.model, made["s1"].llm.model) == ("gpt2", "gpt2-large")
@@ -120,7 +118,7 @@ def test_an_unknown_template_is_refused_naming_those_there_are(
     outcome = fedcollm("init", tmp_path / "study", "--template", "s4")
     assert outcome.code == 2
     assert "no template 's4'" in outcome.err
-    assert "demo, blank, s1, s2, s3, mkt" in outcome.err
+    assert "demo, demo-fedmkt, blank, s1, s2, s3, mkt" in outcome.err
     assert not (tmp_path / "study").exists()
 
 
@@ -141,8 +139,9 @@ def test_what_is_no_name_of_a_task_is_refused(name: str, tmp_path: Path, fedcoll
     assert not (tmp_path / "study").exists()
 
 
-def test_the_demo_takes_no_other_tasks(tmp_path: Path, fedcollm: Callable[..., Outcome]) -> None:
-    outcome = fedcollm("init", tmp_path / "study", "--template", "demo", "--task", "arc_easy")
+@pytest.mark.parametrize("template", DEMOS)
+def test_a_demo_takes_no_other_tasks(template: str, tmp_path: Path, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm("init", tmp_path / "study", "--template", template, "--task", "arc_easy")
     assert outcome.code == 2
     assert "the demo has tasks of its own" in outcome.err
     assert "leave --task out" in outcome.err
