@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from stages.planning.plan import Plan
 
 
+MOST_COLUMNS = 6
+"""How many stages the table of memory has side by side."""
 MOST_LISTED = 8
 """How many clients a table lists one by one; more are summed up."""
 LEFT_OUT = (
@@ -81,6 +83,8 @@ def _batch(stage: StagePlan) -> str:
 def _memory(found: Plan) -> Table:
     """A column for each stage, a row for each part of its memory."""
     known = [stage for stage in found.stages if stage.memory]
+    if len(known) > MOST_COLUMNS:
+        return _memory_in_rows(known, found.device)
     table = _table(
         f"on {found.device}", *(texts.lines(stage.name.split(" ")) for stage in known), left=(f"on {found.device}",)
     )
@@ -91,9 +95,25 @@ def _memory(found: Plan) -> Table:
     return table
 
 
+def _memory_in_rows(known: list[StagePlan], device: str) -> Table:
+    """A row for each stage, its parts summed up: with a model for each client there are many. --json has each part."""
+    table = _table(f"on {device}", "weights", "training", "logits", "working", "together", left=(f"on {device}",))
+    for stage in known:
+        weights, logits = (stage.memory.get(part, 0) for part in ("weights", "logits"))
+        working = sum(stage.memory.get(part, 0) for part in ("activations", "transient"))
+        together = sum(stage.memory.values())
+        sizes = [weights, together - weights - logits - working, logits, working, together]
+        table.add_row(stage.name, *map(shown, sizes))
+    return table
+
+
 def _travel(found: Plan) -> list[str]:
     lines = []
-    if found.sent:
+    if found.sent and "client" not in found.sent:
+        told = ", ".join(f"{name} {shown(size_bytes)}" for name, size_bytes in found.sent.items())
+        lines.append("training: adapters, gradients and optimiser; working: activations and what is transient")
+        lines.append(f"a round: {told}; once: before round 1, by align, which loads no weights")
+    elif found.sent:
         client, server = shown(found.sent["client"]), shown(found.sent["server"])
         lines.append(
             f"a round: each client receives {client} and sends {client}, the server sends {server} and receives as much"

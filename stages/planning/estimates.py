@@ -70,7 +70,7 @@ def client_train(here: Here, rows: Extent | None) -> StagePlan:
     from stages.training.objective import task_loss
 
     budget = here.workspace.agreement.client_training
-    found = _training("client-train", "each client", here, budget, rows=rows, losses=task_loss)
+    found = trained_stage("client-train", "each client", here, budget, rows=rows, losses=task_loss)
     if not (here.workspace.agreement.privacy.is_on and found.memory):
         return found
     gradient, batch = found.memory["gradients"], found.batch or 1
@@ -83,7 +83,9 @@ def co_distill(here: Here, rows: Extent | None) -> StagePlan:
     from stages.training.objective import mutual_losses
 
     budget = here.workspace.agreement.distillation
-    return _training("co-distill", "server", here, budget, rows=rows, losses=mutual_losses(_whole(budget)), roles=ROLES)
+    return trained_stage(
+        "co-distill", "server", here, budget, rows=rows, losses=mutual_losses(_whole(budget)), roles=ROLES
+    )
 
 
 def _whole(budget: Distillation) -> Distillation:
@@ -93,18 +95,26 @@ def _whole(budget: Distillation) -> Distillation:
 
 def in_two_phases(here: Here, rows: Extent | None) -> list[StagePlan]:
     """The same with one model at a time."""
+    budget = here.workspace.agreement.distillation
+    if "llm" not in here.shapes or budget.order == "alternating":
+        return []
+    losses = beside_a_capture("llm", budget)
+    training = trained_stage("train", "server", here, budget, rows=rows, losses=losses, roles=("llm",))
+    return [asked_stage("capture", here, "llm", training), training]
+
+
+def asked_stage(name: str, here: Here, role: Role, training: StagePlan) -> StagePlan:
+    """One forward pass over the rows of a training, keeping the likeliest tokens."""
     import torch
 
     from stages.models import devices, shapes
     from stages.planning import memory
     from stages.training.losses import top_k
 
-    budget = here.workspace.agreement.distillation
-    shape = here.shapes.get("llm")
-    if shape is None or budget.order == "alternating":
-        return []
-    training = _training("train", "server", here, budget, rows=rows, losses=_beside_a_capture(budget), roles=("llm",))
-    compute = devices.precision(here.workspace, "llm", here.device)[0]
+    budget, shape = here.workspace.agreement.distillation, here.shapes.get(role)
+    if shape is None:
+        return replace(training, name=name, steps=None, memory={})
+    compute = devices.precision(here.workspace, role, here.device)[0]
     step = memory.capture_step(
         shape,
         lambda logits: top_k(logits, TOP_K, temperature=budget.temperature),
@@ -120,19 +130,18 @@ def in_two_phases(here: Here, rows: Extent | None) -> list[StagePlan]:
         "logits": step.logits,
         "transient": step.transient + shapes.unpacked_bytes(shape, compute),
     }
-    capture = replace(training, name="capture", steps=None, memory=takes)
-    return [capture, training]
+    return replace(training, name=name, steps=None, memory=takes)
 
 
-def _beside_a_capture(budget: Distillation) -> Losses:
-    """The LLM's losses, its teacher's few tokens taken from nowhere."""
+def beside_a_capture(role: Role, budget: Distillation) -> Losses:
+    """One model's losses, its teacher's few tokens taken from nowhere."""
     import torch
 
     from stages.distillation.captures import as_batch, taught_losses
     from stages.training.losses import TopK
 
     def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
-        count, vocabulary = logits["llm"].shape
+        count, vocabulary = logits[role].shape
         k = min(TOP_K, vocabulary)
         on: dict[str, Any] = {"device": labels.device}
         teacher = TopK(
@@ -140,12 +149,12 @@ def _beside_a_capture(budget: Distillation) -> Losses:
             torch.ones(count, k + (k < vocabulary), **on),
             torch.ones(count, **on),
         )
-        return taught_losses("llm", _whole(budget), vocabulary)({**logits, **as_batch(teacher)}, labels, tokens)
+        return taught_losses(role, _whole(budget), vocabulary)({**logits, **as_batch(teacher)}, labels, tokens)
 
     return losses
 
 
-def _training(
+def trained_stage(
     name: str,
     party: str,
     here: Here,
@@ -155,21 +164,27 @@ def _training(
     losses: Losses,
     roles: tuple[Role, ...] = ("slm",),
 ) -> StagePlan:
-    """A training stage, of these models."""
+    """A training stage, of these models and no other."""
     wanted = {role: shape for role, shape in here.shapes.items() if role in roles}
-    tokens = _length(here, budget, rows)
-    answers = min((rows and rows.longest_answer) or ANSWER_TOKENS, tokens - 1)
-    batch = here.workspace.machine.rows_at_once(budget)
+    found = batches_of(name, party, here, budget, rows)
     takes: dict[str, int] = {}
     if len(wanted) == len(roles):
         turns = ROLES if isinstance(budget, Distillation) and budget.order == "alternating" else (None,)
-        sized = {"rows": batch, "length": tokens, "answers": answers}
+        sized = {"rows": found.batch or 1, "length": found.length or 2, "answers": found.answers or 1}
         steps = [_step(here, wanted, losses, sized, turn) for turn in turns]
         takes = _of_training(here, wanted, max(steps, key=lambda one: one.activations + one.logits + one.transient))
+    return replace(found, memory=takes)
+
+
+def batches_of(name: str, party: str, here: Here, budget: Budget, rows: Extent | None) -> StagePlan:
+    """Its rows, its steps and its largest batch."""
+    tokens = _length(here, budget, rows)
+    answers = min((rows and rows.longest_answer) or ANSWER_TOKENS, tokens - 1)
+    batch = here.workspace.machine.rows_at_once(budget)
     counted = (rows.fewest, rows.most) if rows else None
     fewest, most = counted or ((1, 1) if budget.steps else (None, None))  # a budget in steps is the same for any rows
     steps_of = (budget.steps_for(fewest), budget.steps_for(most)) if fewest and most else None
-    return StagePlan(name, party, counted, steps_of, batch, tokens, answers, takes)
+    return StagePlan(name, party, counted, steps_of, batch, tokens, answers)
 
 
 def _step(

@@ -55,7 +55,8 @@ class Plan:
     """The whole federation.
 
     two_phases: co-distill's, of the LLM, since the SLM takes less: capture and train.
-    sent: bytes that a client, and the server, sends in a round; each receives as many. disk: bytes by part, of all
+    sent: bytes that a client, and the server, sends in a round; each receives as many. Of models that learn on public
+    rows: what each client tells and is told, in a round and once. disk: bytes by part, of all
     rounds and parties in one folder.
     """
 
@@ -81,6 +82,8 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
     from stages.planning.missing import missing
 
     device = devices.device_of(workspace.machine)
+    if workspace.agreement.federation.learns_in_public:
+        return _in_public(workspace, device, length)
     found: dict[Role, Shape] = {}
     for role in ROLES:
         kept_in = devices.precision(workspace, role, device)[1]
@@ -108,6 +111,31 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
         _sent(here),
         _disk(here),
         [*missing(workspace), *_refused_rows(here, tokenizer)],
+    )
+
+
+def _in_public(workspace: Workspace, device: Any, length: int | None) -> Plan:
+    """The same where every model trains by itself, in its own memory."""
+    from stages.planning import in_public
+    from stages.planning.knowledge_cost import knowledge_cost
+    from stages.planning.missing import missing
+
+    sides = in_public.sides_of(workspace, device, length)
+    context = min(longest(side.here) for side in sides)
+    if length is not None and not 2 <= length <= context:
+        message = f"rows of {length} tokens: a row has 2 at least, and these models take {context}"
+        raise UsageProblem(message, mend="give another --length, or leave it out")
+    told = knowledge_cost(workspace)
+    return Plan(
+        str(device),
+        len(workspace.clients),
+        workspace.agreement.federation.rounds,
+        [_base_model(side.here, side.role) for side in sides if side.here.shapes],
+        in_public.stages_of(sides),
+        [],
+        in_public.sent_in(told),
+        in_public.disk_of(sides, told),
+        missing(workspace),
     )
 
 
