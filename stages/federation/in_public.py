@@ -6,10 +6,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stages.align_party import align_party
+from stages.artefacts.reading import read_manifest
 from stages.client_distill import client_distill
 from stages.client_train import client_train
 from stages.co_distill import co_distill
-from stages.runtime.events import Report
+from stages.parties import names
+from stages.runtime.events import Event, Report
 from stages.share_knowledge import share_knowledge
 from stages.workspace.paths import Workspace
 
@@ -41,7 +43,18 @@ def round_in_public(
         if federation.clients_tell:
             tell(client=client)
     if federation.clients_tell:
-        co_distill(workspace, **common)
+        if overwrite or not _was_without_some(workspace, round, clients, report):
+            co_distill(workspace, **common)
         tell(server=True)
     for client in clients:
         client_distill(workspace, client=client, **common)
+
+
+def _was_without_some(workspace: Workspace, round: int, clients: Sequence[int], report: Report) -> bool:
+    """Whether the LLM has learned in this round without some of these clients, who came too late for it."""
+    place = workspace.llm(round)
+    learned_from = read_manifest(place)[0].parents if place.exists() else {}
+    late = [k for k in clients if learned_from and names.client(k) not in learned_from]
+    for k in late:
+        report(Event("note", f"client {k} came too late: the LLM of round {round} has learned without it"))
+    return bool(late)

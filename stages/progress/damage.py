@@ -41,7 +41,9 @@ def faults(workspace: Workspace) -> Iterator[Fault]:
         yield from _fault(path, reading.check_log)
     for k in workspace.clients:
         yield from _rows(workspace, workspace.client_data(k), "client-train", k)
-    yield from _rows(workspace, workspace.auxiliary_data, "co-distill", None)
+        yield from _rows(workspace, workspace.public_data(k), "client-distill", k)
+    tells_alone = workspace.agreement.federation.server_tells and not workspace.agreement.federation.clients_tell
+    yield from _rows(workspace, workspace.auxiliary_data, "share-knowledge" if tells_alone else "co-distill", None)
     yield from _rows(workspace, workspace.held_out_data, "aggregate", None, name="held-out")
     for path in listing.checkpoints(workspace, checkpoints.COMPLETE):
         if not checkpoints.is_whole(path.parent):
