@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from builders import Outcome, adapters, bundled, make_unlike_workspace
+from builders import Outcome, adapters, bundled, edit, make_unlike_workspace, make_workspace, sign
 from federations import CLIENTS, Machines, with_keys
+from stages.exchange.bundles import bundle_bytes
 from stages.progress.status import status
 from stages.workspace.paths import Workspace
 
@@ -151,3 +152,62 @@ def test_round_one_can_be_packed_before_anybody_knows_anything(
     machines.give("client-1", "align", *who("client-1"))
     assert (machines.folders["client-1"] / "private/client-1/alignment/report.json").is_file()
     machines.give("client-1", "pack", *who("client-1"), "--round", 2, code=3)
+
+
+UNSOUND: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "of another agreement": (lambda told: sign(told, agreement_sha256="0" * 64), 5, "is of another agreement"),
+    "an adapter": (lambda told: sign(told, stage="client-train"), 5, "is of another stage: client-train"),
+    "another client's": (lambda told: sign(told, client=1), 5, "is of another client: 1, here it is 2"),
+    "another round's": (lambda told: sign(told, round=2), 5, "is of another round: 2, here it is 1"),
+    "another model's": (
+        lambda told: sign(told, lora=json.loads((told.parent / "client-1/manifest.json").read_text())["lora"]),
+        5,
+        "is of another LoRA shape",
+    ),
+    "no tensors": (
+        lambda told: ((told / "knowledge.safetensors").write_bytes(b"knowledge"), sign(told)),
+        4,
+        "knowledge.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_knowledge_that_is_forged_is_neither_packed_nor_unpacked(
+    case: str, unlike: Path, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    """By somebody whose `pack` does not check: the bundle itself is whole."""
+    harm, code, said = UNSOUND[case]
+    server = shutil.copytree(unlike, tmp_path / "server", symlinks=True)
+    told = "exchange/round-0001/client-2"
+    shutil.rmtree(server / told)
+    harm(unlike / told)
+    names = ("client-2", "vocabulary-client-2")
+    files = {
+        path.relative_to(unlike / "exchange").as_posix(): path.read_bytes()
+        for name in names
+        for path in (unlike / "exchange/round-0001" / name).iterdir()
+    }
+    bundle = tmp_path / "forged.fedcollm"
+    bundle.write_bytes(bundle_bytes("tiny", files))
+    outcome = fedcollm("unpack", bundle, "-w", server)
+    assert (outcome.code, said in outcome.err) == (code, True), outcome.err
+    assert not (server / told).exists()
+    outcome = fedcollm("pack", "--client", 2, "--round", 1, "--output", tmp_path / "x", "-w", unlike)
+    assert (outcome.code, said in outcome.err) == (code, True), outcome.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_the_method_does_not_send_is_refused(
+    unlike: Path, base_models: Path, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    bundle = tmp_path / "told.fedcollm"
+    assert fedcollm("pack", "--server", "--round", 2, "--output", bundle, "-w", unlike).code == 0
+    outcome = fedcollm("unpack", bundle, "-w", make_workspace(tmp_path / "of fedcollm", base_models))
+    assert outcome.code == 5
+    assert "round-0002/server/knowledge.safetensors is nothing that this federation exchanges" in outcome.err
+    edit(unlike / "fedcollm.toml", 'method = "fedmkt"', 'method = "llm2slm"')
+    for words in (("--server",), ("--client", 2)):
+        outcome = fedcollm("pack", *words, "--round", 2, "--output", tmp_path / "y", "-w", unlike)
+        assert outcome.code == 2
+        assert "send nothing after round 1" in outcome.err
