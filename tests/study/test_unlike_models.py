@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from builders import Outcome, edit, write_rows
+from builders import Outcome, edit, make_study, write_rows
 from stages.artefacts.reading import read_manifest
 from stages.data.rows import read_rows
 from stages.federation.compare import compare
+from stages.federation.run import run
 from stages.federation.sweep import sweep
 from stages.runtime.errors import BadNumbers, Refused, UsageProblem
 from stages.runtime.events import ignore
@@ -98,6 +99,27 @@ def test_fedmkt_beside_fedcollm_has_the_auxiliary_rows_as_public_ones_at_each_cl
     for client in (1, 2, 3):
         assert made.public_data(client).samefile(workspace_folder / "private/server/auxiliary.jsonl")
         assert made.client_data(client).samefile(Workspace(workspace_folder).client_data(client))
+
+
+def test_in_a_workspace_of_fedcollm_fedmkt_runs_beside(tmp_path: Path, unlike_models: Path) -> None:
+    folder = make_study(tmp_path / "study", unlike_models)
+    edit(folder / "fedcollm.toml", "models/slm", "models/slm-2")
+    edit(folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
+    run(Workspace(folder), method="fedmkt", scores=False)
+    made = Workspace(folder / "baselines/fedmkt")
+    assert read_manifest(made.broadcast(1))[0].parameters == read_manifest(made.client_adapter(1, 2))[0].parameters
+    assert read_manifest(made.llm(1))[0].metrics.keys() >= {"rows_from_client-1", "rows_from_client-2"}
+    # An epoch of 11 and of 5 rows in steps of 4, then one of 7 public rows: 3 + 2 and 2 + 2 steps.
+    steps = {party: done.steps for party, done in budgets.spent(made).items()}
+    assert steps == {"client-1": 5, "client-2": 4, "server": 2}
+
+
+@pytest.mark.parametrize("method", ["standalone", "standalone-public", "llm2slm"])
+def test_every_method_begins_with_the_same_local_training(method: str, unlike_studied_once: Path) -> None:
+    ours, theirs = Workspace(unlike_studied_once), Workspace(unlike_studied_once / "baselines" / method)
+    for client in (1, 2, 3):
+        weights = [(one.client_trained(1, client) / "adapter_model.safetensors").read_bytes() for one in (ours, theirs)]
+        assert weights[0] == weights[1]
 
 
 def test_other_public_rows_than_the_study_s_are_refused(unlike_studied: Path) -> None:
