@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,8 +67,6 @@ def verify(
 
     Example: fedcollm verify
     """
-    from dataclasses import asdict
-
     from stages.audit.verify import verify as stage
 
     found = stage(opened.workspace, report=opened.console.report)
@@ -83,13 +82,20 @@ def diff(
 
     For each tensor, it prints norms, cosine, largest difference and effective rank. For each layer, it prints norms,
     difference and cosine of what is added to the weights: B A, scaled as PEFT does. It names the settings that differ,
-    and those that it does not understand. Reads the two folders, writes nothing. Ends with exit code 0 whether they are
-    equal or not.
+    and those that it does not understand. Of two folders of knowledge, it counts the rows that B knows better and
+    worse, and says how far probabilities are apart; of two vocabularies, it counts the tokens that only one has. Reads
+    the two folders, writes nothing. Ends with exit code 0 whether they are equal or not.
 
     Example: fedcollm diff exchange/round-0001/broadcast exchange/round-0002/broadcast
     """
     console = Console(quiet=True, as_json=as_json)
     with guarded(console):
+        from stages.audit.diff_told import diff_told, is_told
+
+        if is_told(first) or is_told(second):
+            told = diff_told(first, second)
+            console.result(asdict(told), texts.lines(f"{name}: {value}" for name, value in asdict(told).items()))
+            return
         from stages.audit.diff import diff as stage
 
         found = stage(first, second)

@@ -15,7 +15,7 @@ from stages.artefacts.vocabulary_files import parse_vocabulary
 from stages.audit.folders import Folder, Scope, open_folder
 from stages.data.rows import Row, read_rows
 from stages.distillation.cuts import Cuts, parse_cuts, parse_unread
-from stages.distillation.knowledge import Told, figures, parse_knowledge, told_by_itself
+from stages.distillation.knowledge import Knowledge, Told, figures, parse_knowledge, told_by_itself
 from stages.runtime.errors import Problem
 from stages.workspace.names import CUTS, KNOWLEDGE, VOCABULARY, round_name
 
@@ -101,15 +101,20 @@ class Heard:
 
     def hear(self, folder: Folder, voice: Voice) -> str:
         """Take in what was told by this party. Returns what is wrong with it; empty if nothing is."""
-        content, name = folder.contents[KNOWLEDGE], Path(KNOWLEDGE)
         try:
-            told = told_by_itself(content, name)
-            expected = _expected(folder.scope, told, voice)
-            knowledge = parse_knowledge(content, name, voice.cuts, expected)
+            knowledge = knowledge_in(folder, voice)
         except Problem as problem:
             return problem.message
-        self.said[folder.path] = Said(folder.closed(), knowledge.losses, figures(knowledge), len(content))
+        size_bytes = len(folder.contents[KNOWLEDGE])
+        self.said[folder.path] = Said(folder.closed(), knowledge.losses, figures(knowledge), size_bytes)
         return ""
+
+
+def knowledge_in(folder: Folder, voice: Voice) -> Knowledge:
+    """What a folder tells, by how its party reads. Raises as parse_knowledge does."""
+    content, name = folder.contents[KNOWLEDGE], Path(KNOWLEDGE)
+    expected = _expected(folder.scope, told_by_itself(content, name), voice)
+    return parse_knowledge(content, name, voice.cuts, expected)
 
 
 def _expected(scope: Scope, told: Told, voice: Voice) -> Told:
