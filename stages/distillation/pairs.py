@@ -88,6 +88,7 @@ def pair_with(
         method=None if agreed == "best" else agreed,
         again_by=aligned_by(here).also(overwrite=True),
         overwrite=overwrite,
+        done=f"already aligned with {names.said(names.of(there))}",
         report=report,
     ).take()
     return Pair(own, other, read_map(folder, theirs, {role: one.vocabulary for role, one in voices.items()}), made)
