@@ -56,7 +56,7 @@ def align_party(
     if client is not None and not workspace.vocabulary(None).exists():
         report(Event("note", "the server has not told its vocabulary yet: the same command aligns with it then"))
         return {}
-    return {k: pair_with(party, k, public, report, overwrite=overwrite).report for k in others}
+    return {k: pair_with(party, k, public, report, overwrite=overwrite, warns=True).report for k in others}
 
 
 class Own(NamedTuple):

@@ -52,12 +52,14 @@ class Align(Step[Sides, Aligned, AlignmentReport]):
     """Both ways between two vocabularies.
 
     sides: reads them. method: of the maps; None: the one that measures best, each way. again_by: the command that makes
-    it again.
+    it again. warns: of a teacher that can hardly reach its student; by_map: whether models learn by the maps.
     """
 
     sides: Callable[[], Sides]
     method: Method | None
     again_by: Command
+    warns: bool = True
+    by_map: bool = True
 
     def open(self) -> Sides:
         """Read both vocabularies, and rows."""
@@ -117,9 +119,10 @@ class Align(Step[Sides, Aligned, AlignmentReport]):
 
     def end(self, opened: Sides, made: AlignmentReport, again: bool) -> AlignmentReport:
         """Warn of what a teacher can hardly reach."""
-        for one in made.directions:
-            if one.usable is not None and one.usable < USABLE:
-                words = f"at {100 * one.usable:.0f} % of answer positions only, the {one.teacher.upper()} reaches"
+        for one in made.directions if self.warns else ():
+            reached = one.usable if self.by_map or one.measured is None else one.measured.coverage
+            if reached is not None and reached < USABLE:
+                words = f"at {100 * reached:.0f} % of answer positions only, the {one.teacher.upper()} reaches"
                 self.report(Event("warning", f"{words} what the {one.student.upper()} predicts: it can teach little"))
             if one.measured and one.measured.left_out:
                 words = f"{one.measured.left_out} rows are left out: a tokenizer does not give them back byte for byte"

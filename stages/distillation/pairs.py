@@ -64,11 +64,18 @@ def voice_of(party: Party, client: int | None, public: Public) -> Voice:
 
 
 def pair_with(
-    party: Party, client: int, public: Public, report: Report, *, own: Voice | None = None, overwrite: bool = False
+    party: Party,
+    client: int,
+    public: Public,
+    report: Report,
+    *,
+    own: Voice | None = None,
+    overwrite: bool = False,
+    warns: bool = False,
 ) -> Pair:
     """The pair of the server and this client, as one of them (party) has it; its maps are made if they are not there.
 
-    own: what the party itself has told, if that is read already.
+    own: what the party itself has told, if that is read already. warns: whether of a teacher that reaches little.
     """
     here = None if party.is_server else client
     there = client if party.is_server else None
@@ -87,6 +94,8 @@ def pair_with(
         sides=partial(_sides, voices, public),
         method=None if agreed == "best" else agreed,
         again_by=aligned_by(here).also(overwrite=True),
+        warns=warns,
+        by_map=party.workspace.agreement.distillation.divergence not in ("spans", "sorted"),
         overwrite=overwrite,
         done=f"already aligned with {names.said(names.of(there))}",
         report=report,

@@ -28,7 +28,7 @@ from stages.models import adapters, packing, shapes
 from stages.models.tuned import Tuned
 from stages.paper import reported
 from stages.planning import memory
-from stages.planning.estimates import ADAM_BYTES, TOP_K, _beside_a_capture
+from stages.planning.estimates import ADAM_BYTES, TOP_K, beside_a_capture
 from stages.training import recipes, training
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Objective, mutual_losses, task_loss
@@ -184,7 +184,7 @@ def _trained(
 
 def _of_capture(budget: Distillation, role: Role) -> Losses:
     """What plan counts, for either model."""
-    losses = _beside_a_capture(budget)
+    losses = beside_a_capture("llm", budget)
     return lambda logits, labels, tokens: losses({"llm": logits[role]}, labels, tokens)
 
 

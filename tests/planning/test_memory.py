@@ -15,7 +15,7 @@ from stages.models import adapters, packing
 from stages.models.shapes import Shape
 from stages.models.tuned import Tuned
 from stages.planning import memory
-from stages.planning.estimates import _beside_a_capture
+from stages.planning.estimates import beside_a_capture
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Tokens, mutual_losses, task_loss
 from stages.workspace.budgets import Distillation
@@ -163,7 +163,7 @@ def test_a_student_beside_a_capture_takes_what_is_said() -> None:
     settings = Distillation(steps=1)
     model = tuned("llm", vocabulary=500)
     model.model.train()
-    losses = _beside_a_capture(settings)
+    losses = beside_a_capture("llm", settings)
     step = memory.training_step(
         {"llm": shape_of(model)},
         losses,
