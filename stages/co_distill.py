@@ -1,8 +1,7 @@
 """co-distill, lines 15-18 of Algorithm 1: LLM and SLM teach each other on the auxiliary data (Eq. 4-6).
 
 Reads private/server/round-t/aggregate, from round 2 private/server/round-(t-1)/llm, and private/server/auxiliary.jsonl.
-Writes private/server/round-t/llm and, last, .../slm, and the log private/server/round-t/co-distill.jsonl. For FedMKT
-see distillation.from_clients.
+Writes private/server/round-t/llm and, last, .../slm, and the log private/server/round-t/co-distill.jsonl.
 
 In two phases, with one model in memory at a time: `capture` writes what a model says, before the round changes it, to
 private/server/round-t/captured-llm (captured-slm); `train` trains each model against it.
@@ -19,7 +18,7 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import read_manifest
 from stages.artefacts.steps import Over
 from stages.distillation.inputs import Inputs, read_inputs
-from stages.distillation.phases import Distilling, Phase, Trained, check_phase, done_before, learn_from_clients
+from stages.distillation.phases import Distilling, Phase, Trained, check_phase, done_before
 from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
@@ -44,7 +43,6 @@ def co_distill(
 ) -> Manifest:
     """Train both adapters of one round and publish them. Returns the SLM's manifest; with FedMKT the LLM's, alone.
 
-    The SLM's folder is the commit record: written last, with the LLM's manifest among its parents.
     phase: one of two, each with one model in memory at a time; it returns the manifest of what it made last. capture
     needs a model, train takes the LLM and then the SLM without one. top_k: how many tokens of each position are kept.
     processes: all call this alike; the first decides and writes, and each trains its share.
@@ -53,7 +51,9 @@ def co_distill(
     server, read = Party.server(workspace), cache(lambda: read_inputs(server, round, report))
     said: dict[str, Any] = {"overwrite": overwrite, "models": models, "processes": processes, "report": report}
     if workspace.agreement.federation.clients_tell:
-        return learn_from_clients(server, round, **said)
+        from stages.distillation.from_clients import LearnFromClients
+
+        return LearnFromClients.of(server, round, **said).take()
     roles: tuple[Role, ...] = (model,) if model else ("llm", "slm")
     if phase == "capture":
         from stages.distillation.capture import Capture

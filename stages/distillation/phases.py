@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import already_made
@@ -84,13 +84,6 @@ def check_phase(
         message = 'order "alternating" has no second phase: there the LLM learns from the SLM as it has just become'
         mend = f'agree on distillation.order = "simultaneous", or `{Command("co-distill", round=round)}` in one phase'
         raise UsageProblem(message, where=workspace.root / AGREEMENT, mend=mend)
-
-
-def learn_from_clients(server: Party, round: int, **said: Any) -> Manifest:
-    """With FedMKT: the LLM alone learns, from what clients have told. Returns its manifest."""
-    from stages.distillation.from_clients import LearnFromClients
-
-    return LearnFromClients.of(server, round, **said).take()
 
 
 def done_before(server: Party, round: int, inputs: Inputs, *, overwrite: bool) -> Manifest | None:

@@ -134,7 +134,7 @@ def _missing(workspace: Workspace, parties: set[str], *, scores: bool) -> list[s
 
 def _missing_of_each(workspace: Workspace, parties: set[str], *, scores: bool) -> list[str]:
     """The same where each party has its own model and, to learn in public, the public rows."""
-    from stages.planning.missing import Missing, missing
+    from stages.planning.missing import Missing, missing, missing_model
 
     federation = workspace.agreement.federation
     here: list[int | None] = [k for k in workspace.clients if client(k) in parties]
@@ -146,7 +146,7 @@ def _missing_of_each(workspace: Workspace, parties: set[str], *, scores: bool) -
             mend = f"put the rows that all parties have into {place}; in a simulation, `{PREPARE}` does"
             found.append(Missing(f"the public rows of {names.of(number)}", mend))
         view = workspace if number is None else workspace.of_client(number)
-        found += missing(view, roles=["llm" if number is None else "slm"], scores=False)
+        found += missing_model(view, "llm" if number is None else "slm")
     return [lines([one.what, f"    mend  {one.mend}"]) for one in dict.fromkeys(found)]
 
 

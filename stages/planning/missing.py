@@ -30,6 +30,11 @@ def missing(workspace: Workspace, *, roles: Sequence[Role] = ROLES, scores: bool
     return [*models, *_bitsandbytes(workspace, roles), *_data(workspace), *(_tasks(workspace) if scores else [])]
 
 
+def missing_model(view: Workspace, role: Role) -> list[Missing]:
+    """Of one model alone, as the party sees the workspace that has it: its files, and what holds it in few bits."""
+    return [*_model(view, role), *_bitsandbytes(view, [role])]
+
+
 def _views(workspace: Workspace, role: Role) -> list[Workspace]:
     """The workspace as those see it who need a model of their own here: the clients here; each, if there is none."""
     if role == "llm" or workspace.client is not None or workspace.agreement.is_of_one_slm:
