@@ -195,7 +195,8 @@ def aligned() -> tuple[float, str]:
 
 def peak() -> float:
     """The most memory of one process that learns, in GB, with a large vocabulary and a tiny body."""
-    code = "from tests.benchmarks import knowledge; knowledge.learn_with_many_tokens()"
+    code = "import sys; sys.path.insert(0, 'tests')\n"  # as tests.benchmarks itself does
+    code += "from tests.benchmarks import knowledge; knowledge.learn_with_many_tokens()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
