@@ -25,8 +25,8 @@ def number_of(party: str) -> int:
 
 
 def said(party: str) -> str:
-    """A party as people say it: client 2."""
-    return party.replace("-", " ")
+    """A party as people say it: client 2, the server."""
+    return "the server" if party == SERVER else party.replace("-", " ")
 
 
 def keys_made_by(party: str, *, renew: bool = False) -> Command:

@@ -106,7 +106,7 @@ def test_a_card_of_a_client_s_own_model_says_what_fedmkt_is_and_who_taught_it(un
     assert "FedMKT (https://arxiv.org/abs/2406.02224): each client tunes a LoRA adapter of a model of its own" in card
     taught = int(adapter.manifest.metrics["rows_from_server"])
     llm = read_artefact(unlike / "private/server/round-0002/llm").manifest.base
-    assert f"| server | of architecture llama, weights {llm.weights_sha256} | {taught} |" in card
+    assert f"| the server | of architecture llama, weights {llm.weights_sha256} | {taught} |" in card
     assert "on those of the models that it learned from, and on the data" in card
     assert "| LoRA | r 2, alpha 16, dropout 0.0, on PEFT's default modules |" in card  # its own, not [slm]'s
     assert "public rows, the same at every party." in card

@@ -12,7 +12,7 @@ import pytest
 from builders import Outcome, edit, make_workspace
 from federations import SECURE, Machines, agreement, enrol, vault_of, with_keys
 from stages.audit.audit import audit
-from stages.parties import roster, signatures
+from stages.parties import names, roster, signatures
 from stages.parties.enroll import enroll
 from stages.parties.join import join
 from stages.parties.keys import keys
@@ -104,7 +104,7 @@ def test_on_another_partys_machine_no_new_identity_is_made(
     for words in (f"next --{name}", "enroll" if party == "server" else f"keys --{name}"):
         outcome = fedcollm(*words.split(), "-w", enrolled)
         assert outcome.code == 5, outcome.err
-        assert f"client 3 has joined here; the keys of {name} are on its own machine" in outcome.err
+        assert f"client 3 has joined here; the keys of {names.said(party)} are on its own machine" in outcome.err
         assert "--renew" in outcome.err
     assert exchanged(enrolled) == before
     assert Vault.find(workspace, party) is None
