@@ -90,7 +90,7 @@ class ShareVocabulary(Step[Own, Draft, Manifest]):
         whose = "the LLM" if self.party.is_server else f"client {self.party.number}'s model"
         vocabulary = vocabulary_of(outline.tokenizer, outline.vocabulary, whose)
         examples = examples_of(public, outline, self.workspace)
-        cuts, _ = cuts_of(public.rows, examples, vocabulary, public.sha256)
+        cuts = cuts_of(public.rows, examples, vocabulary, public.sha256)
         told = [positions for positions in cuts.positions.tolist() if positions]
         return Own(public, outline, vocabulary, cuts, tell_left_out(public, told, self.report))
 

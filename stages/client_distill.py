@@ -9,30 +9,27 @@ Writes private/client-k/round-t/slm, and the private log private/client-k/round-
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import already_made, publish
 from stages.artefacts.reading import Artefact
-from stages.artefacts.receiving import received
 from stages.artefacts.steps import Over, Step
+from stages.artefacts.subjects import trained_by
 from stages.files import writing
 from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
-from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     import numpy as np
 
     from stages.distillation.public import Public
+    from stages.distillation.studying import Studied
     from stages.distillation.teaching import Taught
     from stages.models.loading import Models
-    from stages.models.tuned import Tuned
-    from stages.training.recipes import Outcome
 
 
 def client_distill(
@@ -78,16 +75,8 @@ class Opened(NamedTuple):
     parents: dict[str, str]
 
 
-class Computed(NamedTuple):
-    """The model with the adapter that was trained, how that went, and what the manifest tells beyond it."""
-
-    slm: Tuned
-    outcome: Outcome
-    metrics: Mapping[str, float]
-
-
 @dataclass(frozen=True, kw_only=True)
-class ClientDistill(Step[Opened, Computed, Manifest]):
+class ClientDistill(Step[Opened, "Studied", Manifest]):
     """Lines 31 to 39 of FedMKT's Algorithm 1."""
 
     round: int
@@ -101,12 +90,7 @@ class ClientDistill(Step[Opened, Computed, Manifest]):
         round, number, federation = self.round, self.party.number, self.workspace.agreement.federation
         self.report(Event("stage", f"client-distill, round {round}, client {number}"))
         public = read_public(self.party, self.report)
-        place, made_by = (
-            self.workspace.client_trained(round, number),
-            Command("client-train", client=number, round=round),
-        )
-        missing = f"client {number} has not trained in round {round}", made_by
-        trained = received(place, by=self.party, stage="client-train", round=round, client=number, missing=missing)
+        trained = trained_by(self.party, round)
         parents, taught, losses = {"trained": trained.sha256}, None, None
         if federation.server_tells:
             taught = teaching.from_server(self.party, round, public, self.report)
@@ -121,11 +105,9 @@ class ClientDistill(Step[Opened, Computed, Manifest]):
         [folder], data = self.publishes, opened.public.sha256
         return already_made(folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data)
 
-    def compute(self, opened: Opened, again: bool) -> Computed:
+    def compute(self, opened: Opened, again: bool) -> Studied:
         """Choose the rows that the LLM knows better, and train on all of them."""
-        from stages.distillation.public import tell_left_out
         from stages.distillation.studying import Study
-        from stages.models import adapters
         from stages.models.loading import Models
 
         models = self.models.of(self.workspace) if self.models else Models(self.workspace, self.processes)
@@ -134,15 +116,9 @@ class ClientDistill(Step[Opened, Computed, Manifest]):
             models.expect("slm", opened.taught.own.base, f"vocabulary-{self.party.name}")
         slm = models.with_adapter("slm", opened.trained)
         study = Study(self.party, self.round, opened.public, opened.taught, self.processes, self.report)
-        examples, before = study.examples(slm), adapters.take(slm.model)
-        left_out = tell_left_out(opened.public, examples, self.report)
-        outcome, counts = study.train(
-            slm, examples, opened.losses, {"data": opened.public.sha256, **opened.parents}, again
-        )
-        norms = adapters.check_trained(before, adapters.take(slm.model))
-        return Computed(slm, outcome, {**outcome.metrics, **norms, **counts, **left_out})
+        return study.take(slm, opened.losses, opened.parents, again)
 
-    def publish(self, opened: Opened, computed: Computed, over: Over) -> Manifest:
+    def publish(self, opened: Opened, computed: Studied, over: Over) -> Manifest:
         """Publish the adapter, and write the log."""
         from stages.models import adapters
         from stages.training.drafts import draft_of

@@ -20,6 +20,7 @@ from stages.artefacts.publishing import already_made, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.artefacts.steps import Over, Step
+from stages.artefacts.subjects import trained_by
 from stages.files import writing
 from stages.parties import names
 from stages.parties.party import Party
@@ -132,13 +133,7 @@ class ShareKnowledge(Step[Opened, Computed, Manifest]):
             made_by = Command("co-distill", round=round)
             missing = f"the LLM of round {round} is not trained", made_by
             return received(workspace.llm(round), by=self.party, stage="co-distill", round=round, missing=missing)
-        number = self.party.number
-        missing = (
-            f"client {number} has not trained in round {round}",
-            Command("client-train", client=number, round=round),
-        )
-        place = workspace.client_trained(round, number)
-        return received(place, by=self.party, stage="client-train", round=round, client=number, missing=missing)
+        return trained_by(self.party, round)
 
     def look(self, opened: Opened, again: bool) -> Manifest | None:
         """What this model has told of these rows."""

@@ -88,6 +88,14 @@ def start_of(party: Party, round: int) -> Artefact | None:
     return received(own, by=party, stage=stage, round=before, client=client, missing=absent)
 
 
+def trained_by(client: Party, round: int) -> Artefact:
+    """What client-train has made in a round, before the client learns on public rows. Raises as received does."""
+    workspace, number = client.workspace, client.number
+    missing = f"client {number} has not trained in round {round}", Command("client-train", client=number, round=round)
+    place = workspace.client_trained(round, number)
+    return received(place, by=client, stage="client-train", round=round, client=number, missing=missing)
+
+
 def client_stage(workspace: Workspace) -> Literal["client-train", "client-distill"]:
     """The step that makes the adapter which a client ends a round with."""
     return "client-distill" if workspace.agreement.federation.learns_in_public else "client-train"

@@ -56,26 +56,22 @@ class Cuts:
         return self.ends[first:end]
 
 
-def cuts_of(
-    rows: Sequence[Row], examples: Sequence[Example | None], vocabulary: Vocabulary, data_sha256: str
-) -> tuple[Cuts, int]:
-    """The cuts of a party's own tokenizer; and how many rows it does not give back byte for byte, and so leaves out.
+def cuts_of(rows: Sequence[Row], examples: Sequence[Example | None], vocabulary: Vocabulary, data_sha256: str) -> Cuts:
+    """The cuts of a party's own tokenizer. A row that it does not give back byte for byte is left out.
 
     examples: the rows as its tokens; None for one that it leaves out.
     """
     from stages.models.token_bytes import ends_of
 
-    positions, ends, unlike = np.zeros(len(rows), np.int32), [np.empty(0, np.int32)], 0
+    positions, ends = np.zeros(len(rows), np.int32), [np.empty(0, np.int32)]
     for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
         if example is None:
             continue
         found = ends_of(vocabulary, example.input_ids, row.prompt + (row.completion or ""))
-        if found is None:
-            unlike += 1
-            continue
-        ends.append(found[example.prompt_tokens - 1 : -1])
-        positions[place] = example.answer_tokens
-    return Cuts(data_sha256, vocabulary.sha256, positions, np.concatenate(ends)), unlike
+        if found is not None:
+            ends.append(found[example.prompt_tokens - 1 : -1])
+            positions[place] = example.answer_tokens
+    return Cuts(data_sha256, vocabulary.sha256, positions, np.concatenate(ends))
 
 
 def cuts_bytes(cuts: Cuts) -> bytes:

@@ -8,7 +8,6 @@ co-distill.jsonl.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,16 +18,14 @@ from stages.artefacts.steps import Over
 from stages.distillation import side, teaching
 from stages.distillation.inputs import omega_of
 from stages.distillation.phases import Distilling
-from stages.distillation.public import Public, read_public, tell_left_out
-from stages.distillation.studying import Study
+from stages.distillation.public import Public, read_public
+from stages.distillation.studying import Studied, Study
 from stages.distillation.teaching import Taught
 from stages.files import writing
 from stages.models import adapters
-from stages.models.tuned import Tuned
 from stages.parties.party import Party
 from stages.runtime.events import Event
 from stages.training.drafts import draft_of
-from stages.training.recipes import Outcome
 
 
 class Opened(NamedTuple):
@@ -40,16 +37,8 @@ class Opened(NamedTuple):
     parents: dict[str, str]
 
 
-class Computed(NamedTuple):
-    """The LLM with the adapter that was trained, how that went, and what the manifest tells beyond it."""
-
-    llm: Tuned
-    outcome: Outcome
-    metrics: Mapping[str, float]
-
-
 @dataclass(frozen=True, kw_only=True)
-class LearnFromClients(Distilling[Opened, Computed]):
+class LearnFromClients(Distilling[Opened, Studied]):
     """Lines 10 to 16 of FedMKT's Algorithm 1."""
 
     @classmethod
@@ -76,20 +65,15 @@ class LearnFromClients(Distilling[Opened, Computed]):
         [folder], data = self.publishes, opened.public.sha256
         return already_made(folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data)
 
-    def compute(self, opened: Opened, again: bool) -> Computed:
+    def compute(self, opened: Opened, again: bool) -> Studied:
         """Ask the LLM what it knows, choose who teaches each row, and train it."""
         models = side.loaded_to_train(self, "llm")
         models.expect("llm", opened.taught.own.base, "vocabulary-server")
         llm = side.ready(self, models, "llm", opened.omega)
         study = Study(self.party, self.round, opened.public, opened.taught, self.processes, self.report)
-        examples, before = study.examples(llm), adapters.take(llm.model)
-        left_out = tell_left_out(opened.public, examples, self.report)
-        inputs = {"data": opened.public.sha256, **opened.parents}
-        outcome, counts = study.train(llm, examples, None, inputs, again)
-        norms = adapters.check_trained(before, adapters.take(llm.model))
-        return Computed(llm, outcome, {**outcome.metrics, **norms, **counts, **left_out})
+        return study.take(llm, None, opened.parents, again)
 
-    def publish(self, opened: Opened, computed: Computed, over: Over) -> Manifest:
+    def publish(self, opened: Opened, computed: Studied, over: Over) -> Manifest:
         """Publish the adapter, and write the log."""
         [folder], (llm, outcome, metrics) = self.publishes, computed
         seed = self.workspace.seed_for("co-distill", self.round)

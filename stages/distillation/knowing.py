@@ -10,11 +10,11 @@ import torch
 
 from stages.distillation import captures, knowledge, top_k_logits
 from stages.distillation.knowledge import Knowledge, Told
-from stages.distillation.learning import Pupil
+from stages.distillation.learning import Pupil, pupils
 from stages.distillation.pairs import Voice
 from stages.distillation.public import Public, examples_of
 from stages.models.packing import ROWS, answer_logits
-from stages.models.tuned import Tuned
+from stages.models.tuned import Outline, Tuned
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report
 from stages.training.batches import collate
@@ -34,6 +34,14 @@ def told_of(workspace: Workspace, public: Public, voice: Voice) -> Told:
     )
 
 
+def read_by(public: Public, outline: Outline, workspace: Workspace, own: Voice | None) -> list[Pupil]:
+    """The public rows as a model reads them; of those that its party has told of, where it has told."""
+    found = examples_of(public, outline, workspace)
+    if own is not None:
+        found = [one if positions else None for one, positions in zip(found, own.cuts.positions, strict=True)]
+    return pupils(found)
+
+
 def known(
     tuned: Tuned,
     public: Public,
@@ -51,11 +59,7 @@ def known(
     Refused where the rows are cut otherwise than was told.
     """
     told, machine = told_of(workspace, public, voice), workspace.machine
-    examples = [
-        one
-        for one, positions in zip(examples_of(public, tuned.outline, workspace), voice.cuts.positions, strict=True)
-        if one is not None and positions
-    ]
+    examples = read_by(public, tuned.outline, workspace, voice)
     if [one.answer_tokens for one in examples] != voice.cuts.positions[voice.cuts.positions > 0].tolist():
         message = "the tokenizer here cuts the public rows otherwise than was told in round 1"
         mend = "the other parties would take this for other rows: go on with the tokenizer of round 1"

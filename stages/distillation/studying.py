@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from stages.distillation import knowing, side, teaching
 from stages.distillation.learning import Learning, Pupil
 from stages.distillation.lessons import Lesson
-from stages.distillation.public import Public
+from stages.distillation.public import Public, tell_left_out
 from stages.distillation.teaching import Taught
+from stages.models import adapters
 from stages.models.tuned import Tuned
 from stages.parties.party import Party
 from stages.runtime.events import Event, Report
@@ -20,6 +21,14 @@ from stages.runtime.processes import Processes
 from stages.training import trackers, training
 from stages.training.recipes import Outcome, Recipe
 from stages.workspace.settings import Role
+
+
+class Studied(NamedTuple):
+    """The model with the adapter that was trained, how that went, and what the manifest tells of it."""
+
+    tuned: Tuned
+    outcome: Outcome
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,20 @@ class Study:
         """Whose it is; None: the server's."""
         return None if self.party.is_server else self.party.number
 
-    def examples(self, tuned: Tuned) -> list[Pupil]:
-        """The public rows that the model reads; of those that its party has told of, where it has told."""
-        own = self.taught.own if self.taught else None
-        return teaching.read_by(self.public, tuned.outline, self.party.workspace, own)
+    def take(self, tuned: Tuned, losses: np.ndarray | None, parents: Mapping[str, str], again: bool) -> Studied:
+        """Choose who teaches each row, and train the adapter in place. Raises as training.train does.
 
-    def train(
+        losses: how well the model knows each row, float64 [rows]; None: it is asked. parents: what the adapter is made
+        from.
+        """
+        own = self.taught.own if self.taught else None
+        examples = knowing.read_by(self.public, tuned.outline, self.party.workspace, own)
+        before, left_out = adapters.take(tuned.model), tell_left_out(self.public, examples, self.report)
+        outcome, counts = self._train(tuned, examples, losses, {"data": self.public.sha256, **parents}, again)
+        norms = adapters.check_trained(before, adapters.take(tuned.model))
+        return Studied(tuned, outcome, {**outcome.metrics, **norms, **counts, **left_out})
+
+    def _train(
         self,
         tuned: Tuned,
         examples: Sequence[Pupil],
@@ -56,11 +73,7 @@ class Study:
         inputs: Mapping[str, str],
         again: bool,
     ) -> tuple[Outcome, dict[str, float]]:
-        """Choose who teaches each row, and train the adapter in place. Raises as training.train does.
-
-        losses: how well the model knows each row, float64 [rows]; None: it is asked. Also returns how many rows each
-        teacher has won.
-        """
+        """Also returns how many rows each teacher has won."""
         workspace, role = self.party.workspace, tuned.role
         settings, machine = workspace.agreement.distillation, workspace.machine
         lessons: list[Lesson] = []
@@ -97,13 +110,6 @@ class Study:
 
     def _recipe(self, role: Role) -> Recipe:
         """As co-distill's for that model, with a seed of the party's own."""
-        workspace, settings = self.party.workspace, self.party.workspace.agreement.distillation
-        rate = settings.slm_learning_rate if role == "slm" else settings.llm_learning_rate
-        clip = settings.slm_max_grad_norm if role == "slm" else settings.llm_max_grad_norm
-        return Recipe(
-            budget=settings,
-            learning_rates={role: rate},
-            clips={role: clip},
-            warmup_steps=settings.warmup_steps if self.round == 1 else 0,
-            seed=workspace.seed_for(self.stage, self.round, self.client or 0),
-        )
+        workspace = self.party.workspace
+        seed = workspace.seed_for(self.stage, self.round, self.client or 0)
+        return replace(side.recipe(workspace, self.round, role), seed=seed, alternating=False)

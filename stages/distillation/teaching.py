@@ -11,11 +11,9 @@ from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.distillation.knowing import told_of
 from stages.distillation.knowledge import Knowledge, parse_knowledge
-from stages.distillation.learning import Pupil, pupils
 from stages.distillation.lessons import Lesson, chosen, kind_of, lesson_of
 from stages.distillation.pairs import Voice, pair_with, voice_of
-from stages.distillation.public import Public, examples_of
-from stages.models.tuned import Outline
+from stages.distillation.public import Public
 from stages.parties import names
 from stages.parties.party import Party
 from stages.runtime.errors import NotReady
@@ -104,11 +102,3 @@ def choose(
         who = ", ".join(map(names.said, nothing))
         report(Event("warning", f"{who} knew no row best, and teaches {student} nothing in this round"))
     return list(shares.values()), {f"rows_from_{who}": float(count) for who, count in won.items()}
-
-
-def read_by(public: Public, outline: Outline, workspace: Workspace, own: Voice | None) -> list[Pupil]:
-    """The public rows as a model reads them; of those that its party has told of, where it has told."""
-    found = examples_of(public, outline, workspace)
-    if own is not None:
-        found = [one if positions else None for one, positions in zip(found, own.cuts.positions, strict=True)]
-    return pupils(found)

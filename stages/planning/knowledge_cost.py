@@ -140,7 +140,7 @@ def _estimated(workspace: Workspace, client: int | None) -> Told:
     limits: dict[str, Any] = {"max_length": settings.max_length, "context": outline.context, "too_long": "skip"}
     found = fitting(rows, outline.tokenizer, **limits, path=path)
     labelled = [one if row.completion is not None else None for row, one in zip(rows, found, strict=True)]
-    cuts, _ = cuts_of(rows, labelled, vocabulary, digest)
+    cuts = cuts_of(rows, labelled, vocabulary, digest)
     size_bytes = data_bytes(len(rows), len(cuts.ends), settings.top_k, outline.vocabulary)
     count = int((cuts.positions > 0).sum())
     return Told(once + len(cuts_bytes(cuts)), size_bytes, count, len(cuts.ends), is_estimate=True)
