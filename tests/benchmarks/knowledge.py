@@ -175,7 +175,7 @@ def on_the_wire(told: Knowledge, student: Tuned, rows: int) -> list[tuple[str, s
 
 
 def aligned() -> tuple[float, str]:
-    """A vocabulary of Gemma's size against one of SmolLM2's, on one core: words, and what is begun of them."""
+    """A vocabulary of 131,072 tokens against one of SmolLM2's size, on one core: words, and what is begun of them."""
     draw = np.random.default_rng(1)
     letters = np.frombuffer(b"etaoinshrdlucmfwypvbgk", np.uint8)
 
@@ -186,7 +186,7 @@ def aligned() -> tuple[float, str]:
             found[b" " + word if draw.random() < 0.5 else word] = None
         return Vocabulary.of([(Kind.TEXT, token) for token in found], {}, "c" * 64)
 
-    teacher, student = vocabulary(262_144), vocabulary(49_152)
+    teacher, student = vocabulary(131_072), vocabulary(49_152)
     started = time.process_time()
     for mapping in MAPPINGS.values():
         mapping(teacher, student, lambda event: None)

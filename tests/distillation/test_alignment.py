@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import vocabularies
 from builders import ROOT
 from stages.artefacts.vocabulary_files import Kind, Vocabulary
-from stages.distillation import nearest_tokens
+from stages.distillation import alignment, nearest_tokens
 from stages.distillation.alignment import (
     MAPPINGS,
     OTHER,
@@ -109,6 +109,20 @@ def test_min_edit_takes_the_nearest_where_there_is_no_equal() -> None:
     # " wh" lies three edits from " 199", " whale" and so on, of three bytes: none. "ale": "a" is two edits of three.
     # " 1997": " 199" is one of five.
     assert min_edit(TEACHER, STUDENT).teacher.tolist() == [7, 7, 0, OTHER, OTHER, 2, 4, 5, 5]
+
+
+def test_a_pair_is_searched_once_and_stays_as_it_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = min_edit(TEACHER, STUDENT)
+    monkeypatch.setattr(alignment, "nearest", None)  # whoever asks it now fails
+    found.teacher[:] = OTHER
+    assert min_edit(TEACHER, STUDENT).teacher.tolist() == [7, 7, 0, OTHER, OTHER, 2, 4, 5, 5]
+
+
+def test_of_many_pairs_the_oldest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alignment, "_NEAREST", {})
+    for number in range(alignment.MOST_KEPT + 2):
+        assert min_edit(vocabulary([b"other%d" % number]), vocabulary([b"others"])).teacher.tolist() == [0]
+    assert len(alignment._NEAREST) == alignment.MOST_KEPT
 
 
 def test_leading_counts_a_student_s_token_towards_its_longest_prefix() -> None:
