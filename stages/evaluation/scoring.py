@@ -1,21 +1,20 @@
-"""Accuracy by lm-evaluation-harness: its own scoring on a model that is already in memory, nothing re-implemented."""
+"""Accuracy by lm-evaluation-harness: its tasks, prompts and metrics, on a model that is already in memory."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
 
 from stages.artefacts.records import TaskScores
-from stages.data.rows import Row, encode_row, is_doubly_spaced
+from stages.data.rows import is_doubly_spaced
 from stages.data.tasks import HARMLESS, MISTAKES, mistaken
+from stages.evaluation.harness import Harness
 from stages.files import reading
 from stages.models import adapters
 from stages.models.devices import naming_memory_knobs
@@ -25,88 +24,6 @@ from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.events import Event, Report
 from stages.runtime.processes import ALONE, Processes
-
-
-class _Reporting(HFLM):  # type: ignore[misc]
-    """lm-eval's Hugging Face model, which also says how far it is.
-
-    Of several processes each scores its share of the requests; lm-eval sees all answers in all of them. shares: False
-    where the model is spread over the processes, so that each must take part in every forward pass.
-    """
-
-    report: Report
-    processes: Processes = ALONE
-    shares = True
-    _done = 0
-    _total = 0
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return self._shared(super().loglikelihood, requests)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return self._shared(super().generate_until, requests)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        return self._shared(super().loglikelihood_rolling, requests)
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As a row is split for training: what is trained is what is scored."""
-        example = encode_row(Row(context, continuation), self.tokenizer)
-        return example.input_ids[: example.prompt_tokens], example.input_ids[example.prompt_tokens :]
-
-    def cut(self, requests: Iterable[Any]) -> set[Any]:
-        """The questions of these requests that do not fit into the context: lm-eval drops their beginning.
-
-        Raises UsageProblem for an answer that does not fit by itself.
-        """
-        found = set()
-        for request in requests:
-            if request.request_type == "loglikelihood":
-                context, answer = request.args[:2]
-                before, after = self._encode_pair(context, answer) if context else ([self.prefix_token_id], [])
-                wanted = len(after if context else self.tok_encode(answer, add_special_tokens=False))
-                longest, room = len(before) + wanted - 1, self.max_length
-            elif request.request_type == "generate_until":
-                wanted = int(request.args[1].get("max_gen_toks", self.max_gen_toks))
-                longest, room = len(self.tok_encode(request.args[0])), self.max_length - wanted
-            else:
-                continue  # scored window by window: nothing is dropped
-            if wanted >= self.max_length:
-                message = f"an answer to question {request.doc_id + 1} of task {request.task_name} has {wanted} tokens"
-                mend = "shorten it or max_gen_toks, or take a model of a longer context"
-                raise UsageProblem(f"{message}; the model's context is {self.max_length}", mend=mend)
-            if longest > room:
-                found.add(request.doc_id)
-        return found
-
-    def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
-        count, rank = (self.processes.count, self.processes.rank) if self.shares else (1, 0)
-        own = requests[rank::count]
-        self._done, self._total = 0, len(own)
-        answers = answer(own, disable_tqdm=True) if own else []
-        for request, one in zip(own, answers, strict=True):
-            likelihood = one[0] if isinstance(one, tuple) else one
-            if isinstance(likelihood, float) and math.isnan(likelihood):
-                message = f"question {request.doc_id + 1} of task {request.task_name}: an answer's likelihood is NaN"
-                raise BadNumbers(message, mend=adapters.NO_SETTING_OF_TRAINING)
-        if count == 1:
-            return answers
-        all_answers = self.processes.gather(answers)
-        return [all_answers[i % count][i // count] for i in range(len(requests))]
-
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._tell(len(inps))
-        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
-        return logits
-
-    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._tell(len(context))
-        tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
-        return tokens
-
-    def _tell(self, rows: int) -> None:
-        self._done = min(self._done + rows, self._total)
-        self.report(Event("step", "scoring", step=self._done, total=self._total))
 
 
 def score(
@@ -135,7 +52,7 @@ def score(
     telling = quiet.telling(report, "lm_eval", but_for=HARMLESS)
     with naming_memory_knobs(), scope, quiet.libraries(), telling:
         adapters.logits(model, probe)  # which raises if they are no numbers
-        lm = _Reporting(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
+        lm = Harness(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
         lm.report, lm.processes, lm.shares = report, processes, shares
         try:
             for task in tasks:
@@ -149,7 +66,7 @@ def score(
     return {task.config.task: _of_task(task, results, *asked[task.config.task], report) for task in tasks}
 
 
-def _asked(lm: _Reporting, task: ConfigurableTask, limit: int | None, report: Report) -> tuple[int, str]:
+def _asked(lm: Harness, task: ConfigurableTask, limit: int | None, report: Report) -> tuple[int, str]:
     """How many questions are cut, told, and the digest of all that is asked: what the scores depend on."""
     try:
         task.build_all_requests(limit=limit, rank=0, world_size=1)

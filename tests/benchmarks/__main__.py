@@ -15,11 +15,23 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.benchmarks import aggregate, client_train, co_distill, commands, gpu, knowledge, on_slurm, secagg, two_phases
+from tests.benchmarks import (
+    aggregate,
+    client_train,
+    co_distill,
+    commands,
+    evaluate,
+    gpu,
+    knowledge,
+    on_slurm,
+    secagg,
+    two_phases,
+)
 
 BENCHMARKS = {
     "client-train": client_train.measure,
     "co-distill": co_distill.measure,
+    "evaluate": evaluate.measure,
     "fedmkt": knowledge.measure,
     "aggregate": aggregate.measure,
     "commands": commands.measure,

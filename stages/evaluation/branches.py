@@ -1,0 +1,139 @@
+"""Log-likelihoods of the answers to a question, its prompt read once.
+
+The answers stand one after the other behind the prompt, in one row. Each is a branch: its tokens attend to the prompt
+and to itself, and count positions from the prompt's end. So the logits are those of a row for each answer; and they
+are computed at answer positions alone, which saves most of the work where the vocabulary is large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Likelihood = tuple[float, bool]
+"""Of an answer, in nats; and whether each of its tokens is the likeliest."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and its answers as token ids, of one token at least each; places: which of the requests these are."""
+
+    prompt: tuple[int, ...]
+    answers: list[list[int]]
+    places: list[int]
+
+    @property
+    def branch_tokens(self) -> int:
+        """Those of answers that something is predicted after."""
+        return sum(len(answer) - 1 for answer in self.answers)
+
+    @property
+    def tokens(self) -> int:
+        """The length of its row."""
+        return len(self.prompt) + self.branch_tokens
+
+    @property
+    def longest(self) -> int:
+        """How long a row would be that has one answer, the longest."""
+        return len(self.prompt) + max(map(len, self.answers)) - 1
+
+
+class Batch(NamedTuple):
+    """Questions as tensors.
+
+    input_ids, position_ids: [questions, length], padded on the left. attention_mask: bool [questions, 1, length,
+    length]. kept: how many of the last logits of each row are needed.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    kept: int
+
+
+def longest_row(config: Any) -> int:
+    """The longest row at which a model of this configuration attends as a mask says: that of its sliding window."""
+    text = config.get_text_config()
+    if getattr(text, "attention_chunk_size", None):
+        return 0  # the mask would take the place of the model's own
+    slides = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    return int(text.sliding_window) if slides else 1 << 30
+
+
+def questions_of(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Question]:
+    """Prompts and answers, those of one prompt together, in the order of the prompts' first."""
+    found: dict[tuple[int, ...], Question] = {}
+    for place, (prompt, answer) in enumerate(requests):
+        one = found.setdefault(tuple(prompt), Question(tuple(prompt), [], []))
+        one.answers.append(list(answer))
+        one.places.append(place)
+    return list(found.values())
+
+
+def batches(questions: Sequence[Question], rows: int) -> Iterator[list[Question]]:
+    """Questions of about one length together, the longest first, one at least.
+
+    No more tokens than so many rows of one answer each would have: so a batch takes no more memory than theirs.
+    """
+    batch: list[Question] = []
+    for one in sorted(questions, key=lambda question: -question.tokens):
+        if batch and (len(batch) + 1) * batch[0].tokens > rows * batch[0].longest:
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def batch_of(questions: Sequence[Question]) -> Batch:
+    """The rows of some questions."""
+    length = max(question.tokens for question in questions)
+    ids, positions = torch.zeros(2, len(questions), length, dtype=torch.long).unbind()
+    branch = torch.full_like(ids, -2)  # -2: padding; -1: the prompt; then the number of the answer
+    for row, question in enumerate(questions):
+        first = length - question.tokens
+        tokens = [*question.prompt, *(token for answer in question.answers for token in answer[:-1])]
+        ids[row, first:] = torch.tensor(tokens)
+        places, branches = list(range(len(question.prompt))), [-1] * len(question.prompt)
+        for number, answer in enumerate(question.answers):
+            places += range(len(question.prompt), len(question.prompt) + len(answer) - 1)
+            branches += [number] * (len(answer) - 1)
+        positions[row, first:], branch[row, first:] = torch.tensor(places), torch.tensor(branches)
+    reads = (branch[:, None, :] == branch[:, :, None]) | ((branch == -1)[:, None, :] & (branch >= 0)[:, :, None])
+    mask = (reads & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    return Batch(ids, positions, mask, 1 + max(question.branch_tokens for question in questions))
+
+
+@torch.no_grad()
+def likelihoods(
+    model: Any, questions: Sequence[Question], *, softmax_dtype: torch.dtype | None = None
+) -> list[list[Likelihood]]:
+    """That of each answer to each question. softmax_dtype: of the probabilities; default: that of the logits."""
+    batch = batch_of(questions)
+    logits: Tensor = model(
+        input_ids=batch.input_ids.to(model.device),
+        position_ids=batch.position_ids.to(model.device),
+        attention_mask=batch.attention_mask.to(model.device),
+        logits_to_keep=batch.kept,
+        use_cache=False,
+    ).logits
+    return [_of_question(*pair, softmax_dtype) for pair in zip(questions, logits, strict=True)]
+
+
+def _of_question(question: Question, logits: Tensor, dtype: torch.dtype | None) -> list[Likelihood]:
+    """logits: [kept, vocabulary], the last those after its branches' tokens."""
+    first = len(logits) - question.branch_tokens - 1  # after the prompt
+    chances, found, branch = F.log_softmax(logits[first:], dim=-1, dtype=dtype), [], 1
+    likeliest = chances.argmax(-1)
+    for answer in question.answers:
+        places = torch.tensor([0, *range(branch, branch + len(answer) - 1)], device=logits.device)
+        labels = torch.tensor(answer, device=logits.device)
+        nats = chances[places].gather(1, labels[:, None]).squeeze(1).sum()
+        found.append((float(nats), bool((likeliest[places] == labels).all())))
+        branch += len(answer) - 1
+    return found

@@ -1,0 +1,152 @@
+"""lm-eval's Hugging Face model, sharing its work among processes and its prompts among their answers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from stages.data.rows import Row, encode_row
+from stages.evaluation import branches
+from stages.evaluation.branches import Likelihood, Question
+from stages.models import adapters
+from stages.runtime.errors import BadNumbers, UsageProblem
+from stages.runtime.events import Event, Report
+from stages.runtime.processes import ALONE, Processes
+
+
+class Harness(HFLM):  # type: ignore[misc]
+    """lm-eval's Hugging Face model, which also says how far it is, and reads a prompt once for all of its answers.
+
+    Of several processes each scores its share of the questions; lm-eval sees all answers in all of them. shares: False
+    where the model is spread over the processes, so that each must take part in every forward pass. Prompts
+    are read once if the first question has the likelihoods then that lm-eval gives it.
+    """
+
+    report: Report
+    processes: Processes = ALONE
+    shares = True
+    _done = 0
+    _total = 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Likelihood]:
+        """As lm-eval's, of this process's share; all answers in all processes."""
+        return self._shared(super().loglikelihood, requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As lm-eval's, of this process's share; all answers in all processes."""
+        return self._shared(super().generate_until, requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As lm-eval's, of this process's share; all answers in all processes."""
+        return self._shared(super().loglikelihood_rolling, requests)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As a row is split for training: what is trained is what is scored."""
+        example = encode_row(Row(context, continuation), self.tokenizer)
+        return example.input_ids[: example.prompt_tokens], example.input_ids[example.prompt_tokens :]
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Likelihood]:
+        """As lm-eval's, with each prompt read once, where that fits and the model takes it."""
+        whole = [place for place, (_, *tokens) in enumerate(requests) if sum(map(len, tokens)) <= self.max_length + 1]
+        room = branches.longest_row(self.model.config)
+        questions = [
+            one for one in branches.questions_of([requests[place][1:] for place in whole]) if one.tokens <= room
+        ]
+        if questions and not self._agrees(questions[0], [requests[whole[place]] for place in questions[0].places]):
+            questions = []
+        found: dict[int, Likelihood] = {}
+        for batch in branches.batches(questions, self.batch_size):
+            self._tell(sum(len(question.answers) for question in batch))
+            for question, answers in zip(batch, self._branched(batch), strict=True):
+                found |= zip((whole[place] for place in question.places), answers, strict=True)
+        apart = [place for place in range(len(requests)) if place not in found]
+        if apart:
+            answered = super()._loglikelihood_tokens([requests[place] for place in apart], disable_tqdm=True)
+            found |= zip(apart, answered, strict=True)
+        return [found[place] for place in range(len(requests))]
+
+    def _agrees(self, question: Question, requests: list[Any]) -> bool:
+        """Whether a question has the likelihoods that lm-eval gives each of its answers by itself."""
+        try:
+            [together] = self._branched([question])
+        except (RuntimeError, ValueError, TypeError, IndexError):  # of a model without such masks or positions
+            return False
+        apart = super()._loglikelihood_tokens(requests, disable_tqdm=True)
+        self._done, tolerance = 0, 1e-4 if self.model.dtype == torch.float32 else 2e-2
+        return all(
+            abs(one - other) <= tolerance * max(1.0, abs(other))
+            for (one, _), (other, _) in zip(together, apart, strict=True)
+        )
+
+    def _branched(self, questions: Sequence[Question]) -> list[list[Likelihood]]:
+        return branches.likelihoods(self.model, questions, softmax_dtype=self.softmax_dtype)
+
+    def cut(self, requests: Iterable[Any]) -> set[Any]:
+        """The questions of these requests that do not fit into the context: lm-eval drops their beginning.
+
+        Raises UsageProblem for an answer that does not fit by itself.
+        """
+        found = set()
+        for request in requests:
+            if request.request_type == "loglikelihood":
+                context, answer = request.args[:2]
+                before, after = self._encode_pair(context, answer) if context else ([self.prefix_token_id], [])
+                wanted = len(after if context else self.tok_encode(answer, add_special_tokens=False))
+                longest, room = len(before) + wanted - 1, self.max_length
+            elif request.request_type == "generate_until":
+                wanted = int(request.args[1].get("max_gen_toks", self.max_gen_toks))
+                longest, room = len(self.tok_encode(request.args[0])), self.max_length - wanted
+            else:
+                continue  # scored window by window: nothing is dropped
+            if wanted >= self.max_length:
+                message = f"an answer to question {request.doc_id + 1} of task {request.task_name} has {wanted} tokens"
+                mend = "shorten it or max_gen_toks, or take a model of a longer context"
+                raise UsageProblem(f"{message}; the model's context is {self.max_length}", mend=mend)
+            if longest > room:
+                found.add(request.doc_id)
+        return found
+
+    def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+        count, rank = (self.processes.count, self.processes.rank) if self.shares else (1, 0)
+        shares = _shares(requests, count)
+        own = [requests[place] for place in shares[rank]]
+        self._done, self._total = 0, len(own)
+        answers = answer(own, disable_tqdm=True) if own else []
+        for request, one in zip(own, answers, strict=True):
+            likelihood = one[0] if isinstance(one, tuple) else one
+            if isinstance(likelihood, float) and math.isnan(likelihood):
+                message = f"question {request.doc_id + 1} of task {request.task_name}: an answer's likelihood is NaN"
+                raise BadNumbers(message, mend=adapters.NO_SETTING_OF_TRAINING)
+        if count == 1:
+            return answers
+        found: dict[int, Any] = {}
+        for share, those in zip(shares, self.processes.gather(answers), strict=True):
+            found |= zip(share, those, strict=True)
+        return [found[place] for place in range(len(requests))]
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tell(len(inps))
+        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tell(len(context))
+        tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        return tokens
+
+    def _tell(self, rows: int) -> None:
+        self._done = min(self._done + rows, self._total)
+        self.report(Event("step", "scoring", step=self._done, total=self._total))
+
+
+def _shares(requests: Sequence[Any], count: int) -> list[list[int]]:
+    """Which requests each of so many processes answers: those of one question together."""
+    questions = [list(group) for _, group in itertools.groupby(range(len(requests)), lambda i: requests[i].doc_id)]
+    return [[place for question in questions[rank::count] for place in question] for rank in range(count)]

@@ -1,0 +1,57 @@
+"""evaluate: the likelihoods of ARC-Easy's choices, against lm-eval's own Hugging Face model on the same questions."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer
+
+from builders import SHARED_DATA
+from stages.data.rows import Row, encode_row
+from stages.evaluation.harness import Harness
+from tests.benchmarks import gpt2_on_arc as arc
+
+QUESTIONS, BATCH = 60, 16
+
+
+def measure(repeats: int) -> list[tuple[str, str, str]]:
+    """Rows of the table: what, measured, goal."""
+    if not arc.available():
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(SHARED_DATA / "tokenizers" / "gpt2")
+    lm = Harness(pretrained=arc.model("slm", 12, autocast=False).model.get_base_model(), tokenizer=tokenizer)
+    lm.batch_size_per_gpu, lm.report = BATCH, lambda event: None
+    requests = asked(tokenizer)
+    ways: dict[str, Callable[[], Any]] = {
+        "ours": lambda: lm._loglikelihood_tokens(requests),
+        "lm-eval's": lambda: HFLM._loglikelihood_tokens(lm, requests, disable_tqdm=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, Any] = {}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            found[name] = way()
+            seconds[name].append(time.perf_counter() - started)
+    faster = median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds["lm-eval's"], strict=True))
+    apart = max(abs(one - other) for (one, _), (other, _) in zip(found["ours"], found["lm-eval's"], strict=True))
+    return [
+        (f"{len(requests)} choices, float32: times faster than lm-eval's HFLM", f"{faster:.2f}", ">= 3"),
+        ("the same: largest difference of a log-likelihood, nats", f"{apart:.0e}", "<= 1e-4"),
+    ]
+
+
+def asked(tokenizer: Any) -> list[Any]:
+    """Each choice of the first test questions, as lm-eval asks it."""
+    found = []
+    for line in (SHARED_DATA / "datasets" / "arc_easy" / "test.jsonl").read_text().splitlines()[:QUESTIONS]:
+        question = json.loads(line)
+        for choice in question["choices"]["text"]:
+            one = encode_row(Row(f"Question: {question['question']}\nAnswer:", f" {choice}"), tokenizer)
+            found.append((("", ""), one.input_ids[: one.prompt_tokens], one.input_ids[one.prompt_tokens :]))
+    return found
