@@ -1,5 +1,5 @@
 # make demo: the whole thing in a few minutes. make test: lint, types, tests. Both set up .venv first; tests, Snakemake too.
-.PHONY: demo test lint types compiled tests docs bench clean
+.PHONY: demo test lint types tests docs bench clean
 MAKEFLAGS += --jobs=3
 PYTHON ?= python3
 BIN := .venv/bin
@@ -30,10 +30,11 @@ types: .venv/installed
 	$(BIN)/mypy
 
 # Compiles what is imported, once, before several processes import it at a time.
-compiled: .venv/installed
+.venv/compiled: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --collect-only --quiet >.venv/collected || (cat .venv/collected; false)
+	touch $@
 
-tests: compiled $(SNAKEMAKE)
+tests: .venv/compiled $(SNAKEMAKE)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FEDCOLLM_SNAKEMAKE=$(CURDIR)/$(SNAKEMAKE) $(BIN)/python -m pytest \
 		--numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -92,9 +93,15 @@ def room_of(path: Path) -> str:
     return path.relative_to(STAGES).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a module, as ast.walk gives them; read once."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
 def imported(path: Path) -> Iterator[str]:
     """Every module that a file imports, anywhere in it, dotted; `from package import name` counts as both."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -167,7 +174,7 @@ def test_a_room_s_own_file_is_a_docstring() -> None:
 def test_a_step_is_plain(step: str) -> None:
     path = STAGES / f"{step}.py"
     assert len(path.read_text().splitlines()) <= LONGEST_STEPS[step]
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = nodes_of(path)
     assert not any(isinstance(node, ast.Nonlocal) for node in nodes)
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names |= {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -199,7 +206,7 @@ UNTYPED = "dict[str, Any]"
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef)]
 
 
 def test_no_function_of_a_stage_that_the_command_line_calls_returns_an_untyped_dict() -> None:
@@ -243,7 +250,7 @@ def test_no_function_is_too_long_to_read() -> None:
     long = {
         f"{name}: {node.name}"
         for path, name in NAMES.items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.FunctionDef)
         and (node.end_lineno or 0) - node.lineno >= MOST_LINES_OF_FUNCTION
         and not name.startswith("fedcollm_cli/commands/")
@@ -259,7 +266,7 @@ BY_HAND = {"fedcollm_cli/main.py"}
 
 def texts(path: Path) -> list[str]:
     """Every string of a module that is no docstring; of f-strings the pieces."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = nodes_of(path)
     alone = {node.value for node in nodes if isinstance(node, ast.Expr)}
     return [
         node.value
@@ -270,7 +277,7 @@ def texts(path: Path) -> list[str]:
 
 def calls(path: Path, name: str) -> Iterator[ast.Call]:
     """Every call of a function, or of a method, of this name."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == name:
             yield node
 
@@ -326,7 +333,7 @@ OF_ITS_OWN = {"stages/federation/slurm.py"}
 
 def joined(path: Path) -> set[str]:
     """The words in paths that a module builds: folder / "name", folder.glob("name-*"), path.with_name("name")."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = nodes_of(path)
     parts = [node.right for node in nodes if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)]
     for name in ("glob", "rglob", "with_name", "joinpath"):
         parts += [given for call in calls(path, name) for given in call.args]
@@ -380,7 +387,7 @@ def test_a_step_opens_its_party_once_and_hands_it_on(path: Path) -> None:
 @pytest.mark.parametrize("path", NAMES, ids=NAMES.values())
 def test_the_name_of_a_party_is_taken_apart_in_one_place(path: Path) -> None:
     cuts = {("partition", "-"), ("rpartition", "-"), ("split", "-"), ("replace", "-", " "), ("removeprefix", "client-")}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             cut = (node.func.attr, *(one.value for one in node.args if isinstance(one, ast.Constant)))
             assert cut not in cuts or NAMES[path] in ("stages/parties/names.py", "stages/artefacts/checkpoints.py")
@@ -389,7 +396,7 @@ def test_the_name_of_a_party_is_taken_apart_in_one_place(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=[NAMES[path] for path in MODULES])
 def test_what_is_received_is_asked_for_in_one_call(path: Path) -> None:
     """Whether a folder is there, what it holds and whose it is: received, with what to say where it is missing."""
-    for function in ast.walk(ast.parse(path.read_text())):
+    for function in nodes_of(path):
         if isinstance(function, ast.FunctionDef):
             asked: dict[str, set[str]] = {"require": set(), "received": set()}
             for node in ast.walk(function):
