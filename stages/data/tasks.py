@@ -6,6 +6,7 @@ name is not found there, since indexing them takes long. Relative data_files are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def _sandbox() -> ImmutableSandboxedEnvironment:
     sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
     for name in ("lipsum", "cycler", "joiner"):  # objects with a module behind them, of no use in a prompt
         del sandbox.globals[name]
+    # lm-eval compiles a template for each question that it renders: most of the time that loading a task would take.
+    sandbox.from_string = functools.lru_cache(maxsize=1024)(sandbox.from_string)  # type: ignore[assignment]
     return sandbox
 
 

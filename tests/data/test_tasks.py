@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from lm_eval import utils
 from lm_eval.tasks import TaskManager
 
 from builders import COLOURS, ROOT, edit, questions
@@ -292,3 +293,9 @@ def test_a_mistake_in_a_task_file_is_named(workspace_folder: Path, old: str, new
     edit(workspace_folder / "tasks" / "colours.yaml", old, new)
     with pytest.raises(UsageProblem, match=found):
         tasks.load(Workspace(workspace_folder), ["colours"])
+
+
+def test_a_template_is_compiled_once_and_each_question_has_its_own_text() -> None:
+    template = "{{question}} and {{1 + 1}}"
+    assert [utils.apply_template(template, {"question": one}) for one in "ab"] == ["a and 2", "b and 2"]
+    assert utils.env.from_string(template) is utils.env.from_string(template)
