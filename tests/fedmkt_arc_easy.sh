@@ -2,7 +2,8 @@
 # Real input for FedMKT: ARC-Easy, clients of different families and a server, every round by the separate commands.
 #   tests/fedmkt_arc_easy.sh DATA FOLDER ROWS QUESTIONS ROUNDS LLM SLM-1 [SLM-2 ...]
 # DATA holds datasets/arc_easy/*.jsonl. Of ROWS training questions the share PUBLIC (0.25) is public; QUESTIONS questions of
-# the split SCORED (test) are scored. ONLY=prepare stops before anything is trained.
+# the split SCORED (test) are scored. LAMBDA (0.1111), DIVERGENCE (forward) and SEED (1) are settings. ONLY=prepare stops
+# before anything is trained.
 set -euo pipefail
 data=$(realpath "$1") folder=$2 rows=$3 questions=$4 rounds=$5
 llm=$(realpath "$6")
@@ -40,8 +41,9 @@ epochs = 1.0
 batch_size = 8
 slm_learning_rate = 3e-4
 llm_learning_rate = 1e-4
-lambda_slm = 0.1111
-lambda_llm = 0.1111
+lambda_slm = ${LAMBDA:-0.1111}
+lambda_llm = ${LAMBDA:-0.1111}
+divergence = "${DIVERGENCE:-forward}"
 select = "min-ce"
 [data]
 tasks = ["arc_easy"]

@@ -22,8 +22,8 @@ from stages.workspace.paths import Workspace
 SHARE_BYTES = 33
 """What a Shamir share has: a number below 2^257 and a little."""
 
-MOST_TOKENS, MOST_TOKENS_BYTES = 1 << 21, 1 << 26
-"""Of a vocabulary. The 262,144 tokens of Gemma 3 have 2 MB together."""
+MOST_TOKENS, MOST_TOKENS_BYTES = 1 << 19, 1 << 26
+"""Of a vocabulary: `align` compares each token with each. The 262,144 tokens of Gemma 3 have 2 MB together."""
 LARGEST_VOCABULARY_BYTES = 4096 + 5 * MOST_TOKENS + MOST_TOKENS_BYTES
 
 SEAL_BYTES = 64

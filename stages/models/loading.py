@@ -71,7 +71,17 @@ class Models:
             lora, checkpointing = workspace.agreement.model_of(role).lora, workspace.machine.gradient_checkpointing
             folder, precisions = base_folders.folder(workspace, role), precision(workspace, role, self.device)
             held = workspace.agreement.model_of(role).quantization
-            key = (folder.resolve(), precisions, lora.model_dump_json(), self.device, checkpointing, held)
+            key: tuple[object, ...] = (
+                folder.resolve(),
+                precisions,
+                lora.model_dump_json(),
+                self.device,
+                checkpointing,
+                held,
+            )
+            held_here = [one.model for one in self._roles.values()]
+            if key in self._loaded and any(self._loaded[key].model is one for one in held_here):
+                key = (*key, role)  # one base as SLM and LLM: each has an adapter of its own
             if key not in self._loaded:
                 with naming_memory_knobs():
                     self._loaded[key] = self._load(role, folder, precisions)

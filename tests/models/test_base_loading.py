@@ -449,12 +449,12 @@ BOTH = {"bos_token": "<s>", "eos_token": "</s>"}
 def test_the_first_answer_token_is_trained_and_what_is_trained_is_scored(
     tmp_path: Path, first: bool, end: bool, dummy_space: bool, special: dict[str, str]
 ) -> None:
-    from stages.evaluation.scoring import _Reporting
+    from stages.evaluation.harness import Harness
 
     folder = trained(tmp_path, first=first, end=end, dummy_space=dummy_space, **special)
     tokenizer: Any = load_tokenizer(folder, "the SLM")
-    harness = _Reporting(pretrained=tiny_model(vocabulary=len(tokenizer), width=4), tokenizer=tokenizer)
-    plain: Any = super(_Reporting, harness)
+    harness = Harness(pretrained=tiny_model(vocabulary=len(tokenizer), width=4), tokenizer=tokenizer)
+    plain: Any = super(Harness, harness)
     space = "▁" if dummy_space else ""
     for prompt, completion in PAIRS:
         found = encode_row(Row(prompt, completion), tokenizer)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import adapters, edit, sign, write_rows
 from stages.artefacts.manifest import Manifest
 from stages.co_distill import co_distill
+from stages.federation.run import run
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Report, ignore
 from stages.workspace.paths import Workspace
@@ -106,6 +107,21 @@ def test_the_two_adapters_name_their_parents_and_the_slm_the_llm_made_with_it(fi
     assert parents("2/llm") == before
     assert parents("2/slm") == before | {"llm-after": digest("2/llm")}
     assert parents("1/llm") == {"aggregate": digest("1/aggregate")}
+
+
+def test_one_model_as_slm_and_llm_is_two_models(workspace_folder: Path, tmp_path: Path) -> None:
+    """It ends where a copy of its folder ends as the LLM: each has an adapter of its own."""
+    twin = shutil.copytree(workspace_folder, tmp_path / "twin", symlinks=True)
+    shutil.copytree(twin / "models/slm", twin / "models/copy")
+    for folder, model in ((workspace_folder, "slm"), (twin, "copy")):
+        edit(folder / "fedcollm.toml", 'model = "models/llm"', f'model = "models/{model}"')
+        run(Workspace(folder), rounds=range(1, 2), scores=False)
+    made = [
+        {role: (folder / f"{SERVER}1/{role}/adapter_model.safetensors").read_bytes() for role in ("slm", "llm")}
+        for folder in (workspace_folder, twin)
+    ]
+    assert made[0] == made[1]
+    assert made[0]["slm"] != made[0]["llm"]
 
 
 def test_half_of_a_result_is_made_again_without_overwrite(finished: Path) -> None:
