@@ -3,7 +3,8 @@
 Reads private/client-k/round-t/trained, private/client-k/public.jsonl, exchange/round-t/server, its own
 exchange/round-t/client-k, and from round 1 both vocabularies. Where the LLM stays as it is (llm2slm), it is round 1's
 exchange/round-0001/server that is learned from; standalone-public learns from the answers alone.
-Writes private/client-k/round-t/slm, and the private log private/client-k/round-t/client-distill.jsonl.
+Writes private/client-k/round-t/slm, and the private log private/client-k/round-t/client-distill.jsonl. Where adapters
+are averaged after the round, that one goes to exchange/round-t/adapter-client-k instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import already_made, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.steps import Over, Step
-from stages.artefacts.subjects import trained_by
+from stages.artefacts.subjects import OWN_EXAMPLES, trained_by
 from stages.files import writing
 from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
@@ -92,6 +93,8 @@ class ClientDistill(Step[Opened, "Studied", Manifest]):
         public = read_public(self.party, self.report)
         trained = trained_by(self.party, round)
         parents, taught, losses = {"trained": trained.sha256}, None, None
+        if self.workspace.agreement.averages:
+            parents |= trained.manifest.parents  # the broadcast, which the server looks for
         if federation.server_tells:
             taught = teaching.from_server(self.party, round, public, self.report)
             parents |= taught.parents
@@ -123,16 +126,18 @@ class ClientDistill(Step[Opened, "Studied", Manifest]):
         from stages.models import adapters
         from stages.training.drafts import draft_of
 
-        [folder], (slm, outcome, metrics) = self.publishes, computed
+        [folder], (slm, outcome, metrics), trained = self.publishes, computed, opened.trained.manifest
+        averages = self.workspace.agreement.averages
         draft = draft_of(
             slm,
             outcome,
             stage="client-distill",
             round=self.round,
+            attempt=trained.attempt if averages else 0,
             parents=opened.parents,
             seed=self.workspace.seed_for("client-distill", self.round, self.party.number),
-            metrics=metrics,
-            privacy=opened.trained.manifest.privacy,
+            metrics={**metrics, **({OWN_EXAMPLES: float(trained.examples)} if averages else {})},
+            privacy=trained.privacy,
         )
         contents = adapters.as_files(slm.model, self.workspace.agreement.slm.lora)
         manifest = publish(folder, contents, draft, by=self.party, over=over[folder])

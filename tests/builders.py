@@ -245,6 +245,26 @@ def make_unlike_workspace(folder: Path, unlike_models: Path) -> Path:
     return folder
 
 
+AVERAGE = '[aggregation]\naverage = true\nweighting = "samples"\n\n'
+
+
+def make_equal_workspace(folder: Path, unlike_models: Path) -> Path:
+    """A workspace of FedMKT whose clients tune one model, with 12, 24 and 8 rows, and are averaged; two rounds."""
+    make_workspace(folder, unlike_models)
+    toml = folder / "fedcollm.toml"
+    edit(toml, "seed = 7\n", 'seed = 7\nmethod = "fedmkt"\n')
+    edit(toml, "models/slm", "models/slm-1")
+    edit(toml, "steps = 6", "epochs = 1.0")
+    taught = 'lambda_slm = 1.0\nlambda_llm = 1.0\nselect = "min-ce"\ntop_k = 32\n'
+    edit(toml, "llm_learning_rate = 1e-2\n", f"llm_learning_rate = 1e-2\n{taught}")
+    edit(toml, "[distillation]", f"{AVERAGE}[distillation]")
+    for client, count in EQUAL_ROWS.items():
+        write_rows(folder / f"private/client-{client}/train.jsonl", rows(count, start=12 * client))
+        shutil.copy(folder / "private/server/auxiliary.jsonl", folder / f"private/client-{client}/public.jsonl")
+    return folder
+
+
+EQUAL_ROWS = {1: 12, 2: 24, 3: 8}
 QUESTIONS = 20
 
 

@@ -16,6 +16,7 @@ import pytest
 from builders import (
     Outcome,
     make_base_models,
+    make_equal_workspace,
     make_study,
     make_unlike_models,
     make_unlike_study,
@@ -188,6 +189,31 @@ def unlike_once(once: Once, unlike_models: Path) -> Path:
 def unlike(unlike_once: Path, tmp_path: Path) -> Path:
     """A finished workspace of FedMKT of one's own."""
     return shutil.copytree(unlike_once, tmp_path / "study", symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def equal_once(once: Once, unlike_models: Path) -> Path:
+    """A workspace of FedMKT whose clients' adapters are averaged, in which `run` has done both rounds; made once."""
+
+    def fill(top: Path) -> None:
+        from stages.federation.run import run
+        from stages.workspace.paths import Workspace
+
+        run(Workspace(make_equal_workspace(top / "study", unlike_models)), scores=False)
+
+    return once("equal", fill) / "study"
+
+
+@pytest.fixture
+def equal(equal_once: Path, tmp_path: Path) -> Path:
+    """Such a finished workspace of one's own."""
+    return shutil.copytree(equal_once, tmp_path / "study", symlinks=True)
+
+
+@pytest.fixture
+def equal_folder(unlike_models: Path, tmp_path: Path) -> Path:
+    """The same in which no stage has run."""
+    return make_equal_workspace(tmp_path / "new study", unlike_models)
 
 
 @pytest.fixture(scope="session")

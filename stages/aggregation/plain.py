@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +11,16 @@ from stages.artefacts.average import Arrived, Average
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import received
+from stages.artefacts.subjects import OWN_EXAMPLES, client_stage
 from stages.artefacts.tensor_files import largest_bytes
 from stages.data.rows import Row
+from stages.parties.names import SERVER
 from stages.parties.party import Party
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report
 from stages.secagg import accepting
 from stages.workspace.commands import Command
-from stages.workspace.paths import Workspace
+from stages.workspace.paths import Workspace, require
 
 MOST_CLAIMED = 1 << 40
 """Examples, tokens or steps of one client in one round; the sum of all clients' must stay a number that is counted."""
@@ -62,7 +64,7 @@ class FromClients:
     def arrived(self, theta: Artefact, again: bool) -> Arrived:
         """The updates here, if they are enough; those of an earlier attempt at the round do not count."""
         updates = _present(self.party.workspace, theta, self.report)
-        parents = {f"client-{client}": read_manifest(path)[1] for client, path in updates.items()}
+        parents = {path.name: read_manifest(path)[1] for path in updates.values()}
         return Arrived({"broadcast": theta.sha256} | parents, updates)
 
     def combine(self, theta: Artefact, arrived: Arrived) -> Average:
@@ -82,7 +84,7 @@ def _present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int,
     names = ", ".join(map(str, absent))
     if len(updates) < needed:
         message = f"round {round} has {len(updates)} of the {needed} updates it needs; absent: client {names}"
-        first = Command("client-train", client=absent[0], round=round)
+        first = Command(client_stage(workspace), client=absent[0], round=round)
         mend = f"{first}, there; then carry exchange/ here"
         raise NotReady(message, where=workspace.client_update(round, absent[0]), mend=mend)
     if absent:
@@ -104,15 +106,17 @@ def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -
     layout, weight_of = adapter_files.layout_of(old), WEIGHTINGS[settings.weighting]
     combined, examples, tokens = aggregator(settings, old), 0, 0
     updates, parents = arrived.updates, dict(arrived.parents)
+    told = _told(server.workspace, theta.manifest.round)
     del old  # rules that measure updates against it keep it
     if settings.rule in OF_FACTORS:
         report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
     with threadpool_limits(1, "blas"):
         for number, (client, update) in enumerate(_each(server, theta, updates), 1):
-            _check_update(update, client, theta)
-            parents[f"client-{client}"] = update.sha256  # what was read now, should it have been replaced meanwhile
-            combined.add(adapter_files.read_adapter(update, layout, lora), weight_of(update.manifest.examples))
-            examples, tokens = examples + update.manifest.examples, tokens + update.manifest.tokens
+            _check_update(update, client, theta, told)
+            parents[update.path.name] = update.sha256  # what was read now, should it have been replaced meanwhile
+            seen = _seen_by(update)
+            combined.add(adapter_files.read_adapter(update, layout, lora), weight_of(seen))
+            examples, tokens = examples + seen, tokens + update.manifest.tokens
             report(Event("step", f"client {client}", step=number, total=len(updates)))
         tensors = combined.result()
         metrics = combined.metrics(list(updates))
@@ -128,7 +132,7 @@ def _each(server: Party, theta: Artefact, updates: dict[int, Path]) -> Iterator[
             return received(
                 updates[client],
                 by=server,
-                stage="client-train",
+                stage=client_stage(server.workspace),
                 round=theta.manifest.round,
                 client=client,
                 limit_bytes=limit_bytes,
@@ -143,20 +147,41 @@ def _each(server: Party, theta: Artefact, updates: dict[int, Path]) -> Iterator[
             yield client, artefact
 
 
-def _check_update(update: Artefact, client: int, theta: Artefact) -> None:
-    """Raise Refused unless this client trained it in this round from this broadcast on this base."""
-    round = theta.manifest.round
-    again = Command("client-train", client=client, round=round, overwrite=True)
+def _seen_by(update: Artefact) -> int:
+    """How many examples of its own a client has seen in the round: with FedMKT before it learned on public rows."""
+    return int(update.manifest.metrics.get(OWN_EXAMPLES, update.manifest.examples))
+
+
+def _told(workspace: Workspace, round: int) -> dict[str, str]:
+    """FedMKT: what clients learn from in a round before their adapters are averaged, as it lies here."""
+    if not workspace.agreement.federation.clients_tell:
+        return {}
+    place, share = workspace.knowledge(round, None), Command("share-knowledge", server=True, round=round)
+    require(place, f"what the server knows in round {round} is not there", share)
+    return {SERVER: read_manifest(place)[1]}
+
+
+def _check_update(update: Artefact, client: int, theta: Artefact, told: Mapping[str, str]) -> None:
+    """Raise Refused unless this client trained it in this round from this broadcast on this base.
+
+    told: what it must have learned from after that.
+    """
+    round, seen = theta.manifest.round, _seen_by(update)
+    again = Command(update.manifest.stage, client=client, round=round, overwrite=True)
     mend = f"{again}, on client {client}'s machine"
-    if max(update.manifest.examples, update.manifest.tokens, update.manifest.steps) > MOST_CLAIMED:
+    if max(seen, update.manifest.examples, update.manifest.tokens, update.manifest.steps) > MOST_CLAIMED:
         message = f"client {client}'s update of round {round} says it saw more than {MOST_CLAIMED} examples or tokens"
         raise Refused(message, where=update.path, mend=mend)
-    if update.manifest.examples == 0:
+    if seen < 1:
         raise Refused(
             f"client {client}'s update of round {round} says it saw no examples", where=update.path, mend=mend
         )
-    if update.manifest.parents != {"broadcast": theta.sha256}:
-        message = f"client {client}'s update of round {round} was trained from another broadcast than the one here"
+    expected, found = {"broadcast": theta.sha256, **told}, update.manifest.parents
+    if told:  # beside what the client alone has
+        found = {name: found.get(name, "") for name in expected}
+    if found != expected:
+        what = "broadcast" if found.get("broadcast") != theta.sha256 else "knowledge of the server's"
+        message = f"client {client}'s update of round {round} was trained from another {what} than the one here"
         raise Refused(message, where=update.path, mend=f"carry exchange/ there; then {mend}")
     if name := update.manifest.base.differs(theta.manifest.base):
         message = f"client {client}'s update of round {round} was trained on another base model or tokenizer"

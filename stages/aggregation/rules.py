@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from stages.artefacts.adapter_files import Tensors
-from stages.workspace.agreement import Aggregation
+from stages.workspace.averaging import Aggregation
 
 PROBES = 16
 """Directions the cross term is measured in. Exact where a layer has at most this many inputs."""

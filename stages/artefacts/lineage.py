@@ -72,12 +72,13 @@ def check_belongs(
 def place_of(manifest: Manifest, workspace: Workspace | None) -> str:
     """Where a folder says it belongs, as the last names of its path: round-0005/client-2.
 
-    What a client keeps for itself when it learns in public has its name in front: client-2/round-0005/trained.
+    What a client keeps for itself when it learns in public has its name in front: client-2/round-0005/trained. An
+    adapter that is to be averaged after that names the broadcast.
     workspace: where that is known; its method says whether a client keeps what it trains.
     """
     round, own = round_name(manifest.round), f"client-{manifest.client}"
     if manifest.stage == "client-distill":
-        return f"{own}/{round}/slm"
+        return f"{round}/adapter-{own}" if "broadcast" in manifest.parents else f"{own}/{round}/slm"
     if manifest.stage == "client-train" and workspace and workspace.agreement.federation.learns_in_public:
         return f"{own}/{round}/trained"
     names = {"client-train": own, "reveal": f"reveal-{manifest.client}", "co-distill": manifest.role}
@@ -103,6 +104,8 @@ def parent_place(workspace: Workspace, manifest: Manifest, name: str) -> Path:
     """Where a folder's parent of this name lies."""
     round = round_of_parent(manifest, name)
     if found := re.fullmatch(CLIENT, name):
+        return workspace.sent_by(round, int(found[1]))
+    if found := re.fullmatch(f"adapter-{CLIENT}", name):
         return workspace.client_update(round, int(found[1]))
     for role in ROLES:
         if name == f"captured-{role}":

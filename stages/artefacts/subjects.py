@@ -19,6 +19,9 @@ from stages.workspace.paths import Workspace
 Subject = Literal["slm", "llm", "aggregate"]
 """The server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it."""
 
+OWN_EXAMPLES = "own_examples"
+"""The metric of an adapter that learned on public rows and is averaged: how many of its own its client saw before."""
+
 
 def subject_of(model: Subject, client: int | None) -> str:
     """The subject's name on disk: "slm", "llm", "aggregate", or "client-2". A client has an SLM only."""
@@ -62,7 +65,8 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
         step: Literal["aggregate", "co-distill"] = "aggregate" if model == "aggregate" else "co-distill"
         if model == "slm" and not workspace.agreement.federation.averages:
             message = f"method {workspace.agreement.federation.method} makes no SLM at the server"
-            raise UsageProblem(message, mend="give --client k, whose own model it is, or --model llm")
+            average = ", --model aggregate" if workspace.agreement.averages else ""
+            raise UsageProblem(message, mend=f"give --client k, whose own model it is{average}, or --model llm")
         workspace.check_step(step, round)
         stage, made_by = step, Command(step, round=round)
     folder = folder_of(workspace, round, subject_of(model, client))
@@ -78,7 +82,7 @@ def start_of(party: Party, round: int) -> Artefact | None:
     workspace, client = party.workspace, party.number
     if round == 1 and not workspace.agreement.is_of_one_slm:
         return None
-    if workspace.agreement.federation.averages or round == 1:
+    if workspace.agreement.averages or round == 1:
         mend = f"on the server: {Command('broadcast', round=round)}; then carry exchange/ here"
         missing = f"the broadcast of round {round} is not there", mend
         return received(workspace.broadcast(round), by=party, stage="broadcast", round=round, missing=missing)

@@ -153,7 +153,7 @@ def _numbers(state: Audit, folder: Folder, adapter: AnyAdapter | None) -> Iterab
 
 def _drift(state: Audit, found: list[Finding]) -> Iterator[Finding]:
     for scope in state.scopes:
-        if scope.learns_in_public:
+        if scope.sends_no_adapter:
             yield A5.skip("nothing is averaged: every model is trained by itself")
             continue
         yield from drift_of([folder for folder in state.folders if folder.scope is scope])
@@ -164,7 +164,7 @@ def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
         if scope.agreement and scope.agreement.aggregation.is_secure:
             yield A6.skip("secure mode: nobody sees a single client's update")
             continue
-        if scope.learns_in_public:
+        if scope.sends_no_adapter:
             yield A6.skip("no update travels: clients tell what they know of public rows, see A11")
             continue
         sound = [one for one in state.folders + state.beside if one.scope is scope and one.path in state.finite]
@@ -176,7 +176,8 @@ def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
 
 def _of_one_layout(state: Audit, folders: list[Folder]) -> list[Folder]:
     """Those with the layout of their broadcast; A3 tells of the others."""
-    clients = [folder for folder in folders if folder.manifest and folder.manifest.stage == "client-train"]
+    trained = ("client-train", "client-distill")  # of FedMKT the second alone lies beside a broadcast
+    clients = [folder for folder in folders if folder.manifest and folder.manifest.stage in trained]
     return [
         folder
         for folder in clients

@@ -17,8 +17,8 @@ from stages.workspace.layout import broadcast_in
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, round_name
 
 TAKEN_IN = {
-    "aggregate": ("client-train", "is not in the average"),
-    "co-distill": ("share-knowledge", "is not in what the LLM learned from"),
+    "aggregate": (("client-train", "client-distill"), "is not in the average"),
+    "co-distill": (("share-knowledge",), "is not in what the LLM learned from"),
 }
 """What a step of the server takes in of every client in a round, and what is said of one that it did not."""
 
@@ -155,13 +155,15 @@ def _left_out(folder: Folder, ours: list[Folder]) -> Iterator[Finding]:
     manifest = folder.said
     if manifest.stage not in TAKEN_IN:
         return
-    sent, said = TAKEN_IN[manifest.stage]
+    stages, said = TAKEN_IN[manifest.stage]
     for other in ours:
         update = other.said
         if _is_kept(other) or _is_earlier(other):
             continue
-        of_round = (update.stage, update.federation, update.round) == (sent, manifest.federation, manifest.round)
-        if of_round and update.client and f"client-{update.client}" not in manifest.parents:
+        if update.stage not in stages or (update.federation, update.round) != (manifest.federation, manifest.round):
+            continue
+        name = other.claims_to_be.removeprefix(f"{round_name(update.round)}/")  # of what a client keeps it stays a path
+        if update.client and "/" not in name and name not in manifest.parents:
             yield A1.warn(other.shown, f"{said} of its round: it came too late, or was left out")
 
 

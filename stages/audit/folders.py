@@ -30,10 +30,10 @@ from stages.workspace.paths import Workspace
 
 ROUND = re.compile(r"round-[0-9]{4}")
 PARTY = re.compile(
-    r"(client|reveal|vocabulary-client)-[1-9][0-9]{0,8}|(vocabulary-)?server"
+    r"(client|reveal|vocabulary-client|adapter-client)-[1-9][0-9]{0,8}|(vocabulary-)?server"
     r"|broadcast|close|aggregate|captured-(slm|llm)|slm|llm|trained"
 )
-BY_CLIENT = re.compile(r"(?:client|reveal|vocabulary-client)-([1-9][0-9]{0,8})(?:\.json|\.json\.sig)?")
+BY_CLIENT = re.compile(r"(?:client|reveal|vocabulary-client|adapter-client)-([1-9][0-9]{0,8})(?:\.json|\.json\.sig)?")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 FOLDER = "a folder"
 READ = (".json", ".safetensors", ".sig", SEALED_REVEAL)
@@ -73,9 +73,10 @@ class Scope:
             return None
 
     @property
-    def learns_in_public(self) -> bool:
-        """Whether what travels are vocabularies and knowledge of public rows, and no adapter."""
-        return self.agreement is not None and self.agreement.federation.learns_in_public
+    def sends_no_adapter(self) -> bool:
+        """Whether what travels are vocabularies and knowledge of public rows, and no client's adapter."""
+        agreement = self.agreement
+        return agreement is not None and agreement.federation.learns_in_public and not agreement.averages
 
     @property
     def exchanged(self) -> Path:
@@ -144,11 +145,12 @@ class Folder:
     def owner(self) -> int | None:
         """The client whose own model it is of; None: of one that all have.
 
-        Outside of a workspace, what a client tells is taken to be of its own.
+        Outside of a workspace, what a client tells is taken to be of its own, unless the adapter is to be averaged.
         """
         number, agreement = self.said.client, self.scope.agreement
         if agreement is None:
-            return number if self.said.stage in ("align", "share-knowledge", "client-distill") else None
+            is_own = self.said.stage in ("align", "share-knowledge", "client-distill")
+            return number if is_own and "broadcast" not in self.said.parents else None
         own = agreement.clients.get(str(number))
         return number if own and own.slm else None
 

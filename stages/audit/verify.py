@@ -122,6 +122,7 @@ def _in_public(workspace: Workspace, round: int) -> Iterator[tuple[Path, Stage, 
     yield workspace.knowledge(round, None), "share-knowledge", None
     for client in workspace.clients:
         yield workspace.client_adapter(round, client), "client-distill", client
+    yield workspace.aggregate(round), "aggregate", None
 
 
 def _check_roster(workspace: Workspace, members: Roster, pinned_by: Party | None) -> None:

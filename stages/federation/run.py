@@ -69,6 +69,7 @@ def run(
         workspace = derived(workspace, folder, changes, made_by=made_by, overwrite=overwrite, report=report)
         models = models.of(workspace)
     federation, evaluation = workspace.agreement.federation, workspace.agreement.evaluation
+    averages = workspace.agreement.averages
     rounds = rounds or range(1, federation.rounds + 1)
     for round in (rounds[0], rounds[-1]):
         workspace.check_round(round)
@@ -90,11 +91,11 @@ def run(
         _round(workspace, round, overwrite, models, report)
         if scores and federation.distils:
             results += [score(model="slm", round=round), score(model="llm", round=round)]
-        elif scores and federation.averages:
+        if scores and averages and not federation.distils:
             results += [score(model="aggregate", round=round)]
-        elif scores and federation.clients_tell:
+        if scores and federation.clients_tell:
             results += [score(model="llm", round=round)]
-        if scores and (round == rounds[-1] or not federation.averages):
+        if scores and (round == rounds[-1] or not averages):
             results += [score(round=round, client=client) for client in workspace.client_adapters(round)]
     return results
 
@@ -143,15 +144,15 @@ def _check_agreement(workspace: Workspace, last: int) -> None:
 def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:
     """One round of Algorithm 1, as far as the method goes."""
     federation = workspace.agreement.federation
-    if federation.averages or (round == 1 and workspace.agreement.is_of_one_slm):
+    if workspace.agreement.broadcasts(round):
         broadcast(workspace, round=round, overwrite=overwrite, models=models, report=report)
     here = _here(workspace, round, overwrite)
     if federation.learns_in_public:
         round_in_public(workspace, round, here, overwrite=overwrite, models=models, report=report)
-        return
-    for client in here:
-        client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
-    if federation.averages:
+    else:
+        for client in here:
+            client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
+    if workspace.agreement.averages:
         _aggregate(workspace, round, overwrite, models, report)
     if federation.distils:
         co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
@@ -202,13 +203,12 @@ def _here(workspace: Workspace, round: int, overwrite: bool) -> list[int]:
     clients = list(workspace.clients)
     if workspace.aggregate(round).exists() and not overwrite:
         averaged = read_manifest(workspace.aggregate(round))[0].parents
-        clients = [client for client in clients if f"client-{client}" in averaged]
+        clients = [client for client in clients if workspace.client_update(round, client).name in averaged]
     opening = read_manifest(workspace.broadcast(round))[0].opening if workspace.broadcast(round).exists() else None
     clients = [client for client in clients if opening is None or client in opening.clients]
     may_be_absent = workspace.agreement.aggregation.min_clients is not None
     return [
         client
         for client in clients
-        if workspace.client_data(client).exists()
-        or not (may_be_absent or workspace.client_update(round, client).exists())
+        if workspace.client_data(client).exists() or not (may_be_absent or workspace.sent_by(round, client).exists())
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from stages.parties.names import SERVER, client, number_of, of
 from stages.progress.looking import Looker
@@ -19,14 +20,14 @@ class InPublic:
     def __init__(self, look: Looker, is_server: bool) -> None:
         self._look = look
         self._workspace = workspace = look.workspace
-        self._federation = workspace.agreement.federation
+        self._federation, self._averages = workspace.agreement.federation, workspace.agreement.averages
         self._is_server = is_server
         self._own = [k for k in workspace.clients if _has_anything(workspace, k)]
         self._before: dict[str, Step] = {}
         """Steps of the rounds before: each vocabulary, the newest adapters, and what the server has told last."""
 
     def round(self, number: int, first: list[Step]) -> Round:
-        """Its steps, in the order of Algorithm 1. first: the broadcast, in a round that has one."""
+        """Its steps, in the order of Algorithm 1, up to the clients' adapters. first: the broadcast, if it has one."""
         workspace, federation = self._workspace, self._federation
         steps = self._vocabularies() if federation.server_tells and number == 1 else []
         steps += first
@@ -41,8 +42,11 @@ class InPublic:
         if federation.clients_tell:
             llm, late = self._llm(number)
             steps = [*self._counted(steps, llm), llm, self._knowledge(number, None)]
-        steps += [self._slm(number, k) for k in self._own]
-        return Round(number, steps, late)
+        if not self._averages:
+            return Round(number, [*steps, *(self._slm(number, k) for k in self._own)], late)
+        steps += [self._slm(number, k, first) for k in workspace.clients]
+        is_over = os.path.lexists(workspace.aggregate(number))
+        return Round(number, [step for step in steps if not (is_over and _is_late(step))], late)
 
     def _vocabularies(self) -> list[Step]:
         """How each party reads. With an LLM that stays as it is, the server needs no client's."""
@@ -58,7 +62,7 @@ class InPublic:
         return self._of_public_rows(step, "align", 1, k)
 
     def _trained(self, number: int, k: int, first: list[Step]) -> Step:
-        before = {"slm": self._sha256(f"slm-{k}")} if number > 1 else {}
+        before = {"slm": self._sha256(f"slm-{k}")} if number > 1 and not self._averages else {}
         parents = before | {step.name: step.sha256 for step in first}
         place, name = self._workspace.client_trained(number, k), f"trained-{k}"
         self._before[name] = self._look.client_train(place, name, number, k, parents)
@@ -84,8 +88,9 @@ class InPublic:
         late = [k for k, sha256 in told.items() if sha256 and made_of and k not in taught_by]
         return self._of_public_rows(step, "co-distill", number, None), late
 
-    def _slm(self, number: int, k: int) -> Step:
-        parents = {"trained": self._sha256(f"trained-{k}")}
+    def _slm(self, number: int, k: int, first: Sequence[Step] = ()) -> Step:
+        """What a client ends the round with. first: the broadcast, where that is averaged."""
+        parents = {"trained": self._sha256(f"trained-{k}")} | {step.name: step.sha256 for step in first}
         if self._federation.server_tells:
             parents |= self._vocabularies_of(None, k) | {SERVER: self._sha256(f"knowledge-{SERVER}")}
         if self._federation.clients_tell:
@@ -117,10 +122,16 @@ class InPublic:
         return self._before[name].sha256 if name in self._before else ""
 
 
+def _is_late(step: Step) -> bool:
+    """Whether a step of a client's is of no use any more in a round whose average is made."""
+    return step.condition == "missing" and not step.reason and step.party != SERVER
+
+
 def _has_anything(workspace: Workspace, k: int) -> bool:
     """Whether a client, or anything that it keeps, is on this machine."""
     rounds = range(1, workspace.agreement.federation.rounds + 1)
-    places = [place(t, k) for t in rounds for place in (workspace.client_trained, workspace.client_adapter)]
+    kept = [workspace.client_trained, *([workspace.client_adapter] if workspace.clients_keep_theirs else [])]
+    places = [place(t, k) for t in rounds for place in kept]
     return workspace.client_data(k).exists() or any(os.path.lexists(place) for place in places)
 
 
@@ -128,7 +139,10 @@ def waits_for(workspace: Workspace, rounds: list[Round], number: int, step: Step
     """What a step of a round needs that is not there yet, in words; empty if it can be taken."""
     known = {other.name: other for other in (*rounds[0].steps, *rounds[number - 1].steps)}
     if step.name.startswith("trained-"):
-        return _undone(known, "broadcast", "the broadcast of round 1") if number == 1 else ""
+        has_broadcast = workspace.agreement.broadcasts(number)
+        return _undone(known, "broadcast", f"the broadcast of round {number}") if has_broadcast else ""
+    if step.name == "aggregate":
+        return _missing_of_clients(workspace, number, known, "slm")
     rows = workspace.public_data(None if step.party == SERVER else number_of(step.party))
     if not rows.exists():
         return f"the public rows, the same file at every party: {workspace.shown(rows)}"
@@ -151,14 +165,28 @@ def _undone(known: dict[str, Step], name: str, said: str) -> str:
 
 def _knowledge_missing(workspace: Workspace, number: int, known: dict[str, Step]) -> str:
     """What co-distill needs of clients: the knowledge of enough of them, and how each of these reads."""
-    told = {k: known[name] for k in workspace.clients if (name := f"knowledge-{k}") in known}
-    for k, step in told.items():
-        if step.condition in ("damaged", "stale"):
-            return f"sound knowledge: that of client {k} in round {number} is {step.condition}, {step.reason}"
-    ready = [k for k, step in told.items() if step.condition == "done"]
-    missing = (workspace.agreement.aggregation.min_clients or len(workspace.clients)) - len(ready)
-    if missing > 0:
-        absent = ", ".join(client(k) for k in workspace.clients if k not in ready)
-        clients = "client knows" if missing == 1 else "clients know"
-        return f"what {missing} more {clients} in round {number}, in exchange/, of {absent}"
+    if missing := _missing_of_clients(workspace, number, known, "knowledge"):
+        return missing
+    ready = [k for k in workspace.clients if f"knowledge-{k}" in known and known[f"knowledge-{k}"].condition == "done"]
     return next(filter(None, (_undone(known, f"vocabulary-{k}", f"the vocabulary of client {k}") for k in ready)), "")
+
+
+def _missing_of_clients(
+    workspace: Workspace, number: int, known: dict[str, Step], what: Literal["knowledge", "slm"]
+) -> str:
+    """What a step of the server's needs of enough clients, their knowledge or their adapters, and has not."""
+    sent = {k: known[name] for k in workspace.clients if (name := f"{what}-{k}") in known}
+    for k, step in sent.items():
+        if step.condition in ("damaged", "stale"):
+            sound = "sound knowledge: that" if what == "knowledge" else "a sound adapter: that"
+            return f"{sound} of client {k} in round {number} is {step.condition}, {step.reason}"
+    ready = [k for k, step in sent.items() if step.condition == "done"]
+    missing = (workspace.agreement.aggregation.min_clients or len(workspace.clients)) - len(ready)
+    if missing <= 0:
+        return ""
+    absent = ", ".join(client(k) for k in workspace.clients if k not in ready)
+    if what == "slm":
+        adapters = "adapter" if missing == 1 else "adapters"
+        return f"{missing} more {adapters} of round {number}, in exchange/, of {absent}"
+    clients = "client knows" if missing == 1 else "clients know"
+    return f"what {missing} more {clients} in round {number}, in exchange/, of {absent}"

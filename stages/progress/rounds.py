@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
-from stages.parties.names import client
+from stages.parties.names import client, number_of
 from stages.progress.in_public import InPublic
 from stages.progress.looking import Looker
 from stages.progress.steps import Round, Step
@@ -25,9 +25,9 @@ class Reader:
     def __init__(self, workspace: Workspace, verify: bool) -> None:
         self._workspace = workspace
         self._look = Looker(workspace, verify)
-        self._federation = workspace.agreement.federation
+        self._federation, self._averages = workspace.agreement.federation, workspace.agreement.averages
         # Where there is no server, whoever has the clients' data makes their first adapter too.
-        has_server = self._federation.averages or self._federation.server_tells
+        has_server = self._averages or self._federation.server_tells
         self._is_server = workspace.auxiliary_data.exists() or not has_server
         self._before: dict[str, Step] = {}
         self._in_public = InPublic(self._look, self._is_server)
@@ -45,9 +45,8 @@ class Reader:
     def round(self, number: int) -> Round:
         """Its steps, as far as the method goes."""
         if self._federation.learns_in_public:
-            first = [self._broadcast(1)] if number == 1 and self._workspace.agreement.is_of_one_slm else []
-            return self._in_public.round(number, first)
-        if not self._federation.averages:
+            return self._learned_in_public(number)
+        if not self._averages:
             return self._alone(number)
         broadcast = self._broadcast(number)
         clients = {k: self._client(number, k, broadcast) for k in self._taking_part(number)}
@@ -91,9 +90,20 @@ class Reader:
         ]
         return [close, *reveals]
 
+    def _learned_in_public(self, number: int) -> Round:
+        """A round of FedMKT; where clients' adapters are averaged after it, the average too."""
+        first = [self._broadcast(number)] if self._workspace.agreement.broadcasts(number) else []
+        found = self._in_public.round(number, first)
+        if not self._averages:
+            return found
+        adapters = {number_of(step.party): step for step in found.steps if step.name.startswith("slm-")}
+        aggregate, late = self._aggregate(number, first[0], adapters)
+        self._before = {"aggregate": aggregate}
+        return Round(number, [*found.steps, aggregate], sorted({*found.late, *late}))
+
     def _alone(self, number: int) -> Round:
         """A round without the server: each client goes on with its own adapter, at first with the one broadcast."""
-        first = [self._broadcast(number)] if number == 1 and self._workspace.agreement.is_of_one_slm else []
+        first = [self._broadcast(number)] if self._workspace.agreement.broadcasts(number) else []
         steps = {
             f"client-{k}": self._client(number, k, first[0] if first else self._before.get(f"client-{k}"))
             for k in self._workspace.clients
@@ -114,11 +124,12 @@ class Reader:
     def _aggregate(self, number: int, broadcast: Step, clients: dict[int, Step]) -> tuple[Step, list[int]]:
         """The average, and the clients whose updates came too late for it."""
         workspace = self._workspace
-        given = {"broadcast": broadcast.sha256} | {step.name: step.sha256 for step in clients.values() if step.sha256}
+        sent = {workspace.client_update(number, k).name: step for k, step in clients.items()}
+        given = {"broadcast": broadcast.sha256} | {name: step.sha256 for name, step in sent.items() if step.sha256}
         if workspace.close(number).exists():
             given["close"] = self._look.digest(workspace.close(number))
         made_of = self._look.parents(workspace.aggregate(number))
-        late = [k for k, step in clients.items() if step.sha256 and made_of and step.name not in made_of]
+        late = [number_of(one.party) for name, one in sent.items() if one.sha256 and made_of and name not in made_of]
         command = Command("aggregate", round=number)
         parents = {party: given.get(party, "") for party in made_of}
         return self._look.step(workspace.aggregate(number), "aggregate", command, parents, self._is_server), late

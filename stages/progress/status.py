@@ -212,6 +212,8 @@ def _scores(workspace: Workspace, last: int, stale: list[Path]) -> list[Score]:
     score = Command("evaluate", round=last)
     made = {ended.name: (ended, score.also(model=ended.name))}
     made |= {"llm": (workspace.llm(last), score.also(model="llm"))} if federation.distils else {}
+    average = workspace.aggregate(last), score.also(model="aggregate")
+    made |= {"aggregate": average} if agreement.averages and federation.clients_tell else {}
     own = [k for k in workspace.clients if workspace.client_data(k).exists()]
     made |= {f"client {k}": (workspace.client_adapter(last, k), score.also(client=k)) for k in own}
     return [

@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stages.workspace.averaging import Aggregation
 from stages.workspace.budgets import ClientTraining, Distillation
 from stages.workspace.commands import Command
-from stages.workspace.settings import Dtype, Positive, Quantization, Rate, Settings, Share
+from stages.workspace.settings import Dtype, Positive, Quantization, Rate, Settings
 
 Method = Literal[
     "fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized", "fedmkt", "llm2slm", "standalone-public"
 ]
-Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
 
 
 class Federation(Settings):
@@ -31,7 +31,7 @@ class Federation(Settings):
 
     @property
     def averages(self) -> bool:
-        """Whether clients' adapters are averaged (line 13); if not, each goes on with its own, round after round."""
+        """Whether the method averages clients' adapters (line 13); see Agreement.averages."""
         return self.method in ("fedcollm", "fedavg", "fedavg-aux")
 
     @property
@@ -79,41 +79,6 @@ class Client(Settings):
 
     slm: Model | None = None
     learning_rate: Rate | None = None
-
-
-class Aggregation(Settings):
-    """Line 13 of Algorithm 1. Without min_clients every client must have answered."""
-
-    mode: Literal["plain", "secure"] = "plain"
-    weighting: Literal["uniform", "samples"] = "uniform"
-    min_clients: Positive | None = None
-    max_update_norm: Rate | None = None
-    rule: Rule = "mean"
-    outliers: Positive | None = None
-    gate: Share | None = None
-    max_update_value: Rate = 8.0
-    max_examples: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-
-    @property
-    def is_secure(self) -> bool:
-        """Whether the server sees nothing of the clients' updates but their sum."""
-        return self.mode == "secure"
-
-    @model_validator(mode="after")
-    def _rule_has_what_it_needs(self) -> Aggregation:
-        if self.rule in ("trimmed-mean", "krum") and self.outliers is None:
-            raise ValueError(f"rule {self.rule} needs outliers, the number f of updates that may be bad")
-        if self.rule in ("median", "trimmed-mean", "krum") and self.weighting != "uniform":
-            raise ValueError(f"rule {self.rule} counts every client alike: weighting {self.weighting} is for means")
-        return self
-
-    @model_validator(mode="after")
-    def _secure_sees_the_sum_alone(self) -> Aggregation:
-        if self.is_secure and self.rule != "mean":
-            raise ValueError(f"rule {self.rule} needs each client's update, mode secure shows their sum: choose one")
-        if self.is_secure and self.weighting == "samples" and self.max_examples is None:
-            raise ValueError("weighting samples in mode secure needs max_examples, the most that a client trains on")
-        return self
 
 
 class Privacy(Settings):
@@ -187,7 +152,7 @@ class Agreement(Settings):
 
     @model_validator(mode="after")
     def _rule_has_enough_updates(self) -> Agreement:
-        if not self.federation.averages:
+        if not self.averages:
             return self
         rule, outliers = self.aggregation.rule, self.aggregation.outliers or 0
         fewest = self.aggregation.min_clients or self.federation.clients
@@ -235,6 +200,25 @@ class Agreement(Settings):
         return self
 
     @model_validator(mode="after")
+    def _adapters_of_one_slm_are_averaged(self) -> Agreement:
+        if not self.aggregation.average:
+            return self
+        own = [number for number, client in self.clients.items() if client.slm]
+        if self.federation.method != "fedmkt":
+            raise ValueError(f"aggregation.average is for method fedmkt, here is {self.federation.method}: take it out")
+        if own:
+            raise ValueError(
+                f"aggregation.average takes clients of one model: take out the table [clients.{own[0]}.slm], "
+                "or set aggregation.average = false"
+            )
+        if self.aggregation.max_update_norm is not None:
+            raise ValueError(
+                "aggregation.max_update_norm holds for client-train alone, not for what aggregation.average averages: "
+                'take it out; rule = "clipped-mean" shortens long updates'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _across_tokenizers_only(self) -> Agreement:
         settings, method = self.distillation, self.federation.method
         if not self.federation.server_tells:
@@ -258,6 +242,18 @@ class Agreement(Settings):
     def model_of(self, role: str) -> Model:
         """The settings of the model that plays this role, "slm" or "llm"."""
         return {"slm": self.slm, "llm": self.llm}[role]
+
+    @property
+    def averages(self) -> bool:
+        """Whether clients' adapters are averaged; if not, each goes on with its own, round after round.
+
+        By the method; or, after each round of FedMKT, as aggregation.average says.
+        """
+        return self.federation.averages or self.aggregation.average
+
+    def broadcasts(self, round: int) -> bool:
+        """Whether the server sends all clients the adapter that they begin a round with."""
+        return self.averages or (round == 1 and self.is_of_one_slm)
 
     @property
     def is_of_one_slm(self) -> bool:

@@ -156,10 +156,15 @@ class Layout(ABC):
 
     def client_update(self, round: int, client: int) -> Path:
         """theta_k^{t+1}, from client k to the server."""
+        sent = self.sent_by(round, client)
+        return sent.with_name(f"adapter-{sent.name}") if self.agreement.aggregation.average else sent
+
+    def sent_by(self, round: int, client: int) -> Path:
+        """What client k sends as soon as it has trained: theta_k^{t+1}, or with FedMKT what its model knows."""
         return self._exchange(round) / f"client-{client}"
 
     def client_adapter(self, round: int, client: int) -> Path:
-        """theta_k^{t+1}, readable: what the client sends; in secure mode, and with FedMKT, what it keeps."""
+        """theta_k^{t+1}, readable: what the client sends; in secure mode, and with FedMKT as a rule, what it keeps."""
         if self.clients_keep_theirs:
             return self.private / f"client-{client}" / round_name(round) / "slm"
         return self.client_update(round, client)
@@ -167,7 +172,8 @@ class Layout(ABC):
     @property
     def clients_keep_theirs(self) -> bool:
         """Whether clients' readable adapters never leave their machines."""
-        return self.agreement.aggregation.is_secure or self.agreement.federation.learns_in_public
+        agreement = self.agreement
+        return agreement.aggregation.is_secure or (agreement.federation.learns_in_public and not agreement.averages)
 
     def client_trained(self, round: int, client: int) -> Path:
         """What client-train makes: with FedMKT theta_k before the client learns from the server, else theta_k^{t+1}."""
@@ -189,9 +195,13 @@ class Layout(ABC):
 
     def client_updates(self, round: int) -> dict[int, Path]:
         """The updates that have arrived. Raises Refused for one from a client that the agreement does not have."""
+        return self._of_clients(round, "adapter-" if self.agreement.aggregation.average else "")
+
+    def _of_clients(self, round: int, before: str) -> dict[int, Path]:
+        """The folders of clients in a round, which have this before their names."""
         found = {}
-        for path in self._exchange(round).glob("client-*"):
-            number = re.fullmatch(CLIENT, path.name)
+        for path in self._exchange(round).glob(f"{before}client-*"):
+            number = re.fullmatch(CLIENT, path.name.removeprefix(before))
             if number is None or int(number[1]) not in self.clients:
                 message = f"{path.name} is not a client of this federation, which has clients 1 to {len(self.clients)}"
                 raise Refused(message, where=path, mend="take that folder out of the exchange")

@@ -117,8 +117,8 @@ class Workspace(KnowledgeLayout):
         """Raise UsageProblem unless this federation's method takes this step in this round."""
         federation = self.agreement.federation
         takes = {
-            "broadcast": federation.averages or (round == 1 and self.agreement.is_of_one_slm),
-            "aggregate": federation.averages,
+            "broadcast": self.agreement.broadcasts(round),
+            "aggregate": self.agreement.averages,
             "co-distill": federation.distils or federation.clients_tell,
             "share-knowledge": federation.server_tells,
             "client-distill": federation.learns_in_public,

@@ -11,7 +11,7 @@ from scipy import stats
 from builders import random_adapter
 from stages.aggregation.rules import Aggregator, aggregator
 from stages.artefacts.adapter_files import Tensors
-from stages.workspace.agreement import Aggregation
+from stages.workspace.averaging import Aggregation
 
 LAYOUT = {f"h.{i}.lora_{which}.weight": shape for i in (0, 1) for which, shape in (("A", (2, 6)), ("B", (5, 2)))}
 A = "h.0.lora_A.weight"

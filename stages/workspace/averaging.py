@@ -1,0 +1,47 @@
+"""The part of the agreement that says how clients' updates become one, and what the server sees of each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stages.workspace.settings import Positive, Rate, Settings, Share
+
+Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
+
+
+class Aggregation(Settings):
+    """Line 13 of Algorithm 1. Without min_clients every client must have answered."""
+
+    mode: Literal["plain", "secure"] = "plain"
+    weighting: Literal["uniform", "samples"] = "uniform"
+    min_clients: Positive | None = None
+    max_update_norm: Rate | None = None
+    rule: Rule = "mean"
+    outliers: Positive | None = None
+    gate: Share | None = None
+    average: bool = False
+    max_update_value: Rate = 8.0
+    max_examples: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether the server sees nothing of the clients' updates but their sum."""
+        return self.mode == "secure"
+
+    @model_validator(mode="after")
+    def _rule_has_what_it_needs(self) -> Aggregation:
+        if self.rule in ("trimmed-mean", "krum") and self.outliers is None:
+            raise ValueError(f"rule {self.rule} needs outliers, the number f of updates that may be bad")
+        if self.rule in ("median", "trimmed-mean", "krum") and self.weighting != "uniform":
+            raise ValueError(f"rule {self.rule} counts every client alike: weighting {self.weighting} is for means")
+        return self
+
+    @model_validator(mode="after")
+    def _secure_sees_the_sum_alone(self) -> Aggregation:
+        if self.is_secure and self.rule != "mean":
+            raise ValueError(f"rule {self.rule} needs each client's update, mode secure shows their sum: choose one")
+        if self.is_secure and self.weighting == "samples" and self.max_examples is None:
+            raise ValueError("weighting samples in mode secure needs max_examples, the most that a client trains on")
+        return self
