@@ -10,13 +10,16 @@ clients=${CLIENTS:-$(sed -n 's/^clients *= *\([0-9]*\).*/\1/p' fedcollm.toml)}
 rounds=${ROUNDS:-$(sed -n 's/^rounds *= *\([0-9]*\).*/\1/p' fedcollm.toml)}
 secure=$(sed -n 's/^mode *= *"secure".*/yes/p' fedcollm.toml)
 method=$(sed -n 's/^method *= *"\([a-z0-9-]*\)".*/\1/p' fedcollm.toml)
+average=$(sed -n 's/^average *= *true.*/yes/p' fedcollm.toml)
 own_models=$(sed -n 's/^\[clients\.[0-9]*\.slm\].*/yes/p' fedcollm.toml)
 
-case $method in fedmkt | llm2slm | standalone-public)                      # no adapter travels
+case $method in fedmkt | llm2slm | standalone-public)                      # no adapter travels, but to be averaged
     [ "$method" = standalone-public ] || fedcollm align                    # all -> exchange/round-0001/vocabulary-*
-    [ "$own_models" ] || fedcollm broadcast --round 1                      # server  -> exchange/round-0001/broadcast
     [ "$method" != llm2slm ] || fedcollm share-knowledge --server --round 1 # server  -> exchange/round-0001/server
     for round in $(seq 1 "$rounds"); do
+        if [ "$average" ] || { [ "$round" = 1 ] && [ -z "$own_models" ]; }; then
+            fedcollm broadcast --round "$round"                            # server  -> exchange/round-t/broadcast
+        fi
         for client in $(seq 1 "$clients"); do
             fedcollm client-train --client "$client" --round "$round"      # client  -> private/client-k/round-t/trained
             [ "$method" = fedmkt ] || continue
@@ -29,8 +32,12 @@ case $method in fedmkt | llm2slm | standalone-public)                      # no 
         fi
         for client in $(seq 1 "$clients"); do
             fedcollm client-distill --client "$client" --round "$round"    # client  -> private/client-k/round-t/slm
-            fedcollm evaluate --round "$round" --client "$client"
+            fedcollm evaluate --round "$round" --client "$client"          # or exchange/round-t/adapter-client-k
         done
+        if [ "$average" ]; then
+            fedcollm aggregate --round "$round"                            # server  -> private/server/round-t/aggregate
+            fedcollm evaluate --round "$round" --model aggregate
+        fi
     done
     exit ;;
 esac

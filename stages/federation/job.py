@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Script = Literal["broadcast", "server", "client", "distill", "close", "reveal", "evaluate", "window"]
+Script = Literal["broadcast", "server", "client", "distill", "average", "close", "reveal", "evaluate", "window"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job. round: the server's job ends this round and opens the next.
+    """One job. round: the server's job, or with FedMKT its average, ends this round and opens the next.
 
     after: which jobs it waits for, in the words of sbatch, such as "aftercorr:distill/1"; None: for the one before.
     """

@@ -134,7 +134,7 @@ def server_subjects(workspace: Workspace, parties: Collection[str]) -> list[str]
     """The server's models that are scored after the last round."""
     federation = workspace.agreement.federation
     if federation.clients_tell:
-        return ["llm"] if SERVER in parties else []
+        return [*(["aggregate"] if workspace.agreement.averages else []), "llm"] if SERVER in parties else []
     return ["slm", "llm"] if federation.distils else ["aggregate"] if federation.averages else []
 
 

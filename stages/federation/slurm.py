@@ -6,7 +6,7 @@ Reads the settings; for the list, everything that status reads. Writes slurm/*.s
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -29,7 +29,10 @@ from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
 BRIEF = ("broadcast", "close", "reveal", "window")
-"""Scripts that train and score nothing: they ask for no GPU and for nothing of server_options or client_options."""
+"""Scripts that train and score nothing: they ask for no GPU and for nothing of server_options or client_options.
+
+So does "average", unless a gate has the SLM loaded.
+"""
 
 
 def slurm(
@@ -200,26 +203,28 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
         "close.sbatch": is_secure and only in (None, SERVER),
         "reveal.sbatch": is_secure and only != SERVER,
         "distill.sbatch": in_public and only != SERVER,
+        "average.sbatch": in_public and only in (None, SERVER) and agreement.averages,
         "broadcast.sbatch": only in (None, SERVER) and (federation.averages or agreement.is_of_one_slm),
         "server.sbatch": only in (None, SERVER) and (federation.averages or federation.server_tells),
         "evaluate.sbatch": only in (None, SERVER) or in_public,
         "window.sbatch": settings.window is not None,
         "submit.sh": True,
     }
+    brief = BRIEF if agreement.aggregation.gate is not None else (*BRIEF, "average")
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False)
     source = importlib.resources.files("workspace_template") / "slurm"
     return {
         name: environment.from_string((source / name).read_text()).render(
-            values, directives=_directives(settings, name.partition(".")[0], processes)
+            values, directives=_directives(settings, name.partition(".")[0], processes, brief)
         )
         for name, is_wanted in wanted.items()
         if is_wanted
     }
 
 
-def _directives(settings: Slurm, script: str, processes: int) -> list[str]:
+def _directives(settings: Slurm, script: str, processes: int, brief: Collection[str]) -> list[str]:
     """The #SBATCH lines of one script. Of an option that is there twice, Slurm takes the last."""
-    is_brief = script in BRIEF
+    is_brief = script in brief
     gpus = 0 if is_brief else processes * (settings.gpus_per_task or 0)
     values = {
         "nodes": 1,

@@ -45,7 +45,7 @@ class InPublic:
         if not self._averages:
             return Round(number, [*steps, *(self._slm(number, k) for k in self._own)], late)
         steps += [self._slm(number, k, first) for k in workspace.clients]
-        is_over = os.path.lexists(workspace.aggregate(number))
+        is_over = any(map(os.path.lexists, (workspace.aggregate(number), workspace.broadcast(number + 1))))
         return Round(number, [step for step in steps if not (is_over and _is_late(step))], late)
 
     def _vocabularies(self) -> list[Step]:
@@ -123,7 +123,7 @@ class InPublic:
 
 
 def _is_late(step: Step) -> bool:
-    """Whether a step of a client's is of no use any more in a round whose average is made."""
+    """Whether a step of a client's is of no use any more in a round whose average is made, here or elsewhere."""
     return step.condition == "missing" and not step.reason and step.party != SERVER
 
 

@@ -269,6 +269,17 @@ def test_the_shipped_script_runs_fedmkt_and_leaves_what_run_leaves(
 
 
 @pytest.mark.slow
+def test_the_shipped_script_averages_clients_of_one_model(
+    equal_folder: Path, equal_once: Path, script: Callable[[Path], str]
+) -> None:
+    edit(equal_folder / "fedcollm.toml", 'tasks = ["colours"]', 'tasks = ["colours"]\nlimit = 2')
+    script(equal_folder)
+    average = "private/server/round-0002/aggregate/adapter_model.safetensors"
+    assert (equal_folder / average).read_bytes() == (equal_once / average).read_bytes()
+    assert (equal_folder / "results/round-0001/aggregate.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["llm2slm", "standalone-public"])
 def test_the_shipped_script_runs_fedmkts_baselines(
     method: str, unlike_folder: Path, script: Callable[[Path], str]

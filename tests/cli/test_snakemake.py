@@ -136,6 +136,20 @@ def test_the_snakefile_looks_where_fedmkt_writes(
             assert Path(named) == (place / "manifest.json").relative_to(workspace.root)
 
 
+def test_the_snakefile_looks_where_averaged_clients_of_fedmkt_write(
+    equal_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(equal_folder)
+    names, workspace = places_in_the_snakefile(), Workspace(equal_folder)
+    assert names["averages"]
+    for named, place in (
+        (names["trained"](2, 3), workspace.client_trained(2, 3)),
+        (names["distilled"](2, 3), workspace.client_adapter(2, 3)),
+        (names["knowledge"](2, "client-3"), workspace.knowledge(2, 3)),
+    ):
+        assert Path(named) == (place / "manifest.json").relative_to(workspace.root)
+
+
 @pytest.mark.parametrize("template", ["demo", "blank"])
 def test_every_workspace_has_it_with_its_profiles(template: str, tmp_path: Path) -> None:
     folder = init(tmp_path / "study", template=template).root
@@ -281,6 +295,21 @@ def test_fedmkt_goes_on_from_what_is_there_and_leaves_what_run_leaves(
     assert made.items() <= times(unlike).items()
     assert snakemake.left(unlike) == {}
     assert adapters(unlike) == adapters(unlike_once)
+
+
+@pytest.mark.slow
+@needs_snakemake
+def test_averaged_clients_of_fedmkt_have_their_steps_and_end_where_run_does(
+    equal_folder: Path, equal_once: Path, snakemake: Snakemake
+) -> None:
+    steps = {"align": 1, "align_client": 3, "broadcast": 2, "client_train": 6, "share_knowledge": 6, "co_distill": 2}
+    steps |= {"share_knowledge_of_llm": 2, "client_distill": 6, "aggregate": 2}
+    assert snakemake.left(equal_folder) == steps
+    scores = {"evaluate": 4, "evaluate_client": 3, "evaluate_base": 2}
+    assert snakemake.left(equal_folder, scores=True) == steps | scores
+    snakemake(equal_folder, "--cores", "2")
+    assert snakemake.left(equal_folder) == {}
+    assert adapters(equal_folder) == adapters(equal_once)
 
 
 @needs_snakemake

@@ -90,6 +90,59 @@ def test_a_window_waits_for_all_that_its_last_round_has(unlike_folder: Path) -> 
     assert listed(unlike_folder, window=1) == [*FIRST_ROUND, window]
 
 
+# --- clients that are averaged
+
+
+def test_where_clients_are_averaged_all_of_them_wait_for_the_average(equal_folder: Path) -> None:
+    assert listed(equal_folder) == [
+        "broadcast 1 -",
+        "client 1 1-3 afterok:broadcast/1",
+        *FIRST_ROUND[1:],
+        "average 1 - afterok:distill/1",
+        "client 2 1-3 afterok:average/1",
+        *SECOND_ROUND[1:],
+        "average 2 - afterok:distill/2",
+        f"{SCORES} afterok:average/2",
+    ]
+    after = [line for line in listed(with_quorum_of_two(equal_folder)) if line.startswith("average")]
+    assert after == ["average 1 - afterany:distill/1", "average 2 - afterany:distill/2"]
+
+
+def with_quorum_of_two(folder: Path) -> Path:
+    edit(folder / "fedcollm.toml", "average = true", "average = true\nmin_clients = 2")
+    return folder
+
+
+def test_of_averaged_clients_only_what_is_missing_is_asked_for_and_late_ones_are_passed_over(equal: Path) -> None:
+    remove(equal, "exchange/round-0002/adapter-client-2", "private/server/round-0002/aggregate")
+    rest = ["average 2 - afterok:distill/2", "evaluate 2 - afterok:distill/2 afterok:average/2"]
+    assert listed(equal) == ["distill 2 2", *rest]
+    remove(equal, "exchange/round-0002/broadcast", "private/server/round-0001/aggregate")
+    remove(equal, "exchange/round-0001/adapter-client-3")
+    assert listed(equal)[:2] == ["distill 1 3", "average 1 - afterok:distill/1"]
+
+
+def test_each_site_of_averaged_clients_does_its_part_and_waits_for_the_other(equal: Path, tmp_path: Path) -> None:
+    site = shutil.copytree(equal, tmp_path / "of client 2", symlinks=True)
+    remove(site, "private/server", "private/client-1", "private/client-3", "exchange/round-0002/broadcast")
+    sent = ("exchange/round-0002/client-2", "exchange/round-0002/adapter-client-2")
+    remove(site, "private/client-2/round-0002", *sent)
+    with pytest.raises(NotReady, match="waiting for the broadcast of round 2"):
+        jobs(Workspace(site), only="client-2")
+    shutil.copytree(equal / "exchange/round-0002/broadcast", site / "exchange/round-0002/broadcast")
+    remove(site, "exchange/round-0001/adapter-client-2")  # too late: the next round has begun
+    assert listed(site, only="client-2") == [
+        "client 2 2",
+        "distill 2 2 aftercorr:client/2",
+        "evaluate 2 - afterok:client/2 afterok:distill/2",
+    ]
+    server = remove(equal, *(f"private/client-{k}" for k in (1, 2, 3)), "private/server/round-0002/aggregate")
+    assert listed(server, only="server") == ["average 2 -", "evaluate 2 - afterok:average/2"]
+    remove(server, "exchange/round-0002/adapter-client-2")
+    with pytest.raises(NotReady, match="waiting for the adapters of client-2 in round 2"):
+        jobs(Workspace(server), only="server")
+
+
 # --- what is there is passed over
 
 

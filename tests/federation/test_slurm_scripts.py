@@ -495,6 +495,25 @@ def test_each_party_scores_the_models_that_it_has(unlike_folder: Path) -> None:
         assert ("server.sbatch" in found) == (only == "server")
 
 
+def test_an_average_ends_a_round_opens_the_next_and_needs_a_gpu_for_its_gate_alone(equal_folder: Path) -> None:
+    found = write(equal_folder, gpus_per_task=1)
+    assert {name for name in found if name.endswith(".sbatch")} == IN_PUBLIC["fedmkt"] | {
+        "broadcast.sbatch",
+        "average.sbatch",
+    }
+    assert steps(equal_folder, "average.sbatch", ROUND=1) == ["aggregate --round 1", "broadcast --round 2"]
+    assert steps(equal_folder, "average.sbatch", ROUND=2) == ["aggregate --round 2"]
+    assert "gpu:" not in found["average.sbatch"].read_text()
+    assert "gpu:" in found["server.sbatch"].read_text()
+    shutil.rmtree(equal_folder / "slurm")
+    edit(equal_folder / "fedcollm.toml", "average = true", "average = true\nmin_clients = 2\ngate = 0.1")
+    assert "gpu:" in write(equal_folder, gpus_per_task=1)["average.sbatch"].read_text()
+    Workspace(equal_folder).aggregate(1).mkdir(parents=True)
+    assert steps(equal_folder, "average.sbatch", ROUND=1) == ["broadcast --round 2"]
+    last = [f"evaluate --round 2 --model {model}" for model in ("aggregate", "llm")]
+    assert steps(equal_folder, "evaluate.sbatch", ROUND=2)[2:4] == last
+
+
 def test_phases_that_a_method_has_not_are_passed_over_with_a_word(unlike_folder: Path) -> None:
     with_machine(unlike_folder, '[slurm]\ntwo_phases = true\nclient_options = ["--mem=90G"]\n')
     said: list[str] = []
