@@ -105,7 +105,8 @@ class Machines:
         """What these clients have made, copied to the server."""
         for client in clients:
             party = f"client-{client}"
-            self.carry(party, "server", party, f"vocabulary-{party}", f"reveal-{client}", f"{party}.json")
+            also = (f"vocabulary-{party}", f"adapter-{party}", f"reveal-{client}", f"{party}.json")
+            self.carry(party, "server", party, *also)
 
     def carry(self, source: str, target: str, *names: str) -> None:
         """rsync -a --delete, of what in exchange/ begins with these names."""

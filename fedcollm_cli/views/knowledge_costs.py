@@ -47,13 +47,16 @@ def _exchanges(found: InPublic) -> Table:
     table.add_row("public rows, positions", *(_counts(one.sends) for one in some))
     table.add_row("knowledge, sends", *(_bytes(one.sends, "round_bytes") for one in some))
     table.add_row("knowledge, receives", *(_bytes(one.receives, "round_bytes") for one in some))
+    full = [one.full for one in some]
+    adapters = [one.adapter_bytes if one else None for one in full]
+    if found.averages:
+        table.add_row("its adapter, each way", *("?" if one is None else shown(one) for one in adapters))
     table.add_row("vocabulary, sends", *(_bytes(one.sends, "once_bytes") for one in some))
     table.add_row("vocabulary, receives", *(_bytes(one.receives, "once_bytes") for one in some))
     table.add_section()
-    full = [one.full for one in some]
-    adapters = [one.adapter_bytes if one else None for one in full]
     models = [one.float32_bytes if one else None for one in full]
-    table.add_row("its adapter instead", *map(_beside, some, adapters))
+    if not found.averages:
+        table.add_row("its adapter instead", *map(_beside, some, adapters))
     table.add_row("N x S x K instead", *(_beside(one, one.paper_bytes) for one in some))
     table.add_row("its full model, float32", *map(_beside, some, models))
     return table

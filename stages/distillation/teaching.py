@@ -44,7 +44,7 @@ def told_by(party: Party, round: int, client: int | None, public: Public, voice:
 
 def from_clients(server: Party, round: int, public: Public, report: Report) -> Taught:
     """A lesson from each client that has told what it knows. Raises NotReady where too few have."""
-    here = sorted(server.workspace.told_by_clients(round))
+    here = sorted(server.workspace.sent_by_clients(round))
     _check_enough(server.workspace, here, round, report)
     own = voice_of(server, None, public)
     lessons: list[Lesson] = []

@@ -1,8 +1,8 @@
 """pack: what a party sends, as one file to mail or to carry.
 
 Reads from exchange/ what this party has made: a client's update and reveal, the server's broadcast and close; with
-FedMKT a party's vocabulary and what it knows; a client's public keys, or the roster with everybody's. Writes one file,
-outside the exchange; the same files give the same bytes.
+FedMKT a party's vocabulary and what it knows, and a client's adapter that is averaged; a client's public keys, or the
+roster with everybody's. Writes one file, outside the exchange; the same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from stages.workspace.paths import Workspace, require
 if TYPE_CHECKING:
     from stages.exchange.parcel_kinds import Parcel
 
-SECOND_LEGS = ("close", "reveal")
-"""What goes along in a secure round once there is one; the bundle is named by it."""
+SECOND_LEGS = {"close": "-close", "reveal": "-reveal", "adapter-client": "-adapter"}
+"""What goes along later in a round once there is one: in secure mode, and with FedMKT that averages. How its bundle is
+named."""
 FIRST_LEG = "-vocabulary"
 """What the bundle of a round of FedMKT is named by in which the party does not say yet what it knows."""
 
@@ -122,11 +123,13 @@ def _wanted(workspace: Workspace, round: int | None, client: int | None, keys: b
 def _told(workspace: Workspace, round: int, client: int | None) -> list[Parcel]:
     """What a party of FedMKT sends: what it knows of the public rows; in round 1 also how it reads, and a broadcast.
 
-    Round 1 can be packed before the party knows anything: vocabularies are of use at once.
+    Round 1 can be packed before the party knows anything: vocabularies are of use at once. Where adapters are averaged
+    each round has a broadcast, which can be packed alone, and a client's adapter goes along once it is there.
     """
     from stages.exchange.parcel_kinds import Parcel
 
     federation, party = workspace.agreement.federation, said(of(client))
+    averages = workspace.agreement.averages
     knows = Parcel("server", round) if client is None else Parcel("client", round, client)
     tells = federation.clients_tell or (client is None and round == 1)
     if round > 1 and not tells:
@@ -138,10 +141,19 @@ def _told(workspace: Workspace, round: int, client: int | None) -> list[Parcel]:
         first = first if client is None else [Parcel("vocabulary-client", 1, client)]
         made_by = Command("align", server=client is None, client=client)
         require(first[0].folder(workspace), f"{party} has not told its vocabulary", made_by)
+    elif averages and client is None:
+        first = [Parcel("broadcast", round)]
+        require(
+            first[0].folder(workspace),
+            f"the broadcast of round {round} is not there",
+            Command("broadcast", round=round),
+        )
     else:
         made_by = Command("share-knowledge", server=client is None, client=client, round=round)
         require(knows.folder(workspace), f"what {party} knows in round {round} is not there", made_by)
-    return [one for one in (*first, *([knows] if tells else [])) if os.path.lexists(one.folder(workspace))]
+    first += [knows] if tells else []
+    first += [Parcel("adapter-client", round, client)] if averages and client is not None else []
+    return [one for one in first if os.path.lexists(one.folder(workspace))]
 
 
 def _public(workspace: Workspace, client: int | None, keys: bool) -> list[Parcel]:
@@ -167,9 +179,9 @@ def _name(workspace: Workspace, round: int | None, client: int | None, *, to: in
     if round is None:
         return f"{federation}-keys-client-{client}.fedcollm" if keys else f"{federation}-roster.fedcollm"
     sender = "server" if client is None else f"client-{client}"
-    leg = f"-{last}" if last in SECOND_LEGS else ""
-    if workspace.agreement.federation.server_tells and last not in ("client", "server"):
-        leg = FIRST_LEG
+    leg = SECOND_LEGS.get(last, "")
+    if workspace.agreement.federation.server_tells and last.startswith(("vocabulary", "broadcast")):
+        leg = FIRST_LEG if round == 1 else "-broadcast"
     return f"{federation}-{round_name(round)}-{sender}{leg}{f'-to-{to}' if to else ''}.fedcollm"
 
 

@@ -27,16 +27,26 @@ from stages.workspace.names import (
 from stages.workspace.paths import Workspace
 
 Kind = Literal[
-    "broadcast", "close", "client", "reveal", "vocabulary-server", "vocabulary-client", "server", "keys", "federation"
+    "broadcast",
+    "close",
+    "client",
+    "reveal",
+    "vocabulary-server",
+    "vocabulary-client",
+    "server",
+    "adapter-client",
+    "keys",
+    "federation",
 ]
 ADAPTER = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
 CONTENTS = {"broadcast": ADAPTER, "client-train": ADAPTER | {MASKED_UPDATE, SEALED_SHARES}, "reveal": {SEALED_REVEAL}}
-CONTENTS |= {"align": {VOCABULARY, CUTS}, "share-knowledge": {KNOWLEDGE}}
+CONTENTS |= {"align": {VOCABULARY, CUTS}, "share-knowledge": {KNOWLEDGE}, "client-distill": ADAPTER}
 """What can be in a folder that a stage makes; in a close, the inboxes of those who take part."""
 STAGES: dict[Kind, Stage] = {"broadcast": "broadcast", "client": "client-train", "close": "close", "reveal": "reveal"}
 IN_PUBLIC: dict[Kind, Stage] = {"vocabulary-server": "align", "vocabulary-client": "align", "broadcast": "broadcast"}
-IN_PUBLIC |= {"server": "share-knowledge", "client": "share-knowledge"}
-"""The stages that make what travels; with FedMKT, and where an LLM teaches that stays as it is."""
+IN_PUBLIC |= {"server": "share-knowledge", "client": "share-knowledge", "adapter-client": "client-distill"}
+"""The stages that make what travels; with FedMKT, and where an LLM teaches that stays as it is. An adapter travels only
+where it is averaged: elsewhere its folder has no such name."""
 OF_NO_CLIENT = ("broadcast", "close", "vocabulary-server", "server", "federation")
 
 
@@ -56,6 +66,8 @@ class Parcel:
             case "close":
                 return workspace.close(self.round)
             case "client":
+                return workspace.sent_by(self.round, self.client)
+            case "adapter-client":
                 return workspace.client_update(self.round, self.client)
             case "reveal":
                 return workspace.reveal(self.round, self.client)

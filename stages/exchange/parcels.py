@@ -24,7 +24,7 @@ from stages.workspace.paths import Workspace
 PRIVATE_KEY = b"PRIVATE KEY-----"
 """Stands in the first line of every secret key in PEM."""
 
-FOLDER = "broadcast|close|client|reveal|server|vocabulary-server|vocabulary-client"
+FOLDER = "broadcast|close|client|reveal|server|vocabulary-server|vocabulary-client|adapter-client"
 NAME = re.compile(rf"round-(\d{{4,6}})/({FOLDER})(?:-(\d{{1,9}}))?/([a-z_.0-9-]+)", re.ASCII)
 KEYS = re.compile(r"keys/client-(\d{1,9})\.json(?:\.sig)?", re.ASCII)
 

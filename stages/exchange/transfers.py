@@ -43,8 +43,10 @@ def transfers(workspace: Workspace) -> list[Transfer]:
             size_bytes, parameters = _size(broadcast)
             found += [Transfer(round, SERVER, client(k), size_bytes, parameters) for k in workspace.clients]
         found += _from_server_in_public(workspace, round)
-        for k, update in workspace.client_updates(round).items():
-            found.append(Transfer(round, client(k), SERVER, *_size(update)))
+        arrived = [workspace.sent_by_clients(round)]  # with FedMKT what each knows, and then its adapter, if averaged
+        arrived += [workspace.client_updates(round)] if workspace.agreement.aggregation.average else []
+        for k, folder in ((k, folder) for folders in arrived for k, folder in folders.items()):
+            found.append(Transfer(round, client(k), SERVER, *_size(folder)))
         found += _unmasking(workspace, round)
     return found
 

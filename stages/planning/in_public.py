@@ -13,6 +13,7 @@ from stages.planning.estimates import (
     CHECKPOINTS,
     Here,
     StagePlan,
+    aggregate,
     asked_stage,
     batches_of,
     beside_a_capture,
@@ -90,6 +91,8 @@ def stages_of(sides: Sequence[Side]) -> list[StagePlan]:
     found += [
         _of(side, alone_in_public("client-distill", side.here, "slm", public[side], learns=learns)) for side in slms
     ]
+    if workspace.agreement.averages:
+        found.append(aggregate(slms[0].here))
     return [*found, *(_of(side, evaluate(side.here, side.role, private[side] or public[side])) for side in sides)]
 
 
@@ -133,19 +136,27 @@ def _public(side: Side) -> Extent | None:
 
 
 def sent_in(found: InPublic) -> dict[str, int]:
-    """The bytes that each client tells and is told in a round, and once before; those that are known."""
+    """The bytes that each client tells and is told in a round, and once before; those that are known.
+
+    Where adapters are averaged, that of a client is counted in each round and both ways.
+    """
     sent: dict[str, int] = {}
     for one in found.exchanges:
+        adapter = one.full.adapter_bytes if found.averages and one.full else 0
         ways: dict[str, Told | None] = {"sends": one.sends, "receives": one.receives}
         for way, told in ways.items():
             for when, size_bytes in (("", told.round_bytes), (" once", told.once_bytes)) if told else ():
                 if size_bytes is not None:
-                    sent[f"client {one.client} {way}{when}"] = size_bytes
+                    sent[f"client {one.client} {way}{when}"] = size_bytes + (0 if when else adapter)
     return sent
 
 
 def disk_of(sides: Sequence[Side], found: InPublic) -> dict[str, int]:
-    """exchange: what all tell. clients: two adapters of each a round. server: the LLM's. checkpoints: the largest."""
+    """exchange: what all tell. clients: two adapters of each a round. server: the LLM's. checkpoints: the largest.
+
+    Where adapters are averaged, one of each client's two is in exchange/, with the broadcast, and the average is the
+    server's.
+    """
     from stages.models import shapes
 
     workspace = sides[0].here.workspace
@@ -161,10 +172,13 @@ def disk_of(sides: Sequence[Side], found: InPublic) -> dict[str, int]:
         for one in (*(each.sends for each in found.exchanges), *servers)
         if one is not None
     )
+    # Of one model then: the first side has all clients.
+    averaged = rounds * adapter[sides[0]] if found.averages else 0
     trained = max(side.here.shapes[side.role].adapter_parameters for side in sides)
     return {
-        "exchange": exchanged,
-        "clients": rounds * 2 * sum(len(side.clients) * adapter[side] for side in sides),
-        "server": rounds * adapter[sides[-1]] if federation.clients_tell else 0,
+        "exchange": exchanged + averaged * (len(workspace.clients) + 1),
+        "clients": rounds * 2 * sum(len(side.clients) * adapter[side] for side in sides)
+        - averaged * len(workspace.clients),
+        "server": (rounds * adapter[sides[-1]] if federation.clients_tell else 0) + averaged,
         "checkpoints": CHECKPOINTS * (shapes.FLOAT32_BYTES + ADAM_BYTES) * trained,
     }

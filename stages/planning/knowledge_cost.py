@@ -64,12 +64,13 @@ class InPublic:
     """Of a workspace whose models learn on public rows. rounds, totals: what has travelled, by party.
 
     exchanges: what travels in a round, by client; without one where nothing does. tells_once: the server tells what it
-    knows in round 1 alone.
+    knows in round 1 alone. averages: an adapter travels in each round too, from each client and to it.
     """
 
     method: str
     clients: int
     tells_once: bool
+    averages: bool
     rounds: list[Sent]
     totals: list[Sent]
     exchanges: list[Exchange]
@@ -88,7 +89,8 @@ def knowledge_cost(workspace: Workspace) -> InPublic:
         server = _told(workspace, None)
         exchanges = [_exchange(workspace, client, server) for client in workspace.clients]
     tells_once = federation.server_tells and not federation.clients_tell
-    return InPublic(federation.method, len(workspace.clients), tells_once, *counted(workspace), exchanges)
+    averages, clients = workspace.agreement.averages, len(workspace.clients)
+    return InPublic(federation.method, clients, tells_once, averages, *counted(workspace), exchanges)
 
 
 def _exchange(workspace: Workspace, client: int, server: Told) -> Exchange:

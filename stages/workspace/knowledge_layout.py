@@ -22,10 +22,6 @@ class KnowledgeLayout(Layout):
         """What a party's model knows of the public rows: S_k from a client to the server, S_0 from it to all."""
         return self._exchange(round) / "server" if client is None else self.sent_by(round, client)
 
-    def told_by_clients(self, round: int) -> dict[int, Path]:
-        """What has arrived of clients' knowledge. Raises Refused as client_updates does."""
-        return self._of_clients(round, "")
-
     def told_in(self, round: int) -> int:
         """In which round the server tells what clients learn from in this one: a fixed LLM tells it once."""
         return round if self.agreement.federation.clients_tell else 1

@@ -195,10 +195,10 @@ class Layout(ABC):
 
     def client_updates(self, round: int) -> dict[int, Path]:
         """The updates that have arrived. Raises Refused for one from a client that the agreement does not have."""
-        return self._of_clients(round, "adapter-" if self.agreement.aggregation.average else "")
+        return self.sent_by_clients(round, "adapter-" if self.agreement.aggregation.average else "")
 
-    def _of_clients(self, round: int, before: str) -> dict[int, Path]:
-        """The folders of clients in a round, which have this before their names."""
+    def sent_by_clients(self, round: int, before: str = "") -> dict[int, Path]:
+        """What has arrived of what is called after a client, or has this before its name. Raises the same."""
         found = {}
         for path in self._exchange(round).glob(f"{before}client-*"):
             number = re.fullmatch(CLIENT, path.name.removeprefix(before))

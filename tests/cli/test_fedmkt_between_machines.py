@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from builders import Outcome, adapters, bundled, edit, make_unlike_workspace, make_workspace, sign
+from builders import (
+    Outcome,
+    adapters,
+    bundled,
+    edit,
+    make_equal_workspace,
+    make_unlike_workspace,
+    make_workspace,
+    sign,
+)
 from federations import CLIENTS, Machines, with_keys
 from stages.exchange.bundles import bundle_bytes
 from stages.progress.status import status
@@ -152,6 +161,132 @@ def test_round_one_can_be_packed_before_anybody_knows_anything(
     machines.give("client-1", "align", *who("client-1"))
     assert (machines.folders["client-1"] / "private/client-1/alignment/report.json").is_file()
     machines.give("client-1", "pack", *who("client-1"), "--round", 2, code=3)
+
+
+# --- clients of one model, which are averaged
+
+
+@pytest.fixture
+def equal_machines(tmp_path: Path, unlike_models: Path, fedcollm: Callable[..., Outcome]) -> Machines:
+    """A server with both models, and three clients with one."""
+    whole, found = make_equal_workspace(tmp_path / "whole", unlike_models), Machines(tmp_path, fedcollm)
+    for party in PARTIES:
+        folder = tmp_path / f"machine of {party}"
+        for model in ("llm", "slm-1") if party == "server" else ("slm-1",):
+            shutil.copytree(unlike_models / model, folder / "models" / model)
+        shutil.copytree(whole / "private" / party, folder / "private" / party)
+        shutil.copy(whole / "fedcollm.toml", folder)
+        found.folders[party] = with_keys(folder, tmp_path / f"keys of {party}")
+    return found
+
+
+def all_of(machines: Machines, party: str) -> tuple[list[str], str]:
+    """What a party does by `next` alone, and what it waits for then."""
+    return until_idle(machines, party, lambda line: machines.give(party, "next", *who(party)))
+
+
+def test_by_next_alone_averaged_clients_end_where_one_machine_does(equal_machines: Machines, equal_once: Path) -> None:
+    machines = equal_machines
+    assert all_of(machines, "server")[0] == ["align --server", "broadcast --round 1"]
+    machines.down(*CLIENTS)
+    for round in (1, 2):
+        for k in CLIENTS:
+            assert all_of(machines, f"client-{k}")[0] == [
+                *([f"align --client {k}"] if round == 1 else []),
+                f"client-train --client {k} --round {round}",
+                f"share-knowledge --client {k} --round {round}",
+            ]
+        machines.up(*CLIENTS)
+        given, waits = all_of(machines, "server")
+        assert given == [f"co-distill --round {round}", f"share-knowledge --server --round {round}"]
+        assert waits == f"3 more adapters of round {round}, in exchange/, of client-1, client-2, client-3"
+        machines.down(*CLIENTS)
+        for k in CLIENTS:
+            given, waits = all_of(machines, f"client-{k}")
+            assert given == [f"client-distill --client {k} --round {round}"]
+            assert waits == ("the broadcast of round 2, in exchange/" if round == 1 else "")
+        machines.up(*CLIENTS)
+        opens = [] if round == 2 else ["broadcast --round 2"]
+        assert all_of(machines, "server")[0] == [f"aggregate --round {round}", *opens]
+        machines.down(*CLIENTS)
+    expected = adapters(equal_once)
+    held: set[str] = set()
+    for folder in machines.folders.values():
+        found = {name: digest for name, digest in adapters(folder).items() if "keys" not in name}
+        assert found.items() <= expected.items()
+        held |= set(found)
+        assert machines.fedcollm("audit", folder).code == 0
+    assert held == set(expected)
+
+
+def test_averaged_clients_mail_their_knowledge_and_then_their_adapters(
+    equal_machines: Machines, equal_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keys; bundles have the names that `pack` gives them."""
+    machines = equal_machines
+    machines.enrol(*CLIENTS)
+    monkeypatch.chdir(tmp_path)
+
+    def mail(sender: str, round: int, *receivers: str, leg: str) -> set[str]:
+        """Pack, and have each receiver unpack. Returns the folders that travelled."""
+        path = Path(json.loads(machines.give(sender, "pack", *who(sender), "--round", round, "--json").out)["path"])
+        assert path.name == f"tiny-round-{round:04d}-{sender}{leg}.fedcollm"
+        for receiver in receivers:
+            machines.give(receiver, "unpack", path)
+        return {Path(name).parent.name for name in bundled(path)}
+
+    for round in (1, 2):
+        all_of(machines, "server")
+        once = {"vocabulary-server"} if round == 1 else set()
+        opens = mail("server", round, *PARTIES[1:], leg="-vocabulary" if round == 1 else "-broadcast")
+        assert opens == {"broadcast"} | once
+        for k in CLIENTS:
+            all_of(machines, f"client-{k}")
+            own = {f"vocabulary-client-{k}"} if round == 1 else set()
+            assert mail(f"client-{k}", round, "server", leg="") == {f"client-{k}"} | own
+        all_of(machines, "server")
+        assert mail("server", round, *PARTIES[1:], leg="") == {"broadcast", "server"} | once
+        for k in CLIENTS:
+            all_of(machines, f"client-{k}")
+            assert f"adapter-client-{k}" in mail(f"client-{k}", round, "server", leg="-adapter")
+    all_of(machines, "server")
+    average = "private/server/round-0002/aggregate/adapter_model.safetensors"
+    assert (machines.folders["server"] / average).read_bytes() == (equal_once / average).read_bytes()
+    assert "rounds 1 to 2: " in machines.give("server", "verify").out
+    for folder in machines.folders.values():
+        assert machines.fedcollm("audit", folder).code == 0
+
+
+def test_a_new_attempt_at_a_round_of_averaged_clients_counts_no_earlier_adapter(equal_machines: Machines) -> None:
+    machines = equal_machines
+    machines.enrol(*CLIENTS)
+    all_of(machines, "server")
+    for step in range(2):
+        machines.down(*CLIENTS)
+        for k in CLIENTS:
+            all_of(machines, f"client-{k}")
+        machines.up(*CLIENTS)
+        if step == 0:
+            all_of(machines, "server")
+    machines.give("server", "broadcast", "--round", 1, "--overwrite")
+    outcome = machines.give("server", "aggregate", "--round", 1, code=3)
+    assert "client 1's update is of an earlier attempt at this round" in outcome.err
+    machines.down(1)
+    machines.client(1, "client-train", "--round", 1)
+    for verb in ("share-knowledge", "client-distill"):
+        machines.client(1, verb, "--round", 1, "--overwrite")
+    machines.up(1)
+    assert "has 1 of the 3 updates" in machines.give("server", "aggregate", "--round", 1, code=3).err
+
+
+def test_an_adapter_is_nothing_that_fedmkt_exchanges_unless_it_is_averaged(
+    equal: Path, unlike_folder: Path, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    bundle = tmp_path / "adapter.fedcollm"
+    assert fedcollm("pack", "--client", 2, "--round", 2, "--output", bundle, "-w", equal).code == 0
+    outcome = fedcollm("unpack", bundle, "-w", unlike_folder)
+    assert outcome.code == 5
+    assert "round-0002/adapter-client-2/adapter_config.json is nothing that this federation exchanges" in outcome.err
 
 
 UNSOUND: dict[str, tuple[Callable[[Path], object], int, str]] = {

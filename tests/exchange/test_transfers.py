@@ -31,6 +31,19 @@ def test_a_broadcast_goes_to_every_client_and_each_clients_update_to_the_server(
     assert len(found) == 12
 
 
+def test_an_averaged_client_of_fedmkt_sends_what_it_knows_and_its_adapter(equal: Path) -> None:
+    workspace = Workspace(equal)
+    found = [one for one in transfers(workspace) if one.round == 2 and "client-2" in (one.sender, one.receiver)]
+    # One layer, A of 4 x 16 and B of 48 x 4, as above.
+    parameters = 4 * 16 + 48 * 4
+    assert found == [
+        Transfer(2, "server", "client-2", bytes_of(workspace.broadcast(2)), parameters),
+        Transfer(2, "server", "client-2", bytes_of(workspace.knowledge(2, None)), 0),
+        Transfer(2, "client-2", "server", bytes_of(workspace.knowledge(2, 2)), 0),
+        Transfer(2, "client-2", "server", bytes_of(workspace.client_update(2, 2)), parameters),
+    ]
+
+
 def test_what_has_not_arrived_is_not_counted(answered: Path) -> None:
     shutil.rmtree(answered / "exchange/round-0001/client-2")
     found = [(one.round, one.sender, one.receiver) for one in transfers(Workspace(answered))]

@@ -86,6 +86,16 @@ def test_where_clients_tell_nothing_they_send_nothing(
     assert ("tells what it knows in round 1 alone" if method == "llm2slm" else "nothing travels") in said
 
 
+def test_an_adapter_that_is_averaged_travels_beside_and_not_instead(
+    equal: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    told = json.loads(fedcollm("comm-cost", "--json", "-w", equal).out)
+    assert told["averages"] is True
+    table = fedcollm("comm-cost", "-w", equal).out
+    assert "its adapter, each way" in table
+    assert "its adapter instead" not in table
+
+
 def test_the_table_has_a_column_for_each_client(unlike: Path, fedcollm: Callable[..., Outcome]) -> None:
     outcome = fedcollm("comm-cost", "-w", unlike)
     assert (outcome.code, outcome.err) == (0, "")

@@ -44,6 +44,22 @@ def test_steps_adapters_and_bytes_are_those_of_the_manifests(unlike: Path) -> No
     assert found.disk["clients"] == kept
 
 
+def test_where_clients_are_averaged_disk_and_bytes_are_those_of_the_files(equal: Path) -> None:
+    def bytes_of(pattern: str) -> int:
+        return sum(path.stat().st_size for path in equal.glob(pattern))
+
+    found = plan(Workspace(equal))
+    assert "aggregate" in stages_of(found)
+    assert found.disk["exchange"] == bytes_of("exchange/round-*/*/*.safetensors")
+    assert found.disk["clients"] == bytes_of("private/client-*/round-*/*/adapter_model.safetensors")
+    assert found.disk["server"] == bytes_of("private/server/round-*/*/adapter_model.safetensors")
+    for client in (1, 2, 3):
+        sent = [f"exchange/round-0002/{name}client-{client}/*.safetensors" for name in ("", "adapter-")]
+        assert found.sent[f"client {client} sends"] == sum(map(bytes_of, sent))
+        received = [f"exchange/round-0002/{name}/*.safetensors" for name in ("broadcast", "server")]
+        assert found.sent[f"client {client} receives"] == sum(map(bytes_of, received))
+
+
 def test_no_stage_has_two_models_in_its_memory(unlike_folder: Path) -> None:
     found = plan(Workspace(unlike_folder))
     held = [4 * one.parameters for one in found.models]  # float32
