@@ -34,7 +34,8 @@ def pack(
     """Make one file of what a party sends.
 
     For mail or a USB stick. Reads exchange/round-t/client-k and reveal-k. With --server: broadcast, close and, with
-    FedMKT, server. In round 1 of FedMKT, also vocabulary-client-k, or vocabulary-server. With --keys:
+    FedMKT, server. In round 1 of FedMKT, also vocabulary-client-k, or vocabulary-server. Where FedMKT averages, also
+    adapter-client-k once it is there, and of the server the broadcast before anything else. With --keys:
     exchange/keys/client-k.json. With --roster: exchange/federation.json and all of exchange/keys. Checks them as unpack
     does. Writes a ZIP without compression into the current folder, such as NAME-round-0005-client-2.fedcollm. The same
     files give the same bytes. Never packs a secret key.

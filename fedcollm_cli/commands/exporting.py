@@ -29,9 +29,9 @@ def export(
     """Write a model as others load it, with a model card.
 
     A folder for PEFT, or merged weights for transformers. Reads private/server/round-t/slm, llm or aggregate, or
-    exchange/round-t/client-k (with FedMKT private/client-k/round-t/slm), and the base. For the card, it reads results/
-    and private/split.json. Writes exports/MODEL-round-t. First it loads the export again, and publishes it only if its
-    logits are those of base and adapter.
+    exchange/round-t/client-k (with FedMKT private/client-k/round-t/slm, or exchange/round-t/adapter-client-k where that
+    is averaged), and the base. For the card, it reads results/ and private/split.json. Writes exports/MODEL-round-t.
+    First it loads the export again, and publishes it only if its logits are those of base and adapter.
 
     Example: fedcollm export --round 5 --model llm --merged
     """

@@ -63,6 +63,9 @@ def client_distill(
     and the client's own exchange/round-t/client-k. Writes private/client-k/round-t/slm, from which the client goes on
     in the next round. It never leaves the client. If it was stopped, the same command goes on from its last checkpoint.
 
+    Where aggregation.average is true, it writes exchange/round-t/adapter-client-k instead, which goes to the server.
+    Beside what any adapter tells, its manifest says how many examples of its own the client trained on in the round.
+
     Example: fedcollm client-distill --client 2 --round 1
     """
     from stages.client_distill import client_distill as stage

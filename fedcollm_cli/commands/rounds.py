@@ -27,9 +27,9 @@ def broadcast(
 ) -> None:
     """Server: publish a round's adapter to all clients.
 
-    Round 1 makes a fresh adapter from the federation's seed. Round t reads private/server/round-(t-1)/slm and
-    publishes it byte for byte. Writes exchange/round-t/broadcast. With keys, this opens the round. --overwrite opens it
-    again: what clients sent before no longer counts.
+    Round 1 makes a fresh adapter from the federation's seed. Round t reads private/server/round-(t-1)/slm, or aggregate
+    where nothing is distilled after that, and publishes it byte for byte. Writes exchange/round-t/broadcast. With keys,
+    this opens the round. --overwrite opens it again: what clients sent before no longer counts.
 
     Example: fedcollm broadcast --round 1
     """
@@ -55,8 +55,8 @@ def client_train(
 
     Local training of Eq. 3. Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Writes
     exchange/round-t/client-k, the only folder that goes to the server. If it was stopped, the same command goes on from
-    its last checkpoint. With FedMKT (Eq. 4) a client goes on with its own adapter, which stays in
-    private/client-k/round-t/trained.
+    its last checkpoint. With FedMKT (Eq. 4) a client goes on with its own adapter, or with aggregation.average from the
+    broadcast. What it trains stays in private/client-k/round-t/trained.
 
     With epsilon or noise_multiplier under [privacy], training is differentially private for each row. Before training,
     what it spends is written to private/client-k/privacy-ledger.jsonl. If it would exceed the budget, it ends with exit
@@ -99,6 +99,10 @@ def aggregate(
     min_clients, it ends with exit code 3. Writes private/server/round-t/aggregate. The manifest has the cross term of
     each layer, which comes from averaging A and B separately. With another aggregation.rule than mean, it says what the
     rule did to which client.
+
+    FedMKT takes this step where aggregation.average is true, with every exchange/round-t/adapter-client-k. An adapter
+    must have learned from the knowledge that the server told in this round. By weighting samples, a client's own
+    examples count, not the public rows, which are the same for all.
 
     With --gate, or aggregation.gate, the SLM's loss on private/server/held-out.jsonl is measured. If it rises by more
     than this, in nats per answer token, the broadcast's adapter is written instead, and the round goes on. Without a

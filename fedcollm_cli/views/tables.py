@@ -29,10 +29,12 @@ TITLES: dict[Table, str] = {
     "llm": "the server's LLM (the paper's Table 1)",
     "clients": "the clients' own SLMs, mean of {clients} (the paper's Table 2)",
     "slm": "the server's SLM, which the clients would go on with",
+    "aggregate": "the average of the clients' SLMs, which they would go on with",
 }
 POINTS = "points [95 % interval; * where it excludes zero]"
 TITLES_OF_FEDMKT = TITLES | {"llm": "the server's LLM", "clients": TITLES["clients"].replace("Table 2", "Table 3")}
 SHORT: dict[Table, str] = {"llm": "the LLM", "clients": "clients' own SLMs", "slm": "the server's SLM"}
+SHORT |= {"aggregate": "their average"}
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def notes(found: Comparison) -> list[str]:
     plain: Row = "fedavg-aux" if found.compared == "fedcollm" else "standalone-public"
     if bought := [(name, rows) for name, rows in found.differences.items() if plain in rows]:
         words = [f"{short(name)} {_bought(_overall(rows, plain))}" for name, rows in bought]
-        lines.append(f"what distillation bought beyond that, in points: {'; '.join(words)}")
+        what = "distillation and averaging" if "aggregate" in found.tables else "distillation"
+        lines.append(f"what {what} bought beyond that, in points: {'; '.join(words)}")
     if found.paper:
         lines.append(f"paper: setting {found.paper.setting}; {found.paper.source}")
         if found.paper.other_models:

@@ -160,7 +160,8 @@ def _studies(workspace: Workspace, points: list[Changes], workspaces: list[Works
 def _rows(studies: list[tuple[Changes, Study]], metric: str) -> list[Row]:
     from stages.study.statistics import difference, estimate
 
-    scored = [_scores(study, metric) for _, study in studies]
+    each = [_scores(study, metric) for _, study in studies]
+    scored = [{table: own[table] for table in own if all(table in other for other in each)} for own in each]
     first = scored[0]
     return [
         Row(
@@ -179,7 +180,8 @@ def _scores(study: Study, metric: str) -> dict[Table, np.ndarray]:
     from stages.study import scores, table_rows
 
     method = study.methods[0]
-    tables = [table for table, rows in table_rows.rows_of(study.root).items() if method in rows]
+    point = study.runs[study.seeds[0]][method]
+    tables = [table for table, rows in table_rows.rows_of(point).items() if method in rows]
     means = {table: scores.mean_of(scores.scores(study, table, method, metric)) for table in tables}
     return {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
 

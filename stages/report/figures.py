@@ -28,8 +28,8 @@ def figures(metric: str) -> list[Figure]:
         *(accuracy(model, title, metric) for model, title in MODELS.items()),
         client_losses(),
         *(_distillation(model) for model in ("slm", "llm")),
-        _cross_terms(),
-        *_drifts(),
+        cross_terms(),
+        *drifts(),
         *splits(),
         traffic(),
         times(),
@@ -147,7 +147,9 @@ def traffic(caption: Callable[[list[Row]], str] = caption_of_traffic) -> Figure:
     )
 
 
-def _cross_terms() -> Figure:
+def cross_terms() -> Figure:
+    """What averaging loses."""
+
     def spec(rows: list[Row]) -> Spec:
         drawn = _some(rows, "round")
         return bar_charts.grid(
@@ -175,7 +177,9 @@ def _of_some(rows: list[Row], key: str) -> str:
     return f" {len(drawn)} of {len(every)} are drawn; the data has all." if len(drawn) < len(every) else ""
 
 
-def _drifts() -> list[Figure]:
+def drifts() -> list[Figure]:
+    """How far clients go before they are averaged, and whether the same way."""
+
     @functools.cache  # both charts show the same adapters
     def rows(workspace: Workspace) -> list[Row]:
         return [

@@ -36,6 +36,7 @@ SUBJECTS: dict[str, dict[Method, str]] = {
     # Which model of each method is scored as what; "clients" stands for the mean of client-1, client-2, ...
     "llm": {"centralized": "client-1", "fedavg-aux": "llm", "fedcollm": "llm", "fedmkt": "llm"},
     "slm": {"fedavg": "aggregate", "fedavg-aux": "slm", "fedcollm": "slm"},
+    "aggregate": {"fedavg": "aggregate", "fedmkt": "aggregate"},
     "clients": dict.fromkeys(
         ["standalone", "standalone-public", "fedavg", "fedavg-aux", "llm2slm", "fedcollm", "fedmkt"], "clients"
     ),
@@ -201,6 +202,7 @@ def traffic(workspace: Workspace) -> list[Row]:
             (one.round, direction),
             {"round": one.round, "direction": direction, "bytes": 0, "adapters": 0, "parameters": one.parameters},
         )
+        row["parameters"] = max(row["parameters"], one.parameters)  # what models know has none
         row["bytes"] += one.size_bytes
         row["adapters"] += 1
     return list(rows.values())

@@ -27,12 +27,17 @@ def figures_of(workspace: Workspace, metric: str) -> list[Figure]:
         found += [_losses("kd"), _choices_of_clients(), _fits()]
     if federation.clients_tell:
         found += [_losses_of_llm(), _choices_of_llm()]
-    return [*found, *figures.splits(), figures.traffic(_caption_of_traffic), figures.times()]
+    averages = workspace.agreement.averages
+    found += [figures.cross_terms(), *figures.drifts()] if averages else []
+    traffic = figures.traffic(functools.partial(_caption_of_traffic, averages=averages))
+    return [*found, *figures.splits(), traffic, figures.times()]
 
 
 def _of_clients(workspace: Workspace, metric: str) -> list[Figure]:
     if workspace.agreement.is_of_one_slm:
-        return [figures.accuracy("clients", figures.MODELS["clients"], metric)]
+        models = {"clients": figures.MODELS["clients"]}
+        models |= {"aggregate": "The average of the clients' SLMs"} if workspace.agreement.averages else {}
+        return [figures.accuracy(model, title, metric) for model, title in models.items()]
     titles = {k: f"Client {k}'s SLM, {shortened(name_of(workspace.of_client(k), 'slm'))}" for k in workspace.clients}
     return [figures.accuracy(names.client(k), title, metric) for k, title in titles.items()]
 
@@ -130,6 +135,8 @@ def _fits() -> Figure:
     )
 
 
-def _caption_of_traffic(rows: list[Row]) -> str:
+def _caption_of_traffic(rows: list[Row], *, averages: bool) -> str:
     total = sum(row["bytes"] for row in rows)
-    return f"{total / 1e6:,.2f} MB in all: vocabularies, and what models know of the public rows. No adapter travels."
+    adapters = f"Adapters, which are averaged, have {max(row['parameters'] for row in rows):,} numbers each."
+    also = adapters if averages else "No adapter travels."
+    return f"{total / 1e6:,.2f} MB in all: vocabularies, and what models know of the public rows. {also}"

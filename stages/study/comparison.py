@@ -136,7 +136,7 @@ def _check_sound(study: Study) -> None:
 
 
 def _of_clients(workspace: Workspace) -> list[str]:
-    """Whose models these are, where clients have their own, and what FedMKT is not compared with, in sentences."""
+    """Whose models these are, where clients have their own, or that they are averaged, and what is left out."""
     from stages.bases.base_names import name_of
     from stages.paper.reported import LABELS
     from stages.study.table_rows import left_out
@@ -145,6 +145,8 @@ def _of_clients(workspace: Workspace) -> list[str]:
     if not workspace.agreement.is_of_one_slm:
         models = [f"client {k}: {name_of(workspace.of_client(k), 'slm')}" for k in workspace.clients]
         lines.append(f"the clients' models: {', '.join(models)}")
+    if workspace.agreement.aggregation.average:
+        lines.append(f"{LABELS['fedmkt']} averages the clients' adapters after each round: aggregation.average")
     for why, methods in left_out(workspace).items():
         lines.append(f"left out: {', '.join(LABELS[method] for method in methods)}, since {why}")
     return lines

@@ -173,7 +173,7 @@ def _made_in(workspace: Workspace, round: int) -> list[Path]:
     """What a round ends with."""
     federation = workspace.agreement.federation
     llm = [workspace.llm(round)] if federation.distils or federation.clients_tell else []
-    if not federation.averages:
+    if not workspace.agreement.averages:
         return [*(workspace.client_adapter(round, client) for client in workspace.clients), *llm]
     return [workspace.round_result(round), *llm]
 

@@ -1,7 +1,7 @@
 """Which methods a study compares, and in which tables: whose models are scored there, and in which rows.
 
-FedCoLLM's tables are those of its paper. FedMKT has none for a server's SLM, and one for each client where clients have
-models of their own: a mean over unlike models says little.
+FedCoLLM's tables are those of its paper. FedMKT has none for a server's SLM, but one for the average of equal models,
+and one for each client where clients have models of their own: a mean over unlike models says little.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from stages.workspace.agreement import Method
 from stages.workspace.paths import Workspace
 
 Table = str
-"""llm, the server's LLM; slm, the server's SLM; clients, the mean of the clients' own SLMs; or client-2, that one's."""
+"""llm, the server's LLM; slm, the server's SLM; clients, the mean of the clients' own SLMs; aggregate, their average,
+of FedMKT that has one; or client-2, that one's."""
 
 Row = Literal[
     "zero-shot",
@@ -49,6 +50,8 @@ ROWS: dict[Table, tuple[Row, ...]] = {
 }
 OWN: tuple[Row, ...] = ("zero-shot", "standalone", "standalone-public", "llm2slm", "fedmkt")
 """The rows of one client's own SLM: FedMKT's Table 2, and two baselines."""
+OF_AVERAGE: tuple[Row, ...] = ("zero-shot", "fedavg", "fedmkt")
+"""The rows of the average of clients' SLMs, which they would begin the next round with: see aggregation.average."""
 
 
 def is_of_fedmkt(workspace: Workspace) -> bool:
@@ -89,7 +92,8 @@ def rows_of(workspace: Workspace) -> Mapping[Table, tuple[Row, ...]]:
     if not is_of_fedmkt(workspace):
         return ROWS
     if workspace.agreement.is_of_one_slm:
-        return {"llm": ROWS["llm"], "clients": ROWS["clients"]}
+        average = {"aggregate": OF_AVERAGE} if workspace.agreement.averages else {}
+        return {"llm": ROWS["llm"], "clients": ROWS["clients"], **average}
     return {"llm": ROWS["llm"]} | {names.client(k): OWN for k in workspace.clients}
 
 

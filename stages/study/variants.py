@@ -89,6 +89,8 @@ def unlike(agreement: Agreement) -> str:
 def _of_its_kind(agreement: Agreement, method: Federation) -> Changes:
     """What a method takes back of settings that it does not have: the agreement refuses them."""
     changes: dict[str, Any] = {}
+    if method.method != "fedmkt" and agreement.aggregation.average:
+        changes["aggregation.average"] = None
     if method.averages and agreement.clients:
         changes["clients"] = None  # they say what holds for all: see unlike
     if not method.server_tells and agreement.distillation.divergence in ("spans", "sorted"):
