@@ -150,6 +150,8 @@ def _missing_of_each(workspace: Workspace, parties: set[str], *, scores: bool) -
             found.append(Missing(f"the public rows of {names.of(number)}", mend))
         view = workspace if number is None else workspace.of_client(number)
         found += missing_model(view, "llm" if number is None else "slm")
+    if SERVER in parties and workspace.agreement.averages:  # which it scores
+        found += missing_model(workspace, "slm")
     return [lines([one.what, f"    mend  {one.mend}"]) for one in dict.fromkeys(found)]
 
 

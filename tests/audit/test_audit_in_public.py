@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from builders import edit, sign
+from builders import edit, scale, sign
 from damages import flip, problems, put, tensors_of
 from stages.audit.audit import audit
 from stages.audit.verify import verify
@@ -45,6 +46,55 @@ def test_a_baseline_that_tells_less_is_clean(method: str, unlike_folder: Path) -
     assert problems(audit([unlike_folder])) == []
     # 3 x trained and slm; with llm2slm 4 vocabularies and what the LLM knows
     assert verify(Workspace(unlike_folder)).folders == (11 if method == "llm2slm" else 6)
+
+
+# --- clients that are averaged
+
+
+def test_averaged_clients_are_clean_and_looked_at_as_updates_are(equal: Path) -> None:
+    found = audit([equal])
+    assert problems(found) == []
+    said = {one.id: one.text for one in found if one.level == "OK" and not one.where}
+    # 4 vocabularies; of each client 3, of the LLM 2, a broadcast and an average, twice
+    assert "30 manifests, every parent is here" in said["A1"]
+    assert said["A3"].startswith("18 adapters")
+    assert [one.where for one in found if one.id == "A5"] == ["round 0002"]
+    assert said["A6"].startswith("2 rounds: no copy, no outlier; cross term at most")
+    assert verify(Workspace(equal)).folders == 30
+
+
+def test_the_exchange_of_averaged_clients_is_clean_by_itself_and_for_one_of_them(equal: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(equal / "exchange", tmp_path / "elsewhere")
+    assert problems(audit([elsewhere])) == []
+    shown = {Path(one.where).name for one in audit([elsewhere], client=2) if one.id == "A4" and one.where}
+    assert shown == {"broadcast", "adapter-client-2"}
+
+
+def test_an_adapter_that_was_sent_twice_came_late_or_has_no_broadcast_is_found(equal: Path) -> None:
+    sent = equal / "exchange/round-0002"
+    shutil.copy(sent / "adapter-client-1/adapter_model.safetensors", sent / "adapter-client-3")
+    sign(sent / "adapter-client-3")
+    said = problems(audit([equal]))
+    assert [one for one in said if "adapter-client-3 is client 1's update, byte for byte" in one.replace(":", "")]
+    average = equal / "private/server/round-0002/aggregate"
+    manifest = json.loads((average / "manifest.json").read_text())
+    sign(average, parents={name: one for name, one in manifest["parents"].items() if name != "adapter-client-2"})
+    said = problems(audit([equal]))
+    late = [one for one in said if "is not in the average of its round" in one]
+    assert [one.partition(": ")[0] for one in late] == ["A1 WARN exchange/round-0002/adapter-client-2"]
+    parents = json.loads((sent / "adapter-client-2/manifest.json").read_text())["parents"]
+    del parents["broadcast"]
+    sign(sent / "adapter-client-2", parents=parents)
+    said = problems(audit([equal]))
+    assert [one for one in said if "it says it is client-2/round-0002/slm" in one]
+
+
+def test_an_average_of_other_adapters_than_lie_here_is_a_broken_link(equal: Path) -> None:
+    sent = equal / "exchange/round-0001/adapter-client-2"
+    scale(sent, 2.0)
+    with pytest.raises(Refused, match="aggregate was made from another exchange/round-0001/adapter-client-2"):
+        verify(Workspace(equal))
+    assert [one for one in problems(audit([equal])) if one.startswith("A1 FAIL private/server/round-0001/aggregate")]
 
 
 def test_a_client_s_adapter_in_another_client_s_folder_is_found(unlike: Path) -> None:
