@@ -180,9 +180,12 @@ def _check_update(update: Artefact, client: int, theta: Artefact, told: Mapping[
     if told:  # beside what the client alone has
         found = {name: found.get(name, "") for name in expected}
     if found != expected:
-        what = "broadcast" if found.get("broadcast") != theta.sha256 else "knowledge of the server's"
+        has_begun = found.get("broadcast") == theta.sha256
+        what = "knowledge of the server's" if has_begun else "broadcast"
+        first = again if has_begun else Command("client-train", client=client, round=round, overwrite=True)
         message = f"client {client}'s update of round {round} was trained from another {what} than the one here"
-        raise Refused(message, where=update.path, mend=f"carry exchange/ there; then {mend}")
+        mend = f"carry exchange/ there; then {first}, on client {client}'s machine"
+        raise Refused(message, where=update.path, mend=mend)
     if name := update.manifest.base.differs(theta.manifest.base):
         message = f"client {client}'s update of round {round} was trained on another base model or tokenizer"
         message += ", by its configuration" if name == "settings_sha256" else f", by its {name}"

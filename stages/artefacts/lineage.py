@@ -87,6 +87,12 @@ def place_of(manifest: Manifest, workspace: Workspace | None) -> str:
     return f"{round}/{names.get(manifest.stage, manifest.stage)}"
 
 
+def has_attempt(manifest: Manifest) -> bool:
+    """Whether a folder belongs to one attempt at its round: it was made from the broadcast that began that."""
+    is_averaged = manifest.stage == "client-distill" and "broadcast" in manifest.parents
+    return is_averaged or manifest.stage in ("client-train", "close", "reveal", "aggregate")
+
+
 def lies_at(folder: Path, place: str) -> str:
     """As many of the last names of a folder's path as a place has, to compare with it."""
     return "/".join(folder.parts[-len(place.split("/")) :])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.artefacts.lineage import lies_at, parent_place, round_of_parent, short
+from stages.artefacts.lineage import has_attempt, lies_at, parent_place, round_of_parent, short
 from stages.artefacts.reading import read_manifest
 from stages.audit.check_signatures import A1, roster_of, signature_of
 from stages.audit.checks import Finding, number_of
@@ -97,7 +97,7 @@ def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Ite
 def _is_earlier(folder: Folder) -> bool:
     """Whether it belongs to an attempt at its round that was given up: the broadcast beside it is of a later one."""
     manifest, workspace = folder.said, folder.scope.workspace
-    if manifest.stage in ("broadcast", "capture", "co-distill") or folder.place is None:
+    if not has_attempt(manifest) or folder.place is None:
         return False
     path = workspace.broadcast(manifest.round) if workspace else broadcast_in(folder.path.parent)
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artefacts.lineage import parent_place
+from stages.artefacts.lineage import has_attempt, parent_place
 from stages.artefacts.manifest import Manifest, Stage
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import received
@@ -140,7 +140,7 @@ def _check_roster(workspace: Workspace, members: Roster, pinned_by: Party | None
 
 def _is_earlier(workspace: Workspace, manifest: Manifest) -> bool:
     """Whether a folder belongs to an attempt at its round that the server has given up, so that it counts no more."""
-    if manifest.stage in ("broadcast", "capture", "co-distill") or not workspace.broadcast(manifest.round).exists():
+    if not has_attempt(manifest) or not workspace.broadcast(manifest.round).exists():
         return False
     return manifest.attempt < read_manifest(workspace.broadcast(manifest.round))[0].attempt
 

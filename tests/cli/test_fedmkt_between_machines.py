@@ -271,12 +271,26 @@ def test_a_new_attempt_at_a_round_of_averaged_clients_counts_no_earlier_adapter(
     machines.give("server", "broadcast", "--round", 1, "--overwrite")
     outcome = machines.give("server", "aggregate", "--round", 1, code=3)
     assert "client 1's update is of an earlier attempt at this round" in outcome.err
-    machines.down(1)
-    machines.client(1, "client-train", "--round", 1)
-    for verb in ("share-knowledge", "client-distill"):
-        machines.client(1, verb, "--round", 1, "--overwrite")
+    machines.down(*CLIENTS)
+    for k in CLIENTS:
+        machines.client(k, "client-train", "--round", 1)
+        machines.client(k, "share-knowledge", "--round", 1, "--overwrite")
+    machines.up(*CLIENTS)
+    machines.give("server", "co-distill", "--round", 1, "--overwrite")
+    machines.give("server", "share-knowledge", "--server", "--round", 1, "--overwrite")
+    machines.down(*CLIENTS)
+    machines.client(1, "client-distill", "--round", 1, "--overwrite")
     machines.up(1)
     assert "has 1 of the 3 updates" in machines.give("server", "aggregate", "--round", 1, code=3).err
+    for k in (2, 3):
+        machines.client(k, "client-distill", "--round", 1, "--overwrite")
+    machines.up(2, 3)
+    machines.give("server", "aggregate", "--round", 1)
+    for folder in machines.folders.values():
+        assert "earlier attempt" not in machines.fedcollm("verify", "-w", folder).err
+        audited = machines.fedcollm("audit", folder)
+        assert audited.code == 0
+        assert "earlier attempt" not in audited.out
 
 
 def test_an_adapter_is_nothing_that_fedmkt_exchanges_unless_it_is_averaged(

@@ -170,11 +170,14 @@ def test_an_adapter_of_another_broadcast_or_of_other_knowledge_is_refused_by_nam
     average = equal / "private/server/round-0002/aggregate"
     shutil.rmtree(average)
     manifest = json.loads((equal / place(2, 2) / "manifest.json").read_text())
-    for parent, said in (("broadcast", "another broadcast"), ("server", "another knowledge of the server's")):
+    for parent, said, begins in (
+        ("broadcast", "another broadcast", "client-train"),
+        ("server", "another knowledge of the server's", "client-distill"),
+    ):
         sign(equal / place(2, 2), parents=manifest["parents"] | {parent: "0" * 64})
         with pytest.raises(Refused, match=f"client 2's update of round 2 was trained from {said}") as refused:
             aggregate(Workspace(equal), round=2)
-        assert "client-distill --client 2 --round 2 --overwrite" in str(refused.value.mend)
+        assert f"{begins} --client 2 --round 2 --overwrite" in str(refused.value.mend)
     sign(equal / place(2, 2), parents=manifest["parents"], metrics=manifest["metrics"] | {"own_examples": 1e18})
     with pytest.raises(Refused, match="says it saw more than"):
         aggregate(Workspace(equal), round=2)
