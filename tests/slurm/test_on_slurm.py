@@ -154,3 +154,20 @@ def test_fedmkt_goes_on_without_a_client_that_cannot_and_cancels_that_ones_tasks
     ((array,),) = [re.findall(r"(?m)^(\d+) distill round 1 clients 1-3$", submitted)]
     ended = slurm.call("scontrol", "show", "job", f"{array}_3", "--oneliner")
     assert re.search(r"JobState=CANCELLED Reason=DependencyNeverSatisfied", ended)
+
+
+def test_averaged_clients_of_fedmkt_wait_for_the_average_and_end_in_the_bytes_of_run(
+    slurm: Cluster, equal_folder: Path, equal_once: Path
+) -> None:
+    edit(equal_folder / "fedcollm.toml", 'tasks = ["colours"]', "tasks = []")
+    slurm.call("fedcollm", "slurm", "--time", "10", "--mem", "2000", cwd=equal_folder)
+    submitted = slurm.call("slurm/submit.sh", cwd=equal_folder)
+    assert [line.split()[1] for line in submitted.splitlines()] == [
+        "broadcast",
+        *["client", "server", "distill", "average"] * 2,
+    ]
+    here = Workspace(equal_folder)
+    slurm.wait_until(settled(slurm, here.aggregate(2)), within_s=PATIENCE_S)
+    for path in equal_once.glob("*/**/*.safetensors"):
+        if "models" not in path.parts:
+            assert path.read_bytes() == (equal_folder / path.relative_to(equal_once)).read_bytes(), path
