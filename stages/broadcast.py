@@ -1,7 +1,7 @@
 """broadcast, line 11 of Algorithm 1: the server publishes theta^t to all clients.
 
 Reads, in round 1, the SLM and the federation's seed; in round t, private/server/round-(t-1)/slm (the aggregate, where
-the method is fedavg). Writes exchange/round-t/broadcast. From round 2 on the adapter is that one, byte for byte.
+nothing is distilled then). Writes exchange/round-t/broadcast. From round 2 on the adapter is that one, byte for byte.
 """
 
 from __future__ import annotations

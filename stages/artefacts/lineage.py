@@ -74,11 +74,12 @@ def place_of(manifest: Manifest, workspace: Workspace | None) -> str:
 
     What a client keeps for itself when it learns in public has its name in front: client-2/round-0005/trained. An
     adapter that is to be averaged after that names the broadcast.
-    workspace: where that is known; its method says whether a client keeps what it trains.
+    workspace: where that is known; its agreement says whether a client keeps what it trains.
     """
     round, own = round_name(manifest.round), f"client-{manifest.client}"
     if manifest.stage == "client-distill":
-        return f"{round}/adapter-{own}" if "broadcast" in manifest.parents else f"{own}/{round}/slm"
+        is_sent = "broadcast" in manifest.parents and (workspace is None or workspace.agreement.averages)
+        return f"{round}/adapter-{own}" if is_sent else f"{own}/{round}/slm"
     if manifest.stage == "client-train" and workspace and workspace.agreement.federation.learns_in_public:
         return f"{own}/{round}/trained"
     names = {"client-train": own, "reveal": f"reveal-{manifest.client}", "co-distill": manifest.role}

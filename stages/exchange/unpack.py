@@ -1,6 +1,6 @@
 """unpack: put what another party packed into its place in the exchange.
 
-Reads one bundle, once. Writes exchange/round-t/broadcast, close, client-k, reveal-k, server or vocabulary-*,
+Reads one bundle, once. Writes exchange/round-t/broadcast, close, client-k, reveal-k, server, vocabulary-* or adapter-*,
 exchange/keys or the roster, whatever the bundle holds: each folder whole or not at all, and nothing unless everything
 in the bundle is sound.
 """

@@ -89,6 +89,12 @@ def test_an_adapter_that_was_sent_twice_came_late_or_has_no_broadcast_is_found(e
     assert [one for one in said if "it says it is client-2/round-0002/slm" in one]
 
 
+def test_an_adapter_that_was_sent_where_none_is_averaged_is_found(equal_once: Path, unlike: Path) -> None:
+    sent = "exchange/round-0001/adapter-client-1"
+    shutil.copytree(equal_once / sent, unlike / sent)
+    assert [one for one in problems(audit([unlike])) if one.startswith(f"A1 FAIL {sent}: it says it is client-1/")]
+
+
 def test_an_average_of_other_adapters_than_lie_here_is_a_broken_link(equal: Path) -> None:
     sent = equal / "exchange/round-0001/adapter-client-2"
     scale(sent, 2.0)

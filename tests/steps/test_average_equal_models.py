@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from builders import AVERAGE, EQUAL_ROWS, adapters, edit, make_unlike_workspace, rows, sign, write_rows
+from builders import AVERAGE, EQUAL_ROWS, adapters, edit, make_unlike_workspace, rows, scale, sign, write_rows
 from stages.aggregate import aggregate
 from stages.align_party import align_party
 from stages.artefacts.reading import read_manifest
@@ -93,6 +93,27 @@ def test_the_average_is_the_mean_weighted_by_each_clients_own_examples(equal: Pa
         manifest, _ = read_manifest(average)
         assert manifest.examples == sum(EQUAL_ROWS.values())
         assert set(manifest.parents) == {"broadcast", *(f"adapter-client-{client}" for client in CLIENTS)}
+
+
+def test_any_other_rule_takes_the_mean_s_place(equal_folder: Path) -> None:
+    edit(equal_folder / "fedcollm.toml", 'weighting = "samples"', 'rule = "median"')
+    aggregate(until_the_average(equal_folder, 1), round=1)
+    sent = [load_file(equal_folder / place(1, k) / WEIGHTS) for k in CLIENTS]
+    middle = {name: np.median([one[name] for one in sent], axis=0).astype(np.float32) for name in sent[0]}
+    assert_is(equal_folder / "private/server/round-0001/aggregate", middle)
+
+
+def test_a_gate_loads_the_slm_and_keeps_the_broadcast_where_the_average_is_worse(equal: Path) -> None:
+    folder = equal / "private/server/round-0002"
+    shutil.rmtree(folder / "aggregate")
+    write_rows(equal / "private/server/held-out.jsonl", rows(12))
+    for client in CLIENTS:
+        scale(equal / place(2, client), -30.0)
+    metrics = aggregate(Workspace(equal), round=2, gate=1e-9).metrics
+    assert metrics["gate_after"] > metrics["gate_before"]
+    assert metrics["gate_kept"] == 1
+    kept = folder / "aggregate" / WEIGHTS
+    assert kept.read_bytes() == (equal / "exchange/round-0002/broadcast" / WEIGHTS).read_bytes()
 
 
 def test_a_round_begins_with_the_average_of_the_one_before(equal: Path) -> None:
