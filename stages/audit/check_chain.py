@@ -72,15 +72,15 @@ def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Ite
     ours = [folder for folder in folders if folder.manifest]
     yield from _forks(ours)
     yield from _agreement(ours)
-    known = {folder.path: folder.sha256 for folder in ours}
-    earlier = {folder.path for folder in ours if _is_earlier(folder)}
+    known = {folder.path: folder for folder in ours}
+    earlier, sent = _earlier(ours), _sent(ours)
     elsewhere: list[str] = []
     for folder in ours:
         if folder.path in earlier:
             yield A1.skip("is of an earlier attempt at its round, which counts no more", where=folder.shown)
         for name, digest in folder.said.parents.items():
             parent = parent_of(folder, name)
-            here = parent and (known.get(parent) or _digest(parent))
+            here = parent and (known[parent].sha256 if parent in known else _digest(parent))
             if not here:
                 elsewhere.append(f"{name} for {folder.place or folder.shown}")
             elif folder.path in earlier:
@@ -88,22 +88,41 @@ def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Ite
             elif here != digest and parent:
                 found = f"was made from another {name} than lies in {folder.scope.shown(parent)}: {short(digest)}"
                 yield A1.fail(folder.shown, found, short(here))
-        yield from _left_out(folder, ours)
-        yield from _other_weights(folder, {other.path: other for other in ours})
+        yield from _left_out(folder, [other for other in sent.get(_round_of(folder), []) if other.path not in earlier])
+        yield from _other_weights(folder, known)
     if ours:
         yield _summary(ours, elsewhere)
 
 
-def _is_earlier(folder: Folder) -> bool:
-    """Whether it belongs to an attempt at its round that was given up: the broadcast beside it is of a later one."""
-    manifest, workspace = folder.said, folder.scope.workspace
-    if not has_attempt(manifest) or folder.place is None:
-        return False
-    path = workspace.broadcast(manifest.round) if workspace else broadcast_in(folder.path.parent)
-    try:
-        return manifest.attempt < read_manifest(path)[0].attempt
-    except (Problem, OSError):
-        return False
+def _earlier(ours: list[Folder]) -> set[Path]:
+    """Those of an attempt at their round that was given up: the broadcast beside them is of a later one."""
+    found, attempts = set(), dict[Path, int]()
+    for folder in ours:
+        manifest, workspace = folder.said, folder.scope.workspace
+        if not has_attempt(manifest) or folder.place is None:
+            continue
+        path = workspace.broadcast(manifest.round) if workspace else broadcast_in(folder.path.parent)
+        if path not in attempts:
+            try:
+                attempts[path] = read_manifest(path)[0].attempt
+            except (Problem, OSError):
+                attempts[path] = 0
+        if manifest.attempt < attempts[path]:
+            found.add(folder.path)
+    return found
+
+
+def _round_of(folder: Folder) -> tuple[str, int]:
+    return folder.said.federation, folder.said.round
+
+
+def _sent(ours: list[Folder]) -> dict[tuple[str, int], list[Folder]]:
+    """What clients have sent, by its federation and round."""
+    found: dict[tuple[str, int], list[Folder]] = {}
+    for folder in ours:
+        if folder.said.client and not _is_kept(folder):
+            found.setdefault(_round_of(folder), []).append(folder)
+    return found
 
 
 def parent_of(folder: Folder, name: str) -> Path | None:
@@ -150,20 +169,16 @@ def _agreement(ours: list[Folder]) -> Iterator[Finding]:
                 yield A1.fail(folder.shown, f"has another {name} than {before.shown}", "the same in all folders")
 
 
-def _left_out(folder: Folder, ours: list[Folder]) -> Iterator[Finding]:
+def _left_out(folder: Folder, sent: list[Folder]) -> Iterator[Finding]:
     """Updates of a round that are here and not in its average; what clients told, and the LLM did not learn from."""
     manifest = folder.said
     if manifest.stage not in TAKEN_IN:
         return
     stages, said = TAKEN_IN[manifest.stage]
-    for other in ours:
+    for other in sent:
         update = other.said
-        if _is_kept(other) or _is_earlier(other):
-            continue
-        if update.stage not in stages or (update.federation, update.round) != (manifest.federation, manifest.round):
-            continue
         name = other.claims_to_be.removeprefix(f"{round_name(update.round)}/")  # of what a client keeps it stays a path
-        if update.client and "/" not in name and name not in manifest.parents:
+        if update.stage in stages and "/" not in name and name not in manifest.parents:
             yield A1.warn(other.shown, f"{said} of its round: it came too late, or was left out")
 
 
