@@ -5,12 +5,14 @@ Reads the manifests in exchange/ and the configuration of the SLM; writes nothin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stages.bases import base_folders
 from stages.bases.base_names import name_of
-from stages.exchange.transfers import SERVER, Transfer, client, transfers
+from stages.exchange.transfers import SERVER, client, transfers
 from stages.paper import reported
 from stages.runtime.errors import NotReady
 from stages.workspace.paths import Workspace
@@ -82,11 +84,18 @@ def counted(workspace: Workspace) -> tuple[list[Sent], list[Sent]]:
     """What has travelled, by round and party, and in all rounds together; both empty where nothing has."""
     found = transfers(workspace)
     parties = [SERVER, *map(client, workspace.clients)]
+    sent, received = Counter[tuple[int | None, str]](), Counter[tuple[int | None, str]]()
+    for one in found:
+        for round in (one.round, None):  # None: all rounds together
+            sent[round, one.sender] += one.size_bytes
+            received[round, one.receiver] += one.size_bytes
     rounds = sorted({transfer.round for transfer in found})
-    by_round = [
-        _sent(round, party, [one for one in found if one.round == round]) for round in rounds for party in parties
-    ]
-    return by_round, [_sent(None, party, found) for party in parties] if found else []
+
+    def row(round: int | None, party: str) -> Sent:
+        return Sent(round, party, sent[round, party], received[round, party])
+
+    by_round = [row(round, party) for round in rounds for party in parties]
+    return by_round, [row(None, party) for party in parties] if found else []
 
 
 def table_3(settings: Sequence[str]) -> list[Table3]:
@@ -99,13 +108,10 @@ def table_3(settings: Sequence[str]) -> list[Table3]:
     ]
 
 
-def _sent(round: int | None, party: str, found: Sequence[Transfer]) -> Sent:
-    sent = sum(one.size_bytes for one in found if one.sender == party)
-    return Sent(round, party, sent, sum(one.size_bytes for one in found if one.receiver == party))
-
-
 def full_of(workspace: Workspace) -> Full | None:
     """The SLM and its adapter; None if its configuration is not here."""
+    if not (base_folders.configuration(workspace, "slm") or workspace.agreement.slm.model in reported.checkpoints()):
+        return None  # found out without torch
     from stages.models import shapes
 
     try:
