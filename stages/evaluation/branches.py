@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     """Questions as tensors.
 
     input_ids, position_ids: [questions, length], padded on the left. attention_mask: bool [questions, 1, length,
-    length]. kept: how many of the last logits of each row are needed.
+    length], whom each token reads. kept: how many of the last logits of each row are needed.
     """
 
     input_ids: Tensor
@@ -57,22 +57,40 @@ class Batch(NamedTuple):
 
 
 def longest_row(config: Any) -> int:
-    """The longest row at which a model of this configuration attends as a mask says: that of its sliding window."""
+    """The longest row at which a model of this configuration attends, and counts positions, as it is told to.
+
+    That of its window, or that up to which its rotary frequencies do not depend on the row.
+    """
     text = config.get_text_config()
     if getattr(text, "attention_chunk_size", None):
         return 0  # the mask would take the place of the model's own
-    slides = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    return int(text.sliding_window) if slides else 1 << 30
+    told = {"of": text.__dict__, "rope": getattr(text, "rope_parameters", None) or {}}
+    windows = [told["of"].get(name) for name in ("window_size", "attention_window_size")]
+    windows += [told["of"].get("sliding_window")] if getattr(text, "use_sliding_window", True) else []
+    windows += [one.get("original_max_position_embeddings") for one in told.values()]
+    return min((int(one) for one in windows if one), default=1 << 30)
 
 
-def questions_of(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Question]:
-    """Prompts and answers, those of one prompt together, in the order of the prompts' first."""
-    found: dict[tuple[int, ...], Question] = {}
+def questions_of(
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, rows: int, most: int = 1 << 30
+) -> list[Question]:
+    """Prompts and answers, those of one prompt together, in the order of the prompts' first.
+
+    A prompt is read again where its row would have more tokens than most, or than so many rows of one answer each.
+    """
+    found: list[Question] = []
+    last: dict[tuple[int, ...], Question] = {}
     for place, (prompt, answer) in enumerate(requests):
-        one = found.setdefault(tuple(prompt), Question(tuple(prompt), [], []))
-        one.answers.append(list(answer))
-        one.places.append(place)
-    return list(found.values())
+        one = last.get(tuple(prompt))
+        if one is not None:
+            more = Question(one.prompt, [*one.answers, list(answer)], [*one.places, place])
+            if more.tokens <= min(most, rows * more.longest):
+                one.answers.append(list(answer))
+                one.places.append(place)
+                continue
+        last[tuple(prompt)] = one = Question(tuple(prompt), [list(answer)], [place])
+        found.append(one)
+    return found
 
 
 def batches(questions: Sequence[Question], rows: int) -> Iterator[list[Question]]:
@@ -115,10 +133,12 @@ def likelihoods(
 ) -> list[list[Likelihood]]:
     """That of each answer to each question. softmax_dtype: of the probabilities; default: that of the logits."""
     batch = batch_of(questions)
+    mask = torch.zeros(batch.attention_mask.shape, dtype=model.dtype)  # in numbers: some attention adds it as it is
+    mask.masked_fill_(~batch.attention_mask, torch.finfo(model.dtype).min)
     logits: Tensor = model(
         input_ids=batch.input_ids.to(model.device),
         position_ids=batch.position_ids.to(model.device),
-        attention_mask=batch.attention_mask.to(model.device),
+        attention_mask=mask.to(model.device),
         logits_to_keep=batch.kept,
         use_cache=False,
     ).logits
@@ -137,3 +157,15 @@ def _of_question(question: Question, logits: Tensor, dtype: torch.dtype | None) 
         found.append((float(nats), bool((likeliest[places] == labels).all())))
         branch += len(answer) - 1
     return found
+
+
+def probe(vocabulary: int) -> list[Question]:
+    """Two questions at which a model shows whether it takes branches, of token ids from all over its vocabulary.
+
+    One is padded, one has a prompt of one token, and each has two answers that must not read each other.
+    """
+    tokens = [(7919 * place + 17) % vocabulary for place in range(1, 18)]
+    return [
+        Question(tuple(tokens[:1]), [tokens[1:3], tokens[3:5]], [0, 1]),
+        Question(tuple(tokens[5:12]), [tokens[12:14], tokens[14:17]], [2, 3]),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +25,7 @@ class Harness(HFLM):  # type: ignore[misc]
 
     Of several processes each scores its share of the questions; lm-eval sees all answers in all of them. shares: False
     where the model is spread over the processes, so that each must take part in every forward pass. Prompts
-    are read once if the first question has the likelihoods then that lm-eval gives it.
+    are read once if a probe of the model has the likelihoods then that lm-eval gives it.
     """
 
     report: Report
@@ -54,15 +55,11 @@ class Harness(HFLM):  # type: ignore[misc]
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Likelihood]:
         """As lm-eval's, with each prompt read once, where that fits and the model takes it."""
-        whole = [place for place, (_, *tokens) in enumerate(requests) if sum(map(len, tokens)) <= self.max_length + 1]
-        room = branches.longest_row(self.model.config)
-        questions = [
-            one for one in branches.questions_of([requests[place][1:] for place in whole]) if one.tokens <= room
-        ]
-        if questions and not self._agrees(questions[0], [requests[whole[place]] for place in questions[0].places]):
-            questions = []
+        room = min(self._longest_row, self.max_length)
+        whole = [place for place, request in enumerate(requests) if _is_whole(*request, room=room)]
+        asked = [requests[place][1:] for place in whole]
         found: dict[int, Likelihood] = {}
-        for batch in branches.batches(questions, self.batch_size):
+        for batch in branches.batches(branches.questions_of(asked, rows=self.batch_size, most=room), self.batch_size):
             self._tell(sum(len(question.answers) for question in batch))
             for question, answers in zip(batch, self._branched(batch), strict=True):
                 found |= zip((whole[place] for place in question.places), answers, strict=True)
@@ -72,18 +69,32 @@ class Harness(HFLM):  # type: ignore[misc]
             found |= zip(apart, answered, strict=True)
         return [found[place] for place in range(len(requests))]
 
-    def _agrees(self, question: Question, requests: list[Any]) -> bool:
-        """Whether a question has the likelihoods that lm-eval gives each of its answers by itself."""
+    @functools.cached_property
+    def _longest_row(self) -> int:
+        """The longest row that has the likelihoods which lm-eval finds: 0 where the model does not take branches.
+
+        Found out by two short questions, whose answers are also scored one by one as lm-eval does.
+        """
+        room, questions = branches.longest_row(self.model.config), branches.probe(self.vocab_size)
+        if min(room, self.max_length) < max(question.tokens for question in questions):
+            return 0
+        total, self._total = self._total, 0  # nothing to tell of
         try:
-            [together] = self._branched([question])
+            together = [one for answers in self._branched(questions) for one, _ in answers]
+            requests = [(("", ""), list(one.prompt), answer) for one in questions for answer in one.answers]
+            apart = [one for one, _ in super()._loglikelihood_tokens(requests, disable_tqdm=True)]
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError):  # of a model without such masks or positions
-            return False
-        apart = super()._loglikelihood_tokens(requests, disable_tqdm=True)
-        self._done, tolerance = 0, 1e-4 if self.model.dtype == torch.float32 else 2e-2
-        return all(
-            abs(one - other) <= tolerance * max(1.0, abs(other))
-            for (one, _), (other, _) in zip(together, apart, strict=True)
+            return 0
+        finally:
+            self._total = total
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 2e-2
+        is_alike = all(
+            math.isfinite(one) and abs(one - other) <= tolerance * max(1.0, abs(other))
+            for one, other in zip(together, apart, strict=True)
         )
+        return room if is_alike else 0
 
     def _branched(self, questions: Sequence[Question]) -> list[list[Likelihood]]:
         return branches.likelihoods(self.model, questions, softmax_dtype=self.softmax_dtype)
@@ -98,6 +109,9 @@ class Harness(HFLM):  # type: ignore[misc]
             if request.request_type == "loglikelihood":
                 context, answer = request.args[:2]
                 before, after = self._encode_pair(context, answer) if context else ([self.prefix_token_id], [])
+                if not before:
+                    message = f"the text of question {request.doc_id + 1} of task {request.task_name} has no token"
+                    raise UsageProblem(f"{message}: it is {context!r}", mend="correct doc_to_text, or its data")
                 wanted = len(after if context else self.tok_encode(answer, add_special_tokens=False))
                 longest, room = len(before) + wanted - 1, self.max_length
             elif request.request_type == "generate_until":
@@ -142,8 +156,15 @@ class Harness(HFLM):  # type: ignore[misc]
         return tokens
 
     def _tell(self, rows: int) -> None:
+        if not self._total:
+            return
         self._done = min(self._done + rows, self._total)
         self.report(Event("step", "scoring", step=self._done, total=self._total))
+
+
+def _is_whole(texts: Any, before: list[int], after: list[int], *, room: int) -> bool:
+    """Whether an answer fits behind its prompt in a row of this length. texts: None for a window of a long text."""
+    return texts is not None and bool(before and after) and len(before) + len(after) - 1 <= room
 
 
 def _shares(requests: Sequence[Any], count: int) -> list[list[int]]:

@@ -17,13 +17,21 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    OPTConfig,
 )
 
 from stages.evaluation import branches
 from stages.evaluation.branches import Question, batch_of, batches, likelihoods, questions_of
 from stages.evaluation.harness import Harness
+from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event
 
 SIZES = {"vocab_size": 90, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -36,7 +44,31 @@ MODELS: dict[str, Any] = {
         Gemma3TextConfig(head_dim=8, sliding_window=WINDOW, max_position_embeddings=64, **SMALL)
     ),
     "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **SIZES)),  # has no positions
+    "opt": lambda: AutoModelForCausalLM.from_config(  # adds the mask to what it attends with, and 2 to each position
+        OPTConfig(
+            ffn_dim=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, **SIZES
+        ),
+        attn_implementation="eager",
+    ),
+    "gpt-neo": lambda: GPTNeoForCausalLM(  # a window in every other layer
+        GPTNeoConfig(
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=16,
+            **SIZES,
+        )
+    ),
+    "lfm2": lambda: Lfm2ForCausalLM(  # convolutions, which read on across branches
+        Lfm2Config(num_key_value_heads=2, layer_types=["conv", "full_attention"], **SMALL)
+    ),
+    "mamba2": lambda: Mamba2ForCausalLM(
+        Mamba2Config(hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8, n_groups=1, **SIZES)
+    ),
 }
+BRANCHING = {"gpt2": 1 << 30, "llama": 1 << 30, "gemma3": WINDOW, "opt": 1 << 30, "gpt-neo": 16}
+"""Which of them take branches, and how long a row may be."""
 REQUESTS = [
     ([5, 6, 7, 8], [9]),
     ([5, 6, 7, 8], [10, 11, 12]),
@@ -75,6 +107,7 @@ def asked(requests: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_answers_are_as_likely_as_lm_eval_finds_them(kind: str, tokenizer: Any) -> None:
     lm = harness_of(kind, tokenizer)
+    assert lm._longest_row == BRANCHING.get(kind, 0)
     found = lm._loglikelihood_tokens(asked(REQUESTS))
     known = HFLM._loglikelihood_tokens(lm, asked(REQUESTS), disable_tqdm=True)
     assert [one for one, _ in found] == pytest.approx([one for one, _ in known], abs=2e-4)
@@ -82,35 +115,71 @@ def test_answers_are_as_likely_as_lm_eval_finds_them(kind: str, tokenizer: Any) 
     assert len({round(one, 3) for one, _ in found}) == len(REQUESTS) - 1
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("gpt2", 1), ("llama", 1), ("gemma3", 2 + 1), ("bloom", 4)])
-def test_a_prompt_is_read_once_where_the_model_takes_that(
-    kind: str, rows: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """rows: those that lm-eval itself reads: one question to hold against it; all where that differs, or is too long.
+LETTERS = [(range(5, 5 + length), [letter]) for length in (12, 9, 17, 3) for letter in (1, 2, 3, 4)]
+ONE_ANSWER = [(range(3, 3 + length), range(40, 40 + k)) for length, k in ((12, 2), (9, 1), (17, 3), (1, 4))]
+YES_OR_NO = [(range(7, 7 + length), answer) for length in (12, 9, 17, 1) for answer in ([1], [2, 3])]
+TWO_CONTEXTS = [([*range(length), other], range(50, 54)) for length in (12, 9, 17) for other in (60, 61)]
+UNEQUAL = {"letters": LETTERS, "one answer": ONE_ANSWER, "yes or no": YES_OR_NO, "two contexts": TWO_CONTEXTS}
 
-    The first prompt, with 30 tokens, is longer than gemma3's window.
-    """
+
+@pytest.mark.parametrize("shape", UNEQUAL)
+@pytest.mark.parametrize("kind", MODELS)
+def test_so_they_are_in_tasks_of_other_shapes(kind: str, shape: str, tokenizer: Any) -> None:
+    lm, requests = harness_of(kind, tokenizer), [(list(one), list(other)) for one, other in UNEQUAL[shape]]
+    found = [one for one, _ in lm._loglikelihood_tokens(asked(requests))]
+    known = [one for one, _ in HFLM._loglikelihood_tokens(lm, asked(requests), disable_tqdm=True)]
+    assert found == pytest.approx(known, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_prompt_is_read_once_where_the_model_takes_that(
+    kind: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first prompt, of 30 tokens, is longer than some models' windows: its answer is left to lm-eval."""
     lm, read = harness_of(kind, tokenizer), list[int]()
+    longest = lm._longest_row  # found out before anything is counted
     real = HFLM._model_call
     monkeypatch.setattr(HFLM, "_model_call", lambda self, inps, **_: (read.append(len(inps)), real(self, inps))[1])
     requests = [([*range(20, 50)], [60, 61]), ([5, 6, 7, 8], [9]), ([5, 6, 7, 8], [10, 11, 12]), ([8, 7], [6])]
     lm._loglikelihood_tokens(asked(requests))
-    assert sum(read) == rows
+    assert sum(read) == (4 if not longest else 1 if longest < 31 else 0)
 
 
 def test_a_model_that_makes_something_else_of_the_mask_is_asked_as_lm_eval_does(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = harness_of("gpt2", tokenizer)
-    known = HFLM._loglikelihood_tokens(lm, asked(REQUESTS), disable_tqdm=True)
-    real = branches.batch_of
-    blind = lambda questions: real(questions)._replace(  # noqa: E731
-        attention_mask=torch.ones_like(real(questions).attention_mask).tril()
-    )
+    lm, real = harness_of("gpt2", tokenizer), branches.batch_of
+
+    def blind(questions: Any) -> branches.Batch:
+        batch = real(questions)
+        return batch._replace(attention_mask=torch.ones_like(batch.attention_mask).tril())
+
     monkeypatch.setattr(branches, "batch_of", blind)
-    assert lm._loglikelihood_tokens(asked([REQUESTS[place] for place in (0, 1, 3, 2)])) == [
-        pytest.approx(known[place], abs=1e-6) for place in (0, 1, 3, 2)
-    ]
+    assert lm._longest_row == 0
+
+
+def test_a_window_of_a_long_text_is_left_to_lm_eval(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shares its prompt with others by accident."""
+    lm, left = harness_of("llama", tokenizer), list[int]()
+    assert lm._longest_row
+
+    def apart(_: Harness, requests: list[Any], **__: Any) -> list[tuple[float, bool]]:
+        left.append(len(requests))
+        return [(0.0, True)] * len(requests)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", apart)
+    assert lm._loglikelihood_tokens([(None, [0], [*range(1, 9)])] * 9) == [(0.0, True)] * 9
+    assert left == [9]
+
+
+def test_many_answers_of_one_prompt_make_no_longer_row_than_a_batch_has(tokenizer: Any) -> None:
+    requests = [([3], [*range(5, 15)])] * 400
+    found = questions_of(requests, rows=8)
+    assert sum(len(one.answers) for one in found) == 400
+    assert max(one.tokens for one in found) <= 8 * 10
+    assert [place for one in found for place in one.places] == [*range(400)]
+    assert max(one.tokens for one in questions_of(requests, rows=8, most=30)) <= 30
+    assert len(questions_of(requests, rows=1)) == 400
 
 
 def test_progress_counts_each_answer_once(tokenizer: Any) -> None:
@@ -144,7 +213,7 @@ def test_batches_have_no_more_tokens_than_rows_of_one_answer_would() -> None:
 
 
 def test_requests_of_one_prompt_are_one_question() -> None:
-    found = questions_of(REQUESTS)
+    found = questions_of(REQUESTS, rows=4)
     assert [one.places for one in found] == [[0, 1, 3, 7], [2, 5], [4], [6]]
     assert found[0].answers == [[9], [10, 11, 12], [13, 14], [9]]
 
@@ -157,6 +226,13 @@ def test_requests_of_one_prompt_are_one_question() -> None:
         ({"sliding_window": 8, "use_sliding_window": False}, 1 << 30),
         ({"sliding_window": None}, 1 << 30),
         ({"attention_chunk_size": 8}, 0),
+        ({"window_size": 8}, 8),
+        ({"sliding_window": 9, "attention_window_size": 8}, 8),
+        ({"original_max_position_embeddings": 8}, 8),
+        (
+            {"sliding_window": 16, "rope_parameters": {"original_max_position_embeddings": 8, "rope_type": "longrope"}},
+            8,
+        ),
     ],
 )
 def test_the_longest_row_is_that_of_the_window(told: dict[str, Any], longest: int) -> None:
@@ -180,3 +256,10 @@ def test_an_auto_class_gives_what_its_own_class_gives(base_models: Any) -> None:
         chances = model(torch.tensor([[1, 2, 3, 4]])).logits[0].log_softmax(-1)
     assert together == pytest.approx(float(chances[2, 4] + chances[3, 5]), abs=1e-5)
     assert other == pytest.approx(float(chances[2, 6]), abs=1e-5)
+
+
+def test_a_question_without_a_token_is_named(tokenizer: Any) -> None:
+    lm = harness_of("llama", tokenizer)
+    asked_ = SimpleNamespace(request_type="loglikelihood", args=("\n", "red"), doc_id=2, task_name="colours")
+    with pytest.raises(UsageProblem, match="the text of question 3 of task colours has no token"):
+        lm.cut([asked_])
