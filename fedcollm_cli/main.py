@@ -33,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Co-tune a server's large language model and its clients' small ones, round by round, file by file.\n\n"
     "A round: broadcast, client-train (each client), aggregate, co-distill, evaluate. "
-    "`fedcollm demo` shows it all in minutes; `fedcollm init` begins a study.",
+    "`fedcollm demo` shows it all in minutes; `fedcollm init` begins a study.\n\n"
+    "With FedMKT: align once; then client-train, share-knowledge, co-distill, share-knowledge --server, "
+    "client-distill.",
 )
 
 COMMANDS = (

@@ -26,9 +26,13 @@ def share_knowledge(
     private/server/auxiliary.jsonl, and writes exchange/round-t/server, which goes to all clients. Both need what
     `fedcollm align` has told of the party's vocabulary in round 1.
 
-    Told is, for each row, how many nats its answer costs the model; and for each token of an answer, its probability
-    and the distillation.top_k likeliest tokens with theirs. No text, no gradient, no weight. It comes from the whole
-    vocabulary, before training on the public rows, and a NaN is refused. No row is told whose answer was cut off.
+    For each public row it writes the model's loss on the answer, -log p in nats (the smaller, the better the model
+    knows it). For each token of an answer it writes its probability, and the distillation.top_k likeliest tokens with
+    theirs. It writes no text, no gradient and no weight. A client does this before the round's client-distill, the
+    server after the round's co-distill; with method llm2slm the server alone, once, in round 1.
+
+    Nothing is told of a row without an answer, of one that is too long under data.too_long = "skip", or of one whose
+    bytes the tokenizer does not give back. `fedcollm align` has counted these rows.
 
     What a model says of public rows can still give away what it was trained on. Differential privacy of client-train
     covers it; nothing else does.

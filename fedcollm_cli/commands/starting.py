@@ -55,8 +55,9 @@ def prepare(
     """Divide a public dataset among the parties.
 
     For a simulation. Reads the lm-eval tasks or JSONL files that [data] names. Writes private/client-k/train.jsonl,
-    private/server/auxiliary.jsonl and private/split.json; with data.held_out_share also private/server/held-out.jsonl.
-    Prints rows and labels per party.
+    private/server/auxiliary.jsonl and private/split.json; with data.held_out_share also private/server/held-out.jsonl;
+    with FedMKT also private/client-k/public.jsonl, a copy of the auxiliary rows for each client. Prints rows and
+    labels per party.
 
     Example: fedcollm prepare
     """
