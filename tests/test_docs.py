@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from builders import ROOT, Outcome
 from command_line import command_line
@@ -228,8 +230,13 @@ def test_every_snippet_is_well_formed(name: str) -> None:
                 assert kind in ("", "text", "toml", "yaml"), kind
 
 
-PLACES = {"a finished workspace": "finished_once", "an empty folder": "tmp_path"}
-"""What a mark says, and the fixture."""
+PLACES = {
+    "a finished workspace": ["finished_once"],
+    "a finished workspace of FedMKT": ["unlike_once"],
+    "any finished workspace": ["finished_once", "unlike_once"],
+    "an empty folder": ["tmp_path"],
+}
+"""What a mark says, and the fixtures in each of which the snippet runs."""
 MARK = re.compile(rf"not run: \w.+|runs in: (?P<place>{'|'.join(PLACES)})|run by: (?P<test>tests/[\w/]+\.py)")
 
 
@@ -238,7 +245,8 @@ def snippets() -> Iterator[Any]:
     for name in NAMES:
         for number, (_, text, mark) in enumerate(fences(ROOT / name, "sh"), 1):
             if (found := MARK.fullmatch(mark)) and found["place"]:
-                yield pytest.param(f"{name}, {number}", text, found["place"], id=f"{name}, {number}")
+                for place in PLACES[found["place"]]:
+                    yield pytest.param(f"{name}, {number}", text, place, id=f"{name}, {number}, {place}")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -254,7 +262,7 @@ def test_a_snippet_is_run_or_says_why_not(name: str) -> None:
 
 @pytest.mark.parametrize(("where", "text", "place"), snippets())
 def test_a_snippet_runs(where: str, text: str, place: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    folder: Path = request.getfixturevalue(PLACES[place])
+    folder: Path = request.getfixturevalue(place)
     program = tmp_path / "bin" / "fedcollm"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m fedcollm_cli "$@"\n')
@@ -262,23 +270,79 @@ def test_a_snippet_runs(where: str, text: str, place: str, request: pytest.Fixtu
     path = f"export PATH={shlex.quote(f'{program.parent}:{Path(sys.executable).parent}')}:$PATH\n"
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", path + text], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(words in done.stdout for words in said(where, folder)), done.stdout
+    expected = said_in_public(where, folder) if place == "unlike_once" else said(where, folder)
+    assert all(words in done.stdout for words in expected), done.stdout
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def said(where: str, folder: Path) -> list[str]:
     """What a snippet prints, in part."""
     if where.startswith("docs/how-to/plan-and-prefetch.md"):
         return ["s1-arc_easy"]
-    broadcast = (folder / "exchange/round-0001/broadcast/manifest.json").read_bytes()
-    digest = hashlib.sha256(broadcast).hexdigest()
+    broadcast = folder / "exchange/round-0001/broadcast/manifest.json"
     return {
         "docs/how-to/audit.md, 1": ["result: clean (exit 0)", "tensors: 2 differ, 0 identical"],
-        "docs/how-to/audit.md, 2": ["adapter_config.json: OK", "adapter_model.safetensors: OK"],
-        "docs/how-to/audit.md, 3": [f"{digest}  exchange", f'"broadcast": "{digest}"'],
-        "docs/how-to/audit.md, 4": ["metadata {'format': 'pt'}", "lora_A.weight F32 [4, 16] largest 0."],
-        "docs/how-to/audit.md, 5": ["nothing does"],
-        "docs/how-to/audit.md, 6": [json.loads(broadcast)["base"]["weights_sha256"]],
+        "docs/how-to/audit.md, 3": ["adapter_config.json: OK", "adapter_model.safetensors: OK"],
+        "docs/how-to/audit.md, 4": [f"{digest(broadcast)}  exchange", f'"broadcast": "{digest(broadcast)}"'],
+        "docs/how-to/audit.md, 6": ["metadata {'format': 'pt'}", "lora_A.weight F32 [4, 16] largest 0."],
+        "docs/how-to/audit.md, 7": ["nothing does"],
+        "docs/how-to/audit.md, 8": [json.loads(broadcast.read_text())["base"]["weights_sha256"]],
     }[where]
+
+
+def said_in_public(where: str, folder: Path) -> list[str]:
+    """The same in a workspace of FedMKT."""
+    exchange, own = folder / "exchange/round-0001", folder / "private/client-2"
+    trained, reads = own / "round-0001/trained/manifest.json", exchange / "vocabulary-client-2/manifest.json"
+    rows, tokens = digest(own / "public.jsonl"), digest(exchange / "vocabulary-client-2/vocabulary.safetensors")
+    return {
+        "docs/how-to/audit.md, 2": ["rows: 12\n", "tokens_a: 400\n", "tokens_b: 500\n"],
+        "docs/how-to/audit.md, 3": ["knowledge.safetensors: OK"],
+        "docs/how-to/audit.md, 5": [
+            *(f'"agreement_sha256": "{digest(folder / "fedcollm.toml")}"', f'"trained": "{digest(trained)}"'),
+            *(f'"vocabulary-client-2": "{digest(reads)}"', f"{digest(trained)}  private", f"{digest(reads)}  exchange"),
+            *(
+                f'data_sha256\\": \\"{rows}',
+                f'vocabulary_sha256\\": \\"{tokens}',
+                f"{rows}  private",
+                f"{tokens}  exch",
+            ),
+        ],
+        "docs/how-to/audit.md, 6": ["metadata {'knowledge': ", "losses F64 [12] largest "],
+        "docs/how-to/audit.md, 7": ["nothing does"],
+    }[where]
+
+
+def test_numbers_by_hand_are_those_of_the_tensors_in_any_file_that_travels(
+    finished_once: Path, unlike_once: Path, tmp_path: Path
+) -> None:
+    """The script of audit.md against NumPy; secure mode's files are of whole numbers, as those written here."""
+    [script] = [fence.text for fence in fences(DOCS / "how-to/audit.md", "sh") if "data_offsets" in fence.text]
+    drawn = np.random.default_rng(1)
+    losses = np.array([2.5, np.nan, -7.25, np.nan])
+    masked = drawn.integers(0, 2**32, 9, dtype=np.uint32)
+    whole = {"y": masked, "s": drawn.integers(0, 256, (2, 5), dtype=np.uint8), "none": np.full(2, np.nan), "l": losses}
+    save_file(whole, tmp_path / "whole.safetensors")
+    told = unlike_once / "exchange/round-0001"
+    files = [tmp_path / "whole.safetensors", finished_once / "exchange/round-0001/client-2/adapter_model.safetensors"]
+    files += [*told.glob("*/*.safetensors")]
+    assert len(files) == 2 + 4 * 3  # of each party vocabulary, cuts and knowledge
+    for path in files:
+        text = script.replace("exchange/round-0001/client-2/*.safetensors", shlex.quote(str(path)))
+        assert text != script
+        line = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n{text}"
+        done = subprocess.run(["bash", "-euc", line], check=True, capture_output=True, text=True).stdout
+        printed = re.findall(r"^(\S+) \S+ \[[\d, ]*\] largest (\S+) norm (\S+) NaN (\d+)$", done, re.M)
+        tensors = load_file(path)
+        assert sorted(name for name, *_ in printed) == sorted(tensors)
+        for name, *numbers in printed:
+            values = tensors[name].astype(np.float64).ravel()
+            sound = values[~np.isnan(values)]
+            expected = [np.abs(sound).max(initial=0.0), np.linalg.norm(sound), len(values) - len(sound)]
+            assert [float(number) for number in numbers] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.slow
