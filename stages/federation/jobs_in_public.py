@@ -1,8 +1,8 @@
 """What is left of a round of FedMKT and of its baselines, as jobs in which no client waits for another.
 
 Reads what `progress` has found. A client trains on its own rows and tells what it knows; the server teaches the LLM and
-tells what that knows; in a second job the client learns from it. In round 1 they align first. Where their adapters are
-averaged after the round, all clients begin the next one with the average.
+tells what that knows; in a second job the client learns from it. Before their first round they align. Where their
+adapters are averaged after the round, all clients begin the next one with the average.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def round_in_public(workspace: Workspace, round: Round, parties: Collection[str]
             jobs.append(Job("broadcast", number))
 
     telling = left("align", "share-knowledge") - {SERVER}
-    asked = (left("client-train") | telling) & set(parties) - {SERVER}
+    aligning = left("align") & left("client-distill")  # of a round that is over, the next round's job aligns
+    asked = (left("client-train", "share-knowledge") | aligning) & set(parties) - {SERVER}
     if asked:
         jobs.append(Job("client", number, _numbers(asked)))
 

@@ -123,8 +123,12 @@ class InPublic:
 
 
 def _is_late(step: Step) -> bool:
-    """Whether a step of a client's is of no use any more in a round whose average is made, here or elsewhere."""
-    return step.condition == "missing" and not step.reason and step.party != SERVER
+    """Whether a step of a client's is of no use any more in a round whose average is made, here or elsewhere.
+
+    A client here that begins in a later round still has to tell how it reads.
+    """
+    is_of_use = step.here and step.name.startswith("vocabulary-")
+    return step.condition == "missing" and not step.reason and step.party != SERVER and not is_of_use
 
 
 def _has_anything(workspace: Workspace, k: int) -> bool:
@@ -148,7 +152,7 @@ def waits_for(workspace: Workspace, rounds: list[Round], number: int, step: Step
         return f"the public rows, the same file at every party: {workspace.shown(rows)}"
     if step.name == "llm":
         return _knowledge_missing(workspace, number, known)
-    if step.name.startswith("slm-"):
+    if step.name.startswith("slm-") and workspace.agreement.federation.server_tells:
         vocabulary = _undone(known, f"vocabulary-{SERVER}", "the server's vocabulary")
         told_in = workspace.told_in(number)
         return vocabulary or _undone(known, f"knowledge-{SERVER}", f"what the server knows in round {told_in}")
@@ -156,11 +160,11 @@ def waits_for(workspace: Workspace, rounds: list[Round], number: int, step: Step
 
 
 def _undone(known: dict[str, Step], name: str, said: str) -> str:
-    """Another party's folder that is not here, or is not sound; empty if it is, or if the method has none."""
+    """Another party's folder that is not here, or is not sound; empty if it is."""
     step = known.get(name)
-    if step is None or step.condition == "done":
+    if step and step.condition == "done":
         return ""
-    return f"{said}, in exchange/" + (f": {step.reason}" if step.reason else "")
+    return f"{said}, in exchange/" + (f": {step.reason}" if step and step.reason else "")
 
 
 def _knowledge_missing(workspace: Workspace, number: int, known: dict[str, Step]) -> str:

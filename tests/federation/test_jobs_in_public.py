@@ -143,6 +143,20 @@ def test_each_site_of_averaged_clients_does_its_part_and_waits_for_the_other(equ
         jobs(Workspace(server), only="server")
 
 
+def test_a_client_that_was_absent_for_all_of_round_one_begins_with_round_two(equal: Path) -> None:
+    remove(equal, "exchange/round-0001/vocabulary-client-2", "exchange/round-0002/server", "private/server/round-0002")
+    for t in (1, 2):
+        sent = (f"exchange/round-000{t}/{name}" for name in ("client-2", "adapter-client-2"))
+        remove(equal, f"private/client-2/round-000{t}", *sent)
+    assert listed(equal) == [
+        "client 2 2",
+        "server 2 - afterok:client/2",
+        "distill 2 2 aftercorr:client/2 afterok:server/2",
+        "average 2 - afterok:distill/2",
+        f"{SCORES} afterok:average/2",
+    ]
+
+
 # --- what is there is passed over
 
 

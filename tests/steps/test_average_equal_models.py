@@ -62,6 +62,12 @@ def weighted_mean(folder: Path, round: int, weights: dict[int, int]) -> dict[str
     }
 
 
+def go_on(workspace: Workspace, until: str) -> None:
+    """Give each next command of this machine's, until that is this one."""
+    while (command := str(status(workspace).next_command)) != until:
+        assert step(workspace), command
+
+
 def assert_is(folder: Path, expected: dict[str, np.ndarray]) -> None:
     found = load_file(folder / WEIGHTS)
     assert found.keys() == expected.keys()
@@ -226,6 +232,28 @@ def test_a_quorum_is_averaged_and_who_comes_late_is_told_and_begins_the_next_rou
     assert status(workspace).rounds[0].late == [2]
     broadcast(workspace, round=2)
     assert str(status(workspace, party="client-2").next_command) == "fedcollm client-train --client 2 --round 2"
+
+
+def test_a_client_that_was_absent_for_all_of_round_one_tells_how_it_reads_and_takes_part_in_round_two(
+    equal_folder: Path,
+) -> None:
+    edit(equal_folder / "fedcollm.toml", "average = true", "average = true\nmin_clients = 2")
+    workspace, vocabulary = Workspace(equal_folder), equal_folder / "exchange/round-0001/vocabulary-client-2"
+    away = shutil.move(equal_folder / "private/client-2", equal_folder / "away")
+    go_on(workspace, "fedcollm client-train --client 1 --round 2")
+    assert status(workspace).rounds[0].is_done
+    shutil.move(away, equal_folder / "private/client-2")
+    given = [str(step(workspace, party="client-2")).removeprefix("fedcollm ") for _ in range(3)]
+    assert given == ["align --client 2", "client-train --client 2 --round 2", "share-knowledge --client 2 --round 2"]
+    for client in (1, 3):
+        client_train(workspace, client=client, round=2)
+        share_knowledge(workspace, client=client, round=2)
+    elsewhere = [shutil.move(equal_folder / "private/client-2", away), shutil.move(vocabulary, equal_folder / "kept")]
+    assert status(workspace, party="server").waiting_for == "the vocabulary of client 2, in exchange/"
+    shutil.move(elsewhere[0], equal_folder / "private/client-2")
+    shutil.move(elsewhere[1], vocabulary)
+    go_on(workspace, "fedcollm evaluate --round 2 --model llm")
+    assert_is(equal_folder / "private/server/round-0002/aggregate", weighted_mean(equal_folder, 2, EQUAL_ROWS))
 
 
 def test_a_client_trained_anew_makes_the_average_and_the_next_round_stale(equal: Path) -> None:
