@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.publishing import already_made, publish
+from stages.artefacts.publishing import already_made, is_earlier, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.steps import Over, Step
 from stages.artefacts.subjects import OWN_EXAMPLES, trained_by
@@ -66,7 +66,8 @@ def client_distill(
 class Opened(NamedTuple):
     """The public rows, the adapter, what the LLM teaches, and how well the client itself knows each row.
 
-    taught, losses: None where there is no teacher; losses: also where the client tells nobody.
+    taught, losses: None where there is no teacher; losses: also where the client tells nobody. attempt: at a round
+    whose adapters are averaged.
     """
 
     public: Public
@@ -74,6 +75,7 @@ class Opened(NamedTuple):
     taught: Taught | None
     losses: np.ndarray | None
     parents: dict[str, str]
+    attempt: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +94,22 @@ class ClientDistill(Step[Opened, "Studied", Manifest]):
         self.report(Event("stage", f"client-distill, round {round}, client {number}"))
         public = read_public(self.party, self.report)
         trained = trained_by(self.party, round)
-        parents, taught, losses = {"trained": trained.sha256}, None, None
+        parents, taught, losses, attempt = {"trained": trained.sha256}, None, None, 0
         if self.workspace.agreement.averages:
             parents |= trained.manifest.parents  # the broadcast, which the server looks for
+            attempt = trained.manifest.attempt
         if federation.server_tells:
             taught = teaching.from_server(self.party, round, public, self.report)
             parents |= taught.parents
         if taught and federation.clients_tell:
             knowledge, own = teaching.told_by(self.party, round, number, public, taught.own)
             parents[self.party.name], losses = own.sha256, knowledge.losses
-        return Opened(public, trained, taught, losses, parents)
+        return Opened(public, trained, taught, losses, parents, attempt)
 
     def look(self, opened: Opened, again: bool) -> Manifest | None:
-        """An adapter that was trained from these."""
+        """An adapter that was trained from these; one for an earlier attempt at the round is made again."""
         [folder], data = self.publishes, opened.public.sha256
+        again = again or is_earlier(folder, opened.attempt)
         return already_made(folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data)
 
     def compute(self, opened: Opened, again: bool) -> Studied:
@@ -133,7 +137,7 @@ class ClientDistill(Step[Opened, "Studied", Manifest]):
             outcome,
             stage="client-distill",
             round=self.round,
-            attempt=trained.attempt if averages else 0,
+            attempt=opened.attempt,
             parents=opened.parents,
             seed=self.workspace.seed_for("client-distill", self.round, self.party.number),
             metrics={**metrics, **({OWN_EXAMPLES: float(trained.examples)} if averages else {})},

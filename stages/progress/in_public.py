@@ -96,7 +96,9 @@ class InPublic:
         if self._federation.clients_tell:
             parents |= {client(k): self._sha256(f"knowledge-{k}")}
         command = Command("client-distill", client=k, round=number)
-        step = self._step(self._workspace.client_adapter(number, k), f"slm-{k}", command, parents, k)
+        place, here = self._workspace.client_adapter(number, k), self._workspace.client_data(k).exists()
+        step = self._look.step(place, f"slm-{k}", command, parents, here, party=client(k), attempt_at=number)
+        self._before[step.name] = step
         return self._of_public_rows(step, "client-distill", number, k)
 
     def _counted(self, steps: list[Step], llm: Step) -> Iterator[Step]:

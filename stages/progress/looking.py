@@ -61,9 +61,7 @@ class Looker:
         """A client's training in a round, from the adapter that parents names: theta^t, or its own."""
         workspace, party = self.workspace, client(number)
         command, here = Command("client-train", client=number, round=round), workspace.client_data(number).exists()
-        if parents.get("broadcast") and self.attempt(place) < self.attempt(workspace.broadcast(round)):
-            return Step(name, "missing", "is of an earlier attempt at the round", command, here, party=party)
-        step = self.step(place, name, command, parents, here, party=party)
+        step = self.step(place, name, command, parents, here, party=party, attempt_at=round)
         return self.of_rows(step, workspace.client_data(number), workspace.log("client-train", round, number))
 
     def parents(self, folder: Path) -> dict[str, str]:
@@ -103,13 +101,18 @@ class Looker:
         *,
         replaces: bool = True,
         party: str = SERVER,
+        attempt_at: int | None = None,
     ) -> Step:
         """What is there. Parents that this machine does not have are not compared.
 
-        replaces: whether the command needs --overwrite where something is there already.
+        replaces: whether the command needs --overwrite where something is there already. attempt_at: a round; what was
+        made for an earlier attempt at it counts no more.
         """
         if not os.path.lexists(folder):
             return Step(name, "missing", "", command, here, party=party)
+        begun_by = self.workspace.broadcast(attempt_at) if attempt_at and parents.get("broadcast") else None
+        if begun_by and self.attempt(folder) < self.attempt(begun_by):
+            return Step(name, "missing", "is of an earlier attempt at the round", command, here, party=party)
         again = command.also(overwrite=replaces)
         try:
             manifest, digest = self._read(folder)

@@ -24,6 +24,7 @@ from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.events import Event
 from stages.share_knowledge import share_knowledge
 from stages.workspace.agreement import Agreement
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
 
@@ -254,6 +255,31 @@ def test_a_client_that_was_absent_for_all_of_round_one_tells_how_it_reads_and_ta
     shutil.move(elsewhere[1], vocabulary)
     go_on(workspace, "fedcollm evaluate --round 2 --model llm")
     assert_is(equal_folder / "private/server/round-0002/aggregate", weighted_mean(equal_folder, 2, EQUAL_ROWS))
+
+
+def test_of_a_new_attempt_a_quorum_is_enough_and_what_is_of_the_earlier_one_is_made_again(equal_folder: Path) -> None:
+    edit(equal_folder / "fedcollm.toml", "average = true", "average = true\nmin_clients = 2")
+    workspace = until_the_average(equal_folder, 1)
+    sign(equal_folder / "exchange/round-0001/broadcast", attempt=1)
+
+    def again(*clients: int) -> None:
+        for client in clients:
+            client_train(workspace, client=client, round=1)
+            share_knowledge(workspace, client=client, round=1, overwrite=True)
+        co_distill(workspace, round=1, overwrite=True)
+        share_knowledge(workspace, server=True, round=1, overwrite=True)
+        for client in clients:
+            client_distill(workspace, client=client, round=1)
+
+    again(1, 3)
+    found = {one.name: one for one in status(workspace).rounds[0].steps}["slm-2"]
+    assert (found.condition, found.reason) == ("missing", "is of an earlier attempt at the round")
+    assert str(found.command) == "fedcollm client-distill --client 2 --round 1"
+    assert step(workspace, party="server") == Command("aggregate", round=1)
+    average, _ = read_manifest(workspace.aggregate(1))
+    assert set(average.parents) == {"broadcast", "adapter-client-1", "adapter-client-3"}
+    again(2)
+    assert [read_manifest(equal_folder / place(1, k))[0].attempt for k in CLIENTS] == [1, 1, 1]
 
 
 def test_a_client_trained_anew_makes_the_average_and_the_next_round_stale(equal: Path) -> None:
