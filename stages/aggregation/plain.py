@@ -148,8 +148,14 @@ def _each(server: Party, theta: Artefact, updates: dict[int, Path]) -> Iterator[
 
 
 def _seen_by(update: Artefact) -> int:
-    """How many examples of its own a client has seen in the round: with FedMKT before it learned on public rows."""
-    return int(update.manifest.metrics.get(OWN_EXAMPLES, update.manifest.examples))
+    """How many examples of its own a client says it saw in the round: with FedMKT before it learned on public rows.
+
+    -1 where it does not say so as a whole number.
+    """
+    if update.manifest.stage != "client-distill":
+        return update.manifest.examples
+    told = update.manifest.metrics.get(OWN_EXAMPLES, -1.0)
+    return int(told) if told.is_integer() else -1
 
 
 def _told(workspace: Workspace, round: int) -> dict[str, str]:
@@ -173,9 +179,8 @@ def _check_update(update: Artefact, client: int, theta: Artefact, told: Mapping[
         message = f"client {client}'s update of round {round} says it saw more than {MOST_CLAIMED} examples or tokens"
         raise Refused(message, where=update.path, mend=mend)
     if seen < 1:
-        raise Refused(
-            f"client {client}'s update of round {round} says it saw no examples", where=update.path, mend=mend
-        )
+        says = "says it saw no examples" if seen == 0 else f"does not tell {OWN_EXAMPLES} as a whole number"
+        raise Refused(f"client {client}'s update of round {round} {says}", where=update.path, mend=mend)
     expected, found = {"broadcast": theta.sha256, **told}, update.manifest.parents
     if told:  # beside what the client alone has
         found = {name: found.get(name, "") for name in expected}

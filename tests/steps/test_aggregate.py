@@ -55,6 +55,7 @@ def test_a_client_that_saw_twice_the_data_weighs_twice(workspace_folder: Path) -
     broadcast(workspace, round=1)
     for client in (1, 2, 3):
         client_train(workspace, client=client, round=1)
+    sign(workspace_folder / ROUND / "client-1", metrics={"own_examples": 1e9})  # which a client tells elsewhere
     manifest = aggregate(workspace, round=1)
     assert manifest.examples == 12 + 24 + 12
     found = tensors(workspace_folder / "private/server/round-0001/aggregate")

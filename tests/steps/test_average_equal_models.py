@@ -206,10 +206,28 @@ def test_an_adapter_of_another_broadcast_or_of_other_knowledge_is_refused_by_nam
         with pytest.raises(Refused, match=f"client 2's update of round 2 was trained from {said}") as refused:
             aggregate(Workspace(equal), round=2)
         assert f"{begins} --client 2 --round 2 --overwrite" in str(refused.value.mend)
-    sign(equal / place(2, 2), parents=manifest["parents"], metrics=manifest["metrics"] | {"own_examples": 1e18})
-    with pytest.raises(Refused, match="says it saw more than"):
-        aggregate(Workspace(equal), round=2)
     assert not average.exists()
+
+
+@pytest.mark.parametrize(
+    ("claimed", "said"),
+    [
+        ({"own_examples": 1e18}, "says it saw more than 1099511627776 examples or tokens"),
+        ({"own_examples": 0.0}, "says it saw no examples"),
+        ({"own_examples": 0.5}, "does not tell own_examples as a whole number"),
+        ({"own_examples": -3.0}, "does not tell own_examples as a whole number"),
+        ({}, "does not tell own_examples as a whole number"),
+    ],
+)
+def test_an_adapter_has_to_say_how_many_examples_of_its_own_it_saw(
+    equal: Path, claimed: dict[str, float], said: str
+) -> None:
+    shutil.rmtree(equal / "private/server/round-0002/aggregate")
+    metrics = json.loads((equal / place(2, 2) / "manifest.json").read_text())["metrics"]
+    sign(equal / place(2, 2), metrics={name: metrics[name] for name in metrics.keys() - {"own_examples"}} | claimed)
+    with pytest.raises(Refused, match=f"client 2's update of round 2 {said}") as refused:
+        aggregate(Workspace(equal), round=2)
+    assert "client-distill --client 2 --round 2 --overwrite" in str(refused.value.mend)
 
 
 # --- absent, late, stale
