@@ -17,7 +17,7 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import already_made, is_earlier, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.steps import Over, Step
-from stages.artefacts.subjects import OWN_EXAMPLES, trained_by
+from stages.artefacts.subjects import OWN_EXAMPLES, OWN_TOKENS, trained_by
 from stages.files import writing
 from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
@@ -131,7 +131,7 @@ class ClientDistill(Step[Opened, "Studied", Manifest]):
         from stages.training.drafts import draft_of
 
         [folder], (slm, outcome, metrics), trained = self.publishes, computed, opened.trained.manifest
-        averages = self.workspace.agreement.averages
+        own = {OWN_EXAMPLES: float(trained.examples), OWN_TOKENS: float(trained.tokens)}
         draft = draft_of(
             slm,
             outcome,
@@ -140,7 +140,7 @@ class ClientDistill(Step[Opened, "Studied", Manifest]):
             attempt=opened.attempt,
             parents=opened.parents,
             seed=self.workspace.seed_for("client-distill", self.round, self.party.number),
-            metrics={**metrics, **({OWN_EXAMPLES: float(trained.examples)} if averages else {})},
+            metrics={**metrics, **(own if self.workspace.agreement.averages else {})},
             privacy=trained.privacy,
         )
         contents = adapters.as_files(slm.model, self.workspace.agreement.slm.lora)

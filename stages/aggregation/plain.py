@@ -11,7 +11,7 @@ from stages.artefacts.average import Arrived, Average
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import received
-from stages.artefacts.subjects import OWN_EXAMPLES, client_stage
+from stages.artefacts.subjects import OWN_EXAMPLES, OWN_TOKENS, client_stage
 from stages.artefacts.tensor_files import largest_bytes
 from stages.data.rows import Row
 from stages.parties.names import SERVER
@@ -114,9 +114,9 @@ def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -
         for number, (client, update) in enumerate(_each(server, theta, updates), 1):
             _check_update(update, client, theta, told)
             parents[update.path.name] = update.sha256  # what was read now, should it have been replaced meanwhile
-            seen = _seen_by(update)
-            combined.add(adapter_files.read_adapter(update, layout, lora), weight_of(seen))
-            examples, tokens = examples + seen, tokens + update.manifest.tokens
+            own_examples, own_tokens = _own(update)
+            combined.add(adapter_files.read_adapter(update, layout, lora), weight_of(own_examples))
+            examples, tokens = examples + own_examples, tokens + own_tokens
             report(Event("step", f"client {client}", step=number, total=len(updates)))
         tensors = combined.result()
         metrics = combined.metrics(list(updates))
@@ -147,15 +147,16 @@ def _each(server: Party, theta: Artefact, updates: dict[int, Path]) -> Iterator[
             yield client, artefact
 
 
-def _seen_by(update: Artefact) -> int:
-    """How many examples of its own a client says it saw in the round: with FedMKT before it learned on public rows.
+def _own(update: Artefact) -> tuple[int, int]:
+    """Examples and tokens of its own that a client says it saw: with FedMKT before it learned on public rows.
 
-    -1 where it does not say so as a whole number.
+    -1 for what it does not tell as a whole number.
     """
     if update.manifest.stage != "client-distill":
-        return update.manifest.examples
-    told = update.manifest.metrics.get(OWN_EXAMPLES, -1.0)
-    return int(told) if told.is_integer() else -1
+        return update.manifest.examples, update.manifest.tokens
+    told = (update.manifest.metrics.get(name, -1.0) for name in (OWN_EXAMPLES, OWN_TOKENS))
+    examples, tokens = (int(number) if number.is_integer() else -1 for number in told)
+    return examples, tokens
 
 
 def _told(workspace: Workspace, round: int) -> dict[str, str]:
@@ -172,14 +173,15 @@ def _check_update(update: Artefact, client: int, theta: Artefact, told: Mapping[
 
     told: what it must have learned from after that.
     """
-    round, seen = theta.manifest.round, _seen_by(update)
+    round, (examples, tokens), claims = theta.manifest.round, _own(update), update.manifest
     again = Command(update.manifest.stage, client=client, round=round, overwrite=True)
     mend = f"{again}, on client {client}'s machine"
-    if max(seen, update.manifest.examples, update.manifest.tokens, update.manifest.steps) > MOST_CLAIMED:
+    if max(examples, tokens, claims.examples, claims.tokens, claims.steps) > MOST_CLAIMED:
         message = f"client {client}'s update of round {round} says it saw more than {MOST_CLAIMED} examples or tokens"
         raise Refused(message, where=update.path, mend=mend)
-    if seen < 1:
-        says = "says it saw no examples" if seen == 0 else f"does not tell {OWN_EXAMPLES} as a whole number"
+    if examples < 1 or tokens < 0:
+        untold = OWN_EXAMPLES if examples < 0 else OWN_TOKENS
+        says = "says it saw no examples" if examples == 0 else f"does not tell {untold} as a whole number"
         raise Refused(f"client {client}'s update of round {round} {says}", where=update.path, mend=mend)
     expected, found = {"broadcast": theta.sha256, **told}, update.manifest.parents
     if told:  # beside what the client alone has

@@ -19,8 +19,8 @@ from stages.workspace.paths import Workspace
 Subject = Literal["slm", "llm", "aggregate"]
 """The server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it."""
 
-OWN_EXAMPLES = "own_examples"
-"""The metric of an adapter that learned on public rows and is averaged: how many of its own its client saw before."""
+OWN_EXAMPLES, OWN_TOKENS = "own_examples", "own_tokens"
+"""Metrics of an adapter that learned on public rows and is averaged: how many of its own its client saw before."""
 
 
 def subject_of(model: Subject, client: int | None) -> str:

@@ -69,6 +69,11 @@ def go_on(workspace: Workspace, until: str) -> None:
         assert step(workspace), command
 
 
+def own_tokens(start: int, count: int) -> int:
+    """Of a client's own rows: a token for each character of an answer."""
+    return sum(len(row["completion"]) for row in rows(count, start=start))
+
+
 def assert_is(folder: Path, expected: dict[str, np.ndarray]) -> None:
     found = load_file(folder / WEIGHTS)
     assert found.keys() == expected.keys()
@@ -99,6 +104,7 @@ def test_the_average_is_the_mean_weighted_by_each_clients_own_examples(equal: Pa
         assert_is(average, weighted_mean(equal, round, EQUAL_ROWS))
         manifest, _ = read_manifest(average)
         assert manifest.examples == sum(EQUAL_ROWS.values())
+        assert manifest.tokens == sum(own_tokens(12 * client, count) for client, count in EQUAL_ROWS.items())
         assert set(manifest.parents) == {"broadcast", *(f"adapter-client-{client}" for client in CLIENTS)}
 
 
@@ -216,15 +222,18 @@ def test_an_adapter_of_another_broadcast_or_of_other_knowledge_is_refused_by_nam
         ({"own_examples": 0.0}, "says it saw no examples"),
         ({"own_examples": 0.5}, "does not tell own_examples as a whole number"),
         ({"own_examples": -3.0}, "does not tell own_examples as a whole number"),
-        ({}, "does not tell own_examples as a whole number"),
+        ({"own_examples": None}, "does not tell own_examples as a whole number"),
+        ({"own_tokens": 1e18}, "says it saw more than 1099511627776 examples or tokens"),
+        ({"own_tokens": 0.5}, "does not tell own_tokens as a whole number"),
+        ({"own_tokens": None}, "does not tell own_tokens as a whole number"),
     ],
 )
-def test_an_adapter_has_to_say_how_many_examples_of_its_own_it_saw(
-    equal: Path, claimed: dict[str, float], said: str
+def test_an_adapter_has_to_say_how_much_of_its_own_its_client_saw(
+    equal: Path, claimed: dict[str, float | None], said: str
 ) -> None:
     shutil.rmtree(equal / "private/server/round-0002/aggregate")
-    metrics = json.loads((equal / place(2, 2) / "manifest.json").read_text())["metrics"]
-    sign(equal / place(2, 2), metrics={name: metrics[name] for name in metrics.keys() - {"own_examples"}} | claimed)
+    metrics = json.loads((equal / place(2, 2) / "manifest.json").read_text())["metrics"] | claimed
+    sign(equal / place(2, 2), metrics={name: value for name, value in metrics.items() if value is not None})
     with pytest.raises(Refused, match=f"client 2's update of round 2 {said}") as refused:
         aggregate(Workspace(equal), round=2)
     assert "client-distill --client 2 --round 2 --overwrite" in str(refused.value.mend)
