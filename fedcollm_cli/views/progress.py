@@ -102,10 +102,9 @@ def status(found: Status, workspace: Path | None) -> str:
                 lines += [
                     f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason
                 ]
-        if round.late:
-            is_averaged = any(step.name == "aggregate" for step in round.steps)
-            passed_over = "not in the aggregate" if is_averaged else "not learned from by the LLM"
-            lines.append(f"  late, {passed_over}: client {', '.join(map(str, round.late))}")
+        for clients, left_out in ((round.unheard, "not learned from by the LLM"), (round.late, "not in the aggregate")):
+            if clients:
+                lines.append(f"  late, {left_out}: client {', '.join(map(str, clients))}")
     if len(begun) < len(found.rounds):
         first, last = len(begun) + 1, len(found.rounds)
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")

@@ -38,15 +38,15 @@ class InPublic:
                 steps.append(self._trained(number, k, first))
             if federation.clients_tell:
                 steps.append(self._knowledge(number, k))
-        late: list[int] = []
+        unheard: list[int] = []
         if federation.clients_tell:
-            llm, late = self._llm(number)
+            llm, unheard = self._llm(number)
             steps = [*self._counted(steps, llm), llm, self._knowledge(number, None)]
         if not self._averages:
-            return Round(number, [*steps, *(self._slm(number, k) for k in self._own)], late)
+            return Round(number, [*steps, *(self._slm(number, k) for k in self._own)], unheard=unheard)
         steps += [self._slm(number, k, first) for k in workspace.clients]
         is_over = any(map(os.path.lexists, (workspace.aggregate(number), workspace.broadcast(number + 1))))
-        return Round(number, [step for step in steps if not (is_over and _is_late(step))], late)
+        return Round(number, [step for step in steps if not (is_over and _is_late(step))], unheard=unheard)
 
     def _vocabularies(self) -> list[Step]:
         """How each party reads. With an LLM that stays as it is, the server needs no client's."""
@@ -85,8 +85,8 @@ class InPublic:
         parents = {client(k): told[k] for k in taught_by} | self._vocabularies_of(None, *taught_by)
         parents |= {"llm": self._sha256("llm")} if number > 1 else {}
         step = self._step(place, "llm", command, parents, None)
-        late = [k for k, sha256 in told.items() if sha256 and made_of and k not in taught_by]
-        return self._of_public_rows(step, "co-distill", number, None), late
+        unheard = [k for k, sha256 in told.items() if sha256 and made_of and k not in taught_by]
+        return self._of_public_rows(step, "co-distill", number, None), unheard
 
     def _slm(self, number: int, k: int, first: Sequence[Step] = ()) -> Step:
         """What a client ends the round with. first: the broadcast, where that is averaged."""

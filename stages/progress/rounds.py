@@ -99,7 +99,7 @@ class Reader:
         adapters = {number_of(step.party): step for step in found.steps if step.name.startswith("slm-")}
         aggregate, late = self._aggregate(number, first[0], adapters)
         self._before = {"aggregate": aggregate}
-        return Round(number, [*found.steps, aggregate], sorted({*found.late, *late}))
+        return Round(number, [*found.steps, aggregate], late, found.unheard)
 
     def _alone(self, number: int) -> Round:
         """A round without the server: each client goes on with its own adapter, at first with the one broadcast."""

@@ -33,11 +33,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Round:
-    """The steps of one round, in the order of Algorithm 1, and updates that came too late for its aggregate."""
+    """The steps of one round, in the order of Algorithm 1, and what came too late in it.
+
+    late: clients whose update is not in the aggregate. unheard: clients from whose knowledge the LLM did not learn.
+    """
 
     number: int
     steps: list[Step]
     late: list[int] = field(default_factory=list)
+    unheard: list[int] = field(default_factory=list)
 
     @property
     def is_done(self) -> bool:

@@ -299,7 +299,7 @@ def test_status_as_json_says_whose_each_step_is(four: Callable[..., Machines]) -
         "edited",
     }
     first = found["rounds"][0]
-    assert first.keys() == {"number", "steps", "late"}
+    assert first.keys() == {"number", "steps", "late", "unheard"}
     fields = {"name", "condition", "reason", "command", "here", "sha256", "party", "changed"}
     assert all(step.keys() == fields for step in first["steps"])
     clients = [f"client-{k}" for k in FOUR]

@@ -139,7 +139,7 @@ def test_a_quorum_is_enough_and_whoever_comes_late_is_named_and_catches_up(
     assert given == ["align --server", "align --client 1", "align --client 2", *told, *server]
     run(workspace, scores=False)  # the two distil
     assert conditions(unlike_folder) == {}
-    assert status(workspace).rounds[0].late == []
+    assert status(workspace).rounds[0].unheard == []
     shutil.move(away, unlike_folder / "private/client-3")
     learned = read_manifest(workspace.llm(1))
     said: list[Event] = []
@@ -147,7 +147,7 @@ def test_a_quorum_is_enough_and_whoever_comes_late_is_named_and_catches_up(
     assert any("client 3 came too late" in event.text for event in said)
     assert read_manifest(workspace.llm(1)) == learned
     assert conditions(unlike_folder) == {}
-    assert status(workspace).rounds[0].late == [3]
+    assert status(workspace).rounds[0].unheard == [3]
     assert "late, not learned from by the LLM: client 3" in fedcollm("status", "-w", unlike_folder).out
 
 

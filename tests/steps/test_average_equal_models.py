@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from builders import AVERAGE, EQUAL_ROWS, adapters, edit, make_unlike_workspace, rows, scale, sign, write_rows
+from builders import AVERAGE, EQUAL_ROWS, Outcome, adapters, edit, make_unlike_workspace, rows, scale, sign, write_rows
 from stages.aggregate import aggregate
 from stages.align_party import align_party
 from stages.artefacts.reading import read_manifest
@@ -260,6 +261,36 @@ def test_a_quorum_is_averaged_and_who_comes_late_is_told_and_begins_the_next_rou
     assert status(workspace).rounds[0].late == [2]
     broadcast(workspace, round=2)
     assert str(status(workspace, party="client-2").next_command) == "fedcollm client-train --client 2 --round 2"
+
+
+def test_knowledge_too_late_for_the_llm_and_an_adapter_too_late_for_the_average_are_two_things(
+    equal_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(equal_folder / "fedcollm.toml", "average = true", "average = true\nmin_clients = 2")
+    workspace = Workspace(equal_folder)
+    broadcast(workspace, round=1)
+    for party in (None, *CLIENTS):
+        align_party(workspace, client=party)
+    for client in CLIENTS:
+        client_train(workspace, client=client, round=1)
+    for client in (1, 3):
+        share_knowledge(workspace, client=client, round=1)
+    co_distill(workspace, round=1)
+    share_knowledge(workspace, server=True, round=1)
+    share_knowledge(workspace, client=2, round=1)  # too late for the LLM
+    for client in (2, 3):
+        client_distill(workspace, client=client, round=1)
+    aggregate(workspace, round=1)
+    average, _ = read_manifest(workspace.aggregate(1))
+    assert set(average.parents) == {"broadcast", "adapter-client-2", "adapter-client-3"}
+    client_distill(workspace, client=1, round=1)  # too late for the average
+    found = status(workspace).rounds[0]
+    assert (found.unheard, found.late) == ([2], [1])
+    shown = fedcollm("status", "-w", equal_folder).out.splitlines()
+    assert [line.strip() for line in shown if line.startswith("  late")] == [
+        "late, not learned from by the LLM: client 2",
+        "late, not in the aggregate: client 1",
+    ]
 
 
 def test_a_client_that_was_absent_for_all_of_round_one_tells_how_it_reads_and_takes_part_in_round_two(
