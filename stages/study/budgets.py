@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from stages.artefacts.reading import read_manifest
-from stages.runtime.errors import BadNumbers
+from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
@@ -56,10 +56,19 @@ def _trained(workspace: Workspace, round: int) -> Iterator[tuple[Kind, str, Path
     federation = workspace.agreement.federation
     for k, place in workspace.client_adapters(round).items():
         if federation.learns_in_public:
-            yield "own", f"client-{k}", workspace.client_trained(round, k)
+            trained = workspace.client_trained(round, k)
+            _check_here(workspace, k, trained)
+            yield "own", f"client-{k}", trained
         yield ("public" if federation.learns_in_public else "own"), f"client-{k}", place
     if federation.distils or federation.clients_tell:
         yield "server", "server", workspace.llm(round)
+
+
+def _check_here(workspace: Workspace, k: int, trained: Path) -> None:
+    """Raise UsageProblem for what a client keeps on another machine."""
+    if not trained.exists() and not workspace.client_data(k).exists():
+        message = f"compare needs the models of all parties in one workspace; client {k}'s are not here"
+        raise UsageProblem(message, where=trained, mend=f"{Command('evaluate')} scores what a party alone has")
 
 
 RunAgain = Callable[[Workspace], Command]

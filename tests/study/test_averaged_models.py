@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,20 @@ def test_clients_are_given_as_much_whether_they_are_averaged_or_not(compared: Co
     for client, rows in ((1, 12), (2, 24), (3, 8)):
         examples = {method: compared.budgets[method][f"client-{client}"].examples for method in METHODS}
         assert examples == {"fedavg": rows, "fedmkt": rows + 12, "standalone-public": rows + 12}
+
+
+def test_a_servers_own_machine_compares_nothing(
+    studied: Path, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    server = shutil.copytree(studied, tmp_path / "server", symlinks=True)
+    shutil.rmtree(server / "baselines")
+    assert fedcollm("compare", "-w", server).code == 0
+    for client in (1, 2, 3):
+        shutil.rmtree(server / f"private/client-{client}")
+    refused = fedcollm("compare", "-w", server)
+    assert refused.code == 2
+    assert "compare needs the models of all parties in one workspace; client 1's are not here" in refused.err
+    assert "fedcollm evaluate scores what a party alone has" in refused.err
 
 
 def test_words_say_that_it_averages(studied: Path, fedcollm: Callable[..., Outcome]) -> None:
