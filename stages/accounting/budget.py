@@ -198,10 +198,11 @@ def _whole_ledger(workspace: Workspace, client: int) -> list[Line]:
 
 
 def anchors(workspace: Workspace, client: int) -> dict[Path, str]:
-    """The line that the ledger ended with when each of this client's adapters, and each log, was made; by its path."""
+    """The line that the ledger ended with when each folder and each log of this client was made; by its path."""
     found: dict[Path, str] = {}
     for round in range(1, workspace.agreement.federation.rounds + 1):
-        for place in (workspace.client_adapter(round, client), workspace.client_update(round, client)):
+        for place_of in (workspace.client_adapter, workspace.client_update, workspace.sent_by):
+            place = place_of(round, client)
             claim = read_manifest(place)[0].privacy if place.exists() else None
             if claim and claim.ledger_sha256:
                 found[place] = claim.ledger_sha256

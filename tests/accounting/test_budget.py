@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import edit
+from builders import edit, sign
 from stages.accounting.accountant import Charge, total_epsilon
 from stages.accounting.budget import check, claim, finish, reserve, reset
 from stages.accounting.ledger import charges, read_ledger
@@ -158,6 +158,18 @@ def test_a_ledger_that_was_tampered_with_is_refused(name: str, federation: Path)
         spend(federation, 2, "d")
     assert "--i-understand-reset" in str(caught.value.mend)
     assert ledger(federation).read_bytes() == before
+
+
+def test_what_a_client_of_fedmkt_tells_anchors_its_ledger(equal: Path) -> None:
+    privately(equal, "noise_multiplier = 1.0")
+    spend(equal, 1, "a")
+    [line] = read_ledger(ledger(equal))
+    claimed = {"unit": "example", "epsilon": 1.0, "delta": 1e-5, "ledger_sha256": line.sha256}
+    sign(equal / "exchange/round-0001/client-1", privacy=claimed)
+    check(Workspace(equal), client=1, round=2, examples=ROWS)
+    ledger(equal).unlink()
+    with pytest.raises(Damaged, match="it lacks the line that exchange/round-0001/client-1 was made after"):
+        check(Workspace(equal), client=1, round=2, examples=ROWS)
 
 
 def test_a_checkpoint_that_the_ledger_does_not_know_is_no_licence(federation: Path) -> None:
