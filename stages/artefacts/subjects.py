@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from stages.artefacts.manifest import Stage
-from stages.artefacts.reading import Artefact
+from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import received
 from stages.parties.names import number_of
 from stages.parties.party import Onlooker, Party
-from stages.runtime.errors import UsageProblem
+from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.commands import Command
 from stages.workspace.names import CLIENT
 from stages.workspace.paths import Workspace
@@ -93,11 +93,21 @@ def start_of(party: Party, round: int) -> Artefact | None:
 
 
 def trained_by(client: Party, round: int) -> Artefact:
-    """What client-train has made in a round, before the client learns on public rows. Raises as received does."""
+    """What client-train has made in a round, before the client learns on public rows.
+
+    Raises as received does, and Refused where adapters are averaged and this one began with another broadcast than lies
+    here: the server would refuse what is made of it.
+    """
     workspace, number = client.workspace, client.number
     missing = f"client {number} has not trained in round {round}", Command("client-train", client=number, round=round)
     place = workspace.client_trained(round, number)
-    return received(place, by=client, stage="client-train", round=round, client=number, missing=missing)
+    trained = received(place, by=client, stage="client-train", round=round, client=number, missing=missing)
+    begun_by = trained.manifest.parents.get("broadcast")
+    is_compared = workspace.agreement.averages and workspace.broadcast(round).exists()
+    if is_compared and begun_by != read_manifest(workspace.broadcast(round))[1]:
+        message = f"client {number} has trained in round {round} from another broadcast than the one here"
+        raise Refused(message, where=place, mend=missing[1].also(overwrite=True))
+    return trained
 
 
 def client_stage(workspace: Workspace) -> Literal["client-train", "client-distill"]:

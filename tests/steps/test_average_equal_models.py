@@ -216,6 +216,20 @@ def test_an_adapter_of_another_broadcast_or_of_other_knowledge_is_refused_by_nam
     assert not average.exists()
 
 
+def test_a_client_that_trained_from_another_broadcast_is_told_before_it_tells_or_learns(equal: Path) -> None:
+    workspace, steps = Workspace(equal), (share_knowledge, client_distill)
+    sign(equal / "exchange/round-0002/broadcast", seed=99)
+    for take in steps:
+        with pytest.raises(Refused, match="client 2 has trained in round 2 from another broadcast") as refused:
+            take(workspace, client=2, round=2, overwrite=True)
+        assert refused.value.mend == "fedcollm client-train --client 2 --round 2 --overwrite"
+    client_train(workspace, client=2, round=2, overwrite=True)
+    for take in steps:
+        take(workspace, client=2, round=2, overwrite=True)
+    sent, _ = read_manifest(equal / place(2, 2))
+    assert sent.parents["broadcast"] == read_manifest(workspace.broadcast(2))[1]
+
+
 @pytest.mark.parametrize(
     ("claimed", "said"),
     [
