@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from stages.federation.job import Chain
 from stages.federation.jobs import base_subjects, chain, server_subjects
 from stages.files import writing
-from stages.parties import names
 from stages.parties.enrolment import enrolment
 from stages.parties.names import SERVER, client
 from stages.progress.rounds import Reader
@@ -137,17 +136,13 @@ def _missing(workspace: Workspace, parties: set[str], *, scores: bool) -> list[s
 
 def _missing_of_each(workspace: Workspace, parties: set[str], *, scores: bool) -> list[str]:
     """The same where each party has its own model and, to learn in public, the public rows."""
-    from stages.planning.missing import Missing, missing, missing_model
+    from stages.planning.missing import missing, missing_model
 
     federation = workspace.agreement.federation
     here: list[int | None] = [k for k in workspace.clients if client(k) in parties]
     here += [None] if SERVER in parties and federation.server_tells else []
-    found = missing(workspace, roles=[], scores=scores)
+    found = missing(workspace, roles=[], scores=scores, clients=[k for k in here if k is not None])
     for number in here:
-        if federation.learns_in_public and not workspace.public_data(number).exists():
-            place = workspace.shown(workspace.public_data(number))
-            mend = f"put the rows that all parties have into {place}; in a simulation, `{PREPARE}` does"
-            found.append(Missing(f"the public rows of {names.of(number)}", mend))
         view = workspace if number is None else workspace.of_client(number)
         found += missing_model(view, "llm" if number is None else "slm")
     if SERVER in parties and workspace.agreement.averages:  # which it scores

@@ -30,6 +30,8 @@ ADAM_BYTES = 8
 ORDERED_BYTES = {"krum": 12, "median": 16, "trimmed-mean": 24}
 """Of one number of one client while a rule looks at a tensor of all: float32 and float64; float64 and a copy in order;
 float64, its place in order, and what is taken."""
+UNKNOWN = 1 << 30
+"""Tokens that a model whose configuration is not here takes: no row is longer."""
 TOP_K = 64
 """What co-distill captures of each position unless it is told otherwise; its memory hardly depends on it."""
 
@@ -280,4 +282,4 @@ def _length(here: Here, budget: Budget, rows: Extent | None) -> int:
 
 def longest(here: Here) -> int:
     """The longest sequence that both models take, in tokens."""
-    return min((shape.context for shape in here.shapes.values()), default=1 << 30)
+    return min((shape.context for shape in here.shapes.values()), default=UNKNOWN)

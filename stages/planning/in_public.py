@@ -19,6 +19,7 @@ from stages.planning.estimates import (
     beside_a_capture,
     client_train,
     evaluate,
+    longest,
     trained_stage,
 )
 from stages.planning.knowledge_cost import InPublic, Told
@@ -28,6 +29,8 @@ from stages.workspace.settings import Role
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from stages.planning.missing import Missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +136,23 @@ def _public(side: Side) -> Extent | None:
     workspace = side.here.workspace
     places = [workspace.public_data(party) for party in (*side.clients, None, *workspace.clients)]
     return extent([place for place in places if place.exists()][:1], side.tokenizer, unlabelled=True)
+
+
+def refused_rows_of(sides: Sequence[Side]) -> list[Missing]:
+    """The rows here that training would refuse: the first of each file, by whoever reads it."""
+    from stages.planning.missing import refused_rows
+
+    found = []
+    for side in sides:
+        if side.tokenizer is None:
+            continue
+        workspace, context = side.here.workspace, longest(side.here)
+        agreement = workspace.agreement
+        for place in map(workspace.client_data, side.clients):
+            found += refused_rows(workspace, place, side.tokenizer, agreement.client_training, context)
+        for place in map(workspace.public_data, side.clients or [None]):
+            found += refused_rows(workspace, place, side.tokenizer, agreement.distillation, context, unlabelled=True)
+    return found
 
 
 def sent_in(found: InPublic) -> dict[str, int]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from stages.bases import base_files, base_folders
+from stages.data.rows import Tokenizer, encode, read_rows
 from stages.runtime.errors import Damaged, Problem
+from stages.workspace.budgets import Budget
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES, Role
+
+MOST_NAMED = 8
+"""Files that one line names before it counts them."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +27,23 @@ class Missing:
     mend: str
 
 
-def missing(workspace: Workspace, *, roles: Sequence[Role] = ROLES, scores: bool = True) -> list[Missing]:
-    """All of it; the hub is not asked. Data of other parties are not missing where one party's are here.
+def missing(
+    workspace: Workspace,
+    *,
+    roles: Sequence[Role] | None = None,
+    scores: bool = True,
+    clients: Sequence[int] | None = None,
+) -> list[Missing]:
+    """All of it; the hub is not asked. What only other parties need is not missing where one party's data are here.
 
-    roles: the base models that are needed here. scores: whether the tasks are.
+    roles: the base models that are needed here, by default those of the parties whose data are. scores: whether the
+    tasks are. clients: who needs the public rows here, by default each client whose own rows are.
     """
+    if roles is None:
+        roles = ["slm"] if _is_of_clients_alone(workspace) else ROLES
     models = [one for role in roles for view in _views(workspace, role) for one in _model(view, role)]
-    return [*models, *_bitsandbytes(workspace, roles), *_data(workspace), *(_tasks(workspace) if scores else [])]
+    data = [*_data(workspace), *_public_rows(workspace, clients)]
+    return [*models, *_bitsandbytes(workspace, roles), *data, *(_tasks(workspace) if scores else [])]
 
 
 def missing_model(view: Workspace, role: Role) -> list[Missing]:
@@ -35,11 +51,41 @@ def missing_model(view: Workspace, role: Role) -> list[Missing]:
     return [*_model(view, role), *_bitsandbytes(view, [role])]
 
 
+def refused_rows(
+    workspace: Workspace, path: Path, tokenizer: Tokenizer, budget: Budget, context: int, *, unlabelled: bool = False
+) -> list[Missing]:
+    """The first row of a file that training on it would refuse; none if the file is not here.
+
+    context: of the model that reads them. unlabelled: whether rows without a completion may be among them.
+    """
+    if not path.exists():
+        return []
+    rows = read_rows(path, unlabelled=unlabelled)[0]
+    limits = {"max_length": budget.max_length, "context": context}
+    try:
+        encode(rows, tokenizer, **limits, too_long=workspace.agreement.data.too_long, path=path)
+    except Damaged as problem:
+        what = f"rows that can be trained on: in {workspace.shown(path)}, {problem.message}"
+        return [Missing(what, problem.mend or "")]
+    return []
+
+
+def _is_of_clients_alone(workspace: Workspace) -> bool:
+    """Whether only clients' rows are here, of a federation that has a server."""
+    federation = workspace.agreement.federation
+    has_server = federation.averages or federation.server_tells
+    return has_server and bool(_clients_here(workspace)) and not workspace.auxiliary_data.exists()
+
+
+def _clients_here(workspace: Workspace) -> list[int]:
+    return [k for k in workspace.clients if workspace.client_data(k).exists()]
+
+
 def _views(workspace: Workspace, role: Role) -> list[Workspace]:
     """The workspace as those see it who need a model of their own here: the clients here; each, if there is none."""
     if role == "llm" or workspace.client is not None or workspace.agreement.is_of_one_slm:
         return [workspace]
-    here = [k for k in workspace.clients if workspace.client_data(k).exists()]
+    here = _clients_here(workspace)
     if not here and workspace.auxiliary_data.exists():
         return []
     views = [workspace.of_client(k) for k in here or workspace.clients]
@@ -59,7 +105,7 @@ def _model(workspace: Workspace, role: Role) -> list[Missing]:
             return [Missing(f"{what}: {problem.message}", problem.mend or "")]
         setting = base_folders.setting(workspace, role)
         return [Missing(what, f"put it into {workspace.shown(own)}, or set {setting} in machine.toml")]
-    return [Missing(what, str(base_folders.fetched_by(workspace, role)))]
+    return [Missing(what, base_folders.fetching(workspace, role))]
 
 
 def _bitsandbytes(workspace: Workspace, roles: Sequence[Role]) -> list[Missing]:
@@ -89,14 +135,31 @@ def _data(workspace: Workspace) -> list[Missing]:
     return [Missing("training data", str(Command("prepare")))]
 
 
+def _public_rows(workspace: Workspace, clients: Sequence[int] | None) -> list[Missing]:
+    """The public rows of these clients, or of those here; or how all have them, where nobody's data are here."""
+    if not workspace.agreement.federation.learns_in_public:
+        return []
+    what = "the public rows, the same file at every party"
+    needed = _clients_here(workspace) if clients is None else clients
+    absent = [place for place in map(workspace.public_data, needed) if not place.exists()]
+    if absent:
+        places = ", ".join(map(workspace.shown, absent[:MOST_NAMED]))
+        more = f" and so on, for {len(absent)} clients" if len(absent) > MOST_NAMED else ""
+        dealt = f"; in a simulation, `{Command('prepare')}` does" if workspace.is_simulation else ""
+        return [Missing(what, f"put them into {places}{more}{dealt}")]
+    if needed or workspace.auxiliary_data.exists() or workspace.is_simulation:
+        return []
+    at_client, at_server = (workspace.shown(workspace.public_data(party)) for party in (1, None))
+    return [Missing(what, f"put them into {at_client} and so on, at the server into {at_server}")]
+
+
 def _tasks(workspace: Workspace) -> list[Missing]:
     """Tasks that rows are still to be made of, and those that are scored here; a client's own machine loads none."""
     from stages.data import tasks
 
-    federation = workspace.agreement.federation
-    rows = [path for path in map(workspace.client_data, workspace.clients) if path.exists()]
-    if rows and not workspace.auxiliary_data.exists() and (federation.averages or federation.server_tells):
+    if _is_of_clients_alone(workspace):
         return []
+    rows = _clients_here(workspace)
     dealt, scored, found = workspace.agreement.data.tasks, workspace.agreement.evaluation.tasks, []
     for name in dict.fromkeys([*(dealt if not (rows and scored) else []), *scored]):
         try:

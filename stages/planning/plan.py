@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.bases import base_files, base_folders
 from stages.bases.base_names import name_of
-from stages.data.rows import encode, extent, read_rows
-from stages.runtime.errors import Damaged, NotReady, UsageProblem
-from stages.workspace.budgets import Budget
+from stages.data.rows import extent
+from stages.runtime.errors import NotReady, UsageProblem
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES, Role
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 from stages.planning.estimates import (
     ADAM_BYTES,
     CHECKPOINTS,
+    UNKNOWN,
     Here,
     StagePlan,
     aggregate,
@@ -135,31 +134,27 @@ def _in_public(workspace: Workspace, device: Any, length: int | None) -> Plan:
         [],
         in_public.sent_in(told),
         in_public.disk_of(sides, told),
-        missing(workspace),
+        [*missing(workspace), *in_public.refused_rows_of(sides)],
     )
 
 
 def _refused_rows(here: Here, tokenizer: Any) -> list[Missing]:
     """The rows here that training would refuse: the first of each file."""
-    from stages.planning.missing import Missing
+    from stages.planning.missing import refused_rows
 
-    workspace, found = here.workspace, []
-    agreement = workspace.agreement
-    budgets: dict[Path, Budget] = {workspace.client_data(k): agreement.client_training for k in workspace.clients}
-    budgets[workspace.auxiliary_data] = agreement.distillation
-    for path, budget in budgets.items():
-        if tokenizer is None or not path.exists():
-            continue
-        is_auxiliary = path == workspace.auxiliary_data
-        context = longest(here) if is_auxiliary else here.shapes["slm"].context if "slm" in here.shapes else 1 << 30
-        rows = read_rows(path, unlabelled=is_auxiliary)[0]
-        limits = {"max_length": budget.max_length, "context": context}
-        try:
-            encode(rows, tokenizer, **limits, too_long=agreement.data.too_long, path=path)
-        except Damaged as problem:
-            what = f"rows that can be trained on: in {workspace.shown(path)}, {problem.message}"
-            found.append(Missing(what, problem.mend or ""))
-    return found
+    if tokenizer is None:
+        return []
+    workspace, agreement = here.workspace, here.workspace.agreement
+    context = here.shapes["slm"].context if "slm" in here.shapes else UNKNOWN
+    private = [
+        one
+        for k in workspace.clients
+        for one in refused_rows(workspace, workspace.client_data(k), tokenizer, agreement.client_training, context)
+    ]
+    auxiliary = workspace.auxiliary_data
+    return private + refused_rows(
+        workspace, auxiliary, tokenizer, agreement.distillation, longest(here), unlabelled=True
+    )
 
 
 # --- rows

@@ -247,6 +247,7 @@ def test_a_clients_own_model_and_the_public_rows_are_looked_for_before_anything_
     said = refused.value.message
     assert "the SLM models/slm-2, of client 2" in said
     assert "models/llm" in said
-    assert "the public rows of client-3" in said
+    assert "the public rows, the same file at every party" in said
+    assert "put them into private/client-3/public.jsonl" in said
     assert "models/slm-1" not in said
     assert listed(unlike_folder, only="client-1") == ["client 1 1"]

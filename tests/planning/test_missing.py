@@ -24,13 +24,24 @@ def test_the_papers_setting_lacks_its_models_its_data_and_its_task_on_a_new_mach
     edit(workspace.root / "machine.toml", "# simulation = true", "simulation = true")
     found = missing(Workspace(workspace.root))
     assert found[:3] == [
-        Missing("the SLM gpt2, of every party", "fedcollm prefetch --model slm"),
-        Missing("the LLM gpt2-large, of the server alone", "fedcollm prefetch --model llm"),
+        Missing("the SLM gpt2, of every party", fetching("slm")),
+        Missing("the LLM gpt2-large, of the server alone", fetching("llm")),
         Missing("training data", "fedcollm prepare"),
     ]
     assert len(found) == 4
     assert "the dataset of task openbookqa cannot be loaded" in found[3].what
     assert "`fedcollm prefetch`" in found[3].mend
+
+
+def fetching(role: str) -> str:
+    return f"`fedcollm prefetch --model {role}` where there is a network, or set models.{role} in machine.toml"
+
+
+def test_a_client_s_own_model_is_set_by_the_key_of_that_client_alone(unlike_folder: Path) -> None:
+    edit(unlike_folder / "fedcollm.toml", "models/slm-2", "nobody/nothing")
+    (found,) = missing(Workspace(unlike_folder))
+    fetched = "`fedcollm prefetch --client 2` where there is a network"
+    assert found.mend == f"{fetched}, or set models.clients.2 in machine.toml"
 
 
 def test_a_local_model_is_put_where_the_settings_say(workspace_folder: Path) -> None:
@@ -47,6 +58,32 @@ def test_data_of_other_parties_are_not_missing(workspace_folder: Path) -> None:
     for party in ("client-1", "client-3", "server"):
         shutil.rmtree(workspace_folder / "private" / party)
     assert missing(Workspace(workspace_folder)) == []
+
+
+def test_the_servers_llm_is_not_missing_where_only_clients_are(workspace_folder: Path, unlike_folder: Path) -> None:
+    for folder in (workspace_folder, unlike_folder):
+        edit(folder / "fedcollm.toml", '"models/llm"', '"nobody/nothing"')
+        assert [one.what for one in missing(Workspace(folder))] == ["the LLM nobody/nothing, of the server alone"]
+        shutil.rmtree(folder / "private/server")
+        assert missing(Workspace(folder)) == []
+
+
+def test_public_rows_are_missing_at_each_client_here_that_has_none(unlike_folder: Path) -> None:
+    shutil.rmtree(unlike_folder / "private/client-1")
+    (unlike_folder / "private/client-2/public.jsonl").unlink()
+    what = "the public rows, the same file at every party"
+    assert missing(Workspace(unlike_folder)) == [Missing(what, "put them into private/client-2/public.jsonl")]
+    (unlike_folder / "private/client-3/public.jsonl").unlink()
+    (found,) = missing(Workspace(unlike_folder))
+    assert found.mend == "put them into private/client-2/public.jsonl, private/client-3/public.jsonl"
+    assert missing(Workspace(unlike_folder), clients=[]) == []
+    shutil.rmtree(unlike_folder / "private")
+    own, public = missing(Workspace(unlike_folder))
+    assert own.what == "training data"
+    everywhere = (
+        "put them into private/client-1/public.jsonl and so on, at the server into private/server/auxiliary.jsonl"
+    )
+    assert public == Missing(what, everywhere)
 
 
 def test_parties_with_their_own_data_are_told_where_it_goes(workspace_folder: Path) -> None:

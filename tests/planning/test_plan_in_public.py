@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import Outcome, edit
+from builders import Outcome, edit, rows, write_rows
 from stages.artefacts.reading import read_manifest
 from stages.planning.estimates import StagePlan
 from stages.planning.plan import Plan, plan
@@ -117,6 +117,18 @@ def test_a_client_s_model_that_is_not_here_is_missing_and_the_others_are_planned
     assert stages["client-train 2"].memory == {}
     assert stages["client-train 3"].memory
     assert found.disk == {}
+
+
+def test_rows_that_training_would_refuse_are_named_by_the_file_of_each_who_reads_it(unlike_folder: Path) -> None:
+    long = [{"prompt": "blue " * 200, "completion": " red"}]
+    for name in ("client-2/train", "client-2/public", "server/auxiliary"):
+        write_rows(unlike_folder / f"private/{name}.jsonl", [*rows(4), *long])
+    found = [one.what for one in plan(Workspace(unlike_folder)).missing]
+    names = ["client-2/train.jsonl, line 5 of train", "client-2/public.jsonl, line 5 of public"]
+    names += ["server/auxiliary.jsonl, line 5 of auxiliary"]
+    said = [f"rows that can be trained on: in private/{name}.jsonl has " for name in names]
+    assert [one[: len(start)] for one, start in zip(found, said, strict=True)] == said
+    assert all(one.endswith(" tokens; max_length is 512, the model's context 128") for one in found)
 
 
 def test_rows_that_no_model_takes_are_refused_and_without_data_the_steps_are_unknown(unlike_folder: Path) -> None:
