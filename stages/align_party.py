@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.publishing import already_made, publish
+from stages.artefacts.publishing import PUBLIC, already_made, publish
 from stages.artefacts.steps import Over, Step
 from stages.files import writing
 from stages.parties import names
@@ -54,9 +54,10 @@ def align_party(
     public = read_public(party, report)
     others = [k for k in workspace.clients if workspace.vocabulary(k).exists()] if client is None else [client]
     if client is not None and not workspace.vocabulary(None).exists():
-        report(Event("note", "the server has not told its vocabulary yet: the same command aligns with it then"))
+        waits = "the server's vocabulary is not here yet, so the pair is not measured"
+        report(Event("note", f"{waits}: client-distill does that, or the same command once it has come"))
         return {}
-    return {k: pair_with(party, k, public, report, overwrite=overwrite, warns=True).report for k in others}
+    return {k: pair_with(party, k, public, report, overwrite=overwrite).report for k in others}
 
 
 class Own(NamedTuple):
@@ -97,7 +98,7 @@ class ShareVocabulary(Step[Own, Draft, Manifest]):
     def look(self, opened: Own, again: bool) -> Manifest | None:
         """What was told before. Raises Refused if the tokenizer is another one now."""
         [folder], data = self.publishes, opened.public.sha256
-        done = already_made(folder, {}, by=self.party, overwrite=again, log=self.log, data=data)
+        done = already_made(folder, {}, by=self.party, overwrite=again, log=self.log, data=data, rows=PUBLIC)
         if done and done.files[VOCABULARY].sha256 != opened.vocabulary.sha256:
             message = f"{self.workspace.shown(folder)} was made from other inputs; changed since: the tokenizer"
             raise Refused(message, where=folder, mend="give the command again with --overwrite to replace it")

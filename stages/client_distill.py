@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.publishing import already_made, is_earlier, publish
+from stages.artefacts.publishing import PUBLIC, already_made, is_earlier, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.steps import Over, Step
 from stages.artefacts.subjects import OWN_EXAMPLES, OWN_TOKENS, trained_by
@@ -110,7 +110,9 @@ class ClientDistill(Step[Opened, "Studied", Manifest]):
         """An adapter that was trained from these; one for an earlier attempt at the round is made again."""
         [folder], data = self.publishes, opened.public.sha256
         again = again or is_earlier(folder, opened.attempt)
-        return already_made(folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data)
+        return already_made(
+            folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data, rows=PUBLIC
+        )
 
     def compute(self, opened: Opened, again: bool) -> Studied:
         """Choose the rows that the LLM knows better, and train on all of them."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.publishing import already_made, publish
+from stages.artefacts.publishing import PUBLIC, already_made, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.artefacts.steps import Over, Step
@@ -138,7 +138,9 @@ class ShareKnowledge(Step[Opened, Computed, Manifest]):
     def look(self, opened: Opened, again: bool) -> Manifest | None:
         """What this model has told of these rows."""
         [folder], data = self.publishes, opened.public.sha256
-        return already_made(folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data)
+        return already_made(
+            folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data, rows=PUBLIC
+        )
 
     def compute(self, opened: Opened, again: bool) -> Computed:
         """Ask it at every position of every completion."""

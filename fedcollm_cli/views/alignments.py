@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from stages.distillation.alignment_figures import AlignmentReport, Direction
 
 
-def alignment_of(found: AlignmentReport, path: str) -> Group:
-    """A column for each way; then which map was written, and why."""
+def alignment_of(found: AlignmentReport, *folders: str) -> Group:
+    """A column for each way; then which map was written, and why, and where."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("share of", no_wrap=True)
     for one in found.directions:
@@ -28,20 +28,20 @@ def alignment_of(found: AlignmentReport, path: str) -> Group:
         f"map of the {one.teacher.upper()} to the {one.student.upper()}: {one.method}, since {one.because}"
         for one in found.directions
     ]
-    return Group(_tokens(found), table, *lines, path)
+    return Group(_tokens(found), table, *lines, *folders)
 
 
 def alignments_of(pairs: Mapping[int, AlignmentReport], folders: Sequence[str]) -> Group:
-    """Of each client and the server, the same; then what was told."""
-    parts = [
-        alignment_of(found, f"client {client} (SLM) and the server (LLM)") for client, found in sorted(pairs.items())
-    ]
+    """Of each client and the server, the same below its title; then what was told."""
+    parts: list[Group | str] = []
+    for client, found in sorted(pairs.items()):
+        parts += [f"client {client} (SLM) and the server (LLM)", alignment_of(found)]
     return Group(*parts, *folders)
 
 
 def _tokens(found: AlignmentReport) -> str:
     both = [(role, found.vocabularies[role]) for role in ROLES]
-    return "; ".join(f"{role.upper()} {one.tokens:,} tokens in {one.rows:,} rows" for role, one in both)
+    return "; ".join(f"{role.upper()} {one.tokens:,} tokens, {one.rows:,} token ids" for role, one in both)
 
 
 def _column(found: AlignmentReport, one: Direction) -> dict[str, str]:

@@ -41,6 +41,8 @@ from stages.workspace.names import (
 KEPT_OLD = "kept_old"
 """The metric of an aggregate that is the broadcast's adapter, since the round was given up."""
 
+PUBLIC = "the public rows"
+
 
 def publish(
     folder: Path,
@@ -103,12 +105,13 @@ def already_made(
     overwrite: bool,
     log: Path | None = None,
     data: str = "",
+    rows: str = "the training data",
     opening: Opening | None = None,
 ) -> Manifest | None:
     """The manifest of a folder that was made from exactly these parents under this agreement, or None: make it.
 
     by: who makes it.
-    data: the sha256 of the training data, compared with that in the log; exchanged files do not tell it.
+    data: the sha256 of the rows, compared with that in the log; exchanged files do not tell it. rows: what they are.
     opening: what a broadcast must say of clients and keys.
     Raises Refused if the folder was made from something else, Damaged if it is broken; overwrite makes either None.
     """
@@ -130,7 +133,7 @@ def already_made(
         if logged is None:
             return None  # stopped between publishing and logging: what it was trained on is not known
         if logged != data:
-            changed.append("the training data")
+            changed.append(rows)
     if changed:
         message = f"{workspace.shown(folder)} was made from other inputs; changed since: {', '.join(changed)}"
         mend = "give the command again with --overwrite to replace it"

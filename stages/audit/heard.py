@@ -5,7 +5,7 @@ Of each file what later checks need is kept, and it is small: cuts and losses, n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from stages.artefacts.vocabulary_files import parse_vocabulary
 from stages.audit.folders import Folder, Scope, open_folder
 from stages.data.rows import Row, read_rows
-from stages.distillation.cuts import Cuts, parse_cuts, parse_unread
+from stages.distillation.cuts import Cuts, check_cuts, parse_cuts
 from stages.distillation.knowledge import Knowledge, Told, figures, parse_knowledge, told_by_itself
 from stages.runtime.errors import Problem
 from stages.workspace.names import CUTS, KNOWLEDGE, VOCABULARY, round_name
@@ -71,15 +71,12 @@ class Heard:
             return "is not whole"
         try:
             vocabulary = parse_vocabulary(vocabulary_bytes, Path(VOCABULARY))
-            cuts = parse_unread(cuts_bytes, Path(CUTS), vocabulary)
+            cuts = parse_cuts(cuts_bytes, Path(CUTS), vocabulary)
         except Problem as problem:
             return problem.message
         place, fault = self._public_of(folder), ""
         if place is not None and (found := self.public[place]) is not None:
-            try:
-                parse_cuts(cuts_bytes, Path(CUTS), *found, vocabulary)
-            except Problem as problem:
-                fault = problem.message
+            fault = _fault(cuts, *found)
         beside = folder.scope.shown(place) if place else ""
         return Voice(vocabulary.tokenizer_sha256, vocabulary.sha256, vocabulary.rows, cuts, beside, fault)
 
@@ -108,6 +105,18 @@ class Heard:
         size_bytes = len(folder.contents[KNOWLEDGE])
         self.said[folder.path] = Said(folder.closed(), knowledge.losses, figures(knowledge), size_bytes)
         return ""
+
+
+def _fault(cuts: Cuts, rows: Sequence[Row], data_sha256: str) -> str:
+    """What is wrong with cuts of these rows; empty if nothing is."""
+    if cuts.data_sha256 != data_sha256:
+        found = f"{CUTS} is of other public rows: sha256 {cuts.data_sha256[:16]}..."
+        return f"{found}, here they have {data_sha256[:16]}..."
+    try:
+        check_cuts(cuts, Path(CUTS), rows)
+    except Problem as problem:
+        return problem.message
+    return ""
 
 
 def knowledge_in(folder: Folder, voice: Voice) -> Knowledge:

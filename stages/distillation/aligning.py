@@ -52,12 +52,14 @@ class Align(Step[Sides, Aligned, AlignmentReport]):
     """Both ways between two vocabularies.
 
     sides: reads them. method: of the maps; None: the one that measures best, each way. again_by: the command that makes
-    it again. warns: of a teacher that can hardly reach its student; by_map: whether models learn by the maps.
+    it again. warns: when the maps are made, of a teacher that can hardly reach its student; whose: before each warning;
+    by_map: whether models learn by the maps.
     """
 
     sides: Callable[[], Sides]
     method: Method | None
     again_by: Command
+    whose: str = ""
     warns: bool = True
     by_map: bool = True
 
@@ -115,19 +117,22 @@ class Align(Step[Sides, Aligned, AlignmentReport]):
         contents[ALIGNMENT_REPORT] = reading.json_bytes(made.model_dump())
         writing.publish(folder, contents, over=over[folder])
         writing.write_log(self.log, [{"inputs": {"rows": opened.rows_sha256}} | made.as_json()])
+        if self.warns:
+            self._warn(made)
         return made
 
-    def end(self, opened: Sides, made: AlignmentReport, again: bool) -> AlignmentReport:
-        """Warn of what a teacher can hardly reach."""
-        for one in made.directions if self.warns else ():
+    def _warn(self, made: AlignmentReport) -> None:
+        """Of what a teacher can hardly reach."""
+        for one in made.directions:
             reached = one.usable if self.by_map or one.measured is None else one.measured.coverage
             if reached is not None and reached < USABLE:
-                words = f"at {100 * reached:.0f} % of answer positions only, the {one.teacher.upper()} reaches"
+                words = (
+                    f"{self.whose}at {100 * reached:.0f} % of answer positions only, the {one.teacher.upper()} reaches"
+                )
                 self.report(Event("warning", f"{words} what the {one.student.upper()} predicts: it can teach little"))
             if one.measured and one.measured.left_out:
                 words = f"{one.measured.left_out} rows are left out: a tokenizer does not give them back byte for byte"
-                self.report(Event("warning", words))
-        return made
+                self.report(Event("warning", f"{self.whose}{words}"))
 
 
 def read_report(folder: Path, again_by: Command) -> AlignmentReport:

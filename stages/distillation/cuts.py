@@ -27,7 +27,6 @@ import safetensors.numpy
 from stages.artefacts.tensor_files import bad, read_header, told_in
 from stages.artefacts.vocabulary_files import Vocabulary
 from stages.data.rows import Example, Row
-from stages.runtime.errors import Refused
 
 if TYPE_CHECKING:
     from stages.distillation.alignment_figures import Read
@@ -81,24 +80,11 @@ def cuts_bytes(cuts: Cuts) -> bytes:
     return safetensors.numpy.save(tensors, metadata={"cuts": json.dumps(told, sort_keys=True)})
 
 
-def parse_cuts(content: bytes, path: Path, rows: Sequence[Row], data_sha256: str, vocabulary: Vocabulary) -> Cuts:
-    """The contents of such a file. Raises Damaged unless it is of this form, of this vocabulary, and can be true.
+def parse_cuts(content: bytes, path: Path, vocabulary: Vocabulary) -> Cuts:
+    """The contents of such a file. Raises Damaged unless it is of this form and of this vocabulary.
 
-    Raises Refused for one of other rows than these.
+    Whether it can be true of the rows is for check_cuts.
     """
-    cuts = parse_unread(content, path, vocabulary)
-    if cuts.data_sha256 != data_sha256:
-        found = cuts.data_sha256[:16]
-        message = f"{path.name} is of other public rows: sha256 {found}..., here they have {data_sha256[:16]}..."
-        raise Refused(message, where=path, mend="give all parties the same file of public rows, byte for byte")
-    if len(cuts.positions) != len(rows):
-        raise bad(path, f"has the cuts of {len(cuts.positions)} rows, there are {len(rows)}")
-    _check(cuts, path, rows)
-    return cuts
-
-
-def parse_unread(content: bytes, path: Path, vocabulary: Vocabulary) -> Cuts:
-    """The same where the rows are not here: all that can be told without their texts. Raises Damaged."""
     header = read_header(content, path)
     told: dict[str, Any] = told_in(header, "cuts")
     if told.keys() != {"format", "data_sha256", "vocabulary_sha256"} or told["format"] != FORMAT:
@@ -128,8 +114,10 @@ def parse_unread(content: bytes, path: Path, vocabulary: Vocabulary) -> Cuts:
     return cuts
 
 
-def _check(cuts: Cuts, path: Path, rows: Sequence[Row]) -> None:
+def check_cuts(cuts: Cuts, path: Path, rows: Sequence[Row]) -> None:
     """Raise Damaged for cuts that these rows cannot have."""
+    if len(cuts.positions) != len(rows):
+        raise bad(path, f"has the cuts of {len(cuts.positions)} rows, there are {len(rows)}")
     lengths = [len((row.prompt + (row.completion or "")).encode()) for row in rows]
     spans = itertools.pairwise(cuts.firsts.tolist())
     for number, (row, length, (first, end)) in enumerate(zip(rows, lengths, spans, strict=True), 1):

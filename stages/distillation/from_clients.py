@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.publishing import already_made, publish
+from stages.artefacts.publishing import PUBLIC, already_made, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.steps import Over
 from stages.distillation import side, teaching
@@ -63,7 +63,9 @@ class LearnFromClients(Distilling[Opened, Studied]):
     def look(self, opened: Opened, again: bool) -> Manifest | None:
         """An adapter that was trained from these."""
         [folder], data = self.publishes, opened.public.sha256
-        return already_made(folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data)
+        return already_made(
+            folder, opened.parents, by=self.party, overwrite=again, log=self.log, data=data, rows=PUBLIC
+        )
 
     def compute(self, opened: Opened, again: bool) -> Studied:
         """Ask the LLM what it knows, choose who teaches each row, and train it."""

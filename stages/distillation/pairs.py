@@ -9,12 +9,13 @@ from functools import partial
 from typing import NamedTuple
 
 from stages.artefacts.manifest import BaseIdentity
+from stages.artefacts.public_rows import of_other_rows
 from stages.artefacts.receiving import received
 from stages.artefacts.vocabulary_files import Vocabulary, parse_vocabulary
 from stages.distillation.aligning import Align, Sides, read_map
 from stages.distillation.alignment import Alignment
 from stages.distillation.alignment_figures import AlignmentReport, Read
-from stages.distillation.cuts import Cuts, parse_cuts, reads
+from stages.distillation.cuts import Cuts, check_cuts, parse_cuts, reads
 from stages.distillation.public import Public
 from stages.parties import names
 from stages.parties.party import Party
@@ -52,14 +53,20 @@ def aligned_by(client: int | None) -> Command:
 
 
 def voice_of(party: Party, client: int | None, public: Public) -> Voice:
-    """What a party (None: the server) has told of how it reads these rows. Raises as received and the parsers do."""
+    """What a party (None: the server) has told of how it reads these rows. Raises as received and the parsers do.
+
+    Raises Refused where it has told of other rows.
+    """
     workspace, name = party.workspace, names.of(client)
     folder = workspace.vocabulary(client)
     where = f"{aligned_by(client)}" + ("" if party.name == name else " there; then carry exchange/ here")
     missing = f"{names.said(name)} has not told its vocabulary", where
     found = received(folder, by=party, stage="align", round=1, client=client, missing=missing)
     vocabulary = parse_vocabulary(found.contents[VOCABULARY], folder / VOCABULARY)
-    cuts = parse_cuts(found.contents[CUTS], folder / CUTS, public.rows, public.sha256, vocabulary)
+    cuts = parse_cuts(found.contents[CUTS], folder / CUTS, vocabulary)
+    if cuts.data_sha256 != public.sha256:
+        raise of_other_rows(workspace, client, public.path, cuts.data_sha256, public.sha256)
+    check_cuts(cuts, folder / CUTS, public.rows)
     return Voice(vocabulary, cuts, found.manifest.base, found.sha256)
 
 
@@ -71,11 +78,11 @@ def pair_with(
     *,
     own: Voice | None = None,
     overwrite: bool = False,
-    warns: bool = False,
 ) -> Pair:
     """The pair of the server and this client, as one of them (party) has it; its maps are made if they are not there.
 
-    own: what the party itself has told, if that is read already. warns: whether of a teacher that reaches little.
+    own: what the party itself has told, if that is read already. Where both are on this machine, a teacher that reaches
+    little is warned of once.
     """
     here = None if party.is_server else client
     there = client if party.is_server else None
@@ -86,6 +93,7 @@ def pair_with(
     voices = {mine: own, theirs: other}
     folder = party.workspace.alignment_with(client, at=here)
     agreed = party.workspace.agreement.distillation.alignment
+    is_told = party.workspace.alignment_with(client, at=there).exists() and not overwrite
 
     made = Align(
         party=party,
@@ -94,7 +102,8 @@ def pair_with(
         sides=partial(_sides, voices, public),
         method=None if agreed == "best" else agreed,
         again_by=aligned_by(here).also(overwrite=True),
-        warns=warns,
+        whose=f"{names.said(names.client(client))}: ",
+        warns=not is_told,
         by_map=party.workspace.agreement.distillation.divergence not in ("spans", "sorted"),
         overwrite=overwrite,
         done=f"already aligned with {names.said(names.of(there))}",

@@ -1,14 +1,16 @@
-"""Rows that were dealt from tasks or files which have been edited since."""
+"""Rows that were dealt from tasks or files which have been edited since, and public rows that others have not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.artefacts.public_rows import of_other_rows, told_sha256
 from stages.artefacts.reading import read_manifest
 from stages.artefacts.records import Result, read_result
 from stages.artefacts.subjects import folder_of, is_subject, scored_by
 from stages.data.split_file import Split, read_split
+from stages.files import reading
 from stages.runtime.errors import Problem
 from stages.runtime.events import Event, Report
 from stages.workspace import listing
@@ -73,6 +75,28 @@ def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:
             why.append("the adapter is another one now")
         if why:
             yield path, "; ".join(why), scored_by(round, path.stem)
+
+
+def other_public_rows(workspace: Workspace) -> Iterator[str]:
+    """Each party that has told how it reads other public rows than its copy here, or else any copy here, holds.
+
+    At a client no other client is looked at, since it learns from none.
+    """
+    copies = {k: place for k in (None, *workspace.clients) if (place := workspace.public_data(k)).exists()}
+    if not (copies and workspace.agreement.federation.server_tells):
+        return
+    digests: dict[Path, str] = {}
+    for k in (None, *(workspace.clients if None in copies else copies)):
+        place = copies.get(k) or next(iter(copies.values()))
+        try:
+            told = told_sha256(workspace.vocabulary(k))
+            here = digests.get(place) or reading.sha256(reading.read_own(place))
+        except (Problem, OSError):  # it is not there; or whoever reads it says what is wrong with it
+            continue
+        digests[place] = here
+        if told != here:
+            problem = of_other_rows(workspace, k, place, told, here)
+            yield f"{problem.message}: {problem.mend}"
 
 
 def _tasks_sha256(workspace: Workspace) -> str:

@@ -52,7 +52,8 @@ class Status:
     changed: list[str] = field(default_factory=list)
     """With verify: results, logs, rows, checkpoints, keys and secrets that are not as they were written."""
     stale: list[str] = field(default_factory=list)
-    """Rows and results that are of other tasks, settings or adapters than lie here now: why, and what mends it."""
+    """Rows and results that are of other tasks, settings or adapters than lie here now, and parties with other public
+    rows: why, and what mends it."""
     not_covered: str = ""
     """With verify: what nothing was held against."""
 
@@ -87,6 +88,7 @@ def status(workspace: Workspace, *, verify: bool = False, party: str | None = No
     stale = [f"{workspace.shown(path)}: {why} ({mend})" for path, why, mend in of_others]
     if reader.are_rows_stale:
         stale.insert(0, f"{workspace.shown(workspace.split)}: {STALE_ROWS} ({PREPARE} tells whether the rows change)")
+    stale += staleness.other_public_rows(workspace)
     scores = _scores(workspace, rounds[-1].number, [path for path, *_ in of_others])
     command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, scores)
     if (others := other_tasks(workspace)) and others not in waiting_for:

@@ -15,6 +15,7 @@ from stages.artefacts.reading import read_manifest
 from stages.client_train import client_train
 from stages.federation.next import next as step
 from stages.federation.run import run
+from stages.files.reading import sha256
 from stages.progress.status import status
 from stages.runtime.errors import NotReady
 from stages.runtime.events import Event
@@ -186,6 +187,27 @@ def test_public_rows_that_are_not_those_learned_from_are_found_too(unlike: Path)
     assert status(Workspace(unlike)).changed == []
     [said] = status(Workspace(unlike), verify=True).changed
     assert said.startswith("private/client-3/public.jsonl: sha256 ")
+
+
+def test_a_client_whose_public_rows_are_others_than_the_servers_is_told(unlike: Path) -> None:
+    place = unlike / "private/client-2/public.jsonl"
+    before, text = sha256(place.read_bytes()), place.read_text()
+    assert status(Workspace(unlike)).stale == []
+    for gone in ("server", "client-1", "client-3"):
+        shutil.rmtree(unlike / "private" / gone)
+    place.write_text(text.replace("red", "blue"))
+    now, both = sha256(place.read_bytes()), "(sha256 {}..., here {}...)"
+    digests = both.format(before[:16], now[:16])
+    [server, own] = status(Workspace(unlike)).stale
+    assert server == (
+        f"the server has other public rows than this machine {digests}: compare `sha256sum "
+        "private/client-2/public.jsonl` with that of private/server/auxiliary.jsonl there, "
+        "and give all parties the same file"
+    )
+    changed = "private/client-2/public.jsonl was changed after client 2 told how it reads these rows"
+    assert own.startswith(f"{changed} {digests}: ")
+    place.unlink()
+    assert status(Workspace(unlike)).stale == []
 
 
 def test_an_adapter_of_another_client_is_not_taken_for_ones_own(unlike: Path) -> None:

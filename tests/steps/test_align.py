@@ -13,7 +13,7 @@ import pytest
 import vocabularies
 from builders import Outcome, published
 from stages.align import align
-from stages.artefacts.vocabulary_files import read_vocabulary
+from stages.artefacts.vocabulary_files import Kind, read_vocabulary
 from stages.distillation.alignment_files import parse_alignment
 from stages.runtime.errors import Damaged, Refused, UsageProblem
 from stages.runtime.events import Event
@@ -175,6 +175,18 @@ def test_a_map_that_was_changed_is_damaged(pair: Path) -> None:
     path.with_name("report.json").write_text("{}")
     with pytest.raises(Damaged, match="not a report of align"):
         align(Workspace(pair))
+
+
+def test_of_several_clients_each_table_stands_below_its_title(unlike: Path, fedcollm: Fedcollm) -> None:
+    said = fedcollm("align", "--server", "-w", unlike).out
+    titles = [said.index(f"client {k} (SLM) and the server (LLM)") for k in (1, 2, 3)]
+    tables = [place for place in range(len(said)) if said.startswith("share of", place)]
+    assert len(tables) == 3
+    assert sorted(titles + tables) == [place for pair in zip(titles, tables, strict=True) for place in pair]
+    assert said.startswith("client 1 (SLM)")
+    one = read_vocabulary(unlike / "exchange/round-0001/vocabulary-client-1/vocabulary.safetensors")
+    tokens = sum(kind in (Kind.TEXT, Kind.BYTE) for kind in one.kinds)
+    assert f"SLM {tokens:,} tokens, {one.rows:,} token ids" in said
 
 
 def test_the_command_prints_a_table_and_json(pair: Path, fedcollm: Fedcollm) -> None:

@@ -18,6 +18,7 @@ from stages.client_distill import client_distill
 from stages.client_train import client_train
 from stages.co_distill import co_distill
 from stages.distillation.lessons import chosen
+from stages.files.reading import sha256
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused, UsageProblem
 from stages.runtime.events import Event
 from stages.share_knowledge import share_knowledge
@@ -45,6 +46,35 @@ def test_a_run_leaves_what_the_separate_commands_leave(unlike: Path, unlike_fold
             client_distill(workspace, client=client, round=round)
     for path in sorted(unlike.glob("*/**/*.safetensors")):
         assert path.read_bytes() == (unlike_folder / path.relative_to(unlike)).read_bytes(), path
+
+
+def test_a_teacher_that_reaches_little_is_warned_of_when_the_map_is_made_and_not_again(unlike_folder: Path) -> None:
+    edit(unlike_folder / "fedcollm.toml", "top_k = 32", 'top_k = 32\nalignment = "exact"')
+    workspace, events = Workspace(unlike_folder), list[Event]()
+
+    def warned() -> list[str]:
+        found = [event.text for event in events if "it can teach little" in event.text]
+        events.clear()
+        return found
+
+    align_party(workspace, client=1, report=events.append)
+    waits = "the server's vocabulary is not here yet, so the pair is not measured"
+    assert f"{waits}: client-distill does that, or the same command once it has come" in [one.text for one in events]
+    assert warned() == []
+    align_party(workspace, report=events.append)
+    [first, *others] = warned()
+    assert first.startswith("client 1: at ")
+    assert all(one.startswith("client 1: at ") for one in others)
+    align_party(workspace, report=events.append)
+    assert warned() == []
+    away = shutil.move(unlike_folder / "private/server", unlike_folder / "away")  # as on client 1's own machine
+    made = align_party(workspace, client=1, report=events.append)
+    assert warned() == [first, *others]
+    assert [one.usable < 0.5 for one in made[1].directions if one.usable is not None].count(True) == 1 + len(others)
+    shutil.rmtree(unlike_folder / "private/client-1/alignment")
+    shutil.move(away, unlike_folder / "private/server")
+    align_party(workspace, client=1, report=events.append)
+    assert warned() == []  # the server's map is here too, and it has said so
 
 
 def test_no_adapter_travels_and_what_does_is_of_the_known_kinds(unlike: Path) -> None:
@@ -235,10 +265,21 @@ def test_knowledge_of_another_round_client_or_agreement_is_refused(unlike: Path)
 
 def test_other_public_rows_are_refused_by_their_digest(unlike: Path) -> None:
     without_llm(unlike)
-    rows = (unlike / "private/server/auxiliary.jsonl").read_text()
-    (unlike / "private/server/auxiliary.jsonl").write_text(rows.replace("red", "blue"))
-    with pytest.raises(Refused, match="is of other public rows: sha256"):
+    place = unlike / "private/server/auxiliary.jsonl"
+    before, rows = sha256(place.read_bytes()), place.read_text()
+    place.write_text(rows.replace("red", "blue"))
+    now = sha256(place.read_bytes())
+    with pytest.raises(Refused, match=r"auxiliary.jsonl was changed after the server told") as caught:
         co_distill(Workspace(unlike), round=1)
+    assert f"(sha256 {before[:16]}..., here {now[:16]}...)" in caught.value.message
+    assert "`fedcollm align --server --overwrite`" in str(caught.value.mend)
+    with pytest.raises(Refused, match="changed since: the public rows"):
+        align_party(Workspace(unlike))
+    with pytest.raises(Refused, match="client 1 has other public rows than this machine") as caught:
+        align_party(Workspace(unlike), overwrite=True)
+    assert f"(sha256 {before[:16]}..., here {now[:16]}...)" in caught.value.message
+    copies = "`sha256sum private/server/auxiliary.jsonl` with that of private/client-1/public.jsonl there"
+    assert str(caught.value.mend).startswith(f"compare {copies}")
 
 
 def test_a_client_whose_model_changed_is_refused(unlike: Path, unlike_models: Path) -> None:
