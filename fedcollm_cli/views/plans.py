@@ -148,6 +148,8 @@ def travelled(rounds: list[Sent], totals: list[Sent], before: str = "keys") -> T
     for round in dict.fromkeys(one.round for one in rounds):
         _add(table, [one for one in rounds if one.round == round], before)
     _add(table, totals, before)
+    if not all(one.is_whole for one in totals):
+        table.caption = "?: nothing of that party is here; what the server receives, and all sums, are of what is here"
     return table
 
 
@@ -155,13 +157,13 @@ def _add(table: Table, sent: list[Sent], before: str) -> None:
     """The rows of one round, or of the totals: the server, then the clients, summed up if they are many."""
     server, *clients = sent
     label = {None: "all", 0: before}.get(server.round, str(server.round))
-    table.add_row(label, server.party, f"{server.sent_bytes:,}", f"{server.received_bytes:,}")
-    if len(clients) <= MOST_LISTED:
-        for one in clients:
-            table.add_row(label, one.party, f"{one.sent_bytes:,}", f"{one.received_bytes:,}")
-    else:
-        up, down = sum(one.sent_bytes for one in clients), sum(one.received_bytes for one in clients)
-        table.add_row(label, f"{len(clients)} clients", f"{up:,}", f"{down:,}")
+    rows = {server.party: [server]}
+    listed = len(clients) <= MOST_LISTED
+    rows |= {one.party: [one] for one in clients} if listed else {f"{len(clients)} clients": clients}
+    for name, parties in rows.items():
+        is_whole = all(one.is_whole for one in parties)
+        ways = sum(one.sent_bytes for one in parties), sum(one.received_bytes for one in parties)
+        table.add_row(label, name, *(f"{size_bytes:,}" if size_bytes or is_whole else "?" for size_bytes in ways))
     table.add_section()
 
 

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 class Sent:
     """What one party sent and received in one round, in bytes; of one party over all rounds, round is None.
 
-    Round 0 is before the first: keys and the roster.
+    Round 0 is before the first: keys and the roster. is_whole: whether all of it can be seen here, since the party or
+    the server is on this machine; if not, the bytes are those of what is here.
     """
 
     round: int | None
     party: str
     sent_bytes: int
     received_bytes: int
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,12 @@ def counted(workspace: Workspace) -> tuple[list[Sent], list[Sent]]:
             sent[round, one.sender] += one.size_bytes
             received[round, one.receiver] += one.size_bytes
     rounds = sorted({transfer.round for transfer in found})
+    has_server = workspace.auxiliary_data.parent.exists()
+    here = {client(k) for k in workspace.clients if has_server or workspace.client_data(k).exists()}
+    here |= {SERVER} if has_server else set()
 
     def row(round: int | None, party: str) -> Sent:
-        return Sent(round, party, sent[round, party], received[round, party])
+        return Sent(round, party, sent[round, party], received[round, party], party in here)
 
     by_round = [row(round, party) for round in rounds for party in parties]
     return by_round, [row(None, party) for party in parties] if found else []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from builders import edit
+from builders import Outcome, edit
 from stages.exchange.transfers import transfers
 from stages.planning.comm_cost import comm_cost, table_3
 from stages.workspace.paths import Workspace
@@ -26,6 +28,38 @@ def test_what_one_sends_others_receive_to_the_byte(finished: Path) -> None:
         assert server.received_bytes == sum(one.sent_bytes for one in clients)
     assert sum(one.sent_bytes for one in found.totals) == sum(one.size_bytes for one in transfers(Workspace(finished)))
     assert [one.party for one in found.totals] == ["server", "client-1", "client-2", "client-3"]
+
+
+def test_what_parties_elsewhere_sent_is_no_zero(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    assert all(one.is_whole for one in comm_cost(Workspace(finished)).totals)
+    sent, broadcast = (bytes_of(finished / f"exchange/round-0001/{name}") for name in ("client-2", "broadcast"))
+    for path in [*finished.glob("exchange/round-*/client-[13]"), finished / "exchange/round-0002"]:
+        shutil.rmtree(path)
+    at_server = fedcollm("comm-cost", "-w", finished).out
+    assert "?:" not in at_server
+    assert ["1", "client-1", "0", f"{broadcast:,}"] in cells(at_server)  # it would be here
+    for party in ("client-1", "client-3", "server"):
+        shutil.rmtree(finished / "private" / party)
+    totals = comm_cost(Workspace(finished)).totals
+    assert {one.party: one.is_whole for one in totals} == {
+        "server": False,
+        "client-1": False,
+        "client-2": True,
+        "client-3": False,
+    }
+    said = fedcollm("comm-cost", "-w", finished).out
+    assert [row for row in cells(said) if row[0] == "1"] == [
+        ["1", "server", f"{3 * broadcast:,}", f"{sent:,}"],
+        ["1", "client-1", "?", f"{broadcast:,}"],
+        ["1", "client-2", f"{sent:,}", f"{broadcast:,}"],
+        ["1", "client-3", "?", f"{broadcast:,}"],
+    ]
+    assert "of what is here" in said
+
+
+def cells(drawn: str) -> list[list[str]]:
+    """The rows of a table, as words."""
+    return [line.replace("│", " ").replace("┃", " ").split() for line in drawn.splitlines() if line.strip()]
 
 
 def test_the_full_model_is_counted_in_float32_and_in_its_own_type(finished: Path) -> None:
