@@ -175,7 +175,7 @@ class ShareKnowledge(Step[Opened, Computed, Manifest]):
         [folder], content = self.publishes, knowledge_bytes(knowledge)
         metrics = figures(knowledge)
         words = f"{len(content)} bytes: {len(knowledge.chances)} positions of {int(metrics['rows'])} rows"
-        self.report(Event("note", f"{words}; a row's answer has {metrics['loss']:.4g} nats"))
+        self.report(Event("note", f"{words}; mean loss of an answer {metrics['loss']:.4g} nats"))
         draft = Draft(
             stage="share-knowledge",
             role=self.role,

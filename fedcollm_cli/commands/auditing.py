@@ -94,7 +94,7 @@ def diff(
 
         if is_told(first) or is_told(second):
             told = diff_told(first, second)
-            console.result(asdict(told), texts.lines(f"{name}: {value}" for name, value in asdict(told).items()))
+            console.result(asdict(told), texts.lines(told.as_lines))
             return
         from stages.audit.diff import diff as stage
 

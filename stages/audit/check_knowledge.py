@@ -62,7 +62,8 @@ def _said(folder: Folder, heard: Heard) -> Iterator[Finding]:
     yield from _figures(folder, told, counts)
     measured = {**said.figures, "positions": positions, "bytes": said.size_bytes, "bytes_a_row": said.size_bytes / rows}
     text = f"{positions} positions of {rows:.0f} rows, {measured['bytes_a_row']:.0f} bytes a row"
-    yield A11.ok(f"{text}; {said.figures['loss']:.4g} nats a row", where=folder.shown, measured=measured)
+    text += f"; mean loss of an answer {said.figures['loss']:.4g} nats"
+    yield A11.ok(text, where=folder.shown, measured=measured)
 
 
 def _figures(folder: Folder, told: Mapping[str, float], counted: Mapping[str, float]) -> Iterator[Finding]:
@@ -96,11 +97,15 @@ def told_in_all(scope: Scope, folders: list[Folder], heard: Heard) -> Iterator[F
         yield A11.skip("whether cuts are those of the rows' texts: no public rows are here")
     counts = list(choices_of(A11, scope, folders, heard))
     yield from counts
-    chosen = sum(one.level == "OK" for one in counts)
-    sizes = [one.size_bytes / one.figures["rows"] for one in told]
+    if not counts:
+        yield A11.skip("the choice of teachers cannot be repeated: no model that learned from others is here")
     text = f"vocabularies of {len(voices)} parties, {number_of(len(told), 'file')} of knowledge"
-    text += f", {min(sizes):.0f} to {max(sizes):.0f} bytes a row" if sizes else ""
-    yield A11.ok(f"{text}; who teaches each row was chosen again {number_of(chosen, 'time')}")
+    if told:
+        sizes = [one.size_bytes / one.figures["rows"] for one in told]
+        text += f", {' to '.join(dict.fromkeys(f'{size:.0f}' for size in (min(sizes), max(sizes))))} bytes a row"
+    if chosen := sum(one.level == "OK" for one in counts):
+        text += f"; for {number_of(chosen, 'model')} the choice of teachers was repeated and is the same"
+    yield A11.ok(text)
 
 
 def _same_rows(folders: list[Folder], heard: Heard) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from stages.runtime.errors import Problem
 from stages.secagg import masking, unmasking
 from stages.secagg.one_round import transcript_of
 from stages.secagg.vectors import read_array
-from stages.workspace.agreement import threshold
+from stages.workspace.agreement import Agreement, threshold
 from stages.workspace.names import MANIFEST, MASKED_UPDATE, SEALED_SHARES
 
 A9 = Check("A9", "secagg")
@@ -48,7 +48,7 @@ def masked_of(folder: Folder) -> Iterator[Finding]:
 def rounds_of(scope: Scope, folders: list[Folder]) -> Iterator[Finding]:
     """Of every round: how it was opened, masked, closed and revealed. folders: all of this scope."""
     if scope.agreement is not None and not scope.agreement.aggregation.is_secure:
-        yield A9.skip("plain mode: the server reads each client's update")
+        yield A9.skip(_readable(scope.agreement))
         return
     ours = [folder for folder in folders if folder.manifest]
     begins = {one.said.round: one for one in ours if one.said.stage == "broadcast" and one.said.opening}
@@ -70,6 +70,16 @@ def rounds_of(scope: Scope, folders: list[Folder]) -> Iterator[Finding]:
         least = scope.agreement.quorum(len(opening.clients)) if scope.agreement else opening.threshold
         yield from _round([one for one in ours if one.said.round == round], theta, opening, least)
     yield A9.ok(f"{number_of(len(begins), 'round')}: transcripts, commitments, closes and reveals agree")
+
+
+def _readable(agreement: Agreement) -> str:
+    """Of a federation without masks: what the server reads."""
+    federation = agreement.federation
+    if agreement.averages:
+        return "plain mode: the server reads each client's update"
+    if federation.clients_tell:
+        return "FedMKT has no secure mode: the server reads what each client knows of public rows"
+    return f"method {federation.method} has no secure mode: clients send neither updates nor what they know"
 
 
 def _opening(theta: Folder, opening: Opening, scope: Scope, before: Folder | None) -> Iterator[Finding]:

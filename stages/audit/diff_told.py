@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from stages.artefacts.vocabulary_files import Kind, Vocabulary, parse_vocabulary
+from stages.audit.checks import number_of
 from stages.audit.folders import Folder, open_folder, scope_of
 from stages.audit.heard import Heard, Voice, knowledge_in
 from stages.distillation.knowledge import Knowledge
-from stages.runtime.errors import Damaged, NotReady
+from stages.runtime.errors import Damaged, NotReady, UsageProblem
 from stages.workspace.names import KNOWLEDGE, VOCABULARY
 
 MOST_SHOWN = 20
@@ -40,6 +41,20 @@ class KnowledgeDifference:
     total_variation: float | None
     divergence: float | None
 
+    @property
+    def as_lines(self) -> list[str]:
+        """In words."""
+        said = f"of {number_of(self.rows, 'row')} that both tell, B knows {self.better} better, {self.worse} worse"
+        if self.nats_a is not None and self.nats_b is not None:
+            said += f"; mean loss of an answer {self.nats_a:.4g} nats in A, {self.nats_b:.4g} in B"
+        only = {"A": self.only_in_a, "B": self.only_in_b}
+        lines = [said, *(f"{number_of(count, 'row')} only in {name}" for name, count in only.items() if count)]
+        if self.total_variation is None or self.divergence is None:
+            why = "the two are told in other vocabularies, at other places, or at other temperatures"
+            return [*lines, f"probabilities are not compared: {why}"]
+        apart = f"{self.total_variation:.4g} in total variation, {self.divergence:.4g} nats in KL(A || B)"
+        return [*lines, f"probabilities are apart by {apart}: means over all positions, at least"]
+
 
 @dataclass(frozen=True)
 class VocabularyDifference:
@@ -52,6 +67,18 @@ class VocabularyDifference:
     shown_a: list[str]
     shown_b: list[str]
     moved: int
+
+    @property
+    def as_lines(self) -> list[str]:
+        """In words."""
+        lines = [f"{number_of(self.tokens_a, 'token')} in A, {self.tokens_b} in B"]
+        only = {"A": (self.only_in_a, self.shown_a), "B": (self.only_in_b, self.shown_b)}
+        for name, (count, shown) in only.items():
+            if count:
+                more = f" and {count - len(shown)} more" if count > len(shown) else ""
+                lines.append(f"{number_of(count, 'token')} only in {name}: {', '.join(shown)}{more}")
+        moved = "1 token has" if self.moved == 1 else f"{self.moved} tokens have"
+        return [*lines, f"{moved} another id"]
 
 
 def is_told(folder: Path) -> bool:
@@ -86,8 +113,10 @@ def diff_told(first: Path, second: Path) -> KnowledgeDifference | VocabularyDiff
 
 
 def _knowledge(folder: Folder) -> tuple[Knowledge, Voice]:
+    mend = "name two folders of knowledge, two of vocabularies, or two adapters"
+    if folder.is_adapter or VOCABULARY in folder.contents:
+        raise UsageProblem("here is no knowledge, as in the other folder", where=folder.path, mend=mend)
     if KNOWLEDGE not in folder.contents or folder.manifest is None:
-        mend = "name two folders of knowledge, or two of vocabularies"
         raise NotReady("here is no knowledge with its manifest", where=folder.path, mend=mend)
     voice = Heard().voice_of(folder)
     if not isinstance(voice, Voice):

@@ -35,6 +35,7 @@ PARTY = re.compile(
 )
 BY_CLIENT = re.compile(r"(?:client|reveal|vocabulary-client|adapter-client)-([1-9][0-9]{0,8})(?:\.json|\.json\.sig)?")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+BUNDLE = ".fedcollm"
 FOLDER = "a folder"
 READ = (".json", ".safetensors", ".sig", SEALED_REVEAL)
 
@@ -168,6 +169,8 @@ def scope_of(path: Path) -> Scope:
     """What a path means. Raises UsageProblem for one that is not there, and for a file."""
     if not path.exists():
         raise UsageProblem("there is no such folder", where=path, mend="name a folder, or a whole workspace")
+    if path.suffix == BUNDLE and path.is_file():
+        raise UsageProblem(f"{path.name} is a bundle", where=path, mend=f"unpack it first: {Command('unpack', path)}")
     if not path.is_dir():
         raise UsageProblem(f"{path.name} is not a folder", where=path, mend=Command("audit", path.parent))
     absolute = Path(os.path.abspath(path))  # noqa: PTH100  # not resolved: a link that people name may be followed

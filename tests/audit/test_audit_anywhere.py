@@ -101,6 +101,11 @@ def test_a_workspace_in_which_nothing_was_exchanged_is_not_called_clean(workspac
 def test_a_path_that_is_not_there_and_a_file_are_refused_by_name(finished_once: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageProblem, match="there is no such folder"):
         audit([tmp_path / "nowhere"])
+    bundle = tmp_path / "tiny-round-0001-client-1.fedcollm"
+    bundle.write_bytes(b"...")
+    with pytest.raises(UsageProblem, match=r"client-1\.fedcollm is a bundle") as caught:
+        audit([bundle])
+    assert caught.value.mend == f"unpack it first: fedcollm unpack {bundle}"
     with pytest.raises(UsageProblem, match="is not a folder") as caught:
         audit([finished_once / CLIENT / WEIGHTS])
     assert caught.value.mend == f"fedcollm audit {finished_once / CLIENT}"

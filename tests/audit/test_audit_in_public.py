@@ -30,6 +30,7 @@ def test_a_sound_workspace_of_unlike_models_is_clean(unlike: Path) -> None:
     skipped = {one.id: one.found for one in found if one.level == "SKIP"}
     assert skipped["A5"] == "nothing is averaged: every model is trained by itself"
     assert skipped["A6"].startswith("no update travels")
+    assert skipped["A9"] == "FedMKT has no secure mode: the server reads what each client knows of public rows"
 
 
 def test_the_exchange_by_itself_is_clean_too(unlike: Path, tmp_path: Path) -> None:
@@ -43,7 +44,10 @@ def test_a_baseline_that_tells_less_is_clean(method: str, unlike_folder: Path) -
     edit(toml, '"fedmkt"', f'"{method}"')
     edit(toml, "rounds = 2", "rounds = 1")
     run(Workspace(unlike_folder), scores=False)
-    assert problems(audit([unlike_folder])) == []
+    found = audit([unlike_folder])
+    assert problems(found) == []
+    [masks] = [one.found for one in found if one.id == "A9"]
+    assert masks == f"method {method} has no secure mode: clients send neither updates nor what they know"
     # 3 x trained and slm; with llm2slm 4 vocabularies and what the LLM knows
     assert verify(Workspace(unlike_folder)).folders == (11 if method == "llm2slm" else 6)
 

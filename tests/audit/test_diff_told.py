@@ -66,11 +66,43 @@ def test_knowledge_without_its_vocabulary_cannot_be_read(unlike: Path) -> None:
     shutil.rmtree(place / "vocabulary-client-2")
     with pytest.raises(NotReady, match="the vocabulary of client-2 is not here"):
         diff_told(place / "client-2", place / "client-1")
-    with pytest.raises(NotReady, match="here is no knowledge"):
-        diff_told(place / "client-1", unlike / "private/client-1/round-0001/slm")
+    (place / "client-3/knowledge.safetensors").unlink()
+    with pytest.raises(NotReady, match="here is no knowledge with its manifest"):
+        diff_told(place / "client-1", place / "client-3")
+
+
+@pytest.mark.parametrize("other", ["private/client-1/round-0001/slm", "exchange/round-0001/vocabulary-client-1"])
+def test_knowledge_and_something_else_are_not_compared(
+    other: str, unlike: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    knowledge = unlike / "exchange/round-0001/client-1"
+    for pair in ((knowledge, unlike / other), (unlike / other, knowledge)):
+        outcome = fedcollm("diff", *pair)
+        assert (outcome.code, "here is no knowledge, as in the other folder" in outcome.err) == (2, True)
+        assert "two folders of knowledge, two of vocabularies, or two adapters" in " ".join(outcome.err.split())
 
 
 def test_the_command_tells_it(unlike: Path, fedcollm: Callable[..., Outcome]) -> None:
     places = [unlike / f"exchange/round-000{round}/server" for round in (1, 2)]
-    assert "better: " in fedcollm("diff", *places).out
-    assert json.loads(fedcollm("diff", *places, "--json").out)["rows"] == 12
+    a, b = (load_file(folder / "knowledge.safetensors")["losses"] for folder in places)
+    better, worse = (b < a).sum(), (b > a).sum()
+    said, probabilities = fedcollm("diff", *places).out.splitlines()
+    means = f"mean loss of an answer {a.mean():.4g} nats in A, {b.mean():.4g} in B"
+    assert said == f"of 12 rows that both tell, B knows {better} better, {worse} worse; {means}"
+    told = json.loads(fedcollm("diff", *places, "--json").out)
+    assert told["rows"] == 12
+    assert probabilities.startswith(f"probabilities are apart by {told['total_variation']:.4g} in total variation, ")
+    unlike_pair = fedcollm("diff", places[0], places[0].with_name("client-1")).out
+    assert "probabilities are not compared: the two are told in other vocabularies" in unlike_pair
+
+
+def test_vocabularies_are_compared_in_words() -> None:
+    found = VocabularyDifference(3, 5, 1, 3, ["'a'"], ["'b'", "'c'"], 1)
+    assert found.as_lines == [
+        "3 tokens in A, 5 in B",
+        "1 token only in A: 'a'",
+        "3 tokens only in B: 'b', 'c' and 1 more",
+        "1 token has another id",
+    ]
+    same = VocabularyDifference(3, 3, 0, 0, [], [], 0)
+    assert same.as_lines == ["3 tokens in A, 3 in B", "0 tokens have another id"]
