@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fedcollm_cli.views.tables import comparison
+from stages.parties.names import listed, number_of
 from stages.runtime import texts
 from stages.workspace.commands import Command
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from stages.progress.steps import Step
 
 MOST_NAMED = 8
-"""How many clients a line of `status` names before it counts the rest."""
+"""How many scores a line of `status` names before it counts the rest."""
 
 KINDS = {"client": "clients", "reveal": "reveals"}
 KINDS |= {"vocabulary": "vocabularies", "trained": "trained", "knowledge": "knowledge", "slm": "slm"}
@@ -88,20 +89,18 @@ def status(found: Status, workspace: Path | None) -> str:
     width = 2 + max([9, *(len(step.name) for round in found.rounds for step in round.steps)])
     begun = [round for round in found.rounds if any(step.condition != "missing" or step.reason for step in round.steps)]
     for round in begun:
-        by_kind = {kind: [step for step in round.steps if re.fullmatch(rf"{kind}-\d+", step.name)] for kind in KINDS}
+        waiting = {kind: [step for step in round.steps if _kind(step) == kind] for kind in KINDS}
         lines.append(f"round {round.number}")
         is_collected = any(step.name in COLLECTING and step.here for step in round.steps)
         for step in round.steps:
-            kind = next((kind for kind, steps in by_kind.items() if step in steps), "")
+            kind = _kind(step)
             if not kind:
                 reason = f"  ({step.reason})" if step.reason else ""
                 lines.append(f"  {step.name:<{width}}{_condition(step)}{reason}")
-            elif step is by_kind[kind][0]:
-                conditions = {one.name: one.condition if is_collected else _condition(one) for one in by_kind[kind]}
-                lines.append(f"  {KINDS[kind]:<{width}}{_summary(conditions)}")
-                lines += [
-                    f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in by_kind[kind] if one.reason
-                ]
+            # Of clients that are elsewhere some steps are not seen, so that a later one may come first.
+            while kind in waiting:
+                due = next(iter(waiting))
+                lines += _of_clients(due, waiting.pop(due), width, is_collected)
         for clients, left_out in ((round.unheard, "not learned from by the LLM"), (round.late, "not in the aggregate")):
             if clients:
                 lines.append(f"  late, {left_out}: client {', '.join(map(str, clients))}")
@@ -130,6 +129,25 @@ def status(found: Status, workspace: Path | None) -> str:
     return texts.lines(lines)
 
 
+def _kind(step: Step) -> str:
+    """What each client takes one of; empty for a step of the server's."""
+    return next((kind for kind in KINDS if re.fullmatch(rf"{kind}-\d+", step.name)), "")
+
+
+def _of_clients(kind: str, steps: Sequence[Step], width: int, is_collected: bool) -> list[str]:
+    """One line for all clients' steps of a kind; below it those that something is wrong with."""
+    if not steps:
+        return []
+    by_condition: dict[str, list[int]] = {"done": []}
+    for step in steps:
+        found = step.condition if is_collected else _condition(step)
+        by_condition.setdefault(found, []).append(number_of(step.party))
+    parts = [f"{listed(numbers)} {condition}" for condition, numbers in by_condition.items() if numbers]
+    summary = f"{len(steps)} done" if len(by_condition["done"]) == len(steps) else "; ".join(parts)
+    wrong = [f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in steps if one.reason]
+    return [f"  {KINDS[kind]:<{width}}{summary}", *wrong]
+
+
 def _condition(step: Step) -> str:
     """Another party's folder that is not here is not said to be missing: it may never come here."""
     is_elsewhere = step.condition == "missing" and not (step.here or step.reason)
@@ -137,10 +155,10 @@ def _condition(step: Step) -> str:
 
 
 def _summary(conditions: Mapping[str, str]) -> str:
-    """How many clients, or scores, are in which condition, by name; naming those not done."""
+    """How many scores are in which condition; naming those not done."""
     parts = []
     for condition, count in Counter(conditions.values()).items():
-        names = [re.sub(r"^\w+-", "", name) for name, its in conditions.items() if its == condition]
+        names = [name for name, its in conditions.items() if its == condition]
         shown = ", ".join(names[:MOST_NAMED]) + (f" and {count - MOST_NAMED} more" if count > MOST_NAMED else "")
         parts.append(f"{count} {condition}" if condition == "done" else f"{count} {condition}: {shown}")
     return "; ".join(parts)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from stages.parties.names import SERVER, client, number_of, of
 from stages.progress.looking import Looker
-from stages.progress.steps import Round, Step
+from stages.progress.steps import Round, Step, awaited
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
@@ -190,9 +190,7 @@ def _missing_of_clients(
     missing = (workspace.agreement.aggregation.min_clients or len(workspace.clients)) - len(ready)
     if missing <= 0:
         return ""
-    absent = ", ".join(client(k) for k in workspace.clients if k not in ready)
-    if what == "slm":
-        adapters = "adapter" if missing == 1 else "adapters"
-        return f"{missing} more {adapters} of round {number}, in exchange/, of {absent}"
-    clients = "client knows" if missing == 1 else "clients know"
-    return f"what {missing} more {clients} in round {number}, in exchange/, of {absent}"
+    absent = [k for k in workspace.clients if k not in ready]
+    place_of = workspace.client_update if what == "slm" else workspace.knowledge
+    said = "adapter" if what == "slm" else what
+    return awaited(said, absent, missing, number, workspace.shown(place_of(number, absent[0])))

@@ -19,7 +19,7 @@ from stages.parties.names import SERVER, number_of
 from stages.progress import damage, in_public, staleness
 from stages.progress.rounds import Reader
 from stages.progress.staleness import PREPARE, STALE_ROWS
-from stages.progress.steps import Round, Step
+from stages.progress.steps import Round, Step, awaited
 from stages.runtime.errors import Damaged
 from stages.workspace import edits
 from stages.workspace.agreement import threshold
@@ -183,8 +183,10 @@ def _missing_before(workspace: Workspace, rounds: list[Round], round: Round, ste
     if step.name == "aggregate":
         reveals = [other for other in round.steps if other.name.startswith("reveal-")]
         missing = threshold(len(updates)) - sum(reveal.condition == "done" for reveal in reveals)
-        absent = ", ".join(reveal.party for reveal in reveals if reveal.condition != "done")
-        return f"{missing} more reveals of round {round.number} in exchange/, of {absent}" if missing > 0 else ""
+        absent = [number_of(reveal.party) for reveal in reveals if reveal.condition != "done"]
+        if missing > 0:
+            place = workspace.shown(workspace.reveal(round.number, absent[0]))
+            return awaited("reveal", absent, missing, round.number, place)
     return ""
 
 
@@ -195,8 +197,10 @@ def _missing_updates(workspace: Workspace, number: int, updates: list[Step]) -> 
         return f"a sound update: {first.name} of round {number} is {first.condition}, {first.reason}"
     needed = min(workspace.agreement.aggregation.min_clients or len(updates), len(updates))
     missing = needed - sum(update.condition == "done" for update in updates)
-    absent = ", ".join(update.name for update in updates if update.condition != "done")
-    return f"{missing} more updates of round {number} in exchange/, of {absent}" if missing > 0 else ""
+    absent = [number_of(update.party) for update in updates if update.condition != "done"]
+    if missing <= 0:
+        return ""
+    return awaited("update", absent, missing, number, workspace.shown(workspace.sent_by(number, absent[0])))
 
 
 def _ended(workspace: Workspace, last: int) -> Path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stages.parties.names import SERVER
+from stages.parties.names import SERVER, listed
 from stages.workspace.commands import Command
 
 Condition = Literal["done", "missing", "damaged", "stale"]
@@ -29,6 +30,14 @@ class Step:
     sha256: str = ""
     party: str = SERVER
     changed: tuple[str, ...] = ()
+
+
+def awaited(what: str, absent: Sequence[int], missing: int, round: int, place: str) -> str:
+    """What so many of these clients have yet to send, in words. place: where that of the first of them will lie."""
+    of_some = f"{missing} of " if missing < len(absent) else ""
+    plural = "s" if missing > 1 and what != "knowledge" else ""
+    more = ", ..." if len(absent) > 1 else ""
+    return f"the {what}{plural} of {of_some}{listed(absent)}, round {round} ({place}{more})"
 
 
 @dataclass(frozen=True)

@@ -113,11 +113,21 @@ def check_finished(study: Study) -> None:
             absent = [place for place in _made_in(workspace, round) if not place.exists()]
             if absent:
                 message = f"a federation is not finished: {study.root.shown(absent[0])} is not there"
-                raise NotReady(message, where=absent[0], mend=study.inside(workspace, Command("run")))
+                mend = _alone(study.root) or study.inside(workspace, Command("run"))
+                raise NotReady(message, where=absent[0], mend=mend)
             _check_data(study, workspace, round)
     for one in study.derived:
         check_data(one.parent, Workspace(one.folder), one.changes, made_by=one.made_by)
     _check_alike(study)
+
+
+def _alone(workspace: Workspace) -> str:
+    """What a party alone does instead, where other parties are on other machines; empty where all are here."""
+    here = [k for k in workspace.clients if workspace.client_data(k).exists()]
+    if workspace.is_simulation or len(here) == len(workspace.clients):
+        return ""
+    own = Command("evaluate", client=here[0] if here else None, round=workspace.agreement.federation.rounds)
+    return f"compare needs the models of all parties in one workspace; a party alone: `{own}`"
 
 
 def _check_alike(study: Study) -> None:

@@ -71,7 +71,8 @@ def test_a_quorum_closes_without_an_absent_client_whose_late_update_stays_masked
 ) -> None:
     machines = four(f"{SECURE}min_clients = 3\n")
     train(machines, 1, 2)
-    assert told(machines, "server") == ("", "1 more updates of round 1 in exchange/, of client-3, client-4")
+    awaited = "the update of 1 of clients 3 and 4, round 1 (exchange/round-0001/client-3, ...)"
+    assert told(machines, "server") == ("", awaited)
     said = machines.give("server", "aggregate", "--round", 1, code=3).err
     assert "round 1 has 2 of the 3 updates it needs; absent: client 3, 4" in said
     assert not (machines.folders["server"] / ROUND / "close").exists()
@@ -88,7 +89,7 @@ def test_a_quorum_closes_without_an_absent_client_whose_late_update_stays_masked
     for k in (3, 1):
         machines.client(k, "reveal", "--round", 1)
     machines.up(1, 3)
-    assert told(machines, "server") == ("", "1 more reveals of round 1 in exchange/, of client-2")
+    assert told(machines, "server") == ("", "the reveal of client 2, round 1 (exchange/round-0001/reveal-2)")
     assert "waits for 1 more reveal, of client 2" in machines.give("server", "aggregate", "--round", 1, code=3).err
     machines.client(2, "reveal", "--round", 1)
     machines.up(2)
@@ -109,7 +110,7 @@ def test_a_quorum_is_of_those_whom_the_round_was_opened_for(four: Callable[..., 
     machines.give("server", "broadcast", "--round", 1, "--overwrite", "--without", 2)
     machines.down(1, 3, 4)
     train(machines, 1, 3)
-    assert told(machines, "server") == ("", "1 more updates of round 1 in exchange/, of client-4")
+    assert told(machines, "server") == ("", "the update of client 4, round 1 (exchange/round-0001/client-4)")
     train(machines, 4)
     assert told(machines, "server") == ("fedcollm aggregate --round 1", "")
     machines.give("server", "next")
@@ -158,7 +159,7 @@ def test_cron_closes_a_new_attempt_over_the_close_of_the_one_before(four: Callab
     machines.give("server", "broadcast", "--round", 1, "--overwrite")
     assert conditions(machines, "server")["close"] == "stale"
     said = machines.give("server", "next", code=3).err
-    assert "waiting for 4 more updates of round 1 in exchange/, of client-1, client-2, client-3, client-4" in said
+    assert "waiting for the updates of clients 1 to 4, round 1 (exchange/round-0001/client-1, ...)" in said
     machines.down(*FOUR)
     assert told(machines, "client-2") == ("fedcollm client-train --client 2 --round 1", "")
     train(machines, *FOUR)
@@ -251,7 +252,7 @@ def test_an_update_that_is_still_arriving_is_waited_for_and_a_longer_one_is_dama
     step = next(one for one in status(Workspace(machines.folders["server"])).rounds[0].steps if one.name == "client-2")
     assert step.condition == "missing"
     assert step.reason == f"masked.safetensors has 100 bytes of {len(content)}: still arriving, or cut short"
-    assert told(machines, "server") == ("", "1 more updates of round 1 in exchange/, of client-2")
+    assert told(machines, "server") == ("", "the update of client 2, round 1 (exchange/round-0001/client-2)")
     said = machines.give("server", "aggregate", "--round", 1, code=3).err
     assert "client 2's update has not arrived whole: masked.safetensors has 100 bytes" in said
     path.write_bytes(content + b"x")

@@ -66,7 +66,7 @@ def test_by_next_alone_four_machines_end_where_one_does(machines: Machines, unli
 
     assert all_of("server") == (
         ["align --server"],
-        "what 3 more clients know in round 1, in exchange/, of client-1, client-2, client-3",
+        "the knowledge of clients 1 to 3, round 1 (exchange/round-0001/client-1, ...)",
     )
     for round in (1, 2):
         for k in CLIENTS:
@@ -78,13 +78,11 @@ def test_by_next_alone_four_machines_end_where_one_does(machines: Machines, unli
             assert all_of(f"client-{k}") == (lines, f"{awaited}, in exchange/")
             assert machines.give(f"client-{k}", "next", *who(f"client-{k}"), code=3).out == ""
         machines.up(1, 2)
-        told = "what 1 more client knows in round {0}, in exchange/, of client-3"
+        told = "the knowledge of client 3, round {0} (exchange/round-000{0}/client-3)"
         assert all_of("server") == ([], told.format(round))
         machines.up(3)
         lines = [f"co-distill --round {round}", f"share-knowledge --server --round {round}"]
-        rest = (
-            "" if round == 2 else "what 3 more clients know in round 2, in exchange/, of client-1, client-2, client-3"
-        )
+        rest = "" if round == 2 else "the knowledge of clients 1 to 3, round 2 (exchange/round-0002/client-1, ...)"
         assert all_of("server") == (lines, rest)
         machines.down(*CLIENTS)
     for k in CLIENTS:
@@ -199,7 +197,8 @@ def test_by_next_alone_averaged_clients_end_where_one_machine_does(equal_machine
         machines.up(*CLIENTS)
         given, waits = all_of(machines, "server")
         assert given == [f"co-distill --round {round}", f"share-knowledge --server --round {round}"]
-        assert waits == f"3 more adapters of round {round}, in exchange/, of client-1, client-2, client-3"
+        place = f"exchange/round-000{round}/adapter-client-1"
+        assert waits == f"the adapters of clients 1 to 3, round {round} ({place}, ...)"
         machines.down(*CLIENTS)
         for k in CLIENTS:
             given, waits = all_of(machines, f"client-{k}")

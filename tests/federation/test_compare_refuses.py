@@ -79,6 +79,15 @@ def test_a_half_finished_federation_is_gone_on_with(
     give(studied, mend, fedcollm, monkeypatch)
 
 
+def test_a_party_alone_is_told_that_it_has_nothing_to_compare(finished: Path, fedcollm: Callable[..., Outcome]) -> None:
+    for party in ("client-1", "client-3", "server"):
+        shutil.rmtree(finished / "private" / party)
+    outcome = fedcollm("compare", "-w", finished)
+    assert outcome.code == 3
+    mend = "a party alone: `fedcollm evaluate --client 2 --round 2`"
+    assert f"compare needs the models of all parties in one workspace; {mend}" in " ".join(outcome.err.split())
+
+
 def test_a_client_that_missed_a_round_makes_budgets_differ(
     tmp_path: Path, base_models: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

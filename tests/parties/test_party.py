@@ -13,10 +13,26 @@ from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.files import reading
+from stages.parties import names
 from stages.parties.party import Onlooker, Party, all_of
 from stages.reveal import reveal
 from stages.runtime.errors import NotReady
 from stages.workspace.paths import Workspace
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ([2], "client 2"),
+        ([3, 1], "clients 1 and 3"),
+        ([1, 2], "clients 1 and 2"),
+        ([1, 2, 3], "clients 1 to 3"),
+        ([*range(1, 8), 9, 20, 21], "clients 1 to 7, 9, 20 and 21"),
+        (range(1, 40, 2), "20 clients, 1, 3, 5, 7, 9, 11, 13, 15 and so on"),
+    ],
+)
+def test_many_clients_are_named_shortly(numbers: list[int], said: str) -> None:
+    assert names.listed(numbers) == said
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -95,11 +96,11 @@ def test_the_server_waits_for_what_is_not_whole_or_not_of_this_federation(unlike
         shutil.copytree(tmp_path / "kept", told)
 
     (told / "manifest.json").unlink()
-    assert waits(folder) == "what 1 more client knows in round 1, in exchange/, of client-2"
+    assert waits(folder) == "the knowledge of client 2, round 1 (exchange/round-0001/client-2)"
     again()
     content = (told / "knowledge.safetensors").read_bytes()
     (told / "knowledge.safetensors").write_bytes(content[:-9])
-    assert waits(folder) == "what 1 more client knows in round 1, in exchange/, of client-2"
+    assert waits(folder) == "the knowledge of client 2, round 1 (exchange/round-0001/client-2)"
     assert "still arriving, or cut short" in conditions(folder)["knowledge-2"]
     again()
     (told / "knowledge.safetensors").write_bytes(content + b"9")
@@ -164,7 +165,12 @@ def test_a_client_sees_no_other_clients_folders_and_knows_when_its_own_part_is_d
     assert names == {"vocabulary-server", "vocabulary-2", "trained-2", "knowledge-2", "knowledge-server", "slm-2"}
     said = fedcollm("status", "-w", unlike).out
     assert "this machine's part is done" in said
-    assert "missing: 1, 3" not in said
+    for line in ("vocabularies", "knowledge"):
+        assert re.search(rf"^  {line} +client 2 done; clients 1 and 3 not on this machine$", said, re.M)
+    assert [line.split()[0] for line in said.splitlines()[1:9]] == [
+        *("vocabulary-server", "vocabularies", "trained", "knowledge"),
+        *("llm", "knowledge-server", "slm", "round"),
+    ]
     (unlike / "private/client-2/public.jsonl").unlink()
     shutil.rmtree(unlike / "private/client-2/round-0002/slm")
     awaited = "the public rows, the same file at every party: private/client-2/public.jsonl"

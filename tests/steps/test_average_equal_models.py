@@ -265,7 +265,7 @@ def test_a_quorum_is_averaged_and_who_comes_late_is_told_and_begins_the_next_rou
         aggregate(workspace, round=1)
     assert "client-distill --client 2 --round 1" in str(absent.value.mend)
     waits = status(workspace, party="server").waiting_for
-    assert waits == "1 more adapter of round 1, in exchange/, of client-2, client-3"
+    assert waits == "the adapter of 1 of clients 2 and 3, round 1 (exchange/round-0001/adapter-client-2, ...)"
     client_distill(workspace, client=3, round=1)
     aggregate(workspace, round=1, report=events.append)
     assert [one.text for one in events if one.kind == "warning"] == ["averaging 2 of 3 clients; absent: client 2"]
