@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,33 @@ def test_a_teacher_that_reaches_little_is_warned_of_when_the_map_is_made_and_not
     shutil.move(away, unlike_folder / "private/server")
     align_party(workspace, client=1, report=events.append)
     assert warned() == []  # the server's map is here too, and it has said so
+
+
+def test_who_has_published_is_told_to_whom_it_goes_if_they_are_elsewhere(unlike_folder: Path) -> None:
+    def notes(step: Callable[..., object], **named: object) -> list[str]:
+        events: list[Event] = []
+        step(Workspace(unlike_folder), report=events.append, **named)
+        return [event.text for event in events if " goes to " in event.text]
+
+    assert notes(align_party, client=1) == notes(align_party) == []  # all are here
+    for party in ("client-1", "client-3"):
+        shutil.rmtree(unlike_folder / "private" / party)
+    carry = "carry exchange/ there, or"
+    server = "exchange/round-0001/vocabulary-server goes to the clients"
+    assert notes(align_party, overwrite=True) == [f"{server}: {carry} `fedcollm pack --server --round 1`"]
+    assert notes(align_party) == []  # it is done already
+    shutil.rmtree(unlike_folder / "private/server")
+    voice = "exchange/round-0001/vocabulary-client-2 goes to the server"
+    assert notes(align_party, client=2) == [f"{voice}: {carry} `fedcollm pack --client 2 --round 1`"]
+    assert notes(client_train, client=2, round=1) == []  # a client keeps that
+    knows = "exchange/round-0001/client-2 goes to the server"
+    assert notes(share_knowledge, client=2, round=1) == [f"{knows}: {carry} `fedcollm pack --client 2 --round 1`"]
+    (unlike_folder / "machine.toml").write_text("simulation = true\n")
+    assert notes(share_knowledge, client=2, round=1, overwrite=True) == []
+    (unlike_folder / "machine.toml").unlink()
+    edit(unlike_folder / "fedcollm.toml", '"fedmkt"', '"llm2slm"')
+    shutil.rmtree(unlike_folder / "exchange/round-0001/vocabulary-server")
+    assert notes(align_party, client=2, overwrite=True) == []  # nobody learns from a client
 
 
 def test_no_adapter_travels_and_what_does_is_of_the_known_kinds(unlike: Path) -> None:
