@@ -30,6 +30,10 @@ KINDS = {"client": "clients", "reveal": "reveals"}
 KINDS |= {"vocabulary": "vocabularies", "trained": "trained", "knowledge": "knowledge", "slm": "slm"}
 """Steps of which each client takes one, and what their line of `status` is called."""
 
+ELSEWHERE = "not on this machine"
+CONDITIONS = ("done", "damaged", "stale", "missing", ELSEWHERE)
+"""Of steps, in the order of a line of `status`."""
+
 COLLECTING = {"aggregate", "llm"}
 """The steps that take what every client has sent."""
 
@@ -138,10 +142,9 @@ def _of_clients(kind: str, steps: Sequence[Step], width: int, is_collected: bool
     """One line for all clients' steps of a kind; below it those that something is wrong with."""
     if not steps:
         return []
-    by_condition: dict[str, list[int]] = {"done": []}
+    by_condition: dict[str, list[int]] = {condition: [] for condition in CONDITIONS}
     for step in steps:
-        found = step.condition if is_collected else _condition(step)
-        by_condition.setdefault(found, []).append(number_of(step.party))
+        by_condition[step.condition if is_collected else _condition(step)].append(number_of(step.party))
     parts = [f"{listed(numbers)} {condition}" for condition, numbers in by_condition.items() if numbers]
     summary = f"{len(steps)} done" if len(by_condition["done"]) == len(steps) else "; ".join(parts)
     wrong = [f"    {one.name:<{width}}{one.condition}  ({one.reason})" for one in steps if one.reason]
@@ -151,7 +154,7 @@ def _of_clients(kind: str, steps: Sequence[Step], width: int, is_collected: bool
 def _condition(step: Step) -> str:
     """Another party's folder that is not here is not said to be missing: it may never come here."""
     is_elsewhere = step.condition == "missing" and not (step.here or step.reason)
-    return "not on this machine" if is_elsewhere else step.condition
+    return ELSEWHERE if is_elsewhere else step.condition
 
 
 def _summary(conditions: Mapping[str, str]) -> str:

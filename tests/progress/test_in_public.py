@@ -173,6 +173,9 @@ def test_a_client_sees_no_other_clients_folders_and_knows_when_its_own_part_is_d
     ]
     (unlike / "private/client-2/public.jsonl").unlink()
     shutil.rmtree(unlike / "private/client-2/round-0002/slm")
+    shutil.rmtree(unlike / "exchange/round-0002/client-2")
+    line = r"^  knowledge +client 2 missing; clients 1 and 3 not on this machine$"
+    assert re.search(line, fedcollm("status", "-w", unlike).out, re.M)
     awaited = "the public rows, the same file at every party: private/client-2/public.jsonl"
     assert status(Workspace(unlike)).waiting_for == awaited
 
