@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from stages.artefacts.tensor_files import read_header, told_in
@@ -17,10 +18,14 @@ LARGEST_CUTS_BYTES = 1 << 24
 
 
 def told_sha256(folder: Path) -> str:
-    """Of which rows a party's vocabulary folder says that its cuts are. Raises as read and read_header do."""
+    """Of which rows a party's vocabulary folder says that its cuts are. Raises as read and read_header do.
+
+    Empty where it says no digest.
+    """
     path = folder / CUTS
     header = read_header(reading.read(path, limit_bytes=LARGEST_CUTS_BYTES), path)
-    return str(told_in(header, "cuts").get("data_sha256", ""))
+    found = re.fullmatch("[0-9a-f]{64}", str(told_in(header, "cuts").get("data_sha256")))
+    return found[0] if found else ""
 
 
 def of_other_rows(workspace: Workspace, party: int | None, place: Path, told: str, here: str) -> Refused:

@@ -94,7 +94,7 @@ def other_public_rows(workspace: Workspace) -> Iterator[str]:
         except (Problem, OSError):  # it is not there; or whoever reads it says what is wrong with it
             continue
         digests[place] = here
-        if told != here:
+        if told and told != here:
             problem = of_other_rows(workspace, k, place, told, here)
             yield f"{problem.message}: {problem.mend}"
 
