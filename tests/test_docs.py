@@ -299,7 +299,7 @@ def said_in_public(where: str, folder: Path) -> list[str]:
     trained, reads = own / "round-0001/trained/manifest.json", exchange / "vocabulary-client-2/manifest.json"
     rows, tokens = digest(own / "public.jsonl"), digest(exchange / "vocabulary-client-2/vocabulary.safetensors")
     return {
-        "docs/how-to/audit.md, 2": ["rows: 12\n", "tokens_a: 400\n", "tokens_b: 500\n"],
+        "docs/how-to/audit.md, 2": ["of 12 rows that both tell", "400 tokens in A, 500 in B\n"],
         "docs/how-to/audit.md, 3": ["knowledge.safetensors: OK"],
         "docs/how-to/audit.md, 5": [
             *(f'"agreement_sha256": "{digest(folder / "fedcollm.toml")}"', f'"trained": "{digest(trained)}"'),
