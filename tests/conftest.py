@@ -130,17 +130,19 @@ def workspace_folder(tmp_path: Path, base_models: Path) -> Path:
     return make_workspace(tmp_path / "study", base_models)
 
 
+def run_both_rounds(folder: Path) -> None:
+    """What `run` does in a new workspace, without scores."""
+    from stages.federation.run import run
+    from stages.workspace.paths import Workspace
+
+    run(Workspace(folder), scores=False)
+
+
 @pytest.fixture(scope="session")
 def finished_once(once: Once, base_models: Path) -> Path:
     """A workspace in which `run` has done both rounds, without scores; made once."""
 
-    def fill(top: Path) -> None:
-        from stages.federation.run import run
-        from stages.workspace.paths import Workspace
-
-        run(Workspace(make_workspace(top / "study", base_models)), scores=False)
-
-    return once("finished", fill) / "study"
+    return once("finished", lambda top: run_both_rounds(make_workspace(top / "study", base_models))) / "study"
 
 
 @pytest.fixture(scope="session")
@@ -176,13 +178,7 @@ def finished(finished_once: Path, tmp_path: Path) -> Path:
 def unlike_once(once: Once, unlike_models: Path) -> Path:
     """A workspace of FedMKT in which `run` has done both rounds, without scores; made once."""
 
-    def fill(top: Path) -> None:
-        from stages.federation.run import run
-        from stages.workspace.paths import Workspace
-
-        run(Workspace(make_unlike_workspace(top / "study", unlike_models)), scores=False)
-
-    return once("unlike", fill) / "study"
+    return once("unlike", lambda top: run_both_rounds(make_unlike_workspace(top / "study", unlike_models))) / "study"
 
 
 @pytest.fixture
@@ -195,13 +191,7 @@ def unlike(unlike_once: Path, tmp_path: Path) -> Path:
 def equal_once(once: Once, unlike_models: Path) -> Path:
     """A workspace of FedMKT whose clients' adapters are averaged, in which `run` has done both rounds; made once."""
 
-    def fill(top: Path) -> None:
-        from stages.federation.run import run
-        from stages.workspace.paths import Workspace
-
-        run(Workspace(make_equal_workspace(top / "study", unlike_models)), scores=False)
-
-    return once("equal", fill) / "study"
+    return once("equal", lambda top: run_both_rounds(make_equal_workspace(top / "study", unlike_models))) / "study"
 
 
 @pytest.fixture

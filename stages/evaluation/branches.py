@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.models.packing import UNBOUNDED, own_window
+
 Likelihood = tuple[float, bool]
 """Of an answer, in nats; and whether each of its tokens is the likeliest."""
 
@@ -62,17 +64,14 @@ def longest_row(config: Any) -> int:
     That of its window, or that up to which its rotary frequencies do not depend on the row.
     """
     text = config.get_text_config()
-    if getattr(text, "attention_chunk_size", None):
-        return 0  # the mask would take the place of the model's own
-    told = {"of": text.__dict__, "rope": getattr(text, "rope_parameters", None) or {}}
-    windows = [told["of"].get(name) for name in ("window_size", "attention_window_size")]
-    windows += [told["of"].get("sliding_window")] if getattr(text, "use_sliding_window", True) else []
-    windows += [one.get("original_max_position_embeddings") for one in told.values()]
-    return min((int(one) for one in windows if one), default=1 << 30)
+    names = ("window_size", "attention_window_size", "original_max_position_embeddings")
+    bounds = [getattr(text, name, None) for name in names]
+    bounds.append((getattr(text, "rope_parameters", None) or {}).get(names[-1]))
+    return min([own_window(config), *(int(one) for one in bounds if one)])
 
 
 def questions_of(
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, rows: int, most: int = 1 << 30
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, rows: int, most: int = UNBOUNDED
 ) -> list[Question]:
     """Prompts and answers, those of one prompt together, in the order of the prompts' first.
 

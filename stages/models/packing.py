@@ -20,6 +20,9 @@ from stages.data.rows import NO_LABEL, Example
 
 Batch = dict[str, Tensor]
 
+UNBOUNDED = 1 << 30
+"""Tokens of a row that no model sets a bound to."""
+
 ROWS = "rows"
 """In a batch: [answers], which of its examples each answer belongs to."""
 
@@ -82,12 +85,19 @@ def answer_logits(model: Any, batch: Batch) -> Tensor:
     return logits[answers] if answers.dtype == torch.bool else logits[0]
 
 
+def own_window(config: Any) -> int:
+    """The longest row at which a mask of ours may take the place of the model's own; UNBOUNDED if it has no window."""
+    text = config.get_text_config()
+    if getattr(text, "attention_chunk_size", None):
+        return 0
+    slides = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    return int(text.sliding_window) if slides else UNBOUNDED
+
+
 @torch.no_grad()
 def packs(model: Any) -> bool:
     """Whether packed rows give this model the logits of separate rows; tried on a few tokens."""
-    config = model.config.get_text_config()
-    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if slides or getattr(config, "attention_chunk_size", None):
+    if own_window(model.config) < UNBOUNDED:
         return False  # the mask of a packed row would take the place of the model's own
     examples = [Example([3, 1, 4, 1, 5, 9, 2], 3), Example([2, 7, 1, 8], 2)]
     was_training = model.training
