@@ -407,12 +407,12 @@ def tuned(role: Literal["slm", "llm"], *, family: Family = "gpt2", dropout: floa
     from stages.workspace.agreement import Lora, Model
 
     base = tiny_model(family, **({"seed": 1 if role == "slm" else 2} | shape))
-    packs = packing.packs(base)
+    longest_packed = packing.packs(base)
     model = parts.attach(base, Model(model="tiny", lora=Lora(r=4, alpha=8, dropout=dropout)))
     parts.put(model, random_adapter(parts.layout(model), seed=3))
     nobody = BaseIdentity(architecture=family, weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
     no_tokenizer: Any = None
-    return Tuned(role, model, no_tokenizer, nobody, autocast=False, packs=packs)
+    return Tuned(role, model, no_tokenizer, nobody, autocast=False, longest_packed=longest_packed)
 
 
 def random_adapter(layout: Layout, *, seed: int, scale: float = 0.1) -> Tensors:

@@ -23,11 +23,11 @@ from stages.distillation import top_k_logits
 from stages.distillation.top_k_logits import Captured, Source
 from stages.files import reading, writing
 from stages.models.devices import naming_memory_knobs
-from stages.models.packing import ROWS, Batch, answer_logits
+from stages.models.held import held_in_bfloat16
+from stages.models.packing import ROWS, Batch, answer_logits, collate
 from stages.models.tuned import Tuned
 from stages.runtime.errors import Damaged, UsageProblem
 from stages.runtime.events import Event, Report
-from stages.training.batches import collate
 from stages.training.losses import (
     DIVERGENCES,
     TopK,
@@ -90,7 +90,7 @@ def capture(
         some = batches[start : start + every]
         place = folder / f"batches-{start}.safetensors"
         if not place.exists():
-            with naming_memory_knobs():
+            with naming_memory_knobs(), held_in_bfloat16(teacher):
                 part = _said(teacher, some, source, also=also, report=partial(_tell, report, start, len(batches)))
             top_k_logits.check(part, f"what the {teacher.role.upper()} says")
             writing.write(place, top_k_logits.capture_bytes(part))
@@ -109,7 +109,7 @@ def _said(
     teacher.model.eval()
     found, each = [], []
     for number, batch in enumerate(batches):
-        tensors = collate(batch, may_pack=teacher.packs, hidden_size=teacher.hidden_size)
+        tensors = collate(batch, longest_packed=teacher.longest_packed)
         device = teacher.model.device
         with torch.autocast(device.type, torch.bfloat16, enabled=teacher.autocast):
             logits = answer_logits(teacher.model, {name: tensor.to(device) for name, tensor in tensors.items()})

@@ -13,11 +13,11 @@ from stages.distillation.knowledge import Knowledge, Told
 from stages.distillation.learning import Pupil, pupils
 from stages.distillation.pairs import Voice
 from stages.distillation.public import Public, examples_of
-from stages.models.packing import ROWS, answer_logits
+from stages.models.held import held_in_bfloat16
+from stages.models.packing import ROWS, answer_logits, collate
 from stages.models.tuned import Outline, Tuned
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report
-from stages.training.batches import collate
 from stages.training.losses import row_losses
 from stages.workspace.paths import Workspace
 
@@ -98,13 +98,14 @@ def losses_of(tuned: Tuned, examples: Sequence[Pupil], rows: int, count: int, re
     was_training = tuned.model.training
     tuned.model.eval()
     found = np.full(count, np.nan)
-    for start in range(0, len(examples), rows):
-        some = examples[start : start + rows]
-        batch = collate(some, may_pack=tuned.packs, hidden_size=tuned.hidden_size)
-        batch = {name: tensor.to(tuned.model.device) for name, tensor in batch.items()}
-        with torch.autocast(tuned.model.device.type, torch.bfloat16, enabled=tuned.autocast):
-            logits = answer_logits(tuned.model, batch)
-        found[[one.row for one in some]] = row_losses(logits, batch["labels"], batch[ROWS]).cpu().numpy()
-        report(Event("step", "rows", step=start + len(some), total=len(examples)))
+    with held_in_bfloat16(tuned):
+        for start in range(0, len(examples), rows):
+            some = examples[start : start + rows]
+            batch = collate(some, longest_packed=tuned.longest_packed)
+            batch = {name: tensor.to(tuned.model.device) for name, tensor in batch.items()}
+            with torch.autocast(tuned.model.device.type, torch.bfloat16, enabled=tuned.autocast):
+                logits = answer_logits(tuned.model, batch)
+            found[[one.row for one in some]] = row_losses(logits, batch["labels"], batch[ROWS]).cpu().numpy()
+            report(Event("step", "rows", step=start + len(some), total=len(examples)))
     tuned.model.train(was_training)
     return found

@@ -23,6 +23,7 @@ from stages.models.base_loading import (
     read_configuration,
 )
 from stages.models.devices import device_of, naming_memory_knobs, precision
+from stages.models.fused import fuse
 from stages.models.identity import identify
 from stages.models.tuned import Outline, Tuned, context_in
 from stages.models.vocabulary import check_one_vocabulary
@@ -173,7 +174,8 @@ class Models:
         if not (quantized or is_spread):
             base.to(self.device)
         quantization.never_repack(base)
-        packs = packing.packs(base)
+        fuse(base)
+        longest_packed = packing.packs(base)
         base.config.use_cache = False
         if self._workspace.machine.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -184,7 +186,7 @@ class Models:
             sharding.spread(model, self.device, self._processes.count)
         return Tuned(
             role=role,
-            packs=packs,
+            longest_packed=longest_packed,
             model=model,
             tokenizer=tokenizer,
             identity=identity,

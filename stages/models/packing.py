@@ -1,7 +1,7 @@
 """How examples become tensors: no padding where the model allows it, and logits at answer positions alone.
 
 Packed: the examples of a batch stand one after the other in a single row, each attending to itself only, each with
-its own positions. The numbers are those of separate rows; no work goes into padding. Whether a model takes this is
+its own positions. The numbers are those of separate rows; padding costs attention alone. Whether a model takes this is
 found out by trying (`packs`). Padded: one example a row, padded on the left.
 
 In both, logits come back as [answers, vocabulary]: one row for each answer token and for the token after each
@@ -11,12 +11,14 @@ unlabelled prompt, in the order of the batch. This is where the logits of two mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.data.rows import NO_LABEL, Example
+from stages.models.packed_attention import places
 
 Batch = dict[str, Tensor]
 
@@ -28,11 +30,9 @@ ROWS = "rows"
 
 
 def packed(examples: Sequence[Example]) -> Batch:
-    """One row: input_ids, position_ids [1, tokens]; attention_mask [1, 1, tokens, tokens]; all else [A]."""
-    lengths = torch.tensor([len(example.input_ids) for example in examples])
-    starts = (lengths.cumsum(0) - lengths).tolist()
-    owner = torch.repeat_interleave(torch.arange(len(examples)), lengths)  # (tokens)
-    causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    """One row: input_ids, position_ids [1, tokens]; attention_mask [1, 2, rows, longest], of places; all else [A]."""
+    lengths = [len(example.input_ids) for example in examples]
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
     # The logits that predict a token stand one position before it.
     firsts = [start + example.prompt_tokens - 1 for start, example in zip(starts, examples, strict=True)]
     answers = [
@@ -42,7 +42,7 @@ def packed(examples: Sequence[Example]) -> Batch:
     return {
         "input_ids": torch.tensor([[token for example in examples for token in example.input_ids]]),
         "position_ids": torch.cat([torch.arange(len(example.input_ids)) for example in examples])[None],
-        "attention_mask": ((owner[:, None] == owner[None, :]) & causal)[None, None],
+        "attention_mask": places(lengths),
         "answers": torch.cat(answers),
         "labels": _labels(examples),
         ROWS: _rows(examples),
@@ -85,6 +85,12 @@ def answer_logits(model: Any, batch: Batch) -> Tensor:
     return logits[answers] if answers.dtype == torch.bool else logits[0]
 
 
+def collate(examples: Sequence[Example], *, longest_packed: int) -> Batch:
+    """Packed, if the models take rows of this length so (see packs); else padded."""
+    longest = max(len(example.input_ids) for example in examples)
+    return packed(examples) if longest <= longest_packed else padded(examples)
+
+
 def own_window(config: Any) -> int:
     """The longest row at which a mask of ours may take the place of the model's own; UNBOUNDED if it has no window."""
     text = config.get_text_config()
@@ -95,10 +101,11 @@ def own_window(config: Any) -> int:
 
 
 @torch.no_grad()
-def packs(model: Any) -> bool:
-    """Whether packed rows give this model the logits of separate rows; tried on a few tokens."""
-    if own_window(model.config) < UNBOUNDED:
-        return False  # the mask of a packed row would take the place of the model's own
+def packs(model: Any) -> int:
+    """The longest row that this model takes packed; 0 unless packed rows give it the logits of separate rows.
+
+    Tried on a few tokens. Longer rows would lose the model's own window.
+    """
     examples = [Example([3, 1, 4, 1, 5, 9, 2], 3), Example([2, 7, 1, 8], 2)]
     was_training = model.training
     model.eval()
@@ -114,11 +121,12 @@ def packs(model: Any) -> bool:
             ]
         )
     except (RuntimeError, ValueError, TypeError, IndexError):
-        return False
+        return 0
     finally:
         model.train(was_training)
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
-    return bool((together - apart).abs().max() <= tolerance * apart.abs().max().clamp(min=1.0))
+    is_alike = bool((together - apart).abs().max() <= tolerance * apart.abs().max().clamp(min=1.0))
+    return own_window(model.config) if is_alike else 0
 
 
 def _labels(examples: Sequence[Example]) -> Tensor:

@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from stages.artefacts.adapter_files import Layout
 from stages.bases import base_files, base_folders
 from stages.models import adapters, base_loading
+from stages.models.fused import fuse
+from stages.models.held import castable
 from stages.models.tuned import context_of
 from stages.paper import reported
 from stages.runtime.errors import NotReady
@@ -105,6 +107,7 @@ def _shape(
 ) -> Shape:
     base = base_loading.empty_model(config, dtype, f"the model {settings.model}", None)
     base.config.use_cache = False
+    fuse(base)
     if workspace and workspace.machine.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = sum(parameter.numel() for parameter in base.parameters())
@@ -118,6 +121,14 @@ def weight_bytes(shape: Shape) -> int:
     frozen = sum(parameter.nbytes for parameter in shape.model.parameters() if not parameter.requires_grad)
     less: int = sum(layer.weight.nbytes - _held_bytes(layer, shape.quantization) for layer in _quantized(shape))
     return frozen - less
+
+
+def held_bytes(shape: Shape, compute: torch.dtype) -> int:
+    """What a stage that computes in bfloat16 holds beside float32 weights; of weights published so, nothing."""
+    if compute != torch.bfloat16 or shape.stored_dtype == "bfloat16":
+        return 0
+    weights = [getattr(layer, name) for layer, name in castable(shape.model)]
+    return sum(compute.itemsize * weight.numel() for weight in weights)
 
 
 def unpacked_bytes(shape: Shape, compute: torch.dtype) -> int:

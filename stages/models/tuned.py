@@ -28,7 +28,7 @@ class Outline:
 class Tuned:
     """A base model with an adapter attached, its tokenizer and its identity.
 
-    autocast: whether it computes in bfloat16 (the adapter stays float32). packs: see batches.packs.
+    autocast: whether it computes in bfloat16 (the adapter stays float32). longest_packed: see packing.packs.
     """
 
     role: Role
@@ -36,7 +36,7 @@ class Tuned:
     tokenizer: PreTrainedTokenizerBase
     identity: BaseIdentity
     autocast: bool
-    packs: bool
+    longest_packed: int
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
@@ -53,11 +53,6 @@ class Tuned:
         """What would be known of it without its weights."""
         rows = int(self.model.get_output_embeddings().weight.shape[0])
         return Outline(self.tokenizer, rows, self.context)
-
-    @property
-    def hidden_size(self) -> int:
-        """The width of its residual stream."""
-        return int(self.model.config.get_text_config().hidden_size)
 
 
 def context_of(model: PeftModel) -> int:

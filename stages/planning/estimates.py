@@ -127,7 +127,7 @@ def asked_stage(name: str, here: Here, role: Role, training: StagePlan) -> Stage
         autocast=compute == torch.bfloat16,
     )
     takes = {
-        "weights": shapes.weight_bytes(shape),
+        "weights": shapes.weight_bytes(shape) + shapes.held_bytes(shape, compute),
         "adapters": shapes.FLOAT32_BYTES * shape.adapter_parameters,
         "logits": step.logits,
         "transient": step.transient + shapes.unpacked_bytes(shape, compute),
@@ -217,7 +217,9 @@ def _of_training(here: Here, wanted: Mapping[Role, Shape], step: Step) -> dict[s
     unpacked = max(shapes.unpacked_bytes(shape, computes[role]) for role, shape in wanted.items())
     trained = sum(shape.adapter_parameters for shape in wanted.values())
     return {
-        "weights": sum(shapes.weight_bytes(shape) for shape in wanted.values()),
+        "weights": sum(
+            shapes.weight_bytes(one) + shapes.held_bytes(one, computes[role]) for role, one in wanted.items()
+        ),
         "adapters": shapes.FLOAT32_BYTES * trained,
         "gradients": shapes.FLOAT32_BYTES * trained,
         "optimiser": ADAM_BYTES * trained,

@@ -2,15 +2,15 @@
 
 The step runs on fake tensors: every operation of the models and of the losses takes place in form only, so that what
 autograd keeps for the backward pass, and the most that lives at once, can be added up for any architecture, precision
-and batch, with no formula of our own. What autograd keeps includes the bfloat16 copies of the frozen weights that
-autocast makes on a CPU. Backward kernels differ a little in what they need in passing: `transient` is on the high side.
+and batch, with no formula of our own. The bfloat16 copies of the frozen weights that a CPU holds count as weights
+(`shapes.held_bytes`). Backward kernels differ a little in what they need in passing: `transient` is on the high side.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stages.models.held import cast
 from stages.models.shapes import FLOAT32_BYTES, Shape
 from stages.training.objective import Losses, Tokens
 
@@ -75,7 +76,11 @@ def training_step(
             learnt = [loss for name, loss in parts.items() if name[:3] == (turn or name[:3])]
             return activations, kept(of_answers) - activations, torch.stack(learnt).sum()
 
-    with FakeTensorMode():
+    with ExitStack() as held:
+        for role, shape in models.items():
+            if autocast[role]:
+                held.enter_context(cast(shape.model))
+        held.enter_context(FakeTensorMode())
         states = {role: _state(shape.model, device) for role, shape in models.items()}
         own = _storages(states.values())
         with ExitStack() as stack:
@@ -112,7 +117,7 @@ def capture_step(
     autocast: bool,
 ) -> Step:
     """The memory of one forward pass without gradient over answers alone. keep: what is made of their logits."""
-    with FakeTensorMode(), torch.no_grad():
+    with cast(shape.model) if autocast else nullcontext(), FakeTensorMode(), torch.no_grad():
         state = _state(shape.model, device)
         with _reparametrize_module(shape.model, state, tie_weights=True), _Peak(_storages([state])) as peak:
             logits = _answer_logits(

@@ -36,6 +36,7 @@ from stages.artefacts import checkpoints
 from stages.data.rows import NO_LABEL, Example
 from stages.files import writing
 from stages.models.devices import naming_memory_knobs
+from stages.models.held import held_in_bfloat16
 from stages.models.packing import padded
 from stages.models.tuned import Tuned
 from stages.privacy.noise import SecretRandom
@@ -96,7 +97,7 @@ def train(
     checkpoint = checkpoints.begin(folder, inputs, anew=overwrite, report=report)
     run = Run.begun(objective, recipe, folder, checkpoint)
     charge = reserve(attempt=run.attempt, step=run.step, adapter=digest(objective))
-    with naming_memory_knobs(MEMORY_KNOBS), checkpoints.stopping() as stop:
+    with naming_memory_knobs(MEMORY_KNOBS), held_in_bfloat16(slm), checkpoints.stopping() as stop:
         rows = _rows_at_once(objective, slm, examples, recipe, machine, report=report)
         before = objective.measure(examples, rows)
         hooks = GradSampleHooks(slm.model, loss_reduction="sum", strict=True)

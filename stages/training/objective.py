@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.data.rows import Example
-from stages.models.packing import ROWS, Batch, answer_logits
+from stages.models.packing import ROWS, Batch, answer_logits, collate
 from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
-from stages.training import batches
 from stages.training.losses import DIVERGENCES, cross_entropy, distillation, knows_better, row_losses
 from stages.workspace.budgets import Distillation
 
@@ -89,11 +88,11 @@ class Objective(nn.Module):
         super().__init__()
         self.models = nn.ModuleDict({one.role: one.model for one in tuned})
         self.last: dict[str, Tensor] = {}
+        self.tuned = tuple(tuned)
         self._losses = losses
         self._weights = dict(weights)
         self._autocast: dict[str, bool] = {one.role: one.autocast for one in tuned}
-        self._may_pack = all(one.packs for one in tuned)
-        self._hidden_size = max(one.hidden_size for one in tuned)
+        self._longest_packed = min(one.longest_packed for one in tuned)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +104,7 @@ class Objective(nn.Module):
 
         step: None if the batch is the whole step.
         """
-        batch = batches.collate(examples, may_pack=self._may_pack, hidden_size=self._hidden_size)
+        batch = collate(examples, longest_packed=self._longest_packed)
         return batch | {"tokens": torch.tensor(step or Tokens.of(examples), dtype=torch.float32)}
 
     def parts(self, batch: Batch, tokens: Tokens, turn: str | None = None) -> dict[str, Tensor]:

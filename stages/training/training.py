@@ -23,6 +23,8 @@ from stages.data.rows import Example
 from stages.files import faults
 from stages.files.seclusion import shutting_out
 from stages.models.devices import naming_memory_knobs
+from stages.models.fused import fused_in
+from stages.models.held import held_in_bfloat16
 from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, Refused, StorageProblem, UsageProblem
 from stages.runtime.events import Event, Report
@@ -77,7 +79,7 @@ def train(
     arguments = _arguments(
         recipe, machine, tracking, folder=own, device=objective.device, steps=count, per_step=per_step
     )
-    with naming_memory_knobs(), shutting_out(own), trackers.named(tracking):
+    with naming_memory_knobs(), shutting_out(own), trackers.named(tracking), held_in_bfloat16(*objective.tuned):
         before, start = objective.measure(examples, rows), snapshot(objective)
         callbacks = trackers.callbacks(tracking, after_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
         trainer = _trainer(objective, dataset, recipe, processes, arguments=arguments, callbacks=callbacks)
@@ -103,7 +105,7 @@ def train(
         examples=len(steps) * recipe.budget.rows_per_step,
         tokens=sum(examples[i].answer_tokens for step in steps for i in step),
         metrics=change(before, after),
-        log=[{"inputs": dict(inputs)}, *_steps(trainer.state.log_history), ended],
+        log=[{"inputs": dict(inputs), "fused": fused_in(objective)}, *_steps(trainer.state.log_history), ended],
     )
 
 

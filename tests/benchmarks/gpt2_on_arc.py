@@ -49,10 +49,10 @@ def model(role: Role, layers: int, *, autocast: bool) -> Tuned:
     """A GPT-2-shaped model with random weights and a LoRA adapter; without dropout, so that losses can be compared."""
     torch.manual_seed(layers)
     base = GPT2LMHeadModel(GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
-    packs = packing.packs(base)
+    longest_packed = packing.packs(base)
     tuned = adapters.attach(base, SETTINGS)
     adapters.make_fresh(tuned, 1)
-    return Tuned(role, tuned, None, IDENTITY, autocast=autocast, packs=packs)  # type: ignore[arg-type]
+    return Tuned(role, tuned, None, IDENTITY, autocast=autocast, longest_packed=longest_packed)  # type: ignore[arg-type]
 
 
 def padded_as_usual(chunk: Sequence[Example]) -> dict[str, Tensor]:

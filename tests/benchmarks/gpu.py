@@ -255,11 +255,11 @@ def _tuned(pair: Pair, role: Role, device: torch.device, dtype: torch.dtype) -> 
     torch.manual_seed(1)
     base = pair.base(role, device, dtype)
     base.config.use_cache = False
-    packs = packing.packs(base)
+    longest_packed = packing.packs(base)
     model = adapters.attach(base, pair.settings)
     adapters.make_fresh(model, 1)
     no_tokenizer: Any = None
-    return Tuned(role, model, no_tokenizer, IDENTITY, autocast=dtype == torch.bfloat16, packs=packs)
+    return Tuned(role, model, no_tokenizer, IDENTITY, autocast=dtype == torch.bfloat16, longest_packed=longest_packed)
 
 
 def _linear(one: Tuned) -> int:

@@ -23,10 +23,9 @@ from stages.distillation.knowledge import Knowledge, Told, knowledge_bytes, know
 from stages.distillation.learning import Learning, Pupil
 from stages.distillation.lessons import Lesson, lesson_of
 from stages.distillation.pairs import Pair, Voice
-from stages.models.packing import answer_logits
+from stages.models.packing import answer_logits, collate
 from stages.models.tuned import Tuned
 from stages.training import recipes, training
-from stages.training.batches import collate
 from stages.training.objective import Objective, task_loss
 from stages.workspace.budgets import Distillation
 from stages.workspace.machine import Machine
@@ -69,9 +68,7 @@ def shared(repeats: int, teacher: Tuned, examples: Sequence[Example]) -> float:
         teacher.model.eval()
         with torch.no_grad():
             for start in range(0, len(examples), arc.BATCH):
-                batch = collate(
-                    examples[start : start + arc.BATCH], may_pack=teacher.packs, hidden_size=teacher.hidden_size
-                )
+                batch = collate(examples[start : start + arc.BATCH], longest_packed=teacher.longest_packed)
                 with torch.autocast("cpu", torch.bfloat16):
                     answer_logits(teacher.model, batch)
 
@@ -211,10 +208,10 @@ def learn_with_many_tokens() -> None:
 
     generator = torch.Generator().manual_seed(1)
     base = GPT2LMHeadModel(GPT2Config(vocab_size=262_144, n_embd=64, n_layer=2, n_head=2, use_cache=False))
-    packs = packing.packs(base)
+    longest_packed = packing.packs(base)
     tuned = adapters.attach(base, arc.SETTINGS)
     adapters.make_fresh(tuned, 1)
-    student = Tuned("slm", tuned, None, arc.IDENTITY, autocast=False, packs=packs)  # type: ignore[arg-type]
+    student = Tuned("slm", tuned, None, arc.IDENTITY, autocast=False, longest_packed=longest_packed)  # type: ignore[arg-type]
     drawn = torch.randint(262_144, (8, 40), generator=generator).tolist()
     pupils = [Pupil(ids, 28, row) for row, ids in enumerate(drawn)]
     told = knows(student, pupils)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_with_fewer_tokens_the_gradient_comes_nearer_with_each_and_the_loss_neve
         losses.append(float(alone.last["slm_kd"]))
     assert off == sorted(off, reverse=True)
     assert off[0] > 0.1
-    assert losses == sorted(losses)
+    assert all(after >= before * (1 - 1e-6) for before, after in pairwise(losses))
     assert losses[-1] == pytest.approx(float(both.last["slm_kd"]), rel=1e-6)
     both.last.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from builders import Family, tuned
 from stages.data.rows import Example
 from stages.models import adapters, packing
+from stages.models.held import held_in_bfloat16
 from stages.models.shapes import Shape
 from stages.models.tuned import Tuned
 from stages.planning import memory
@@ -89,12 +91,13 @@ def test_what_is_kept_is_what_a_real_model_keeps_and_the_sum_is_its_peak(family:
         autocast={"slm": autocast},
     )
     # Cross-entropy keeps float32 log-probabilities; the logits that they are made of live until it has.
-    logits = work()[1]
-    assert step.logits == logits + 4 * ROWS * ANSWERS * 500 + 8 * ROWS * ANSWERS + 4
-    assert step.activations + step.logits == saved_by([model], work) + logits + INDICES - MASK
-    gradients = 4 * adapters.count(model.model)
-    total = step.activations + step.logits + step.transient + gradients
-    peak = measured_peak(lambda: work()[0].backward())
+    with held_in_bfloat16(replace(model, autocast=autocast)):
+        logits = work()[1]
+        assert step.logits == logits + 4 * ROWS * ANSWERS * 500 + 8 * ROWS * ANSWERS + 4
+        assert step.activations + step.logits == saved_by([model], work) + logits + INDICES - MASK
+        gradients = 4 * adapters.count(model.model)
+        total = step.activations + step.logits + step.transient + gradients
+        peak = measured_peak(lambda: work()[0].backward())
     assert peak <= total <= 1.3 * peak
     assert step.activations > 0.5 * peak
 
@@ -117,7 +120,8 @@ def test_two_models_that_teach_each_other_keep_what_they_really_keep() -> None:
     def work() -> tuple[Tensor, int]:
         return loss_of(models, losses, {"slm": False, "llm": True})
 
-    assert step.activations + step.logits == saved_by(models, work) + work()[1] + 2 * INDICES - MASK
+    with held_in_bfloat16(replace(models[1], autocast=True)):
+        assert step.activations + step.logits == saved_by(models, work) + work()[1] + 2 * INDICES - MASK
 
 
 def test_what_is_kept_grows_with_rows_and_with_their_length() -> None:

@@ -1,4 +1,4 @@
-"""batches: packed and padded layouts give the loss of separate rows, at answer tokens alone."""
+"""packing: packed and padded layouts give the loss of separate rows, at answer tokens alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2Config, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from builders import Family, examples, tiny_model
 from stages.data.rows import Example
-from stages.models.packing import Batch, answer_logits, packed, packs, padded
-from stages.training.batches import collate
+from stages.models import packed_attention
+from stages.models.packing import UNBOUNDED, Batch, answer_logits, collate, packed, packs, padded
 from stages.training.losses import cross_entropy
 
 FAMILIES = pytest.mark.parametrize("family", get_args(Family))
@@ -79,8 +79,9 @@ def test_a_packed_example_attends_to_itself_and_backwards_only() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["answers"].tolist() == [0, 1, 3]  # one before each answer token: 6, 7 and 9
-    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-    assert batch["attention_mask"][0, 0].int().tolist() == expected
+    there, back = batch["attention_mask"][0].tolist()
+    assert there == [[0, 1, 2], [3, 4, 0]]  # the last is padding
+    assert [*back[0], *back[1]][:5] == [0, 1, 2, 3, 4]
 
 
 def test_a_padded_example_counts_positions_from_its_first_token() -> None:
@@ -138,30 +139,9 @@ def is_packed(batch: Batch) -> bool:
     return batch["attention_mask"].dim() == 4
 
 
-@pytest.mark.parametrize(
-    ("lengths", "hidden_size", "pays"),
-    [
-        # packed: 20 (20 + 6) = 520 multiplications; padded: 2 x 10 (10 + 6) = 320.
-        ([10, 10], 1, False),
-        # packed: 32 (32 + 384) = 13,312; padded: 2 x 30 (30 + 384) = 24,840.
-        ([2, 30], 64, True),
-        # one example is the same either way: packed, which keeps logits at answers alone.
-        ([7], 4, True),
-        # 8 x 4 = 32 tokens of equal length: packed 32 (32 + 6 h) is never below padded 32 (4 + 6 h).
-        ([4] * 8, 768, False),
-        # one longer: packed 33 (33 + 4608) = 153,153; padded 8 x 5 (5 + 4608) = 184,520.
-        ([4] * 7 + [5], 768, True),
-    ],
-)
-def test_the_cheaper_layout_is_taken(lengths: list[int], hidden_size: int, pays: bool) -> None:
-    rows = examples([(length - 1, 1) for length in lengths])
-    assert is_packed(collate(rows, may_pack=True, hidden_size=hidden_size)) == pays
-
-
-def test_what_a_model_does_not_take_is_never_packed() -> None:
-    rows = examples([(1, 1), (29, 1)])
-    assert is_packed(collate(rows, may_pack=True, hidden_size=64))
-    assert not is_packed(collate(rows, may_pack=False, hidden_size=64))
+@pytest.mark.parametrize(("longest_packed", "expected"), [(30, True), (29, False), (0, False)])
+def test_a_batch_is_packed_if_the_model_takes_its_longest_row_so(longest_packed: int, expected: bool) -> None:
+    assert is_packed(collate(examples([(1, 1), (29, 1)]), longest_packed=longest_packed)) == expected
 
 
 def test_prompts_carry_no_loss() -> None:
@@ -173,13 +153,85 @@ def test_prompts_carry_no_loss() -> None:
     torch.testing.assert_close(cross_entropy(later, packed([Example(ids, 10)])["labels"], 3), by_hand)
 
 
-@pytest.mark.parametrize(("window", "expected"), [(8, False), (None, True)])
-def test_a_model_that_attends_through_a_window_is_never_packed(window: int | None, expected: bool) -> None:
-    config = MistralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, sliding_window=window,
-    )  # fmt: skip
-    assert packs(MistralForCausalLM(config)) is expected
+def windowed(kind: str, window: int | None) -> Any:
+    """A model whose layers attend through a window, or whose every second does."""
+    shape: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **shape, **heads, sliding_window=window, initializer_range=0.3)
+    return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_a_model_with_a_window_takes_rows_packed_that_are_no_longer_than_it(kind: str) -> None:
+    model = windowed(kind, 9)
+    assert packs(model) == 9
+    for rows in (examples([(5, 2), (1, 1), (7, 2)]), examples([(5, 2), (1, 1), (8, 2), (17, 3)])):
+        batch = collate(rows, longest_packed=packs(model))
+        alone = [
+            model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_tokens - 1 : len(row.input_ids) - 1]
+            for row in rows
+        ]
+        assert is_packed(batch) == (len(rows) == 3)
+        torch.testing.assert_close(answer_logits(model, batch), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_window_takes_any_row_packed() -> None:
+    assert packs(windowed("mistral", None)) == UNBOUNDED
+
+
+def test_heads_that_share_keys_and_dropout_are_packed_too() -> None:
+    model = windowed("mistral", None)
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    batch = packed(ROWS)
+    calm = answer_logits(model, batch)
+    torch.manual_seed(1)
+    first = answer_logits(model.train(), batch)
+    torch.manual_seed(1)
+    assert torch.equal(first, answer_logits(model, batch))
+    assert not torch.allclose(first, calm)
+
+
+def test_gradient_checkpointing_computes_packed_rows_again_as_they_were() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model, batch = tiny_model("llama").train(), packed(ROWS)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        cross_entropy(answer_logits(model, batch), batch["labels"], 9).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*gradients)
+
+
+def test_memory_of_attention_does_not_grow_with_the_square_of_a_packed_row() -> None:
+    # 64 rows of 8 tokens: a mask of the whole would have 512 x 512 places.
+    assert packed(examples([(7, 1)] * 64))["attention_mask"].numel() == 2 * 64 * 8
+
+
+def test_an_attention_with_a_bias_between_positions_refuses_packed_rows() -> None:
+    q = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="bias"):
+        packed_attention.attend(nn.Module(), q, q, q, packed_attention.places([2, 1]), position_bias=q)
+
+
+@pytest.mark.parametrize("lengths", [[1], [4], [3, 1, 4], [2, 2]])
+def test_packed_attention_is_attention_row_by_row_value_and_gradient(lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, weight = (
+        torch.randn(1, 2, sum(lengths), 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(4)
+    )
+    found, _ = packed_attention.attend(nn.Module(), query, key, value, packed_attention.places(lengths))
+    by_hand = []
+    for q, k, v in zip(*(one[0].split(lengths, dim=1) for one in (query, key, value)), strict=True):
+        scores = (q @ k.mT / 4**0.5).masked_fill(torch.ones(q.shape[1], q.shape[1]).triu(1).bool(), -torch.inf)
+        by_hand.append((scores.softmax(-1) @ v).transpose(0, 1))
+    expected = torch.cat(by_hand)[None]
+    torch.testing.assert_close(found, expected)
+    own = torch.autograd.grad((found * weight.transpose(1, 2)).sum(), (query, key, value))
+    torch.testing.assert_close(own, torch.autograd.grad((expected * weight.transpose(1, 2)).sum(), (query, key, value)))
 
 
 # --- unlabelled rows

@@ -1,0 +1,103 @@
+"""Frozen weights held in bfloat16 while a stage computes in it, instead of being cast in every step.
+
+Autocast casts a weight each time that it is used, and keeps what it cast only where the weight trains: of a LoRA step
+in bfloat16 on a CPU that was a fifth to a half. Held, the same numbers meet the same operations: logits, losses and
+gradients are the same to the bit, which is tried out on a few tokens. Elsewhere, scoring above all, the weights are
+float32 as ever.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from stages.data.rows import Example
+from stages.models.packing import answer_logits, padded
+from stages.models.tuned import Tuned
+
+PROBE = Example([3, 1, 4, 1, 5, 9, 2], 3)
+
+
+@contextmanager
+def held_in_bfloat16(*models: Tuned) -> Iterator[None]:
+    """Inside, what autocast would cast again and again is cast once; outside, all is as it was, to the bit.
+
+    Changes nothing of a model that computes in float32, nor of one that it would give other numbers.
+    """
+    with ExitStack() as stack:
+        for tuned in models:
+            if tuned.autocast:
+                before = _said(tuned)
+                one = stack.enter_context(ExitStack())
+                one.enter_context(cast(tuned.model))
+                if not _are_same(before, tuned):
+                    one.close()
+        yield
+
+
+@contextmanager
+def cast(model: nn.Module) -> Iterator[None]:
+    """Hold a model's frozen linear weights in bfloat16, and keep LoRA from casting what it is given there and back."""
+    shared = _shared(model)
+    with ExitStack() as undo:
+        for layer, name in castable(model):
+            weight = getattr(layer, name)
+            short = nn.Parameter(weight.data.bfloat16(), requires_grad=False)
+            is_kept = weight.is_meta or id(weight) in shared or not torch.equal(short.float(), weight)
+            setattr(layer, name, short)
+            undo.callback(_restore, layer, name, weight if is_kept else None)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                undo.callback(setattr, module, "cast_input_dtype_enabled", module.cast_input_dtype_enabled)
+                module.cast_input_dtype_enabled = False
+        yield
+
+
+def castable(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The layers and names of the weights that `cast` casts: not those in few bits, nor spread over processes."""
+    return [
+        (layer, name)
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear | Conv1D)
+        for name, weight in layer.named_parameters(recurse=False)
+        if type(weight) is nn.Parameter and weight.dtype == torch.float32 and not weight.requires_grad
+    ]
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """The weights that more than one layer has, such as a head tied to the embedding, by id."""
+    counts = Counter(id(weight) for layer in model.modules() for weight in layer.parameters(recurse=False))
+    return {key for key, count in counts.items() if count > 1}
+
+
+def _restore(layer: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+    """Put a weight back; None: it is what bfloat16 holds, as of most published models, and was not kept beside it."""
+    if weight is None:
+        weight = nn.Parameter(getattr(layer, name).data.float(), requires_grad=False)
+    setattr(layer, name, weight)
+
+
+def _are_same(before: Tensor, tuned: Tuned) -> bool:
+    try:
+        return torch.equal(before, _said(tuned))
+    except RuntimeError:  # a layer that autocast does not reach meets two types
+        return False
+
+
+@torch.no_grad()
+def _said(tuned: Tuned) -> Tensor:
+    """The logits of the probe, in eval mode."""
+    model, was_training = tuned.model, tuned.model.training
+    model.eval()
+    batch = {name: tensor.to(model.device) for name, tensor in padded([PROBE]).items()}
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return answer_logits(model, batch)
+    finally:
+        model.train(was_training)
