@@ -8,6 +8,7 @@ are computed at answer positions alone, which saves most of the work where the v
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,13 +50,14 @@ class Batch(NamedTuple):
     """Questions as tensors.
 
     input_ids, position_ids: [questions, length], padded on the left. attention_mask: bool [questions, 1, length,
-    length], whom each token reads. kept: how many of the last logits of each row are needed.
+    length], whom each token reads. kept: bool [questions, last], at which of the last places of each row logits are
+    needed: after the prompt, and after each token of a branch.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor
-    kept: int
+    kept: Tensor
 
 
 def longest_row(config: Any) -> int:
@@ -123,7 +125,10 @@ def batch_of(questions: Sequence[Question]) -> Batch:
         positions[row, first:], branch[row, first:] = torch.tensor(places), torch.tensor(branches)
     reads = (branch[:, None, :] == branch[:, :, None]) | ((branch == -1)[:, None, :] & (branch >= 0)[:, :, None])
     mask = (reads & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
-    return Batch(ids, positions, mask, 1 + max(question.branch_tokens for question in questions))
+    kept = branch[:, length - 1 - max(question.branch_tokens for question in questions) :] >= 0
+    for row, question in enumerate(questions):
+        kept[row, -1 - question.branch_tokens] = True
+    return Batch(ids, positions, mask, kept)
 
 
 @torch.no_grad()
@@ -134,20 +139,31 @@ def likelihoods(
     batch = batch_of(questions)
     mask = torch.zeros(batch.attention_mask.shape, dtype=model.dtype)  # in numbers: some attention adds it as it is
     mask.masked_fill_(~batch.attention_mask, torch.finfo(model.dtype).min)
-    logits: Tensor = model(
-        input_ids=batch.input_ids.to(model.device),
-        position_ids=batch.position_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        logits_to_keep=batch.kept,
-        use_cache=False,
-    ).logits
-    return [_of_question(*pair, softmax_dtype) for pair in zip(questions, logits, strict=True)]
+    with _head_reads(model, batch.kept.to(model.device)):
+        logits: Tensor = model(
+            input_ids=batch.input_ids.to(model.device),
+            position_ids=batch.position_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_to_keep=batch.kept.shape[1],
+            use_cache=False,
+        ).logits
+    each = logits.split([1 + question.branch_tokens for question in questions])
+    return [_of_question(*pair, softmax_dtype) for pair in zip(questions, each, strict=True)]
+
+
+@contextmanager
+def _head_reads(model: Any, places: Tensor) -> Iterator[None]:
+    """Inside, the output layer is given what stands at these places alone, in one row, and says as many logits."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0][places],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _of_question(question: Question, logits: Tensor, dtype: torch.dtype | None) -> list[Likelihood]:
-    """logits: [kept, vocabulary], the last those after its branches' tokens."""
-    first = len(logits) - question.branch_tokens - 1  # after the prompt
-    chances, found, branch = F.log_softmax(logits[first:], dim=-1, dtype=dtype), [], 1
+    """logits: [1 + its branches' tokens, vocabulary], the first those after the prompt."""
+    chances, found, branch = F.log_softmax(logits, dim=-1, dtype=dtype), [], 1
     likeliest = chances.argmax(-1)
     for answer in question.answers:
         places = torch.tensor([0, *range(branch, branch + len(answer) - 1)], device=logits.device)

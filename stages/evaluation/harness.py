@@ -85,7 +85,7 @@ class Harness(HFLM):  # type: ignore[misc]
             apart = [one for one, _ in super()._loglikelihood_tokens(requests, disable_tqdm=True)]
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError):  # of a model without such masks or positions
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # no such masks, positions or head
             return 0
         finally:
             self._total = total

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from builders import SHARED_DATA
 from stages.data.rows import Row, encode_row
 from stages.evaluation.harness import Harness
+from stages.models.fused import fuse
 from tests.benchmarks import gpt2_on_arc as arc
 
 QUESTIONS, BATCH = 60, 16
@@ -24,12 +25,11 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     if not arc.available():
         return []
     tokenizer = AutoTokenizer.from_pretrained(SHARED_DATA / "tokenizers" / "gpt2")
-    lm = Harness(pretrained=arc.model("slm", 12, autocast=False).model.get_base_model(), tokenizer=tokenizer)
-    lm.batch_size_per_gpu, lm.report = BATCH, lambda event: None
+    lm, plain = (harness(tokenizer, as_loaded=as_loaded) for as_loaded in (True, False))
     requests = asked(tokenizer)
     ways: dict[str, Callable[[], Any]] = {
         "ours": lambda: lm._loglikelihood_tokens(requests),
-        "lm-eval's": lambda: HFLM._loglikelihood_tokens(lm, requests, disable_tqdm=True),
+        "lm-eval's": lambda: HFLM._loglikelihood_tokens(plain, requests, disable_tqdm=True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict[str, Any] = {}
@@ -44,6 +44,16 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
         (f"{len(requests)} choices, float32: times faster than lm-eval's HFLM", f"{faster:.2f}", ">= 3"),
         ("the same: largest difference of a log-likelihood, nats", f"{apart:.0e}", "<= 1e-4"),
     ]
+
+
+def harness(tokenizer: Any, *, as_loaded: bool) -> Harness:
+    """GPT-2 small with an adapter; as_loaded: as a stage has it, not as transformers leaves it."""
+    model = arc.model("slm", 12, autocast=False).model
+    if as_loaded:
+        fuse(model)
+    lm = Harness(pretrained=model.get_base_model(), tokenizer=tokenizer)
+    lm.batch_size_per_gpu, lm.report = BATCH, lambda event: None
+    return lm
 
 
 def asked(tokenizer: Any) -> list[Any]:

@@ -194,7 +194,7 @@ def test_a_branch_reads_the_prompt_and_itself() -> None:
     batch = batch_of([Question((5, 6), [[7, 8, 9], [1], [2, 3]], [0, 1, 2]), Question((4,), [[1, 2]], [3])])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 2], [0, 0, 0, 4, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 0, 0, 0, 1]]
-    assert batch.kept == 4
+    assert batch.kept.int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]  # of the last four places
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
     assert batch.attention_mask[0, 0].int().tolist() == expected
     assert batch.attention_mask[1, 0, 3:].int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
