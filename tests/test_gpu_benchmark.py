@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pretended_cuda import cuda
 
+from stages.paper import reported
 from stages.workspace.agreement import Lora, Model
 from tests.benchmarks import gpu
 
 TINY = {"n_positions": 256, "n_embd": 32, "n_head": 2, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 1}
 
 
+PAIR = gpu.Pair(
+    "tiny",
+    {"slm": {"model_type": "gpt2", "n_layer": 1, **TINY}, "llm": {"model_type": "gpt2", "n_layer": 2, **TINY}},
+    Model(model="random", lora=Lora(r=2, alpha=4)),
+)
+
+
 def test_every_stage_of_a_tiny_pair_is_measured() -> None:
-    pair = gpu.Pair(
-        "tiny",
-        {"slm": {"model_type": "gpt2", "n_layer": 1, **TINY}, "llm": {"model_type": "gpt2", "n_layer": 2, **TINY}},
-        Model(model="random", lora=Lora(r=2, alpha=4)),
-    )
-    found = list(gpu.of_pair(pair, torch.device("cpu"), torch.float32, rows=2, steps=3))
+    found = list(gpu.of_pair(PAIR, torch.device("cpu"), torch.float32, rows=2, steps=3))
     assert [one.what for one in found] == [
         "client-train",
         "co-distill",
@@ -36,6 +40,20 @@ def test_every_stage_of_a_tiny_pair_is_measured() -> None:
 def test_the_papers_settings_are_there() -> None:
     pairs = [gpu.Pair.of_paper(name) for name in ("s1", "s2", "s3")]
     assert [pair.configs["llm"]["model_type"] for pair in pairs] == ["gpt2", "opt", "llama"]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+def test_on_a_gpu_a_setting_has_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "SIZE", 64)
+    monkeypatch.setattr(gpu, "STEPS", 3)
+    monkeypatch.setattr(gpu, "ROWS", 2)
+    monkeypatch.setattr(gpu.Pair, "of_paper", lambda name: PAIR)
+    monkeypatch.setattr(gpu.reported, "SETTINGS", {"s1": reported.SETTINGS["s1"]})
+    with cuda() as device:
+        rows = gpu.measure(1)
+    assert device.waits
+    assert [what.partition(",")[0] for what, *_ in rows[1:]] == ["s1"] * 6
+    assert all("tokens/s" in measured and "plan says" in measured for _, measured, _ in rows[1:])
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -1,7 +1,7 @@
-"""All benchmarks as one table of ratios: python -m tests.benchmarks [--repeats 3] [name ...].
+"""All benchmarks as one table of ratios: python -m tests.benchmarks [--repeats 5] [name ...].
 
-Every figure is a ratio against a named peer or limit measured in the same run, the median of repeats. Nothing here is a
-test: machines differ, and a slow one has not failed.
+Every figure is a ratio against a named peer or limit measured in the same run: the median of repeats, and in brackets
+the smallest and the largest. Nothing here is a test: machines differ, and a slow one has not failed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tests.benchmarks import (
     gpu,
     knowledge,
     on_slurm,
+    repeats,
     secagg,
     two_phases,
 )
@@ -49,9 +50,9 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; default: all but the last"
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    table = Table()
+    table = Table(title=repeats.processor())
     for column in ("what", "measured", "goal"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for name in arguments.names or [name for name in BENCHMARKS if name not in LONG]:

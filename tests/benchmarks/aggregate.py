@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from stages.artefacts.publishing import publish
 from stages.parties.party import Party
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from stages.workspace.paths import Workspace
+from tests.benchmarks.repeats import shown
 
 LAYERS, WIDTH, RANK = 24, 2048, 16  # OPT-1.3B's shape on q_proj and v_proj: 3,145,728 parameters
 BASE = BaseIdentity(architecture="opt", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
@@ -40,7 +40,7 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
                 middle = time.perf_counter()
                 read_and_hash(workspace)
                 ratios.append((middle - start) / (time.perf_counter() - middle))
-            rows.append((f"time over reading and hashing, {clients} clients", f"{median(ratios):.2f}", "<= 2"))
+            rows.append((f"time over reading and hashing, {clients} clients", shown(ratios), "<= 2"))
     rows.append(("peak memory, 256 clients over 4", f"{peaks[256] / peaks[4]:.2f}", "<= 1.2"))
     rows.append(("peak memory, 256 clients", f"{peaks[256] / 2**20:.0f} MiB", ""))
     return rows

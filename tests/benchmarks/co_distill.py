@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch.nn import functional as F
@@ -19,6 +19,7 @@ from stages.workspace.budgets import Distillation
 from stages.workspace.machine import Machine
 from stages.workspace.settings import Role
 from tests.benchmarks import gpt2_on_arc as arc
+from tests.benchmarks.repeats import shown
 
 STEPS, RATE, LAYERS = 8, 1e-3, {"slm": 6, "llm": 12}
 SETTINGS = Distillation(steps=STEPS, batch_size=arc.BATCH)
@@ -31,33 +32,30 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     examples = arc.examples(128)
     plan = schedule.schedule(len(examples), SETTINGS, seed=1)
     both: Sequence[Role] = ("slm", "llm")
+    precisions = arc.precisions()
     clocks = arc.in_turn(
         repeats,
         {
-            "ours float32": lambda: ours(examples, both, autocast=False),
-            "ours bfloat16": lambda: ours(examples, both, autocast=True),
-            "slm alone": lambda: ours(examples, ["slm"], autocast=True),
-            "llm alone": lambda: ours(examples, ["llm"], autocast=True),
-            "usual float32": lambda: usual(examples, plan, autocast=False),
-            "usual bfloat16": lambda: usual(examples, plan, autocast=True),
+            **{f"ours {one}": partial(ours, examples, both, autocast=one == "bfloat16") for one in precisions},
+            **{f"slm {one}": partial(ours, examples, ["slm"], autocast=one == "bfloat16") for one in precisions},
+            **{f"llm {one}": partial(ours, examples, ["llm"], autocast=one == "bfloat16") for one in precisions},
+            **{f"usual {one}": partial(usual, examples, plan, autocast=one == "bfloat16") for one in precisions},
         },
     )
-    seconds = {name: median(clock.seconds for clock in laps) for name, laps in clocks.items()}
-    floor = seconds["ours bfloat16"] / (seconds["slm alone"] + seconds["llm alone"])
-    return [
-        ("over two cross-entropy steps of the same models", f"{floor:.2f}", "<= 1.10"),
-        (
-            "times the usual way in float32, ours in bfloat16",
-            _times(clocks, "ours bfloat16", "usual float32"),
-            ">= 2.5",
-        ),
-        ("times the usual way, both in float32", _times(clocks, "ours float32", "usual float32"), ""),
-        ("times the usual way, both in bfloat16", _times(clocks, "ours bfloat16", "usual bfloat16"), ""),
-    ]
+    rows = []
+    for one in precisions:
+        floor, faster = _over_floor(clocks, one), arc.times_faster(clocks, f"ours {one}", f"usual {one}")
+        rows.append((f"over two cross-entropy steps of the same models, {one}", floor, "<= 1.10"))
+        rows.append((f"times the usual way, both in {one}", faster, ""))
+    if "bfloat16" not in precisions:
+        return [*rows, arc.NO_BFLOAT16]
+    across = arc.times_faster(clocks, "ours bfloat16", "usual float32")
+    return [*rows, ("times the usual way in float32, ours in bfloat16", across, ">= 2.5")]
 
 
-def _times(clocks: dict[str, list[arc.Clock]], ours_name: str, theirs: str) -> str:
-    return f"{arc.times_faster(clocks, ours_name, theirs):.2f}"
+def _over_floor(clocks: dict[str, list[arc.Clock]], precision: str) -> str:
+    laps = zip(*(clocks[f"{name} {precision}"] for name in ("ours", "slm", "llm")), strict=True)
+    return shown([both.seconds / (slm.seconds + llm.seconds) for both, slm, llm in laps])
 
 
 def ours(examples: list[Example], roles: Sequence[Role], *, autocast: bool) -> arc.Clock:

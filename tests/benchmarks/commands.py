@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 
 from builders import AGREEMENT, SHARED_DATA
 from stages.artefacts.draft import Draft
@@ -20,6 +19,7 @@ from stages.parties import names
 from stages.parties.party import Party
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from stages.workspace.paths import Workspace
+from tests.benchmarks.repeats import shown
 
 FEDCOLLM = [sys.executable, "-m", "fedcollm_cli"]
 ARC_SCRIPT = Path(__file__).parents[1] / "arc_easy.sh"
@@ -29,19 +29,19 @@ BASE = BaseIdentity(architecture="none", weights_sha256="0" * 64, tokenizer_sha2
 
 def measure(repeats: int) -> list[tuple[str, str, str]]:
     """Rows of the table: what, measured, goal."""
-    bare = median(seconds([sys.executable, "-c", "import typer, rich.progress, pydantic"]) for _ in range(repeats))
-    shown = median(seconds([*FEDCOLLM, "--help"]) for _ in range(repeats))
-    rows = [("--help over importing typer, rich and pydantic", f"{shown / bare:.2f}", "")]
+    bare = [sys.executable, "-c", "import typer, rich.progress, pydantic"]
+    ratios = [seconds([*FEDCOLLM, "--help"]) / seconds(bare) for _ in range(repeats)]
+    rows = [("--help over importing typer, rich and pydantic", shown(ratios), "")]
     with tempfile.TemporaryDirectory() as folder:
         make_large(Path(folder), clients=1000, rounds=10)
-        took = median(seconds([*FEDCOLLM, "status", "-w", folder]) for _ in range(repeats))
-        rows.append(("status, 1,000 clients x 10 rounds", f"{took:.1f} s", "seconds"))
+        took = [seconds([*FEDCOLLM, "status", "-w", folder]) for _ in range(repeats)]
+        rows.append(("status, 1,000 clients x 10 rounds: seconds", shown(took, ".1f"), ""))
     if SHARED_DATA.is_dir():
         rows.append(
             ("run over the same separate commands, 2 rounds x 4 clients", f"{run_over_separate():.2f}", "<= 0.5")
         )
         what = "client-train over importing torch, transformers and PEFT, and training itself"
-        rows.append((what, f"{stage_over_bare(repeats):.2f}", "<= 1.3"))
+        rows.append((what, stage_over_bare(repeats), "<= 1.3"))
     return rows
 
 
@@ -111,7 +111,7 @@ def prepared(folder: Path) -> Path:
     return folder
 
 
-def stage_over_bare(repeats: int) -> float:
+def stage_over_bare(repeats: int) -> str:
     """A separate client-train over what no program could do without: the imports, and the time in the training loop."""
     ratios = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -122,4 +122,4 @@ def stage_over_bare(repeats: int) -> float:
             took = seconds([*FEDCOLLM, "client-train", "--round", "1", "--client", "1", "--overwrite"], folder)
             log = Workspace(folder).log("client-train", 1, 1).read_text().splitlines()
             ratios.append(took / (bare + json.loads(log[-1])["wall_s"]))
-    return median(ratios)
+    return shown(ratios)

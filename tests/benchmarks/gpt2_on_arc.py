@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from stages.models import adapters, packing
 from stages.models.tuned import Tuned
 from stages.workspace.agreement import Lora, Model
 from stages.workspace.settings import Role
+from tests.benchmarks.repeats import shown
 
 BATCH, PAD = 8, 50256
 SETTINGS = Model(model="gpt2", lora=Lora(r=8, alpha=16, target_modules=["c_attn"]))
@@ -27,6 +27,14 @@ IDENTITY = BaseIdentity(architecture="gpt2", weights_sha256="0" * 64, tokenizer_
 def available() -> bool:
     """Whether the real data is there."""
     return (SHARED_DATA / "tokenizers" / "gpt2").is_dir()
+
+
+def precisions() -> list[str]:
+    """Those that this processor computes fast in."""
+    return ["bfloat16", "float32"] if torch.cpu._is_avx512_bf16_supported() else ["float32"]
+
+
+NO_BFLOAT16 = ("bfloat16 skipped: this processor has no instructions for it", "-", "-")
 
 
 def examples(count: int) -> list[Example]:
@@ -69,10 +77,10 @@ def padded_as_usual(chunk: Sequence[Example]) -> dict[str, Tensor]:
 
 
 class Clock:
-    """A report that notes when each step ended and its losses."""
+    """A report that notes when each step ended and its losses. times: of one that has run already."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, times: Sequence[float] = ()) -> None:
+        self.times = list(times)
         self.losses: list[dict[str, float]] = []
 
     def step(self, losses: dict[str, float]) -> None:
@@ -94,6 +102,6 @@ def in_turn(repeats: int, runs: dict[str, Callable[[], Clock]]) -> dict[str, lis
     return clocks
 
 
-def times_faster(clocks: dict[str, list[Clock]], ours: str, theirs: str) -> float:
-    """Median over the repeats of theirs / ours."""
-    return median(b.seconds / a.seconds for a, b in zip(clocks[ours], clocks[theirs], strict=True))
+def times_faster(clocks: dict[str, list[Clock]], ours: str, theirs: str) -> str:
+    """Theirs / ours, repeat by repeat."""
+    return shown([b.seconds / a.seconds for a, b in zip(clocks[ours], clocks[theirs], strict=True)])

@@ -38,6 +38,8 @@ from stages.workspace.machine import Machine
 from stages.workspace.settings import Role
 
 ROWS, PROMPT, ANSWER, STEPS = 16, 120, 8, 8
+SIZE = 8192
+"""Of the matrices whose product is the ceiling."""
 IDENTITY = BaseIdentity(architecture="random", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
 WEIGHTS = dict.fromkeys(("slm_ft", "slm_kd", "llm_ft", "llm_kd"), 1.0)
 BOTH: tuple[Role, ...] = ("slm", "llm")
@@ -85,9 +87,10 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     device = torch.device("cuda")
     ceiling = matmul_flops(device)
     name = torch.cuda.get_device_name(device)
-    table = [(f"bfloat16 matrix products of 8192 x 8192, {name}", f"{ceiling / 1e12:.0f} TFLOP/s", "")]
+    table = [(f"bfloat16 matrix products of {SIZE} x {SIZE}, {name}", f"{ceiling / 1e12:.0f} TFLOP/s", "")]
     for setting in reported.SETTINGS:
-        for one in of_pair(Pair.of_paper(setting), device, torch.bfloat16, steps=STEPS * repeats):
+        pair = Pair.of_paper(setting)
+        for one in of_pair(pair, device, torch.bfloat16, rows=ROWS, steps=STEPS * repeats):
             said = f"{one.tokens_per_s:,.0f} tokens/s, {one.flops / ceiling:.2f} of the ceiling"
             assert one.peak_bytes
             said += f", peak {one.peak_bytes / 1e9:.2f} GB, plan says {one.planned_bytes / one.peak_bytes:.2f} of it"
@@ -95,11 +98,11 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     return table
 
 
-def matmul_flops(device: torch.device, size: int = 8192) -> float:
+def matmul_flops(device: torch.device) -> float:
     """Operations a second of one large product, the best of twenty."""
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(SIZE, SIZE, device=device).bfloat16() for _ in range(2))
     best = min(_seconds(lambda: torch.mm(a, b), device) for _ in range(20))
-    return 2 * size**3 / best
+    return 2 * SIZE**3 / best
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -9,11 +9,11 @@ import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
-from statistics import median
 
 from builders import AGREEMENT, ROOT, TASK, make_base_models, make_workspace, questions, rows, write_rows
 from clusters import Cluster, absent, cluster
 from tests.benchmarks.commands import FEDCOLLM, make_large, seconds
+from tests.benchmarks.repeats import shown
 
 CLIENTS, ROUNDS = 4, 3
 ONE_CORE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -60,8 +60,8 @@ def large(repeats: int) -> list[tuple[str, str, str]]:
             "slurm --jobs": [*FEDCOLLM, "slurm", "--jobs"],
             "submit.sh with an sbatch that does nothing": submit,
         }
-        found = {what: median(seconds(command, folder) for _ in range(repeats)) for what, command in asked.items()}
-        return [(f"{what}, 64 clients x 50 rounds", f"{took:.1f} s", "seconds") for what, took in found.items()]
+        found = {what: [seconds(command, folder) for _ in range(repeats)] for what, command in asked.items()}
+        return [(f"{what}, 64 clients x 50 rounds: seconds", shown(took, ".1f"), "") for what, took in found.items()]
 
 
 def queued() -> tuple[float, float, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from statistics import median
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from secure_rounds import new_keys
 from stages.secagg import fixed_point, masking, prg, unmasking
 from stages.secagg.unmasking import Opened
+from tests.benchmarks.repeats import shown
 
 PARAMETERS, CLIENTS, MISSING = 10_000_000, 64, 6
 SENT_PARAMETERS = 3_145_728  # OPT-1.3B with LoRA of rank 16 on q_proj and v_proj
@@ -37,9 +37,9 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
         ),
     ):
         bounds, times = zip(*((streams * seconds_per_stream(), seconds(work)) for _ in range(repeats)), strict=True)
-        share = median(bound / took for bound, took in zip(bounds, times, strict=True))
-        rows.append((f"{what}, {PARAMETERS:,} parameters: share of the keystream bound", f"{100 * share:.0f} %", goal))
-        rows.append((f"{what}: seconds", f"{median(times):.2f}", f"bound {median(bounds):.2f}"))
+        shares = [100 * bound / took for bound, took in zip(bounds, times, strict=True)]
+        rows.append((f"{what}, {PARAMETERS:,} parameters: % of the keystream bound", shown(shares, ".0f"), goal))
+        rows.append((f"{what}: seconds", shown(times), f"bound {shown(bounds)}"))
     for clients in (4, 16, 64, 256):
         shares = clients * masking.sealed_row_bytes(clients)
         sent = 4 * (SENT_PARAMETERS + 3) + shares
