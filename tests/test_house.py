@@ -455,6 +455,11 @@ def test_training_imports_no_library_that_it_does_not_use(workspace_folder: Path
     assert not found & {"bitsandbytes", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "lm_eval"}
 
 
+def test_averaging_and_packing_need_no_torch(answered: Path) -> None:
+    for words in (["aggregate", "--round", "1"], ["pack", "--server", "--round", "1", "--output", f"{answered}/b"]):
+        assert not loaded_by([*words, "-w", str(answered)]) & HEAVY
+
+
 def test_auditors_need_numpy_and_no_torch(finished_once: Path, unlike_once: Path) -> None:
     adapters = [str(finished_once / "exchange" / f"round-000{round}" / "broadcast") for round in (1, 2)]
     audits = [["audit", "--json", "-w", str(folder)] for folder in (finished_once, unlike_once)]
