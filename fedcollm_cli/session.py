@@ -20,6 +20,7 @@ import typer
 from fedcollm_cli.console import Console
 from fedcollm_cli.torchrun import Launch, is_first, launched
 from stages.files.faults import naming_storage_faults
+from stages.runtime import imports
 from stages.runtime.errors import INTERRUPTED_EXIT_CODE, Problem
 from stages.runtime.processes import ALONE, Processes
 from stages.runtime.quiet import libraries as silent_libraries
@@ -121,6 +122,7 @@ def guarded(console: Console) -> Iterator[None]:
         os.environ.setdefault(name, "false")
     # With it, bitsandbytes would fetch programs from the hub as it is imported, and transformers as it loads a model.
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    imports.spare()
     try:
         with naming_storage_faults(), console, silent_libraries():
             yield

@@ -16,7 +16,9 @@ import pytest
 import typer
 
 from builders import AGREEMENT, ROOT
+from stages.broadcast import broadcast
 from stages.workspace import names
+from stages.workspace.paths import Workspace
 
 STAGES = ROOT / "stages"
 GROUND = ("runtime", "paper", "files", "workspace", "parties", "data", "bases", "artefacts", "accounting")
@@ -444,6 +446,18 @@ def loaded_by(words: list[str]) -> set[str]:
     """The packages that a fresh Python holds after a command that ends well."""
     call = f"try:\n    app({words!r})\nexcept SystemExit as stop:\n    assert not stop.code"
     return loaded_after(f"from fedcollm_cli.main import app\n{call}")
+
+
+def test_training_imports_no_library_that_it_does_not_use(workspace_folder: Path) -> None:
+    broadcast(Workspace(workspace_folder), round=1)
+    found = loaded_by(["client-train", "--round", "1", "--client", "1", "-w", str(workspace_folder)])
+    assert {"torch", "transformers", "peft", "accelerate"} <= found
+    assert not found & {"bitsandbytes", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "lm_eval"}
+
+
+def test_averaging_and_packing_need_no_torch(answered: Path) -> None:
+    for words in (["aggregate", "--round", "1"], ["pack", "--server", "--round", "1", "--output", f"{answered}/b"]):
+        assert not loaded_by([*words, "-w", str(answered)]) & HEAVY
 
 
 def test_auditors_need_numpy_and_no_torch(finished_once: Path, unlike_once: Path) -> None:

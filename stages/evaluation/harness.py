@@ -19,6 +19,9 @@ from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.events import Event, Report
 from stages.runtime.processes import ALONE, Processes
 
+MOST_TEXTS = 1 << 14
+"""Whose tokens are kept: the prompts and answers of three thousand questions."""
+
 
 class Harness(HFLM):  # type: ignore[misc]
     """lm-eval's Hugging Face model, which also says how far it is, and reads a prompt once for all of its answers.
@@ -48,8 +51,12 @@ class Harness(HFLM):  # type: ignore[misc]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As a row is split for training: what is trained is what is scored."""
-        example = encode_row(Row(context, continuation), self.tokenizer)
+        example = encode_row(Row(context, continuation), self._encoder)
         return example.input_ids[: example.prompt_tokens], example.input_ids[example.prompt_tokens :]
+
+    @functools.cached_property
+    def _encoder(self) -> _Encoder:
+        return _Encoder(self.tokenizer)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -104,7 +111,7 @@ class Harness(HFLM):  # type: ignore[misc]
 
         Raises UsageProblem for an answer that does not fit by itself.
         """
-        found = set()
+        found, most = set(), self.max_length
         for request in requests:
             if request.request_type == "loglikelihood":
                 context, answer = request.args[:2]
@@ -113,16 +120,16 @@ class Harness(HFLM):  # type: ignore[misc]
                     message = f"the text of question {request.doc_id + 1} of task {request.task_name} has no token"
                     raise UsageProblem(f"{message}: it is {context!r}", mend="correct doc_to_text, or its data")
                 wanted = len(after if context else self.tok_encode(answer, add_special_tokens=False))
-                longest, room = len(before) + wanted - 1, self.max_length
+                longest, room = len(before) + wanted - 1, most
             elif request.request_type == "generate_until":
                 wanted = int(request.args[1].get("max_gen_toks", self.max_gen_toks))
-                longest, room = len(self.tok_encode(request.args[0])), self.max_length - wanted
+                longest, room = len(self.tok_encode(request.args[0])), most - wanted
             else:
                 continue  # scored window by window: nothing is dropped
-            if wanted >= self.max_length:
+            if wanted >= most:
                 message = f"an answer to question {request.doc_id + 1} of task {request.task_name} has {wanted} tokens"
                 mend = "shorten it or max_gen_toks, or take a model of a longer context"
-                raise UsageProblem(f"{message}; the model's context is {self.max_length}", mend=mend)
+                raise UsageProblem(f"{message}; the model's context is {most}", mend=mend)
             if longest > room:
                 found.add(request.doc_id)
         return found
@@ -160,6 +167,14 @@ class Harness(HFLM):  # type: ignore[misc]
             return
         self._done = min(self._done + rows, self._total)
         self.report(Event("step", "scoring", step=self._done, total=self._total))
+
+
+class _Encoder:
+    """A tokenizer that encodes a text once: a question's answers share their prompt, and what is checked is scored."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.bos_token, self.eos_token = tokenizer.bos_token, tokenizer.eos_token
+        self.encode = functools.lru_cache(maxsize=MOST_TEXTS)(tokenizer.encode)
 
 
 def _is_whole(texts: Any, before: list[int], after: list[int], *, room: int) -> bool:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.artefacts.adapter_files import Layout, Tensors, check_finite, config_bytes, weights_bytes
 from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, UsageProblem
+from stages.runtime.imports import out_of_sight
 from stages.workspace.agreement import Lora, Model
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -35,7 +36,9 @@ def attach(base: PreTrainedModel, settings: Model, *, where: Path | None = None)
         target_modules=lora.target_modules or None,
     )
     try:
-        with quiet.libraries():  # PEFT sets fan_in_fan_out for Conv1D and warns of it
+        # PEFT sets fan_in_fan_out for Conv1D and warns of it; and of any model it asks for bitsandbytes, which has been
+        # imported where the base is in few bits.
+        with quiet.libraries(), out_of_sight("bitsandbytes"):
             model = get_peft_model(base, config)
     except ValueError as error:
         wanted = lora.target_modules or "PEFT's default"

@@ -34,8 +34,17 @@ def loading(
         raise UsageProblem(f"{wanted} needs bitsandbytes, which is not installed", mend=INSTALL)
     with quiet.libraries():
         import bitsandbytes
+        from peft import import_utils as in_peft
         from transformers import BitsAndBytesConfig
+        from transformers.utils import import_utils as in_transformers
 
+    # Until now both may have taken it to be absent, see runtime.imports, and remember that.
+    for is_there in (
+        in_peft.is_bnb_available,
+        in_peft.is_bnb_4bit_available,
+        in_transformers.is_bitsandbytes_available,
+    ):
+        is_there.cache_clear()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which tells of every layer that it casts to float16
 
     if device.type not in bitsandbytes.supported_torch_devices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,20 @@ from tests.benchmarks.repeats import shown
 FEDCOLLM = [sys.executable, "-m", "fedcollm_cli"]
 ARC_SCRIPT = Path(__file__).parents[1] / "arc_easy.sh"
 BARE = "import torch, transformers, peft"
+TORCH = "import torch"
+FIRST_STEP = f"""{TORCH}
+parameter = torch.nn.Parameter(torch.ones(1))
+parameter.sum().backward()
+torch.optim.AdamW([parameter]).step()"""
+"""With which torch imports its compiler, whatever is trained."""
+
+START = """import fedcollm_cli.main
+from stages.runtime import imports
+imports.spare()
+import stages.client_train, stages.models.adapters, stages.models.loading, stages.training.training
+import stages.training.drafts, stages.training.update_norm, transformers.models.gpt2.modeling_gpt2"""
+"""All that client-train imports."""
+
 BASE = BaseIdentity(architecture="none", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
 
 
@@ -32,6 +47,7 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     bare = [sys.executable, "-c", "import typer, rich.progress, pydantic"]
     ratios = [seconds([*FEDCOLLM, "--help"]) / seconds(bare) for _ in range(repeats)]
     rows = [("--help over importing typer, rich and pydantic", shown(ratios), "")]
+    rows += start_over_torch(max(repeats, 5))
     with tempfile.TemporaryDirectory() as folder:
         make_large(Path(folder), clients=1000, rounds=10)
         took = [seconds([*FEDCOLLM, "status", "-w", folder]) for _ in range(repeats)]
@@ -50,6 +66,29 @@ def seconds(command: list[str], folder: Path | None = None) -> float:
     start = time.perf_counter()
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return time.perf_counter() - start
+
+
+def start_over_torch(repeats: int) -> list[tuple[str, str, str]]:
+    """Rows on the start of client-train, in seconds of the processor: pairs, taken in turns."""
+    codes = {"start": START, "start and a step": f"{START}\n{FIRST_STEP}", "torch": TORCH, "step": FIRST_STEP}
+    taken = [{name: cpu_seconds(code) for name, code in codes.items()} for _ in range(repeats)]
+
+    def row(what: str, name: str, peer: str, goal: str) -> tuple[str, str, str]:
+        return what, shown([one[name] / one[peer] for one in taken]), goal
+
+    return [
+        row("all that client-train imports over importing torch", "start", "torch", "<= 1.5"),
+        row("torch's first step of AdamW over importing torch", "step", "torch", ""),
+        row("client-train's imports and such a step over torch and the step", "start and a step", "step", ""),
+    ]
+
+
+def cpu_seconds(code: str) -> float:
+    """Of a fresh Python that runs this code."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def make_large(folder: Path, *, clients: int, rounds: int) -> None:

@@ -475,3 +475,22 @@ def test_a_tokenizer_that_can_only_be_refused_says_what_it_does(tmp_path: Path) 
         load_tokenizer(trained(tmp_path, first=False, end=False, dummy_space=False), "the LLM")
     assert isinstance(caught.value, Problem)
     assert "eos_token" in str(caught.value.mend)
+
+
+def test_scoring_encodes_a_text_once_however_many_answers_share_it(
+    base_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.evaluation.harness import Harness
+
+    tokenizer: Any = load_tokenizer(base_models / "slm", "the SLM")
+    encode, encoded = tokenizer.encode, list[str]()
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **settings: encoded.append(text) or encode(text, **settings))
+    harness = Harness(pretrained=tiny_model(vocabulary=len(tokenizer), width=4), tokenizer=tokenizer)
+    pairs = [("the sky is", answer) for answer in (" blue", " red", " green")] * 2
+    encoded.clear()
+    found = [harness._encode_pair(*pair) for pair in pairs]
+    assert sorted(encoded) == ["the sky is", "the sky is blue", "the sky is green", "the sky is red"]
+    assert found[:3] == found[3:]
+    for pair, (before, after) in zip(pairs, found, strict=True):
+        assert before == encode("the sky is")
+        assert before + after == encode("".join(pair))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import edit, make_wide_models, rows, write_rows
+from builders import ROOT, edit, make_wide_models, rows, write_rows
 from stages.aggregate import aggregate
 from stages.artefacts.manifest import BaseIdentity
 from stages.artefacts.reading import read_manifest
@@ -179,6 +181,30 @@ def test_a_device_that_bitsandbytes_does_not_know_is_named() -> None:
 
     with pytest.raises(UsageProblem, match="bitsandbytes has nothing for the device meta"):
         quantization.loading("llm", "8bit", torch.float32, torch.device("meta"))
+
+
+IN_ONE_PROCESS = """import sys
+from pathlib import Path
+from stages.runtime import imports
+imports.spare()
+from stages.models.loading import Models
+from stages.workspace.paths import Workspace
+for folder in sys.argv[1:]:
+    model = Models(Workspace(Path(folder))).get("slm").model
+    layers = {type(one).__module__ for one in model.modules() if hasattr(one, "lora_A")}
+    print(*layers, "bitsandbytes" in sys.modules)
+"""
+
+
+@needs_bitsandbytes
+def test_bases_in_few_bits_and_in_full_in_one_process_whichever_comes_first(wide: Path, tmp_path: Path) -> None:
+    """bitsandbytes, which PEFT and transformers do not see until it is needed, is then seen by both."""
+    few = quantized(Path(shutil.copytree(wide, tmp_path / "few", symlinks=True)), "4bit")
+    words = [sys.executable, "-c", IN_ONE_PROCESS, *map(str, (wide, few, wide))]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole, bnb = "peft.tuners.lora.layer", "peft.tuners.lora.bnb"
+    assert done.stdout.splitlines() == [f"{whole} False", f"{bnb} True", f"{whole} True"]
 
 
 @needs_bitsandbytes
