@@ -87,23 +87,23 @@ def read_artefact(
     check_names(folder, manifest, wanted)
     if before:
         before(Artefact(folder, manifest, signed, reading.sha256(signed), {}))
-    contents = {}
-    mend = reading.FOLDER_AGAIN
-    for name, entry in wanted.items():
-        path = folder / name
-        look = tensor_files.check_head if path.suffix == ".safetensors" else None
-        content = reading.read(path, limit_bytes=limit_bytes, levels=LEVELS, named_bytes=entry.size_bytes, look=look)
-        if len(content) < entry.size_bytes:
-            message = f"{name} has {len(content)} bytes of {entry.size_bytes}: still arriving, or cut short"
-            raise NotReady(message, where=path, mend=f"wait, or {mend}")
-        found = reading.sha256(content)
-        if found != entry.sha256:
-            message = (
-                f"{name} is not the file its manifest names: sha256 {found[:16]}..., expected {entry.sha256[:16]}..."
-            )
-            raise Damaged(message, where=path, mend=mend)
-        contents[name] = content
+    contents = {name: read_file(folder, manifest, name, limit_bytes=limit_bytes) for name in wanted}
     return Artefact(folder, manifest, signed, reading.sha256(signed), contents)
+
+
+def read_file(folder: Path, manifest: Manifest, name: str, *, limit_bytes: int) -> bytes:
+    """One file of a folder, every byte of it checked against the manifest. Raises as read_artefact does."""
+    path, entry, mend = folder / name, manifest.files[name], reading.FOLDER_AGAIN
+    look = tensor_files.check_head if path.suffix == ".safetensors" else None
+    content = reading.read(path, limit_bytes=limit_bytes, levels=LEVELS, named_bytes=entry.size_bytes, look=look)
+    if len(content) < entry.size_bytes:
+        message = f"{name} has {len(content)} bytes of {entry.size_bytes}: still arriving, or cut short"
+        raise NotReady(message, where=path, mend=f"wait, or {mend}")
+    found = reading.sha256(content)
+    if found != entry.sha256:
+        message = f"{name} is not the file its manifest names: sha256 {found[:16]}..., expected {entry.sha256[:16]}..."
+        raise Damaged(message, where=path, mend=mend)
+    return content
 
 
 def expected_names(manifest: Manifest) -> set[str] | None:
