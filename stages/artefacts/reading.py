@@ -45,11 +45,12 @@ class Artefact:
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """The manifest of a folder and the sha256 of its bytes; the other files are not read."""
-    manifest, content = _read_manifest(folder)
+    manifest, content = manifest_as_read(folder)
     return manifest, reading.sha256(content)
 
 
-def _read_manifest(folder: Path, levels: int = LEVELS) -> tuple[Manifest, bytes]:
+def manifest_as_read(folder: Path) -> tuple[Manifest, bytes]:
+    """The manifest of a folder and its bytes. Raises NotReady if it has not arrived, Damaged for anything else."""
     path = folder / MANIFEST
     if folder.is_symlink():
         message = f"{folder.name} is a symbolic link; exchanged folders are never followed"
@@ -59,7 +60,7 @@ def _read_manifest(folder: Path, levels: int = LEVELS) -> tuple[Manifest, bytes]
     if folder.is_dir() and not path.exists() and not path.is_symlink():
         mend = "wait until the whole folder is copied; or make it again with --overwrite"
         raise NotReady(f"{folder.name} has no {MANIFEST} yet", where=folder, mend=mend)
-    value, content = reading.read_json(path, levels=levels)
+    value, content = reading.read_json(path, levels=LEVELS)
     try:
         return Manifest.model_validate(value), content
     except ValidationError as error:
@@ -82,7 +83,7 @@ def read_artefact(
     before: raises for a manifest, signature included, whose files are not worth reading; it gets none of them.
     Raises NotReady if it, or a part of it, has not arrived; Damaged if a file is superfluous or changed.
     """
-    manifest, signed = _read_manifest(folder)
+    manifest, signed = manifest_as_read(folder)
     wanted = manifest.files if only is None else {name: manifest.files[name] for name in only if name in manifest.files}
     check_names(folder, manifest, wanted)
     if before:
