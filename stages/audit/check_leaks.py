@@ -21,7 +21,7 @@ from stages.workspace.names import MANIFEST
 A7 = Check("A7", "leaks")
 
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'=(,:])(?:file://|~?/[\w.-]+/|[A-Za-z]:[\\/]|\\\\\w)")
-EMAIL = re.compile(r"[\w.+-]+@[\w-]+\.[A-Za-z]{2,}")
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+\.[A-Za-z]{2,}")  # from where a word begins: long words are read once
 UUID = re.compile(r"(?<![0-9A-Fa-f])[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}(?![0-9A-Fa-f])")
 ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]*:[0-9A-Fa-f:]+)(?![\w.:])")
 ED25519 = re.compile(r"[A-Za-z0-9+/]{86}==")  # 64 random bytes, which may look like anything
