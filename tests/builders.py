@@ -8,11 +8,13 @@ import random
 import shutil
 import string
 import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from stages.aggregation.updates import Updates
     from stages.artefacts.adapter_files import Layout, Tensors
     from stages.data.rows import Example
     from stages.models.tuned import Tuned
@@ -424,6 +426,47 @@ def random_adapter(layout: Layout, *, seed: int, scale: float = 0.1) -> Tensors:
 
     rng = np.random.default_rng(seed)
     return {name: (scale * rng.standard_normal(shape)).astype(np.float32) for name, shape in sorted(layout.items())}
+
+
+def sent(
+    folder: Path,
+    theta: Tensors,
+    adapters: Sequence[Tensors],
+    clients: Iterable[int],
+    *,
+    write: Callable[[Tensors], bytes] | None = None,
+) -> Updates:
+    """These adapters as files in a folder, to be combined. write: the files' bytes, if not as they are written here."""
+    from stages.aggregation.updates import Updates
+    from stages.artefacts.adapter_files import config_bytes, weights_bytes
+    from stages.artefacts.manifest import BaseIdentity, FileEntry, Manifest
+    from stages.artefacts.reading import Artefact
+    from stages.workspace.agreement import Lora
+    from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+    heads, config = [], config_bytes(Lora(), target_modules=[], fan_in_fan_out=False)
+    for client, adapter in zip(clients, adapters, strict=True):
+        place, content = folder / f"client-{client}", (write or weights_bytes)(adapter)
+        place.mkdir()
+        (place / ADAPTER_WEIGHTS).write_bytes(content)
+        manifest = Manifest(
+            federation="tiny",
+            agreement_sha256="0" * 64,
+            stage="client-train",
+            round=1,
+            client=client,
+            parents={},
+            files={ADAPTER_WEIGHTS: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))},
+            base=BaseIdentity(architecture="none", weights_sha256="0" * 64, tokenizer_sha256="0" * 64),
+            lora=Lora(),
+            parameters=sum(tensor.size for tensor in theta.values()),
+            versions={},
+        )
+        signed = manifest.model_dump_json().encode()
+        (place / "manifest.json").write_bytes(signed)
+        head = Artefact(place, manifest, signed, hashlib.sha256(signed).hexdigest(), {ADAPTER_CONFIG: config})
+        heads.append(head)
+    return Updates(heads, theta, Lora(), lambda event: None)
 
 
 def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int = 0) -> list[Example]:

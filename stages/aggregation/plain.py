@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.artefacts.average import Arrived, Average
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.reading import Artefact, check_names, read_manifest
 from stages.artefacts.receiving import received
 from stages.artefacts.subjects import OWN_EXAMPLES, OWN_TOKENS, client_stage
-from stages.artefacts.tensor_files import largest_bytes
 from stages.data.rows import Row
 from stages.parties.names import SERVER
 from stages.parties.party import Party
@@ -20,6 +18,7 @@ from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report
 from stages.secagg import accepting
 from stages.workspace.commands import Command
+from stages.workspace.names import ADAPTER_CONFIG
 from stages.workspace.paths import Workspace, require
 
 MOST_CLAIMED = 1 << 40
@@ -68,7 +67,7 @@ class FromClients:
         return Arrived({"broadcast": theta.sha256} | parents, updates)
 
     def combine(self, theta: Artefact, arrived: Arrived) -> Average:
-        """Every update read once, and combined by the agreement's rule."""
+        """The updates, combined by the agreement's rule."""
         return _average(self.party, theta, arrived, self.report)
 
 
@@ -97,54 +96,41 @@ def _present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int,
 def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -> Average:
     from threadpoolctl import threadpool_limits
 
-    from stages.aggregation.rules import WEIGHTINGS, aggregator
+    from stages.aggregation.rules import WEIGHTINGS, combine
+    from stages.aggregation.updates import Updates
     from stages.artefacts import adapter_files
 
     agreement = server.workspace.agreement
     settings, lora = agreement.aggregation, agreement.slm.lora
     old = adapter_files.read_adapter(theta, None, lora)
-    layout, weight_of = adapter_files.layout_of(old), WEIGHTINGS[settings.weighting]
-    combined, examples, tokens = aggregator(settings, old), 0, 0
-    updates, parents = arrived.updates, dict(arrived.parents)
-    told = _told(server.workspace, theta.manifest.round)
-    del old  # rules that measure updates against it keep it
     if settings.rule in OF_FACTORS:
         report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
+    heads = _heads(server, theta, arrived.updates)
+    seen = [_own(head) for head in heads]
+    weights = [WEIGHTINGS[settings.weighting](examples) for examples, _ in seen]
     with threadpool_limits(1, "blas"):
-        for number, (client, update) in enumerate(_each(server, theta, updates), 1):
-            _check_update(update, client, theta, told)
-            parents[update.path.name] = update.sha256  # what was read now, should it have been replaced meanwhile
-            own_examples, own_tokens = _own(update)
-            combined.add(adapter_files.read_adapter(update, layout, lora), weight_of(own_examples))
-            examples, tokens = examples + own_examples, tokens + own_tokens
-            report(Event("step", f"client {client}", step=number, total=len(updates)))
-        tensors = combined.result()
-        metrics = combined.metrics(list(updates))
-    return Average(tensors, parents, examples, tokens, metrics)
+        tensors, metrics = combine(settings, Updates(heads, old, lora, report), weights)
+    # what was read now, should it have been replaced meanwhile
+    parents = arrived.parents | {head.path.name: head.sha256 for head in heads}
+    return Average(tensors, parents, sum(own for own, _ in seen), sum(tokens for _, tokens in seen), metrics)
 
 
-def _each(server: Party, theta: Artefact, updates: dict[int, Path]) -> Iterator[tuple[int, Artefact]]:
-    """The artefacts one by one, the next being read and hashed while the last is added: two in memory, however many."""
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        limit_bytes = largest_bytes(theta.manifest.parameters)
-
-        def read(client: int) -> Artefact:
-            return received(
-                updates[client],
-                by=server,
-                stage=client_stage(server.workspace),
-                round=theta.manifest.round,
-                client=client,
-                limit_bytes=limit_bytes,
-            )
-
-        clients = list(updates)
-        upcoming = reader.submit(read, clients[0])
-        for number, client in enumerate(clients, 1):
-            artefact = upcoming.result()
-            if number < len(clients):
-                upcoming = reader.submit(read, clients[number])
-            yield client, artefact
+def _heads(server: Party, theta: Artefact, updates: dict[int, Path]) -> list[Artefact]:
+    """Each update with everything checked but its weights, which are not read yet."""
+    told, heads = _told(server.workspace, theta.manifest.round), []
+    for client, path in updates.items():
+        head = received(
+            path,
+            by=server,
+            stage=client_stage(server.workspace),
+            round=theta.manifest.round,
+            client=client,
+            only=[ADAPTER_CONFIG],
+        )
+        check_names(path, head.manifest)
+        _check_update(head, client, theta, told)
+        heads.append(head)
+    return heads
 
 
 def _own(update: Artefact) -> tuple[int, int]:

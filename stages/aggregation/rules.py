@@ -1,23 +1,26 @@
 """Line 13 of Algorithm 1: many clients' adapters become one, by the mean or by a rule that bad ones sway less.
 
-FedAvg averages A and B apart: mean(B) mean(A) is not mean(BA), and the cross term tells by how much. The mean takes
-one client at a time, so that memory does not grow with their number. The other rules need every update at once: they
-hold K adapters (4 bytes a parameter; 256 clients of 3.1 million are 3.2 GB) and work tensor by tensor on top of that.
+FedAvg averages A and B apart: mean(B) mean(A) is not mean(BA), and the cross term tells by how much. No rule's memory
+grows with the number of clients: means take one client at a time, the others some numbers of all clients at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from stages.aggregation.sorting import in_order
+from stages.aggregation.updates import Updates
 from stages.artefacts.adapter_files import Tensors
 from stages.workspace.averaging import Aggregation
 
 PROBES = 16
 """Directions the cross term is measured in. Exact where a layer has at most this many inputs."""
+TIED_AT_ONCE = 1 << 12
+"""Columns of equal numbers that are sorted together with whose they are, which takes four times their memory."""
 
 
 def uniform(examples: int) -> int:
@@ -31,19 +34,6 @@ def by_samples(examples: int) -> int:
 
 
 WEIGHTINGS: dict[str, Callable[[int], int]] = {"uniform": uniform, "samples": by_samples}
-
-
-class Aggregator(Protocol):
-    """What becomes of the updates of a round."""
-
-    def add(self, tensors: Tensors, weight: int) -> None:
-        """Take in one client's adapter; weight is a whole number above zero."""
-
-    def result(self) -> Tensors:
-        """The adapter made of all of them, float32."""
-
-    def metrics(self, clients: Sequence[int]) -> dict[str, float]:
-        """What the manifest says of it, once there is a result. clients: whose adapters were added, in that order."""
 
 
 class Mean:
@@ -81,10 +71,6 @@ class Mean:
         """The mean, float32."""
         return {name: (total / self._weight).astype(np.float32) for name, total in self._sums.items()}
 
-    def metrics(self, clients: Sequence[int]) -> dict[str, float]:
-        """The cross term of every layer."""
-        return {f"cross_term/{layer}": term for layer, term in self.cross_terms().items()}
-
     def cross_terms(self) -> dict[str, float]:
         """||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| per layer, Frobenius norms.
 
@@ -115,7 +101,7 @@ def _layers(tensors: Tensors) -> list[str]:
     return [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
 
 
-# --- rules that need every update
+# --- rules
 
 
 class Combined(NamedTuple):
@@ -123,120 +109,173 @@ class Combined(NamedTuple):
 
     tensors: Tensors
     clients: Mapping[str, Sequence[float]] = {}
-    metrics: Mapping[str, float] = {}
+    cross_terms: Mapping[str, float] = {}
 
 
-Rule = Callable[[Sequence[Tensors], Sequence[int]], Combined]
-"""From the adapters and their weights; rules that do not weigh take weights of 1 (the settings see to that)."""
+Rule = Callable[[Updates, Sequence[int]], Combined]
+"""From the updates and their weights; rules that do not weigh take weights of 1 (the settings see to that)."""
 
 
-def median(adapters: Sequence[Tensors], weights: Sequence[int]) -> Combined:
+def mean(updates: Updates, weights: Sequence[int]) -> Combined:
+    """The weighted mean, Eq. 8."""
+    made = Mean()
+    for adapter, weight in zip(updates.adapters(), weights, strict=True):
+        made.add(adapter, weight)
+    return Combined(made.result(), cross_terms=made.cross_terms())
+
+
+def median(updates: Updates, weights: Sequence[int]) -> Combined:
     """Each number's median over clients (Yin et al., 2018): right while fewer than half of them are bad.
 
     Of A and B as given: a median of factors is not the factor of a median.
     """
-    return Combined({name: np.median(stack, axis=0).astype(np.float32) for name, stack in _stacks(adapters)})
+    made, count = np.empty(updates.size, np.float32), len(weights)
+    for place, block in updates.blocks():
+        low, *high = in_order(block, (count - 1) // 2, count // 2 + 1)  # one in the middle, or two
+        made[place] = (low.astype(np.float64) + high[0]) / 2 if high else low
+    return Combined(updates.tensors(made))
 
 
-def trimmed_mean(adapters: Sequence[Tensors], weights: Sequence[int], *, outliers: int) -> Combined:
+def trimmed_mean(updates: Updates, weights: Sequence[int], *, outliers: int) -> Combined:
     """Each number's mean over clients without the `outliers` largest and smallest (Yin et al., 2018).
 
     Of A and B as given, as the median. 2 outliers < K. `left_out` tells which share of a client's numbers was.
     """
-    count, last = len(adapters), len(adapters) - outliers
-    left_out, tensors = np.zeros(count), {}
-    for name, stack in _stacks(adapters):
-        order = np.argsort(stack, axis=0, kind="stable")
-        inner = np.take_along_axis(stack, order[outliers:last], axis=0)
-        tensors[name] = inner.mean(axis=0).astype(np.float32)
-        ends = np.concatenate([order[:outliers], order[last:]])
-        left_out += np.bincount(ends.ravel(), minlength=count)
-    return Combined(tensors, {"left_out": (left_out / sum(tensor.size for tensor in tensors.values())).tolist()})
+    count, last = len(weights), len(weights) - outliers
+    made, left_out = np.empty(updates.size, np.float32), np.zeros(count)
+    for place, block in updates.blocks():
+        rows = in_order(block.copy(), 0, count)
+        total = rows[outliers].astype(np.float64)
+        for row in rows[outliers + 1 : last]:
+            total += row
+        made[place] = total / (last - outliers)
+        left_out += _ends(block, rows, outliers)
+    return Combined(updates.tensors(made), {"left_out": (left_out / updates.size).tolist()})
 
 
-def clipped_mean(adapters: Sequence[Tensors], weights: Sequence[int], *, theta: Tensors) -> Combined:
+def _ends(block: np.ndarray, rows: list[np.ndarray], outliers: int) -> np.ndarray:
+    """How many of each client's numbers are among the `outliers` largest or smallest, [K]; of equals the first is less.
+
+    block: [K, n]; rows: the same, each column in order.
+    """
+    count, last = len(block), len(block) - outliers
+    low, high = rows[outliers - 1], rows[last]
+    tied = (low == rows[outliers]) | (high == rows[last - 1])
+    found = np.zeros(count)
+    places = np.flatnonzero(tied)
+    for some in np.split(places, range(TIED_AT_ONCE, len(places), TIED_AT_ONCE)):
+        order = np.argsort(block[:, some], axis=0, kind="stable")
+        found += np.bincount(np.concatenate([order[:outliers], order[last:]]).ravel(), minlength=count)
+    low, high = np.where(tied, -np.inf, low), np.where(tied, np.inf, high)
+    return found + np.count_nonzero(block <= low, axis=1) + np.count_nonzero(block >= high, axis=1)
+
+
+def clipped_mean(updates: Updates, weights: Sequence[int]) -> Combined:
     """The weighted mean of updates, each shortened to the median of their norms: none pulls further than that.
 
     An update is what a client changed of theta, the adapter it was sent; its norm is L2 over all of it. The median,
     since no agreed number fits every round, and since more than half of the clients would have to be bad to move it at
-    will. `shortened` tells by which factor.
+    will. `shortened` tells by which factor. Every update is read twice, and hashed twice.
     """
-    norms = np.sqrt(
-        [sum(float(np.sum((one[n].astype(np.float64) - theta[n]) ** 2)) for n in theta) for one in adapters]
-    )
+    norms = _norms(updates)
     largest = float(np.median(norms))
-    mean, shortened = Mean(), []
-    for adapter, weight, norm in zip(adapters, weights, norms, strict=True):
+    made, shortened = Mean(), []
+    for adapter, weight, norm in zip(updates.adapters(), weights, norms, strict=True):
         factor = largest / norm if norm > largest else 1.0
-        if factor < 1:
-            adapter = {name: theta[name] + factor * (adapter[name].astype(np.float64) - theta[name]) for name in theta}
-        mean.add(adapter, weight)
+        made.add(_shortened(adapter, updates.theta, factor) if factor < 1 else adapter, weight)
         shortened.append(factor if factor < 1 else 0.0)
-    return Combined(mean.result(), {"shortened": shortened}, mean.metrics([]))
+    return Combined(made.result(), {"shortened": shortened}, made.cross_terms())
 
 
-def _distance(one: Tensors, other: Tensors) -> float:
-    squares = (float(np.sum((one[name].astype(np.float64) - other[name]) ** 2)) for name in one)
-    return float(np.sqrt(sum(squares)))
+def _norms(updates: Updates) -> list[float]:
+    """||u_k|| of every update, computed in float64."""
+    theta, squares = updates.flat(updates.theta), np.zeros(len(updates.heads))
+    for place, block in updates.blocks():
+        squares += _squares(block, theta[place])
+    return [*map(float, np.sqrt(squares))]
 
 
-def krum(adapters: Sequence[Tensors], weights: Sequence[int], *, outliers: int) -> Combined:
+def _squares(block: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """||block_k - start||^2 of every row, [K], float64. A row at a time, which stays in the processor's cache."""
+    start = start.astype(np.float64)
+    moves = (row - start for row in block)
+    return np.array([moved @ moved for moved in moves])
+
+
+def _shortened(adapter: Tensors, theta: Tensors, factor: float) -> Tensors:
+    """An adapter as theta + factor (adapter - theta), float64."""
+    made = {}
+    for name, start in theta.items():
+        moved = np.subtract(adapter[name], start, dtype=np.float64)
+        moved *= factor
+        moved += start
+        made[name] = moved
+    return made
+
+
+def krum(updates: Updates, weights: Sequence[int], *, outliers: int) -> Combined:
     """The one adapter whose K - f - 2 nearest others are nearest to it, f = outliers (Blanchard et al., 2017).
 
-    K >= 2f + 3. Distances are squared and over the whole adapter; of equals the first is `chosen`.
+    K >= 2f + 3. Distances are squared and over the whole adapter; of equals the first is `chosen`. They come from inner
+    products, whose rounding is bounded; the updates that this does not tell apart are compared number by number.
     """
-    from scipy.spatial.distance import pdist, squareform
-
-    count = len(adapters)
-    distances = squareform(sum(pdist(stack.reshape(count, -1), "sqeuclidean") for _, stack in _stacks(adapters)))
-    nearest = np.sort(distances, axis=1)[:, 1 : count - outliers - 1]  # without the distance to itself, which is 0
-    chosen = int(nearest.sum(axis=1).argmin())
-    return Combined(adapters[chosen], {"chosen": [float(number == chosen) for number in range(count)]})
-
-
-def _stacks(adapters: Sequence[Tensors]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor of all clients, [K, ...], float64."""
-    for name in adapters[0]:
-        yield name, np.stack([adapter[name] for adapter in adapters]).astype(np.float64)
+    count, nearest = len(weights), slice(1, len(weights) - outliers - 1)  # without the distance to itself, which is 0
+    squared, error = _distances(updates)
+    least = np.sort(squared - error, axis=1)[:, nearest].sum(axis=1)
+    most = np.sort(squared + error, axis=1)[:, nearest].sum(axis=1)
+    first = {digest: number for number, digest in reversed([*enumerate(updates.digests)])}
+    able = sorted(number for number in first.values() if least[number] <= most.min())
+    if len(able) > 1:
+        exact = np.sort(_distances_from(updates, able), axis=1)[:, nearest].sum(axis=1)
+        able = [able[int(exact.argmin())]]
+    chosen = [float(number == able[0]) for number in range(count)]
+    return Combined(updates.adapter(able[0]), {"chosen": chosen})
 
 
-class Robust:
-    """An aggregator that keeps every adapter until all are there, and then applies its rule."""
+def _distances(updates: Updates) -> tuple[np.ndarray, np.ndarray]:
+    """||u_j - u_k||^2 of every two updates, and how far each can be from the truth, [K, K], float64.
 
-    def __init__(self, name: str, rule: Rule) -> None:
-        self._name, self._rule = name, rule
-        self._adapters: list[Tensors] = []
-        self._weights: list[int] = []
-        self._combined = Combined({})
-
-    def add(self, tensors: Tensors, weight: int) -> None:
-        """Keep one client's adapter."""
-        self._adapters.append(tensors)
-        self._weights.append(weight)
-
-    def result(self) -> Tensors:
-        """What the rule makes of them."""
-        self._combined = self._rule(self._adapters, self._weights)
-        return self._combined.tensors
-
-    def metrics(self, clients: Sequence[int]) -> dict[str, float]:
-        """Which rule acted, and what it did to which client, such as chosen/client-2."""
-        done = {
-            f"{what}/client-{client}": value
-            for what, values in self._combined.clients.items()
-            for client, value in zip(clients, values, strict=True)
-            if value
-        }
-        return {f"rule/{self._name}": 1.0, **done, **self._combined.metrics}
+    Of the updates, not the adapters, since they are shorter. The error of a sum of n products is at most n roundings
+    of the sum of their sizes (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), that is, of |u_j| |u_k|.
+    """
+    theta, products = updates.flat(updates.theta), np.zeros((len(updates.heads), len(updates.heads)))
+    for place, block in updates.blocks():
+        moved = np.subtract(block, theta[place], dtype=np.float64)
+        products += moved @ moved.T
+    squares = np.diag(products)
+    norms = np.sqrt(squares)
+    error = (updates.size + 16) * np.finfo(np.float64).eps * (norms[:, None] + norms) ** 2
+    np.fill_diagonal(error, 0.0)
+    distances = squares[:, None] + squares - 2 * products
+    np.fill_diagonal(distances, -np.inf)  # the first in order, whatever the others are
+    return distances, error
 
 
-def aggregator(settings: Aggregation, theta: Tensors) -> Aggregator:
-    """The rule that the settings name, for clients that started from theta."""
+def _distances_from(updates: Updates, some: Sequence[int]) -> np.ndarray:
+    """||u_j - u_k||^2 of some updates and all, [some, K], float64, from their differences."""
+    found = np.zeros((len(some), len(updates.heads)))
+    for _, block in updates.blocks():
+        found += [_squares(block, block[number]) for number in some]
+    return found
+
+
+def combine(settings: Aggregation, updates: Updates, weights: Sequence[int]) -> tuple[Tensors, dict[str, float]]:
+    """The adapter that the agreed rule makes of the updates, float32, and what the manifest says of it.
+
+    That is the cross term of every layer, where there is one, and for another rule than the mean which it was, and what
+    it did to which client, such as chosen/client-2.
+    """
     outliers = settings.outliers or 0
     rules: dict[str, Rule] = {
+        "mean": mean,
         "median": median,
         "trimmed-mean": partial(trimmed_mean, outliers=outliers),
-        "clipped-mean": partial(clipped_mean, theta=theta),
+        "clipped-mean": clipped_mean,
         "krum": partial(krum, outliers=outliers),
     }
-    return Mean() if settings.rule == "mean" else Robust(settings.rule, rules[settings.rule])
+    made = rules[settings.rule](updates, weights)
+    metrics = {} if settings.rule == "mean" else {f"rule/{settings.rule}": 1.0}
+    for what, values in made.clients.items():
+        pairs = zip(updates.heads, values, strict=True)
+        metrics |= {f"{what}/client-{head.manifest.client}": value for head, value in pairs if value}
+    return made.tensors, metrics | {f"cross_term/{layer}": term for layer, term in made.cross_terms.items()}

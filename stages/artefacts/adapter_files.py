@@ -5,8 +5,10 @@ Never a pickle, never a path out of a file. Arrays are NumPy's, so that nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -122,8 +124,26 @@ def _whose(manifest: Manifest) -> str:
     return f"on client {manifest.client}'s machine" if manifest.client else "on the server"
 
 
+def is_as_written(head: bytes, layout: Layout, path: Path) -> bool:
+    """Whether a file that begins like this, up to its numbers, has them as weights_bytes writes them: by name.
+
+    Another order is sound too. Raises Damaged for a header that is not.
+    """
+    header, end = _strict_header(head, path), 0
+    for name in sorted(layout):
+        start, end = end, end + 4 * math.prod(layout[name])
+        if header.pop(name, None) != {"dtype": "F32", "shape": [*layout[name]], "data_offsets": [start, end]}:
+            return False
+    return not header and int.from_bytes(head[:8], "little") == len(head) - 8
+
+
 def _strict_layout(content: bytes, path: Path) -> Layout:
-    """The names and shapes that a safetensors header declares.
+    """The names and shapes that a safetensors header declares."""
+    return {name: tuple(entry["shape"]) for name, entry in _strict_header(content, path).items()}
+
+
+def _strict_header(content: bytes, path: Path) -> dict[str, Any]:
+    """What a safetensors header says of each tensor.
 
     The library accepts duplicate keys, any metadata and any type; here the header is plain JSON, small, says nothing
     else, and every tensor is F32.
@@ -134,4 +154,4 @@ def _strict_layout(content: bytes, path: Path) -> Layout:
     for name, entry in header.items():
         if entry["dtype"] != "F32":
             raise bad(path, f"holds {name} as {entry['dtype']}; adapters are exchanged as F32 (float32)")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return header

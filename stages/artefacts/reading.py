@@ -45,11 +45,12 @@ class Artefact:
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """The manifest of a folder and the sha256 of its bytes; the other files are not read."""
-    manifest, content = _read_manifest(folder)
+    manifest, content = manifest_as_read(folder)
     return manifest, reading.sha256(content)
 
 
-def _read_manifest(folder: Path, levels: int = LEVELS) -> tuple[Manifest, bytes]:
+def manifest_as_read(folder: Path) -> tuple[Manifest, bytes]:
+    """The manifest of a folder and its bytes. Raises NotReady if it has not arrived, Damaged for anything else."""
     path = folder / MANIFEST
     if folder.is_symlink():
         message = f"{folder.name} is a symbolic link; exchanged folders are never followed"
@@ -59,7 +60,7 @@ def _read_manifest(folder: Path, levels: int = LEVELS) -> tuple[Manifest, bytes]
     if folder.is_dir() and not path.exists() and not path.is_symlink():
         mend = "wait until the whole folder is copied; or make it again with --overwrite"
         raise NotReady(f"{folder.name} has no {MANIFEST} yet", where=folder, mend=mend)
-    value, content = reading.read_json(path, levels=levels)
+    value, content = reading.read_json(path, levels=LEVELS)
     try:
         return Manifest.model_validate(value), content
     except ValidationError as error:
@@ -82,28 +83,28 @@ def read_artefact(
     before: raises for a manifest, signature included, whose files are not worth reading; it gets none of them.
     Raises NotReady if it, or a part of it, has not arrived; Damaged if a file is superfluous or changed.
     """
-    manifest, signed = _read_manifest(folder)
+    manifest, signed = manifest_as_read(folder)
     wanted = manifest.files if only is None else {name: manifest.files[name] for name in only if name in manifest.files}
     check_names(folder, manifest, wanted)
     if before:
         before(Artefact(folder, manifest, signed, reading.sha256(signed), {}))
-    contents = {}
-    mend = reading.FOLDER_AGAIN
-    for name, entry in wanted.items():
-        path = folder / name
-        look = tensor_files.check_head if path.suffix == ".safetensors" else None
-        content = reading.read(path, limit_bytes=limit_bytes, levels=LEVELS, named_bytes=entry.size_bytes, look=look)
-        if len(content) < entry.size_bytes:
-            message = f"{name} has {len(content)} bytes of {entry.size_bytes}: still arriving, or cut short"
-            raise NotReady(message, where=path, mend=f"wait, or {mend}")
-        found = reading.sha256(content)
-        if found != entry.sha256:
-            message = (
-                f"{name} is not the file its manifest names: sha256 {found[:16]}..., expected {entry.sha256[:16]}..."
-            )
-            raise Damaged(message, where=path, mend=mend)
-        contents[name] = content
+    contents = {name: read_file(folder, manifest, name, limit_bytes=limit_bytes) for name in wanted}
     return Artefact(folder, manifest, signed, reading.sha256(signed), contents)
+
+
+def read_file(folder: Path, manifest: Manifest, name: str, *, limit_bytes: int) -> bytes:
+    """One file of a folder, every byte of it checked against the manifest. Raises as read_artefact does."""
+    path, entry, mend = folder / name, manifest.files[name], reading.FOLDER_AGAIN
+    look = tensor_files.check_head if path.suffix == ".safetensors" else None
+    content = reading.read(path, limit_bytes=limit_bytes, levels=LEVELS, named_bytes=entry.size_bytes, look=look)
+    if len(content) < entry.size_bytes:
+        message = f"{name} has {len(content)} bytes of {entry.size_bytes}: still arriving, or cut short"
+        raise NotReady(message, where=path, mend=f"wait, or {mend}")
+    found = reading.sha256(content)
+    if found != entry.sha256:
+        message = f"{name} is not the file its manifest names: sha256 {found[:16]}..., expected {entry.sha256[:16]}..."
+        raise Damaged(message, where=path, mend=mend)
+    return content
 
 
 def expected_names(manifest: Manifest) -> set[str] | None:

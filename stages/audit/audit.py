@@ -24,7 +24,7 @@ from stages.audit.check_leaks import Words, leaks_between, leaks_of
 from stages.audit.check_numbers import A5, drift_of, numbers_in_all, numbers_of
 from stages.audit.check_privacy import privacy_of
 from stages.audit.check_secagg import masked_of, rounds_of
-from stages.audit.check_secrets import secrets_in, vaults_of
+from stages.audit.check_secrets import secrets_in, secrets_of, vaults_of
 from stages.audit.checks import Finding, count, told
 from stages.audit.folders import Folder, Scope, folders_in, open_folder, scope_of
 from stages.audit.foreign_adapters import AnyAdapter, parse_weights, tensors_if_sound
@@ -204,7 +204,7 @@ def _told(state: Audit, found: list[Finding]) -> Iterator[Finding]:
 
 def _secrets(state: Audit, found: list[Finding]) -> Iterator[Finding]:
     for scope in state.scopes:
-        yield from secrets_in(scope)
+        yield from secrets_in(scope, [folder for folder in state.folders if folder.scope is scope])
         if scope.workspace and scope.agreement and scope.is_workspace:
             yield from vaults_of(scope.workspace)
 
@@ -245,7 +245,7 @@ CHECKS: dict[str, Looks] = {
         lambda state, found: leaks_between(state.folders, state.scopes, state.client, state.words),
         lambda state, folder, _: leaks_of(folder, state.words),
     ),
-    "A8": Looks(_secrets),
+    "A8": Looks(_secrets, lambda state, folder, _: secrets_of(folder)),
     "A9": Looks(_rounds, lambda state, folder, _: masked_of(folder)),
     "A10": Looks(_privacy),
     "A11": Looks(_told, lambda state, folder, _: knowledge_of(folder, state.heard)),

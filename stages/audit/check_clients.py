@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -32,16 +33,19 @@ def clients_of(folders: list[Folder], client: int | None) -> Iterator[Finding]:
     folders: those whose adapter can be read, is finite and has the broadcast's layout. client: tell of this one alone.
     """
     compared, worst = 0, 0.0
-    for place in dict.fromkeys(folder.path.parent for folder in folders):
-        updates = {_client(folder): folder for folder in folders if folder.path.parent == place and _client(folder)}
+    rounds: dict[Path, dict[int, Folder]] = {}
+    for folder in folders:
+        if number := _client(folder):
+            rounds.setdefault(folder.path.parent, {})[number] = folder
+    for place, updates in rounds.items():
         start = tensors_if_sound(broadcast_in(place), folders[0].scope)
         if start is None or len(updates) < 2:
             continue
         compared += 1
-        terms = cross_terms(updates)
+        products, terms = compare(updates, start)
         worst = max(worst, *terms.values(), 0.0)
         yield from _copies(updates, client)
-        yield from _outliers(updates, start, client)
+        yield from _outliers(updates, products, client)
         text = f"cross term of the average: {100 * max(terms.values(), default=0.0):.1f} % at most"
         yield A6.ok(text, where=folders[0].scope.shown(place), measured=terms)
     if compared:
@@ -62,8 +66,7 @@ def _copies(updates: dict[int, Folder], client: int | None) -> Iterator[Finding]
             yield A6.warn(folder.shown, f"is client {same}'s update, byte for byte", "an update of its own")
 
 
-def _outliers(updates: dict[int, Folder], start: Tensors, client: int | None) -> Iterator[Finding]:
-    products = inner_products(start, [functools.partial(_read, folder) for folder in updates.values()])
+def _outliers(updates: dict[int, Folder], products: np.ndarray, client: int | None) -> Iterator[Finding]:
     norms = np.sqrt(np.diag(products))
     cosines, others, z = pairwise(products), toward_the_rest(products), robust_z(norms)
     for number, (k, folder) in enumerate(updates.items()):
@@ -85,16 +88,22 @@ def _outliers(updates: dict[int, Folder], start: Tensors, client: int | None) ->
         yield A6.ok(said, where=folder.shown, measured={name: float(value) for name, value in measured.items()})
 
 
-def _read(folder: Folder) -> Tensors:
-    return read_weights(folder.path).tensors
+def compare(updates: dict[int, Folder], start: Tensors) -> tuple[np.ndarray, dict[str, float]]:
+    """The inner products of all updates, and the cross term of each layer, every client weighing the same.
 
+    That is ||mean(BA) - mean(B) mean(A)|| / ||mean(BA)||. Each file is read once for both, if they fit into memory.
+    """
+    mean, added = Mean(), set[int]()
 
-def cross_terms(updates: dict[int, Folder]) -> dict[str, float]:
-    """||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| of each layer, every client weighing the same."""
-    mean = Mean()
-    for folder in updates.values():
-        mean.add(_read(folder), 1)
-    return mean.cross_terms()
+    def read(client: int) -> Tensors:
+        tensors = read_weights(updates[client].path).tensors
+        if client not in added:
+            added.add(client)
+            mean.add(tensors, 1)
+        return tensors
+
+    products = inner_products(start, [functools.partial(read, client) for client in updates])
+    return products, mean.cross_terms()
 
 
 def pairwise(products: np.ndarray) -> np.ndarray:

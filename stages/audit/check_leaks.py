@@ -13,14 +13,15 @@ from re import Pattern
 from typing import Any
 
 from stages.audit.checks import Check, Finding, number_of
-from stages.audit.folders import READ, Folder, Scope, every_file, kind_of
+from stages.audit.folders import READ, Folder, Scope, below, every_file, kind_of
 from stages.files import reading
 from stages.runtime.errors import Problem
+from stages.workspace.names import MANIFEST
 
 A7 = Check("A7", "leaks")
 
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'=(,:])(?:file://|~?/[\w.-]+/|[A-Za-z]:[\\/]|\\\\\w)")
-EMAIL = re.compile(r"[\w.+-]+@[\w-]+\.[A-Za-z]{2,}")
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+\.[A-Za-z]{2,}")  # from where a word begins: long words are read once
 UUID = re.compile(r"(?<![0-9A-Fa-f])[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}(?![0-9A-Fa-f])")
 ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]*:[0-9A-Fa-f:]+)(?![\w.:])")
 ED25519 = re.compile(r"[A-Za-z0-9+/]{86}==")  # 64 random bytes, which may look like anything
@@ -57,7 +58,7 @@ def _is_address(text: str) -> bool:
 
 def leaks_of(folder: Folder, words: Words) -> Iterator[Finding]:
     """Of one folder that travels."""
-    if not folder.path.is_relative_to(folder.scope.exchanged):
+    if below(folder.path / MANIFEST, folder.scope.exchanged) is None:
         return
     agreement = folder.scope.agreement
     is_secure = agreement is not None and agreement.aggregation.is_secure and folder.path.name.startswith("client-")
@@ -72,7 +73,7 @@ def leaks_of(folder: Folder, words: Words) -> Iterator[Finding]:
 def leaks_between(folders: list[Folder], scopes: list[Scope], client: int | None, words: Words) -> Iterator[Finding]:
     """Of whatever else travels, in those folders or outside them; and how much was looked at."""
     done = {folder.path / name for folder in folders for name in folder.names if name.endswith(READ)}
-    total = sum(path.is_relative_to(scope.exchanged) for scope in scopes for path in done)
+    total = sum(below(path, scope.exchanged) is not None for scope in scopes for path in done)
     for scope in scopes:
         for path, status in every_file(scope.exchanged) if scope.exchanged.is_dir() else ():
             if path in done or kind_of(status) or not scope.concerns(path, client):
@@ -95,12 +96,15 @@ def leaks_between(folders: list[Folder], scopes: list[Scope], client: int | None
 
 
 def _leaks(content: bytes, value: dict[str, Any] | None, path: Path, scope: Scope, words: Words) -> Iterator[Finding]:
-    shown, name = scope.shown(path), str(path.relative_to(scope.exchanged))
+    shown, name = scope.shown(path), below(path, scope.exchanged) or path.name
     for number, canary in enumerate(words.canaries, 1):
         forms = {canary.encode(), json.dumps(canary)[1:-1].encode(), canary.encode("utf-16-le")}
         if canary in name or any(form in content for form in forms):
             yield A7.fail(shown, f"holds canary string {number}")
-    for place, text in [("its name", name), *_strings(value)]:
+    texts = [("its name", name), *_strings(value)]
+    if not _may_tell("\n".join(text for _, text in texts), words):
+        return
+    for place, text in texts:
         certain = [kind for kind, pattern in words.kinds.items() if pattern.search(text)]
         if certain:
             yield A7.fail(shown, f"{place} tells {' and '.join(certain)}")
@@ -108,6 +112,14 @@ def _leaks(content: bytes, value: dict[str, Any] | None, path: Path, scope: Scop
             yield A7.warn(shown, f"{place} holds a UUID")
         if any(_is_address(found[0]) for found in ADDRESS.finditer(text)):
             yield A7.warn(shown, f"{place} holds what may be an IP address")
+
+
+def _may_tell(text: str, words: Words) -> bool:
+    """Whether one of these lines may tell something. To a pattern a line's ends are what a string's are."""
+    patterns = (*words.kinds.values(), UUID)
+    return any(pattern.search(text) for pattern in patterns) or any(
+        _is_address(found[0]) for found in ADDRESS.finditer(text)
+    )
 
 
 def _json_in(content: bytes, name: str) -> dict[str, Any] | None:

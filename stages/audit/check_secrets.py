@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stages.audit.checks import Check, Finding
-from stages.audit.folders import Scope, every_file, kind_of, said_by
+from stages.audit.folders import READ, Folder, Scope, every_file, kind_of, said_by
 from stages.files import reading
 from stages.parties.party import all_of
 from stages.runtime.errors import Problem
@@ -22,19 +22,32 @@ LARGEST_KEY_FILE_BYTES = 1 << 20
 """Larger files hold weights and rows; keys are small."""
 
 
-def secrets_in(scope: Scope) -> Iterator[Finding]:
-    """Anywhere under the workspace, or the folder that was named."""
+def secrets_of(folder: Folder) -> Iterator[Finding]:
+    """Of one folder, whose bytes are in memory."""
+    for name, content in folder.contents.items():
+        if len(content) <= LARGEST_KEY_FILE_BYTES and PRIVATE_KEY in content and not _is_named_so(name):
+            yield A8.fail(folder.file(name), "holds a private key", "keys outside the workspace")
+
+
+def secrets_in(scope: Scope, folders: Iterable[Folder]) -> Iterator[Finding]:
+    """Anywhere under the workspace, or the folder that was named. folders: what secrets_of has seen of it."""
     top = scope.workspace.root if scope.workspace and scope.is_workspace else scope.path
+    seen = {f"{folder.path}/{name}" for folder in folders for name in folder.names if name.endswith(READ)}
+    seen -= {f"{folder.path}/{name}" for folder in folders for name in folder.unreadable}
     for path, status in every_file(top):
         if kind_of(status):
             continue
         if path.name == SECRETS_MARKER:
             yield A8.fail(scope.shown(path.parent), "is a folder of secret keys", "keys outside the workspace")
-        elif path.name in NAMES or path.name.endswith(ENDINGS):
+        elif _is_named_so(path.name):
             yield A8.fail(scope.shown(path), "is named like a secret key", "keys outside the workspace")
-        elif status.st_size <= LARGEST_KEY_FILE_BYTES and PRIVATE_KEY in _content(path):
+        elif str(path) not in seen and status.st_size <= LARGEST_KEY_FILE_BYTES and PRIVATE_KEY in _content(path):
             yield A8.fail(scope.shown(path), "holds a private key", "keys outside the workspace")
     yield A8.ok("no key lies here")
+
+
+def _is_named_so(name: str) -> bool:
+    return name == SECRETS_MARKER or name in NAMES or name.endswith(ENDINGS)
 
 
 def _content(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 from stages.artefacts import tensor_files
 from stages.artefacts.lineage import check_signed, place_of
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.reading import Artefact, manifest_as_read
 from stages.artefacts.sizes import check_sizes
 from stages.files import reading
 from stages.parties.party import Onlooker
@@ -50,7 +50,7 @@ class Scope:
 
     def shown(self, path: Path) -> str:
         """A path as people see it: from the workspace down, or from where the audit was called."""
-        return str(path.relative_to(self.shown_from)) if path.is_relative_to(self.shown_from) else str(path)
+        return below(path, self.shown_from) or str(path)
 
     @property
     def is_workspace(self) -> bool:
@@ -86,11 +86,13 @@ class Scope:
 
     def concerns(self, path: Path, client: int | None) -> bool:
         """Whether this client made the file or folder, or is to read it. Without a client everything does."""
+        if client is None:
+            return True
         here = path.relative_to(self.path)
         by = [found for part in (self.path.name, *here.parts) if (found := BY_CLIENT.fullmatch(part))]
         servers = self.workspace.auxiliary_data.parent if self.workspace else None
         is_the_servers = servers is not None and path.is_relative_to(servers)
-        return client is None or (int(by[-1][1]) == client if by else not is_the_servers)
+        return int(by[-1][1]) == client if by else not is_the_servers
 
 
 @dataclass(frozen=True)
@@ -212,12 +214,12 @@ def open_folder(path: Path, scope: Scope) -> Folder:
     except OSError as problem:
         folder.unreadable["."] = said_by(problem)
     try:
-        manifest, digest = read_manifest(path)
-        folder = replace(folder, manifest=manifest, sha256=digest)
+        manifest, folder.contents[MANIFEST] = manifest_as_read(path)
+        folder = replace(folder, manifest=manifest, sha256=reading.sha256(folder.contents[MANIFEST]))
     except (Problem, OSError) as problem:
         folder = replace(folder, problem=said_by(problem))
     for name in sorted(folder.names, key=lambda name: not _is_small(name)):
-        if name.endswith(READ):
+        if name.endswith(READ) and name not in folder.contents:
             try:
                 folder.contents[name] = _read(folder, name)
             except (Problem, OSError) as problem:
@@ -273,9 +275,16 @@ def every_file(top: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """All that lies under a folder and is not itself a folder, links and pipes included; links are not followed."""
     for folder, names, inside in os.walk(top):
         names.sort()
-        for name in sorted(inside + [name for name in names if (Path(folder) / name).is_symlink()]):
-            path = Path(folder) / name
+        here = Path(folder)
+        for name in sorted(inside + [name for name in names if os.path.islink(f"{folder}/{name}")]):  # noqa: PTH114
+            path = here / name
             yield path, path.lstat()
+
+
+def below(path: Path, top: Path) -> str | None:
+    """The rest of a path that lies under a folder, else None: as Path.relative_to, but quick."""
+    here, above = str(path), str(top).rstrip("/") + "/"
+    return here.removeprefix(above) if here.startswith(above) else None
 
 
 def kind_of(status: os.stat_result) -> str:

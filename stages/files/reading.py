@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,27 +47,47 @@ def read(
     manifest says that it has; a larger file is not read. look: raises for an open file, of so many bytes, whose head
     says that the rest is not worth reading; small files are read at once.
     """
+    with _opened(path, levels) as (file, size_bytes):
+        if size_bytes > limit_bytes:
+            message = f"{path.name} has {size_bytes} bytes, at most {limit_bytes} are expected"
+            raise Damaged(message, where=path, mend=COPY_AGAIN)
+        if named_bytes is not None and size_bytes > named_bytes:
+            message = f"{path.name} has {size_bytes} bytes, its manifest says {named_bytes}"
+            raise Damaged(message, where=path, mend=FOLDER_AGAIN)
+        if look and size_bytes > READ_AT_ONCE_BYTES:
+            look(file, size_bytes, path)
+            file.seek(0)
+        content = file.read(size_bytes + 1)
+    if len(content) > size_bytes:
+        raise NotReady(f"{path.name} is still being written", where=path, mend="wait, and give the same command again")
+    return content
+
+
+def read_into(path: Path, buffer: memoryview, *, start: int, levels: int = 1) -> bool:
+    """Fill a buffer from a place in a plain file, opened as `read` opens it. Returns whether the file had so much.
+
+    For files that are read bit by bit: nothing says that they stay the same meanwhile, so whoever uses what was read
+    holds the digest of all of it against the manifest.
+    """
+    with _opened(path, levels) as (file, size_bytes):
+        if start + buffer.nbytes > size_bytes:
+            return False
+        file.seek(start)
+        return file.readinto(buffer) == buffer.nbytes
+
+
+@contextlib.contextmanager
+def _opened(path: Path, levels: int) -> Iterator[tuple[BufferedReader, int]]:
+    """A plain file of another party, open, and its size in bytes."""
     descriptor = _open(path, levels)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Damaged(f"{path.name} is not a plain file", where=path, mend=COPY_AGAIN)
-        if status.st_size > limit_bytes:
-            message = f"{path.name} has {status.st_size} bytes, at most {limit_bytes} are expected"
-            raise Damaged(message, where=path, mend=COPY_AGAIN)
-        if named_bytes is not None and status.st_size > named_bytes:
-            message = f"{path.name} has {status.st_size} bytes, its manifest says {named_bytes}"
-            raise Damaged(message, where=path, mend=FOLDER_AGAIN)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            if look and status.st_size > READ_AT_ONCE_BYTES:
-                look(file, status.st_size, path)
-                file.seek(0)
-            content = file.read(status.st_size + 1)
+            yield file, status.st_size
     finally:
         os.close(descriptor)
-    if len(content) > status.st_size:
-        raise NotReady(f"{path.name} is still being written", where=path, mend="wait, and give the same command again")
-    return content
 
 
 def read_own(path: Path) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -27,9 +26,9 @@ CHECKPOINTS = 2
 """How many a training stage keeps at most while it runs."""
 ADAM_BYTES = 8
 """Of AdamW's two float32 averages, for each parameter that is trained."""
-ORDERED_BYTES = {"krum": 12, "median": 16, "trimmed-mean": 24}
-"""Of one number of one client while a rule looks at a tensor of all: float32 and float64; float64 and a copy in order;
-float64, its place in order, and what is taken."""
+COPIES = {"median": 0.0, "clipped-mean": 0.5, "trimmed-mean": 1.5, "krum": 2.0}
+"""Of a block of all clients' numbers, beside the one that is used and the one that is read: in order, compared, in
+float64."""
 UNKNOWN = 1 << 30
 """Tokens that a model whose configuration is not here takes: no row is longer."""
 TOP_K = 64
@@ -230,22 +229,22 @@ def _of_training(here: Here, wanted: Mapping[Role, Shape], step: Step) -> dict[s
 
 
 def aggregate(here: Here) -> StagePlan:
-    """The broadcast and two updates as bytes, one more twice while it is parsed; sums in float64. Never all clients.
+    """The broadcast and an update as bytes and parsed, one more and the result; sums in float64. Never all clients.
 
-    Another rule than the mean holds all of them; and of one tensor at a time, each client's in float64 and in order.
+    Another rule than the mean holds some numbers of all clients, instead or before.
     """
+    from stages.aggregation import updates
     from stages.models import shapes
 
     takes = {}
     if "slm" in here.shapes:
         values = shapes.FLOAT32_BYTES * here.shapes["slm"].adapter_parameters
-        takes = {"adapters": 5 * values, "sums": 2 * values}
         settings = here.workspace.agreement.aggregation
-        if settings.rule != "mean":
-            count = settings.min_clients or here.workspace.agreement.federation.clients
-            largest = max(math.prod(shape) for shape in here.shapes["slm"].layout.values())
-            ordered = count * largest * ORDERED_BYTES.get(settings.rule, 0)
-            takes = {"adapters": (count + 3) * values, "sums": ordered or 8 * values}
+        count = settings.min_clients or here.workspace.agreement.federation.clients
+        block = min(count * values, max(updates.BLOCK_BYTES, count * 4 * updates.FEWEST_NUMBERS))
+        copies, sums = COPIES.get(settings.rule), 2 * values
+        blocks = 0 if copies is None else min(2 * block, count * values) + int(copies * block)
+        takes = {"adapters": 6 * values, "sums": max(sums, blocks)}
     return StagePlan("aggregate", "server", memory=takes)
 
 

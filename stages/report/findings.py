@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
+from itertools import accumulate
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Literal
@@ -183,10 +185,13 @@ def thinned(
 
     All groups but a round's last are equally large, as small as `most` points to a party's line allow.
     """
-    longest = {round: max(len(log) for (r, _), log in logs.items() if r == round) for round, _ in logs}
-    size = max(1, ceil(sum(longest.values()) / most))
+    longest: Counter[int] = Counter()
+    for (round, _), log in logs.items():
+        longest[round] = max(longest[round], len(log))
+    size = max(1, ceil(longest.total() / most))
+    earlier = dict(zip(sorted(longest), accumulate((longest[one] for one in sorted(longest)), initial=0), strict=False))
     for (round, party), log in logs.items():
-        before = sum(steps for earlier, steps in longest.items() if earlier < round)
+        before = earlier[round]
         for first in range(0, len(log), size):
             group = log[first : first + size]
             means = {key: sum(line[key] for line in group) / len(group) for key in group[0] if key != "step"}

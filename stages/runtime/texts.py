@@ -26,6 +26,8 @@ class Lines(str):
 
 def printable(text: str) -> str:
     """Without what a terminal obeys, and without halves of characters; lines stay."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 

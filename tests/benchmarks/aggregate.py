@@ -1,4 +1,5 @@
-"""aggregate: memory that does not grow with clients, and time against reading and hashing the same files."""
+"""aggregate: memory that does not grow with clients, time against reading and hashing the same files, and each rule's
+against the mean's."""
 
 from __future__ import annotations
 
@@ -18,11 +19,14 @@ from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import BaseIdentity
 from stages.artefacts.publishing import publish
 from stages.parties.party import Party
+from stages.workspace.averaging import Aggregation
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from stages.workspace.paths import Workspace
 from tests.benchmarks.repeats import shown
 
 LAYERS, WIDTH, RANK = 24, 2048, 16  # OPT-1.3B's shape on q_proj and v_proj: 3,145,728 parameters
+OUTLIERS = {"mean": None, "median": None, "trimmed-mean": 8, "clipped-mean": None, "krum": 8}
+"""Every rule, and how many of 64 updates it is told may be bad."""
 BASE = BaseIdentity(architecture="opt", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
 
 
@@ -43,7 +47,34 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
             rows.append((f"time over reading and hashing, {clients} clients", shown(ratios), "<= 2"))
     rows.append(("peak memory, 256 clients over 4", f"{peaks[256] / peaks[4]:.2f}", "<= 1.2"))
     rows.append(("peak memory, 256 clients", f"{peaks[256] / 2**20:.0f} MiB", ""))
-    return rows
+    return rows + rules(repeats)
+
+
+def rules(repeats: int) -> list[tuple[str, str, str]]:
+    """Each rule against the mean, in turn on the same updates of 64 clients."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), 64)
+        took: dict[str, list[float]] = {rule: [] for rule in OUTLIERS}
+        for _ in range(repeats):
+            for rule, times in took.items():
+                start = time.perf_counter()
+                aggregate(ruled(Path(folder), rule), round=1, overwrite=True)
+                times.append(time.perf_counter() - start)
+        for rule, times in took.items():
+            ratios = [one / mean for one, mean in zip(times, took["mean"], strict=True)]
+            peak = f"{peak_bytes(Path(folder), rule) / 2**20:.0f} MiB"
+            rows.append((f"{rule}: time over the mean's, 64 clients", shown(ratios), "<= 2"))
+            rows.append((f"{rule}: peak memory, 64 clients", peak, "<= 307 MiB"))
+    return rows[1:]  # the mean over itself
+
+
+def ruled(folder: Path, rule: str) -> Workspace:
+    """The workspace as if this rule had been agreed on."""
+    workspace = Workspace(folder)
+    settings = Aggregation.model_validate({"rule": rule, "outliers": OUTLIERS[rule]})
+    object.__setattr__(workspace.agreement, "aggregation", settings)
+    return workspace
 
 
 def make(folder: Path, clients: int) -> Workspace:
@@ -101,13 +132,14 @@ def read_and_hash(workspace: Workspace) -> None:
         hashlib.sha256((path / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
 
 
-def peak_bytes(folder: Path) -> int:
+def peak_bytes(folder: Path, rule: str = "mean") -> int:
     """The largest resident size of a process that aggregates once."""
     code = (
-        "import sys; from pathlib import Path\n"
-        "from stages.aggregate import aggregate; from stages.workspace.paths import Workspace\n"
-        "aggregate(Workspace(Path(sys.argv[1])), round=1)\n"
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
+        "from stages.aggregate import aggregate; from tests.benchmarks.aggregate import ruled\n"
+        "aggregate(ruled(Path(sys.argv[1]), sys.argv[2]), round=1, overwrite=True)\n"
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, str(folder), rule, str(Path(__file__).parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout) * 1024

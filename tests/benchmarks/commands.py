@@ -11,11 +11,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
+
+import numpy as np
 
 from builders import AGREEMENT, SHARED_DATA
+from stages.artefacts import adapter_files
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import BaseIdentity
 from stages.artefacts.publishing import publish
+from stages.audit.audit import audit
 from stages.parties import names
 from stages.parties.party import Party
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -52,6 +57,7 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
         make_large(Path(folder), clients=1000, rounds=10)
         took = [seconds([*FEDCOLLM, "status", "-w", folder]) for _ in range(repeats)]
         rows.append(("status, 1,000 clients x 10 rounds: seconds", shown(took, ".1f"), ""))
+    rows += looking_back(repeats)
     if SHARED_DATA.is_dir():
         rows.append(
             ("run over the same separate commands, 2 rounds x 4 clients", f"{run_over_separate():.2f}", "<= 0.5")
@@ -59,6 +65,42 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
         what = "client-train over importing torch, transformers and PEFT, and training itself"
         rows.append((what, stage_over_bare(repeats), "<= 1.3"))
     return rows
+
+
+def looking_back(repeats: int) -> list[tuple[str, str, str]]:
+    """The commands that read all that a federation has left; comm-cost of a very large one too."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_large(Path(folder), clients=64, rounds=50)
+        ratios = []
+        for _ in range(repeats):
+            start = time.process_time()
+            read_and_hash(Path(folder))
+            middle = time.process_time()
+            audit([Path(folder)])
+            ratios.append((time.process_time() - middle) / (middle - start))
+        rows.append(
+            ("audit, 64 clients x 50 rounds, over reading and hashing the same files", shown(ratios, ".1f"), "<= 2")
+        )
+        goals = {"audit": "", "report": "<= 10", "comm-cost": "<= 2", "status": "", "verify": ""}
+        for command, goal in goals.items():
+            took = [seconds([*FEDCOLLM, command], Path(folder)) for _ in range(repeats)]
+            rows.append((f"{command}, 64 clients x 50 rounds: seconds", shown(took, ".1f"), goal))
+    took_of = {}
+    for clients in (10_000, 20_000):
+        with tempfile.TemporaryDirectory() as folder:
+            make_large(Path(folder), clients=clients, rounds=1)
+            took_of[clients] = median(seconds([*FEDCOLLM, "comm-cost"], Path(folder)) for _ in range(repeats))
+    growth = f"{took_of[20_000]:.1f} s; {took_of[20_000] / took_of[10_000]:.2f}"
+    rows.append(("comm-cost, 20,000 clients; the same over 10,000 clients", growth, "<= 2 times"))
+    return rows
+
+
+def read_and_hash(folder: Path) -> None:
+    """The limit: every file below a folder read and hashed, and nothing else."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def seconds(command: list[str], folder: Path | None = None) -> float:
@@ -92,23 +134,27 @@ def cpu_seconds(code: str) -> float:
 
 
 def make_large(folder: Path, *, clients: int, rounds: int) -> None:
-    """A finished federation of many clients, with small files in place of adapters."""
+    """A finished federation of many clients, with the smallest of adapters: 64 random numbers."""
     text = AGREEMENT.replace("clients = 3", f"clients = {clients}").replace("rounds = 2", f"rounds = {rounds}")
     (folder / "fedcollm.toml").write_text(text)
     workspace = Workspace(folder)
-    contents = {ADAPTER_CONFIG: b"{}\n", ADAPTER_WEIGHTS: b"\0" * 64}
+    rng, layer = np.random.default_rng(1), "base_model.model.model.layers.0.self_attn.q_proj"
+    lora = workspace.agreement.slm.lora
+    config = adapter_files.config_bytes(lora, target_modules=["q_proj"], fan_in_fan_out=False)
 
     def put(place: Path, parents: dict[str, str], stage: str, round: int, client: int | None = None) -> str:
+        shapes = {"lora_A": (lora.r, 8), "lora_B": (8, lora.r)}
+        drawn = {f"{layer}.{which}.weight": rng.standard_normal(shape) for which, shape in shapes.items()}
         publish(
             place,
-            contents,
+            {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: adapter_files.weights_bytes(drawn)},
             Draft(
                 stage=stage,
                 role="llm" if place.name == "llm" else "slm",
                 round=round,
                 parents=parents,
                 base=BASE,
-                parameters=16,
+                parameters=16 * lora.r,
             ),
             by=Party(workspace, names.of(client)),
         )
