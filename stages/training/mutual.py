@@ -126,7 +126,7 @@ def mutual(
     has are padding, which Eq. 5 cuts off. targets: [answers], token ids or NO_LABEL. The backward pass leaves the
     gradient where the logits were, unless they are a leaf of the graph: nobody may look at them after it.
     """
-    found = _Mutual.apply(targets, divergence, temperature, first, second)
+    found = _Mutual.apply(targets, divergence, temperature, first, second)  # type: ignore[no-untyped-call]
     return Each(*found[:3]), Each(*found[3:])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,10 +56,11 @@ def mutual_losses(settings: Distillation) -> Losses:
     A teacher teaches where it is sure enough (min_confidence) and, where rows are selected, knows the row better. The
     sum is divided by all the positions as ever, so that each one left out counts zero.
     """
-    both = partial(mutual, divergence=WITH_GRADIENT[settings.divergence], temperature=settings.temperature)
+    divergence = WITH_GRADIENT[settings.divergence]
 
     def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
-        each = dict(zip(ROLES, both(*(logits[role] for role in ROLES), labels), strict=True))
+        both = mutual(logits["slm"], logits["llm"], labels, divergence=divergence, temperature=settings.temperature)
+        each = dict(zip(ROLES, both, strict=True))
         taught: dict[str, Tensor] = {}
         if settings.select == "min-ce":
             rows = logits[ROWS]
@@ -68,13 +68,13 @@ def mutual_losses(settings: Distillation) -> Losses:
             taught = {"slm": knows_better(llm, slm, rows), "llm": knows_better(slm, llm, rows)}
         found = {}
         for role, teacher in zip(ROLES, reversed(ROLES), strict=True):
-            divergence = each[role].divergence
+            apart = each[role].divergence
             if settings.min_confidence is not None:
-                divergence = divergence.where(each[teacher].confidence >= settings.min_confidence, 0.0)
+                apart = apart.where(each[teacher].confidence >= settings.min_confidence, 0.0)
             if role in taught:
-                divergence = divergence.where(taught[role], 0.0)
+                apart = apart.where(taught[role], 0.0)
             found[f"{role}_ft"] = each[role].cross_entropy.sum() / tokens.labelled
-            found[f"{role}_kd"] = divergence.sum() / tokens.distilled
+            found[f"{role}_kd"] = apart.sum() / tokens.distilled
         return {**found, **{f"{role}{TAUGHT}": where.sum() / tokens.distilled for role, where in taught.items()}}
 
     return losses
