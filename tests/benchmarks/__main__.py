@@ -23,6 +23,7 @@ from tests.benchmarks import (
     evaluate,
     gpu,
     knowledge,
+    mutual,
     on_slurm,
     secagg,
     two_phases,
@@ -31,6 +32,7 @@ from tests.benchmarks import (
 BENCHMARKS = {
     "client-train": client_train.measure,
     "co-distill": co_distill.measure,
+    "mutual": mutual.measure,
     "evaluate": evaluate.measure,
     "fedmkt": knowledge.measure,
     "aggregate": aggregate.measure,
