@@ -18,8 +18,8 @@ from stages.data.rows import NO_LABEL
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
-AT_ONCE = 2**20
-"""Of how many logits, of whole answers, copies are held at a time where that saves memory."""
+AT_ONCE = 2**19
+"""Of how many logits, of whole answers, copies are held at a time where that saves memory: few enough for a cache."""
 
 
 def rows_at_once(vocabulary: int) -> int:
