@@ -147,7 +147,7 @@ def likelihoods(
             logits_to_keep=batch.kept.shape[1],
             use_cache=False,
         ).logits
-    each = logits.split([1 + question.branch_tokens for question in questions])
+    each = torch.split(logits, [1 + question.branch_tokens for question in questions])
     return [_of_question(*pair, softmax_dtype) for pair in zip(questions, each, strict=True)]
 
 

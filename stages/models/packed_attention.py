@@ -39,12 +39,13 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, there: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)
+        ctx.set_materialize_grads(False)  # a model that does not learn is left without a gradient, not with zeros
         return packed.index_select(0, there)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
         (back,) = ctx.saved_tensors
-        return gradient.index_select(0, back), None, None
+        return None if gradient is None else gradient.index_select(0, back), None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -53,12 +54,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spread: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)
+        ctx.set_materialize_grads(False)
         ctx.rows = spread.shape[0]
         return spread.index_select(0, back)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
         (back,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None
         return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy(0, back, gradient), None
 
 

@@ -19,16 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stages.training.losses import Divergence
+from stages.training.losses import Divergence, rows_at_once, wide
 
 FLOOR = math.log(torch.finfo(torch.float32).tiny)
 """What stands for the logarithm of a zero, -87.3, where one side alone is zero and a divergence may be infinite."""
 
 NEARLY_CERTAIN = -16.0
 """Where log(1 - p) is below this, float32 has p = 1."""
-
-AT_ONCE = 2**20
-"""Of how many logits, of whole rows, copies are held at a time."""
 
 
 # --- outcomes of two vocabularies
@@ -77,7 +74,7 @@ def mapped_distillation(
         weights = None if weights is None else weights[is_taught]
 
     def over_outcomes(logits: Tensor, columns: Tensor) -> Tensor:
-        return _chosen_and_others(torch.log_softmax(_merged(_wide(logits) / temperature, groups), dim=-1), columns)
+        return _chosen_and_others(torch.log_softmax(_merged(wide(logits) / temperature, groups), dim=-1), columns)
 
     # In parts only where no bit is promised: how a long sum is done may hang on the number of rows.
     student = (
@@ -187,7 +184,7 @@ def span_distillation(
 
 def _log_odds(logits: Tensor, targets: Tensor) -> Tensor:
     """log(p / (1 - p)) of each target, [answers]; it has digits of p and of 1 - p, however small."""
-    logits = _wide(logits)
+    logits = wide(logits)
     chosen = logits.gather(-1, targets[:, None])
     return (chosen - logits.scatter(-1, targets[:, None], -math.inf).logsumexp(dim=-1, keepdim=True)).squeeze(-1)
 
@@ -232,7 +229,7 @@ def sorted_distillation(
     student_logits: [n, vocabulary]. log_probabilities: [n, k + 1], of the teacher's own tokens at this temperature, in
     any order, minus infinity for none; the last is that of the rest. weights: [n], the share of each position.
     """
-    student = torch.softmax(_wide(student_logits) / temperature, dim=-1)
+    student = torch.softmax(wide(student_logits) / temperature, dim=-1)
     teacher = log_probabilities.detach().to(student.dtype).exp()
     told, k = teacher[:, :-1].sort(dim=-1, descending=True).values, teacher.shape[-1] - 1
     likeliest, ids = student.topk(min(k, student.shape[-1]), dim=-1)
@@ -254,13 +251,9 @@ def _in_parts(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, more
     Nothing of the size of the logits is kept for the gradient, it is computed again: beyond the logits there are two
     such matrices, the gradient and its parts, whatever the function does.
     """
-    rows = max(1, AT_ONCE // logits.shape[-1])
+    rows = rows_at_once(logits.shape[-1])
     parts = zip(torch.split(logits, rows), torch.split(more, rows), strict=True)
     return torch.cat([checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _log_sums(values: Tensor, groups: Tensor, count: int) -> Tensor:

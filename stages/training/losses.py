@@ -18,8 +18,18 @@ from stages.data.rows import NO_LABEL
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
-AT_ONCE = 64
-"""Of how many answers label_losses holds the logits in float64."""
+AT_ONCE = 2**19
+"""Of how many logits, of whole answers, copies are held at a time where that saves memory: few enough for a cache."""
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """How many answers are AT_ONCE logits; one at least."""
+    return max(1, AT_ONCE // vocabulary)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32 at least: float64 stays float64."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, tokens: Tensor | int) -> Tensor:
@@ -27,7 +37,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, tokens: Tensor | int) -> Tens
 
     logits: [answers, vocabulary]; targets: [answers], token ids, or NO_LABEL, which counts zero.
     """
-    return F.cross_entropy(logits.float(), targets, ignore_index=NO_LABEL, reduction="sum") / tokens
+    return F.cross_entropy(wide(logits), targets, ignore_index=NO_LABEL, reduction="sum") / tokens
 
 
 def label_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -35,7 +45,8 @@ def label_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits: [answers, vocabulary]; targets: [answers], token ids or NO_LABEL.
     """
-    parts = zip(torch.split(logits.detach(), AT_ONCE), torch.split(targets, AT_ONCE), strict=True)
+    rows = rows_at_once(logits.shape[-1])
+    parts = zip(torch.split(logits.detach(), rows), torch.split(targets, rows), strict=True)
     found = [F.cross_entropy(one.double(), wanted, ignore_index=NO_LABEL, reduction="none") for one, wanted in parts]
     return torch.where(targets == NO_LABEL, torch.nan, torch.cat(found))
 
@@ -92,36 +103,6 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
-def distillation(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    tokens: Tensor | int,
-    *,
-    temperature: float,
-    divergence: Divergence,
-    min_confidence: float | None = None,
-    taught: Tensor | None = None,
-) -> Tensor:
-    """L_KD, Eq. 5: the divergence of the student from the teacher; gradients reach the student only.
-
-    The two vocabularies are one tokenizer's; rows that only one of them has are padding and are cut off. With a
-    temperature the term is multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
-    min_confidence: only where the teacher gives its likeliest token at least this probability, at temperature 1, does
-    it teach; the sum is divided by all the tokens as ever, so that each token left out counts zero. taught: [answers],
-    at which the teacher may teach at all, by default everywhere; the others count zero too.
-    """
-    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student_logits, teacher_logits = student_logits[..., :shared], teacher_logits.detach()[..., :shared]
-    if taught is not None:
-        student_logits, teacher_logits = student_logits[taught], teacher_logits[taught]
-    if min_confidence is not None:
-        is_sure = torch.softmax(teacher_logits.float(), dim=-1).amax(dim=-1) >= min_confidence  # (answers)
-        student_logits, teacher_logits = student_logits[is_sure], teacher_logits[is_sure]
-    student = torch.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = torch.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return divergence(student, teacher) * temperature**2 / tokens
-
-
 class TopK(NamedTuple):
     """What a teacher says at each answer, in short: its k likeliest tokens, and all others together as one outcome.
 
@@ -156,10 +137,16 @@ def captured_distillation(
 ) -> Tensor:
     """L_KD, Eq. 5, from a teacher in short: the divergence of the two distributions over k tokens and "any other".
 
-    vocabulary: how many ids the two models share, of which the teacher's k are. With k = vocabulary it is
-    `distillation`, value and gradient. Below, it is never more than that and rises with k, since to merge outcomes can
-    only take away (the data processing inequality, which holds for all three divergences). The gradient reaches every
-    logit of the student, also of tokens that are not among the k, through the probability of "any other".
+    vocabulary: how many ids the two models share, of which the teacher's k are; further rows of the student are padding
+    and are cut off. With k = vocabulary it is what `mutual` has, value and gradient. Below, it is never more than that
+    and rises with k, since to merge outcomes can only take away (the data processing inequality, which holds for all
+    three divergences). The gradient reaches every logit of the student, also of tokens that are not among the k,
+    through the probability of "any other".
+
+    With a temperature the term is multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
+    min_confidence: only where the teacher gives its likeliest token at least this probability, at temperature 1, does
+    it teach; the sum is divided by all the tokens as ever, so that each token left out counts zero. taught: [answers],
+    at which the teacher may teach at all, by default everywhere; the others count zero too.
     """
     student_logits = student_logits[..., :vocabulary]
     if taught is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +12,10 @@ from stages.data.rows import Example
 from stages.models.packing import ROWS, Batch, answer_logits, collate
 from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
-from stages.training.losses import DIVERGENCES, cross_entropy, distillation, knows_better, row_losses
+from stages.training.losses import cross_entropy, knows_better, row_losses
+from stages.training.mutual import WITH_GRADIENT, mutual
 from stages.workspace.budgets import Distillation
+from stages.workspace.settings import ROLES
 
 LOSS_SAMPLE = 64
 """How many examples the loss before and after is measured on: enough to see it move, little beside training."""
@@ -49,30 +50,31 @@ def task_loss(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> d
 
 
 def mutual_losses(settings: Distillation) -> Losses:
-    """Eq. 4 and Eq. 5 for both models, from one set of logits of each."""
-    distilled = partial(
-        distillation,
-        temperature=settings.temperature,
-        divergence=DIVERGENCES[settings.divergence],
-        min_confidence=settings.min_confidence,
-    )
+    """Eq. 4 and Eq. 5 for both models, from one set of logits of each; the backward pass writes over them.
+
+    A teacher teaches where it is sure enough (min_confidence) and, where rows are selected, knows the row better. The
+    sum is divided by all the positions as ever, so that each one left out counts zero.
+    """
+    divergence = WITH_GRADIENT[settings.divergence]
 
     def losses(logits: Mapping[str, Tensor], labels: Tensor, tokens: Tokens) -> dict[str, Tensor]:
-        slm, llm = logits["slm"], logits["llm"]
-        taught: dict[str, Tensor | None] = {"slm": None, "llm": None}
+        both = mutual(logits["slm"], logits["llm"], labels, divergence=divergence, temperature=settings.temperature)
+        each = dict(zip(ROLES, both, strict=True))
+        taught: dict[str, Tensor] = {}
         if settings.select == "min-ce":
             rows = logits[ROWS]
-            of_slm, of_llm = row_losses(slm, labels, rows), row_losses(llm, labels, rows)
-            taught = {"slm": knows_better(of_llm, of_slm, rows), "llm": knows_better(of_slm, of_llm, rows)}
-        return {
-            "slm_ft": cross_entropy(slm, labels, tokens.labelled),
-            "slm_kd": distilled(slm, llm, tokens.distilled, taught=taught["slm"]),
-            "llm_ft": cross_entropy(llm, labels, tokens.labelled),
-            "llm_kd": distilled(llm, slm, tokens.distilled, taught=taught["llm"]),
-            **{
-                f"{role}{TAUGHT}": where.sum() / tokens.distilled for role, where in taught.items() if where is not None
-            },
-        }
+            slm, llm = (row_losses(logits[role], labels, rows) for role in ROLES)
+            taught = {"slm": knows_better(llm, slm, rows), "llm": knows_better(slm, llm, rows)}
+        found = {}
+        for role, teacher in zip(ROLES, reversed(ROLES), strict=True):
+            apart = each[role].divergence
+            if settings.min_confidence is not None:
+                apart = apart.where(each[teacher].confidence >= settings.min_confidence, 0.0)
+            if role in taught:
+                apart = apart.where(taught[role], 0.0)
+            found[f"{role}_ft"] = each[role].cross_entropy.sum() / tokens.labelled
+            found[f"{role}_kd"] = apart.sum() / tokens.distilled
+        return {**found, **{f"{role}{TAUGHT}": where.sum() / tokens.distilled for role, where in taught.items()}}
 
     return losses
 

@@ -23,6 +23,7 @@ from tests.benchmarks import (
     evaluate,
     gpu,
     knowledge,
+    mutual,
     on_slurm,
     repeats,
     secagg,
@@ -32,6 +33,7 @@ from tests.benchmarks import (
 BENCHMARKS = {
     "client-train": client_train.measure,
     "co-distill": co_distill.measure,
+    "mutual": mutual.measure,
     "evaluate": evaluate.measure,
     "fedmkt": knowledge.measure,
     "aggregate": aggregate.measure,

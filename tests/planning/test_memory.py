@@ -18,6 +18,7 @@ from stages.models.shapes import Shape
 from stages.models.tuned import Tuned
 from stages.planning import memory
 from stages.planning.estimates import beside_a_capture
+from stages.training import losses as training_losses
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Tokens, mutual_losses, task_loss
 from stages.workspace.budgets import Distillation
@@ -121,7 +122,34 @@ def test_two_models_that_teach_each_other_keep_what_they_really_keep() -> None:
         return loss_of(models, losses, {"slm": False, "llm": True})
 
     with held_in_bfloat16(replace(models[1], autocast=True)):
-        assert step.activations + step.logits == saved_by(models, work) + work()[1] + 2 * INDICES - MASK
+        # The logits are among what is saved, and nothing else of their size is.
+        assert step.activations + step.logits == saved_by(models, work) + 2 * INDICES - MASK
+        assert step.logits == work()[1] + 8 * ROWS * ANSWERS
+        total = step.activations + step.logits + step.transient + sum(4 * adapters.count(one.model) for one in models)
+        peak = measured_peak(lambda: work()[0].backward())
+        assert peak <= total <= 1.3 * peak
+
+
+def test_beyond_the_logits_the_losses_of_two_models_take_the_same_for_any_number_of_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vocabulary, at_once = 1000, 4
+    monkeypatch.setattr(training_losses, "AT_ONCE", at_once * vocabulary)
+
+    def beyond(answers: int) -> int:
+        leaves = torch.randn(2, answers, vocabulary, requires_grad=True)
+        logits = {"slm": leaves[0] * 1, "llm": leaves[1] * 1}
+        labels = torch.arange(answers)
+
+        def work() -> None:
+            parts = mutual_losses(Distillation(steps=1))(logits, labels, Tokens(answers, answers))
+            torch.autograd.grad(torch.stack(list(parts.values())).sum(), list(logits.values()))
+
+        return measured_peak(work)
+
+    few, many = beyond(40), beyond(400)
+    assert few < 12 * 4 * at_once * vocabulary  # of four answers: log-probabilities, probabilities, gradients
+    assert many - few < 100 * 360  # numbers of each answer
 
 
 def test_what_is_kept_grows_with_rows_and_with_their_length() -> None:

@@ -88,7 +88,9 @@ def test_memory_is_told_by_part(workspace_folder: Path) -> None:
     both = stage_of(found, "co-distill").memory
     assert both["weights"] == 4 * (slm.parameters + llm.parameters)
     assert both["optimiser"] == 8 * (slm.adapter_parameters + llm.adapter_parameters)
-    assert all(both[part] > trains[part] for part in parts)
+    # Of one model a log-softmax is kept beside its logits; of two that teach each other the logits alone.
+    assert all(both[part] > trains[part] for part in parts if part != "logits")
+    assert 0.9 < both["logits"] / trains["logits"] < 1.1
     assert stage_of(found, "evaluate llm").memory["weights"] == 4 * llm.parameters
 
 

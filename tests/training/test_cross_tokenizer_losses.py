@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.distillation.alignment import Alignment, mapped
-from stages.training import cross_tokenizer_losses
+from stages.training import cross_tokenizer_losses, losses
 from stages.training.cross_tokenizer_losses import (
     FLOOR,
     mapped_distillation,
@@ -335,7 +335,7 @@ def test_how_many_rows_are_merged_at_once_changes_nothing(
     student, settings = logits().requires_grad_(), {"temperature": 2.0, "divergence": divergence}
     found = []
     for at_once in (1, 2 * TOKENS, 2**20):
-        monkeypatch.setattr(cross_tokenizer_losses, "AT_ONCE", at_once)
+        monkeypatch.setattr(losses, "AT_ONCE", at_once)
         loss = mapped_distillation(student, TOLD, taught(), 5, student_outcomes=MERGING, **settings)
         found.append(torch.cat([loss.reshape(1), gradient(loss, student).flatten()]))
     assert torch.equal(found[0], found[2])
