@@ -167,7 +167,9 @@ def _ends(block: np.ndarray, rows: list[np.ndarray], outliers: int) -> np.ndarra
         order = np.argsort(block[:, some], axis=0, kind="stable")
         found += np.bincount(np.concatenate([order[:outliers], order[last:]]).ravel(), minlength=count)
     low, high = np.where(tied, -np.inf, low), np.where(tied, np.inf, high)
-    return found + np.count_nonzero(block <= low, axis=1) + np.count_nonzero(block >= high, axis=1)
+    found += np.count_nonzero(block <= low, axis=1)
+    found += np.count_nonzero(block >= high, axis=1)
+    return found
 
 
 def clipped_mean(updates: Updates, weights: Sequence[int]) -> Combined:

@@ -142,7 +142,7 @@ class _File:
 
     def fill(self, row: np.ndarray, place: slice) -> bool:
         """Read the next numbers. Returns whether they are there."""
-        content = memoryview(row).cast("B")
+        content = row.data.cast("B")
         if not reading.read_into(self.path, content, start=self.start + 4 * place.start, levels=LEVELS):
             return False
         self.digest.update(content)

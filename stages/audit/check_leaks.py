@@ -13,7 +13,7 @@ from re import Pattern
 from typing import Any
 
 from stages.audit.checks import Check, Finding, number_of
-from stages.audit.folders import READ, Folder, Scope, below, every_file, kind_of
+from stages.audit.folders import READ, Folder, Scope, every_file, kind_of
 from stages.files import reading
 from stages.runtime.errors import Problem
 from stages.workspace.names import MANIFEST
@@ -58,7 +58,7 @@ def _is_address(text: str) -> bool:
 
 def leaks_of(folder: Folder, words: Words) -> Iterator[Finding]:
     """Of one folder that travels."""
-    if below(folder.path / MANIFEST, folder.scope.exchanged) is None:
+    if reading.below(folder.path / MANIFEST, folder.scope.exchanged) is None:
         return
     agreement = folder.scope.agreement
     is_secure = agreement is not None and agreement.aggregation.is_secure and folder.path.name.startswith("client-")
@@ -73,7 +73,7 @@ def leaks_of(folder: Folder, words: Words) -> Iterator[Finding]:
 def leaks_between(folders: list[Folder], scopes: list[Scope], client: int | None, words: Words) -> Iterator[Finding]:
     """Of whatever else travels, in those folders or outside them; and how much was looked at."""
     done = {folder.path / name for folder in folders for name in folder.names if name.endswith(READ)}
-    total = sum(below(path, scope.exchanged) is not None for scope in scopes for path in done)
+    total = sum(reading.below(path, scope.exchanged) is not None for scope in scopes for path in done)
     for scope in scopes:
         for path, status in every_file(scope.exchanged) if scope.exchanged.is_dir() else ():
             if path in done or kind_of(status) or not scope.concerns(path, client):
@@ -96,7 +96,7 @@ def leaks_between(folders: list[Folder], scopes: list[Scope], client: int | None
 
 
 def _leaks(content: bytes, value: dict[str, Any] | None, path: Path, scope: Scope, words: Words) -> Iterator[Finding]:
-    shown, name = scope.shown(path), below(path, scope.exchanged) or path.name
+    shown, name = scope.shown(path), reading.below(path, scope.exchanged) or path.name
     for number, canary in enumerate(words.canaries, 1):
         forms = {canary.encode(), json.dumps(canary)[1:-1].encode(), canary.encode("utf-16-le")}
         if canary in name or any(form in content for form in forms):

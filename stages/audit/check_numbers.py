@@ -62,8 +62,8 @@ def _measured(adapter: AnyAdapter, start: Tensors | None) -> dict[str, float]:
         found["update_norm"] = _norm({name: tensors[name].astype(np.float64) - start[name] for name in start})
     for module, a, b in adapter.modules():
         spectrum = product_spectrum(a, b)
-        if (norm := adapter.adds(module)) is not None:
-            found[f"product_norm/{module}"] = norm
+        if (scale := adapter.scale(module)) is not None:
+            found[f"product_norm/{module}"] = abs(scale) * float(np.linalg.norm(spectrum))
         if spectrum.any():
             found[f"effective_rank/{module}"] = rank_of(spectrum)
     return found

@@ -50,7 +50,7 @@ class Scope:
 
     def shown(self, path: Path) -> str:
         """A path as people see it: from the workspace down, or from where the audit was called."""
-        return below(path, self.shown_from) or str(path)
+        return reading.below(path, self.shown_from) or str(path)
 
     @property
     def is_workspace(self) -> bool:
@@ -279,12 +279,6 @@ def every_file(top: Path) -> Iterator[tuple[Path, os.stat_result]]:
         for name in sorted(inside + [name for name in names if os.path.islink(f"{folder}/{name}")]):  # noqa: PTH114
             path = here / name
             yield path, path.lstat()
-
-
-def below(path: Path, top: Path) -> str | None:
-    """The rest of a path that lies under a folder, else None: as Path.relative_to, but quick."""
-    here, above = str(path), str(top).rstrip("/") + "/"
-    return here.removeprefix(above) if here.startswith(above) else None
 
 
 def kind_of(status: os.stat_result) -> str:

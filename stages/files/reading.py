@@ -247,3 +247,11 @@ def below_exchange(path: Path) -> int:
         if folder.name == EXCHANGE and (folder.parent / AGREEMENT).is_file():
             return number
     return 1
+
+
+def below(path: Path, top: Path) -> str | None:
+    """The rest of a path that lies under a folder, else None: as Path.relative_to, but quick."""
+    here, above = str(path), str(top).rstrip("/") + "/"
+    if here == str(top):
+        return "."
+    return here.removeprefix(above) if here.startswith(above) else None

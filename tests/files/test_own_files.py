@@ -45,3 +45,11 @@ def test_a_damaged_log_is_named_with_its_line(line: str, tmp_path: Path) -> None
 def test_a_last_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"inputs": {}}\n{"step": 1, "sl')
     assert _lines(tmp_path / "log") == [{"inputs": {}}]
+
+
+@pytest.mark.parametrize("path", ["/a/b/c", "/a", "/ab", "/", "/b"])
+@pytest.mark.parametrize("top", ["/a", "/", "/a/b"])
+def test_what_lies_below_a_folder_is_what_pathlib_says(path: str, top: str) -> None:
+    one, folder = Path(path), Path(top)
+    expected = str(one.relative_to(folder)) if one.is_relative_to(folder) else None
+    assert reading.below(one, folder) == expected
