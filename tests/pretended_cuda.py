@@ -300,4 +300,7 @@ def _passed(node: Any, gradients: dict[int, Tensor]) -> Sequence[Any]:
         for number, form in enumerate(node._input_metadata)
     ]
     found = node(*arguments) if callable(node) else node.apply(*arguments)
-    return found if isinstance(found, tuple) else (found,)
+    passed = list(found) if isinstance(found, tuple) else [found]
+    for _ in range(len(passed) - len(node.next_functions)):
+        passed.remove(None)  # of what is no tensor
+    return passed
