@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -148,7 +149,9 @@ def likelihoods(
             use_cache=False,
         ).logits
     each = torch.split(logits, [1 + question.branch_tokens for question in questions])
-    return [_of_question(*pair, softmax_dtype) for pair in zip(questions, each, strict=True)]
+    parts = [_of_question(*pair, softmax_dtype) for pair in zip(questions, each, strict=True)]
+    found = zip(*torch.cat(parts, dim=1).cpu().tolist(), strict=True)  # read from the device once
+    return [[(nats, not misses) for nats, misses in islice(found, len(one.answers))] for one in questions]
 
 
 @contextmanager
@@ -161,16 +164,22 @@ def _head_reads(model: Any, places: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def _of_question(question: Question, logits: Tensor, dtype: torch.dtype | None) -> list[Likelihood]:
-    """logits: [1 + its branches' tokens, vocabulary], the first those after the prompt."""
-    chances, found, branch = F.log_softmax(logits, dim=-1, dtype=dtype), [], 1
-    likeliest = chances.argmax(-1)
-    for answer in question.answers:
-        places = torch.tensor([0, *range(branch, branch + len(answer) - 1)], device=logits.device)
-        labels = torch.tensor(answer, device=logits.device)
-        nats = chances[places].gather(1, labels[:, None]).squeeze(1).sum()
-        found.append((float(nats), bool((likeliest[places] == labels).all())))
+def _of_question(question: Question, logits: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Of each answer its likelihood, and how many of its tokens are not the likeliest: float32 [2, answers].
+
+    logits: [1 + its branches' tokens, vocabulary], the first those after the prompt.
+    """
+    places, owners, branch = list[int](), list[int](), 1
+    for number, answer in enumerate(question.answers):
+        places += [0, *range(branch, branch + len(answer) - 1)]
+        owners += [number] * len(answer)
         branch += len(answer) - 1
+    labels = [token for answer in question.answers for token in answer]
+    place, owner, label = torch.tensor([places, owners, labels]).to(logits.device)
+    chances = F.log_softmax(logits, dim=-1, dtype=dtype)
+    each = torch.stack([chances[place, label].float(), (chances.argmax(-1)[place] != label).float()])
+    found = each.new_zeros(2, len(question.answers)).index_add(1, owner, each)
+    found[0] = found[0].to(chances.dtype)  # rounded as lm-eval has the sum
     return found
 
 
