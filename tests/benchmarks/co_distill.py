@@ -89,7 +89,9 @@ def ours(examples: list[Example], roles: Sequence[Role], *, autocast: bool) -> a
 
 def usual(examples: list[Example], plan: list[list[int]], *, autocast: bool) -> arc.Clock:
     """Mutual distillation as people write it: padded batches, full logits, KL over every position, then masked."""
-    models: dict[Role, Tuned] = {role: arc.model(role, LAYERS[role], autocast=False) for role in ("slm", "llm")}
+    models: dict[Role, Tuned] = {
+        role: arc.model(role, LAYERS[role], autocast=False, as_loaded=False) for role in ("slm", "llm")
+    }
     slm, llm = models["slm"].model, models["llm"].model
     optimizer = torch.optim.AdamW([p for m in (slm, llm) for p in m.parameters() if p.requires_grad], lr=RATE)
     clock = arc.Clock()

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from builders import SHARED_DATA
 from stages.data.rows import Row, encode_row
 from stages.evaluation.harness import Harness
-from stages.models.fused import fuse
 from tests.benchmarks import gpt2_on_arc as arc
 from tests.benchmarks.repeats import shown
 
@@ -48,9 +47,7 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
 
 def harness(tokenizer: Any, *, as_loaded: bool) -> Harness:
     """GPT-2 small with an adapter; as_loaded: as a stage has it, not as transformers leaves it."""
-    model = arc.model("slm", 12, autocast=False).model
-    if as_loaded:
-        fuse(model)
+    model = arc.model("slm", 12, autocast=False, as_loaded=as_loaded).model
     lm = Harness(pretrained=model.get_base_model(), tokenizer=tokenizer)
     lm.batch_size_per_gpu, lm.report = BATCH, lambda event: None
     return lm

@@ -14,6 +14,7 @@ from builders import SHARED_DATA
 from stages.artefacts.manifest import BaseIdentity
 from stages.data.rows import Example, Row, encode_row
 from stages.models import adapters, packing
+from stages.models.fused import fuse
 from stages.models.tuned import Tuned
 from stages.workspace.agreement import Lora, Model
 from stages.workspace.settings import Role
@@ -53,10 +54,15 @@ def rows(count: int | None = None) -> list[Row]:
     return found
 
 
-def model(role: Role, layers: int, *, autocast: bool) -> Tuned:
-    """A GPT-2-shaped model with random weights and a LoRA adapter; without dropout, so that losses can be compared."""
+def model(role: Role, layers: int, *, autocast: bool, as_loaded: bool = True) -> Tuned:
+    """A GPT-2-shaped model with random weights and a LoRA adapter; without dropout, so that losses can be compared.
+
+    as_loaded: as stages load it, not as transformers leaves it, which is what peers get.
+    """
     torch.manual_seed(layers)
     base = GPT2LMHeadModel(GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
+    if as_loaded:
+        fuse(base)
     longest_packed = packing.packs(base)
     tuned = adapters.attach(base, SETTINGS)
     adapters.make_fresh(tuned, 1)

@@ -140,7 +140,7 @@ def _trained(
                 clock.step({"slm_ft": logs["loss"], **{name: logs[name] for name in ("num_tokens",) if name in logs}})
 
     with tempfile.TemporaryDirectory() as folder, libraries():
-        model = arc.model("slm", layers, autocast=False).model
+        model = arc.model("slm", layers, autocast=False, as_loaded=False).model
         trainer = kind(model=model, args=arguments(output_dir=folder, **settings), callbacks=[Watch()], **data)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
