@@ -18,7 +18,7 @@ ROWS = examples([(3 + i % 5, 1 + i % 3) for i in range(32)])
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     """The rows of client-train's steps, with a tiny model in place of GPT-2's shape."""
-    monkeypatch.setattr(arc, "model", lambda role, layers, autocast: tuned(role))
+    monkeypatch.setattr(arc, "model", lambda role, layers, **_: tuned(role))
     monkeypatch.setattr(arc, "PAD", 1)
     plan = schedule.schedule(len(ROWS), ClientTraining(steps=client_train.STEPS, batch_size=arc.BATCH), seed=1)
     return [[ROWS[i] for i in step] for step in plan]

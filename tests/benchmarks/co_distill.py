@@ -92,7 +92,7 @@ def usual(examples: list[Example], plan: list[list[int]], *, autocast: bool) -> 
     models: dict[Role, Tuned] = {
         role: arc.model(role, LAYERS[role], autocast=False, as_loaded=False) for role in ("slm", "llm")
     }
-    slm, llm = models["slm"].model, models["llm"].model
+    slm, llm = models
     optimizer = torch.optim.AdamW([p for m in (slm, llm) for p in m.parameters() if p.requires_grad], lr=RATE)
     clock = arc.Clock()
     for step in plan:
