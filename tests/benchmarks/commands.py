@@ -133,28 +133,32 @@ def cpu_seconds(code: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def make_large(folder: Path, *, clients: int, rounds: int) -> None:
-    """A finished federation of many clients, with the smallest of adapters: 64 random numbers."""
+def make_large(folder: Path, *, clients: int, rounds: int, layers: int = 1, width: int = 8) -> None:
+    """A finished and sound federation of many clients, with random adapters: by default the smallest, 64 numbers."""
     text = AGREEMENT.replace("clients = 3", f"clients = {clients}").replace("rounds = 2", f"rounds = {rounds}")
     (folder / "fedcollm.toml").write_text(text)
     workspace = Workspace(folder)
-    rng, layer = np.random.default_rng(1), "base_model.model.model.layers.0.self_attn.q_proj"
     lora = workspace.agreement.slm.lora
     config = adapter_files.config_bytes(lora, target_modules=["q_proj"], fan_in_fan_out=False)
+    rng, modules = np.random.default_rng(1), [f"model.layers.{layer}.self_attn.q_proj" for layer in range(layers)]
+    shapes = {f"base_model.model.{module}.lora_A.weight": (lora.r, width) for module in modules}
+    shapes |= {f"base_model.model.{module}.lora_B.weight": (width, lora.r) for module in modules}
 
     def put(place: Path, parents: dict[str, str], stage: str, round: int, client: int | None = None) -> str:
-        shapes = {"lora_A": (lora.r, 8), "lora_B": (8, lora.r)}
-        drawn = {f"{layer}.{which}.weight": rng.standard_normal(shape) for which, shape in shapes.items()}
+        if stage == "broadcast" and round > 1:  # it sends what the round before has made
+            weights = (workspace.slm(round - 1) / ADAPTER_WEIGHTS).read_bytes()
+        else:
+            weights = adapter_files.weights_bytes({name: rng.standard_normal(shape) for name, shape in shapes.items()})
         publish(
             place,
-            {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: adapter_files.weights_bytes(drawn)},
+            {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: weights},
             Draft(
                 stage=stage,
                 role="llm" if place.name == "llm" else "slm",
                 round=round,
                 parents=parents,
                 base=BASE,
-                parameters=16 * lora.r,
+                parameters=2 * layers * width * lora.r,
             ),
             by=Party(workspace, names.of(client)),
         )
