@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.aggregation.sorting import in_order
-from stages.aggregation.updates import Updates
+from stages.aggregation.updates import Updates, inner_products
 from stages.artefacts.adapter_files import Tensors
 from stages.workspace.averaging import Aggregation
 
@@ -66,6 +66,15 @@ class Mean:
                 self._products[layer] += product
             else:
                 self._products[layer] = product
+
+    def add_all(self, tensors: Tensors) -> None:
+        """Take in layers of all K clients at once, each with weight 1: every tensor is [K, ...]. No layer twice."""
+        self._weight = len(next(iter(tensors.values())))
+        self._sums |= {name: stacked.sum(axis=0, dtype=np.float64) for name, stacked in tensors.items()}
+        for layer in _layers(tensors):
+            a, b = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]  # [K, r, in], [K, out, r]
+            inner = a.reshape(-1, a.shape[2]) @ self._probe(a.shape[2])  # [K r, probes]
+            self._products[layer] = b.transpose(1, 0, 2).reshape(b.shape[1], -1) @ inner
 
     def result(self) -> Tensors:
         """The mean, float32."""
@@ -242,8 +251,7 @@ def _distances(updates: Updates) -> tuple[np.ndarray, np.ndarray]:
     """
     theta, products = updates.flat(updates.theta), np.zeros((len(updates.heads), len(updates.heads)))
     for place, block in updates.blocks():
-        moved = np.subtract(block, theta[place], dtype=np.float64)
-        products += moved @ moved.T
+        products += inner_products(block, theta[place])
     squares = np.diag(products)
     norms = np.sqrt(squares)
     error = (updates.size + 16) * np.finfo(np.float64).eps * (norms[:, None] + norms) ** 2

@@ -7,6 +7,7 @@ each reading of a file must come to the digest in its manifest, or nothing is ma
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import NoReturn, TypeVar
 
 import numpy as np
 
-from stages.artefacts.adapter_files import Tensors, is_as_written, layout_of, read_adapter
+from stages.artefacts.adapter_files import Layout, Tensors, is_as_written, is_finite, layout_of, read_adapter
 from stages.artefacts.reading import LEVELS, Artefact, read_file, read_manifest
 from stages.artefacts.tensor_files import largest_bytes
 from stages.files import reading
@@ -82,20 +83,10 @@ class Updates:
         All numbers once, in the order of `flat`. What is made of them counts only once the last block was asked for
         the next: then every file has been read to its end, and has the digest that its manifest names.
         """
-        columns = max(FEWEST_NUMBERS, BLOCK_BYTES // (4 * len(self.heads)))
+        columns = columns_of(len(self.heads))
         places = [slice(start, min(start + columns, self.size)) for start in range(0, self.size, columns)]
         sources = [self._source(number) for number in range(len(self.heads))]
-
-        def read(place: slice) -> np.ndarray:
-            block = np.empty((len(sources), place.stop - place.start), np.float32)
-            for number, (row, source) in enumerate(zip(block, sources, strict=True)):
-                # The square is finite only if all values are, and is quick.
-                if not source.fill(row, place) or not (np.isfinite(np.vdot(row, row)) or np.isfinite(row).all()):
-                    self._blame(number)
-            return block
-
-        blocks = _ahead(partial(read, place) for place in places)
-        for done, (place, block) in enumerate(zip(places, blocks, strict=True), 1):
+        for done, (place, block) in enumerate(side_by_side(sources, places, self._blame), 1):
             yield place, block
             self.report(Event("step", "numbers of all clients", step=done, total=len(places)))
         for number, source in enumerate(sources):
@@ -112,17 +103,12 @@ class Updates:
         parts = zip(sorted(self.theta), np.split(flat, ends[:-1]), strict=True)
         return {name: part.reshape(self.theta[name].shape) for name, part in parts}
 
-    def _source(self, number: int) -> _File | _Held:
+    def _source(self, number: int) -> Source:
         """Where a client's numbers are read bit by bit: its file, or, where they lie there in another order, memory."""
         head = self.heads[number]
         path, entry = head.path / ADAPTER_WEIGHTS, head.manifest.files[ADAPTER_WEIGHTS]
-        start = entry.size_bytes - 4 * self.size
-        if 8 <= start <= largest_bytes(0):
-            content = bytearray(start)
-            is_there = reading.read_into(path, memoryview(content), start=0, levels=LEVELS)
-            if is_there and is_as_written(bytes(content), layout_of(self.theta), path):
-                return _File(path, start, entry.size_bytes, entry.sha256, hashlib.sha256(content))
-        return _Held(self.flat(self.adapter(number)))
+        stored = as_written(path, entry.size_bytes, layout_of(self.theta), sha256=entry.sha256)
+        return stored or Held(self.flat(self.adapter(number)))
 
     def _blame(self, number: int) -> NoReturn:
         """Raise what is wrong with a file, as who reads it whole would; if nothing is, it was another before."""
@@ -130,13 +116,59 @@ class Updates:
         raise _changed(self.heads[number])
 
 
+def columns_of(rows: int) -> int:
+    """How many numbers of each of so many clients make a block."""
+    return max(FEWEST_NUMBERS, BLOCK_BYTES // (4 * rows))
+
+
+def side_by_side(
+    sources: Sequence[Source], places: Sequence[slice], blame: Callable[[int], NoReturn]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Each place with its numbers of every source, float32 [K, n], the next being read while the last is used.
+
+    blame: raises what is wrong with a source, by its position, that has no finite numbers there.
+    """
+
+    def read(place: slice) -> np.ndarray:
+        block = np.empty((len(sources), place.stop - place.start), np.float32)
+        for number, (row, source) in enumerate(zip(block, sources, strict=True)):
+            if not source.fill(row, place) or not is_finite(row):
+                blame(number)
+        return block
+
+    yield from zip(places, _ahead(partial(read, place) for place in places), strict=True)
+
+
+def inner_products(block: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """<u_j, u_k> of every two rows of block - start, [K, K], float64: some thousand columns at a time, in the cache."""
+    products = np.zeros((len(block), len(block)))
+    for first in range(0, block.shape[1], FEWEST_NUMBERS):
+        some = slice(first, first + FEWEST_NUMBERS)
+        moved = np.subtract(block[:, some], start[some], dtype=np.float64)
+        products += moved @ moved.T
+    return products
+
+
+def as_written(path: Path, size_bytes: int, layout: Layout, *, sha256: str = "") -> Stored | None:
+    """A file of so many bytes, to be read bit by bit, if it has its numbers as they are written here; None otherwise.
+
+    sha256: what it must come to once all of it is read; without one that is not looked at. Raises Damaged.
+    """
+    start = size_bytes - 4 * sum(map(math.prod, layout.values()))
+    if 8 <= start <= largest_bytes(0):
+        content = bytearray(start)
+        is_there = reading.read_into(path, memoryview(content), start=0, levels=LEVELS)
+        if is_there and is_as_written(bytes(content), layout, path):
+            return Stored(path, start, sha256, hashlib.sha256(content))
+    return None
+
+
 @dataclass(frozen=True)
-class _File:
-    """A file whose numbers are read in their order. digest: of what was read so far."""
+class Stored:
+    """A file whose numbers are read in their order. digest: of what was read so far, if it is to come to a sha256."""
 
     path: Path
     start: int
-    size_bytes: int
     sha256: str
     digest: hashlib._Hash = field(compare=False)
 
@@ -145,7 +177,8 @@ class _File:
         content = row.data.cast("B")
         if not reading.read_into(self.path, content, start=self.start + 4 * place.start, levels=LEVELS):
             return False
-        self.digest.update(content)
+        if self.sha256:
+            self.digest.update(content)
         return True
 
     def is_whole(self) -> bool:
@@ -154,7 +187,7 @@ class _File:
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """Numbers that were checked when they were read, and are in memory."""
 
     numbers: np.ndarray
@@ -167,6 +200,10 @@ class _Held:
     def is_whole(self) -> bool:
         """They are."""
         return True
+
+
+Source = Stored | Held
+"""Where numbers of a client are read."""
 
 
 def _changed(head: Artefact) -> NotReady:

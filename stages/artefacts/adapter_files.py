@@ -114,10 +114,15 @@ def check_layout(found: Layout, expected: Layout, path: Path, whose: str) -> Non
 def check_finite(tensors: Tensors, path: Path | str) -> None:
     """Raise BadNumbers if any value is NaN or infinite."""
     for name, tensor in tensors.items():
-        # The square is finite only if all values are, and is quick; should it overflow, the values are looked at.
-        if not np.isfinite(np.vdot(tensor, tensor)) and not np.isfinite(tensor).all():
+        if not is_finite(tensor):
             mend = "lower the learning rate or set max_grad_norm, then train again with --overwrite"
             raise BadNumbers(f"{name} holds NaN or infinity", where=path, mend=mend)
+
+
+def is_finite(tensor: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite."""
+    # The square is finite only if all values are, and is quick; should it overflow, the values are looked at.
+    return bool(np.isfinite(np.vdot(tensor, tensor)) or np.isfinite(tensor).all())
 
 
 def _whose(manifest: Manifest) -> str:

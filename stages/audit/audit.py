@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
-from stages.artefacts.adapter_files import Layout, Tensors, layout_of
+from stages.artefacts.adapter_files import Layout, Tensors, is_finite, layout_of
 from stages.audit.check_chain import chain, manifest_of
 from stages.audit.check_clients import A6, clients_of
 from stages.audit.check_files import files_between, files_of
@@ -118,7 +116,7 @@ def _adapter(state: Audit, folder: Folder) -> tuple[AnyAdapter | None, str]:
     except Problem as problem:
         return None, problem.message
     state.layouts[folder.path] = layout_of(adapter.tensors)
-    if all(np.isfinite(tensor).all() for tensor in adapter.tensors.values()):
+    if all(map(is_finite, adapter.tensors.values())):
         state.finite.add(folder.path)
     try:
         config = reading.parse_json(settings) if settings is not None else {}

@@ -5,19 +5,24 @@ What it finds is a reason to ask, not a proof: clients with data of their own ki
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from stages.aggregation.drift import inner_products
 from stages.aggregation.rules import Mean
-from stages.artefacts.adapter_files import Tensors
+from stages.aggregation.updates import Held, Source, as_written, columns_of, inner_products, side_by_side
+from stages.artefacts.adapter_files import Layout, Tensors, layout_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import read_weights, tensors_if_sound
+from stages.runtime.errors import Damaged
 from stages.workspace.layout import broadcast_in
+from stages.workspace.names import ADAPTER_WEIGHTS
 
 A6 = Check("A6", "clients")
 
@@ -91,19 +96,54 @@ def _outliers(updates: dict[int, Folder], products: np.ndarray, client: int | No
 def compare(updates: dict[int, Folder], start: Tensors) -> tuple[np.ndarray, dict[str, float]]:
     """The inner products of all updates, and the cross term of each layer, every client weighing the same.
 
-    That is ||mean(BA) - mean(B) mean(A)|| / ||mean(BA)||. Each file is read once for both, if they fit into memory.
+    That is ||mean(BA) - mean(B) mean(A)|| / ||mean(BA)||. Each file is read once, some whole layers of all clients at
+    a time. Raises Damaged for a file that has changed since it was found to be sound.
     """
-    mean, added = Mean(), set[int]()
+    layout, paths = layout_of(start), [folder.path for folder in updates.values()]
+    sources = [_source(path, start) for path in paths]
 
-    def read(client: int) -> Tensors:
-        tensors = read_weights(updates[client].path).tensors
-        if client not in added:
-            added.add(client)
-            mean.add(tensors, 1)
-        return tensors
+    def blame(number: int) -> NoReturn:
+        raise Damaged("it has other numbers than before", where=paths[number])
 
-    products = inner_products(start, [functools.partial(read, client) for client in updates])
+    places = _whole_layers(layout, columns_of(len(paths)))
+    blocks = side_by_side(sources, [place for place, _ in places], blame)
+    products, mean = np.zeros((len(paths), len(paths))), Mean()
+    for (_, names), (_, block) in zip(places, blocks, strict=True):
+        products += inner_products(block, _flat(start, names))
+        mean.add_all(_stacked(block, {name: layout[name] for name in names}))
     return products, mean.cross_terms()
+
+
+def _source(path: Path, start: Tensors) -> Source:
+    """Where the numbers of a folder's weights are read: bit by bit, or, if they lie in another order, from memory."""
+    weights = path / ADAPTER_WEIGHTS
+    with contextlib.suppress(Damaged):  # of another type than is exchanged: A3 says so
+        if stored := as_written(weights, weights.stat().st_size, layout_of(start)):
+            return stored
+    return Held(_flat(read_weights(path).tensors, sorted(start)))
+
+
+def _flat(tensors: Tensors, names: Sequence[str]) -> np.ndarray:
+    return np.concatenate([tensors[name].ravel() for name in names])
+
+
+def _whole_layers(layout: Layout, columns: int) -> list[tuple[slice, list[str]]]:
+    """Where one layer after the other lies in an adapter, as few as make so many numbers, and their tensors' names."""
+    places, first, names = list[tuple[slice, list[str]]](), 0, list[str]()
+    for _, layer in itertools.groupby(sorted(layout), lambda name: name.rpartition(".lora_")[0] or name):
+        names += layer
+        if (size := sum(math.prod(layout[name]) for name in names)) >= columns:
+            places.append((slice(first, first + size), names))
+            first, names = first + size, []
+    rest = sum(math.prod(layout[name]) for name in names)
+    return places + ([(slice(first, first + rest), names)] if names else [])
+
+
+def _stacked(block: np.ndarray, layout: Layout) -> Tensors:
+    """The tensors of all clients in a block, [K, ...]."""
+    ends = np.cumsum([math.prod(shape) for shape in layout.values()])
+    parts = zip(layout.items(), np.split(block, ends[:-1], axis=1), strict=True)
+    return {name: part.reshape(len(block), *shape) for (name, shape), part in parts}
 
 
 def pairwise(products: np.ndarray) -> np.ndarray:

@@ -7,10 +7,18 @@ from math import sqrt
 
 import numpy as np
 
-from stages.artefacts.adapter_files import Tensors, layout_of
+from stages.artefacts.adapter_files import Tensors, is_finite, layout_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
-from stages.audit.foreign_adapters import AnyAdapter, B, product_spectrum, rank_of, tensors_if_sound
+from stages.audit.foreign_adapters import (
+    A,
+    AnyAdapter,
+    B,
+    product_spectrum,
+    rank_of,
+    spectrum_by_grams,
+    tensors_if_sound,
+)
 from stages.workspace.names import ADAPTER_WEIGHTS
 
 A4, A5 = Check("A4", "numbers"), Check("A5", "drift")
@@ -22,14 +30,14 @@ LEAST_COSINE, LARGEST_RATIO = -0.5, 3.0
 def numbers_of(folder: Folder, adapter: AnyAdapter, start: Tensors | None) -> Iterator[Finding]:
     """Of one adapter. start: the broadcast of its round, if it is here."""
     weights = folder.file(ADAPTER_WEIGHTS)
-    is_finite = True
+    is_sound = True
     for name, tensor in adapter.tensors.items():
-        nan, infinite = int(np.isnan(tensor).sum()), int(np.isinf(tensor).sum())
-        if nan or infinite:
-            is_finite = False
+        if not is_finite(tensor):
+            is_sound = False
+            nan, infinite = int(np.isnan(tensor).sum()), int(np.isinf(tensor).sum())
             kinds = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count]
             yield A4.fail(weights, f"{name}: {' and '.join(kinds)} of {tensor.size}", "finite")
-    if not is_finite:
+    if not is_sound:
         return
     zeros = [name for name, tensor in adapter.tensors.items() if not tensor.any()]
     second = [name for name in adapter.tensors if name.endswith(B)]
@@ -54,14 +62,26 @@ def _measured(adapter: AnyAdapter, start: Tensors | None) -> dict[str, float]:
     product_norm/LAYER: the Frobenius norm of the scaled B A, what the adapter adds; effective_rank/LAYER: of B A.
     """
     tensors = adapter.tensors
-    found = {
-        "largest": max((float(np.abs(tensor).max(initial=0)) for tensor in tensors.values()), default=0.0),
-        "norm": _norm(tensors),
-    }
-    if start is not None and layout_of(start) == layout_of(tensors):
-        found["update_norm"] = _norm({name: tensors[name].astype(np.float64) - start[name] for name in start})
+    if start is not None and layout_of(start) != layout_of(tensors):
+        start = None
+    largest, squared, update_squared = 0.0, 0.0, 0.0
+    grams: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        wide = tensor.astype(np.float64)
+        largest = max(largest, float(tensor.max(initial=0)), -float(tensor.min(initial=0)))
+        squared += float(np.vdot(wide, wide))
+        if name.endswith((A, B)) and wide.ndim == 2:
+            grams[name] = wide @ wide.T if name.endswith(A) else wide.T @ wide
+        if start is not None:
+            wide -= start[name]
+            update_squared += float(np.vdot(wide, wide))
+    found = {"largest": largest, "norm": sqrt(squared)}
+    if start is not None:
+        found["update_norm"] = sqrt(update_squared)
     for module, a, b in adapter.modules():
-        spectrum = product_spectrum(a, b)
+        spectrum = spectrum_by_grams(grams[module + A], grams[module + B])
+        if spectrum is None:
+            spectrum = product_spectrum(a, b)
         if (scale := adapter.scale(module)) is not None:
             found[f"product_norm/{module}"] = abs(scale) * float(np.linalg.norm(spectrum))
         if spectrum.any():

@@ -225,8 +225,8 @@ def open_folder(path: Path, scope: Scope) -> Folder:
             except (Problem, OSError) as problem:
                 folder.unreadable[name] = said_by(problem)
     weights = folder.contents.get(ADAPTER_WEIGHTS)
-    folder = replace(folder, contents=dict(sorted(folder.contents.items())))
-    return replace(folder, weights_sha256=reading.sha256(weights) if weights is not None else "")
+    digest = reading.sha256(weights) if weights is not None else ""
+    return replace(folder, contents=dict(sorted(folder.contents.items())), weights_sha256=digest)
 
 
 def _is_small(name: str) -> bool:

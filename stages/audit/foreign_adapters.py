@@ -25,6 +25,9 @@ from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDAT
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 """Those that NumPy has; BF16 is the upper half of a float32."""
 
+LEAST_SQUARE, ROUNDING = 1e-4, 1e-14
+"""Shares of |A|^2 |B|^2, by the norms of their Gram matrices."""
+
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -150,6 +153,24 @@ def product_spectrum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a: [r, inputs], b: [outputs, r]. B = Q_b R_b and A^T = Q_a R_a, so that B A = Q_b (R_b R_a^T) Q_a^T.
     """
     return np.linalg.svd(_triangle(b) @ _triangle(a.T).T, compute_uv=False)
+
+
+def spectrum_by_grams(gram_a: np.ndarray, gram_b: np.ndarray) -> np.ndarray | None:
+    """The singular values of B A, descending, from A A^T and B^T B, all float64, [r, r]; None where those do not tell.
+
+    Their squares are the eigenvalues of H^T A A^T H where B^T B = H H^T, which is ten times faster than QR. They are
+    exact to some roundings of |A|^2 |B|^2: what is no more than that is taken for zero, and where the largest is not
+    far above it nothing is told. So each value is right to 1e-7 of |A| |B|, as much as float32 numbers tell.
+    """
+    bound = np.linalg.norm(gram_a) * np.linalg.norm(gram_b)
+    if not 0 < bound < np.inf:
+        return None
+    values, vectors = np.linalg.eigh(gram_b)
+    half = vectors * np.sqrt(np.maximum(values, 0))
+    squares = np.linalg.eigvalsh(half.T @ gram_a @ half)[::-1]
+    if squares[0] < LEAST_SQUARE * bound:
+        return None
+    return np.sqrt(np.where(squares > ROUNDING * bound, squares, 0))
 
 
 def rank_of(spectrum: np.ndarray) -> float:

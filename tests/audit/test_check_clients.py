@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from stages.aggregation import drift
-from stages.aggregation.drift import inner_products
-from stages.audit.check_clients import pairwise, robust_z, toward_the_rest
+from stages.aggregation import updates as sources
+from stages.aggregation.rules import Mean
+from stages.artefacts.adapter_files import Tensors
+from stages.audit.check_clients import compare, pairwise, robust_z, toward_the_rest
+from stages.audit.folders import Folder, Scope
 
+SHAPES = {"A": (2, 30), "B": (7, 2)}
 UPDATES = np.array([[3.0, 4.0], [4.0, 3.0], [-1.0, 0.0], [0.0, 0.0]])
 
 
@@ -42,12 +48,30 @@ def test_z_is_robust_and_needs_five_that_differ() -> None:
     assert robust_z(np.array([0.0, 1, 2, 3, 4])) is None
 
 
-@pytest.mark.parametrize("held", [1, 2, 5, 100])
-def test_however_few_are_held_at_a_time_the_products_are_the_same(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("columns", [1, 40, 1000])
+@pytest.mark.parametrize("half", [False, True])
+def test_updates_are_compared_as_whole_vectors_are_however_few_layers_lie_side_by_side(
+    tmp_path: Path, columns: int, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "FEWEST_NUMBERS", columns)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 0)
     draw = np.random.default_rng(1)
-    start = {"b": draw.standard_normal((2, 3)), "a": draw.standard_normal(4)}
-    adapters = [{name: draw.standard_normal(t.shape) for name, t in start.items()} for _ in range(5)]
-    monkeypatch.setattr(drift, "HELD_BYTES", held * 8 * 10)
-    vectors = np.stack([np.concatenate([(one[name] - start[name]).ravel() for name in ("a", "b")]) for one in adapters])
-    found = inner_products(start, [lambda one=one: one for one in adapters])
-    assert found == pytest.approx(vectors @ vectors.T)
+    shapes = {f"{layer}.lora_{which}.weight": shape for layer in "xy" for which, shape in SHAPES.items()}
+
+    def adapter() -> Tensors:
+        return {name: draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+    start, adapters, folders = adapter(), [adapter() for _ in range(5)], {}
+    for client, tensors in enumerate(adapters, 1):
+        folders[client] = Folder(tmp_path / str(client), Scope(tmp_path, tmp_path, None))
+        folders[client].path.mkdir()
+        if half and client == 2:
+            tensors |= {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
+        safetensors.numpy.save_file(tensors, folders[client].path / "adapter_model.safetensors")
+    vectors = np.stack([np.concatenate([(one[name] - start[name]).ravel() for name in start]) for one in adapters])
+    products, terms = compare(folders, start)
+    assert products == pytest.approx(vectors @ vectors.T, rel=1e-5, abs=1e-5)
+    mean = Mean()
+    for tensors in adapters:
+        mean.add({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, 1)
+    assert terms == pytest.approx(mean.cross_terms(), rel=1e-9)

@@ -14,7 +14,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.artefacts.lora_settings import not_understood
-from stages.audit.foreign_adapters import AnyAdapter, effective_rank, parse_weights, product_spectrum, rank_of, read_any
+from stages.audit.foreign_adapters import (
+    AnyAdapter,
+    effective_rank,
+    parse_weights,
+    product_spectrum,
+    rank_of,
+    read_any,
+    spectrum_by_grams,
+)
 from stages.runtime.errors import Damaged
 
 WHERE = Path("adapter_model.safetensors")
@@ -31,6 +39,31 @@ def test_the_spectrum_of_a_product_is_that_of_the_whole_matrix(rank: int, inputs
     expected = np.linalg.svd(b @ a, compute_uv=False)
     found = product_spectrum(a, b)
     assert found[: len(expected)] == pytest.approx(expected[: len(found)], abs=1e-9)
+
+
+@pytest.mark.parametrize(("rank", "inputs", "outputs"), [(1, 5, 7), (4, 64, 32), (8, 8, 100), (16, 300, 200)])
+def test_the_spectrum_by_grams_is_that_of_the_whole_matrix(rank: int, inputs: int, outputs: int) -> None:
+    a, b = matrices(rank, inputs, outputs)
+    found = spectrum_by_grams(a @ a.T, b.T @ b)
+    assert found is not None
+    assert found == pytest.approx(np.linalg.svd(b @ a, compute_uv=False)[:rank], rel=1e-7)
+
+
+def test_directions_that_are_not_there_count_for_nothing_by_grams_too() -> None:
+    a, b = matrices(6, 80, 50)
+    b[:, 2:] = b[:, :1]
+    found = spectrum_by_grams(a @ a.T, b.T @ b)
+    assert found is not None
+    assert found[:2] == pytest.approx(np.linalg.svd(b @ a, compute_uv=False)[:2], rel=1e-9)
+    assert found[2:].tolist() == [0] * 4
+
+
+def test_grams_tell_nothing_of_what_their_rounding_hides() -> None:
+    a, b = np.diag([1.0, 1e-6]), np.diag([1e-6, 1.0])  # B A is 1e-6 of |A| |B|
+    assert spectrum_by_grams(a @ a.T, b.T @ b) is None
+    assert product_spectrum(a, b) == pytest.approx([1e-6, 1e-6])
+    assert spectrum_by_grams(np.zeros((2, 2)), np.eye(2)) is None
+    assert spectrum_by_grams(np.full((2, 2), np.inf), np.eye(2)) is None
 
 
 def test_a_product_is_never_formed() -> None:
