@@ -70,6 +70,19 @@ def manifest_as_read(folder: Path) -> tuple[Manifest, bytes]:
         raise Damaged(message, where=path, mend=reading.COPY_AGAIN) from error
 
 
+class Manifests:
+    """Manifests as read_manifest has them, each read once: for one command that looks and makes nothing."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, tuple[Manifest, str]] = {}
+
+    def of(self, folder: Path) -> tuple[Manifest, str]:
+        """That of a folder. Raises as read_manifest does, each time anew."""
+        if folder not in self._read:
+            self._read[folder] = read_manifest(folder)
+        return self._read[folder]
+
+
 def read_artefact(
     folder: Path,
     *,

@@ -7,14 +7,19 @@ is opened.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artefacts.reading import inbox, read_manifest
+from stages.artefacts.manifest import Manifest
+from stages.artefacts.reading import Manifests, inbox
 from stages.workspace.names import KNOWLEDGE, MANIFEST, signature_beside
 from stages.workspace.paths import Workspace
 
 SERVER = "server"
+
+Read = Callable[[Path], tuple[Manifest, str]]
+"""The manifest of a folder, and its digest."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +36,24 @@ class Transfer:
     parameters: int
 
 
-def transfers(workspace: Workspace) -> list[Transfer]:
+def transfers(workspace: Workspace, manifests: Manifests | None = None) -> list[Transfer]:
     """What the folders in exchange/ say has been sent; what the server tells all goes to each of the K clients.
 
-    Raises Damaged for a folder whose manifest cannot be read.
+    manifests: those that this command has read. Raises Damaged for a folder whose manifest cannot be read.
     """
-    found = _enrolment(workspace) + _vocabularies(workspace)
+    read = (manifests or Manifests()).of
+    found = _enrolment(workspace) + _vocabularies(workspace, read)
     for round in range(1, workspace.agreement.federation.rounds + 1):
         broadcast = workspace.broadcast(round)
         if os.path.lexists(broadcast):
-            size_bytes, parameters = _size(broadcast)
+            size_bytes, parameters = _size(broadcast, read)
             found += [Transfer(round, SERVER, client(k), size_bytes, parameters) for k in workspace.clients]
-        found += _from_server_in_public(workspace, round)
+        found += _from_server_in_public(workspace, round, read)
         arrived = [workspace.sent_by_clients(round)]  # with FedMKT what each knows, and then its adapter, if averaged
         arrived += [workspace.client_updates(round)] if workspace.agreement.aggregation.average else []
         for k, folder in ((k, folder) for folders in arrived for k, folder in folders.items()):
-            found.append(Transfer(round, client(k), SERVER, *_size(folder)))
-        found += _unmasking(workspace, round)
+            found.append(Transfer(round, client(k), SERVER, *_size(folder, read)))
+        found += _unmasking(workspace, round, read)
     return found
 
 
@@ -66,32 +72,33 @@ def _enrolment(workspace: Workspace) -> list[Transfer]:
     return found
 
 
-def _vocabularies(workspace: Workspace) -> list[Transfer]:
+def _vocabularies(workspace: Workspace, read: Read) -> list[Transfer]:
     """FedMKT, before round 1: how each client reads, to the server, and how that does, to each client."""
     found = [
-        Transfer(0, client(k), SERVER, _size(workspace.vocabulary(k))[0], 0)
+        Transfer(0, client(k), SERVER, _size(workspace.vocabulary(k), read)[0], 0)
         for k in workspace.clients
         if os.path.lexists(workspace.vocabulary(k))
     ]
     if os.path.lexists(workspace.vocabulary(None)):
-        size_bytes, _ = _size(workspace.vocabulary(None))
+        size_bytes, _ = _size(workspace.vocabulary(None), read)
         found += [Transfer(0, SERVER, client(k), size_bytes, 0) for k in workspace.clients]
     return found
 
 
-def _from_server_in_public(workspace: Workspace, round: int) -> list[Transfer]:
+def _from_server_in_public(workspace: Workspace, round: int, read: Read) -> list[Transfer]:
     """FedMKT: what the LLM knows."""
     place = workspace.knowledge(round, None)
     if not os.path.lexists(place):
         return []
-    return [Transfer(round, SERVER, client(k), _size(place)[0], 0) for k in workspace.clients]
+    size_bytes, _ = _size(place, read)
+    return [Transfer(round, SERVER, client(k), size_bytes, 0) for k in workspace.clients]
 
 
-def _unmasking(workspace: Workspace, round: int) -> list[Transfer]:
+def _unmasking(workspace: Workspace, round: int, read: Read) -> list[Transfer]:
     """Secure mode: the close with each survivor's own inbox, and what each reveals."""
     found, close = [], workspace.close(round)
     if os.path.lexists(close):
-        boxes = read_manifest(close)[0].files
+        boxes = read(close)[0].files
         for k in workspace.clients:
             if inbox(k) in boxes:
                 found.append(
@@ -99,13 +106,13 @@ def _unmasking(workspace: Workspace, round: int) -> list[Transfer]:
                 )
     for k in workspace.clients:
         if os.path.lexists(workspace.reveal(round, k)):
-            found.append(Transfer(round, client(k), SERVER, *_size(workspace.reveal(round, k))))
+            found.append(Transfer(round, client(k), SERVER, *_size(workspace.reveal(round, k), read)))
     return found
 
 
-def _size(folder: Path) -> tuple[int, int]:
+def _size(folder: Path, read: Read) -> tuple[int, int]:
     """Bytes of a folder's files, its manifest and its signature, and its parameters; 0 of knowledge, which has none."""
-    manifest, _ = read_manifest(folder)
+    manifest, _ = read(folder)
     listed = sum(entry.size_bytes for entry in manifest.files.values())
     return _signed(folder / MANIFEST) + listed, 0 if KNOWLEDGE in manifest.files else manifest.parameters
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stages.artefacts.lineage import lies_at, place_of
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.reading import check_names, read_manifest
+from stages.artefacts.reading import Manifests, check_names
 from stages.artefacts.receiving import read_sound
 from stages.files import reading
 from stages.parties.names import SERVER, client
@@ -26,7 +26,7 @@ from stages.workspace.paths import Workspace
 class Looker:
     """Looks at folders of one workspace, and remembers their manifests. verify: at every byte."""
 
-    def __init__(self, workspace: Workspace, verify: bool) -> None:
+    def __init__(self, workspace: Workspace, verify: bool, manifests: Manifests | None = None) -> None:
         self.workspace = workspace
         self._verify = verify
         self._onlooker = Onlooker(workspace)
@@ -36,7 +36,7 @@ class Looker:
         self.are_rows_stale = are_rows_stale(workspace, self._dealt)
         self.other_agreements: Counter[str] = Counter()
         """Digests of agreements that are not the one here: how many folders were made under each."""
-        self._manifests: dict[Path, tuple[Manifest, str]] = {}
+        self._manifests = manifests or Manifests()
 
     def of_rows(self, step: Step, data: Path, log: Path, *, dealt_to: str = "", verb: str = "trained on") -> Step:
         """A finished step; stale if, in a simulation, `prepare` has dealt other rows since, or would.
@@ -73,9 +73,7 @@ class Looker:
 
     def manifest(self, folder: Path) -> tuple[Manifest, str]:
         """As read_manifest, once for each folder: one broadcast is asked for by every client's step."""
-        if folder not in self._manifests:
-            self._manifests[folder] = read_manifest(folder)
-        return self._manifests[folder]
+        return self._manifests.of(folder)
 
     def attempt(self, folder: Path) -> float:
         """Which attempt at its round a folder is of; where that cannot be read, none that is too early."""

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
+from stages.artefacts.reading import Manifests
 from stages.parties.names import client, number_of
 from stages.progress.in_public import InPublic
 from stages.progress.looking import Looker
@@ -22,9 +23,9 @@ from stages.workspace.settings import ROLES
 class Reader:
     """Walks the rounds in order, remembering the digests of what it has seen to find what is stale."""
 
-    def __init__(self, workspace: Workspace, verify: bool) -> None:
+    def __init__(self, workspace: Workspace, verify: bool, manifests: Manifests | None = None) -> None:
         self._workspace = workspace
-        self._look = Looker(workspace, verify)
+        self._look = Looker(workspace, verify, manifests)
         self._federation, self._averages = workspace.agreement.federation, workspace.agreement.averages
         # Where there is no server, whoever has the clients' data makes their first adapter too.
         has_server = self._averages or self._federation.server_tells

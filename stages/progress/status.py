@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.artefacts import records
+from stages.artefacts.reading import Manifests
 from stages.files import reading
 from stages.parties.enrolment import enrolment, other_tasks
 from stages.parties.names import SERVER, number_of
@@ -77,12 +78,15 @@ def _with_line(made: Step | Score) -> dict[str, Any]:
     return asdict(made) | {"command": str(made.command)}
 
 
-def status(workspace: Workspace, *, verify: bool = False, party: str | None = None) -> Status:
+def status(
+    workspace: Workspace, *, verify: bool = False, party: str | None = None, manifests: Manifests | None = None
+) -> Status:
     """The state of a workspace, as this machine sees it.
 
     party: whose next step is wanted, "server" or "client-2"; by default that of any party on this machine.
+    manifests: those that this command has read.
     """
-    reader = Reader(workspace, verify)
+    reader = Reader(workspace, verify, manifests)
     rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
     of_others = list(staleness.stale(workspace))
     stale = [f"{workspace.shown(path)}: {why} ({mend})" for path, why, mend in of_others]

@@ -8,6 +8,7 @@ from math import ceil
 from typing import Any, Literal
 
 from stages.aggregation.drift import drift
+from stages.artefacts.reading import Manifests
 from stages.paper.reported import LABELS
 from stages.report import bar_charts, findings, line_charts
 from stages.report.charts import Row, Spec
@@ -22,8 +23,8 @@ MODELS = {
 }
 
 
-def figures(metric: str) -> list[Figure]:
-    """All of FedCoLLM's, in the order of the page."""
+def figures(metric: str, manifests: Manifests | None = None) -> list[Figure]:
+    """All of FedCoLLM's, in the order of the page. manifests: those that this command has read."""
     return [
         *(accuracy(model, title, metric) for model, title in MODELS.items()),
         client_losses(),
@@ -31,7 +32,7 @@ def figures(metric: str) -> list[Figure]:
         cross_terms(),
         *drifts(),
         *splits(),
-        traffic(),
+        traffic(manifests=manifests),
         times(),
     ]
 
@@ -134,13 +135,13 @@ def caption_of_traffic(rows: list[Row]) -> str:
     )
 
 
-def traffic(caption: Callable[[list[Row]], str] = caption_of_traffic) -> Figure:
+def traffic(caption: Callable[[list[Row]], str] = caption_of_traffic, manifests: Manifests | None = None) -> Figure:
     """What has travelled."""
     return Figure(
         "costs",
         "bytes",
         "Bytes per round",
-        findings.traffic,
+        functools.partial(findings.traffic, manifests=manifests),
         lambda rows: bar_charts.bars(rows, x="round", y="bytes", series="direction", titles=("round", "bytes")),
         caption,
         "Nothing has been exchanged yet.",

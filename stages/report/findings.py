@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from stages.artefacts.reading import read_manifest
+from stages.artefacts.reading import Manifests, read_manifest
 from stages.data.split_file import read_split
 from stages.exchange.transfers import SERVER, transfers
 from stages.files.reading import read_own
@@ -198,10 +198,10 @@ def thinned(
             yield (round, party), before + first + len(group), len(group), means
 
 
-def traffic(workspace: Workspace) -> list[Row]:
+def traffic(workspace: Workspace, manifests: Manifests | None = None) -> list[Row]:
     """Bytes by round and direction, and the parameters of one adapter; a broadcast counts once for each client."""
     rows: dict[tuple[int, str], Row] = {}
-    for one in transfers(workspace):
+    for one in transfers(workspace, manifests):
         direction = "to the clients" if one.sender == SERVER else "to the server"
         row = rows.setdefault(
             (one.round, direction),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from stages.artefacts.reading import Manifests
 from stages.bases.base_names import name_of
 from stages.parties import names
 from stages.report import bar_charts, figures, findings, knowledge_findings, line_charts
@@ -14,10 +15,10 @@ from stages.study.table_rows import is_of_fedmkt
 from stages.workspace.paths import Workspace
 
 
-def figures_of(workspace: Workspace, metric: str) -> list[Figure]:
-    """All charts that apply to a workspace, in the order of the page."""
+def figures_of(workspace: Workspace, metric: str, manifests: Manifests | None = None) -> list[Figure]:
+    """All charts that apply to a workspace, in the order of the page. manifests: those that this command has read."""
     if not is_of_fedmkt(workspace):
-        return figures.figures(metric)
+        return figures.figures(metric, manifests)
     federation = workspace.agreement.federation
     llm = [figures.accuracy("llm", figures.MODELS["llm"], metric)] if federation.clients_tell else []
     found = [*llm, *_of_clients(workspace, metric), figures.client_losses()]
@@ -29,7 +30,7 @@ def figures_of(workspace: Workspace, metric: str) -> list[Figure]:
         found += [_losses_of_llm(), _choices_of_llm()]
     averages = workspace.agreement.averages
     found += [figures.cross_terms(), *figures.drifts()] if averages else []
-    traffic = figures.traffic(functools.partial(_caption_of_traffic, averages=averages))
+    traffic = figures.traffic(functools.partial(_caption_of_traffic, averages=averages), manifests)
     return [*found, *figures.splits(), traffic, figures.times()]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.reading import read_manifest
+from stages.artefacts.reading import Manifests
 from stages.audit.audit import audit
 from stages.audit.checks import lines, result
 from stages.bases.base_names import name_of
@@ -96,7 +96,8 @@ def write_report(workspace: Workspace, *, in_words: InWords, metric: str = "acc"
     from stages.report.page import render
 
     report(Event("stage", "report"))
-    planned = figures_of(workspace, metric)
+    manifests = Manifests()
+    planned = figures_of(workspace, metric, manifests)
     drawn: list[tuple[str, Chart | Absent]] = []
     for number, figure in enumerate(planned, 1):
         drawn.append((figure.section, draw(figure, workspace)))
@@ -105,8 +106,8 @@ def write_report(workspace: Workspace, *, in_words: InWords, metric: str = "acc"
     if not any(isinstance(one, Chart) for section, one in drawn if section != "data"):
         mend = status(workspace).next_command or f"{Command('status')} tells what this machine waits for"
         raise NotReady("there is nothing to report yet: no adapter, no log, no result", where=workspace.root, mend=mend)
-    compared = _compared(workspace, metric)
-    page = render(drawn, _words(workspace, charts, compared, in_words))
+    compared = _compared(workspace, metric, manifests)
+    page = render(drawn, _words(workspace, charts, compared, in_words, manifests))
     contents = {f"{chart.name}.csv": chart.csv().encode() for chart in charts}
     writing.publish(workspace.report, contents | {PAGE: page.encode(errors="backslashreplace")})
     return Written(
@@ -117,17 +118,19 @@ def write_report(workspace: Workspace, *, in_words: InWords, metric: str = "acc"
     )
 
 
-def _compared(workspace: Workspace, metric: str) -> Comparison | str:
+def _compared(workspace: Workspace, metric: str, manifests: Manifests) -> Comparison | str:
     """What compare finds, or why it refuses."""
     from stages.report.drawing import in_sentences
 
     try:
-        return compare(workspace, metric=metric)
+        return compare(workspace, metric=metric, manifests=manifests)
     except Problem as problem:
         return in_sentences(problem)
 
 
-def _words(workspace: Workspace, charts: list[Chart], compared: Comparison | str, in_words: InWords) -> dict[str, Any]:
+def _words(
+    workspace: Workspace, charts: list[Chart], compared: Comparison | str, in_words: InWords, manifests: Manifests
+) -> dict[str, Any]:
     """Everything on the page but the charts, by the template's names."""
     import tomlkit
 
@@ -142,14 +145,14 @@ def _words(workspace: Workspace, charts: list[Chart], compared: Comparison | str
         "name": workspace.agreement.federation.name,
         "measured": _measured(workspace),
         "headline": [one for one in headlines if one],
-        "summary": _summary(charts, compared) + _left_out(workspace),
+        "summary": _summary(charts, compared) + _left_out(workspace, manifests),
         "refusal": without_folders(compared) if isinstance(compared, str) else "",
         "tables": tables,
         "notes": notes,
         "settings_name": AGREEMENT,
         "settings": without_folders(tomlkit.dumps(workspace.agreement.model_dump(exclude_none=True))),
         "audit": _audited(workspace),
-        "provenance": _provenance(workspace),
+        "provenance": _provenance(workspace, manifests),
     }
 
 
@@ -226,17 +229,17 @@ def _summary(charts: list[Chart], compared: Comparison | str) -> str:
     )
 
 
-def _left_out(workspace: Workspace) -> str:
+def _left_out(workspace: Workspace, manifests: Manifests) -> str:
     """What the scores lack, and which are of other tasks than lie here now."""
     from stages.report.page import without_folders
     from stages.study.results import remarks
 
-    stale = status(workspace).stale
+    stale = status(workspace, manifests=manifests).stale
     lines = [*remarks([workspace]), *([f"stale, and left out: {'; '.join(stale)}"] if stale else [])]
     return "".join(f" {line[:1].upper()}{line[1:]}." for line in map(in_line, map(without_folders, lines)))
 
 
-def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
+def _provenance(workspace: Workspace, manifests: Manifests) -> list[tuple[str, str]]:
     """The digests that this page can be held against, and the versions of what made the adapters."""
     last: dict[str, tuple[Manifest, str]] = {}
     for round in range(1, workspace.agreement.federation.rounds + 1):
@@ -244,7 +247,7 @@ def _provenance(workspace: Workspace) -> list[tuple[str, str]]:
         for place in [*places, *(workspace.client_adapter(round, client) for client in workspace.clients)]:
             if place.exists():
                 try:
-                    last[workspace.shown(place)] = read_manifest(place)
+                    last[workspace.shown(place)] = manifests.of(place)
                 except Problem:  # fedcollm status and audit tell of damage
                     continue
     pairs = [(AGREEMENT, workspace.agreement_sha256)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from stages.artefacts.reading import read_manifest
+from stages.artefacts.reading import Manifests
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
@@ -37,16 +37,16 @@ Kind = Literal["own", "public", "server"]
 """Training: of a client on its own rows, of a client on the public ones (FedMKT), of the LLM at the server."""
 
 
-def spent(workspace: Workspace, *kinds: Kind) -> dict[str, Spent]:
+def spent(workspace: Workspace, *kinds: Kind, manifests: Manifests | None = None) -> dict[str, Spent]:
     """By party: "client-1", ..., "server". Clients that sent nothing in a round spent nothing in it.
 
-    kinds: of training; by default all.
+    kinds: of training; by default all. manifests: those that this command has read.
     """
-    found: dict[str, Spent] = {}
+    found, manifests = dict[str, Spent](), manifests or Manifests()
     for round in range(1, workspace.agreement.federation.rounds + 1):
         for kind, party, place in _trained(workspace, round):
             if kind in (kinds or get_args(Kind)):
-                manifest, _ = read_manifest(place)
+                manifest, _ = manifests.of(place)
                 found[party] = found.get(party, Spent()) + Spent(manifest.steps, manifest.examples, manifest.tokens)
     return found
 
@@ -75,18 +75,23 @@ RunAgain = Callable[[Workspace], Command]
 """The command that makes a workspace's federation again."""
 
 
-def check_equal(by_method: Mapping[Method, Workspace], run_again: RunAgain) -> None:
+def check_equal(by_method: Mapping[Method, Workspace], run_again: RunAgain, manifests: Manifests | None = None) -> None:
     """Raise BadNumbers, naming the method and the party, unless each was given as much as by the first method.
 
     Clients' local training: by every method but centralized; on public rows: by every method that has it. The LLM's:
     co-distill's and centralized's, in steps and examples; its tokens depend on the rows, which are others.
     """
+    manifests = manifests or Manifests()
     clients = {method: workspace for method, workspace in by_method.items() if method != "centralized"}
-    _check({method: spent(workspace, "own") for method, workspace in clients.items()}, by_method, run_again)
-    public = {method: spent(workspace, "public") for method, workspace in clients.items()}
+    _check(
+        {method: spent(workspace, "own", manifests=manifests) for method, workspace in clients.items()},
+        by_method,
+        run_again,
+    )
+    public = {method: spent(workspace, "public", manifests=manifests) for method, workspace in clients.items()}
     _check({method: ledger for method, ledger in public.items() if ledger}, by_method, run_again)
     llms = {
-        method: spent(workspace, "own" if method == "centralized" else "server")
+        method: spent(workspace, "own" if method == "centralized" else "server", manifests=manifests)
         for method, workspace in by_method.items()
     }
     _check({method: _of_llm(ledger) for method, ledger in llms.items() if ledger}, by_method, run_again)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stages.artefacts.reading import Manifests
 from stages.progress.staleness import PREPARE
 from stages.progress.status import status
 from stages.runtime.errors import Refused, UsageProblem
@@ -79,25 +80,27 @@ def compare(
     paper: Setting | None = None,
     metric: str = "acc",
     report: Report = ignore,
+    manifests: Manifests | None = None,
 ) -> Comparison:
     """The tables, the differences of FedCoLLM (FedMKT) from every other row, and the ledger of budgets.
 
     seeds: by default those that there are. methods: by default methods_of where seeds are given, else those that there
-    are. paper: a paper's setting, to stand beside. Raises BadNumbers if budgets differ, NotReady, with the
-    command, for what is missing.
+    are. paper: a paper's setting, to stand beside. manifests: those that this command has read. Raises BadNumbers if
+    budgets differ, NotReady, with the command, for what is missing.
     """
     from stages.study import budgets, paper_beside, results, table_rows
 
     check_no_baseline(workspace)
+    manifests = manifests or Manifests()
     begun_seeds, begun_methods = results.begun(workspace)
     usual = table_rows.methods_of(workspace)
     methods = list(methods or (usual if seeds else begun_methods))
     study = results.open_study(workspace, seeds or begun_seeds, methods)
     results.check_finished(study)
     for runs in study.runs.values():
-        budgets.check_equal(runs, study.run_again)
+        budgets.check_equal(runs, study.run_again, manifests)
     measured = {table: _measured(study, rows, table, metric) for table, rows in table_rows.rows_of(workspace).items()}
-    _check_sound(study)
+    _check_sound(study, manifests)
     tables = {table: _estimates(scores) for table, scores in measured.items()}
     beside, sentences = None, list[str]()
     if paper:
@@ -117,15 +120,15 @@ def compare(
             table: _differences(scores, table_rows.own_method(workspace))
             for table, scores in _with_mean(measured).items()
         },
-        budgets=_budgets(study),
+        budgets=_budgets(study, manifests),
         remarks=[*results.remarks([study.root, *study.workspaces]), *_of_clients(workspace), *sentences],
     )
 
 
-def _check_sound(study: Study) -> None:
+def _check_sound(study: Study, manifests: Manifests) -> None:
     """Raise Refused for a federation in which an adapter was made again and what follows from it was not."""
     for workspace in study.workspaces:
-        for round in status(workspace).rounds:
+        for round in status(workspace, manifests=manifests).rounds:
             for step in round.steps:
                 if step.condition in ("stale", "damaged"):
                     message = f"{step.name} of round {round.number} is {step.condition}: {step.reason}"
@@ -212,9 +215,9 @@ def _differences(measured: dict[Row, dict[str, Scores]], compared: Row) -> dict[
     }
 
 
-def _budgets(study: Study) -> dict[Method, dict[str, Spent]]:
+def _budgets(study: Study, manifests: Manifests) -> dict[Method, dict[str, Spent]]:
     """By method and party, as the first seed has it; every seed has been checked."""
     from stages.study.budgets import spent
 
     runs = study.runs[study.seeds[0]]
-    return {method: spent(runs[method]) for method in study.methods}
+    return {method: spent(runs[method], manifests=manifests) for method in study.methods}
