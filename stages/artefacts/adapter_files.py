@@ -39,20 +39,22 @@ def weights_bytes(tensors: Tensors) -> bytes:
 
 def config_bytes(lora: Lora, *, target_modules: list[str], fan_in_fan_out: bool) -> bytes:
     """adapter_config.json, as PEFT, vLLM and lm-eval read it. The base is not named; the manifest has its digest."""
-    return reading.json_bytes(
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": None,
-            "r": lora.r,
-            "lora_alpha": lora.alpha,
-            "lora_dropout": lora.dropout,
-            "target_modules": sorted(target_modules),
-            "fan_in_fan_out": fan_in_fan_out,
-            "bias": "none",
-            "inference_mode": True,
-        }
-    )
+    return reading.json_bytes(_config(lora, target_modules, fan_in_fan_out))
+
+
+def _config(lora: Lora, target_modules: list[str], fan_in_fan_out: bool) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(target_modules),
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "inference_mode": True,
+    }
 
 
 def read_adapter(artefact: Artefact, expected: Layout | None, lora: Lora) -> Tensors:
@@ -83,7 +85,7 @@ def check_config(content: bytes, path: Path, lora: Lora) -> None:
         raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=reading.FOLDER_AGAIN) from None
     modules = lora.target_modules or [str(name) for name in value.get("target_modules") or []]
     flag = bool(value.get("fan_in_fan_out"))
-    expected = reading.parse_json(config_bytes(lora, target_modules=modules, fan_in_fan_out=flag))
+    expected = _config(lora, modules, flag)
     for key in sorted(value.keys() | expected.keys()):
         if value.get(key) != expected.get(key):
             message = f"{path.name} says {key} = {value.get(key)!r}, the agreement says {expected.get(key)!r}"

@@ -72,7 +72,7 @@ class Layout(ABC):
             "".join(reading.sha256(reading.read_own(self.local(name))) for name in self.agreement.data.files).encode()
         )
 
-    @property
+    @functools.cached_property
     def private(self) -> Path:
         """What never leaves its machine."""
         return self.root / PRIVATE
@@ -139,7 +139,7 @@ class Layout(ABC):
 
     # --- adapters
 
-    @property
+    @functools.cached_property
     def exchange(self) -> Path:
         """The only folder that ever travels."""
         return self.root / EXCHANGE

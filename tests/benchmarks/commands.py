@@ -71,17 +71,19 @@ def looking_back(repeats: int) -> list[tuple[str, str, str]]:
     """The commands that read all that a federation has left; comm-cost of a very large one too."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_large(Path(folder), clients=64, rounds=50)
-        ratios = []
-        for _ in range(repeats):
-            start = time.process_time()
-            read_and_hash(Path(folder))
-            middle = time.process_time()
-            audit([Path(folder)])
-            ratios.append((time.process_time() - middle) / (middle - start))
+        make_large(Path(folder), clients=64, rounds=1, layers=96, width=4096)
+        ratios = audit_over_reading(Path(folder), repeats)
         rows.append(
-            ("audit, 64 clients x 50 rounds, over reading and hashing the same files", shown(ratios, ".1f"), "<= 2")
+            (
+                "audit, 64 updates of 3.1 M parameters, over reading and hashing the same files",
+                shown(ratios, ".1f"),
+                "<= 2",
+            )
         )
+    with tempfile.TemporaryDirectory() as folder:
+        make_large(Path(folder), clients=64, rounds=50)
+        what = "audit, 64 clients x 50 rounds, over reading and hashing the same files"
+        rows.append((what, shown(audit_over_reading(Path(folder), repeats), ".1f"), "<= 2"))
         goals = {"audit": "", "report": "<= 10", "comm-cost": "<= 2", "status": "", "verify": ""}
         for command, goal in goals.items():
             took = [seconds([*FEDCOLLM, command], Path(folder)) for _ in range(repeats)]
@@ -94,6 +96,18 @@ def looking_back(repeats: int) -> list[tuple[str, str, str]]:
     growth = f"{took_of[20_000]:.1f} s; {took_of[20_000] / took_of[10_000]:.2f}"
     rows.append(("comm-cost, 20,000 clients; the same over 10,000 clients", growth, "<= 2 times"))
     return rows
+
+
+def audit_over_reading(folder: Path, repeats: int) -> list[float]:
+    """The processor's time of an audit over that of reading and hashing the same files, in turns."""
+    ratios = []
+    for _ in range(repeats):
+        start = time.process_time()
+        read_and_hash(folder)
+        middle = time.process_time()
+        audit([folder])
+        ratios.append((time.process_time() - middle) / (middle - start))
+    return ratios
 
 
 def read_and_hash(folder: Path) -> None:
