@@ -189,18 +189,26 @@ def _cut(whole: Whole, rows: Rows, layers: int, report: Report) -> _Cut:
 
 
 def _publish(target: Path, whole: Whole, cut: _Cut, what: Source, report: Report) -> Shear:
-    """Write the model, prove that it loads as what it is, measure it as it is stored, and put it in its place."""
-    config = AutoConfig.from_pretrained(whole.folder)
+    """Write the model, prove that it loads as what it is, measure what was loaded, and put it in its place."""
+    config, stored = AutoConfig.from_pretrained(whole.folder), exported.stored_dtype(whole.folder)
     blocks.shorten(config, cut.kept)
-    cut.whole = None  # its memory is needed
+    model, cut.whole, cut.model = cut.model.float().eval(), None, None  # memory is needed
+    for weight in model.parameters():
+        weight.data = weight.data.to(stored).float()
+    with quiet.libraries():  # which warn of texts longer than the context; they are cut
+        texts = [whole.tokenizer.encode(text)[: whole.context] for text in PROBE_TEXTS]
+    expected = [adapters.logits(model, text) for text in texts]
     with writing.publishing(target) as draft:
-        exported.write_whole(draft, cut.model, config, exported.stored_dtype(whole.folder))
+        exported.write_whole(draft, model, config, stored)
         exported.copy_files(draft, whole.folder, (*exported.TOKENIZER_FILES, *LICENCES, GENERATION))
-        cut.model.float().eval()
-        _prove(draft, whole, cut.model)
+        del model
+        loaded = load_model(draft, SHEARED, dtype=torch.float32).to(whole.device).eval()
+        _check_same([adapters.logits(loaded, text) for text in texts], expected, draft)
+        if tokenizer_sha256(load_tokenizer(draft, SHEARED)) != whole.identity.tokenizer_sha256:
+            raise BadNumbers("loaded back, the tokenizer is not the LLM's", where=draft, mend="upgrade transformers")
         if what["heal"]:
             report(Event("stage", "perplexity of the healed model"))
-            healed = perplexity(cut.model, cut.held, autocast=whole.autocast, report=report)
+            healed = perplexity(loaded, cut.held, autocast=whole.autocast, report=report)
             cut.perplexity["healed"] = healed
             report(Event("note", f"perplexity healed {healed:.4g}"))
         made: Shear = {
@@ -218,18 +226,10 @@ def _publish(target: Path, whole: Whole, cut: _Cut, what: Source, report: Report
     return made
 
 
-def _prove(draft: Path, whole: Whole, model: Any) -> None:
-    """Raise BadNumbers unless a draft, loaded as any base is, says what the model in memory says."""
-    tokenizer = load_tokenizer(draft, SHEARED)
-    loaded = load_model(draft, SHEARED, dtype=torch.float32).to(whole.device).eval()
-    with quiet.libraries():  # which warn of texts longer than the context; they are cut
-        texts = [tokenizer.encode(text)[: whole.context] for text in PROBE_TEXTS]
-    expected = [adapters.logits(model, text) for text in texts]
-    error = exported.largest_difference([adapters.logits(loaded, text) for text in texts], expected)
-    scale = max(float(one.abs().max()) for one in expected)
+def _check_same(found: list[torch.Tensor], expected: list[torch.Tensor], draft: Path) -> None:
+    """Raise BadNumbers unless a draft, loaded as any base is, says what the model in memory said."""
+    error, scale = exported.largest_difference(found, expected), max(float(one.abs().max()) for one in expected)
     if not error <= exported.TOLERANCE[torch.float32] * scale:
         message = f"loaded back, the model's logits are off by {error:.3g}, the largest being {scale:.3g}"
         mend = "its architecture has settings for each layer that are not known here; take another model"
         raise BadNumbers(message, where=draft, mend=mend)
-    if tokenizer_sha256(tokenizer) != whole.identity.tokenizer_sha256:
-        raise BadNumbers("loaded back, the tokenizer is not the LLM's", where=draft, mend="upgrade transformers")
