@@ -22,9 +22,9 @@ NOT_BY_BLOCK = ("architectures", "token_id", "token_ids", "token_index")
 
 
 class Blocks(NamedTuple):
-    """The list of a model's blocks, and which attribute of which module it is."""
+    """The list of a model's blocks, and which attribute of which of its modules it is."""
 
-    parent: nn.Module
+    path: str
     name: str
     blocks: nn.ModuleList
 
@@ -41,9 +41,8 @@ def blocks_of(model: Any) -> Blocks:
         what = "no list" if not found else f"{len(found)} lists"
         message = f"the LLM's architecture ({model.config.model_type}) has {what} of {count} layers to choose from"
         raise UsageProblem(message, mend="shear a model whose layers stand in one list: GPT-2, OPT, Llama, Qwen, Gemma")
-    parent, _, name = found[0].rpartition(".")
-    place = model.get_submodule(parent)
-    return Blocks(place, name, getattr(place, name))
+    path, _, name = found[0].rpartition(".")
+    return Blocks(path, name, model.get_submodule(found[0]))
 
 
 @torch.no_grad()
@@ -81,13 +80,14 @@ def most_influential(influence: Sequence[float], layers: int) -> list[int]:
 
 def shortened(model: Any, kept: Sequence[int]) -> Any:
     """A copy of a model with these of its blocks alone, numbered anew; it shares nothing with the whole."""
-    parent, name, blocks = blocks_of(model)
+    path, name, blocks = blocks_of(model)
+    parent = model.get_submodule(path)
     setattr(parent, name, nn.ModuleList(blocks[number] for number in kept))
     try:
         cut = copy.deepcopy(model)  # of what is kept alone
     finally:
         setattr(parent, name, blocks)
-    for number, block in enumerate(getattr(cut.get_submodule(_path(model, parent)), name)):
+    for number, block in enumerate(getattr(cut.get_submodule(path), name)):
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = number
@@ -103,7 +103,3 @@ def shorten(config: Any, kept: Sequence[int]) -> None:
         if isinstance(value, list) and len(value) == count and not name.endswith(NOT_BY_BLOCK):
             setattr(text, name, [value[number] for number in kept])
     text.num_hidden_layers = len(kept)
-
-
-def _path(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, one in model.named_modules() if one is module)

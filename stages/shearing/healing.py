@@ -58,7 +58,7 @@ class Healing(Objective):
             hidden = last_hidden(self._student.model, ids)[:, :-1].flatten(0, 1)
             apart = hidden.new_zeros((), dtype=torch.float32)
             at_once = max(1, LOGITS_AT_ONCE // len(self._student.model.get_output_embeddings().weight))
-            for few, known in zip(hidden.split(at_once), taught.split(at_once), strict=True):
+            for few, known in zip(torch.split(hidden, at_once), torch.split(taught, at_once), strict=True):
                 apart = apart + checkpoint(self._divergence, few, known, use_reentrant=False)
         cosine = F.cosine_similarity(wide(hidden), wide(taught), dim=-1)
         return {"slm_kd": apart / tokens.distilled, "slm_hidden": (1 - cosine).sum() / tokens.distilled}

@@ -11,7 +11,7 @@ import torch
 
 from stages.artefacts.manifest import BaseIdentity
 from stages.bases import base_files, base_folders
-from stages.bases.base_names import name_of
+from stages.bases.base_names import hub_id
 from stages.export.exported import stored_dtype
 from stages.models.base_loading import check_fits, empty_model, load_model, load_tokenizer, read_configuration
 from stages.models.devices import device_of, precision
@@ -60,7 +60,8 @@ class Whole:
         compute, kept_in = precision(workspace, "llm", device)
         # What is kept in fewer bits than it is stored in could not be written as it was.
         kept_in = kept_in if kept_in == stored_dtype(folder) else torch.float32
-        return Whole(name_of(workspace, "llm"), folder, tokenizer, config, device, compute, kept_in)
+        name = hub_id(workspace, "llm") or folder.name  # no path: it stands in the card
+        return Whole(name, folder, tokenizer, config, device, compute, kept_in)
 
     @functools.cached_property
     def identity(self) -> BaseIdentity:

@@ -102,6 +102,7 @@ def test_tokenizer_generation_settings_and_licence_are_the_llms(study: Path) -> 
     (llm / "generation_config.json").write_text('{"eos_token_id": [1, 2], "do_sample": true, "temperature": 0.6}')
     (llm / "LICENSE").write_text("Do what you like.")
     (llm / "README.md").write_text(CARD)
+    edit(study / "fedcollm.toml", '"models/llm"', f'"{llm}"')
     sheared(study, layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
         assert (folder / name).read_bytes() == (llm / name).read_bytes()
@@ -114,7 +115,7 @@ def test_tokenizer_generation_settings_and_licence_are_the_llms(study: Path) -> 
         "language": ["en", "fr"],
     }
     assert "itself made from someone/tiniest" in card.text
-    assert "sheared to 1 of 2 layers" in card.text
+    assert "# llm, sheared to 1 of 2 layers" in card.text
     assert str(study) not in card.content
 
 
