@@ -28,19 +28,10 @@ def already_made(
     """What the record of a whole folder of the same inputs says, or None: make it.
 
     what: all that decides the folder, its "format" included, as it stands in the record. made: how it was made, as in
-    "exported". Raises Refused for one of other inputs, and, whatever overwrite says, for a folder that is none of ours.
+    "exported". Raises Refused for one of other inputs, and, whatever overwrite says, as ours does.
     """
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
-        return None
-    elsewhere = "name another folder with --to, or move that one away"
-    earlier: dict[str, Any] = reading.read_json(target / record)[0] if (target / record).is_file() else {}
-    if earlier.get("format") != what["format"]:
-        raise Refused(f"{shown} is there already and was not {made} here", where=target, mend=elsewhere)
-    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
-    if strangers := sorted(found - earlier["files"].keys() - {record}):
-        message = f"{shown} holds {strangers[0]}, which was not {made}"
-        raise Refused(message, where=target / strangers[0], mend=elsewhere)
-    if overwrite:
+    earlier = ours(target, what["format"], shown, record=record, made=made)
+    if earlier is None or overwrite:
         return None
     mend = "give the command again with --overwrite to replace it"
     if changed := [key.removesuffix("_sha256") for key in what if earlier.get(key) != what.get(key)]:
@@ -50,6 +41,21 @@ def already_made(
         path = target / name
         if not path.is_file() or path.stat().st_size != entry["size_bytes"]:
             raise Damaged(f"{name} of {shown} is missing or was changed", where=path, mend=mend)
+    return earlier
+
+
+def ours(target: Path, format: str, shown: str, *, record: str, made: str) -> dict[str, Any] | None:
+    """What the record of a folder of this format says; None where nothing is. Raises Refused for any other folder."""
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return None
+    elsewhere = "name another folder with --to, or move that one away"
+    earlier: dict[str, Any] = reading.read_json(target / record)[0] if (target / record).is_file() else {}
+    if earlier.get("format") != format:
+        raise Refused(f"{shown} is there already and was not {made} here", where=target, mend=elsewhere)
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    if strangers := sorted(found - earlier["files"].keys() - {record}):
+        message = f"{shown} holds {strangers[0]}, which was not {made}"
+        raise Refused(message, where=target / strangers[0], mend=elsewhere)
     return earlier
 
 

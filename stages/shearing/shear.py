@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from stages.artefacts.manifest import versions
 from stages.bases.base_names import hub_id
 from stages.export import exported
-from stages.export.made_folders import Entry, already_made, digests
+from stages.export.made_folders import Entry, already_made, digests, ours
 from stages.files import reading, writing
 from stages.models import adapters
 from stages.models.base_loading import load_model, load_tokenizer
@@ -101,6 +101,9 @@ def shear(
     All that can be refused is, before a weight is read.
     """
     report(Event("stage", f"shear, {layers} of the LLM's layers"))
+    target = folder or workspace.local(FOLDER)
+    shown = workspace.shown(target)
+    ours(target, FORMAT, shown, record=SHEARING, made="sheared")  # what else is there is refused at once
     whole = Whole.of(workspace, layers)
     on_auxiliary = on_auxiliary or _is_on_auxiliary(workspace, texts, heal)
     text = read_auxiliary(workspace.auxiliary_data) if on_auxiliary else read_texts(texts)
@@ -118,11 +121,10 @@ def shear(
         "dtype": str(whole.compute).removeprefix("torch."),
         "card_sha256": reading.sha256(reading.read_own(own_card)) if own_card.is_file() else "",
     }
-    target = folder or workspace.local(FOLDER)
-    shown = workspace.shown(target)
     if done := already_made(target, what, shown, record=SHEARING, made="sheared", overwrite=overwrite):
         report(Event("note", "already done"))
         return cast(Shear, done)
+    report(Event("note", f"{len(rows.trained)} rows of text, and {len(rows.kept_out)} that are kept out"))
     with naming_memory_knobs():
         return _make(target, whole, rows, what, machine=workspace.machine, report=report)
 

@@ -230,7 +230,13 @@ def no_auxiliary(study: Path) -> dict[str, Any]:
     return {}
 
 
+def taken(study: Path) -> dict[str, Any]:
+    shutil.copytree(study / "models/llm", study / "taken")
+    return {"folder": study / "taken"}
+
+
 REFUSED = {
+    "a folder of others": (taken, Refused, "taken is there already and was not sheared here", "--to"),
     "no layer": (lambda _: {"layers": 0}, UsageProblem, "0 layers cannot be kept of a model that has 2", "from 1 to 1"),
     "all layers": (
         lambda _: {"layers": 2},
