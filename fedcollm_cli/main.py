@@ -23,6 +23,7 @@ from fedcollm_cli.commands import (
     queueing,
     reporting,
     rounds,
+    shearing,
     starting,
 )
 
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 
 COMMANDS = (
-    *(starting.init, planning.plan, planning.prefetch, starting.prepare, aligning.align),
+    *(starting.init, planning.plan, planning.prefetch, shearing.shear, starting.prepare, aligning.align),
     *(enrolling.keys, enrolling.enroll, enrolling.join),
     *(rounds.broadcast, rounds.client_train, rounds.reveal, rounds.aggregate, rounds.co_distill),
     *(knowledge.share_knowledge, knowledge.client_distill, rounds.evaluate),

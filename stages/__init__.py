@@ -27,6 +27,7 @@ before it:
     training      losses, batches, steps                 evaluation    lm-eval's scores
     aggregation   channels, rules, the gate              distillation  in one phase or two
     privacy       how clients train, DP-SGD              export        a model as others load it
+    shearing      a small model from the large one
 
 and above the steps those that look ahead (planning: plan, prefetch, comm_cost) or back (audit: audit, verify, diff),
 that draw (report), that drive the steps (federation: run, next, compare, sweep, slurm), and the demo. Steps meet on

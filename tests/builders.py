@@ -382,16 +382,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 Family = Literal["gpt2", "opt", "llama", "qwen2", "gemma3_text"]
 
 
-def tiny_model(family: Family = "gpt2", *, vocabulary: int = 40, width: int = 32, seed: int = 0) -> Any:
+def tiny_model(
+    family: Family = "gpt2", *, vocabulary: int = 40, width: int = 32, layers: int = 2, seed: int = 0
+) -> Any:
     """A model of one of these architectures with random weights large enough to have opinions, in eval mode."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ids = {"vocab_size": vocabulary, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
-    long = {"max_position_embeddings": 64, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    long = {"max_position_embeddings": 64, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
     gated = {"intermediate_size": 2 * width, "initializer_range": 0.2}
     shape: dict[str, Any] = {
-        "gpt2": {"n_positions": 64, "n_embd": width, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
+        "gpt2": {"n_positions": 64, "n_embd": width, "n_layer": layers, "n_head": 2, "initializer_range": 0.2}
         | dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0),
         "opt": long | {"word_embed_proj_dim": width, "ffn_dim": 2 * width, "init_std": 0.2, "dropout": 0.0},
         "llama": long | gated,

@@ -34,6 +34,7 @@ ABOVE = (
     "distillation",
     "privacy",
     "export",
+    "shearing",
 )
 STEPS = (
     "align",

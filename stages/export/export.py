@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -17,9 +15,9 @@ from stages.artefacts.manifest import versions
 from stages.artefacts.reading import Artefact
 from stages.artefacts.subjects import Subject, adapter_of, subject_of
 from stages.bases.base_names import hub_id, name_of
+from stages.export.made_folders import Entry, already_made, digests
 from stages.export.model_card import model_card
 from stages.files import reading, writing
-from stages.runtime.errors import Damaged, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MODEL_CARD
 from stages.workspace.paths import Workspace
@@ -44,13 +42,6 @@ class Source(TypedDict):
     agreement_sha256: str
     base: dict[str, Any]  # as a BaseIdentity, with its model and revision on a hub
     model_card_sha256: str
-
-
-class Entry(TypedDict):
-    """One file of an export."""
-
-    sha256: str
-    size_bytes: int
 
 
 class Export(Source):
@@ -99,49 +90,22 @@ def export(
         "model_card_sha256": reading.sha256(card),
     }
     target = folder or workspace.export(round, subject, merged=merged)
-    if done := _already_made(target, what, workspace.shown(target), overwrite=overwrite):
+    shown = workspace.shown(target)
+    if done := already_made(target, what, shown, record=EXPORT, made="exported", overwrite=overwrite):
         report(Event("note", "already done"))
-        return done
+        return cast(Export, done)
     with writing.publishing(target) as draft:
         if not merged:
             _write_adapter(draft, adapter, base_model, revision)
         proof = _write_and_prove(draft, workspace, role, adapter, merged=merged)
         (draft / MODEL_CARD).write_bytes(card)
-        made: Export = {**what, "proof": proof, "files": _digests(draft), "versions": versions()}
+        made: Export = {**what, "proof": proof, "files": digests(draft), "versions": versions()}
         (draft / EXPORT).write_bytes(reading.json_bytes(made))
     words = f"off by {proof['error']:.2g} at most, where the adapter moves them by {proof['change']:.2g}"
     if base_model is None:
         report(Event("note", f"its base has no name that others know: it was tuned on {name_of(workspace, role)}"))
     report(Event("note", f"loaded back, its logits are those of base and adapter: {words}"))
     return made
-
-
-def _already_made(target: Path, what: Source, shown: str, *, overwrite: bool) -> Export | None:
-    """What export.json of a whole export of the same inputs says, or None: make it.
-
-    Raises Refused for an export of other inputs, and, whatever overwrite says, for a folder that is not an export.
-    """
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
-        return None
-    elsewhere = "name another folder with --to, or move that one away"
-    earlier = reading.read_json(target / EXPORT)[0] if (target / EXPORT).is_file() else {}
-    if earlier.get("format") != FORMAT:
-        raise Refused(f"{shown} is there already and is not an export", where=target, mend=elsewhere)
-    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
-    if strangers := sorted(found - earlier["files"].keys() - {EXPORT}):
-        message = f"{shown} holds {strangers[0]}, which no export made"
-        raise Refused(message, where=target / strangers[0], mend=elsewhere)
-    if overwrite:
-        return None
-    mend = "give the command again with --overwrite to replace it"
-    if changed := [key.removesuffix("_sha256") for key in what if earlier.get(key) != what.get(key)]:
-        message = f"{shown} was exported from other inputs; changed since: {', '.join(changed)}"
-        raise Refused(message, where=target, mend=mend)
-    for name, entry in earlier["files"].items():
-        path = target / name
-        if not path.is_file() or path.stat().st_size != entry["size_bytes"]:
-            raise Damaged(f"{name} of an earlier export is missing or was changed", where=path, mend=mend)
-    return cast(Export, earlier)
 
 
 def _write_adapter(draft: Path, adapter: Artefact, base_model: str | None, revision: str | None) -> None:
@@ -186,13 +150,3 @@ def _write_and_prove(draft: Path, workspace: Workspace, role: Role, adapter: Art
     if merged:
         exported.check_tokenizer(draft, adapter.manifest.base.tokenizer_sha256)
     return proof
-
-
-def _digests(draft: Path) -> dict[str, Entry]:
-    """sha256 and size of every file, read in pieces: merged weights are large."""
-    found: dict[str, Entry] = {}
-    for path in sorted(path for path in draft.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.relative_to(draft).as_posix()] = {"sha256": digest, "size_bytes": path.stat().st_size}
-    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -84,9 +84,17 @@ def write_merged(draft: Path, tuned: Tuned, base: Path) -> None:
     Added in float32, then stored in the base's own precision. Configuration and generation settings are the base's.
     """
     model: Any = tuned.model.merge_and_unload()
-    model.config = AutoConfig.from_pretrained(base)  # the loaded one was changed for training
+    write_whole(draft, model, AutoConfig.from_pretrained(base), stored_dtype(base))
+
+
+def write_whole(draft: Path, model: Any, config: Any, dtype: torch.dtype) -> None:
+    """Write a model's weights in this precision, in which it is afterwards, with a configuration as it was published.
+
+    That of the model in memory was changed for training.
+    """
+    model.config = config
     with quiet.libraries(), _naming_storage_faults(draft):
-        model.to(stored_dtype(base)).save_pretrained(draft)
+        model.to(dtype).save_pretrained(draft)
     for path in draft.glob("*.safetensors"):
         path.chmod((draft / "config.json").stat().st_mode)  # safetensors lets none but the owner read what it writes
 
@@ -97,9 +105,7 @@ def copy_tokenizer(draft: Path, base: Path, tokenizer: Any) -> None:
     An end token that they add to every text is taken out, as it was for training and scoring: after it a model does not
     go on with its prompt. tokenizer: as it was tuned with.
     """
-    for path in (path for pattern in TOKENIZER_FILES for path in base.glob(pattern)):
-        if path.is_file():
-            shutil.copyfile(path, draft / path.name)
+    copy_files(draft, base, TOKENIZER_FILES)
     settings = draft / "tokenizer_config.json"
     if settings.exists():
         found = json.loads(settings.read_bytes())
@@ -112,6 +118,13 @@ def copy_tokenizer(draft: Path, base: Path, tokenizer: Any) -> None:
         whole = json.loads(words.read_bytes())
         whole["post_processor"] = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]
         words.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_files(draft: Path, base: Path, patterns: Iterable[str]) -> None:
+    """A base's files of these names, byte for byte."""
+    for path in (path for pattern in patterns for path in base.glob(pattern)):
+        if path.is_file():
+            shutil.copyfile(path, draft / path.name)
 
 
 def encoded_by(folder: Path) -> list[int]:
@@ -162,8 +175,8 @@ def check_logits(found: PeftModel | PreTrainedModel, expected: Reference, dtype:
     scale, and less than half of the change, so that the export is nearer to the tuned model than to the base.
     """
     logits = [adapters.logits(found, text) for text in expected.texts]
-    error = _largest_difference(logits, expected.tuned)
-    change = _largest_difference(expected.base, expected.tuned)
+    error = largest_difference(logits, expected.tuned)
+    change = largest_difference(expected.base, expected.tuned)
     scale = max(float(one.abs().max()) for one in expected.tuned)
     stored = str(dtype).removeprefix("torch.")
     if not error <= TOLERANCE[dtype] * scale:
@@ -176,7 +189,8 @@ def check_logits(found: PeftModel | PreTrainedModel, expected: Reference, dtype:
     return {"error": error, "change": change, "scale": scale, "stored_dtype": stored}
 
 
-def _largest_difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+def largest_difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """Between any two elements of tensors of the same shapes."""
     return max(float((one - other).abs().max()) for one, other in zip(some, others, strict=True))
 
 

@@ -5,14 +5,9 @@ Nothing in it names a person, a host or a path, and there is no time in it: the 
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.reading import Artefact, read_manifest
@@ -20,19 +15,15 @@ from stages.artefacts.records import TaskScores, is_of_base, read_result
 from stages.artefacts.subjects import scored_by
 from stages.bases.base_names import hub_id
 from stages.data.split_file import read_split
+from stages.export.cards import template
 from stages.parties import names
-from stages.runtime.texts import in_code, in_line, in_markdown
 from stages.study.table_rows import base_of
 from stages.workspace.agreement import Method
 from stages.workspace.budgets import Budget
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST
 from stages.workspace.paths import Workspace
 
-TEMPLATE = "model_card.md.j2"
-PLAIN_NAME = re.compile(r"[A-Za-z][\w.-]*(/[\w.-]+)?", re.ASCII)
-NO_TEXTS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
-"""What needs no quotes in YAML, unless it means something else there."""
-
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 TAUGHT_ROWS = "rows_from_"
 """What begins the metrics that tell of how many rows somebody has taught the model."""
 
@@ -80,17 +71,7 @@ def model_card(
     subject: "slm", "llm", "aggregate" or "client-2". base_model, revision: of the base on a hub, None for a folder.
     """
     manifest = adapter.manifest
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=_told,
-    )
-    environment.filters |= {"quoted": in_code, "in_shell": lambda text: shlex.quote(in_line(text))}
-    environment.filters |= {"marked": in_markdown, "front": _in_front_matter}
-    return environment.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         manifest=manifest,
         agreement=workspace.agreement,
         subject=subject,
@@ -108,17 +89,6 @@ def model_card(
         evaluate=str(scored_by(manifest.round, subject)),
         hashes=_hashes(adapter),
     )
-
-
-def _in_front_matter(name: str) -> str:
-    """A text of the YAML at the card's head."""
-    is_plain = PLAIN_NAME.fullmatch(name) and name.lower() not in NO_TEXTS
-    return name if is_plain else in_code(name)
-
-
-def _told(value: Any) -> Any:
-    """What the template prints of its own accord or of others': each on one line."""
-    return in_line(value) if type(value) is str else value
 
 
 def method_of(manifest: Manifest, method: Method) -> str:

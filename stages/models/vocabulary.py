@@ -5,6 +5,7 @@ from __future__ import annotations
 from stages.models.identity import PROBE_TEXTS
 from stages.models.tuned import Outline
 from stages.runtime.errors import UsageProblem
+from stages.workspace.commands import Command
 
 
 def check_one_vocabulary(slm: Outline, llm: Outline) -> int:
@@ -14,7 +15,8 @@ def check_one_vocabulary(slm: Outline, llm: Outline) -> int:
     """
     shared = min(slm.vocabulary, llm.vocabulary)
     where = llm.tokenizer.name_or_path
-    mend = "mutual distillation needs two models with one tokenizer: take both from one family"
+    made = Command("shear", layers=...)
+    mend = f"mutual distillation needs one tokenizer: take both models from one family, or make a small one by `{made}`"
     theirs = {index: token for token, index in llm.tokenizer.get_vocab().items()}
     ours = {index: token for token, index in slm.tokenizer.get_vocab().items()}
     for index in range(shared):

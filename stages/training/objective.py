@@ -86,6 +86,9 @@ class Objective(nn.Module):
     Its state is the adapters alone: the frozen bases never enter a checkpoint.
     """
 
+    is_whole = False
+    """Whether all of a model's weights train, instead of an adapter."""
+
     def __init__(self, tuned: Sequence[Tuned], losses: Losses, weights: Mapping[str, float]) -> None:
         super().__init__()
         self.models = nn.ModuleDict({one.role: one.model for one in tuned})

@@ -15,6 +15,7 @@ class Recipe:
 
     learning_rates, clips: by role; a clip is the largest gradient norm of that model alone, absent for none.
     alternating: each step trains the SLM, then the LLM against the SLM so trained (lines 16 and 17 in that order).
+    decays: after the warm-up the learning rates fall to zero as half a cosine, instead of staying.
     """
 
     budget: Budget
@@ -23,6 +24,7 @@ class Recipe:
     warmup_steps: int
     seed: int
     alternating: bool = False
+    decays: bool = False
 
     @property
     def turns(self) -> int:

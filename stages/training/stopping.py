@@ -43,8 +43,8 @@ def refuse_unless_finite_before(losses: Mapping[str, float]) -> None:
 
 
 def snapshot(objective: Objective) -> dict[str, torch.Tensor]:
-    """A copy of the adapters' tensors."""
-    return {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    """A copy of the adapters' tensors; none of whole models, of which a further copy would take too much memory."""
+    return {} if objective.is_whole else {name: tensor.clone() for name, tensor in objective.state_dict().items()}
 
 
 def refuse_runaway(objective: Objective, start: Mapping[str, torch.Tensor], role: str, why: str | None) -> None:
@@ -56,12 +56,14 @@ def refuse_runaway(objective: Objective, start: Mapping[str, torch.Tensor], role
     for name, tensor in objective.state_dict().items():
         if not name.startswith(f"models.{role}."):
             continue
-        moved, largest = float((tensor - start[name]).abs().max()), float(tensor.abs().max())
+        largest = float(tensor.abs().max())
+        moved = float((tensor - start[name]).abs().max()) if start else 0.0
         if why is not None and not moved <= FARTHEST:
             message = f"the {role.upper()}'s adapter has moved a weight by {moved:.3g}{why}: more than {FARTHEST:g}"
             raise BadNumbers(f"{message} is no result of training", mend=mend)
         if not largest <= LARGEST:
-            message = f"the {role.upper()}'s adapter has a weight of {largest:.3g}; float16 ends at {LARGEST:g}"
+            whose = f"the {role.upper()}" + ("" if objective.is_whole else "'s adapter")
+            message = f"{whose} has a weight of {largest:.3g}; float16 ends at {LARGEST:g}"
             raise BadNumbers(message, mend=mend)
 
 

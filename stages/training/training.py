@@ -149,7 +149,7 @@ def _arguments(
         train_sampling_strategy="sequential",  # the schedule is shuffled; Trainer would shuffle micro-batches
         per_device_train_batch_size=1,  # an item is a micro-batch already
         gradient_accumulation_steps=per_step,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type="cosine" if recipe.decays else "constant_with_warmup",
         warmup_steps=recipe.warmup_steps * recipe.turns,
         max_grad_norm=0,  # clipping both models together would couple them; _Watch clips each by itself
         seed=recipe.seed,

@@ -87,7 +87,7 @@ def test_a_damaged_export_is_not_called_done(
     whole = weights.read_bytes()
     harm(weights)
     said = refused(finished, 4, "export", "--round", 2)
-    assert f"{WEIGHTS} of an earlier export is missing or was changed" in said
+    assert f"{WEIGHTS} of exports/slm-round-0002 is missing or was changed" in said
     assert "--overwrite" in said
     assert fedcollm("export", "--round", 2, "--overwrite", "-w", finished).code == 0
     assert weights.read_bytes() == whole
@@ -98,7 +98,7 @@ def test_a_folder_that_is_not_an_export_is_never_replaced(
     words: list[str], finished: Path, refused: Callable[..., str]
 ) -> None:
     said = refused(finished, 5, "export", "--round", 2, "--to", finished / "private", *words)
-    assert "private is there already and is not an export" in said
+    assert "private is there already and was not exported here" in said
     assert "name another folder with --to" in said
 
 
@@ -123,11 +123,11 @@ def test_overwrite_never_replaces_a_folder_that_holds_more_than_an_export(
     for again in (words, (*words, "--overwrite")):
         outcome = fedcollm(*again)
         assert outcome.code == 5
-        assert "exports/slm-round-0001 holds notes.txt, which no export made" in outcome.err
+        assert "exports/slm-round-0001 holds notes.txt, which was not exported" in outcome.err
     project = finished.parent / "project"
     project.mkdir()
     (project / "export.json").write_text('{"mine": 1}')
     outcome = fedcollm(*words, "--to", project, "--overwrite")
     assert outcome.code == 5
-    assert "is there already and is not an export" in outcome.err
+    assert "is there already and was not exported here" in outcome.err
     assert [path.name for path in project.iterdir()] == ["export.json"]

@@ -1,0 +1,1 @@
+"""A smaller model made from a larger one: some of its blocks, healed by the whole."""

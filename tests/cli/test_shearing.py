@@ -1,0 +1,118 @@
+"""fedcollm shear: from the LLM to a model that [slm] names, trained, exported and scored as any base; interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from builders import Outcome, drafts, edit, make_workspace
+
+CUT = ("shear", "--layers", 1, "--length", 16)
+
+
+@pytest.fixture
+def study(tmp_path: Path, base_models: Path) -> Path:
+    """A workspace that has no SLM yet: [slm] names the folder that shear writes."""
+    folder = make_workspace(tmp_path / "study", base_models)
+    (folder / "models").unlink()
+    shutil.copytree(base_models / "llm", folder / "models/llm")
+    return folder
+
+
+def test_a_sheared_model_goes_through_a_round_as_any_base(study: Path, fedcollm: Callable[..., Outcome]) -> None:
+    at = ("-w", study)
+    outcome = fedcollm(*CUT, "--heal", 4, "--heal-on", "auxiliary", "--json", *at)
+    assert outcome.code == 0, outcome.err
+    made = json.loads(outcome.out)
+    assert made["path"] == "models/slm"
+    assert made["heal"] == {"steps": 4, "learning_rate": 3e-4, "batch_size": 8}
+    assert set(made["perplexity"]) == {"whole", "cut", "healed"}
+
+    planned = json.loads(fedcollm("plan", "--json", *at).out)
+    assert planned["missing"] == []
+    whole, cut = (planned["models"][role]["parameters"] for role in (1, 0))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(study / "models/slm")
+    assert cut == loaded.num_parameters() < whole
+    for words in (("run", "--rounds", 1), ("export", "--round", 1, "--merged")):
+        outcome = fedcollm(*words, *at)
+        assert outcome.code == 0, outcome.err
+
+    model = HFLM(pretrained=str(study / "models/slm"), device="cpu")
+    [ids] = model.tok_batch_encode(["Q : what colour"])[0]
+    with torch.no_grad():
+        assert torch.equal(model.model(ids[None]).logits, loaded.eval()(ids[None]).logits)
+
+
+def test_the_choice_is_printed(study: Path, fedcollm: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("red blue green square\n\n" * 12)
+    (tmp_path / "b.txt").write_text("circle star big small\n\n" * 12)
+    words = ("--text", tmp_path / "a.txt", "--text", tmp_path / "b.txt", "--to", study / "small")
+    outcome = fedcollm(*CUT, *words, "-w", study)
+    assert outcome.code == 0, outcome.err
+    made = json.loads((study / "small/shearing.json").read_text())
+    assert (made["text"], len(made["text_sha256"])) == ("files", 2)
+    lines = [line.split() for line in outcome.out.splitlines() if line.strip()]
+    assert lines[0] == ["block", "influence", "kept"]
+    [kept] = made["kept"]
+    for block, influence in enumerate(made["influence"]):
+        assert lines[2 + block] == [str(block), f"{influence:.4f}", *(["yes"] if block == kept else [])]
+    assert lines[-1] == ["small"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("knobs", ["", "micro_batch = 3\ngradient_checkpointing = true\n", 'micro_batch = "auto"\n'])
+def test_memory_is_saved_without_another_result(
+    dtype: str, knobs: str, study: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    words = (*CUT, "--heal", 4, "--heal-on", "auxiliary", "--dtype", dtype, "--json", "-w", study)
+    plain = fedcollm(*words, "--to", study / "plain")
+    (study / "machine.toml").write_text(knobs)
+    saved = fedcollm(*words, "--to", study / "saved")
+    assert (plain.code, saved.code) == (0, 0), plain.err + saved.err
+    found, expected = (json.loads(one.out)["perplexity"]["healed"] for one in (saved, plain))
+    assert found == pytest.approx(expected, rel=1e-3 if dtype == "bfloat16" else 1e-5)
+
+
+def test_text_is_named_once(study: Path, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm(*CUT, "--text", study / "a.txt", "--heal-on", "auxiliary", "-w", study)
+    assert outcome.code == 2
+    assert "error: --text and --heal-on both name text" in outcome.err
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_an_interrupted_shear_leaves_what_was_there(
+    replacing: bool, study: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = study / "models/slm"
+    if replacing:
+        assert fedcollm(*CUT, "-w", study).code == 0
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*")}
+    save = PreTrainedModel.save_pretrained
+
+    def interrupted(model: Any, draft: Path) -> None:
+        save(model, draft)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
+    outcome = fedcollm(*CUT, "--overwrite", "-w", study)
+    assert outcome.code == 75
+    assert drafts(study) == []
+    assert folder.exists() == replacing
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*")} == before
+
+
+def test_models_of_two_tokenizers_are_told_of_shear(study: Path, fedcollm: Callable[..., Outcome]) -> None:
+    shutil.copytree(study / "models/llm", study / "models/slm")
+    words = study / "models/slm/tokenizer.json"
+    edit(words, '"red": 2', '"blue": 2')
+    outcome = fedcollm("run", "-w", study)
+    assert outcome.code == 2
+    assert "`fedcollm shear --layers ...`" in outcome.err
