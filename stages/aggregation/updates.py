@@ -119,7 +119,8 @@ class Updates:
         start = entry.size_bytes - 4 * self.size
         if 8 <= start <= largest_bytes(0):
             content = bytearray(start)
-            is_there = reading.read_into(path, memoryview(content), start=0, levels=LEVELS)
+            named_bytes = entry.size_bytes
+            is_there = reading.read_into(path, memoryview(content), start=0, named_bytes=named_bytes, levels=LEVELS)
             if is_there and is_as_written(bytes(content), layout_of(self.theta), path):
                 return _File(path, start, entry.size_bytes, entry.sha256, hashlib.sha256(content))
         return _Held(self.flat(self.adapter(number)))
@@ -143,7 +144,8 @@ class _File:
     def fill(self, row: np.ndarray, place: slice) -> bool:
         """Read the next numbers. Returns whether they are there."""
         content = row.data.cast("B")
-        if not reading.read_into(self.path, content, start=self.start + 4 * place.start, levels=LEVELS):
+        start = self.start + 4 * place.start
+        if not reading.read_into(self.path, content, start=start, named_bytes=self.size_bytes, levels=LEVELS):
             return False
         self.digest.update(content)
         return True
