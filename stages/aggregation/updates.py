@@ -157,9 +157,9 @@ def as_written(path: Path, size_bytes: int, layout: Layout, *, sha256: str = "")
     start = size_bytes - 4 * sum(map(math.prod, layout.values()))
     if 8 <= start <= largest_bytes(0):
         content = bytearray(start)
-        is_there = reading.read_into(path, memoryview(content), start=0, levels=LEVELS)
+        is_there = reading.read_into(path, memoryview(content), start=0, named_bytes=size_bytes, levels=LEVELS)
         if is_there and is_as_written(bytes(content), layout, path):
-            return Stored(path, start, sha256, hashlib.sha256(content))
+            return Stored(path, start, size_bytes, sha256, hashlib.sha256(content))
     return None
 
 
@@ -169,13 +169,15 @@ class Stored:
 
     path: Path
     start: int
+    size_bytes: int
     sha256: str
     digest: hashlib._Hash = field(compare=False)
 
     def fill(self, row: np.ndarray, place: slice) -> bool:
         """Read the next numbers. Returns whether they are there."""
         content = row.data.cast("B")
-        if not reading.read_into(self.path, content, start=self.start + 4 * place.start, levels=LEVELS):
+        start = self.start + 4 * place.start
+        if not reading.read_into(self.path, content, start=start, named_bytes=self.size_bytes, levels=LEVELS):
             return False
         if self.sha256:
             self.digest.update(content)

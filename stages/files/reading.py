@@ -63,14 +63,14 @@ def read(
     return content
 
 
-def read_into(path: Path, buffer: memoryview, *, start: int, levels: int = 1) -> bool:
+def read_into(path: Path, buffer: memoryview, *, start: int, named_bytes: int, levels: int = 1) -> bool:
     """Fill a buffer from a place in a plain file, opened as `read` opens it. Returns whether the file had so much.
 
-    For files that are read bit by bit: nothing says that they stay the same meanwhile, so whoever uses what was read
-    holds the digest of all of it against the manifest.
+    named_bytes: as many as it must have in all, no more and no fewer. For files that are read bit by bit: nothing says
+    that they stay the same meanwhile, so whoever uses what was read holds the digest of all of it against the manifest.
     """
     with _opened(path, levels) as (file, size_bytes):
-        if start + buffer.nbytes > size_bytes:
+        if size_bytes != named_bytes:
             return False
         file.seek(start)
         return file.readinto(buffer) == buffer.nbytes

@@ -78,6 +78,13 @@ def test_a_file_with_its_tensors_in_another_order_counts_as_any_other(tmp_path: 
     np.testing.assert_array_equal(side_by_side(updates), [flat(adapter) for adapter in ADAPTERS])
 
 
+def overwrite(path: Path, content: bytes) -> None:
+    """Put as many other bytes into a file that is being read: at no time is it shorter."""
+    assert len(content) == path.stat().st_size
+    with path.open("r+b", buffering=0) as file:
+        file.write(content)
+
+
 def with_a_nan(adapter: Tensors) -> bytes:
     (first, tensor), *others = adapter.items()
     return weights_bytes({first: np.where(tensor == tensor.max(), np.float32("nan"), tensor), **dict(others)})
@@ -87,11 +94,16 @@ def with_another_shape(adapter: Tensors) -> bytes:
     return weights_bytes({name: tensor.T for name, tensor in adapter.items()})
 
 
+def without_its_last_tensor(adapter: Tensors) -> bytes:
+    return weights_bytes({name: adapter[name] for name in sorted(adapter)[:-1]})
+
+
 @pytest.mark.parametrize(
     ("write", "problem", "said"),
     [
         (with_a_nan, BadNumbers, "holds NaN or infinity"),
         (with_another_shape, Damaged, r"has shape \[6, 2\], expected \[2, 6\]"),
+        (without_its_last_tensor, Damaged, r"the adapter lacks h.1.lora_B.weight \(1 tensors missing\)"),
         (lambda adapter: b"\x80" + weights_bytes(adapter), Damaged, "is a pickle"),
     ],
 )
@@ -108,7 +120,7 @@ def test_what_is_wrong_with_a_file_is_said_as_where_it_is_read_whole(
 def test_nothing_is_made_of_a_file_that_changes_before_it_is_read_to_its_end(updates: Updates) -> None:
     path, blocks = updates.heads[2].path / WEIGHTS, updates.blocks()
     next(blocks)
-    path.write_bytes(path.read_bytes()[:-1] + b"\x7e")
+    overwrite(path, path.read_bytes()[:-1] + b"\x7e")
     with pytest.raises(Damaged, match="is not the file its manifest names"):
         list(blocks)
 
@@ -117,7 +129,7 @@ def test_what_counts_is_what_was_read_and_hashed_not_what_lies_there_now(updates
     path, blocks = updates.heads[2].path / WEIGHTS, updates.blocks()
     first = next(blocks)[1]
     content = path.read_bytes()
-    path.write_bytes(content[:-176] + b"\0" + content[-175:])  # the first of 44 numbers
+    overwrite(path, content[:-176] + b"\0" + content[-175:])  # the first of 44 numbers
     found = np.concatenate([first, *(block for _, block in blocks)], axis=1)
     np.testing.assert_array_equal(found, [flat(adapter) for adapter in ADAPTERS])
 
@@ -126,10 +138,10 @@ def test_a_file_that_is_changed_and_put_back_is_noticed_too(updates: Updates) ->
     path = updates.heads[2].path / WEIGHTS
     before, blocks = path.read_bytes(), updates.blocks()
     next(blocks)
-    path.write_bytes(before[:-176] + b"\0" * 176)
+    overwrite(path, before[:-176] + b"\0" * 176)
     next(blocks)
     next(blocks)
-    path.write_bytes(before)
+    overwrite(path, before)
     with pytest.raises(NotReady, match="client 3's update was replaced while it was read"):
         list(blocks)
 
@@ -140,6 +152,16 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_still_arriving(updates: Up
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(NotReady, match="still arriving, or cut short"):
         list(blocks)
+
+
+def test_a_file_with_more_behind_its_numbers_is_refused_as_where_it_is_read_whole(updates: Updates) -> None:
+    path = updates.heads[2].path / WEIGHTS
+    size_bytes = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"more")
+    for read in (updates.blocks, updates.adapters):
+        with pytest.raises(Damaged, match=f"has {size_bytes + 4} bytes, its manifest says {size_bytes}"):
+            list(read())
 
 
 def test_a_folder_that_is_replaced_while_it_is_read_is_told_as_that(updates: Updates) -> None:
@@ -163,7 +185,7 @@ def test_an_update_that_changes_under_a_rule_leaves_no_aggregate(
     def changing(updates: Updates):  # type: ignore[no-untyped-def]
         for number, block in enumerate(blocks(updates)):
             if number == 1:
-                path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+                overwrite(path, path.read_bytes()[:-4] + b"\0\0\0\1")
             yield block
 
     monkeypatch.setattr(rules.Updates, "blocks", changing)
