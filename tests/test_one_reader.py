@@ -44,7 +44,7 @@ REASONS = {
     "stages/models/identity.py": "a base model, from the user's disk or the hub's cache",
     "stages/export/exported.py": "a base model; and a draft of an export that was just written, loaded back",
     "stages/export/made_folders.py": "a draft of a folder that was just written, for its digests",
-    "stages/shearing/shear.py": "a base model, to be cut; and a draft of the cut one that was just written, loaded back",
+    "stages/shearing/shear.py": "a base model; and a draft of the cut one that was just written, loaded back",
 }
 """Modules that open files by themselves, and which: none of them is exchanged."""
 
