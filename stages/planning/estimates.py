@@ -26,7 +26,7 @@ CHECKPOINTS = 2
 """How many a training stage keeps at most while it runs."""
 ADAM_BYTES = 8
 """Of AdamW's two float32 averages, for each parameter that is trained."""
-COPIES = {"median": 0.0, "clipped-mean": 0.5, "trimmed-mean": 1.5, "krum": 2.0}
+COPIES = {"median": 0.0, "clipped-mean": 0.5, "trimmed-mean": 1.5, "krum": 0.5}
 """Of a block of all clients' numbers, beside the one that is used and the one that is read: in order, compared, in
 float64."""
 UNKNOWN = 1 << 30
