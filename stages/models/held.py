@@ -43,7 +43,10 @@ def held_in_bfloat16(*models: Tuned) -> Iterator[None]:
 
 @contextmanager
 def cast(model: nn.Module) -> Iterator[None]:
-    """Hold a model's frozen linear weights in bfloat16, and keep LoRA from casting what it is given there and back."""
+    """Hold a model's frozen linear weights in bfloat16, and keep LoRA from casting what it is given there and back.
+
+    But not where it drops out: that is done in float32, in which 1 / (1 - p) is not rounded to bfloat16.
+    """
     shared = _shared(model)
     with ExitStack() as undo:
         for layer, name in castable(model):
@@ -53,10 +56,14 @@ def cast(model: nn.Module) -> Iterator[None]:
             setattr(layer, name, short)
             undo.callback(_restore, layer, name, weight if is_kept else None)
         for module in model.modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and not _drops_out(module):
                 undo.callback(setattr, module, "cast_input_dtype_enabled", module.cast_input_dtype_enabled)
                 module.cast_input_dtype_enabled = False
         yield
+
+
+def _drops_out(layer: LoraLayer) -> bool:
+    return any(isinstance(one, nn.Dropout) for one in layer.lora_dropout.values())
 
 
 def castable(model: nn.Module) -> list[tuple[nn.Module, str]]:
