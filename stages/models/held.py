@@ -67,13 +67,16 @@ def _drops_out(layer: LoraLayer) -> bool:
 
 
 def castable(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The layers and names of the weights that `cast` casts: not those in few bits, nor spread over processes."""
+    """The layers and names of the weights that `cast` casts: not of layers in few bits, nor spread over processes.
+
+    Of a layer in few bits bitsandbytes casts the bias too, as it sees fit.
+    """
     return [
         (layer, name)
         for layer in model.modules()
-        if isinstance(layer, nn.Linear | Conv1D)
+        if isinstance(layer, nn.Linear | Conv1D) and type(layer.weight) is nn.Parameter
         for name, weight in layer.named_parameters(recurse=False)
-        if type(weight) is nn.Parameter and weight.dtype == torch.float32 and not weight.requires_grad
+        if weight.dtype == torch.float32 and not weight.requires_grad
     ]
 
 
