@@ -405,8 +405,18 @@ def tiny_model(
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **ids, **shape)).eval()
 
 
-def tuned(role: Literal["slm", "llm"], *, family: Family = "gpt2", dropout: float = 0.0, **shape: int) -> Tuned:
-    """A tiny model with an adapter of random values, as stages hold it; it has no tokenizer and no identity."""
+def tuned(
+    role: Literal["slm", "llm"],
+    *,
+    family: Family = "gpt2",
+    dropout: float = 0.0,
+    layers: Sequence[str] = (),
+    **shape: int,
+) -> Tuned:
+    """A tiny model with an adapter of random values, as stages hold it; it has no tokenizer and no identity.
+
+    layers: which have an adapter, by default those of PEFT's choice.
+    """
     from stages.artefacts.manifest import BaseIdentity
     from stages.models import adapters as parts
     from stages.models import packing
@@ -415,7 +425,8 @@ def tuned(role: Literal["slm", "llm"], *, family: Family = "gpt2", dropout: floa
 
     base = tiny_model(family, **({"seed": 1 if role == "slm" else 2} | shape))
     longest_packed = packing.packs(base)
-    model = parts.attach(base, Model(model="tiny", lora=Lora(r=4, alpha=8, dropout=dropout)))
+    lora = Lora(r=4, alpha=8, dropout=dropout, target_modules=list(layers))
+    model = parts.attach(base, Model(model="tiny", lora=lora))
     parts.put(model, random_adapter(parts.layout(model), seed=3))
     nobody = BaseIdentity(architecture=family, weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
     no_tokenizer: Any = None

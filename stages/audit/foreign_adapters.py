@@ -67,11 +67,6 @@ class AnyAdapter:
         a, b = (self.tensors[module + name].astype(np.float64) for name in (A, B))
         return None if scale is None or not np.isfinite(a).all() or not np.isfinite(b).all() else (a, scale * b)
 
-    def adds(self, module: str) -> float | None:
-        """The Frobenius norm of what the adapter adds to a layer's weights, or None where that is not known."""
-        factors = self.scaled(module)
-        return None if factors is None else float(np.linalg.norm(product_spectrum(*factors)))
-
     def not_understood(self) -> list[str]:
         """Why what this adapter does to its base is not known here, or not in full; empty for plain LoRA."""
         if not self.config:

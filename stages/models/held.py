@@ -43,7 +43,10 @@ def held_in_bfloat16(*models: Tuned) -> Iterator[None]:
 
 @contextmanager
 def cast(model: nn.Module) -> Iterator[None]:
-    """Hold a model's frozen linear weights in bfloat16, and keep LoRA from casting what it is given there and back."""
+    """Hold a model's frozen linear weights in bfloat16, and keep LoRA from casting what it is given there and back.
+
+    But not where it drops out: that is done in float32, in which 1 / (1 - p) is not rounded to bfloat16.
+    """
     shared = _shared(model)
     with ExitStack() as undo:
         for layer, name in castable(model):
@@ -53,20 +56,27 @@ def cast(model: nn.Module) -> Iterator[None]:
             setattr(layer, name, short)
             undo.callback(_restore, layer, name, weight if is_kept else None)
         for module in model.modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and not _drops_out(module):
                 undo.callback(setattr, module, "cast_input_dtype_enabled", module.cast_input_dtype_enabled)
                 module.cast_input_dtype_enabled = False
         yield
 
 
+def _drops_out(layer: LoraLayer) -> bool:
+    return any(isinstance(one, nn.Dropout) for one in layer.lora_dropout.values())
+
+
 def castable(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The layers and names of the weights that `cast` casts: not those in few bits, nor spread over processes."""
+    """The layers and names of the weights that `cast` casts: not of layers in few bits, nor spread over processes.
+
+    Of a layer in few bits bitsandbytes casts the bias too, as it sees fit.
+    """
     return [
         (layer, name)
         for layer in model.modules()
-        if isinstance(layer, nn.Linear | Conv1D)
+        if isinstance(layer, nn.Linear | Conv1D) and type(layer.weight) is nn.Parameter
         for name, weight in layer.named_parameters(recurse=False)
-        if type(weight) is nn.Parameter and weight.dtype == torch.float32 and not weight.requires_grad
+        if weight.dtype == torch.float32 and not weight.requires_grad
     ]
 
 

@@ -53,6 +53,16 @@ def test_a_step_is_the_same_to_the_bit_and_casts_no_weight(family: Family, dropo
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_nor_does_it_change_a_bit_where_an_adapter_is_given_bfloat16(dropout: float) -> None:
+    """As what follows attention or an activation is; the share that is kept would be rounded by half a percent."""
+    one = cast("llama", dropout=dropout, layers=["o_proj", "down_proj"])
+    expected = step(one)
+    with held_in_bfloat16(one):
+        found = step(one)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @FAMILIES
 def test_afterwards_every_weight_is_what_it_was_and_ties_hold(family: Family) -> None:
     one = cast(family)

@@ -24,6 +24,7 @@ from stages.co_distill import co_distill
 from stages.data.rows import Example
 from stages.evaluate import evaluate
 from stages.export.export import export
+from stages.models.held import held_in_bfloat16
 from stages.models.loading import Models
 from stages.runtime.errors import Refused, UsageProblem
 from stages.training.objective import Objective, task_loss
@@ -135,6 +136,22 @@ def test_training_after_a_pass_without_gradient_still_learns(wide: Path) -> None
     objective(**objective.collate(rows))["loss"].backward()
     first = [p.grad for name, p in tuned.model.named_parameters() if p.requires_grad and "lora_B" in name]
     assert all(float(one.norm()) > 0 for one in first)
+
+
+@needs_bitsandbytes
+@EACH
+def test_what_is_not_in_few_bits_is_held_in_bfloat16_beside_biases_that_are_left_alone(
+    bits: str, workspace_folder: Path
+) -> None:
+    toml = quantized(workspace_folder, bits) / "fedcollm.toml"
+    toml.write_text(toml.read_text().replace('dtype = "float32"', 'dtype = "bfloat16"'))
+    tuned = Models(Workspace(workspace_folder)).get("slm")
+    few = [one for one in tuned.model.modules() if type(one).__module__.startswith("bitsandbytes")]
+    biases = [one.bias for one in few]
+    with held_in_bfloat16(tuned):
+        assert tuned.model.get_output_embeddings().weight.dtype == torch.bfloat16
+        assert len(biases) == 4
+        assert all(one.bias is bias for one, bias in zip(few, biases, strict=True))
 
 
 @needs_bitsandbytes
