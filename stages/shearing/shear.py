@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.artefacts.manifest import versions
 from stages.bases.base_names import hub_id
@@ -23,6 +23,7 @@ from stages.files import reading, writing
 from stages.models import adapters
 from stages.models.base_loading import load_model, load_tokenizer
 from stages.models.devices import naming_memory_knobs
+from stages.models.fused import fuse
 from stages.models.identity import PROBE_TEXTS, tokenizer_sha256
 from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, NotReady, UsageProblem
@@ -43,6 +44,8 @@ SHEARED = "the sheared model"
 GENERATION = "generation_config.json"
 FOLDER = "models/slm"
 """Where a sheared model goes if nothing else is said: as [slm] can name it."""
+
+ANOTHER = "its architecture has settings for each layer that are not known here; take another model"
 
 MEASURED_ROWS = 32
 """On how many rows of text blocks are chosen, and on how many others perplexity is measured."""
@@ -184,10 +187,31 @@ def _cut(whole: Whole, rows: Rows, layers: int, report: Report) -> _Cut:
     influence = blocks.influence(model, sample, autocast=whole.autocast, report=report)
     kept = blocks.most_influential(influence, layers)
     cut = blocks.shortened(model, kept)
+    _check_configuration(whole, cut, kept)
     report(Event("stage", "perplexity of the whole model and of the cut one"))
     before, after = (perplexity(one, held, autocast=whole.autocast, report=report) for one in (model, cut))
     report(Event("note", f"perplexity {before:.4g}, cut {after:.4g}"))
     return _Cut(model, cut, influence, kept, {"whole": before, "cut": after}, held)
+
+
+@torch.no_grad()
+def _check_configuration(whole: Whole, cut: Any, kept: Sequence[int]) -> None:
+    """Raise BadNumbers, before hours of healing, unless the cut configuration makes the cut model."""
+    config, weight = AutoConfig.from_pretrained(whole.folder), next(cut.parameters())
+    blocks.shorten(config, kept)
+    made: Any = AutoModelForCausalLM.from_config(config, dtype=weight.dtype).to(weight.device).eval()  # type: ignore[no-untyped-call]
+    fuse(made)
+    found = made.load_state_dict(cut.state_dict(), strict=False)
+    if found.missing_keys or found.unexpected_keys:
+        raise BadNumbers("the cut configuration makes a model of other weights", where=whole.folder, mend=ANOTHER)
+    texts = _probes(whole)
+    expected = [adapters.logits(cut, text) for text in texts]
+    _check_same([adapters.logits(made, text) for text in texts], expected, whole.folder)
+
+
+def _probes(whole: Whole) -> list[list[int]]:
+    with quiet.libraries():  # which warn of texts longer than the context; they are cut
+        return [whole.tokenizer.encode(text)[: whole.context] for text in PROBE_TEXTS]
 
 
 def _publish(target: Path, whole: Whole, cut: _Cut, what: Source, report: Report) -> Shear:
@@ -197,8 +221,7 @@ def _publish(target: Path, whole: Whole, cut: _Cut, what: Source, report: Report
     model, cut.whole, cut.model = cut.model.float().eval(), None, None  # memory is needed
     for weight in model.parameters():
         weight.data = weight.data.to(stored).float()
-    with quiet.libraries():  # which warn of texts longer than the context; they are cut
-        texts = [whole.tokenizer.encode(text)[: whole.context] for text in PROBE_TEXTS]
+    texts = _probes(whole)
     expected = [adapters.logits(model, text) for text in texts]
     with writing.publishing(target) as draft:
         exported.write_whole(draft, model, config, stored)
@@ -228,10 +251,9 @@ def _publish(target: Path, whole: Whole, cut: _Cut, what: Source, report: Report
     return made
 
 
-def _check_same(found: list[torch.Tensor], expected: list[torch.Tensor], draft: Path) -> None:
-    """Raise BadNumbers unless a draft, loaded as any base is, says what the model in memory said."""
+def _check_same(found: list[torch.Tensor], expected: list[torch.Tensor], where: Path) -> None:
+    """Raise BadNumbers unless a model, made as any base is, says what the one in memory says."""
     error, scale = exported.largest_difference(found, expected), max(float(one.abs().max()) for one in expected)
     if not error <= exported.TOLERANCE[torch.float32] * scale:
         message = f"loaded back, the model's logits are off by {error:.3g}, the largest being {scale:.3g}"
-        mend = "its architecture has settings for each layer that are not known here; take another model"
-        raise BadNumbers(message, where=draft, mend=mend)
+        raise BadNumbers(message, where=where, mend=ANOTHER)

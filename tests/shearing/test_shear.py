@@ -12,11 +12,11 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import vocabularies
 from builders import LEXICON, Family, contents, drafts, edit, make_workspace, rows, tiny_model
-from stages.runtime.errors import Damaged, NotReady, Problem, Refused, UsageProblem
+from stages.runtime.errors import BadNumbers, Damaged, NotReady, Problem, Refused, UsageProblem
 from stages.runtime.events import Event
 from stages.shearing.heal import Heal
 from stages.shearing.shear import Shear, shear
@@ -269,6 +269,29 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(which: str, study: Pa
     assert type(refused.value) is kind
     assert message in refused.value.message
     assert mend in str(refused.value.mend)
+    assert not (study / "models/slm").exists()
+
+
+def test_settings_of_layers_that_are_not_known_are_found_before_healing(study: Path) -> None:
+    """Of Qwen2-MoE, mlp_only_layers names layers by their numbers, which are others after the cut."""
+    folder = study / "models/llm"
+    put(study, "qwen2")
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    config = AutoConfig.for_model("qwen2_moe", **shape, **experts, mlp_only_layers=[0], vocab_size=vocabulary)
+    model = AutoModelForCausalLM.from_config(config)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        torch.nn.init.zeros_(model.model.layers[0].get_submodule(name).weight)  # so that layer 0 goes
+    model.save_pretrained(folder)
+    with pytest.raises(BadNumbers, match="makes a model of other weights"):
+        sheared(study, heal=Heal(steps=1000000), on_auxiliary=True)
     assert not (study / "models/slm").exists()
 
 
