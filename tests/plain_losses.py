@@ -1,9 +1,14 @@
-"""Eq. 4 and 5 as they are written down, with whole matrices and autograd's gradients: `mutual` is held against them."""
+"""Eq. 4 and 5 as they are written down, with whole matrices and autograd's gradients: `mutual` is held against them.
+
+And what the tests of both draw on: distributions whose divergences are known, and random logits.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +16,17 @@ from stages.models.packing import ROWS
 from stages.training.losses import DIVERGENCES, Divergence, cross_entropy, knows_better, row_losses, wide
 from stages.training.objective import Losses, Tokens
 from stages.workspace.budgets import Distillation
+
+TEMPERATURES = pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+
+P, Q = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]
+# KL(p || q) = 1/2 log 2 + 1/4 log 1 + 1/4 log 1/2 = 1/4 log 2; KL(q || p) too, since q is p read backwards.
+KL_P_Q = 0.25 * math.log(2)
+R = [0.5, 0.5, 0.0]
+
+
+def logits(rows: int = 5, vocabulary: int = 7, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
 def distillation(

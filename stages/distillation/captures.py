@@ -86,16 +86,16 @@ def capture(
         writing.write(folder / checkpoints.INPUTS, wanted)
     batches = [examples[start : start + rows] for start in range(0, len(examples), rows)]
     parts = []
-    for start in range(0, len(batches), every):
-        some = batches[start : start + every]
-        place = folder / f"batches-{start}.safetensors"
-        if not place.exists():
-            with naming_memory_knobs(), held_in_bfloat16(teacher):
+    with naming_memory_knobs(), held_in_bfloat16(teacher):
+        for start in range(0, len(batches), every):
+            some = batches[start : start + every]
+            place = folder / f"batches-{start}.safetensors"
+            if not place.exists():
                 part = _said(teacher, some, source, also=also, report=partial(_tell, report, start, len(batches)))
-            top_k_logits.check(part, f"what the {teacher.role.upper()} says")
-            writing.write(place, top_k_logits.capture_bytes(part))
-        content = reading.read(place, limit_bytes=reading.LARGEST_ADAPTER_BYTES)
-        parts.append(top_k_logits.parse_capture(content, place))
+                top_k_logits.check(part, f"what the {teacher.role.upper()} says")
+                writing.write(place, top_k_logits.capture_bytes(part))
+            content = reading.read(place, limit_bytes=reading.LARGEST_ADAPTER_BYTES)
+            parts.append(top_k_logits.parse_capture(content, place))
     names = ["positions", "tokens", "log_probabilities", "confidence", *also]
     return Captured(source, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 

@@ -96,7 +96,6 @@ class Objective(nn.Module):
         self.tuned = tuple(tuned)
         self._losses = losses
         self._weights = dict(weights)
-        self._autocast: dict[str, bool] = {one.role: one.autocast for one in tuned}
         self._longest_packed = min(one.longest_packed for one in tuned)
 
     @property
@@ -115,11 +114,11 @@ class Objective(nn.Module):
     def parts(self, batch: Batch, tokens: Tokens, turn: str | None = None) -> dict[str, Tensor]:
         """Every named loss on a batch; with a turn, gradients reach that model alone."""
         logits = {}
-        for role, model in self.models.items():
-            learns = torch.is_grad_enabled() and turn in (None, role)
+        for one in self.tuned:
+            learns = torch.is_grad_enabled() and turn in (None, one.role)
             device = batch["input_ids"].device.type
-            with torch.set_grad_enabled(learns), torch.autocast(device, torch.bfloat16, enabled=self._autocast[role]):
-                logits[role] = answer_logits(model, batch)
+            with torch.set_grad_enabled(learns), torch.autocast(device, torch.bfloat16, enabled=one.autocast):
+                logits[one.role] = answer_logits(one.model, batch)
         return self.losses_of(logits, batch, tokens)
 
     def losses_of(self, logits: Mapping[str, Tensor], batch: Batch, tokens: Tokens) -> dict[str, Tensor]:

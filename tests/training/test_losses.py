@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_losses import distillation
+from plain_losses import P, Q, distillation, logits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,16 +28,6 @@ from stages.training.losses import (
 )
 
 ALL = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
-TEMPERATURES = pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-
-P, Q = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]
-# KL(p || q) = 1/2 log 2 + 1/4 log 1 + 1/4 log 1/2 = 1/4 log 2; KL(q || p) too, since q is p read backwards.
-KL_P_Q = 0.25 * math.log(2)
-R = [0.5, 0.5, 0.0]
-
-
-def logits(rows: int = 5, vocabulary: int = 7, seed: int = 0) -> Tensor:
-    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
 def test_cross_entropy_is_minus_log_of_the_probability_of_the_target() -> None:

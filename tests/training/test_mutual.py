@@ -8,6 +8,7 @@ from typing import Any
 import plain_losses
 import pytest
 import torch
+from plain_losses import KL_P_Q, TEMPERATURES, P, Q, R, logits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,16 +21,6 @@ from stages.training.objective import Tokens, mutual_losses
 from stages.workspace.budgets import Distillation
 
 ALL = pytest.mark.parametrize("divergence", DIVERGENCES)
-TEMPERATURES = pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-
-P, Q = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]
-# KL(p || q) = 1/2 log 2 + 1/4 log 1 + 1/4 log 1/2 = 1/4 log 2; KL(q || p) too, since q is p read backwards.
-KL_P_Q = 0.25 * math.log(2)
-R = [0.5, 0.5, 0.0]
-
-
-def logits(rows: int = 5, vocabulary: int = 7, seed: int = 0) -> Tensor:
-    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
 def distillation(student: Tensor, teacher: Tensor, tokens: int, **settings: Any) -> Tensor:
