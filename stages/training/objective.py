@@ -113,7 +113,7 @@ class Objective(nn.Module):
 
     def parts(self, batch: Batch, tokens: Tokens, turn: str | None = None) -> dict[str, Tensor]:
         """Every named loss on a batch; with a turn, gradients reach that model alone."""
-        logits = {}
+        logits: dict[str, Tensor] = {}
         for one in self.tuned:
             learns = torch.is_grad_enabled() and turn in (None, one.role)
             device = batch["input_ids"].device.type
