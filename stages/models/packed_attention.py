@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+from stages.models import short_attention
 
 
 def places(lengths: Sequence[int]) -> Tensor:
@@ -84,9 +86,18 @@ def attend(
         _Spread.apply(one[0].transpose(0, 1), there, back).view(rows, longest, *one.shape[1::2]).transpose(1, 2)  # type: ignore[no-untyped-call]
         for one in (query, key, value)
     ]
-    query, key, value = spread
-    found, _ = sdpa_attention_forward(module, query, key, value, None, **(settings | {"is_causal": True}))
+    found = _causal(module, *spread, **settings)
     return _Gather.apply(found.flatten(0, 1), back)[None], None  # type: ignore[no-untyped-call]
+
+
+def _causal(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    """[rows, longest, heads, width of a head]: each token attends to those of its row up to itself."""
+    groups = query.shape[1] // key.shape[1]
+    heads = query, repeat_kv(key, groups), repeat_kv(value, groups)
+    if short_attention.is_meant_for(*heads, dropout=settings.get("dropout", 0.0)):
+        return short_attention.attend(*heads, scale=settings.get("scaling")).transpose(1, 2)
+    found: Tensor = sdpa_attention_forward(module, query, key, value, None, **(settings | {"is_causal": True}))[0]
+    return found
 
 
 AttentionInterface.register("sdpa", attend)
