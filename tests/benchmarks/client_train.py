@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -21,6 +19,9 @@ from tests.benchmarks import trainers
 from tests.benchmarks.repeats import shown
 
 STEPS, LAYERS, RATE = 8, 12, 1e-3
+WIDTH, VOCABULARY = 768, 50257
+PRODUCTS = ((WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))
+"""The matrices of a layer of GPT-2 small."""
 FLATTENED, SFT, PACKS, PADDED = "flattened", "sft", "sft packs", "padded"
 PEERS = {
     FLATTENED: "Trainer + PEFT with DataCollatorWithFlattening",
@@ -45,7 +46,7 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     for precision in arc.precisions():
         is_bfloat16 = precision == "bfloat16"
         runs[f"ours {precision}"] = partial(ours, examples, autocast=is_bfloat16)
-        runs[f"matmuls {precision}"] = partial(matmuls, tokens, getattr(torch, precision))
+        runs[f"matmuls {precision}"] = partial(matmuls, steps, getattr(torch, precision))
         runs[f"{FLATTENED} {precision}"] = partial(trainers.flattened, steps, LAYERS, RATE, bfloat16=is_bfloat16)
         if trainers.has_trl():
             runs[f"{SFT} {precision}"] = partial(trainers.sft, steps, LAYERS, RATE, bfloat16=is_bfloat16)
@@ -114,26 +115,24 @@ def ours(examples: list[Example], *, autocast: bool) -> arc.Clock:
     return clock
 
 
-def matmuls(tokens: int, dtype: torch.dtype) -> arc.Clock:
-    """As if a run had done these alone."""
-    return arc.Clock([0.0, matmul_seconds(tokens, dtype)])
+def matmuls(steps: Sequence[Sequence[Example]], dtype: torch.dtype) -> arc.Clock:
+    """As if the steps were nothing but their matrix products, forward and back to the activations.
 
-
-def matmul_seconds(tokens: int, dtype: torch.dtype) -> float:
-    """The matrix products of GPT-2 small that so many tokens need, forward and back to the activations, and no more.
-
-    The logits are left out: at answer tokens alone they are a few per cent.
+    Each layer has weights of its own, as in a step, where none is found in a cache.
     """
-    rows, width = 256, 768
-    total = 0.0
-    for inputs, outputs in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
-        x = torch.randn(rows, inputs).to(dtype)
-        g, w = torch.randn(rows, outputs).to(dtype), torch.randn(inputs, outputs).to(dtype)
-        laps = []
-        for _ in range(20):
-            start = time.perf_counter()
-            torch.mm(x, w)
-            torch.mm(g, w.t())
-            laps.append(time.perf_counter() - start)
-        total += median(laps)
-    return total * LAYERS * tokens / rows
+    clock = arc.Clock()
+    layers = [[torch.randn(shape).to(dtype) for shape in PRODUCTS] for _ in range(LAYERS)]
+    head = torch.randn(WIDTH, VOCABULARY).to(dtype)
+    for step in steps:
+        tokens = sum(len(example.input_ids) for example in step)
+        inputs = {width: torch.randn(tokens, width).to(dtype) for shape in PRODUCTS for width in shape}
+        answers = inputs[WIDTH][: sum(example.answer_tokens for example in step)]
+        for weights in layers:
+            for weight in weights:
+                torch.mm(inputs[weight.shape[0]], weight)
+        torch.mm(torch.mm(answers, head), head.t())
+        for weights in reversed(layers):
+            for weight in reversed(weights):
+                torch.mm(inputs[weight.shape[1]], weight.t())
+        clock.step({})
+    return clock
