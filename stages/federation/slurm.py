@@ -165,8 +165,6 @@ def _settings(workspace: Workspace, flags: Mapping[str, object]) -> Slurm:
 
 def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes: int) -> dict[str, str]:
     """The text of each script that this federation needs."""
-    from jinja2 import Environment, StrictUndefined
-
     agreement = workspace.agreement
     federation, is_secure = agreement.federation, agreement.aggregation.is_secure
     in_public = federation.learns_in_public
@@ -208,15 +206,20 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
         "submit.sh": True,
     }
     brief = BRIEF if agreement.aggregation.gate is not None else (*BRIEF, "average")
-    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False)
-    source = importlib.resources.files("workspace_template") / "slurm"
     return {
-        name: environment.from_string((source / name).read_text()).render(
-            values, directives=_directives(settings, name.partition(".")[0], processes, brief)
-        )
+        name: rendered(name, values | {"directives": _directives(settings, name.partition(".")[0], processes, brief)})
         for name, is_wanted in wanted.items()
         if is_wanted
     }
+
+
+def rendered(name: str, values: Mapping[str, object]) -> str:
+    """A script of the template's, filled in."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False)
+    source = importlib.resources.files("workspace_template") / "slurm"
+    return environment.from_string((source / name).read_text()).render(values)
 
 
 def _directives(settings: Slurm, script: str, processes: int, brief: Collection[str]) -> list[str]:
