@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from stages.bases import one_tokenizer
 from stages.federation.job import Chain
 from stages.federation.jobs import base_subjects, chain, server_subjects
 from stages.files import writing
@@ -50,6 +51,7 @@ def slurm(
     replace a script that was changed.
     """
     _check_party(workspace, only)
+    one_tokenizer.check(workspace)
     settings = _settings(workspace, flags or {})
     contents = _scripts(workspace, settings, only, processes or workspace.machine.processes or 1)
     for name, content in contents.items():
@@ -78,6 +80,7 @@ def jobs(workspace: Workspace, *, only: str | None = None, window: int | None = 
     if not parties:
         mend = f"`{Command('status')}` names what is missing; in a simulation, `{PREPARE}` makes it"
         raise NotReady(f"{only or 'every party'} has no data here", where=workspace.private, mend=mend)
+    one_tokenizer.check(workspace)
     if workspace.agreement.aggregation.is_secure:
         _check_enrolled(workspace, parties)
     reader = Reader(workspace, verify=False)
