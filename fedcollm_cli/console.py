@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.runtime.errors import Problem
-from stages.runtime.events import Event
+from stages.runtime.events import SECONDS_LEFT, Event
 from stages.runtime.texts import Lines, printable, shown
 
 PLAIN_INTERVAL_S = 10.0
@@ -100,7 +100,8 @@ class Console:
             case "round":
                 self._end_stage()
                 self._round = event.text
-                self._err.print(event.text, style="bold")
+                left = event.values.get(SECONDS_LEFT)
+                self._err.print(event.text + (f", about {duration(left)} left" if left else ""), style="bold")
             case "stage":
                 self._end_stage()
                 self._begin_stage(event.text)
@@ -167,6 +168,14 @@ class Console:
         if self._progress:
             self._progress.stop()
         self._err.print(text)
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that it is planned in."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _printable(value: Any) -> Any:

@@ -19,8 +19,8 @@ before it:
 
     runtime       what a stage says and hears            files         files that are whole or absent
     paper         the paper as data                      workspace     layout, names, settings, task files, init
-    parties       keys, roster, vault, signatures        data          rows, questions, prepare
-    bases         base models on disk                    artefacts     manifests, adapters, records, checkpoints
+    parties       keys, roster, vault, signatures        bases         base models on disk
+    data          rows, questions, prepare               artefacts     manifests, adapters, records, checkpoints
     accounting    what privacy was spent                 exchange      pack, unpack, what travels
     progress      how far a federation is, status        models        base models and adapters, loaded
     secagg        secure aggregation, a channel          study         federations side by side

@@ -21,7 +21,7 @@ from stages.workspace import names
 from stages.workspace.paths import Workspace
 
 STAGES = ROOT / "stages"
-GROUND = ("runtime", "paper", "files", "workspace", "parties", "data", "bases", "artefacts", "accounting")
+GROUND = ("runtime", "paper", "files", "workspace", "parties", "bases", "data", "artefacts", "accounting")
 ABOVE = (
     "exchange",
     "progress",

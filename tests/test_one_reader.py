@@ -33,6 +33,7 @@ REASONS = {
     "stages/report/page.py": "the page's template, in the package",
     "stages/paper/reported.py": "the paper's tables, in the package",
     "stages/workspace/init.py": "the workspace's template, in the package; a workspace to be made",
+    "stages/workspace/shipped_tasks.py": "lm-eval's own task files, in its package",
     "stages/federation/slurm.py": "its scripts' templates, in the package; scripts that it wrote earlier",
     "stages/exchange/pack.py": "the bundle that is already in the place of the one to write",
     "stages/artefacts/checkpoints.py": "checkpoints of one's own, and the notes beside them",

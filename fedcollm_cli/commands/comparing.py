@@ -34,6 +34,9 @@ def compare(
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
     collect: Annotated[bool, typer.Option("--collect", help="With --seeds: run nothing, read what is there.")] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="With --seeds: run nothing here, write job scripts and slurm/compare.sh.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --seeds: run everything again, as the settings are now.")
     ] = False,
@@ -50,15 +53,32 @@ def compare(
     With FedMKT that is FedMKT minus standalone-public. Where clients have models of their own, each has rows of its
     own, and methods that average are left out.
 
+    With --slurm, each method and seed gets job scripts in its own folder, as `fedcollm slurm` writes them. Then
+    slurm/compare.sh submits all of them, a chain of jobs for each, and --collect prints the tables when they are done.
+
     Example: fedcollm compare --seeds 1,2,3
     """
     from stages.federation.compare import compare as stage
+    from stages.federation.compare import spread_all
 
     if opened.console.as_json + as_markdown + as_csv > 1:
         raise UsageProblem("--json, --markdown and --csv exclude each other", mend="give one of them")
     if overwrite and (collect or seeds is None):
         mend = Command("compare", seeds="1,2,3", overwrite=True)
         raise UsageProblem("--overwrite is for what --seeds runs", mend=mend)
+    if slurm:
+        wanted = _seeds(seeds)
+        if wanted is None or collect:
+            raise UsageProblem("--slurm is for what --seeds runs", mend=Command("compare", seeds="1,2,3", slurm=True))
+        script = spread_all(
+            opened.workspace,
+            seeds=wanted,
+            methods=_methods(methods),
+            overwrite=overwrite,
+            report=opened.console.report,
+        )
+        opened.console.result([opened.workspace.shown(script)], opened.workspace.shown(script))
+        return
     found = stage(
         opened.workspace,
         seeds=_seeds(seeds),
@@ -81,6 +101,10 @@ def sweep(
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="Run nothing, read what is there.")] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Run nothing here: write job scripts, and slurm/sweep.sh that submits them.")
+    ] = False,
     opened: Session,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run everything again, as the settings are now.")
@@ -92,16 +116,26 @@ def sweep(
     scores, and each difference from the first. With several values of federation.seed, it prints means over seeds and
     95 % intervals. What is done already is not done again.
 
+    With --slurm, each combination gets job scripts in its own folder, as `fedcollm slurm` writes them. Then
+    slurm/sweep.sh submits all of them, a chain of jobs for each, and --collect prints the table when they are done.
+
     Example: fedcollm sweep --set distillation.lambda_slm=0,0.5,1 --set federation.seed=1,2,3
     """
-    from stages.federation.sweep import parse_setting
+    from stages.federation.sweep import parse_setting, spread_out
     from stages.federation.sweep import sweep as stage
 
     settings = [parse_setting(text) for text in set_ or []]
     grid = dict(settings)
     if len(grid) < len(settings):
         raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
-    found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
+    report = opened.console.report
+    if collect and (overwrite or slurm):
+        raise UsageProblem("--collect runs nothing", mend="give it without --overwrite and --slurm")
+    if slurm:
+        script = opened.workspace.shown(spread_out(opened.workspace, grid=grid, overwrite=overwrite, report=report))
+        opened.console.result([script], script)
+        return
+    found = stage(opened.workspace, grid=grid, metric=metric, collect=collect, overwrite=overwrite, report=report)
     swept = tables.swept(found)
     as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found.remarks], "\n\n")
     as_tables = Group(*(sheet.drawn() for sheet in swept), *found.remarks)

@@ -16,7 +16,7 @@ from stages.runtime.errors import UsageProblem
 from stages.workspace.commands import Command
 
 
-@in_workspace("device", "dtype")
+@in_workspace("quiet", "device", "dtype")
 def plan(
     *,
     length: Annotated[
@@ -37,7 +37,7 @@ def plan(
     """
     from stages.planning.plan import plan as stage
 
-    found = stage(opened.workspace, length=length)
+    found = stage(opened.workspace, length=length, report=opened.console.report)
     opened.console.result(asdict(found), plan_of(found))
 
 

@@ -21,8 +21,8 @@ MOST_COLUMNS = 6
 MOST_LISTED = 8
 """How many clients a table lists one by one; more are summed up."""
 LEFT_OUT = (
-    "not counted: the libraries themselves, the allocator's slack, reading the weights at the start, lm-eval's texts "
-    "and questions longer than the rows; transient is on the high side, and batches of shorter rows take less"
+    "not counted: the libraries themselves, the allocator's slack, reading the weights at the start and lm-eval's "
+    "texts; transient is on the high side, and batches of shorter rows take less"
 )
 
 
@@ -48,10 +48,14 @@ def _table(*columns: str, left: tuple[str, ...] = (), title: str | None = None) 
 
 def plan_of(found: Plan) -> Group:
     """A plan as tables: what is missing, the models, the stages, memory, and what travels."""
-    models = _table("model", "role", "parameters", "adapter", "stored", "computes in", left=("model", "role"))
-    for one in found.models:
+    models = _table("role", "parameters", "adapter", "stored", "held in", "computes in", left=("role",))
+    names = []
+    for number, one in enumerate(found.models, 1):
         stored = shown(one.stored_bytes) if one.stored_bytes else "?"
-        models.add_row(one.model, one.role, f"{one.parameters:,}", f"{one.adapter_parameters:,}", stored, one.dtype)
+        is_only = sum(other.role == one.role for other in found.models) == 1
+        name = one.role if is_only else f"{one.role} {number}"
+        models.add_row(name, f"{one.parameters:,}", f"{one.adapter_parameters:,}", stored, one.held_in, one.dtype)
+        names.append(f"{name}: {one.model}; its adapter is on {', '.join(one.modules)}")
     stages = _table("stage", "where", "rows", "steps", "largest batch", left=("stage", "where"))
     for stage in found.stages:
         trains = stage.answers is not None
@@ -64,10 +68,12 @@ def plan_of(found: Plan) -> Group:
     lines += _travel(found)
     if any(stage.answers and not stage.rows for stage in found.stages):
         lines.append("?: no rows here to count; the batch is of rows of max_length, or as --length says")
+    if found.is_to_be_dealt:
+        lines.append(f"rows: as `{Command('prepare')}` will deal them; it has not been given yet")
     lines += [texts.lines([f"missing here: {one.what}", f"  mend  {one.mend}"]) for one in found.missing] or [
         "nothing is missing here"
     ]
-    return Group(models, stages, _memory(found), *lines)
+    return Group(models, *names, stages, _memory(found), *lines)
 
 
 def _range(counts: tuple[int, int] | None) -> str:

@@ -120,17 +120,30 @@ def status(found: Status, workspace: Path | None) -> str:
     lines += [f"changed since it was written: {one}" for one in found.changed]
     if found.not_covered:
         lines.append(f"not covered: {found.not_covered}")
-    if found.next_command:
+    if found.unfit:
+        lines.append(f"cannot go on: {found.unfit}")
+    elif found.next_command:
         only = ", only where all parties have agreed on the edit" if found.edited else ""
         lines.append(f"next{only}: {found.next_command.also(workspace=workspace)}")
     elif found.waiting_for:
         lines.append(f"waiting for {found.waiting_for}")
     else:
         is_done = all(round.is_done for round in found.rounds)
-        is_scored = all(score.condition == "done" for score in found.scores if "client" not in score.name)
-        everything = "everything is done" + ("" if is_scored else f" but scores, which `{Command('evaluate')}` makes")
-        lines.append(everything if is_done else "this machine's part is done")
+        lines.append(_everything(found, workspace) if is_done else "this machine's part is done")
     return texts.lines(lines)
+
+
+def _everything(found: Status, workspace: Path | None) -> str:
+    """That all rounds are done, and which scores are not."""
+    if not found.scores:
+        return "everything is done; nothing is scored: neither evaluation.tasks nor data.tasks names a task"
+    absent = [score for score in found.scores if score.condition != "done"]
+    if not absent:
+        return "everything is done"
+    names = [score.name for score in absent[:MOST_NAMED]]
+    more = f" and {len(absent) - MOST_NAMED} more" if len(absent) > MOST_NAMED else ""
+    first = absent[0].command.also(workspace=workspace)
+    return f"everything is done but scores: {', '.join(names)}{more}; `{first}`{' and so on' if absent[1:] else ''}"
 
 
 def _kind(step: Step) -> str:

@@ -226,6 +226,9 @@ def notes(found: Comparison) -> list[str]:
         + f"; {last.questions} questions, themselves a sample: ± {100 * last.binomial:.1f}",
         *found.remarks,
     ]
+    lines.append(
+        "examples: a row counts each time it is trained on, and the last step of a stage is filled up with rows"
+    )
     if "fedavg-aux" in rows:
         lines.append("FedAvg + D^a: the server trains both models on the auxiliary data, without distillation")
     if "standalone-public" in found.methods:

@@ -83,13 +83,26 @@ def check_config(content: bytes, path: Path, lora: Lora) -> None:
         value = reading.parse_json(content)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} is not valid JSON: {error}", where=path, mend=reading.FOLDER_AGAIN) from None
-    modules = lora.target_modules or [str(name) for name in value.get("target_modules") or []]
+    named = value.get("target_modules")
+    modules = lora.target_modules or [str(name) for name in (named if isinstance(named, list) else [])]
     flag = bool(value.get("fan_in_fan_out"))
     expected = _config(lora, modules, flag)
     for key in sorted(value.keys() | expected.keys()):
         if value.get(key) != expected.get(key):
             message = f"{path.name} says {key} = {value.get(key)!r}, the agreement says {expected.get(key)!r}"
             raise Damaged(message, where=path, mend=reading.FOLDER_AGAIN)
+
+
+def modules_of(artefact: Artefact) -> list[str]:
+    """The layers that a folder's adapter is for: as agreed, or as its adapter_config.json says where PEFT chose them.
+
+    Raises Damaged as check_config does.
+    """
+    if agreed := artefact.manifest.lora.target_modules:
+        return agreed
+    content = artefact.contents[ADAPTER_CONFIG]
+    check_config(content, artefact.path / ADAPTER_CONFIG, artefact.manifest.lora)
+    return [str(name) for name in reading.parse_json(content)["target_modules"]]
 
 
 def check_layout(found: Layout, expected: Layout, path: Path, whose: str) -> None:

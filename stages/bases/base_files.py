@@ -100,7 +100,7 @@ def check_tokenizer_files(folder: Path, whose: str) -> None:
 
 def tokens_of(folder: Path) -> set[str]:
     """The tokens that a tokenizer's own files hold, without those that transformers adds for lack of them."""
-    whole, settings, added = (_table_of(folder / name) for name in TOKENIZER_SETTINGS[:3])
+    whole, settings, added = (table_of(folder / name) for name in TOKENIZER_SETTINGS[:3])
     model = whole.get("model")
     words = model.get("vocab") if isinstance(model, dict) else None
     found: set[Any] = {*added}
@@ -109,13 +109,14 @@ def tokens_of(folder: Path) -> set[str]:
     elif isinstance(words, list):  # [token, score] each
         found |= {pair[0] for pair in words if isinstance(pair, list) and pair and isinstance(pair[0], str)}
     if not whole:
-        found |= _table_of(folder / "vocab.json").keys()
+        found |= table_of(folder / "vocab.json").keys()
     more, decoder = whole.get("added_tokens"), settings.get("added_tokens_decoder")
     listed = [*(more if isinstance(more, list) else ()), *(decoder.values() if isinstance(decoder, dict) else ())]
     return found | {str(one.get("content")) for one in listed if isinstance(one, dict)}
 
 
-def _table_of(path: Path) -> dict[str, Any]:
+def table_of(path: Path) -> dict[str, Any]:
+    """A JSON file of names and values; empty where it is not there. Raises UsageProblem and Damaged."""
     return _table(path, "the model") if path.is_file() else {}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from stages.bases import one_tokenizer
 from stages.data.rows import Row, read_rows, rows_bytes, warn_of_spacing
 from stages.data.split_file import Share, Split
 from stages.files import reading, writing
@@ -25,15 +26,23 @@ def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = i
     """Split the dataset of the agreement. Returns what split.json says: sources, duplicates, rows and labels per party.
 
     No row lands in two places: rows that occur twice are used once. Rows whose prompt is also a test prompt are
-    counted, not removed. Data that is already there is never replaced unless overwrite says so.
+    counted, not removed. Data that is already there is never replaced unless overwrite says so. Raises UsageProblem for
+    two models that the method could not train together.
     """
-    data = workspace.agreement.data
     report(Event("stage", "prepare"))
     if workspace.machine.simulation is False:
         message = "prepare deals public rows to all parties of a simulation; machine.toml says that this is none"
         raise Refused(
             message, where=workspace.root / MACHINE, mend="put the party's own rows in their place; see status"
         )
+    one_tokenizer.check(workspace)
+    parties, summary = dealt(workspace, report)
+    return _publish(workspace, parties, summary, overwrite, report)
+
+
+def dealt(workspace: Workspace, report: Report = ignore) -> tuple[dict[Path, list[Row]], Split]:
+    """The rows of each file that prepare writes, and what split.json says of them; nothing is written."""
+    data = workspace.agreement.data
     if bool(data.tasks) == bool(data.files):
         mend = "list lm-eval tasks or JSONL files there; parties with their own data skip prepare"
         raise UsageProblem(
@@ -44,8 +53,7 @@ def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = i
     else:
         rows, test = [row for name in data.files for row in _from_file(workspace, name)], None
     warn_of_spacing(rows, report)
-    parties, summary = _divide(workspace, rows, test)
-    return _publish(workspace, parties, summary, overwrite, report)
+    return _divide(workspace, rows, test)
 
 
 def _from_tasks(workspace: Workspace, report: Report) -> tuple[list[Row], set[str]]:

@@ -278,9 +278,8 @@ class Extent:
     longest_answer: int | None = None
 
 
-def extent(paths: Iterable[Path], tokenizer: Tokenizer | None, *, unlabelled: bool = False) -> Extent | None:
-    """The extent of the files that are there; None if there is none of them. Raises Damaged as read_rows does."""
-    found = [read_rows(path, unlabelled=unlabelled)[0] for path in paths if path.exists()]
+def extent_of(found: Sequence[Sequence[Row]], tokenizer: Tokenizer | None) -> Extent | None:
+    """The extent of these parties' rows; None if there is no party."""
     if not found:
         return None
     fewest, most = min(map(len, found)), max(map(len, found))

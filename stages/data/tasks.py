@@ -1,7 +1,7 @@
 """lm-eval's tasks: where prompts for training come from and what evaluation scores.
 
 A task file in the workspace's tasks/ comes first, by its name or its file's; lm-eval's own tasks are read only when a
-name is not found there, since indexing them takes long. Relative data_files are meant from the workspace.
+name is not found there, since that takes seconds. Relative data_files are meant from the workspace.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stages.parties.agreed import check_tasks
 from stages.runtime import quiet
 from stages.runtime.errors import NotReady, UsageProblem
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace import task_data, task_files
+from stages.workspace import shipped_tasks, task_data, task_files
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
@@ -80,8 +80,8 @@ def _load(workspace: Workspace, names: list[str], above: tuple[str, ...] = ()) -
     local = TaskManager(include_path=str(workspace.tasks), include_defaults=False)
     tasks: list[ConfigurableTask] = []
     for name in names:
-        manager = local if name in local.all_tasks else task_files.shipped()
-        if name not in manager.all_tasks:
+        manager = local if name in local.task_index else shipped_tasks.manager_of(name)
+        if manager is None:
             known = ", ".join(map(str, local.all_tasks)) or "none"
             mend = f"known in this workspace: {known}; or put a task file in {workspace.shown(workspace.tasks)}/"
             raise UsageProblem(f"no task named {name!r}, here or in lm-eval", where=workspace.tasks, mend=mend)

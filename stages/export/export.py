@@ -18,6 +18,7 @@ from stages.bases.base_names import hub_id, name_of
 from stages.export.made_folders import Entry, already_made, digests
 from stages.export.model_card import model_card
 from stages.files import reading, writing
+from stages.runtime import quiet
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MODEL_CARD
 from stages.workspace.paths import Workspace
@@ -93,11 +94,13 @@ def export(
     shown = workspace.shown(target)
     if done := already_made(target, what, shown, record=EXPORT, made="exported", overwrite=overwrite):
         report(Event("note", "already done"))
+        _tell_loss(done["proof"], report)
         return cast(Export, done)
     with writing.publishing(target) as draft:
         if not merged:
             _write_adapter(draft, adapter, base_model, revision)
-        proof = _write_and_prove(draft, workspace, role, adapter, merged=merged)
+        with quiet.libraries():
+            proof = _write_and_prove(draft, workspace, role, adapter, merged=merged)
         (draft / MODEL_CARD).write_bytes(card)
         made: Export = {**what, "proof": proof, "files": digests(draft), "versions": versions()}
         (draft / EXPORT).write_bytes(reading.json_bytes(made))
@@ -105,7 +108,15 @@ def export(
     if base_model is None:
         report(Event("note", f"its base has no name that others know: it was tuned on {name_of(workspace, role)}"))
     report(Event("note", f"loaded back, its logits are those of base and adapter: {words}"))
+    _tell_loss(proof, report)
     return made
+
+
+def _tell_loss(proof: Proof, report: Report) -> None:
+    from stages.export import exported
+
+    if lost := exported.loss(proof):
+        report(Event("warning", lost))
 
 
 def _write_adapter(draft: Path, adapter: Artefact, base_model: str | None, revision: str | None) -> None:

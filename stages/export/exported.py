@@ -31,6 +31,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far logits may be off, as a share of the largest one. Merging in float32 rounds, about 1e-6 of it; in 16 bits
 every merged weight is stored with an error of up to 2^-11 (float16) or 2^-8 (bfloat16) of itself, layer after layer."""
 
+MUCH_LOST = 0.2
+"""The share of what tuning changed in the logits above which an export's error is told; above a half it is refused."""
+
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*"),
@@ -187,6 +190,18 @@ def check_logits(found: PeftModel | PreTrainedModel, expected: Reference, dtype:
         message = f"{stored} does not keep what was tuned: logits off by {error:.3g}, moved by {change:.3g}"
         raise BadNumbers(message, mend="export the adapter, without --merged: it stays float32")
     return {"error": error, "change": change, "scale": scale, "stored_dtype": stored}
+
+
+def loss(proof: Proof) -> str:
+    """What to say of an export that keeps a good part of what was tuned, but not all; empty if it keeps it."""
+    share = proof["error"] / proof["change"]
+    if share <= MUCH_LOST:
+        return ""
+    return (
+        f"stored in {proof['stored_dtype']}, its logits are off by up to {share:.0%} of what tuning changed in them: "
+        "answers that were close can turn out otherwise than in this federation's scores. Score this folder before you "
+        "hand it on, or export the adapter, without --merged: that keeps all of it"
+    )
 
 
 def largest_difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:

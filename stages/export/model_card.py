@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.artefacts.adapter_files import modules_of
 from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.records import TaskScores, is_of_base, read_result
@@ -75,6 +76,7 @@ def model_card(
         manifest=manifest,
         agreement=workspace.agreement,
         subject=subject,
+        modules=modules_of(adapter),
         merged=merged,
         base_model=base_model,
         revision=revision,

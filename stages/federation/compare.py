@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.evaluate import evaluate
 from stages.federation.run import derived, run, score_bases
-from stages.runtime.events import Event, Report, ignore
+from stages.federation.time_left import TimeLeft, rounds_to_make
+from stages.runtime.events import Report, ignore
 from stages.study import comparison
-from stages.workspace.agreement import Method
+from stages.workspace.agreement import Federation, Method
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
@@ -61,13 +63,69 @@ def run_all(
     for method in set(methods) - {workspace.agreement.federation.method}:
         variants.baseline(workspace, method)  # what this workspace cannot have is refused before hours of work
     models = models or Models(workspace)
+    if any(Federation(name="x", method=method).distils for method in methods):
+        models.check_both()
     score_bases(workspace, partial(evaluate, workspace, models=models, report=report))
+    in_order = _in_order(workspace, methods)
+    places = [_place(workspace, seed, method) for seed in seeds for method in in_order]
+    to_make = [rounds_to_make(place, workspace, overwrite=overwrite) for place in places]
+    left = TimeLeft(list(zip(in_order * len(seeds), to_make, strict=True)), report)
+    for number, seed in enumerate(seeds):
+        own = _of_seed(workspace, seed, seeds, overwrite=overwrite, report=report)
+        for place, method in enumerate(in_order, number * len(in_order) + 1):
+            left.begin(f"{place} of {len(places)}: {method}, seed {seed}")
+            run(own, method=method, overwrite=overwrite, models=models.of(own), report=left.report)
+            left.end()
+
+
+def spread_all(
+    workspace: Workspace,
+    *,
+    seeds: Sequence[int],
+    methods: Sequence[Method] | None = None,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> Path:
+    """Write job scripts for every method from every seed, and one that submits them all. Returns that one's path."""
+    from stages.federation.spread import spread
+    from stages.study import table_rows, variants
+
+    comparison.check_no_baseline(workspace)
+    wanted = list(methods or table_rows.methods_of(workspace))
+    found = []
     for seed in seeds:
-        own = workspace
-        if seed != workspace.agreement.federation.seed:
-            made_by = Command("compare", seeds=",".join(map(str, seeds)))
-            replica = variants.replica(workspace, seed)
-            own = derived(workspace, *replica, made_by=made_by, overwrite=overwrite, report=report)
-        for method in sorted(methods, key=lambda one: one != own.agreement.federation.method):  # on whose budgets
-            report(Event("round", f"{method}, seed {seed}"))
-            run(own, method=method, overwrite=overwrite, models=models.of(own), report=report)
+        own = _of_seed(workspace, seed, seeds, overwrite=overwrite, report=report)
+        for method in _in_order(workspace, wanted):
+            if method == own.agreement.federation.method:
+                found.append(own)
+                continue
+            made_by = Command("run", method=method)
+            baseline = variants.baseline(own, method)
+            found.append(derived(own, *baseline, made_by=made_by, overwrite=overwrite, report=report))
+    told_by = Command(
+        "compare", seeds=",".join(map(str, seeds)), methods=",".join(methods) if methods else None, collect=True
+    )
+    return spread(workspace, found, study="compare", collected_by=told_by, report=report)
+
+
+def _in_order(workspace: Workspace, methods: Sequence[Method]) -> list[Method]:
+    """The workspace's own first, on whose budgets others may rest."""
+    return sorted(methods, key=lambda one: one != workspace.agreement.federation.method)
+
+
+def _of_seed(workspace: Workspace, seed: int, seeds: Sequence[int], *, overwrite: bool, report: Report) -> Workspace:
+    """The workspace of a seed, made if need be."""
+    from stages.study import variants
+
+    if seed == workspace.agreement.federation.seed:
+        return workspace
+    made_by = Command("compare", seeds=",".join(map(str, seeds)))
+    replica = variants.replica(workspace, seed)
+    return derived(workspace, *replica, made_by=made_by, overwrite=overwrite, report=report)
+
+
+def _place(workspace: Workspace, seed: int, method: Method) -> Path:
+    """Where a method from a seed has its folder, there or not."""
+    federation = workspace.agreement.federation
+    own = workspace if seed == federation.seed else Workspace(workspace.replica(seed))
+    return own.root if method == federation.method else own.baseline(method)

@@ -12,6 +12,7 @@ from typing import Any
 from stages.aggregate import aggregate
 from stages.align_party import align_party
 from stages.artefacts.reading import read_manifest
+from stages.bases import one_tokenizer
 from stages.broadcast import broadcast
 from stages.client_distill import client_distill
 from stages.client_train import client_train
@@ -56,14 +57,16 @@ def next(workspace: Workspace, *, party: str | None = None, report: Report = ign
     """Do the next step of a party, "server" or "client-2", or of any on this machine. Returns its command, if any.
 
     A step that would replace something is left to a person. Raises NotReady naming what the party waits for, Refused
-    under an edited agreement, which no waiting mends, and Held while another process takes the party's step: a cron job
-    that is faster than its steps must not pile up.
+    under an edited agreement and UsageProblem for two models that cannot be trained together, which no waiting mends,
+    and Held while another process takes the party's step: a cron job that is faster than its steps must not pile up.
     """
     found = status(workspace, party=party)
     if found.edited:
         mend = f"undo the edit first; where all parties have agreed on it, `{Command('status')}` names what begins anew"
         raise Refused(found.edited, where=workspace.root / AGREEMENT, mend=mend)
     check_agreement(workspace, party)
+    if found.unfit:
+        one_tokenizer.check(workspace)
     if found.waiting_for:
         mend = f"{Command('status')} shows all of it"
         raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend=mend)

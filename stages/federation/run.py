@@ -23,6 +23,7 @@ from stages.co_distill import co_distill
 from stages.data.prepare import prepare
 from stages.evaluate import evaluate
 from stages.federation.in_public import align_all, round_in_public
+from stages.federation.time_left import TimeLeft
 from stages.parties.agreed import check_agreement
 from stages.parties.enroll import enroll
 from stages.parties.join import join
@@ -77,17 +78,18 @@ def run(
     if federation.distils and not is_derived:
         models.check_both()
     scores = scores and bool(evaluation.tasks or workspace.agreement.data.tasks)
-    score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
 
     if workspace.agreement.aggregation.is_secure:
         _enrol(workspace, renew=overwrite, report=report)
-    if not overwrite:
-        _check_agreement(workspace, rounds[-1])
+    done = set() if overwrite else _check_agreement(workspace, rounds[-1])
+    report = TimeLeft([("", {*rounds} - done)], report).report
+    score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
     results = score_bases(workspace, score) if scores and not is_derived else []
     if federation.learns_in_public:
         align_all(workspace, _here(workspace, rounds[0], overwrite), overwrite=overwrite, report=report)
     for round in rounds:
-        report(Event("round", f"{federation.method}, round {round} of {federation.rounds}"))
+        words = f"{federation.method}, round {round} of {federation.rounds}"
+        report(Event("round", words, step=round, total=federation.rounds))
         _round(workspace, round, overwrite, models, report)
         if scores and federation.distils:
             results += [score(model="slm", round=round), score(model="llm", round=round)]
@@ -131,14 +133,14 @@ def derived(
     return variant
 
 
-def _check_agreement(workspace: Workspace, last: int) -> None:
-    """Raise Refused, before anything is scored, if the rounds so far were made under another agreement."""
+def _check_agreement(workspace: Workspace, last: int) -> set[int]:
+    """The rounds that are done; raises Refused, before anything is scored, for rounds made under another agreement."""
     check_agreement(workspace)
     reader = Reader(workspace, verify=False)
-    for round in range(1, last + 1):
-        reader.round(round)
+    rounds = [reader.round(number) for number in range(1, last + 1)]
     if found := edited(workspace, reader.other_agreements):
         raise Refused(found, where=workspace.root / AGREEMENT, mend=EDITED)
+    return {round.number for round in rounds if round.is_done}
 
 
 def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:

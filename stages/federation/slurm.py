@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from stages.bases import one_tokenizer
 from stages.federation.job import Chain
 from stages.federation.jobs import base_subjects, chain, server_subjects
 from stages.files import writing
@@ -50,6 +51,7 @@ def slurm(
     replace a script that was changed.
     """
     _check_party(workspace, only)
+    one_tokenizer.check(workspace)
     settings = _settings(workspace, flags or {})
     contents = _scripts(workspace, settings, only, processes or workspace.machine.processes or 1)
     for name, content in contents.items():
@@ -78,6 +80,7 @@ def jobs(workspace: Workspace, *, only: str | None = None, window: int | None = 
     if not parties:
         mend = f"`{Command('status')}` names what is missing; in a simulation, `{PREPARE}` makes it"
         raise NotReady(f"{only or 'every party'} has no data here", where=workspace.private, mend=mend)
+    one_tokenizer.check(workspace)
     if workspace.agreement.aggregation.is_secure:
         _check_enrolled(workspace, parties)
     reader = Reader(workspace, verify=False)
@@ -165,8 +168,6 @@ def _settings(workspace: Workspace, flags: Mapping[str, object]) -> Slurm:
 
 def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes: int) -> dict[str, str]:
     """The text of each script that this federation needs."""
-    from jinja2 import Environment, StrictUndefined
-
     agreement = workspace.agreement
     federation, is_secure = agreement.federation, agreement.aggregation.is_secure
     in_public = federation.learns_in_public
@@ -208,15 +209,20 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
         "submit.sh": True,
     }
     brief = BRIEF if agreement.aggregation.gate is not None else (*BRIEF, "average")
-    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False)
-    source = importlib.resources.files("workspace_template") / "slurm"
     return {
-        name: environment.from_string((source / name).read_text()).render(
-            values, directives=_directives(settings, name.partition(".")[0], processes, brief)
-        )
+        name: rendered(name, values | {"directives": _directives(settings, name.partition(".")[0], processes, brief)})
         for name, is_wanted in wanted.items()
         if is_wanted
     }
+
+
+def rendered(name: str, values: Mapping[str, object]) -> str:
+    """A script of the template's, filled in."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False)
+    source = importlib.resources.files("workspace_template") / "slurm"
+    return environment.from_string((source / name).read_text()).render(values)
 
 
 def _directives(settings: Slurm, script: str, processes: int, brief: Collection[str]) -> list[str]:

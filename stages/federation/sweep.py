@@ -12,11 +12,13 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.federation.run import derived, run
+from stages.federation.time_left import TimeLeft, rounds_to_make
 from stages.runtime.errors import UsageProblem
-from stages.runtime.events import Event, Report, ignore
+from stages.runtime.events import Report, ignore
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
@@ -69,6 +71,7 @@ def sweep(
     *,
     grid: Mapping[str, Sequence[Any]],
     metric: str = "acc",
+    collect: bool = False,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
@@ -76,30 +79,17 @@ def sweep(
     """Run every combination and compare their scores after the last round, each with the first.
 
     grid: values by dotted key of fedcollm.toml. A grid over federation.seed gives means and error bars, not rows.
-    Raises UsageProblem, before anything is run, for a combination that is no valid agreement.
+    collect: run nothing, and raise NotReady for what is not there. Raises UsageProblem, before anything is run, for a
+    combination that is no valid agreement, or whose models have two tokenizers.
     """
-    from stages.models.loading import Models
-    from stages.study import variants
-
-    points = _points(workspace, grid)
-    dealt = [key for key in grid if key.startswith("data.") and key != "data.too_long"]
-    if dealt and not workspace.split.exists():
-        mend = f"{Command('prepare')}, if [data] says from what; rows that the parties brought are not dealt"
-        raise UsageProblem(f"{dealt[0]} changes nothing here: prepare has not dealt the rows", mend=mend)
-    made_by = Command("sweep", set=tuple(_words(key, values) for key, values in grid.items()))
-    for settings in points:
-        variants.check(workspace, settings)
     from stages.study.results import remarks
 
-    models = models or Models(workspace)
-    workspaces = []
-    for number, settings in enumerate(points, 1):
-        name = point_name(settings)
-        report(Event("round", f"{number} of {len(points)}: {name}"))
-        place = workspace.sweep_point(name)
-        point = derived(workspace, place, settings, made_by=made_by, overwrite=overwrite, report=report)
-        run(point, overwrite=overwrite, models=models.of(point), report=report)
-        workspaces.append(point)
+    points = _checked(workspace, grid)
+    if collect:
+        workspaces = [_opened(workspace, grid, settings) for settings in points]
+    else:
+        workspaces = _made(workspace, grid, points, overwrite, report)
+        _run(workspace, workspaces, overwrite, models, report)
     studies = _studies(workspace, points, workspaces)
     return Swept(
         metric=metric,
@@ -108,6 +98,74 @@ def sweep(
         rows=_rows(studies, metric),
         remarks=remarks([workspace, *workspaces]),
     )
+
+
+def spread_out(
+    workspace: Workspace, *, grid: Mapping[str, Sequence[Any]], overwrite: bool = False, report: Report = ignore
+) -> Path:
+    """Write job scripts for every combination, and one that submits them all. Returns that one's path.
+
+    Raises as sweep does.
+    """
+    from stages.federation.spread import spread
+
+    points = _made(workspace, grid, _checked(workspace, grid), overwrite, report)
+    told_by = _command(grid).also(collect=True)
+    return spread(workspace, points, study="sweep", collected_by=told_by, report=report)
+
+
+def _checked(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Changes]:
+    """The combinations, each a valid agreement."""
+    from stages.study import variants
+
+    points = _points(workspace, grid)
+    dealt = [key for key in grid if key.startswith("data.") and key != "data.too_long"]
+    if dealt and not workspace.split.exists():
+        mend = f"{Command('prepare')}, if [data] says from what; rows that the parties brought are not dealt"
+        raise UsageProblem(f"{dealt[0]} changes nothing here: prepare has not dealt the rows", mend=mend)
+    for settings in points:
+        variants.check(workspace, settings)
+    return points
+
+
+def _command(grid: Mapping[str, Sequence[Any]]) -> Command:
+    return Command("sweep", set=tuple(_words(key, values) for key, values in grid.items()))
+
+
+def _opened(workspace: Workspace, grid: Mapping[str, Sequence[Any]], settings: Changes) -> Workspace:
+    """The workspace of a combination, which has to be there."""
+    from stages.study import variants
+
+    place = workspace.sweep_point(point_name(settings))
+    return variants.open_variant(workspace, place, settings, made_by=_command(grid))
+
+
+def _made(
+    workspace: Workspace, grid: Mapping[str, Sequence[Any]], points: Sequence[Changes], overwrite: bool, report: Report
+) -> list[Workspace]:
+    """A workspace for each combination, made if it is not there, with its rows."""
+    places = [workspace.sweep_point(point_name(settings)) for settings in points]
+    return [
+        derived(workspace, place, settings, made_by=_command(grid), overwrite=overwrite, report=report)
+        for place, settings in zip(places, points, strict=True)
+    ]
+
+
+def _run(
+    workspace: Workspace, points: Sequence[Workspace], overwrite: bool, models: Models | None, report: Report
+) -> None:
+    """Every step of every combination that is not done."""
+    from stages.models.loading import Models
+
+    models = models or Models(workspace)
+    for point in points:
+        if point.agreement.federation.distils:
+            models.of(point).check_both()
+    left = TimeLeft([("", rounds_to_make(point.root, point, overwrite=overwrite)) for point in points], report)
+    for number, point in enumerate(points, 1):
+        left.begin(f"{number} of {len(points)}: {point.root.name}")
+        run(point, overwrite=overwrite, models=models.of(point), report=left.report)
+        left.end()
 
 
 def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Changes]:

@@ -151,11 +151,21 @@ def as_files(model: PeftModel, lora: Lora) -> dict[str, bytes]:
     check_finite(tensors, "the trained adapter")
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
-    targets = sorted(config.target_modules or [])  # as PEFT resolved them: its defaults filled in
     return {
-        ADAPTER_CONFIG: config_bytes(lora, target_modules=targets, fan_in_fan_out=config.fan_in_fan_out),
+        ADAPTER_CONFIG: config_bytes(lora, target_modules=modules(model), fan_in_fan_out=config.fan_in_fan_out),
         ADAPTER_WEIGHTS: weights_bytes(tensors),
     }
+
+
+def modules(model: PeftModel) -> list[str]:
+    """The names of the layers with an adapter, as PEFT resolved them: its defaults filled in."""
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    named = config.target_modules or []
+    if not isinstance(named, str):
+        return sorted(named)
+    # A pattern, which is PEFT's default for some architectures.
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)})
 
 
 def count(model: PeftModel) -> int:

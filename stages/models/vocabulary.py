@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from stages.bases.one_tokenizer import two_tokenizers, unlike
 from stages.models.identity import PROBE_TEXTS
 from stages.models.tuned import Outline
-from stages.runtime.errors import UsageProblem
-from stages.workspace.commands import Command
 
 
 def check_one_vocabulary(slm: Outline, llm: Outline) -> int:
@@ -15,16 +14,12 @@ def check_one_vocabulary(slm: Outline, llm: Outline) -> int:
     """
     shared = min(slm.vocabulary, llm.vocabulary)
     where = llm.tokenizer.name_or_path
-    made = Command("shear", layers=...)
-    mend = f"mutual distillation needs one tokenizer: take both models from one family, or make a small one by `{made}`"
     theirs = {index: token for token, index in llm.tokenizer.get_vocab().items()}
     ours = {index: token for token, index in slm.tokenizer.get_vocab().items()}
     for index in range(shared):
         if ours.get(index) != theirs.get(index):
-            found = f"{ours.get(index)!r} for the SLM, {theirs.get(index)!r} for the LLM"
-            raise UsageProblem(f"the tokenizers differ: token {index} is {found}", where=where, mend=mend)
+            raise two_tokenizers(index, ours.get(index), theirs.get(index), where=where)
     for text in PROBE_TEXTS:
         if slm.tokenizer.encode(text) != llm.tokenizer.encode(text):
-            message = f"the tokenizers share a vocabulary but split text differently: {text!r}"
-            raise UsageProblem(message, where=where, mend=mend)
+            raise unlike(f"the tokenizers share a vocabulary but split text differently: {text!r}", where)
     return shared

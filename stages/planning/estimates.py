@@ -248,13 +248,15 @@ def aggregate(here: Here) -> StagePlan:
     return StagePlan("aggregate", "server", memory=takes)
 
 
-def evaluate(here: Here, role: Role, rows: Extent | None) -> StagePlan:
-    """What scoring a model will take."""
+def evaluate(here: Here, role: Role, rows: Extent | None, questions: int | None = None) -> StagePlan:
+    """What scoring a model will take. questions: tokens of the longest; if that is not known, as of the longest row."""
     from stages.models import shapes
     from stages.planning import memory
 
     batch = here.workspace.agreement.evaluation.batch_size
     tokens = _length(here, here.workspace.agreement.client_training, rows)
+    if questions and not here.length:
+        tokens = min(questions, longest(here))
     takes = {}
     if shape := here.shapes.get(role):
         step = memory.scoring_step(shape, rows=batch, length=tokens, device=counted_on(here.device))

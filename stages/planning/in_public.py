@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from stages.data.rows import Extent, extent
+from stages.data.rows import Extent
 from stages.planning.estimates import (
     ADAM_BYTES,
     CHECKPOINTS,
@@ -23,6 +23,7 @@ from stages.planning.estimates import (
     trained_stage,
 )
 from stages.planning.knowledge_cost import InPublic, Told
+from stages.planning.rows_ahead import RowsAhead
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import Role
 
@@ -77,11 +78,11 @@ def _side(workspace: Workspace, role: Role, clients: Sequence[int], device: torc
     return Side(role, tuple(clients), Here(workspace, device, shape, length), tokenizer)
 
 
-def stages_of(sides: Sequence[Side]) -> list[StagePlan]:
+def stages_of(sides: Sequence[Side], ahead: RowsAhead) -> list[StagePlan]:
     """What each side does in a round, in the order of the steps."""
     workspace = sides[0].here.workspace
     federation = workspace.agreement.federation
-    private, public = {side: _private(side) for side in sides}, {side: _public(side) for side in sides}
+    private, public = {side: _private(side, ahead) for side in sides}, {side: _public(side, ahead) for side in sides}
     slms, llm = [side for side in sides if side.role == "slm"], sides[-1]
     found = [_of(side, client_train(side.here, private[side])) for side in slms]
     if federation.clients_tell:
@@ -96,7 +97,9 @@ def stages_of(sides: Sequence[Side]) -> list[StagePlan]:
     ]
     if workspace.agreement.averages:
         found.append(aggregate(slms[0].here))
-    return [*found, *(_of(side, evaluate(side.here, side.role, private[side] or public[side])) for side in sides)]
+    rows = {side: private[side] or public[side] for side in sides}
+    asked = {side: ahead.questions(side.tokenizer) for side in sides}
+    return [*found, *(_of(side, evaluate(side.here, side.role, rows[side], asked[side])) for side in sides)]
 
 
 def share_knowledge(here: Here, role: Role, rows: Extent | None) -> StagePlan:
@@ -126,20 +129,21 @@ def _of(side: Side, plan: StagePlan) -> StagePlan:
     return replace(plan, name=f"{plan.name}{number}", party=side.whose)
 
 
-def _private(side: Side) -> Extent | None:
+def _private(side: Side, ahead: RowsAhead) -> Extent | None:
     workspace = side.here.workspace
-    return extent([workspace.client_data(k) for k in side.clients], side.tokenizer)
+    return ahead.extent([workspace.client_data(k) for k in side.clients], side.tokenizer)
 
 
-def _public(side: Side) -> Extent | None:
+def _public(side: Side, ahead: RowsAhead) -> Extent | None:
     """The public rows, of whichever copy is here."""
     workspace = side.here.workspace
     places = [workspace.public_data(party) for party in (*side.clients, None, *workspace.clients)]
-    return extent([place for place in places if place.exists()][:1], side.tokenizer, unlabelled=True)
+    here = [place for place in places if ahead.of(place, unlabelled=True)][:1]
+    return ahead.extent(here, side.tokenizer, unlabelled=True)
 
 
-def refused_rows_of(sides: Sequence[Side]) -> list[Missing]:
-    """The rows here that training would refuse: the first of each file, by whoever reads it."""
+def refused_rows_of(sides: Sequence[Side], ahead: RowsAhead) -> list[Missing]:
+    """The rows that training would refuse: the first of each file, by whoever reads it."""
     from stages.planning.missing import refused_rows
 
     found = []
@@ -149,9 +153,9 @@ def refused_rows_of(sides: Sequence[Side]) -> list[Missing]:
         workspace, context = side.here.workspace, longest(side.here)
         agreement = workspace.agreement
         for place in map(workspace.client_data, side.clients):
-            found += refused_rows(workspace, place, side.tokenizer, agreement.client_training, context)
+            found += refused_rows(ahead, place, side.tokenizer, agreement.client_training, context)
         for place in map(workspace.public_data, side.clients or [None]):
-            found += refused_rows(workspace, place, side.tokenizer, agreement.distillation, context, unlabelled=True)
+            found += refused_rows(ahead, place, side.tokenizer, agreement.distillation, context, unlabelled=True)
     return found
 
 

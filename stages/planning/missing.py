@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.bases import base_files, base_folders
-from stages.data.rows import Tokenizer, encode, read_rows
+from stages.data.rows import Tokenizer, encode
+from stages.planning.rows_ahead import RowsAhead
 from stages.runtime.errors import Damaged, Problem
 from stages.workspace.budgets import Budget
 from stages.workspace.commands import Command
@@ -52,15 +53,15 @@ def missing_model(view: Workspace, role: Role) -> list[Missing]:
 
 
 def refused_rows(
-    workspace: Workspace, path: Path, tokenizer: Tokenizer, budget: Budget, context: int, *, unlabelled: bool = False
+    ahead: RowsAhead, path: Path, tokenizer: Tokenizer, budget: Budget, context: int, *, unlabelled: bool = False
 ) -> list[Missing]:
-    """The first row of a file that training on it would refuse; none if the file is not here.
+    """The first row of a file that training on it would refuse; none if the file is neither here nor to be dealt.
 
     context: of the model that reads them. unlabelled: whether rows without a completion may be among them.
     """
-    if not path.exists():
+    workspace, rows = ahead.workspace, ahead.of(path, unlabelled=unlabelled)
+    if not rows:
         return []
-    rows = read_rows(path, unlabelled=unlabelled)[0]
     limits = {"max_length": budget.max_length, "context": context}
     try:
         encode(rows, tokenizer, **limits, too_long=workspace.agreement.data.too_long, path=path)

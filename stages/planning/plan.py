@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stages.bases import base_files, base_folders
 from stages.bases.base_names import name_of
-from stages.data.rows import extent
+from stages.planning.rows_ahead import RowsAhead
 from stages.runtime.errors import NotReady, UsageProblem
+from stages.runtime.events import Event, Report, ignore
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES, Role
 
@@ -37,7 +39,10 @@ from stages.planning.estimates import (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model of the agreement. came_from: where its configuration lies; stored_bytes: on disk, if known."""
+    """A base model of the agreement. came_from: where its configuration lies; stored_bytes: on disk, if known.
+
+    modules: the layers with an adapter. held_in: how the base's weights lie in memory, such as float32 or 4bit.
+    """
 
     role: Role
     model: str
@@ -47,6 +52,8 @@ class BaseModel:
     stored_bytes: int | None
     came_from: str
     dtype: str
+    modules: list[str]
+    held_in: str
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Plan:
     two_phases: co-distill's, of the LLM, since the SLM takes less: capture and train.
     sent: bytes that a client, and the server, sends in a round; each receives as many. Of models that learn on public
     rows: what each client tells and is told, in a round and once. disk: bytes by part, of all
-    rounds and parties in one folder.
+    rounds and parties in one folder. is_to_be_dealt: whether the rows are those that prepare would deal.
     """
 
     device: str
@@ -68,9 +75,10 @@ class Plan:
     sent: Mapping[str, int]
     disk: Mapping[str, int]
     missing: list[Missing]
+    is_to_be_dealt: bool
 
 
-def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
+def plan(workspace: Workspace, *, length: int | None = None, report: Report = ignore) -> Plan:
     """What lies ahead. length: plan for rows of so many tokens, instead of the longest row here or max_length.
 
     Raises UsageProblem where the settings ask for what cannot be: a device, target modules, a configuration, two models
@@ -81,10 +89,12 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
     from stages.planning.missing import missing
 
     device = devices.device_of(workspace.machine)
+    ahead = RowsAhead(workspace)
     if workspace.agreement.federation.learns_in_public:
-        return _in_public(workspace, device, length)
+        return _in_public(ahead, device, length, report)
     found: dict[Role, Shape] = {}
     for role in ROLES:
+        report(Event("stage", f"the shape of the {role.upper()}"))
         kept_in = devices.precision(workspace, role, device)[1]
         try:
             found[role] = shapes.of_workspace(workspace, role, kept_in)
@@ -96,50 +106,70 @@ def plan(workspace: Workspace, *, length: int | None = None) -> Plan:
     if length is not None and not 2 <= length <= longest(here):
         message = f"rows of {length} tokens: a row has 2 at least, and these models take {longest(here)}"
         raise UsageProblem(message, mend="give another --length, or leave it out")
+    report(Event("stage", "rows and questions"))
     tokenizer = _tokenizer(workspace)
-    clients = extent([workspace.client_data(k) for k in workspace.clients], tokenizer)
-    auxiliary = extent([workspace.auxiliary_data], tokenizer, unlabelled=True)
-    stages = [client_train(here, clients), aggregate(here), co_distill(here, auxiliary)]
+    clients = ahead.extent([workspace.client_data(k) for k in workspace.clients], tokenizer)
+    auxiliary = ahead.extent([workspace.auxiliary_data], tokenizer, unlabelled=True)
+    questions = ahead.questions(tokenizer)
+    absent = [*missing(workspace), *_refused_rows(here, ahead, tokenizer)]
+    report(Event("stage", "memory of each stage"))
+    counted = [
+        partial(client_train, here, clients),
+        partial(aggregate, here),
+        partial(co_distill, here, auxiliary),
+        *(partial(evaluate, here, role, clients or auxiliary, questions) for role in ROLES),
+    ]
+    stages = []
+    for number, count in enumerate(counted, 1):
+        stages.append(count())
+        report(Event("step", step=number, total=len(counted)))
     return Plan(
         str(device),
         len(workspace.clients),
         workspace.agreement.federation.rounds,
         [_base_model(here, role) for role in found],
-        [*stages, *(evaluate(here, role, clients or auxiliary) for role in ROLES)],
+        stages,
         in_two_phases(here, auxiliary),
         _sent(here),
         _disk(here),
-        [*missing(workspace), *_refused_rows(here, tokenizer)],
+        absent,
+        bool(ahead.dealt),
     )
 
 
-def _in_public(workspace: Workspace, device: Any, length: int | None) -> Plan:
+def _in_public(ahead: RowsAhead, device: Any, length: int | None, report: Report) -> Plan:
     """The same where every model trains by itself, in its own memory."""
     from stages.planning import in_public
     from stages.planning.knowledge_cost import knowledge_cost
     from stages.planning.missing import missing
 
+    workspace = ahead.workspace
+    report(Event("stage", "the shape of each model"))
     sides = in_public.sides_of(workspace, device, length)
     context = min(longest(side.here) for side in sides)
     if length is not None and not 2 <= length <= context:
         message = f"rows of {length} tokens: a row has 2 at least, and these models take {context}"
         raise UsageProblem(message, mend="give another --length, or leave it out")
+    report(Event("stage", "rows and questions"))
     told = knowledge_cost(workspace)
+    absent = [*missing(workspace), *in_public.refused_rows_of(sides, ahead)]
+    report(Event("stage", "memory of each stage"))
     return Plan(
         str(device),
         len(workspace.clients),
         workspace.agreement.federation.rounds,
         [_base_model(side.here, side.role) for side in sides if side.here.shapes],
-        in_public.stages_of(sides),
+        in_public.stages_of(sides, ahead),
         [],
         in_public.sent_in(told),
         in_public.disk_of(sides, told),
-        [*missing(workspace), *in_public.refused_rows_of(sides)],
+        absent,
+        bool(ahead.dealt),
     )
 
 
-def _refused_rows(here: Here, tokenizer: Any) -> list[Missing]:
-    """The rows here that training would refuse: the first of each file."""
+def _refused_rows(here: Here, ahead: RowsAhead, tokenizer: Any) -> list[Missing]:
+    """The rows that training would refuse: the first of each file."""
     from stages.planning.missing import refused_rows
 
     if tokenizer is None:
@@ -149,12 +179,10 @@ def _refused_rows(here: Here, tokenizer: Any) -> list[Missing]:
     private = [
         one
         for k in workspace.clients
-        for one in refused_rows(workspace, workspace.client_data(k), tokenizer, agreement.client_training, context)
+        for one in refused_rows(ahead, workspace.client_data(k), tokenizer, agreement.client_training, context)
     ]
     auxiliary = workspace.auxiliary_data
-    return private + refused_rows(
-        workspace, auxiliary, tokenizer, agreement.distillation, longest(here), unlabelled=True
-    )
+    return private + refused_rows(ahead, auxiliary, tokenizer, agreement.distillation, longest(here), unlabelled=True)
 
 
 # --- rows
@@ -172,9 +200,10 @@ def _tokenizer(workspace: Workspace) -> Any:
 
 
 def _base_model(here: Here, role: Role) -> BaseModel:
-    from stages.models import devices, shapes
+    from stages.models import adapters, devices, shapes
 
     shape = here.shapes[role]
+    compute, kept = (str(one).removeprefix("torch.") for one in devices.precision(here.workspace, role, here.device))
     stored = shapes.DTYPE_BYTES.get(shape.stored_dtype or "")
     return BaseModel(
         role,
@@ -184,7 +213,9 @@ def _base_model(here: Here, role: Role) -> BaseModel:
         shapes.file_bytes(shape.layout),
         stored * shape.parameters if stored else None,
         shape.came_from,
-        str(devices.precision(here.workspace, role, here.device)[0]).removeprefix("torch."),
+        compute,
+        adapters.modules(shape.model),
+        shape.quantization or kept,
     )
 
 

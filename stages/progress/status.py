@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from stages.artefacts import records
 from stages.artefacts.reading import Manifests
+from stages.bases import one_tokenizer
 from stages.files import reading
 from stages.parties.enrolment import enrolment, other_tasks
 from stages.parties.names import SERVER, number_of
@@ -21,7 +22,7 @@ from stages.progress import damage, in_public, staleness
 from stages.progress.rounds import Reader
 from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.progress.steps import Round, Step, awaited
-from stages.runtime.errors import Damaged
+from stages.runtime.errors import Damaged, UsageProblem
 from stages.workspace import edits
 from stages.workspace.agreement import threshold
 from stages.workspace.commands import Command
@@ -50,6 +51,8 @@ class Status:
     scores: list[Score] = field(default_factory=list)
     edited: str = ""
     """That the agreement is another than what is here was made under: which keys, and what to do first; or empty."""
+    unfit: str = ""
+    """Why the models here cannot be trained together, so that nothing comes next; or empty."""
     changed: list[str] = field(default_factory=list)
     """With verify: results, logs, rows, checkpoints, keys and secrets that are not as they were written."""
     stale: list[str] = field(default_factory=list)
@@ -97,7 +100,10 @@ def status(
     command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, scores)
     if (others := other_tasks(workspace)) and others not in waiting_for:
         stale.append(others)
-    found = Status(rounds, command, waiting_for, scores, edited(workspace, reader.other_agreements), stale=stale)
+    unfit = "" if all(round.is_done for round in rounds) else _unfit(workspace)
+    command, waiting_for = (None, "") if unfit else (command, waiting_for)
+    told = edited(workspace, reader.other_agreements)
+    found = Status(rounds, command, waiting_for, scores, told, unfit, stale=stale)
     if not verify:
         return found
     faults = (*damage.faults(workspace), *damage.others(workspace))
@@ -114,6 +120,15 @@ def edited(workspace: Workspace, others: Counter[str]) -> str:
     which = edits.since(workspace, digest) or f"in what is not known here, compare its sha256 with {digest}"
     said = f"{AGREEMENT} was edited after {count} had been made under it: {which}"
     return f"{said}. Undo the edit first, or agree on it anew"
+
+
+def _unfit(workspace: Workspace) -> str:
+    """What one_tokenizer.check raises, in words; empty if nothing."""
+    try:
+        one_tokenizer.check(workspace)
+    except UsageProblem as problem:
+        return f"{problem.message}; {problem.mend}"
+    return ""
 
 
 def _next(

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+SECONDS_LEFT = "seconds_left"
+"""Of a round: how long until all is done."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -13,7 +16,8 @@ class Event:
 
     kind: "round" and "stage" open a piece of work named by text; "step" says that step of total is done; "note" and
     "warning" are sentences.
-    values: the numbers of a step, such as {"slm_ft": 2.31}.
+    values: the numbers of a step, such as {"slm_ft": 2.31}; of a round, SECONDS_LEFT, if that can be told.
+    A "round" of a federation has its number as step, of total.
     """
 
     kind: Literal["round", "stage", "step", "note", "warning"]

@@ -56,7 +56,7 @@ class Federation(Settings):
 
 
 class Lora(Settings):
-    """The shape of one adapter. An empty target_modules means PEFT's default for the architecture."""
+    """The shape of one adapter. An empty target_modules means PEFT's default, which adapter_config.json names."""
 
     r: Positive = 8
     alpha: Positive = 16

@@ -106,12 +106,12 @@ def _check_known(names: Sequence[str]) -> None:
     """Raise UsageProblem for a name that no task of lm-eval's has."""
     if not names:
         return
-    from stages.workspace.task_files import shipped
+    from stages.workspace import shipped_tasks
 
-    with quiet.libraries():
-        known = list(shipped().all_tasks)
     for name in names:
-        if name not in known:
+        with quiet.libraries():
+            known = [] if shipped_tasks.manager_of(name) else shipped_tasks.names()
+        if known:
             like = difflib.get_close_matches(name, known, n=3)
             mend = (f"one of {', '.join(like)}? " if like else "") + (
                 f"for a task of your own: leave --task out, write tasks/{name}.yaml and name it in {AGREEMENT}"

@@ -5,21 +5,17 @@ They come from whoever made the agreement, so they are read here first, by a rea
 
 from __future__ import annotations
 
-import functools
 import glob
 import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
 from stages.files import reading
 from stages.runtime.errors import Refused, UsageProblem
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 """Readers of local files that only read; others of `datasets` unpickle, or ask a database."""
@@ -247,11 +243,3 @@ def matches(name: str, home: Path) -> list[Path]:
         return [place]
     found = place.rglob("*") if place.is_dir() else map(Path, glob.iglob(str(place), recursive=True))  # noqa: PTH207
     return sorted(path for path in itertools.islice(found, MOST_FILES + 1) if path.is_file())
-
-
-@functools.cache
-def shipped() -> TaskManager:
-    """lm-eval's own tasks, groups and tags, by name: indexed once, since that takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()

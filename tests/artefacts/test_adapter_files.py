@@ -15,7 +15,7 @@ import safetensors.numpy
 from peft import LoraConfig
 
 from builders import random_adapter
-from stages.artefacts.adapter_files import Layout, config_bytes, layout_of, read_adapter, weights_bytes
+from stages.artefacts.adapter_files import Layout, config_bytes, layout_of, modules_of, read_adapter, weights_bytes
 from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.reading import Artefact
 from stages.runtime.errors import BadNumbers, Damaged, Problem
@@ -234,3 +234,10 @@ def test_peft_reads_the_config_and_no_base_is_named_in_it(tmp_path: Path) -> Non
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (16, 32, 0.1, "none")
     assert set(config.target_modules or []) == {"q_proj", "v_proj"}
     assert config.base_model_name_or_path is None
+
+
+def test_layers_are_those_agreed_or_else_those_of_the_configuration() -> None:
+    assert modules_of(artefact(weights_bytes(TENSORS))) == ["c_attn"]
+    config = json.dumps(CONFIG | {"target_modules": 5}).encode()
+    with pytest.raises(Damaged, match="target_modules = 5, the agreement says"):
+        modules_of(artefact(weights_bytes(TENSORS), config))

@@ -40,7 +40,10 @@ def test_plan_tells_steps_memory_bytes_and_what_is_missing(
     (workspace_folder / "data/test.jsonl").unlink()
     before = published(workspace_folder)
     outcome = fedcollm("plan", "-w", workspace_folder)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.code == 0
+    said = ["the shape of the SLM", "the shape of the LLM", "rows and questions", "memory of each stage"]
+    assert [line.strip().partition("  ")[0] for line in outcome.err.splitlines()] == said
+    assert fedcollm("plan", "--quiet", "-w", workspace_folder).err == ""
     assert cells(outcome.out, "client-train")[:3] == ["each client", "12", "6"]
     assert len(cells(outcome.out, "activations")) == 5
     size = json.loads(fedcollm("plan", "--json", "-w", workspace_folder).out)["sent"]["client"]
@@ -58,6 +61,18 @@ def test_plan_as_json_has_the_same_in_numbers(workspace_folder: Path, fedcollm: 
     assert [one["dtype"] for one in found["models"]] == ["bfloat16", "bfloat16"]
     assert found["stages"][0]["length"] == 20
     assert set(found["stages"][0]["memory"]) >= {"weights", "adapters", "optimiser", "activations", "logits"}
+
+
+def test_plan_names_each_model_whole(
+    workspace_folder: Path, base_models: Path, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    deep = tmp_path / ("models-that-were-copied-from-another-machine-" * 3)
+    deep.symlink_to(base_models)
+    for role in ("slm", "llm"):
+        edit(workspace_folder / "fedcollm.toml", f'"models/{role}"', f'"{deep}/{role}"')
+    out = fedcollm("plan", "-w", workspace_folder).out.replace("\n", "").replace(" ", "")
+    for role in ("slm", "llm"):
+        assert f"{role}:{deep}/{role};itsadapterisonc_attn" in out
 
 
 def test_plan_says_that_nothing_is_missing(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:

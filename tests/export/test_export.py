@@ -194,6 +194,24 @@ def test_merged_weights_too_coarse_for_what_was_tuned_are_not_published(tmp_path
     export(workspace, round=1, client=1)
 
 
+def test_merged_weights_that_lose_a_good_part_of_what_was_tuned_are_published_with_a_warning_each_time(
+    tmp_path: Path, base_models: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    workspace = trained(tmp_path / "study", base_models, "llama", torch.bfloat16)
+    proof = export(workspace, round=1, client=1, merged=True)["proof"]
+    # What is lost by rounding stays nearly the same, what was tuned shrinks with the adapter.
+    scale(tmp_path / "study/exchange/round-0001/client-1", proof["error"] / proof["change"] / 0.3)
+    said: list[Event] = []
+    capfd.readouterr()
+    proof = export(workspace, round=1, client=1, merged=True, overwrite=True, report=said.append)["proof"]
+    assert capfd.readouterr() == ("", ""), "no library says anything"
+    export(workspace, round=1, client=1, merged=True, report=said.append)
+    share = f"{proof['error'] / proof['change']:.0%}"
+    told = [event.text for event in said if event.kind == "warning"]
+    assert told[0].startswith(f"stored in bfloat16, its logits are off by up to {share} of what tuning changed in them")
+    assert told == [told[0]] * 2
+
+
 def test_a_merge_that_forgets_the_adapter_is_not_published(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda model: model.unload())
     with pytest.raises(BadNumbers, match="logits are not those of base and adapter"):

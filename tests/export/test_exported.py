@@ -54,6 +54,16 @@ def test_within_the_tolerance_but_nearer_to_the_base_is_not_the_tuned_model(
         exported.check_logits(found.model, reference, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"), [(0.20, ""), (0.21, "off by up to 21% of what tuning changed"), (0.43, "43%")]
+)
+def test_an_export_that_loses_more_than_a_fifth_of_what_was_tuned_says_so(error: float, said: str) -> None:
+    proof: exported.Proof = {"error": 2 * error, "change": 2.0, "scale": 9.0, "stored_dtype": "bfloat16"}
+    found = exported.loss(proof)
+    assert said in found
+    assert bool(said) == bool(found) == ("export the adapter, without --merged" in found)
+
+
 def test_nan_is_not_the_tuned_model(expected: tuple[Any, exported.Reference]) -> None:
     found, reference = expected
     with torch.no_grad():

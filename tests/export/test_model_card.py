@@ -48,7 +48,7 @@ def test_a_card_gives_the_training_the_losses_and_the_hashes(finished: Path) -> 
     card = card_of(finished, "llm")
     assert "| round | 2 of 2 |" in card
     assert "| clients | 3 |" in card
-    assert "| LoRA | r 4, alpha 8, dropout 0.0, on PEFT's default modules |" in card
+    assert "| LoRA | r 4, alpha 8, dropout 0.0, on c_attn, PEFT's default for this architecture |" in card
     assert f"| parameters of the adapter | {manifest.parameters} |" in card
     assert "6 steps of AdamW, 4 rows a step, learning rate 0.01 |" in card
     assert "| this round's co-distill | 5 steps, 20 examples, " in card
@@ -108,7 +108,8 @@ def test_a_card_of_a_client_s_own_model_says_what_fedmkt_is_and_who_taught_it(un
     llm = read_artefact(unlike / "private/server/round-0002/llm").manifest.base
     assert f"| the server | of architecture llama, weights {llm.weights_sha256} | {taught} |" in card
     assert "on those of the models that it learned from, and on the data" in card
-    assert "| LoRA | r 2, alpha 16, dropout 0.0, on PEFT's default modules |" in card  # its own, not [slm]'s
+    modules = "q_proj, v_proj, PEFT's default for this architecture"
+    assert f"| LoRA | r 2, alpha 16, dropout 0.0, on {modules} |" in card  # its own, not [slm]'s
     assert "public rows, the same at every party." in card
     assert "| training on public rows, each round | 5 steps of AdamW, 4 rows a step, learning rate 0.01 |" in card
     assert not re.search(r"\n{3,}|[ \t]\n|\A\n|\n\n\Z", card)

@@ -53,7 +53,9 @@ def submit() -> Iterator[Submit]:
         yield functools.partial(_submit, program)
 
 
-def _submit(program: Path, folder: Path, queue: str = "", **environment: object) -> tuple[int, str, str, list[str]]:
+def _submit(
+    program: Path, folder: Path, queue: str = "", script: str = "submit.sh", **environment: object
+) -> tuple[int, str, str, list[str]]:
     bin = folder.parent / "bin"
     bin.mkdir(exist_ok=True)
     programs = {
@@ -67,7 +69,7 @@ def _submit(program: Path, folder: Path, queue: str = "", **environment: object)
     found = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     found |= {"PATH": f"{bin}:{program.parent}:{os.environ['PATH']}"}
     found |= {key: str(value) for key, value in environment.items()}
-    command = [folder / "slurm/submit.sh"]
+    command = [folder / "slurm" / script]
     done = subprocess.run(command, capture_output=True, text=True, env=found, check=False, timeout=120)
     log = folder / "sbatch.log"
     return done.returncode, done.stdout, done.stderr, log.read_text().splitlines() if log.exists() else []
@@ -539,3 +541,75 @@ def test_submit_lets_each_client_wait_for_its_own_task_alone(unlike_folder: Path
     assert calls[2].endswith("--array=1-3%2 --export=ALL,ROUND=1 slurm/distill.sbatch")
     assert "--array" not in calls[1]
     assert out.splitlines()[1:3] == ["102 server round 1", "103 distill round 1 clients 1-3"]
+
+
+# --- a study
+
+
+def submitted(folder: Path) -> list[str]:
+    """The calls of sbatch for one federation of a study, which are forgotten then."""
+    log = folder / "sbatch.log"
+    calls = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return calls
+
+
+def test_a_sweep_over_slurm_is_a_chain_of_jobs_for_each_combination(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome], submit: Submit
+) -> None:
+    with_machine(workspace_folder, '[slurm]\npartition = "short"\n')
+    words = ("sweep", "--set", "distillation.lambda_slm=0.0,0.5", "-w", workspace_folder)
+    assert fedcollm(*words, "--collect").code == 3
+    found = fedcollm(*words, "--slurm")
+    assert (found.code, found.out) == (0, "slurm/sweep.sh\n"), found.err
+    points = [workspace_folder / f"sweeps/lambda_slm={value}" for value in ("0.0", "0.5")]
+    for point in points:
+        assert "--partition=short" in directives(point / "slurm/client.sbatch")
+        assert not (point / "exchange").exists()
+    code, out, _, here = submit(workspace_folder, script="sweep.sh")
+    assert (code, here) == (0, []), "of the workspace itself nothing is submitted"
+    assert [line for line in out.splitlines() if line.startswith("sweeps/")] == [
+        f"sweeps/{point.name}" for point in points
+    ]
+    for point in points:
+        calls = submitted(point)
+        assert [call.split()[-1] for call in calls] == [
+            f"slurm/{script}.sbatch" for script in ("broadcast", *["client", "server"] * 2, "evaluate")
+        ]
+        assert dependencies(calls) == ["", *(f"afterok:{number}" for number in range(101, 106))]
+
+    # Again: what is in the queue is passed over, what is not is submitted.
+    (points[1] / "slurm/jobs.txt").unlink()
+    code, _, err, _ = submit(workspace_folder, script="sweep.sh", queue="104\\n")
+    assert (code, [len(submitted(point)) for point in points]) == (0, [0, 6])
+    assert "jobs of this workspace are in the queue: 104" in err
+
+    # Where the site takes no more jobs it stops.
+    code, _, err, _ = submit(workspace_folder, script="sweep.sh", SUBMIT_LIMIT=2)
+    assert (code, [len(submitted(point)) for point in points]) == (1, [3, 0])
+
+    again = "fedcollm sweep --set distillation.lambda_slm=0.0,0.5 --collect"
+    assert again in (workspace_folder / "slurm/sweep.sh").read_text()
+    assert fedcollm(*words, "--slurm", "--collect").code == 2
+
+
+def test_a_comparison_over_slurm_is_a_chain_of_jobs_for_each_method_and_seed(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome], submit: Submit
+) -> None:
+    write(workspace_folder, time="60")
+    own = (workspace_folder / "slurm/submit.sh").stat().st_mtime_ns
+    words = ("compare", "--seeds", "7,8", "--methods", "fedavg,fedcollm", "-w", workspace_folder)
+    found = fedcollm(*words, "--slurm")
+    assert (found.code, found.out) == (0, "slurm/compare.sh\n"), found.err
+    assert "--time=60" in directives(workspace_folder / "slurm/client.sbatch"), "scripts that are there are left alone"
+    assert (workspace_folder / "slurm/submit.sh").stat().st_mtime_ns == own
+    code, out, _, _ = submit(workspace_folder, script="compare.sh")
+    assert code == 0
+    places = [".", "baselines/fedavg", "seeds/seed-8", "seeds/seed-8/baselines/fedavg"]
+    assert [line for line in out.splitlines() if " " not in line] == places
+    trained = ["broadcast", *["client", "server"] * 2, "evaluate"]
+    for place in places:
+        calls = submitted(workspace_folder / place)
+        assert [call.split("/")[-1].removesuffix(".sbatch") for call in calls] == trained
+    assert "--collect" in (workspace_folder / "slurm/compare.sh").read_text()
+    assert fedcollm("compare", "--slurm", "-w", workspace_folder).code == 2

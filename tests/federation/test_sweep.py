@@ -122,9 +122,10 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(
         return {path: path.read_bytes() for path in (swept_once / "sweeps").rglob("*") if path.is_file()}
 
     before = everything()
-    outcome = fedcollm(*WORDS, swept_once, "--json")
-    assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out) == json.loads(json.dumps(table.as_json()))
+    for words in ([], ["--collect"]):
+        outcome = fedcollm(*WORDS, swept_once, "--json", *words)
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out) == json.loads(json.dumps(table.as_json()))
     assert everything() == before
 
 

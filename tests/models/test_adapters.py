@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from builders import AGREEMENT, Family, random_adapter, tiny_model, tuned
+from builders import AGREEMENT, ROOT, Family, random_adapter, tiny_model, tuned
 from stages.artefacts.adapter_files import Tensors
 from stages.artefacts.draft import Draft
 from stages.artefacts.publishing import publish
@@ -76,6 +76,22 @@ def test_a_is_drawn_from_kaiming_uniform_as_peft_does() -> None:
         assert values.std() == pytest.approx(bound / 3**0.5, rel=0.05)
         assert values.mean() == pytest.approx(0, abs=0.1 * bound)
     assert not np.array_equal(*ours), "two layers have the same A"
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("gpt2", ["c_attn"]), *((family, ["q_proj", "v_proj"]) for family in ("llama", "gemma3_text", "qwen2", "opt"))],
+)
+def test_pefts_default_layers_are_those_that_the_template_names(family: Family, layers: list[str]) -> None:
+    assert adapters.modules(tuned("slm", family=family).model) == layers
+    comment = " ".join((ROOT / "workspace_template/fedcollm.toml").read_text().replace("#", "").split())
+    assert "for Llama, Gemma, Mistral, Qwen2 and OPT q_proj and v_proj alone, for GPT-2 c_attn" in comment
+
+
+def test_layers_that_peft_names_by_a_pattern_are_told_by_their_names() -> None:
+    pattern = r".*\.(q_proj|v_proj)"
+    model = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=pattern))
+    assert adapters.modules(model) == ["q_proj", "v_proj"]
 
 
 @FAMILIES

@@ -14,6 +14,7 @@ from stages.aggregate import aggregate
 from stages.artefacts.reading import read_manifest
 from stages.broadcast import broadcast
 from stages.client_train import client_train
+from stages.data.prepare import prepare
 from stages.data.rows import encode_row, read_rows
 from stages.planning.estimates import StagePlan
 from stages.planning.plan import Plan, plan
@@ -203,6 +204,61 @@ def test_unlabelled_auxiliary_rows_count_as_rows(workspace_folder: Path) -> None
     place.write_text(place.read_text() + '{"prompt": "Q : what colour is the big star 1 ? A :"}\n')
     found = plan(Workspace(workspace_folder))
     assert [one.rows for one in found.stages if one.name == "co-distill"] == [(13, 13)]
+
+
+# --- before prepare, and what is scored
+
+
+def to_be_dealt(folder: Path) -> Workspace:
+    """A simulation in which prepare was not given yet."""
+    shutil.rmtree(folder / "private")
+    (folder / "fedcollm.toml").write_text((folder / "fedcollm.toml").read_text() + '[data]\ntasks = ["colours"]\n')
+    (folder / "machine.toml").write_text("simulation = true\n")
+    return Workspace(folder)
+
+
+def test_before_prepare_the_plan_is_of_the_rows_that_it_deals(workspace_folder: Path) -> None:
+    edit(workspace_folder / "fedcollm.toml", "[client_training]\nsteps = 6", "[client_training]\nepochs = 2.5")
+    before = plan(to_be_dealt(workspace_folder))
+    assert before.is_to_be_dealt
+    assert not (workspace_folder / "private").exists()
+    assert [one.mend for one in before.missing] == ["fedcollm prepare"]
+    assert stage_of(before, "client-train").rows == (3, 3), "of 12 rows each party gets a quarter"
+    prepare(Workspace(workspace_folder))
+    after = plan(Workspace(workspace_folder))
+    assert (after.is_to_be_dealt, after.missing) == (False, [])
+    assert after.stages == before.stages
+    assert after.two_phases == before.two_phases
+
+
+def test_a_row_to_be_dealt_that_training_will_refuse_is_named_before(workspace_folder: Path) -> None:
+    path = workspace_folder / "data/train.jsonl"
+    long = {"question": "red " * 64, "choices": ["red"], "answer": 0}
+    path.write_text(path.read_text() + json.dumps(long) + "\n")
+    found = [one.what for one in plan(to_be_dealt(workspace_folder)).missing]
+    assert any("has 65 tokens; max_length is 512, the model's context 64" in what for what in found), found
+
+
+@pytest.mark.parametrize(("words", "length"), [(40, 41), (100, 64)])
+def test_scoring_is_planned_for_the_longest_question_and_its_answer(
+    workspace_folder: Path, words: int, length: int
+) -> None:
+    before = plan(Workspace(workspace_folder))
+    path = workspace_folder / "data/test.jsonl"
+    long = {"question": " ".join(["red"] * words), "choices": ["blue", "green"], "answer": 0}
+    path.write_text(path.read_text() + json.dumps(long) + "\n")
+    found = plan(Workspace(workspace_folder))
+    assert stage_of(found, "evaluate llm").length == length  # a token a word; the model's context is 64
+    assert stage_of(found, "client-train") == stage_of(before, "client-train")
+    edit(workspace_folder / "fedcollm.toml", "[evaluation]", "[evaluation]\nlimit = 12")
+    assert stage_of(plan(Workspace(workspace_folder)), "evaluate llm").length == stage_of(before, "evaluate llm").length
+
+
+def test_each_model_has_its_layers_and_how_it_is_held(workspace_folder: Path) -> None:
+    edit(workspace_folder / "fedcollm.toml", 'model = "models/llm"', 'model = "models/llm"\nquantization = "4bit"')
+    slm, llm = plan(Workspace(workspace_folder)).models
+    assert (slm.modules, slm.held_in, slm.dtype) == (["c_attn"], "float32", "float32")
+    assert (llm.modules, llm.held_in, llm.dtype) == (["c_attn"], "4bit", "float32")
 
 
 # --- few bits, two phases, privacy

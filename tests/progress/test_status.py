@@ -30,7 +30,9 @@ def test_a_finished_workspace_is_done_and_a_fresh_one_missing(finished: Path, fe
     for done, which in enumerate(others, start=1):
         said = fedcollm("status", "-w", finished).out
         assert f"scores of round 2: {done} done; {5 - done} missing: {which.replace('--model ', '').strip('-')}" in said
-        assert ("everything is done but scores" in said) == (which == "--model llm")
+        absent = ", ".join(["llm", "client 1", "client 2", "client 3"][done - 1 :])
+        command = f"`fedcollm evaluate --round 2 {which} --workspace {finished}`{' and so on' if done < 4 else ''}"
+        assert said.endswith(f"everything is done but scores: {absent}; {command}\n")
         assert fedcollm("evaluate", "--round", 2, *which.split(), "-w", finished).code == 0
     assert "scores of round 2: 5 done\neverything is done\n" in fedcollm("status", "-w", finished).out
     (finished / "tasks/colours.yaml").write_text((finished / "tasks/colours.yaml").read_text() + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import ROOT, adapters, edit, make_workspace, rows, write_rows
+from builders import ROOT, adapters, edit, make_study, make_workspace, rows, write_rows
 from clusters import Cluster, absent, cluster
 from federations import agreement, enrol, with_keys
 from processes import SECONDS_FOR_A_STEP
@@ -171,3 +172,22 @@ def test_averaged_clients_of_fedmkt_wait_for_the_average_and_end_in_the_bytes_of
     for path in equal_once.glob("*/**/*.safetensors"):
         if "models" not in path.parts:
             assert path.read_bytes() == (equal_folder / path.relative_to(equal_once)).read_bytes(), path
+
+
+def test_a_sweep_spread_over_a_cluster_gives_the_table_of_one_machine(
+    slurm: Cluster, tmp_path: Path, base_models: Path
+) -> None:
+    (tmp_path / "faults/killed").mkdir()  # none here
+    folder = make_study(tmp_path / "study", base_models)
+    edit(folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
+    (folder / "machine.toml").write_text('[slurm]\ntime = "10"\nmem = "2000"\n')
+    alone = shutil.copytree(folder, tmp_path / "alone", symlinks=True)
+    words = ("fedcollm", "sweep", "--set", "distillation.lambda_slm=0.0,4.0", "--quiet")
+    slurm.call(*words, "--slurm", cwd=folder)
+    slurm.call("slurm/sweep.sh", cwd=folder)
+    assert len({line.split()[0] for line in slurm.queue("%F %j") if "broadcast" in line}) == 2, "two chains at once"
+    slurm.call(*words, cwd=alone)
+    slurm.wait_until(lambda: not slurm.queue(), within_s=PATIENCE_S)
+    there, here = (slurm.call(*words, "--json", "--collect", cwd=place) for place in (folder, alone))
+    assert there == here
+    assert json.loads(there)["axes"] == ["distillation.lambda_slm"]
