@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Group
 
-from fedcollm_cli.session import Session, in_workspace
+from fedcollm_cli.session import EachRoundOption, Session, in_workspace
 from fedcollm_cli.views import tables
 from stages.paper.reported import Setting
 from stages.runtime import texts
@@ -39,6 +39,7 @@ def compare(
     ] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout: a line for each row, task and seed.")] = False,
+    each_round: EachRoundOption = True,
     opened: Session,
 ) -> None:
     """Compare all methods, as the paper's Tables 1 and 2 do.
@@ -66,6 +67,7 @@ def compare(
         paper=paper,
         metric=metric,
         collect=collect,
+        each_round=each_round,
         overwrite=overwrite,
         report=opened.console.report,
     )
@@ -81,6 +83,7 @@ def sweep(
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
+    each_round: EachRoundOption = True,
     opened: Session,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run everything again, as the settings are now.")
@@ -101,7 +104,14 @@ def sweep(
     grid = dict(settings)
     if len(grid) < len(settings):
         raise UsageProblem("--set names a key twice", mend="give all its values at once: --set KEY=VALUE,VALUE")
-    found = stage(opened.workspace, grid=grid, metric=metric, overwrite=overwrite, report=opened.console.report)
+    found = stage(
+        opened.workspace,
+        grid=grid,
+        metric=metric,
+        each_round=each_round,
+        overwrite=overwrite,
+        report=opened.console.report,
+    )
     swept = tables.swept(found)
     as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found.remarks], "\n\n")
     as_tables = Group(*(sheet.drawn() for sheet in swept), *found.remarks)

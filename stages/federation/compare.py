@@ -31,17 +31,22 @@ def compare(
     paper: Setting | None = None,
     metric: str = "acc",
     collect: bool = False,
+    each_round: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
 ) -> comparison.Comparison:
-    """Run what is missing of the seeds that are given, unless collect is set; then compare, as study's compare does."""
+    """Run what is missing of the seeds that are given, unless collect is set; then compare, as study's compare does.
+
+    each_round: as run has it.
+    """
     from stages.study import table_rows
 
     comparison.check_no_baseline(workspace)
     if seeds and not collect:
         wanted = list(methods or table_rows.methods_of(workspace))
-        run_all(workspace, seeds=seeds, methods=wanted, overwrite=overwrite, models=models, report=report)
+        kept = {"each_round": each_round, "overwrite": overwrite}
+        run_all(workspace, seeds=seeds, methods=wanted, **kept, models=models, report=report)
     return comparison.compare(workspace, seeds=seeds, methods=methods, paper=paper, metric=metric, report=report)
 
 
@@ -50,6 +55,7 @@ def run_all(
     *,
     seeds: Sequence[int],
     methods: Sequence[Method],
+    each_round: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
@@ -70,4 +76,5 @@ def run_all(
             own = derived(workspace, *replica, made_by=made_by, overwrite=overwrite, report=report)
         for method in sorted(methods, key=lambda one: one != own.agreement.federation.method):  # on whose budgets
             report(Event("round", f"{method}, seed {seed}"))
-            run(own, method=method, overwrite=overwrite, models=models.of(own), report=report)
+            asked = models.of(own)
+            run(own, method=method, each_round=each_round, overwrite=overwrite, models=asked, report=report)

@@ -69,6 +69,7 @@ def sweep(
     *,
     grid: Mapping[str, Sequence[Any]],
     metric: str = "acc",
+    each_round: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
@@ -76,6 +77,7 @@ def sweep(
     """Run every combination and compare their scores after the last round, each with the first.
 
     grid: values by dotted key of fedcollm.toml. A grid over federation.seed gives means and error bars, not rows.
+    each_round: as run has it.
     Raises UsageProblem, before anything is run, for a combination that is no valid agreement.
     """
     from stages.models.loading import Models
@@ -98,7 +100,7 @@ def sweep(
         report(Event("round", f"{number} of {len(points)}: {name}"))
         place = workspace.sweep_point(name)
         point = derived(workspace, place, settings, made_by=made_by, overwrite=overwrite, report=report)
-        run(point, overwrite=overwrite, models=models.of(point), report=report)
+        run(point, each_round=each_round, overwrite=overwrite, models=models.of(point), report=report)
         workspaces.append(point)
     studies = _studies(workspace, points, workspaces)
     return Swept(
