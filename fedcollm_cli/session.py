@@ -36,6 +36,9 @@ WorkspaceOption = Annotated[
 RoundOption = Annotated[int, typer.Option("--round", min=1, help="The round t, counted from 1.")]
 ClientOption = Annotated[int, typer.Option("--client", min=1, help="The client k, counted from 1.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a result that was made from other inputs.")]
+EachRoundOption = Annotated[
+    bool, typer.Option("--each-round/--last-round", help="Evaluate after every round, or after the last alone.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; warnings and errors only.")]
 DeviceOption = Annotated[

@@ -129,11 +129,12 @@ class Evaluate(Step[Opened, Measured, Result]):
             with_adapter=adapter is not None,
             limit=settings.limit,
             batch_size=settings.batch_size,
+            as_trained=settings.precision == "training",
             processes=self.processes,
             shares=role not in self.workspace.machine.sharding,
             report=self.report,
         )
-        dtype = str(tuned.model.dtype).removeprefix("torch.")
+        dtype = tuned.dtype if settings.precision == "training" else str(tuned.model.dtype).removeprefix("torch.")
         return {"weights_dtype": dtype, "versions": versions(), "tasks": scores}
 
     def publish(self, opened: Opened, computed: Measured, over: Over) -> Result:

@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Group
 
-from fedcollm_cli.session import Session, in_workspace
+from fedcollm_cli.session import EachRoundOption, Session, in_workspace
 from fedcollm_cli.views import tables
 from stages.paper.reported import Setting
 from stages.runtime import texts
@@ -42,6 +42,7 @@ def compare(
     ] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout: a line for each row, task and seed.")] = False,
+    each_round: EachRoundOption = True,
     opened: Session,
 ) -> None:
     """Compare all methods, as the paper's Tables 1 and 2 do.
@@ -70,6 +71,7 @@ def compare(
         wanted = _seeds(seeds)
         if wanted is None or collect:
             raise UsageProblem("--slurm is for what --seeds runs", mend=Command("compare", seeds="1,2,3", slurm=True))
+        _check_each_round(each_round)
         script = spread_all(
             opened.workspace,
             seeds=wanted,
@@ -86,6 +88,7 @@ def compare(
         paper=paper,
         metric=metric,
         collect=collect,
+        each_round=each_round,
         overwrite=overwrite,
         report=opened.console.report,
     )
@@ -105,6 +108,7 @@ def sweep(
     slurm: Annotated[
         bool, typer.Option("--slurm", help="Run nothing here: write job scripts, and slurm/sweep.sh that submits them.")
     ] = False,
+    each_round: EachRoundOption = True,
     opened: Session,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run everything again, as the settings are now.")
@@ -132,10 +136,19 @@ def sweep(
     if collect and (overwrite or slurm):
         raise UsageProblem("--collect runs nothing", mend="give it without --overwrite and --slurm")
     if slurm:
+        _check_each_round(each_round)
         script = opened.workspace.shown(spread_out(opened.workspace, grid=grid, overwrite=overwrite, report=report))
         opened.console.result([script], script)
         return
-    found = stage(opened.workspace, grid=grid, metric=metric, collect=collect, overwrite=overwrite, report=report)
+    found = stage(
+        opened.workspace,
+        grid=grid,
+        metric=metric,
+        collect=collect,
+        each_round=each_round,
+        overwrite=overwrite,
+        report=report,
+    )
     swept = tables.swept(found)
     as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found.remarks], "\n\n")
     as_tables = Group(*(sheet.drawn() for sheet in swept), *found.remarks)
@@ -158,3 +171,8 @@ def _methods(text: str | None) -> list[Method] | None:
     if unknown:
         raise UsageProblem(f"there is no method {unknown[0]!r}", mend=f"there are: {', '.join(known)}")
     return [method for method in known if method in text.split(",")]
+
+
+def _check_each_round(each_round: bool) -> None:
+    if not each_round:
+        raise UsageProblem("--last-round is for what runs here", mend="leave it out: jobs evaluate after every round")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedcollm_cli.session import OverwriteOption, Session, in_workspace
+from fedcollm_cli.session import EachRoundOption, OverwriteOption, Session, in_workspace
 from fedcollm_cli.views import progress
 from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
 from stages.workspace.agreement import Method
@@ -22,6 +22,7 @@ def run(
     ] = None,
     rounds: Annotated[str | None, typer.Option("--rounds", help="Such as 3 or 1-5. Default: all.")] = None,
     scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Whether to evaluate too.")] = True,
+    each_round: EachRoundOption = True,
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -45,6 +46,7 @@ def run(
         method=method,
         rounds=_rounds(rounds),
         scores=scores,
+        each_round=each_round,
         overwrite=overwrite,
         report=opened.console.report,
     )

@@ -138,8 +138,9 @@ def likelihoods(
 ) -> list[list[Likelihood]]:
     """That of each answer to each question. softmax_dtype: of the probabilities; default: that of the logits."""
     batch = batch_of(questions)
-    mask = torch.zeros(batch.attention_mask.shape, dtype=model.dtype)  # in numbers: some attention adds it as it is
-    mask.masked_fill_(~batch.attention_mask, torch.finfo(model.dtype).min)
+    dtype = computes_in(model)
+    mask = torch.zeros(batch.attention_mask.shape, dtype=dtype)  # in numbers: some attention adds it as it is
+    mask.masked_fill_(~batch.attention_mask, torch.finfo(dtype).min)
     with _head_reads(model, batch.kept.to(model.device)):
         logits: Tensor = model(
             input_ids=batch.input_ids.to(model.device),
@@ -152,6 +153,13 @@ def likelihoods(
     parts = [_of_question(*pair, softmax_dtype) for pair in zip(questions, each, strict=True)]
     found = zip(*torch.cat(parts, dim=1).cpu().tolist(), strict=True)  # read from the device once
     return [[(nats, not misses) for nats, misses in islice(found, len(one.answers))] for one in questions]
+
+
+def computes_in(model: Any) -> torch.dtype:
+    """The type of its large operations: that of its weights, or, under autocast, of what they are cast to."""
+    device = model.device.type
+    found: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return found
 
 
 @contextmanager

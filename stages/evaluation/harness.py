@@ -96,7 +96,7 @@ class Harness(HFLM):  # type: ignore[misc]
             return 0
         finally:
             self._total = total
-        tolerance = 1e-4 if self.model.dtype == torch.float32 else 2e-2
+        tolerance = 1e-4 if branches.computes_in(self.model) == torch.float32 else 2e-2
         is_alike = all(
             math.isfinite(one) and abs(one - other) <= tolerance * max(1.0, abs(other))
             for one, other in zip(together, apart, strict=True)

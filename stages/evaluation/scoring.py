@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
@@ -18,6 +19,7 @@ from stages.evaluation.harness import Harness
 from stages.files import reading
 from stages.models import adapters
 from stages.models.devices import naming_memory_knobs
+from stages.models.held import held_in_bfloat16
 from stages.models.identity import PROBE_TEXTS
 from stages.models.tuned import Tuned
 from stages.runtime import quiet
@@ -33,6 +35,7 @@ def score(
     with_adapter: bool,
     limit: int | None,
     batch_size: int,
+    as_trained: bool = False,
     processes: Processes = ALONE,
     shares: bool = True,
     report: Report,
@@ -40,19 +43,23 @@ def score(
     """Each task's metrics, number of questions, version and prompt, zero-shot, and which questions were right.
 
     with_adapter: score the base with its adapter, after proof that the adapter changes the logits; else the base alone.
+    as_trained: compute as training does, with probabilities in float32; else all as the weights are held.
     processes: all get all the scores; each does its share of the work, unless shares is False.
     """
     model = tuned.model
     was_training = model.training
     model.eval()
     scope = contextlib.nullcontext() if with_adapter else model.disable_adapter()
+    computing = _as_trained(tuned) if as_trained else contextlib.nullcontext()
     probe = tuned.tokenizer.encode(PROBE_TEXTS[0])[: tuned.context]
     if with_adapter:
         adapters.check_acts(model, probe)
     telling = quiet.telling(report, "lm_eval", but_for=HARMLESS)
-    with naming_memory_knobs(), scope, quiet.libraries(), telling:
+    with naming_memory_knobs(), scope, computing, quiet.libraries(), telling:
         adapters.logits(model, probe)  # which raises if they are no numbers
-        lm = Harness(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size)
+        precision = {"mixed_precision_dtype": "bfloat16" if as_trained and tuned.autocast else None}
+        precision["softmax_dtype"] = "float32" if as_trained else None
+        lm = Harness(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size, **precision)
         lm.report, lm.processes, lm.shares = report, processes, shares
         try:
             for task in tasks:
@@ -64,6 +71,13 @@ def score(
     model.train(was_training)
     assert results is not None
     return {task.config.task: _of_task(task, results, *asked[task.config.task], report) for task in tasks}
+
+
+@contextlib.contextmanager
+def _as_trained(tuned: Tuned) -> Iterator[None]:
+    """Inside, a model computes as it does in training."""
+    with held_in_bfloat16(tuned), torch.autocast(tuned.model.device.type, torch.bfloat16, enabled=tuned.autocast):
+        yield
 
 
 def _asked(lm: Harness, task: ConfigurableTask, limit: int | None, report: Report) -> tuple[int, str]:

@@ -33,17 +33,22 @@ def compare(
     paper: Setting | None = None,
     metric: str = "acc",
     collect: bool = False,
+    each_round: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
 ) -> comparison.Comparison:
-    """Run what is missing of the seeds that are given, unless collect is set; then compare, as study's compare does."""
+    """Run what is missing of the seeds that are given, unless collect is set; then compare, as study's compare does.
+
+    each_round: as run has it.
+    """
     from stages.study import table_rows
 
     comparison.check_no_baseline(workspace)
     if seeds and not collect:
         wanted = list(methods or table_rows.methods_of(workspace))
-        run_all(workspace, seeds=seeds, methods=wanted, overwrite=overwrite, models=models, report=report)
+        kept = {"each_round": each_round, "overwrite": overwrite}
+        run_all(workspace, seeds=seeds, methods=wanted, **kept, models=models, report=report)
     return comparison.compare(workspace, seeds=seeds, methods=methods, paper=paper, metric=metric, report=report)
 
 
@@ -52,6 +57,7 @@ def run_all(
     *,
     seeds: Sequence[int],
     methods: Sequence[Method],
+    each_round: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
@@ -74,7 +80,8 @@ def run_all(
         own = _of_seed(workspace, seed, seeds, overwrite=overwrite, report=report)
         for place, method in enumerate(in_order, number * len(in_order) + 1):
             left.begin(f"{place} of {len(places)}: {method}, seed {seed}")
-            run(own, method=method, overwrite=overwrite, models=models.of(own), report=left.report)
+            asked = models.of(own)
+            run(own, method=method, each_round=each_round, overwrite=overwrite, models=asked, report=left.report)
             left.end()
 
 

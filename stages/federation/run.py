@@ -49,6 +49,7 @@ def run(
     method: Method | None = None,
     rounds: range | None = None,
     scores: bool = True,
+    each_round: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
@@ -56,7 +57,8 @@ def run(
     """Every step of these rounds (default: all). Returns the scores, unless scores is False.
 
     method: by default the agreement's. Scored are the server's models after every round, and each client's SLM after
-    the last (where nothing is averaged, after each); before, the bases alone.
+    the last (where nothing is averaged, after each); before, the bases alone. each_round: False to score all of them
+    after the last round alone.
     """
     from stages.models.loading import Models
 
@@ -91,13 +93,15 @@ def run(
         words = f"{federation.method}, round {round} of {federation.rounds}"
         report(Event("round", words, step=round, total=federation.rounds))
         _round(workspace, round, overwrite, models, report)
-        if scores and federation.distils:
+        if not scores or not (each_round or round == rounds[-1]):
+            continue
+        if federation.distils:
             results += [score(model="slm", round=round), score(model="llm", round=round)]
-        if scores and averages and not federation.distils:
+        if averages and not federation.distils:
             results += [score(model="aggregate", round=round)]
-        if scores and federation.clients_tell:
+        if federation.clients_tell:
             results += [score(model="llm", round=round)]
-        if scores and (round == rounds[-1] or not averages):
+        if round == rounds[-1] or not averages:
             results += [score(round=round, client=client) for client in workspace.client_adapters(round)]
     return results
 

@@ -72,6 +72,7 @@ def sweep(
     grid: Mapping[str, Sequence[Any]],
     metric: str = "acc",
     collect: bool = False,
+    each_round: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
@@ -79,8 +80,9 @@ def sweep(
     """Run every combination and compare their scores after the last round, each with the first.
 
     grid: values by dotted key of fedcollm.toml. A grid over federation.seed gives means and error bars, not rows.
-    collect: run nothing, and raise NotReady for what is not there. Raises UsageProblem, before anything is run, for a
-    combination that is no valid agreement, or whose models have two tokenizers.
+    collect: run nothing, and raise NotReady for what is not there. each_round: as run has it.
+    Raises UsageProblem, before anything is run, for a combination that is no valid agreement, or whose models have two
+    tokenizers.
     """
     from stages.study.results import remarks
 
@@ -89,7 +91,7 @@ def sweep(
         workspaces = [_opened(workspace, grid, settings) for settings in points]
     else:
         workspaces = _made(workspace, grid, points, overwrite, report)
-        _run(workspace, workspaces, overwrite, models, report)
+        _run(workspace, workspaces, each_round, overwrite, models, report)
     studies = _studies(workspace, points, workspaces)
     return Swept(
         metric=metric,
@@ -152,7 +154,12 @@ def _made(
 
 
 def _run(
-    workspace: Workspace, points: Sequence[Workspace], overwrite: bool, models: Models | None, report: Report
+    workspace: Workspace,
+    points: Sequence[Workspace],
+    each_round: bool,
+    overwrite: bool,
+    models: Models | None,
+    report: Report,
 ) -> None:
     """Every step of every combination that is not done."""
     from stages.models.loading import Models
@@ -164,7 +171,7 @@ def _run(
     left = TimeLeft([("", rounds_to_make(point.root, point, overwrite=overwrite)) for point in points], report)
     for number, point in enumerate(points, 1):
         left.begin(f"{number} of {len(points)}: {point.root.name}")
-        run(point, overwrite=overwrite, models=models.of(point), report=left.report)
+        run(point, each_round=each_round, overwrite=overwrite, models=models.of(point), report=left.report)
         left.end()
 
 

@@ -1,25 +1,25 @@
 """Healing a model that was cut: it learns to say what the whole model says, as the same text goes through both.
 
 At every token: the cosine of the last hidden states, and the Kullback-Leibler divergence of the next token. All of the
-cut model's weights train. Logits are computed from hidden states a few answers at a time, and once more in the backward
-pass, so that no matrix of all answers by the whole vocabulary is ever held.
+cut model's weights train.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from stages.data.rows import Example
 from stages.models.packing import Batch
 from stages.models.tuned import Tuned
 from stages.runtime.errors import UsageProblem
-from stages.training.losses import forward_kl, wide
+from stages.shearing.divergence import Heads, divergence
+from stages.training.losses import wide
 from stages.training.objective import Objective, Tokens, task_loss
 
 WEIGHTS = {"slm_kd": 1.0, "slm_hidden": 1.0}
@@ -27,7 +27,7 @@ WEIGHTS = {"slm_kd": 1.0, "slm_hidden": 1.0}
 
 LOGITS_AT_ONCE = 2**24
 """Of how many logits, of whole answers, copies are held at a time: more than losses.AT_ONCE, as the output layer is
-read anew for each."""
+read anew for each, and its gradient written."""
 
 LOSS_SAMPLE = 8
 """How many rows the losses before and after are measured on; each is of hundreds of answers."""
@@ -56,22 +56,23 @@ class Healing(Objective):
             with torch.no_grad():
                 taught = last_hidden(self._teacher.model, ids)[:, :-1].flatten(0, 1)
             hidden = last_hidden(self._student.model, ids)[:, :-1].flatten(0, 1)
-            apart = hidden.new_zeros((), dtype=torch.float32)
-            at_once = max(1, LOGITS_AT_ONCE // len(self._student.model.get_output_embeddings().weight))
-            for few, known in zip(torch.split(hidden, at_once), torch.split(taught, at_once), strict=True):
-                apart = apart + checkpoint(self._divergence, few, known, use_reentrant=False)
+            apart = divergence(hidden, taught, self._heads, at_once=self._answers_at_once)
         cosine = F.cosine_similarity(wide(hidden), wide(taught), dim=-1)
         return {"slm_kd": apart / tokens.distilled, "slm_hidden": (1 - cosine).sum() / tokens.distilled}
+
+    @property
+    def _heads(self) -> Heads:
+        student, teacher = self._student.model, self._teacher.model
+        weights = [one for one in student.get_output_embeddings().parameters() if one.requires_grad]
+        return Heads(partial(logits_of, student), partial(logits_of, teacher), weights)
+
+    @property
+    def _answers_at_once(self) -> int:
+        return max(1, LOGITS_AT_ONCE // len(self._student.model.get_output_embeddings().weight))
 
     def measure(self, examples: Sequence[Example], rows: int, *, most: int = LOSS_SAMPLE) -> dict[str, float]:
         """As Objective has it, over fewer rows."""
         return super().measure(examples, rows, most=most)
-
-    def _divergence(self, hidden: Tensor, taught: Tensor) -> Tensor:
-        """KL(teacher || student) of the next token, summed; hidden states are [answers, width]."""
-        with torch.no_grad():
-            wanted = F.log_softmax(wide(logits_of(self._teacher.model, taught)), dim=-1)
-        return forward_kl(F.log_softmax(wide(logits_of(self._student.model, hidden)), dim=-1), wanted)
 
 
 def last_hidden(model: Any, ids: Tensor) -> Tensor:

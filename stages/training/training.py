@@ -176,11 +176,14 @@ def _arguments(
 
 
 def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
-    """A new AdamW with one group for each model: eta_theta and eta_omega of Algorithm 1."""
+    """A new AdamW with one group for each model: eta_theta and eta_omega of Algorithm 1.
+
+    Of a whole model in one pass over its weights: adapters are small, and their bits are known of old.
+    """
     groups = [
         {"params": objective.adapter_parameters(role), "lr": rate} for role, rate in recipe.learning_rates.items()
     ]
-    return torch.optim.AdamW(groups, weight_decay=recipe.budget.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=recipe.budget.weight_decay, fused=objective.is_whole or None)
 
 
 def _trainer(

@@ -114,6 +114,7 @@ class Evaluation(Settings):
     tasks: list[str] = []
     limit: Positive | None = None
     batch_size: Positive = 16
+    precision: Literal["full", "training"] = "full"
 
 
 def threshold(clients: int) -> int:

@@ -109,6 +109,20 @@ def test_fedavg_aux_is_fedcollm_with_both_lambdas_zero(studied_once: Path, studi
             assert weights(getattr(ours, place)(round)) == weights(getattr(theirs, place)(round)), (place, round)
 
 
+def scored(results: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(results)): path.read_bytes() for path in results.rglob("*.json")}
+
+
+@pytest.mark.parametrize("method", ["fedcollm", "standalone", "centralized"])
+def test_scores_of_the_last_round_alone_are_those_of_all_rounds(method: str, studied: Path) -> None:
+    place = of(studied, method).root / "results"
+    everything = scored(place)
+    shutil.rmtree(place)
+    run(Workspace(studied), method=method, each_round=False)  # type: ignore[arg-type]
+    assert scored(place) == {name: text for name, text in everything.items() if "round-0001" not in name}
+    assert any("round-0001" in name for name in everything)
+
+
 def test_without_distillation_the_llm_is_another_than_with(studied_once: Path) -> None:
     assert weights(of(studied_once, "fedavg-aux").llm(2)) != weights(of(studied_once, "fedcollm").llm(2))
 

@@ -14,6 +14,7 @@ from stages.artefacts.manifest import BaseIdentity
 from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.shearing import healing
+from stages.shearing.divergence import Heads, divergence
 from stages.shearing.healing import Healing, as_examples, check_head
 from stages.training.stopping import refuse_runaways, snapshot
 
@@ -69,6 +70,33 @@ def test_losses_and_gradients_are_those_of_whole_matrices(
     for name, weight in student.named_parameters():
         torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-3, atol=1e-5)
     assert all(weight.grad is None for weight in teacher.parameters())
+
+
+def test_the_gradient_is_that_of_autograd_and_as_steep_as_the_loss_that_it_is_part_of() -> None:
+    draw = torch.Generator().manual_seed(1)
+    hidden, taught = (torch.randn(7, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    weight, known = (torch.randn(9, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    heads = Heads(lambda few: few @ weight.T, lambda few: few @ known.T, [weight])
+    plain = F.kl_div(
+        (hidden @ weight.T).log_softmax(-1), (taught @ known.T).log_softmax(-1), reduction="sum", log_target=True
+    )
+    for at_once in (1, 3, 7, 100):
+        found = divergence(hidden, taught, heads, at_once=at_once)
+        torch.testing.assert_close(found.double(), plain.detach(), rtol=1e-6, atol=0)
+        ours = torch.autograd.grad(3 * found, leaves)
+        theirs = torch.autograd.grad(3 * plain, leaves, retain_graph=True)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_head_that_is_frozen_passes_its_gradient_on_and_gets_none() -> None:
+    draw = torch.Generator().manual_seed(1)
+    hidden, taught, weight = (torch.randn(5, 4, generator=draw) for _ in range(3))
+    heads = Heads(lambda few: few @ weight.T, lambda few: few @ weight.T, [])
+    divergence(hidden.requires_grad_(), taught, heads, at_once=2).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.abs().sum() > 0
+    assert weight.grad is None
 
 
 def test_a_model_that_says_what_its_teacher_says_has_nothing_to_learn() -> None:

@@ -99,6 +99,19 @@ def test_accuracy_is_that_of_the_likeliest_choice(subject: str, scored: Path, fe
     assert written["tasks"]["colours"]["questions"] == QUESTIONS
 
 
+@pytest.mark.parametrize("role", ["slm", "llm"])
+def test_in_the_precision_of_training_questions_are_answered_by_the_logits_that_training_has(
+    role: str, scored: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(scored / "fedcollm.toml", "[evaluation]", '[evaluation]\nprecision = "training"')
+    outcome = fedcollm("evaluate", "--zero-shot", "--model", role, "--dtype", "bfloat16", "-w", scored)
+    assert outcome.code == 0, outcome.err
+    written = json.loads((scored / f"results/zero-shot/{role}.json").read_text())
+    assert written["weights_dtype"] == "bfloat16"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert written["tasks"]["colours"]["metrics"]["acc"] == accuracy_by_hand(scored, role, None)
+
+
 def test_those_accuracies_differ_so_that_an_adapter_left_out_would_show(scored: Path) -> None:
     for role, adapter, _ in SUBJECTS.values():
         if adapter:
