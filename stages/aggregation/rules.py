@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stages.aggregation.means import Mean
 from stages.aggregation.sorting import in_order
 from stages.aggregation.updates import Updates, inner_products
 from stages.artefacts.adapter_files import Tensors
 from stages.workspace.averaging import Aggregation
 
-PROBES = 16
-"""Directions the cross term is measured in. Exact where a layer has at most this many inputs."""
 TIED_AT_ONCE = 1 << 12
 """Columns of equal numbers that are sorted together with whose they are, which takes four times their memory."""
 
@@ -34,80 +33,6 @@ def by_samples(examples: int) -> int:
 
 
 WEIGHTINGS: dict[str, Callable[[int], int]] = {"uniform": uniform, "samples": by_samples}
-
-
-class Mean:
-    """A running weighted mean of adapters, and how far averaging A and B apart strays from averaging BA.
-
-    Sums are float64: whole weights times float32 values add up without rounding that a float32 result could show, and
-    identical clients give the identical adapter.
-    """
-
-    def __init__(self) -> None:
-        self._weight = 0
-        self._sums: Tensors = {}
-        self._products: Tensors = {}
-        self._probes: dict[int, np.ndarray] = {}
-
-    def add(self, tensors: Tensors, weight: int) -> None:
-        """Take in one client's adapter; weight is a whole number above zero."""
-        self._weight += weight
-        for name, tensor in tensors.items():
-            scaled = tensor if weight == 1 else tensor * np.float64(weight)
-            if name in self._sums:
-                self._sums[name] += scaled
-            else:
-                self._sums[name] = scaled.astype(np.float64)
-        for layer in _layers(tensors):
-            a, b = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
-            product = b @ (a @ self._probe(a.shape[1]))
-            product *= weight
-            if layer in self._products:
-                self._products[layer] += product
-            else:
-                self._products[layer] = product
-
-    def add_all(self, tensors: Tensors) -> None:
-        """Take in layers of all K clients at once, each with weight 1: every tensor is [K, ...]. No layer twice."""
-        self._weight = len(next(iter(tensors.values())))
-        self._sums |= {name: stacked.sum(axis=0, dtype=np.float64) for name, stacked in tensors.items()}
-        for layer in _layers(tensors):
-            a, b = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]  # [K, r, in], [K, out, r]
-            inner = a.reshape(-1, a.shape[2]) @ self._probe(a.shape[2])  # [K r, probes]
-            self._products[layer] = b.transpose(1, 0, 2).reshape(b.shape[1], -1) @ inner
-
-    def result(self) -> Tensors:
-        """The mean, float32."""
-        return {name: (total / self._weight).astype(np.float32) for name, total in self._sums.items()}
-
-    def cross_terms(self) -> dict[str, float]:
-        """||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| per layer, Frobenius norms.
-
-        The exact value costs K^2 products or forming BA. Here both norms are measured in PROBES random orthonormal
-        directions of the input: exact for layers with no more inputs than that, elsewhere an estimate within about
-        ten per cent. Zero where mean(BA) is.
-        """
-        terms = {}
-        for layer in self._products:
-            a = self._sums[f"{layer}.lora_A.weight"] / self._weight
-            b = self._sums[f"{layer}.lora_B.weight"] / self._weight
-            together = self._products[layer] / self._weight
-            apart = b @ (a @ self._probe(a.shape[1]))
-            size = np.linalg.norm(together)
-            terms[layer] = float(np.linalg.norm(together - apart) / size) if size > 0 else 0.0
-        return terms
-
-    def _probe(self, inputs: int) -> np.ndarray:
-        """Orthonormal columns, float64, [inputs, min(inputs, PROBES)], the same in every run."""
-        if inputs not in self._probes:
-            draws = np.random.default_rng(inputs).standard_normal((inputs, min(inputs, PROBES)))
-            self._probes[inputs] = np.linalg.qr(draws)[0]
-        return self._probes[inputs]
-
-
-def _layers(tensors: Tensors) -> list[str]:
-    suffix = ".lora_A.weight"
-    return [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
 
 
 # --- rules

@@ -7,6 +7,7 @@ each reading of a file must come to the digest in its manifest, or nothing is ma
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,8 @@ from stages.workspace.names import ADAPTER_WEIGHTS
 
 BLOCK_BYTES = 16 << 20
 """Of numbers that lie side by side; a second block is read meanwhile."""
+CACHED_NUMBERS = 1 << 16
+"""Of float64 that stay in a processor's cache while they are used: half a megabyte."""
 FEWEST_NUMBERS = 1 << 12
 """Of one client in a block: for less a file is not opened."""
 
@@ -78,10 +81,11 @@ class Updates:
         return read_adapter(whole, layout_of(self.theta), self.lora)
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Where some numbers lie in an adapter, and those numbers of every client, float32 [K, n], the caller's to use.
+        """Where some numbers lie in an adapter, and those numbers of every client, float32 [K, n].
 
-        All numbers once, in the order of `flat`. What is made of them counts only once the last block was asked for
-        the next: then every file has been read to its end, and has the digest that its manifest names.
+        They are the caller's to use until the next are asked for. All numbers once, in the order of `flat`. What is
+        made of them counts only once the last block was asked for the next: then every file has been read to its end,
+        and has the digest that its manifest names.
         """
         columns = columns_of(len(self.heads))
         places = [slice(start, min(start + columns, self.size)) for start in range(0, self.size, columns)]
@@ -126,11 +130,15 @@ def side_by_side(
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Each place with its numbers of every source, float32 [K, n], the next being read while the last is used.
 
-    blame: raises what is wrong with a source, by its position, that has no finite numbers there.
+    Two blocks of memory take turns: new memory costs more than what is read into it. blame: raises what is wrong with a
+    source, by its position, that has no finite numbers there.
     """
+    most = len(sources) * max((place.stop - place.start for place in places), default=0)
+    turns = itertools.cycle([np.empty(most, np.float32), np.empty(most, np.float32)])
 
     def read(place: slice) -> np.ndarray:
-        block = np.empty((len(sources), place.stop - place.start), np.float32)
+        columns = place.stop - place.start
+        block = next(turns)[: len(sources) * columns].reshape(-1, columns)
         for number, (row, source) in enumerate(zip(block, sources, strict=True)):
             if not source.fill(row, place) or not is_finite(row):
                 blame(number)
@@ -140,11 +148,12 @@ def side_by_side(
 
 
 def inner_products(block: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """<u_j, u_k> of every two rows of block - start, [K, K], float64: some thousand columns at a time, in the cache."""
-    products = np.zeros((len(block), len(block)))
-    for first in range(0, block.shape[1], FEWEST_NUMBERS):
-        some = slice(first, first + FEWEST_NUMBERS)
-        moved = np.subtract(block[:, some], start[some], dtype=np.float64)
+    """<u_j, u_k> of every two rows of block - start, [K, K], float64: some columns at a time, in the cache."""
+    products, columns = np.zeros((len(block), len(block))), max(1, CACHED_NUMBERS // len(block))
+    for first in range(0, block.shape[1], columns):
+        some = slice(first, first + columns)
+        moved = block[:, some].astype(np.float64)
+        moved -= start[some].astype(np.float64)
         products += moved @ moved.T
     return products
 

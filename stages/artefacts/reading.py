@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from stages.artefacts import tensor_files
 from stages.artefacts.manifest import FORMAT, Manifest
 from stages.files import reading
-from stages.runtime.errors import Damaged, NotReady
+from stages.runtime.errors import Damaged, NotReady, Problem
 from stages.workspace.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -52,6 +52,23 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
 def manifest_as_read(folder: Path) -> tuple[Manifest, bytes]:
     """The manifest of a folder and its bytes. Raises NotReady if it has not arrived, Damaged for anything else."""
     path = folder / MANIFEST
+    try:
+        value, content = reading.read_json(path, levels=LEVELS)
+    except (Problem, OSError):
+        _check_there(folder)
+        raise
+    try:
+        return Manifest.model_validate(value), content
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = f"not a {FORMAT} manifest: {key}: {first['msg']}"
+        raise Damaged(message, where=path, mend=reading.COPY_AGAIN) from error
+
+
+def _check_there(folder: Path) -> None:
+    """Raise what is wrong with a folder whose manifest cannot be read, if it is the folder itself."""
+    path = folder / MANIFEST
     if folder.is_symlink():
         message = f"{folder.name} is a symbolic link; exchanged folders are never followed"
         raise Damaged(message, where=folder, mend="put the folder itself there, or make it again with --overwrite")
@@ -60,14 +77,6 @@ def manifest_as_read(folder: Path) -> tuple[Manifest, bytes]:
     if folder.is_dir() and not path.exists() and not path.is_symlink():
         mend = "wait until the whole folder is copied; or make it again with --overwrite"
         raise NotReady(f"{folder.name} has no {MANIFEST} yet", where=folder, mend=mend)
-    value, content = reading.read_json(path, levels=LEVELS)
-    try:
-        return Manifest.model_validate(value), content
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = f"not a {FORMAT} manifest: {key}: {first['msg']}"
-        raise Damaged(message, where=path, mend=reading.COPY_AGAIN) from error
 
 
 class Manifests:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stages.artefacts.adapter_files import Layout, Tensors, is_finite, layout_of
+from stages.artefacts.adapter_files import Layout, Tensors, layout_of
 from stages.audit.check_chain import chain, manifest_of
 from stages.audit.check_clients import A6, clients_of
 from stages.audit.check_files import files_between, files_of
@@ -115,14 +115,15 @@ def _adapter(state: Audit, folder: Folder) -> tuple[AnyAdapter | None, str]:
         adapter = parse_weights(weights, folder.path / ADAPTER_WEIGHTS)
     except Problem as problem:
         return None, problem.message
-    state.layouts[folder.path] = layout_of(adapter.tensors)
-    if all(map(is_finite, adapter.tensors.values())):
-        state.finite.add(folder.path)
+    broken = ""
     try:
-        config = reading.parse_json(settings) if settings is not None else {}
+        adapter = replace(adapter, config=reading.parse_json(settings) if settings is not None else {})
     except (ValueError, RecursionError) as error:
-        return adapter, f"{ADAPTER_CONFIG} is not valid JSON: {error}"
-    return replace(adapter, config=config), ""
+        broken = f"{ADAPTER_CONFIG} is not valid JSON: {error}"
+    state.layouts[folder.path] = layout_of(adapter.tensors)
+    if adapter.is_finite:
+        state.finite.add(folder.path)
+    return adapter, broken
 
 
 def words_of_this_machine(canaries: Sequence[str] = ()) -> Words:

@@ -88,7 +88,7 @@ def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Ite
             elif here != digest and parent:
                 found = f"was made from another {name} than lies in {folder.scope.shown(parent)}: {short(digest)}"
                 yield A1.fail(folder.shown, found, short(here))
-        yield from _left_out(folder, [other for other in sent.get(_round_of(folder), []) if other.path not in earlier])
+        yield from _left_out(folder, sent, earlier)
         yield from _other_weights(folder, known)
     if ours:
         yield _summary(ours, elsewhere)
@@ -169,16 +169,17 @@ def _agreement(ours: list[Folder]) -> Iterator[Finding]:
                 yield A1.fail(folder.shown, f"has another {name} than {before.shown}", "the same in all folders")
 
 
-def _left_out(folder: Folder, sent: list[Folder]) -> Iterator[Finding]:
+def _left_out(folder: Folder, sent: dict[tuple[str, int], list[Folder]], earlier: set[Path]) -> Iterator[Finding]:
     """Updates of a round that are here and not in its average; what clients told, and the LLM did not learn from."""
     manifest = folder.said
     if manifest.stage not in TAKEN_IN:
         return
     stages, said = TAKEN_IN[manifest.stage]
-    for other in sent:
+    for other in sent.get(_round_of(folder), []):
         update = other.said
         name = other.claims_to_be.removeprefix(f"{round_name(update.round)}/")  # of what a client keeps it stays a path
-        if update.stage in stages and "/" not in name and name not in manifest.parents:
+        is_missing = update.stage in stages and "/" not in name and name not in manifest.parents
+        if is_missing and other.path not in earlier:
             yield A1.warn(other.shown, f"{said} of its round: it came too late, or was left out")
 
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from stages.aggregation.rules import Mean
+from stages.aggregation.means import Mean
 from stages.aggregation.updates import Held, Source, as_written, columns_of, inner_products, side_by_side
 from stages.artefacts.adapter_files import Layout, Tensors, layout_of
 from stages.audit.checks import Check, Finding, number_of

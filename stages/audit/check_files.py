@@ -65,16 +65,16 @@ def _is_sealed_to_another(name: str, folder: Folder) -> bool:
 
 def files_between(folders: list[Folder], scopes: list[Scope], client: int | None) -> Iterator[Finding]:
     """What lies in the exchange outside the folders that were read; and how much was looked at."""
-    read = {folder.path for folder in folders}
+    read = {str(folder.path) for folder in folders}
     total = sum(len(folder.names) for folder in folders)
     for scope in scopes:
         if not scope.exchanged.is_dir():
             continue
-        for path, status in every_file(scope.exchanged):
-            if path.parent in read or not scope.concerns(path, client):
+        for place in every_file(scope.exchanged):
+            if place.rpartition("/")[0] in read or not scope.concerns(path := Path(place), client):
                 continue
             total += 1
-            if not _belongs(path, scope) or kind_of(status):
+            if not _belongs(path, scope) or kind_of(path.lstat()):
                 yield from _superfluous(path, scope.shown(path))
         yield from _records(scope, client)
     yield A2.ok(f"{number_of(total, 'file')} in {number_of(len(folders), 'folder')}, all sha256 and sizes match")

@@ -57,7 +57,6 @@ def _names(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
 
 def _shapes(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
     """A is [r, inputs] and B is [outputs, r], with the r of the configuration unless that has one for each layer."""
-    is_known = bool(adapter.config) and not lora_settings.not_understood(adapter.config)
     for name, tensor in adapter.tensors.items():
         other = name.removesuffix(A) + B if name.endswith(A) else name.removesuffix(B) + A
         if not name.endswith((A, B)):
@@ -70,7 +69,7 @@ def _shapes(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
             b = adapter.tensors[other]
             found, its = tensor.shape[0], b.shape[1] if b.ndim == 2 else None
             module = name.removesuffix(A)
-            rank = int(lora_settings.of_layer(adapter.config, "r", module)) if is_known else None
+            rank = int(lora_settings.of_layer(adapter.config, "r", module)) if adapter.is_understood else None
             if its is not None and (found != its or found != (rank or found)):
                 text = f"{name} has shape {list(tensor.shape)}, its B {list(b.shape)}"
                 yield A3.fail(weights, text, f"[{rank or 'r'}, inputs] and [outputs, {rank or 'r'}]")

@@ -7,7 +7,7 @@ import ipaddress
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from re import Pattern
 from typing import Any
@@ -31,11 +31,15 @@ SHORTEST_NAME = 2
 
 @dataclass(frozen=True)
 class Words:
-    """What to look for beside patterns: the names of this machine and its user, and words that people gave."""
+    """What to look for beside patterns: the names of this machine and its user, and words that people gave.
+
+    harmless: strings that were searched and tell nothing: most of a folder's are in every other folder too.
+    """
 
     user: str = ""
     host: str = ""
     canaries: tuple[str, ...] = ()
+    harmless: set[str] = field(default_factory=set, compare=False)
 
     @functools.cached_property
     def kinds(self) -> Mapping[str, Pattern[str]]:
@@ -72,11 +76,16 @@ def leaks_of(folder: Folder, words: Words) -> Iterator[Finding]:
 
 def leaks_between(folders: list[Folder], scopes: list[Scope], client: int | None, words: Words) -> Iterator[Finding]:
     """Of whatever else travels, in those folders or outside them; and how much was looked at."""
-    done = {folder.path / name for folder in folders for name in folder.names if name.endswith(READ)}
-    total = sum(reading.below(path, scope.exchanged) is not None for scope in scopes for path in done)
+    done = {f"{folder.path}/{name}" for folder in folders for name in folder.names if name.endswith(READ)}
+    tops = [f"{scope.exchanged}".rstrip("/") + "/" for scope in scopes]
+    total = sum(place.startswith(top) for top in tops for place in done)
     for scope in scopes:
-        for path, status in every_file(scope.exchanged) if scope.exchanged.is_dir() else ():
-            if path in done or kind_of(status) or not scope.concerns(path, client):
+        for place in every_file(scope.exchanged) if scope.exchanged.is_dir() else ():
+            if place in done:
+                continue
+            path = Path(place)
+            status = path.lstat()
+            if kind_of(status) or not scope.concerns(path, client):
                 continue
             total += 1
             if status.st_size > reading.READ_AT_ONCE_BYTES:
@@ -101,10 +110,11 @@ def _leaks(content: bytes, value: dict[str, Any] | None, path: Path, scope: Scop
         forms = {canary.encode(), json.dumps(canary)[1:-1].encode(), canary.encode("utf-16-le")}
         if canary in name or any(form in content for form in forms):
             yield A7.fail(shown, f"holds canary string {number}")
-    texts = [("its name", name), *_strings(value)]
-    if not _may_tell("\n".join(text for _, text in texts), words):
+    new = {name, *_texts(value)} - words.harmless
+    if not _may_tell("\n".join(new), words):
+        words.harmless.update(new)
         return
-    for place, text in texts:
+    for place, text in [("its name", name), *_strings(value)]:
         certain = [kind for kind, pattern in words.kinds.items() if pattern.search(text)]
         if certain:
             yield A7.fail(shown, f"{place} tells {' and '.join(certain)}")
@@ -136,8 +146,22 @@ def _json_in(content: bytes, name: str) -> dict[str, Any] | None:
         return None
 
 
+def _texts(value: object) -> Iterator[str]:
+    """Every string in a JSON value, keys too. No depth is too deep."""
+    left = [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, dict):
+            yield from inner
+            left.extend(inner.values())
+        elif isinstance(inner, list):
+            left.extend(inner)
+
+
 def _strings(value: object) -> Iterator[tuple[str, str]]:
-    """Every string in a JSON value with the keys that lead to it; keys are strings too. No depth is too deep."""
+    """The same with the keys that lead to each, but for signatures."""
     left = [("", value)]
     while left:
         place, inner = left.pop()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
-from stages.artefacts.adapter_files import Tensors, is_finite, layout_of
+from stages.aggregation.updates import CACHED_NUMBERS
+from stages.artefacts.adapter_files import Tensors, layout_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import (
@@ -16,7 +18,7 @@ from stages.audit.foreign_adapters import (
     B,
     product_spectrum,
     rank_of,
-    spectrum_by_grams,
+    spectra_by_grams,
     tensors_if_sound,
 )
 from stages.workspace.names import ADAPTER_WEIGHTS
@@ -30,16 +32,10 @@ LEAST_COSINE, LARGEST_RATIO = -0.5, 3.0
 def numbers_of(folder: Folder, adapter: AnyAdapter, start: Tensors | None) -> Iterator[Finding]:
     """Of one adapter. start: the broadcast of its round, if it is here."""
     weights = folder.file(ADAPTER_WEIGHTS)
-    is_sound = True
-    for name, tensor in adapter.tensors.items():
-        if not is_finite(tensor):
-            is_sound = False
-            nan, infinite = int(np.isnan(tensor).sum()), int(np.isinf(tensor).sum())
-            kinds = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count]
-            yield A4.fail(weights, f"{name}: {' and '.join(kinds)} of {tensor.size}", "finite")
-    if not is_sound:
+    if not adapter.is_finite:
+        yield from _without_numbers(adapter, weights)
         return
-    zeros = [name for name, tensor in adapter.tensors.items() if not tensor.any()]
+    zeros = [name for name, extent in adapter.extents.items() if extent == 0]
     second = [name for name in adapter.tensors if name.endswith(B)]
     begins = folder.manifest is not None and (folder.manifest.stage, folder.manifest.round) == ("broadcast", 1)
     is_untrained = bool(second) and set(second) <= set(zeros)
@@ -56,6 +52,15 @@ def numbers_of(folder: Folder, adapter: AnyAdapter, start: Tensors | None) -> It
     yield A4.ok(said + (", untrained as round 1 begins" if is_untrained else ""), where=folder.shown, measured=measured)
 
 
+def _without_numbers(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
+    """The tensors that hold NaN or infinity, and how often."""
+    for name, tensor in adapter.tensors.items():
+        nan, infinite = int(np.isnan(tensor).sum()), int(np.isinf(tensor).sum())
+        kinds = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count]
+        if kinds:
+            yield A4.fail(weights, f"{name}: {' and '.join(kinds)} of {tensor.size}", "finite")
+
+
 def _measured(adapter: AnyAdapter, start: Tensors | None) -> dict[str, float]:
     """largest: of all absolute values; norm: of all as one vector; update_norm: of the difference from start.
 
@@ -64,28 +69,53 @@ def _measured(adapter: AnyAdapter, start: Tensors | None) -> dict[str, float]:
     tensors = adapter.tensors
     if start is not None and layout_of(start) != layout_of(tensors):
         start = None
-    largest, squared, update_squared = 0.0, 0.0, 0.0
+    squared, update_squared = 0.0, 0.0
     grams: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        wide = tensor.astype(np.float64)
-        largest = max(largest, float(tensor.max(initial=0)), -float(tensor.min(initial=0)))
-        squared += float(np.vdot(wide, wide))
-        if name.endswith((A, B)) and wide.ndim == 2:
-            grams[name] = wide @ wide.T if name.endswith(A) else wide.T @ wide
-        if start is not None:
-            wide -= start[name]
-            update_squared += float(np.vdot(wide, wide))
-    found = {"largest": largest, "norm": sqrt(squared)}
+        for piece in _pieces(name, tensor):
+            wide = tensor[piece].astype(np.float64)
+            squared += float(np.vdot(wide, wide))
+            if name.endswith((A, B)) and wide.ndim == 2:
+                gram = wide @ wide.T if name.endswith(A) else wide.T @ wide
+                grams[name] = grams[name] + gram if name in grams else gram
+            if start is not None:
+                wide -= start[name][piece]
+                update_squared += float(np.vdot(wide, wide))
+    found = {"largest": max(adapter.extents.values(), default=0.0), "norm": sqrt(squared)}
     if start is not None:
         found["update_norm"] = sqrt(update_squared)
-    for module, a, b in adapter.modules():
-        spectrum = spectrum_by_grams(grams[module + A], grams[module + B])
-        if spectrum is None:
-            spectrum = product_spectrum(a, b)
+    spectra = _spectra(adapter, grams)
+    for module, *_ in adapter.modules():
+        spectrum = spectra[module]
         if (scale := adapter.scale(module)) is not None:
             found[f"product_norm/{module}"] = abs(scale) * float(np.linalg.norm(spectrum))
         if spectrum.any():
             found[f"effective_rank/{module}"] = rank_of(spectrum)
+    return found
+
+
+def _pieces(name: str, tensor: np.ndarray) -> Iterator[Any]:
+    """Indices of a tensor's parts that stay in the cache: of A some columns, of B and others some rows."""
+    if tensor.size <= CACHED_NUMBERS or not tensor.ndim:
+        yield ...
+        return
+    axis = 1 if name.endswith(A) and tensor.ndim == 2 else 0
+    length = tensor.shape[axis]
+    step = max(1, CACHED_NUMBERS * length // tensor.size)
+    for first in range(0, length, step):
+        yield (slice(None),) * axis + (slice(first, first + step),)
+
+
+def _spectra(adapter: AnyAdapter, grams: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The singular values of each layer's B A; layers of one rank are looked at together."""
+    of_rank: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for module, a, b in adapter.modules():
+        of_rank.setdefault(len(a), {})[module] = a, b
+    found = {}
+    for layers in of_rank.values():
+        of_a, of_b = (np.stack([grams[module + which] for module in layers]) for which in (A, B))
+        for (module, factors), spectrum in zip(layers.items(), spectra_by_grams(of_a, of_b), strict=True):
+            found[module] = product_spectrum(*factors) if spectrum is None else spectrum
     return found
 
 

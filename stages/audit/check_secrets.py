@@ -34,14 +34,18 @@ def secrets_in(scope: Scope, folders: Iterable[Folder]) -> Iterator[Finding]:
     top = scope.workspace.root if scope.workspace and scope.is_workspace else scope.path
     seen = {f"{folder.path}/{name}" for folder in folders for name in folder.names if name.endswith(READ)}
     seen -= {f"{folder.path}/{name}" for folder in folders for name in folder.unreadable}
-    for path, status in every_file(top):
+    for place in every_file(top):
+        if place in seen and not _is_named_so(place.rpartition("/")[2]):
+            continue
+        path = Path(place)
+        status = path.lstat()
         if kind_of(status):
             continue
         if path.name == SECRETS_MARKER:
             yield A8.fail(scope.shown(path.parent), "is a folder of secret keys", "keys outside the workspace")
         elif _is_named_so(path.name):
             yield A8.fail(scope.shown(path), "is named like a secret key", "keys outside the workspace")
-        elif str(path) not in seen and status.st_size <= LARGEST_KEY_FILE_BYTES and PRIVATE_KEY in _content(path):
+        elif place not in seen and status.st_size <= LARGEST_KEY_FILE_BYTES and PRIVATE_KEY in _content(path):
             yield A8.fail(scope.shown(path), "holds a private key", "keys outside the workspace")
     yield A8.ok("no key lies here")
 

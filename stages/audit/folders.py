@@ -119,7 +119,7 @@ class Folder:
         assert self.manifest is not None
         return self.manifest
 
-    @property
+    @functools.cached_property
     def shown(self) -> str:
         """Its path as people see it."""
         return self.scope.shown(self.path)
@@ -133,13 +133,13 @@ class Folder:
         """Whether it has, or should have, a manifest: anything in a round of a workspace does."""
         return MANIFEST in self.names or self.place is not None
 
-    @property
+    @functools.cached_property
     def place(self) -> str | None:
         """Such as round-0005/client-2, if it lies in a round."""
         here = self.path.parent.name
         return f"{here}/{self.path.name}" if ROUND.fullmatch(here) and PARTY.fullmatch(self.path.name) else None
 
-    @property
+    @functools.cached_property
     def claims_to_be(self) -> str:
         """Where its manifest says that it belongs."""
         return place_of(self.said, self.scope.workspace if self.scope.agreement else None)
@@ -196,7 +196,7 @@ def _adapter_folders(top: Path) -> Iterator[Path]:
     for folder, names, inside in os.walk(top):
         here = Path(folder)
         marks = {MANIFEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin"}
-        linked = [name for name in names if (here / name).is_symlink()]
+        linked = [name for name in names if os.path.islink(f"{folder}/{name}")]  # noqa: PTH114  # quick
         names[:] = sorted(name for name in names if not name.startswith(".") and name not in linked)
         if marks & set(inside) or (ROUND.fullmatch(here.parent.name) and PARTY.fullmatch(here.name)):
             names.clear()
@@ -271,14 +271,17 @@ def said_by(problem: Problem | OSError) -> str:
     return problem.message if isinstance(problem, Problem) else str(problem.strerror)
 
 
-def every_file(top: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """All that lies under a folder and is not itself a folder, links and pipes included; links are not followed."""
-    for folder, names, inside in os.walk(top):
-        names.sort()
-        here = Path(folder)
-        for name in sorted(inside + [name for name in names if os.path.islink(f"{folder}/{name}")]):  # noqa: PTH114
-            path = here / name
-            yield path, path.lstat()
+def every_file(top: Path) -> Iterator[str]:
+    """All that lies under a folder and is no folder, links and pipes too; no link is followed. Text, which is quick."""
+    left = [str(top)]
+    while left:
+        try:
+            with os.scandir(left.pop()) as entries:
+                found = sorted((entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries)
+        except OSError:  # A2 says so of an adapter's folder
+            continue
+        yield from (path for path, is_folder in found if not is_folder)
+        left += [path for path, is_folder in reversed(found) if is_folder]
 
 
 def kind_of(status: os.stat_result) -> str:

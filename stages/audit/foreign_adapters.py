@@ -5,9 +5,10 @@ Pickles are never opened, and a file that is not sound is damaged here too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import safetensors
 
 from stages.artefacts import lora_settings
 from stages.artefacts.adapter_files import Tensors
-from stages.artefacts.tensor_files import check_head, read_header
+from stages.artefacts.tensor_files import SIZES, check_head, read_header
 from stages.audit.folders import Scope, open_folder
 from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady, Problem, UsageProblem
@@ -40,6 +41,24 @@ class AnyAdapter:
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
+    @functools.cached_property
+    def extents(self) -> dict[str, float]:
+        """The largest absolute value of each tensor, 0 of an empty one; NaN or infinity where it holds such."""
+        return {
+            name: max(float(tensor.max(initial=0)), -float(tensor.min(initial=0)))
+            for name, tensor in self.tensors.items()
+        }
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no value is NaN or infinite."""
+        return all(map(isfinite, self.extents.values()))
+
+    @functools.cached_property
+    def is_understood(self) -> bool:
+        """Whether its configuration is there, and says nothing that is not known here."""
+        return bool(self.config) and not lora_settings.not_understood(self.config)
+
     def modules(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Each adapted layer's name, A and B, where both are matrices that fit each other."""
         for name, a in self.tensors.items():
@@ -53,7 +72,7 @@ class AnyAdapter:
         None where that, or that the base stays as it is, is not known: see lora_settings.not_understood.
         """
         rank = int(self.tensors[module + A].shape[0])
-        if not self.config or not rank or lora_settings.not_understood(self.config):
+        if not rank or not self.is_understood:
             return None
         alpha = lora_settings.of_layer(self.config, "lora_alpha", module)
         return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -92,7 +111,7 @@ def parse_weights(content: bytes, path: Path) -> AnyAdapter:
     """The tensors in the bytes of a safetensors file. Raises Damaged, also for a type that no adapter has."""
     header = read_header(content, path)
     try:
-        entries = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+        entries = _in_place(header, content) or safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise Damaged(f"{path.name} is not a sound safetensors file: {error}", where=path) from error
     tensors, dtypes = {}, {}
@@ -107,6 +126,24 @@ def parse_weights(content: bytes, path: Path) -> AnyAdapter:
         values = flat.astype(np.float32) if flat.dtype.itemsize < 4 else flat
         tensors[name] = values.reshape(entry["shape"])
     return AnyAdapter(tensors, dtypes, dict(header.get("__metadata__", {})))
+
+
+def _in_place(header: dict[str, Any], content: bytes) -> list[tuple[str, dict[str, Any]]] | None:
+    """What safetensors.deserialize returns, without a copy of the numbers; None where the library is to judge.
+
+    That is wherever tensors do not lie one right after the other as the header names them, to the end of the file.
+    """
+    numbers, end = memoryview(content)[8 + int.from_bytes(content[:8], "little") :], 0
+    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    is_plain = all(isinstance(value, str) for value in header.get("__metadata__", {}).values())
+    for _, entry in entries:
+        start, size_bytes, shape = end, SIZES.get(str(entry["dtype"]), 0), entry["shape"]
+        end += size_bytes * prod(shape)
+        is_plain &= size_bytes > 0 and all(0 <= size <= len(content) for size in shape)
+        if not is_plain or str(entry["data_offsets"]) != str([start, end]):  # 0.0 and false are no places
+            return None
+        entry["data"] = numbers[start:end]
+    return entries if end == len(numbers) else None
 
 
 def read_any(folder: Path) -> AnyAdapter:
@@ -150,22 +187,25 @@ def product_spectrum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.svd(_triangle(b) @ _triangle(a.T).T, compute_uv=False)
 
 
-def spectrum_by_grams(gram_a: np.ndarray, gram_b: np.ndarray) -> np.ndarray | None:
-    """The singular values of B A, descending, from A A^T and B^T B, all float64, [r, r]; None where those do not tell.
+def spectra_by_grams(grams_a: np.ndarray, grams_b: np.ndarray) -> list[np.ndarray | None]:
+    """The singular values of each B A, descending, from every A A^T and B^T B, float64, [n, r, r].
+
+    None where those do not tell.
 
     Their squares are the eigenvalues of H^T A A^T H where B^T B = H H^T, which is ten times faster than QR. They are
     exact to some roundings of |A|^2 |B|^2: what is no more than that is taken for zero, and where the largest is not
     far above it nothing is told. So each value is right to 1e-7 of |A| |B|, as much as float32 numbers tell.
     """
-    bound = np.linalg.norm(gram_a) * np.linalg.norm(gram_b)
-    if not 0 < bound < np.inf:
-        return None
-    values, vectors = np.linalg.eigh(gram_b)
-    half = vectors * np.sqrt(np.maximum(values, 0))
-    squares = np.linalg.eigvalsh(half.T @ gram_a @ half)[::-1]
-    if squares[0] < LEAST_SQUARE * bound:
-        return None
-    return np.sqrt(np.where(squares > ROUNDING * bound, squares, 0))
+    bounds = np.sqrt((grams_a**2).sum(axis=(1, 2)) * (grams_b**2).sum(axis=(1, 2)))
+    able = np.flatnonzero((bounds > 0) & (bounds < np.inf))
+    values, vectors = np.linalg.eigh(grams_b[able])
+    halves = vectors * np.sqrt(np.maximum(values, 0))[:, None]
+    squares = np.linalg.eigvalsh(halves.transpose(0, 2, 1) @ grams_a[able] @ halves)[:, ::-1]
+    found: list[np.ndarray | None] = [None] * len(bounds)
+    for number, of_one, bound in zip(able, squares, bounds[able], strict=True):
+        if of_one[0] >= LEAST_SQUARE * bound:
+            found[number] = np.sqrt(np.where(of_one > ROUNDING * bound, of_one, 0))
+    return found
 
 
 def rank_of(spectrum: np.ndarray) -> float:

@@ -168,30 +168,40 @@ def read_json(path: Path, *, levels: int = 1) -> tuple[dict[str, Any], bytes]:
 
 def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object in UTF-8, strictly: no key twice, no infinite number, no half of a character. Raises ValueError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value: dict[str, Any] = {}
-        for key, inner in pairs:
-            if key in value:
-                raise ValueError(f"the key {key[:80]!r} appears twice")
-            value[key] = inner
-        return value
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not allowed")
-
-    def finite(number: str) -> float:
-        value = float(number)
-        if not math.isfinite(value):
-            raise ValueError(f"{number[:40]} is too large a number")
-        return value
-
-    value = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    text = content.decode("utf-8")
+    if text.startswith("\ufeff"):
+        raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
+    value = _STRICT.decode(text)
     if not isinstance(value, dict):
         raise ValueError("not an object")
     if b"\\u" in content:
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is text that nobody can write
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        known = set[str]()
+        for key, _ in pairs:
+            if key in known:
+                raise ValueError(f"the key {key[:80]!r} appears twice")
+            known.add(key)
+    return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not allowed")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:40]} is too large a number")
+    return value
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
 
 
 def json_bytes(value: object) -> bytes:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from builders import random_adapter
-from stages.aggregation.rules import PROBES, WEIGHTINGS, Mean
+from stages.aggregation.means import PROBES, Mean
+from stages.aggregation.rules import WEIGHTINGS
 from stages.artefacts.adapter_files import Tensors
 
 LAYERS = ("h.0", "h.1")

@@ -42,7 +42,7 @@ def flat(adapter: Tensors) -> np.ndarray:
 
 
 def side_by_side(updates: Updates) -> np.ndarray:
-    return np.concatenate([block for _, block in updates.blocks()], axis=1)
+    return np.concatenate([block.copy() for _, block in updates.blocks()], axis=1)
 
 
 def test_blocks_hold_every_number_of_every_client_once(updates: Updates) -> None:
@@ -127,10 +127,10 @@ def test_nothing_is_made_of_a_file_that_changes_before_it_is_read_to_its_end(upd
 
 def test_what_counts_is_what_was_read_and_hashed_not_what_lies_there_now(updates: Updates) -> None:
     path, blocks = updates.heads[2].path / WEIGHTS, updates.blocks()
-    first = next(blocks)[1]
+    first = next(blocks)[1].copy()
     content = path.read_bytes()
     overwrite(path, content[:-176] + b"\0" + content[-175:])  # the first of 44 numbers
-    found = np.concatenate([first, *(block for _, block in blocks)], axis=1)
+    found = np.concatenate([first, *(block.copy() for _, block in blocks)], axis=1)
     np.testing.assert_array_equal(found, [flat(adapter) for adapter in ADAPTERS])
 
 

@@ -30,6 +30,8 @@ from damages import (
     put,
     tensors_of,
 )
+from stages.aggregation import means, updates
+from stages.audit import check_numbers
 from stages.audit.audit import CHECKS, audit
 
 
@@ -350,6 +352,27 @@ def test_the_numbers_are_those_of_linear_algebra(finished_once: Path) -> None:
         f"effective_rank/{layer}": np.exp(-(shares * np.log(shares)).sum()),
     }
     assert dict(found.measured) == pytest.approx(expected)
+
+
+def test_the_numbers_are_the_same_however_small_the_pieces_are(
+    finished_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured() -> list[dict[str, float]]:
+        return [dict(one.measured) for one in audit([finished_once]) if one.id in ("A4", "A6")]
+
+    whole = measured()
+    for module in (check_numbers, means, updates):
+        monkeypatch.setattr(module, "CACHED_NUMBERS", 7)
+    assert [pytest.approx(one, rel=1e-9) for one in measured()] == whole
+
+
+def test_what_tells_something_is_told_of_every_file_that_holds_it(finished: Path) -> None:
+    for client in (1, 2, 3):
+        config(finished / f"exchange/round-0001/client-{client}", by="/home/somebody/x", beside="nothing")
+    said = [line for line in problems(audit([finished])) if line.startswith("A7")]
+    assert said == [
+        f"A7 FAIL exchange/round-0001/client-{client}/{CONFIG}: by tells an absolute path" for client in (1, 2, 3)
+    ]
 
 
 def test_the_cross_term_is_the_one_that_the_aggregate_tells(finished_once: Path) -> None:

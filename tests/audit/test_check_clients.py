@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from stages.aggregation import updates as sources
-from stages.aggregation.rules import Mean
+from stages.aggregation.means import Mean
 from stages.artefacts.adapter_files import Tensors
 from stages.audit.check_clients import compare, pairwise, robust_z, toward_the_rest
 from stages.audit.folders import Folder, Scope
