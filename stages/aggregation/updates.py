@@ -134,7 +134,7 @@ def side_by_side(
     source, by its position, that has no finite numbers there.
     """
     most = len(sources) * max((place.stop - place.start for place in places), default=0)
-    turns = itertools.cycle([np.empty(most, np.float32), np.empty(most, np.float32)])
+    turns = itertools.cycle([np.empty(most, np.float32) for _ in places[:2]])
 
     def read(place: slice) -> np.ndarray:
         columns = place.stop - place.start

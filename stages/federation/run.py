@@ -72,7 +72,6 @@ def run(
         workspace = derived(workspace, folder, changes, made_by=made_by, overwrite=overwrite, report=report)
         models = models.of(workspace)
     federation, evaluation = workspace.agreement.federation, workspace.agreement.evaluation
-    averages = workspace.agreement.averages
     rounds = rounds or range(1, federation.rounds + 1)
     for round in (rounds[0], rounds[-1]):
         workspace.check_round(round)
@@ -93,16 +92,22 @@ def run(
         words = f"{federation.method}, round {round} of {federation.rounds}"
         report(Event("round", words, step=round, total=federation.rounds))
         _round(workspace, round, overwrite, models, report)
-        if not scores or not (each_round or round == rounds[-1]):
-            continue
-        if federation.distils:
-            results += [score(model="slm", round=round), score(model="llm", round=round)]
-        if averages and not federation.distils:
-            results += [score(model="aggregate", round=round)]
-        if federation.clients_tell:
-            results += [score(model="llm", round=round)]
-        if round == rounds[-1] or not averages:
-            results += [score(round=round, client=client) for client in workspace.client_adapters(round)]
+        if scores and (each_round or round == rounds[-1]):
+            results += _scored(workspace, round, score, is_last=round == rounds[-1])
+    return results
+
+
+def _scored(workspace: Workspace, round: int, score: Callable[..., Result], *, is_last: bool) -> list[Result]:
+    """What a round's models score: the server's always, each client's own after the last or where none are averaged."""
+    federation, averages, results = workspace.agreement.federation, workspace.agreement.averages, list[Result]()
+    if federation.distils:
+        results += [score(model="slm", round=round), score(model="llm", round=round)]
+    if averages and not federation.distils:
+        results.append(score(model="aggregate", round=round))
+    if federation.clients_tell:
+        results.append(score(model="llm", round=round))
+    if is_last or not averages:
+        results += [score(round=round, client=client) for client in workspace.client_adapters(round)]
     return results
 
 

@@ -91,7 +91,7 @@ def sweep(
         workspaces = [_opened(workspace, grid, settings) for settings in points]
     else:
         workspaces = _made(workspace, grid, points, overwrite, report)
-        _run(workspace, workspaces, each_round, overwrite, models, report)
+        _run(workspace, workspaces, each_round=each_round, overwrite=overwrite, models=models, report=report)
     studies = _studies(workspace, points, workspaces)
     return Swept(
         metric=metric,
@@ -156,6 +156,7 @@ def _made(
 def _run(
     workspace: Workspace,
     points: Sequence[Workspace],
+    *,
     each_round: bool,
     overwrite: bool,
     models: Models | None,
