@@ -37,6 +37,18 @@ def test_every_stage_of_a_tiny_pair_is_measured() -> None:
     assert client.flops / client.tokens_per_s == pytest.approx(4 * (12 * 32 * 32 + 2 * (32 + 96)))
 
 
+def test_models_with_logits_for_different_numbers_of_places_are_measured_too() -> None:
+    wider = {"slm": PAIR.configs["slm"], "llm": PAIR.configs["llm"] | {"vocab_size": 104}}
+    pair = gpu.Pair("padded", wider, PAIR.settings)
+    assert len(list(gpu.of_pair(pair, torch.device("cpu"), torch.float32, rows=2, steps=3))) == 6
+
+
+def test_qwens_shapes_have_the_parameters_that_its_names_say() -> None:
+    pair = gpu.of_qwen()
+    counts = [sum(one.numel() for one in pair.base(role, "meta", torch.bfloat16).parameters()) for role in gpu.BOTH]
+    assert counts == [494_032_768, 7_615_616_512]  # as its model cards say: 0.49 and 7.61 billion
+
+
 def test_the_papers_settings_are_there() -> None:
     pairs = [gpu.Pair.of_paper(name) for name in ("s1", "s2", "s3")]
     assert [pair.configs["llm"]["model_type"] for pair in pairs] == ["gpt2", "opt", "llama"]
@@ -49,10 +61,11 @@ def test_on_a_gpu_a_setting_has_its_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(gpu, "ROWS", 2)
     monkeypatch.setattr(gpu.Pair, "of_paper", lambda name: PAIR)
     monkeypatch.setattr(gpu.reported, "SETTINGS", {"s1": reported.SETTINGS["s1"]})
+    monkeypatch.setattr(gpu, "of_qwen", lambda: PAIR)
     with cuda() as device:
         rows = gpu.measure(1)
     assert device.waits
-    assert [what.partition(",")[0] for what, *_ in rows[1:]] == ["s1"] * 6
+    assert [what.partition(",")[0] for what, *_ in rows[1:]] == ["tiny"] * 12
     assert all("tokens/s" in measured and "plan says" in measured for _, measured, _ in rows[1:])
 
 

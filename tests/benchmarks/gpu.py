@@ -1,4 +1,4 @@
-"""The paper's three settings on a GPU: base models of their shapes with random weights, in bfloat16, no download.
+"""The paper's three settings and a newer pair on a GPU: bases of their shapes, random weights, bfloat16, no download.
 
 For client-train and for co-distill, in one phase and in two: tokens a second, the share of what the device's matrix
 products could do, peak memory, and what `plan` says of it. Run only where there is CUDA.
@@ -69,6 +69,28 @@ class Pair:
             return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
 
 
+def of_qwen() -> Pair:
+    """Qwen2.5-0.5B and 7B: one tokenizer, logits of 151,936 and 152,064 places."""
+
+    def config(layers: int, width: int, inner: int, heads: int, keys: int, vocabulary: int) -> dict[str, Any]:
+        return {
+            "model_type": "qwen2",
+            "num_hidden_layers": layers,
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_attention_heads": heads,
+            "num_key_value_heads": keys,
+            "vocab_size": vocabulary,
+            "tie_word_embeddings": width < 1024,
+        }
+
+    configs: dict[Role, dict[str, Any]] = {
+        "slm": config(24, 896, 4864, 14, 2, 151_936),
+        "llm": config(28, 3584, 18_944, 28, 4, 152_064),
+    }
+    return Pair("qwen2.5", configs, Model(model="random", lora=Lora(r=8, alpha=16)))
+
+
 @dataclass(frozen=True)
 class Measured:
     """One stage: of how many tokens a second, at how many operations, and how many bytes at most, said and measured."""
@@ -88,13 +110,12 @@ def measure(repeats: int) -> list[tuple[str, str, str]]:
     ceiling = matmul_flops(device)
     name = torch.cuda.get_device_name(device)
     table = [(f"bfloat16 matrix products of {SIZE} x {SIZE}, {name}", f"{ceiling / 1e12:.0f} TFLOP/s", "")]
-    for setting in reported.SETTINGS:
-        pair = Pair.of_paper(setting)
+    for pair in (*map(Pair.of_paper, reported.SETTINGS), of_qwen()):
         for one in of_pair(pair, device, torch.bfloat16, rows=ROWS, steps=STEPS * repeats):
             said = f"{one.tokens_per_s:,.0f} tokens/s, {one.flops / ceiling:.2f} of the ceiling"
             assert one.peak_bytes
             said += f", peak {one.peak_bytes / 1e9:.2f} GB, plan says {one.planned_bytes / one.peak_bytes:.2f} of it"
-            table.append((f"{setting}, {one.what}", said, ""))
+            table.append((f"{pair.name}, {one.what}", said, ""))
     return table
 
 
