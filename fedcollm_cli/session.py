@@ -125,7 +125,7 @@ def guarded(console: Console) -> Iterator[None]:
         os.environ.setdefault(name, "false")
     # With it, bitsandbytes would fetch programs from the hub as it is imported, and transformers as it loads a model.
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-    imports.spare(is_alone=int(os.environ.get("WORLD_SIZE") or 1) == 1)
+    imports.spare()
     try:
         with naming_storage_faults(), console, silent_libraries():
             yield

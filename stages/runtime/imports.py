@@ -5,8 +5,9 @@ scikit-learn for assisted generation, datasets and so pandas to ask whether rows
 there: out of sight they count as not installed. Whoever else imports them sees them, and so do those three what has
 been imported already.
 
-transformers also imports torch's compiler, and tensors that are spread over processes, which import a computer algebra
-system: neither is used by a process that is alone.
+What is left is mostly torch's own: its first optimiser step imports its compiler, and as much again as torch itself.
+A stand-in for the compiler does not help: accelerate asks Trainer's model whether it was compiled, and PEFT each layer
+whether it is spread over processes, both by the true classes.
 """
 
 from __future__ import annotations
@@ -21,19 +22,14 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
-from stages.runtime import compiler
-
 UNUSED = ("bitsandbytes", "datasets", "scipy", "sklearn")
 WHERE = ("transformers", "peft", "accelerate")
 
 
-def spare(*, is_alone: bool = True) -> None:
-    """From now on in this process, load the modules of these libraries with what is unused there out of sight.
-
-    is_alone: whether it is not one of several that share their work, for which transformers needs more.
-    """
+def spare() -> None:
+    """From now on in this process, load the modules of these libraries with what is unused there out of sight."""
     if not any(isinstance(one, _Finder) for one in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(is_alone=is_alone))
+        sys.meta_path.insert(0, _Finder())
 
 
 @contextlib.contextmanager
@@ -64,38 +60,39 @@ def _uncollected() -> Iterator[None]:
 class _Finder(MetaPathFinder):
     """Finds what Python finds, and has it loaded so."""
 
-    def __init__(self, *, is_alone: bool) -> None:
-        self._is_alone = is_alone
-
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """None for a module of any other library, which is then found as ever."""
-        if fullname.partition(".")[0] not in WHERE:
+        if fullname.partition(".")[0] not in WHERE and fullname != "torch":
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and type(spec.loader) is SourceFileLoader:
-            spec.loader = _Loader(spec.loader.name, spec.loader.path, is_alone=self._is_alone)
+            loader = _Uncollected if fullname == "torch" else _Loader
+            spec.loader = loader(spec.loader.name, spec.loader.path)
         return spec
+
+
+class _Uncollected(SourceFileLoader):
+    """Python's, which runs a module without garbage collection."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module, and all that it imports."""
+        with _uncollected():
+            super().exec_module(module)
 
 
 class _Loader(SourceFileLoader):
     """Python's, which runs a module with what is unused out of sight."""
 
-    def __init__(self, name: str, path: str, *, is_alone: bool) -> None:
-        super().__init__(name, path)
-        self._is_alone = is_alone
-
     def exec_module(self, module: ModuleType) -> None:
         """Run the module, and all that it imports."""
-        with out_of_sight(*UNUSED), compiler.unloaded(), _uncollected():
+        with out_of_sight(*UNUSED), _uncollected():
             super().exec_module(module)
             if "." not in module.__name__:  # a whole library, before which there can be no model: none is frozen here
                 gc.freeze()
             if module.__name__ == "transformers.utils.import_utils":
                 _remember_folders(module)
-                if self._is_alone:
-                    vars(module)["is_torch_distributed_available"] = _is_not
 
 
 def _remember_folders(module: ModuleType) -> None:
@@ -104,7 +101,3 @@ def _remember_folders(module: ModuleType) -> None:
     forgetful: Any = getattr(module, name, None)
     if hasattr(forgetful, "__wrapped__"):
         setattr(module, name, functools.cache(forgetful.__wrapped__))
-
-
-def _is_not() -> bool:
-    return False

@@ -8,8 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from stages.files.seclusion import shutting_out
 from stages.models.devices import naming_memory_knobs
 from stages.models.fused import fused_in
 from stages.models.held import held_in_bfloat16
-from stages.runtime import compiler, quiet
+from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, Refused, StorageProblem, UsageProblem
 from stages.runtime.events import Event, Report
 from stages.runtime.processes import ALONE, Processes
@@ -80,7 +79,7 @@ def train(
     arguments = _arguments(
         recipe, machine, tracking, folder=own, device=objective.device, steps=count, per_step=per_step
     )
-    with naming_memory_knobs(), shutting_out(own), trackers.named(tracking), _lightened(objective):
+    with naming_memory_knobs(), shutting_out(own), trackers.named(tracking), held_in_bfloat16(*objective.tuned):
         before, start = objective.measure(examples, rows), snapshot(objective)
         callbacks = trackers.callbacks(tracking, after_step=checkpoints.step_of(checkpoint) if checkpoint else 0)
         trainer = _trainer(objective, dataset, recipe, processes, arguments=arguments, callbacks=callbacks)
@@ -122,13 +121,6 @@ def _begin(
         mend = "give all processes the same base models, settings and --dtype"
         raise Refused(f"process {processes.rank} would train something else than the first", mend=mend)
     return own, checkpoint
-
-
-@contextmanager
-def _lightened(objective: Objective) -> Iterator[None]:
-    """Inside, a step does nothing again and again that needs doing once, and torch's optimiser imports no compiler."""
-    with held_in_bfloat16(*objective.tuned), compiler.unloaded():
-        yield
 
 
 def _make_ready(objective: Objective, arguments: TrainingArguments, processes: Processes) -> None:
