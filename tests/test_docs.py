@@ -153,7 +153,10 @@ def test_every_page_is_found_from_the_first() -> None:
 # --- commands, options and settings
 
 COMMANDS: dict[str, Any] = command_line().commands
-OPTIONS = {name: {word for one in command.params for word in one.opts} for name, command in COMMANDS.items()}
+OPTIONS = {
+    name: {word for one in command.params for word in one.opts + one.secondary_opts}
+    for name, command in COMMANDS.items()
+}
 CALL = re.compile(r"(?<![\w./~-])fedcollm(?:_cli)? +(?=[\w-])([^\n#`|;&)]+)")
 
 

@@ -26,7 +26,7 @@ def align(
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Tell whether two models of different tokenizers could teach each other.
+    """Tell if models of two tokenizers can teach each other.
 
     Maps the vocabulary of the base in [llm] on that of [slm] and back, on bytes, by three methods: exact (the same
     bytes), min-edit (else the nearest token by edit distance, within half of its bytes) and leading (each token of the

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -26,7 +28,8 @@ def audit(
     client: Annotated[int | None, typer.Option("--client", min=1, help="Only what concerns this client.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 10 if there are warnings.")] = False,
     canary: Annotated[
-        list[str] | None, typer.Option("--canary", help="A string that nothing that travels may hold; repeatable.")
+        list[str] | None,
+        typer.Option("--canary", metavar="<str>", help="A string that nothing that travels may hold; repeatable."),
     ] = None,
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
@@ -78,7 +81,7 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two adapters, tensor by tensor and in what they add.
+    """Compare two adapters, and what each adds to the model.
 
     For each tensor, it prints norms, cosine, largest difference and effective rank. For each layer, it prints norms,
     difference and cosine of what is added to the weights: B A, scaled as PEFT does. It names the settings that differ,
@@ -103,27 +106,43 @@ def diff(
 
 
 def _tensors(found: Difference) -> Table:
-    table = _table("tensor", "norm A", "norm B", "cosine", "max |A-B|", "rank A", "rank B")
+    shared = _beginning([one.name for one in found.tensors])
+    table = _table(_head("tensor", "of", shared), "norm A", "norm B", "cosine", "max |A-B|", "rank A", "rank B")
     for one in found.tensors:
         numbers = [one.norm_a, one.norm_b, one.cosine, one.largest_difference, one.rank_a, one.rank_b]
-        table.add_row(_brief(one.name), *map(_shown, numbers))
+        table.add_row(_brief(one.name.removeprefix(shared)), *map(_shown, numbers))
     return table
 
 
 def _layers(found: Difference) -> list[Table]:
     """What each adds to a layer's weights."""
-    table = _table("added to", "|BA| A", "|BA| B", "cosine", "|BA A-B|")
+    shared = _beginning([one.name for one in found.layers])
+    table = _table(_head("added to", "in", shared), "|BA| A", "|BA| B", "cosine", "|BA A-B|")
     for one in found.layers:
-        table.add_row(_brief(one.name), *map(_shown, [one.norm_a, one.norm_b, one.cosine, one.difference]))
+        table.add_row(
+            _brief(one.name.removeprefix(shared)), *map(_shown, [one.norm_a, one.norm_b, one.cosine, one.difference])
+        )
     return [table] if found.layers else []
 
 
 def _table(first: str, *more: str) -> Table:
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(first, overflow="fold")
     for name in more:
         table.add_column(name, justify="right", overflow="fold", no_wrap=True)
     return table
+
+
+def _beginning(names: list[str]) -> str:
+    """What all names begin with, up to a dot, such as "model.layers.": said once, so that a row fits a terminal."""
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    shared = [parts[0] for parts in takewhile(lambda parts: len({*parts}) == 1, columns)]
+    return ".".join([*shared, ""]) if len(names) > 1 else ""
+
+
+def _head(plain: str, where: str, beginning: str) -> str:
+    shown = beginning.removeprefix("base_model.model.").removesuffix(".")
+    return f"{plain.split()[0]} {where} {shown}" if shown else plain
 
 
 def _brief(name: str) -> str:

@@ -100,7 +100,8 @@ def compare(
 def sweep(
     *,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary.")
+        list[str] | None,
+        typer.Option("--set", metavar="<str>", help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary."),
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,

@@ -20,7 +20,7 @@ def broadcast(
     round: RoundOption,
     without: Annotated[
         list[int] | None,
-        typer.Option("--without", help="Secure mode: open the round without this client; may be given several times."),
+        typer.Option("--without", metavar="<int>", help="Secure mode: open the round without this client; repeatable."),
     ] = None,
     opened: Session,
     overwrite: OverwriteOption = False,

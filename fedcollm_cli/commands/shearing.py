@@ -19,7 +19,9 @@ def shear(
     to: Annotated[Path | None, typer.Option("--to", help="The folder to write. Default: models/slm.")] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="A file of plain text; repeatable. Paragraphs end at empty lines."),
+        typer.Option(
+            "--text", metavar="<path>", help="A file of plain text; repeatable. Paragraphs end at empty lines."
+        ),
     ] = None,
     heal: Annotated[
         int | None, typer.Option("--heal", min=1, help="Train so many steps afterwards. Default: none.")
@@ -34,10 +36,10 @@ def shear(
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make a small model from the LLM: fewer layers, the same tokenizer.
+    """Make a small model from the large one: fewer layers.
 
-    For those who own a large model and find no small one that reads the same tokens. Keeps the layers that change the
-    hidden states most (block influence, ShortGPT). With --heal, the cut model then learns to say what the whole one
+    For those who own a large model and find no small one with its tokenizer. Keeps the layers that change the hidden
+    states most (block influence, ShortGPT). With --heal, the cut model then learns to say what the whole one
     says. All its weights train.
 
     Reads the base in [llm], and the files of --text or else private/server/auxiliary.jsonl. The last twentieth of the

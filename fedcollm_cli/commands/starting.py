@@ -21,7 +21,8 @@ def init(
         str, typer.Option(help="demo, demo-fedmkt, blank, or a paper's settings: s1, s2, s3, mkt.")
     ] = "blank",
     task: Annotated[
-        list[str] | None, typer.Option(help="An lm-eval task to train and score on; repeatable. Default: arc_easy.")
+        list[str] | None,
+        typer.Option(metavar="<str>", help="An lm-eval task to train and score on; repeatable. Default: arc_easy."),
     ] = None,
     clients: Annotated[int, typer.Option(min=1, help="K, the number of clients (demos have their own).")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="T, the number of rounds (demos have their own).")] = 5,

@@ -190,7 +190,7 @@ def _difference(found: Difference) -> str:
 
 def _bought(found: Difference) -> str:
     if found.half_width is None:
-        reading = " (one seed or question: no error bar)"
+        reading = f" (one {'seed' if found.seeds_error is None else 'question'}: no error bar)"
     elif found.half_width == 0:
         reading = " (the same answers: distillation has not reached them)"
     else:

@@ -86,6 +86,7 @@ def model_card(
         teachers=_teachers(workspace, manifest),
         budget=_budget,
         losses=_losses(manifest),
+        is_dealt=workspace.split.exists(),  # else rows are the parties' own, whatever tasks [data] names
         parties=_rows_of_parties(workspace),
         scores=_scores(workspace, adapter, subject),
         evaluate=str(scored_by(manifest.round, subject)),

@@ -41,6 +41,16 @@ def _texts(value: Any) -> list[str]:
     return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
 
 
+def in_digits(perplexity: float) -> str:
+    """As people read it: four digits, and a large one whole, such as 24,587 and not 2.459e+04."""
+    if perplexity < 9999.5:
+        return f"{perplexity:.4g}"
+    return f"{perplexity:,.0f}" if perplexity < 1e12 else f"{perplexity:.3g}"
+
+
 def card(made: Shear, found: Inherited, name: str) -> str:
     """The card as Markdown with front matter. name: what the whole model is called."""
-    return template(TEMPLATE).render(made=made, said=found.said, parents=found.parents, name=name)
+    perplexities = {which: in_digits(made["perplexity"][which]) for which in made["perplexity"]}  # type: ignore[literal-required]
+    return template(TEMPLATE).render(
+        made=made, perplexities=perplexities, said=found.said, parents=found.parents, name=name
+    )

@@ -29,7 +29,7 @@ from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, NotReady, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.shearing import blocks
-from stages.shearing.card import LICENCES, card, inherited
+from stages.shearing.card import LICENCES, card, in_digits, inherited
 from stages.shearing.heal import Heal, Healed
 from stages.shearing.heal import heal as train
 from stages.shearing.perplexity import perplexity
@@ -190,7 +190,7 @@ def _cut(whole: Whole, rows: Rows, layers: int, report: Report) -> _Cut:
     _check_configuration(whole, cut, kept)
     report(Event("stage", "perplexity of the whole model and of the cut one"))
     before, after = (perplexity(one, held, autocast=whole.autocast, report=report) for one in (model, cut))
-    report(Event("note", f"perplexity {before:.4g}, cut {after:.4g}"))
+    report(Event("note", f"perplexity: whole {in_digits(before)}, cut {in_digits(after)}"))
     return _Cut(model, cut, influence, kept, {"whole": before, "cut": after}, held)
 
 
@@ -235,7 +235,7 @@ def _publish(target: Path, whole: Whole, cut: _Cut, what: Source, report: Report
             report(Event("stage", "perplexity of the healed model"))
             healed = perplexity(loaded, cut.held, autocast=whole.autocast, report=report)
             cut.perplexity["healed"] = healed
-            report(Event("note", f"perplexity healed {healed:.4g}"))
+            report(Event("note", f"perplexity: healed {in_digits(healed)}"))
         made: Shear = {
             **what,
             "influence": cut.influence,

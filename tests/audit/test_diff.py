@@ -216,6 +216,22 @@ def test_the_command_shows_a_table_and_ends_well_for_what_differs(
     assert {one["name"].rpartition(".")[0].rpartition(".")[2] for one in found["tensors"]} == {"lora_A", "lora_B"}
 
 
+def test_a_row_of_a_deep_model_fits_a_terminal_of_80_columns(
+    tmp_path: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    layers = [f"base_model.model.model.layers.{block}.self_attn.q_proj" for block in range(11)]
+    for name, factor in {"a": 1.0, "b": -0.123456}.items():
+        tensors = {f"{layer}.lora_A.weight": factor * np.ones((1, 4), "f4") for layer in layers}
+        tensors |= {f"{layer}.lora_B.weight": factor * np.ones((4, 1), "f4") for layer in layers}
+        adapter(tmp_path / name, tensors, r=1)
+    lines = [line.split() for line in fedcollm("diff", tmp_path / "a", tmp_path / "b").out.splitlines()]
+    heads = [" ".join(words[:3]) for words in lines if "of" in words or "in" in words]
+    assert heads[:2] == ["tensor of model.layers", "added in model.layers"]
+    assert ["10.self_attn.q_proj.lora_A", "2", "0.2469", "-1", "1.123", "1", "1"] in lines  # 2 = the root of 4 ones
+    assert sum(words[0].endswith(("lora_A", "lora_B")) for words in lines if words) == 22
+
+
 def test_the_command_names_what_is_not_there(finished_once: Path, fedcollm: Callable[..., Outcome]) -> None:
     outcome = fedcollm("diff", finished_once / "exchange/round-0001/broadcast", finished_once / "nowhere")
     assert outcome.code == 3

@@ -38,6 +38,14 @@ def test_every_verb_of_the_issue_is_a_command() -> None:
     assert verbs | {"export"} <= set(COMMANDS)
 
 
+def test_the_list_of_commands_is_cut_nowhere_on_a_terminal_of_80_columns() -> None:
+    program = command_line()
+    context = program.context_class(program, info_name="fedcollm", terminal_width=80)
+    listed = program.get_help(context).partition("Commands:")[2].split("\n")
+    assert [line.split()[0] for line in listed if line.strip()] == program.list_commands(context)
+    assert not [line for line in listed if line.endswith("...")]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_says_what_is_read_what_is_written_and_gives_an_example(
     command: str, fedcollm: Callable[..., Outcome]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from builders import Outcome, drafts, edit, make_workspace
+from stages.shearing.card import in_digits
 
 CUT = ("shear", "--layers", 1, "--length", 16)
 
@@ -65,6 +67,21 @@ def test_the_choice_is_printed(study: Path, fedcollm: Callable[..., Outcome], tm
     for block, influence in enumerate(made["influence"]):
         assert lines[2 + block] == [str(block), f"{influence:.4f}", *(["yes"] if block == kept else [])]
     assert lines[-1] == ["small"]
+
+
+def test_what_is_already_made_is_told_in_the_words_of_the_first_time(
+    study: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    words = (*CUT, "--heal", 2, "--heal-on", "auxiliary", "-w", study)
+    first, again = fedcollm(*words), fedcollm(*words)
+    assert "already done" in again.err
+    assert again.out == first.out
+    assert re.search(r"^perplexity: whole [\d.,]+, cut [\d.,]+, healed [\d.,]+$", first.out, re.MULTILINE)
+
+
+def test_a_large_perplexity_is_written_out() -> None:
+    shown = {11.8765: "11.88", 9999.4: "9999", 9999.6: "10,000", 24_587.3: "24,587", 1e300: "1e+300"}
+    assert {value: in_digits(value) for value in shown} == shown
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

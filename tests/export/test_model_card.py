@@ -72,6 +72,19 @@ def test_a_card_tells_the_rows_of_each_party_where_prepare_has_dealt_them(finish
     assert "| party | rows |" not in card_of(finished)
 
 
+def test_a_card_calls_rows_those_of_a_task_only_where_prepare_has_dealt_them(finished: Path) -> None:
+    adapter = adapter_of(Workspace(finished), "slm", 2, None)
+    with (finished / "fedcollm.toml").open("a") as file:
+        file.write('\n[data]\ntasks = ["arc_easy"]\n')
+    own = "Private data of 3 clients and auxiliary data of the server."
+    dealt = "Training rows of the lm-eval tasks arc_easy, divided among 3 clients and the server."
+    card = model_card(Workspace(finished), adapter, "slm", merged=False, base_model=None, revision=None)
+    assert (own in card, dealt in card) == (True, False)
+    (finished / "private/split.json").write_text(json.dumps({"agreement_sha256": "0" * 64, "parties": {}}))
+    card = model_card(Workspace(finished), adapter, "slm", merged=False, base_model=None, revision=None)
+    assert (own in card, dealt in card) == (False, True)
+
+
 def test_a_card_gives_the_scores_of_this_adapter_beside_the_base_s_and_no_others(finished: Path) -> None:
     workspace = Workspace(finished)
     ours = evaluate(workspace, round=2)["tasks"]["colours"]["metrics"]
