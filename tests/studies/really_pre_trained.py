@@ -11,23 +11,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomlkit
 
-SEEDS = "1,2,3"
+from stages.artefacts.records import read_result
+from stages.study.statistics import difference, estimate
+
+SEEDS = (1, 2, 3)
+ALL_SEEDS = "federation.seed=" + ",".join(map(str, SEEDS))
 QUESTIONS = 600
 LORA = {"r": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 BUDGET: dict[str, Any] = {
     "federation.rounds": 2,
     "client_training.epochs": None,
-    "client_training.steps": 12,
+    "client_training.steps": 6,
     "client_training.batch_size": 8,
     "client_training.learning_rate": 1e-3,
     "distillation.epochs": None,
-    "distillation.steps": 16,
+    "distillation.steps": 12,
     "distillation.batch_size": 8,
     "distillation.slm_learning_rate": 1e-3,
     "distillation.llm_learning_rate": 1e-3,
@@ -66,6 +71,30 @@ class Study:
         target.write_text(self.fedcollm(*command))
         sys.stdout.write(f"{target}\n")
 
+    def seeds(self, place: Path) -> list[Path]:
+        """Where `compare --seeds` has each seed."""
+        return [place, *(place / f"seeds/seed-{seed}" for seed in SEEDS[1:])]
+
+    def beside(self, name: str, found: Mapping[str, Sequence[Path]], *, minus: str) -> None:
+        """Workspaces of several commands in one table, with paired differences as compare and sweep make them.
+
+        found: by label, a workspace for each seed.
+        """
+        models = {"llm": ["llm"], "server's SLM": ["slm"], "clients' own SLMs": [f"client-{k}" for k in range(1, 5)]}
+        lines = [f"| | {' | '.join(models)} |", "| --- |" + " ---: |" * len(models)]
+        for label, places in found.items():
+            cells = []
+            for subjects in models.values():
+                own, other = (np.stack([_right(one, subjects) for one in each]) for each in (places, found[minus]))
+                score, apart = estimate(own), difference(own, other)
+                cell = f"{100 * score.mean:.1f} ± {100 * (score.deviation or 0):.1f}"
+                if label != minus and apart.half_width is not None:
+                    low, high = (100 * (apart.mean + sign * apart.half_width) for sign in (-1, 1))
+                    cell += f"; {100 * apart.mean:+.1f} [{low:.1f}, {high:.1f}]{'*' * apart.is_supported}"
+                cells.append(cell)
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        (self.folder / "tables" / f"{name}.md").write_text("\n".join([*lines, ""]))
+
     def fedcollm(self, *words: str) -> str:
         """The command's stdout; its progress goes to stderr."""
         program = [sys.executable, "-m", "fedcollm_cli"]
@@ -91,55 +120,82 @@ class Study:
         path.write_text(tomlkit.dumps(document))
 
 
-def settings(study: Study) -> None:
-    """Learning rates, on 200 validation questions and one seed: of clients, then of the server without distillation."""
-    few = {"evaluation.limit": 200}
-    place = study.workspace("settings-clients", few | {"federation.method": "fedavg"}, scored="validation")
-    rates = "client_training.learning_rate=3e-4,1e-3,3e-3"
-    study.table("settings-clients", place, "sweep", "--set", rates)
-    without = {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0}
-    place = study.workspace("settings-server", few | without, scored="validation")
-    for rate in ("3e-4", "1e-3", "3e-3"):
-        pair = [f"distillation.{role}_learning_rate={rate}" for role in ("slm", "llm")]
-        study.table(f"settings-server-{rate}", place, "sweep", "--set", pair[0], "--set", pair[1])
+def _right(place: Path, subjects: Sequence[str]) -> np.ndarray:
+    """Of each question, at which share of these models the answer was right after the last round."""
+    folder = place / f"results/round-{BUDGET['federation.rounds']:04d}"
+    answers = [read_result(folder / f"{subject}.json")["tasks"]["arc_easy"]["correct"]["acc"] for subject in subjects]
+    mean: np.ndarray = np.mean([[int(one) for one in text] for text in answers], axis=0)
+    return mean
+
+
+ALONE: dict[str, Any] = {
+    "federation.method": "standalone",
+    "federation.clients": 1,
+    "federation.rounds": 1,
+    "client_training.steps": 16,
+    "evaluation.limit": 200,
+}
+"""Learning rates are chosen on so many validation questions and one seed, by one client that trains alone."""
+
+
+def rates_of_slm(study: Study) -> None:
+    """The learning rate of the SLM, at clients and at the server."""
+    place = study.workspace("rates-of-slm", ALONE, scored="validation")
+    study.table("rates-of-slm", place, "sweep", "--set", "client_training.learning_rate=3e-4,1e-3,3e-3")
+
+
+def rates_of_llm(study: Study) -> None:
+    """That of the LLM, which is here in the place of the SLM."""
+    place = study.workspace("rates-of-llm", ALONE | {"slm.model": study.llm}, scored="validation")
+    study.table("rates-of-llm", place, "sweep", "--set", "client_training.learning_rate=3e-4,1e-3,3e-3")
 
 
 def iid(study: Study) -> None:
     """Question 1: every method, IID clients."""
-    study.table("iid", study.workspace("iid", {}), "compare", "--seeds", SEEDS)
+    study.table("iid", study.workspace("iid", {}), "compare", "--seeds", ALL_SEEDS.partition("=")[2])
 
 
 def dirichlet(study: Study) -> None:
     """Question 1, clients of unlike labels."""
     place = study.workspace("dirichlet", {"data.split": "dirichlet", "data.dirichlet_alpha": 0.3})
-    study.table("dirichlet", place, "compare", "--seeds", SEEDS)
+    study.table("dirichlet", place, "compare", "--seeds", ALL_SEEDS.partition("=")[2])
 
 
 def who_teaches(study: Study) -> None:
-    """Question 2: both ways as the paper has it, one way, a weak back way, and only where the teacher knows more."""
-    ways = ["lambda_llm=1.0,0.0,0.1", "select=min-ce", "min_confidence=0.5"]
-    for way in ways:
-        place = study.workspace("iid", {})
-        words = ["sweep", "--set", f"distillation.{way}", "--set", f"federation.seed={SEEDS}"]
-        study.table(f"who-teaches-{way.partition('=')[0]}", place, *words)
+    """Question 2, after `iid`: one way, a weak way back, or only where the teacher knows a row better."""
+    place = study.workspace("iid", {})
+    found = {
+        "nobody: FedAvg + D^a": [home / "baselines/fedavg-aux" for home in study.seeds(place)],
+        "each the other: FedCoLLM": study.seeds(place),
+    }
+    ways = {
+        "the LLM the SLM alone": "lambda_llm=0.0",
+        "whichever knows a row better": "select=min-ce",
+        "the SLM the LLM a little": "lambda_llm=0.1",
+    }
+    for label, way in ways.items():
+        study.table(f"who-teaches-{way}", place, "sweep", "--set", f"distillation.{way}", "--set", ALL_SEEDS)
+        found[label] = [place / f"sweeps/{way},seed={seed}" for seed in SEEDS]
+        study.beside("who-teaches", found, minus="nobody: FedAvg + D^a")
+        study.beside("who-teaches-minus-both", found, minus="each the other: FedCoLLM")
 
 
 def shares(study: Study) -> None:
     """Question 2: how much distillation is worth when answers of D^a are few."""
     place = study.workspace("iid", {})
-    words = ["--set", "data.unlabelled_share=0.5,0.9", "--set", "distillation.lambda_llm=0.0"]
-    words += ["--set", "distillation.lambda_slm=0.0,1.0", "--set", f"federation.seed={SEEDS}"]
-    study.table("shares", place, "sweep", *words)
+    words = ["--set", "data.unlabelled_share=0.9", "--set", "distillation.lambda_llm=0.0"]
+    study.table("shares", place, "sweep", *words, "--set", "distillation.lambda_slm=0.0,1.0", "--set", ALL_SEEDS)
 
 
-PARTS = {part.__name__.replace("_", "-"): part for part in (settings, iid, who_teaches, dirichlet, shares)}
+IN_ORDER = (rates_of_slm, rates_of_llm, iid, who_teaches, dirichlet, shares)
+PARTS = {part.__name__.replace("_", "-"): part for part in IN_ORDER}
 
 
 def main() -> None:
     """Take the parts that are named."""
-    *places, folder = sys.argv[1:5]
-    for name in sys.argv[5:]:
-        PARTS[name](Study(*places, folder))
+    data, llm, slm, folder, *parts = sys.argv[1:]
+    for name in parts:
+        PARTS[name](Study(data, llm, slm, folder))
 
 
 if __name__ == "__main__":
