@@ -9,7 +9,7 @@ import pytest
 from builders import examples, tuned
 from stages.training import schedule
 from stages.workspace.budgets import ClientTraining
-from tests.benchmarks import client_train, repeats, trainers
+from tests.benchmarks import client_train, co_distill, repeats, trainers
 from tests.benchmarks import gpt2_on_arc as arc
 
 ROWS = examples([(3 + i % 5, 1 + i % 3) for i in range(32)])
@@ -32,6 +32,16 @@ def test_each_peer_has_the_losses_of_client_train(steps: list[list[Any]], peer: 
     assert len(theirs.losses) == client_train.STEPS
     assert client_train.difference(ours, theirs) < 1e-5
     assert ours.losses[0]["slm_ft"] - ours.losses[-1]["slm_ft"] != 0
+
+
+def test_mutual_distillation_as_people_write_it_has_the_losses_of_co_distill(
+    steps: list[list[Any]],
+) -> None:
+    plan = schedule.schedule(len(ROWS), co_distill.SETTINGS, seed=1)
+    ours = co_distill.ours(list(ROWS), ("slm", "llm"), autocast=False)
+    theirs = co_distill.usual(list(ROWS), plan, autocast=False)
+    sums = [sum(step[name] for name in ("slm_ft", "slm_kd", "llm_ft", "llm_kd")) for step in ours.losses]
+    assert [step["loss"] for step in theirs.losses] == pytest.approx(sums, abs=1e-4)
 
 
 def test_the_median_is_shown_between_the_smallest_and_the_largest() -> None:

@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional as F
 
 from stages.data.rows import Example
-from stages.models.tuned import Tuned
 from stages.training import recipes, schedule, training
 from stages.training.losses import cross_entropy
 from stages.training.objective import Losses, Objective, mutual_losses, task_loss
@@ -89,10 +88,8 @@ def ours(examples: list[Example], roles: Sequence[Role], *, autocast: bool) -> a
 
 def usual(examples: list[Example], plan: list[list[int]], *, autocast: bool) -> arc.Clock:
     """Mutual distillation as people write it: padded batches, full logits, KL over every position, then masked."""
-    models: dict[Role, Tuned] = {
-        role: arc.model(role, LAYERS[role], autocast=False, as_loaded=False) for role in ("slm", "llm")
-    }
-    slm, llm = models
+    roles: tuple[Role, ...] = ("slm", "llm")
+    slm, llm = (arc.model(role, LAYERS[role], autocast=False, as_loaded=False).model for role in roles)
     optimizer = torch.optim.AdamW([p for m in (slm, llm) for p in m.parameters() if p.requires_grad], lr=RATE)
     clock = arc.Clock()
     for step in plan:
