@@ -130,8 +130,8 @@ def _put(draft: Path, folder: Path, replaced: Path, over: Place | None) -> None:
                     over.look()
                 return
         except OSError as error:
-            taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(folder)
-            if not taken:
+            was_taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # a third may have moved it away since
+            if not was_taken and not (error.errno == errno.ENOTDIR and os.path.lexists(folder)):
                 _put_back(replaced, folder)
                 raise
             is_other = over is not None

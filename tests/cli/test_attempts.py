@@ -293,6 +293,7 @@ def test_status_as_json_says_whose_each_step_is(four: Callable[..., Machines]) -
         "rounds",
         "next_command",
         "waiting_for",
+        "unfit",
         "changed",
         "not_covered",
         "stale",
