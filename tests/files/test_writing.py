@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -300,20 +301,20 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_work_that_another_process_does_is_waited_for_until_that_process_is_gone(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
-    path, said = tmp_path / "new" / "x.lock", list[str]()
+    path, said, is_killed = tmp_path / "new" / "x.lock", list[str](), threading.Event()
     with locks.held(path.with_name("y.lock")):  # other work is free
         pass
     with ThreadPoolExecutor() as pool:
 
         def work() -> bool:
             with locks.held(path, report=lambda event: said.append(event.text)):
-                return holder.poll() is not None
+                return is_killed.is_set()
 
         was_gone = pool.submit(work)
         with pytest.raises(TimeoutError):
             was_gone.result(timeout=0.5)
+        is_killed.set()
         holder.kill()
-        holder.wait()
         assert was_gone.result(timeout=60)
     assert said == [
         f"another process is doing this stage: waiting for it (process {holder.pid} on {os.uname().nodename})"
