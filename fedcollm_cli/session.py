@@ -39,6 +39,10 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a re
 EachRoundOption = Annotated[
     bool, typer.Option("--each-round/--last-round", help="Evaluate after every round, or after the last alone.")
 ]
+ClientScoresOption = Annotated[
+    bool,
+    typer.Option("--client-scores/--no-client-scores", help="Evaluate each client's own SLM too, after the last round."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; warnings and errors only.")]
 DeviceOption = Annotated[

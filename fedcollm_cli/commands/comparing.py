@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Group
 
-from fedcollm_cli.session import EachRoundOption, Session, in_workspace
+from fedcollm_cli.session import ClientScoresOption, EachRoundOption, Session, in_workspace
 from fedcollm_cli.views import tables
 from stages.paper.reported import Setting
 from stages.runtime import texts
@@ -110,6 +110,7 @@ def sweep(
         bool, typer.Option("--slurm", help="Run nothing here: write job scripts, and slurm/sweep.sh that submits them.")
     ] = False,
     each_round: EachRoundOption = True,
+    client_scores: ClientScoresOption = True,
     opened: Session,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run everything again, as the settings are now.")
@@ -147,6 +148,7 @@ def sweep(
         metric=metric,
         collect=collect,
         each_round=each_round,
+        client_scores=client_scores,
         overwrite=overwrite,
         report=report,
     )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedcollm_cli.session import EachRoundOption, OverwriteOption, Session, in_workspace
+from fedcollm_cli.session import ClientScoresOption, EachRoundOption, OverwriteOption, Session, in_workspace
 from fedcollm_cli.views import progress
 from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
 from stages.workspace.agreement import Method
@@ -23,6 +23,7 @@ def run(
     rounds: Annotated[str | None, typer.Option("--rounds", help="Such as 3 or 1-5. Default: all.")] = None,
     scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Whether to evaluate too.")] = True,
     each_round: EachRoundOption = True,
+    client_scores: ClientScoresOption = True,
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -47,6 +48,7 @@ def run(
         rounds=_rounds(rounds),
         scores=scores,
         each_round=each_round,
+        client_scores=client_scores,
         overwrite=overwrite,
         report=opened.console.report,
     )

@@ -50,6 +50,7 @@ def run(
     rounds: range | None = None,
     scores: bool = True,
     each_round: bool = True,
+    client_scores: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
@@ -58,7 +59,7 @@ def run(
 
     method: by default the agreement's. Scored are the server's models after every round, and each client's SLM after
     the last (where nothing is averaged, after each); before, the bases alone. each_round: False to score all of them
-    after the last round alone.
+    after the last round alone. client_scores: False to leave out the clients' own where others are scored.
     """
     from stages.models.loading import Models
 
@@ -93,12 +94,12 @@ def run(
         report(Event("round", words, step=round, total=federation.rounds))
         _round(workspace, round, overwrite, models, report)
         if scores and (each_round or round == rounds[-1]):
-            results += _scored(workspace, round, score, is_last=round == rounds[-1])
+            results += _scored(workspace, round, score, clients=client_scores and round == rounds[-1])
     return results
 
 
-def _scored(workspace: Workspace, round: int, score: Callable[..., Result], *, is_last: bool) -> list[Result]:
-    """What a round's models score: the server's always, each client's own after the last or where none are averaged."""
+def _scored(workspace: Workspace, round: int, score: Callable[..., Result], *, clients: bool) -> list[Result]:
+    """What a round's models score: the server's always, each client's own if asked or where none are averaged."""
     federation, averages, results = workspace.agreement.federation, workspace.agreement.averages, list[Result]()
     if federation.distils:
         results += [score(model="slm", round=round), score(model="llm", round=round)]
@@ -106,7 +107,7 @@ def _scored(workspace: Workspace, round: int, score: Callable[..., Result], *, i
         results.append(score(model="aggregate", round=round))
     if federation.clients_tell:
         results.append(score(model="llm", round=round))
-    if is_last or not averages:
+    if clients or not averages:
         results += [score(round=round, client=client) for client in workspace.client_adapters(round)]
     return results
 

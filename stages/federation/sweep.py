@@ -73,6 +73,7 @@ def sweep(
     metric: str = "acc",
     collect: bool = False,
     each_round: bool = True,
+    client_scores: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
     report: Report = ignore,
@@ -80,7 +81,8 @@ def sweep(
     """Run every combination and compare their scores after the last round, each with the first.
 
     grid: values by dotted key of fedcollm.toml. A grid over federation.seed gives means and error bars, not rows.
-    collect: run nothing, and raise NotReady for what is not there. each_round: as run has it.
+    collect: run nothing, and raise NotReady for what is not there. each_round, client_scores: as run has them;
+    the table has no row of models that are left out.
     Raises UsageProblem, before anything is run, for a combination that is no valid agreement, or whose models have two
     tokenizers.
     """
@@ -91,13 +93,14 @@ def sweep(
         workspaces = [_opened(workspace, grid, settings) for settings in points]
     else:
         workspaces = _made(workspace, grid, points, overwrite, report)
-        _run(workspace, workspaces, each_round=each_round, overwrite=overwrite, models=models, report=report)
+        how = {"each_round": each_round, "client_scores": client_scores, "overwrite": overwrite}
+        _run(workspace, workspaces, how, models=models, report=report)
     studies = _studies(workspace, points, workspaces)
     return Swept(
         metric=metric,
         axes=[key for key in grid if key != SEED],
         seeds=studies[0][1].seeds,
-        rows=_rows(studies, metric),
+        rows=_rows(studies, metric, client_scores=client_scores),
         remarks=remarks([workspace, *workspaces]),
     )
 
@@ -156,23 +159,22 @@ def _made(
 def _run(
     workspace: Workspace,
     points: Sequence[Workspace],
+    how: Mapping[str, bool],
     *,
-    each_round: bool,
-    overwrite: bool,
     models: Models | None,
     report: Report,
 ) -> None:
-    """Every step of every combination that is not done."""
+    """Every step of every combination that is not done. how: what run takes."""
     from stages.models.loading import Models
 
     models = models or Models(workspace)
     for point in points:
         if point.agreement.federation.distils:
             models.of(point).check_both()
-    left = TimeLeft([("", rounds_to_make(point.root, point, overwrite=overwrite)) for point in points], report)
+    left = TimeLeft([("", rounds_to_make(point.root, point, overwrite=how["overwrite"])) for point in points], report)
     for number, point in enumerate(points, 1):
         left.begin(f"{number} of {len(points)}: {point.root.name}")
-        run(point, each_round=each_round, overwrite=overwrite, models=models.of(point), report=left.report)
+        run(point, **how, models=models.of(point), report=left.report)
         left.end()
 
 
@@ -223,10 +225,10 @@ def _studies(workspace: Workspace, points: list[Changes], workspaces: list[Works
     return list(found.values())
 
 
-def _rows(studies: list[tuple[Changes, Study]], metric: str) -> list[Row]:
+def _rows(studies: list[tuple[Changes, Study]], metric: str, *, client_scores: bool) -> list[Row]:
     from stages.study.statistics import difference, estimate
 
-    each = [_scores(study, metric) for _, study in studies]
+    each = [_scores(study, metric, client_scores=client_scores) for _, study in studies]
     scored = [{table: own[table] for table in own if all(table in other for other in each)} for own in each]
     first = scored[0]
     return [
@@ -239,7 +241,7 @@ def _rows(studies: list[tuple[Changes, Study]], metric: str) -> list[Row]:
     ]
 
 
-def _scores(study: Study, metric: str) -> dict[Table, np.ndarray]:
+def _scores(study: Study, metric: str, *, client_scores: bool) -> dict[Table, np.ndarray]:
     """Of each of the federation's models, over all questions of all tasks: [seeds, questions]."""
     import numpy as np
 
@@ -248,6 +250,8 @@ def _scores(study: Study, metric: str) -> dict[Table, np.ndarray]:
     method = study.methods[0]
     point = study.runs[study.seeds[0]][method]
     tables = [table for table, rows in table_rows.rows_of(point).items() if method in rows]
+    if point.agreement.averages and not client_scores:
+        tables.remove("clients")
     means = {table: scores.mean_of(scores.scores(study, table, method, metric)) for table in tables}
     return {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
 

@@ -141,6 +141,25 @@ def test_a_sweep_that_was_stopped_makes_what_is_missing(swept_once: Path, fedcol
     assert rows == ["0.0", "4.0", "4.0"], "the scores of both, and the second's difference from the first"
 
 
+def test_clients_can_go_without_scores(swept_once: Path, table: Swept, fedcollm: Callable[..., Outcome]) -> None:
+    scored = [swept_once / f"sweeps/{point}/results/round-0001" for point in POINTS]
+    kept = {path: path.read_bytes() for folder in scored for path in folder.glob("client-*.json")}
+    assert len(kept) == 2 * len(POINTS)
+    for path in (*kept, scored[0] / "slm.json"):
+        path.unlink()
+    outcome = fedcollm(*WORDS, swept_once, "--json", "--no-client-scores")
+    assert outcome.code == 0, outcome.err
+    for found, whole in zip(json.loads(outcome.out)["rows"], table.as_json()["rows"], strict=True):
+        assert found["scores"] == {table: json.loads(json.dumps(whole["scores"][table])) for table in ("llm", "slm")}
+    assert (scored[0] / "slm.json").exists()
+    assert not any(path.exists() for path in kept)
+    outcome = fedcollm(*WORDS, swept_once, "--collect")
+    assert outcome.code == 3
+    assert "client-1" in outcome.err
+    for path, text in kept.items():
+        path.write_bytes(text)
+
+
 def test_an_edit_of_the_parent_is_refused_with_the_command_that_sweeps_anew(
     swept_once: Path, fedcollm: Callable[..., Outcome]
 ) -> None:
