@@ -41,7 +41,7 @@ EachRoundOption = Annotated[
 ]
 ClientScoresOption = Annotated[
     bool,
-    typer.Option("--client-scores/--no-client-scores", help="Evaluate each client's own SLM too, after the last round."),
+    typer.Option("--client-scores/--no-client-scores", help="Evaluate each client's own SLM too, at the end."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; warnings and errors only.")]

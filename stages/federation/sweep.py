@@ -10,8 +10,9 @@ import itertools
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +94,8 @@ def sweep(
         workspaces = [_opened(workspace, grid, settings) for settings in points]
     else:
         workspaces = _made(workspace, grid, points, overwrite, report)
-        how = {"each_round": each_round, "client_scores": client_scores, "overwrite": overwrite}
-        _run(workspace, workspaces, how, models=models, report=report)
+        one = partial(run, each_round=each_round, client_scores=client_scores, overwrite=overwrite)
+        _run(workspace, workspaces, one, overwrite=overwrite, models=models, report=report)
     studies = _studies(workspace, points, workspaces)
     return Swept(
         metric=metric,
@@ -159,22 +160,23 @@ def _made(
 def _run(
     workspace: Workspace,
     points: Sequence[Workspace],
-    how: Mapping[str, bool],
+    one: Callable[..., object],
     *,
+    overwrite: bool,
     models: Models | None,
     report: Report,
 ) -> None:
-    """Every step of every combination that is not done. how: what run takes."""
+    """Every step of every combination that is not done. one: run, with what holds for all."""
     from stages.models.loading import Models
 
     models = models or Models(workspace)
     for point in points:
         if point.agreement.federation.distils:
             models.of(point).check_both()
-    left = TimeLeft([("", rounds_to_make(point.root, point, overwrite=how["overwrite"])) for point in points], report)
+    left = TimeLeft([("", rounds_to_make(point.root, point, overwrite=overwrite)) for point in points], report)
     for number, point in enumerate(points, 1):
         left.begin(f"{number} of {len(points)}: {point.root.name}")
-        run(point, **how, models=models.of(point), report=left.report)
+        one(point, models=models.of(point), report=left.report)
         left.end()
 
 
