@@ -185,7 +185,11 @@ def _of_question(question: Question, logits: Tensor, dtype: torch.dtype | None) 
     labels = [token for answer in question.answers for token in answer]
     place, owner, label = torch.tensor([places, owners, labels]).to(logits.device)
     chances = F.log_softmax(logits, dim=-1, dtype=dtype)
-    each = torch.stack([chances[place, label].float(), (chances.argmax(-1)[place] != label).float()])
+    own = chances[place, label]
+    misses = own != chances.amax(-1)[place]
+    alike = (~misses).nonzero().flatten()  # few: argmax, which says who is first of equals, is slow
+    misses[alike] = chances[place[alike]].argmax(-1) != label[alike]
+    each = torch.stack([own.float(), misses.float()])
     found = each.new_zeros(2, len(question.answers)).index_add(1, owner, each)
     found[0] = found[0].to(chances.dtype)  # rounded as lm-eval has the sum
     return found

@@ -249,6 +249,13 @@ def test_probabilities_have_the_precision_that_is_asked_for() -> None:
     assert [one for one, _ in coarse] == pytest.approx([one for one, _ in fine], rel=2e-2)
 
 
+def test_of_tokens_that_are_equally_likely_the_first_is_the_likeliest() -> None:
+    model = model_of("llama")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    [found] = likelihoods(model, [Question((5, 6), [[0], [1], [0, 0], [0, 1]], [0, 1, 2, 3])])
+    assert [is_likeliest for _, is_likeliest in found] == [True, False, True, False]
+
+
 def test_an_auto_class_gives_what_its_own_class_gives(base_models: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_models / "slm").eval()
     [[(together, _), (other, _)]] = likelihoods(model, [Question((1, 2, 3), [[4, 5], [6]], [0, 1])])
