@@ -60,24 +60,39 @@ def split(
     *,
     kind: Literal["iid", "dirichlet", "by-task"],
     alpha: float,
-    auxiliary_share: float,
+    auxiliary_share: float | None,
+    auxiliary_sources: Sequence[str] = (),
     seed: int,
 ) -> tuple[Deal, list[Row]]:
-    """Each client's rows, and the auxiliary rows: that share of the shuffled pack, set aside first.
+    """Each client's rows, and the auxiliary rows: a share of the shuffled pack, set aside first; None: 1/(clients + 1).
 
-    Raises UsageProblem if a party would be left without rows.
+    auxiliary_sources: the auxiliary rows are of these sources, a share of their rows, None: all; clients have no row of
+    them. Raises UsageProblem for a source that no row is of, and if a party would be left without rows.
     """
+    _check_sources(auxiliary_sources, rows)
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(rows))
-    taken = round(auxiliary_share * len(rows))
-    auxiliary = [rows[i] for i in order[:taken]]
-    deal = SPLITS[kind]([rows[i] for i in order[taken:]], clients, alpha=alpha, rng=rng)
+    shuffled = [rows[i] for i in rng.permutation(len(rows))]
+    if auxiliary_sources:
+        public = [row for row in shuffled if row.source in auxiliary_sources]
+        auxiliary = public[: round((auxiliary_share or 1) * len(public))]
+        others = [row for row in shuffled if row.source not in auxiliary_sources]
+    else:
+        taken = round((auxiliary_share or 1 / (clients + 1)) * len(rows))
+        auxiliary, others = shuffled[:taken], shuffled[taken:]
+    deal = SPLITS[kind](others, clients, alpha=alpha, rng=rng)
     empty = [f"client {number}" for number, share in enumerate(deal, 1) if not share]
     empty += [] if auxiliary else ["the server (auxiliary)"]
     if empty:
         message = f"this split leaves {', '.join(empty)} without rows ({len(rows)} rows, {clients} clients, {kind})"
         raise UsageProblem(message, mend="use more data, fewer clients, another split or a larger dirichlet_alpha")
     return deal, auxiliary
+
+
+def _check_sources(named: Sequence[str], rows: Sequence[Row]) -> None:
+    there = sorted({row.source for row in rows})
+    if unknown := [source for source in named if source not in there]:
+        message = f"data.auxiliary_sources names {unknown[0]!r}, which no row is of"
+        raise UsageProblem(message, mend=f"rows are of {', '.join(map(repr, there))}")
 
 
 def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:

@@ -37,6 +37,8 @@ def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = i
         )
     one_tokenizer.check(workspace)
     parties, summary = dealt(workspace, report)
+    if left_out := summary.get("left_out"):
+        report(Event("note", f"{left_out} rows of data.auxiliary_sources are left out, by data.auxiliary_share"))
     return _publish(workspace, parties, summary, overwrite, report)
 
 
@@ -91,9 +93,11 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tup
         clients,
         kind=data.split,
         alpha=data.dirichlet_alpha,
-        auxiliary_share=data.auxiliary_share or 1 / (clients + 1),
+        auxiliary_share=data.auxiliary_share,
+        auxiliary_sources=data.auxiliary_sources,
         seed=workspace.seed_for("prepare", 1),
     )
+    left_out = len(unique) - len(auxiliary) - sum(map(len, deal))
     parties = {workspace.client_data(k): share for k, share in zip(workspace.clients, deal, strict=True)}
     auxiliary, held_out = hold_out(auxiliary, data.held_out_share or 0.0)
     auxiliary = unlabel(auxiliary, data.unlabelled_share or 0.0, seed=workspace.seed_for("unlabel", 1))
@@ -110,6 +114,8 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tup
         "auxiliary": {"labelled": len(auxiliary) - unlabelled, "unlabelled": unlabelled},
         "parties": {path.parent.name: _counts(share) for path, share in parties.items()},
     }
+    if left_out:
+        summary["left_out"] = left_out
     if agreement.federation.learns_in_public:
         parties |= {workspace.public_data(k): auxiliary for k in workspace.clients}
     if held_out:

@@ -33,6 +33,7 @@ class Split(TypedDict):
     split: str  # data.split of the agreement
     rows: int  # of all sources, duplicates included
     duplicates_dropped: int
+    left_out: NotRequired[int]  # rows of data.auxiliary_sources beyond data.auxiliary_share, which nobody has
     also_in_test: int | None  # rows whose prompt is also in the test set; None: not compared
     auxiliary: Auxiliary
     parties: dict[str, Share]  # by client-1, client-2, ..., server

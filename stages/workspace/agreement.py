@@ -103,6 +103,7 @@ class Data(Settings):
     split: Literal["iid", "dirichlet", "by-task"] = "iid"
     dirichlet_alpha: Rate = 0.5
     auxiliary_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    auxiliary_sources: list[str] = []
     unlabelled_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     too_long: Literal["refuse", "skip"] = "refuse"

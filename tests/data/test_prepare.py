@@ -116,6 +116,23 @@ def test_by_task_gives_whole_sources_to_clients(bare: Path) -> None:
     assert summary["parties"]["server"]["rows"] == 6  # a fifth of 30
 
 
+@pytest.mark.parametrize(("lines", "public", "left_out"), [("", 10, None), ("auxiliary_share = 0.6", 6, 4)])
+def test_whole_sources_are_the_servers_and_no_clients(
+    lines: str, public: int, left_out: int | None, bare: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    rows = [{"prompt": f"Q {i}", "completion": " red", "source": ("a", "b", "c")[i % 3]} for i in range(30)]
+    write_rows(bare / "pool.jsonl", rows)
+    with_data(bare, f'files = ["pool.jsonl"]\nauxiliary_sources = ["c"]\n{lines}')
+    outcome = fedcollm("prepare", "-w", bare, "--json")
+    assert outcome.code == 0, outcome.err
+    parties = json.loads(outcome.out)["parties"]
+    assert parties["server"]["sources"] == {"c": public}
+    theirs = sum((Counter(parties[f"client-{k}"]["sources"]) for k in (1, 2, 3)), Counter[str]())
+    assert theirs == {"a": 10, "b": 10}
+    assert json.loads((bare / "private/split.json").read_text()).get("left_out") == left_out
+    assert (f"{left_out} rows of data.auxiliary_sources are left out" in outcome.err) == (left_out is not None)
+
+
 def test_jsonl_files_are_a_source_too_named_after_the_file(bare: Path) -> None:
     for name in ("one", "two"):
         write_rows(bare / f"{name}.jsonl", [{"prompt": f"{name} {i}", "completion": " red"} for i in range(20)])
@@ -180,6 +197,8 @@ def test_data_of_someones_own_is_never_replaced_without_overwrite(bare: Path, fe
             "held_out_share 0.99 of the server's 10 rows leaves none to tra",
         ),
         ('tasks = ["colours"]\nsplit = "by-task"\nauxiliary_share = 0.99', 2, "this split leaves client "),
+        ('tasks = ["colours"]\nauxiliary_sources = ["colour"]', 2, "names 'colour', which no row is of"),
+        ('tasks = ["colours"]\nauxiliary_sources = ["colours"]', 2, "this split leaves client 1, client 2, client 3 "),
     ],
 )
 def test_what_cannot_be_split_is_said(
