@@ -2,9 +2,10 @@
 
     python tests/studies/really_pre_trained.py DATA LLM SLM FOLDER PART...
 
-DATA holds datasets/arc_easy/*.jsonl. LLM: a model; SLM: made from it by `fedcollm shear`. FOLDER gets a workspace for
-each question, and tables/, Markdown as the commands print it. A part that was stopped goes on when the same command is
-given again; what is done is not done again. Parts are below, in the order in which they should be taken.
+DATA holds datasets/arc_easy/*.jsonl, and commonsense_qa. LLM: a model; SLM: made from it by `fedcollm shear`. FOLDER
+gets a workspace for each question, and tables/, Markdown as the commands print it. A part that was stopped goes on when
+the same command is given again; what is done is not done again. Parts are below, in the order in which they should be
+taken.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from stages.study.statistics import difference, estimate
 
 SEEDS = (1, 2, 3)
 ALL_SEEDS = "federation.seed=" + ",".join(map(str, SEEDS))
+SWEEP = ("sweep", "--no-client-scores")  # what D^a is worth shows at the server
+COMPARE = ("compare", "--seeds", ",".join(map(str, SEEDS)))
 QUESTIONS = 600
 LORA = {"r": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 BUDGET: dict[str, Any] = {
@@ -46,7 +49,7 @@ class Study:
     """Where everything is, and the commands."""
 
     def __init__(self, data: str, llm: str, slm: str, folder: str) -> None:
-        self.arc = Path(data).resolve() / "datasets"
+        self.datasets = Path(data).resolve() / "datasets"
         self.llm, self.slm = str(Path(llm).resolve()), str(Path(slm).resolve())
         self.folder = Path(folder).resolve()
         (self.folder / "tables").mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,8 @@ class Study:
         place = self.folder / name
         if not (place / "private/split.json").exists():
             self.fedcollm("init", str(place), "--template", "blank", "--clients", "4")
-            self._local_data(place / "tasks/arc_easy.yaml", scored)
+            self._local_data(place / "tasks/arc_easy.yaml", ("train", "validation", "test"), test=scored)
+            self._local_data(place / "tasks/commonsense_qa.yaml", ("train", "validation"))
             base = {"slm.model": self.slm, "llm.model": self.llm} | {
                 f"{role}.lora.{key}": value for role in ("slm", "llm") for key, value in LORA.items()
             }
@@ -80,12 +84,12 @@ class Study:
 
         found: by label, a workspace for each seed.
         """
-        models = {"llm": ["llm"], "server's SLM": ["slm"], "clients' own SLMs": [f"client-{k}" for k in range(1, 5)]}
+        models = {"llm": "llm", "server's SLM": "slm"}
         lines = [f"| | {' | '.join(models)} |", "| --- |" + " ---: |" * len(models)]
         for label, places in found.items():
             cells = []
-            for subjects in models.values():
-                own, other = (np.stack([_right(one, subjects) for one in each]) for each in (places, found[minus]))
+            for subject in models.values():
+                own, other = (np.stack([_right(one, subject) for one in each]) for each in (places, found[minus]))
                 score, apart = estimate(own), difference(own, other)
                 cell = f"{100 * score.mean:.1f} ± {100 * (score.deviation or 0):.1f}"
                 if label != minus and apart.half_width is not None:
@@ -100,9 +104,8 @@ class Study:
         program = [sys.executable, "-m", "fedcollm_cli"]
         return subprocess.run([*program, *words], check=True, stdout=subprocess.PIPE, text=True).stdout
 
-    def _local_data(self, task: Path, scored: str) -> None:
-        files = {part: str(self.arc / "arc_easy" / f"{part}.jsonl") for part in ("train", "validation", "test")}
-        files["test"] = files[scored]
+    def _local_data(self, task: Path, parts: Sequence[str], **instead: str) -> None:
+        files = {part: str(self.datasets / task.stem / f"{instead.get(part, part)}.jsonl") for part in parts}
         kept = [line for line in task.read_text().splitlines() if not line.startswith("dataset_")]
         task.write_text("\n".join([*kept, "dataset_path: json", f"dataset_kwargs: {{data_files: {files}}}", ""]))
 
@@ -120,12 +123,10 @@ class Study:
         path.write_text(tomlkit.dumps(document))
 
 
-def _right(place: Path, subjects: Sequence[str]) -> np.ndarray:
-    """Of each question, at which share of these models the answer was right after the last round."""
-    folder = place / f"results/round-{BUDGET['federation.rounds']:04d}"
-    answers = [read_result(folder / f"{subject}.json")["tasks"]["arc_easy"]["correct"]["acc"] for subject in subjects]
-    mean: np.ndarray = np.mean([[int(one) for one in text] for text in answers], axis=0)
-    return mean
+def _right(place: Path, subject: str) -> np.ndarray:
+    """Of each question, whether a model's answer was right after the last round: 0 or 1."""
+    result = read_result(place / f"results/round-{BUDGET['federation.rounds']:04d}/{subject}.json")
+    return np.array([int(one) for one in result["tasks"]["arc_easy"]["correct"]["acc"]])
 
 
 ALONE: dict[str, Any] = {
@@ -152,13 +153,25 @@ def rates_of_llm(study: Study) -> None:
 
 def iid(study: Study) -> None:
     """Question 1: every method, IID clients."""
-    study.table("iid", study.workspace("iid", {}), "compare", "--seeds", ALL_SEEDS.partition("=")[2])
+    study.table("iid", study.workspace("iid", {}), *COMPARE)
 
 
 def dirichlet(study: Study) -> None:
     """Question 1, clients of unlike labels."""
     place = study.workspace("dirichlet", {"data.split": "dirichlet", "data.dirichlet_alpha": 0.3})
-    study.table("dirichlet", place, "compare", "--seeds", ALL_SEEDS.partition("=")[2])
+    study.table("dirichlet", place, *COMPARE, "--methods", "fedavg,fedavg-aux,fedcollm")
+
+
+def pair(study: Study) -> None:
+    """Question 2, with another SLM and so another FOLDER: what distillation brings to that pair."""
+    study.table("pair", study.workspace("iid", {}), *COMPARE, "--methods", "fedavg-aux,fedcollm")
+
+
+def other_task(study: Study) -> None:
+    """Question 3: clients know a task that D^a has nothing of. Does the LLM learn it from their SLM?"""
+    data = {"data.tasks": ["arc_easy", "commonsense_qa"], "data.auxiliary_sources": ["commonsense_qa"]}
+    place = study.workspace("other-task", data)
+    study.table("other-task", place, *COMPARE, "--methods", "fedavg-aux,fedcollm")
 
 
 def who_teaches(study: Study) -> None:
@@ -174,7 +187,7 @@ def who_teaches(study: Study) -> None:
         "the SLM the LLM a little": "lambda_llm=0.1",
     }
     for label, way in ways.items():
-        study.table(f"who-teaches-{way}", place, "sweep", "--set", f"distillation.{way}", "--set", ALL_SEEDS)
+        study.table(f"who-teaches-{way}", place, *SWEEP, "--set", f"distillation.{way}", "--set", ALL_SEEDS)
         found[label] = [place / f"sweeps/{way},seed={seed}" for seed in SEEDS]
         study.beside("who-teaches", found, minus="nobody: FedAvg + D^a")
         study.beside("who-teaches-minus-both", found, minus="each the other: FedCoLLM")
@@ -184,10 +197,10 @@ def shares(study: Study) -> None:
     """Question 2: how much distillation is worth when answers of D^a are few."""
     place = study.workspace("iid", {})
     words = ["--set", "data.unlabelled_share=0.9", "--set", "distillation.lambda_llm=0.0"]
-    study.table("shares", place, "sweep", *words, "--set", "distillation.lambda_slm=0.0,1.0", "--set", ALL_SEEDS)
+    study.table("shares", place, *SWEEP, *words, "--set", "distillation.lambda_slm=0.0,1.0", "--set", ALL_SEEDS)
 
 
-IN_ORDER = (rates_of_slm, rates_of_llm, iid, who_teaches, dirichlet, shares)
+IN_ORDER = (rates_of_slm, rates_of_llm, iid, who_teaches, other_task, dirichlet, pair, shares)
 PARTS = {part.__name__.replace("_", "-"): part for part in IN_ORDER}
 
 
