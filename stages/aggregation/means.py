@@ -36,7 +36,7 @@ class Mean:
                 self._sums[name] += scaled
             else:
                 self._sums[name] = scaled.astype(np.float64)
-        for layer in _layers(tensors):
+        for layer in layers_of(tensors):
             a, b = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
             product = b @ (a @ self._probe(a.shape[1]))
             product *= weight
@@ -49,7 +49,7 @@ class Mean:
         """Take in layers of all K clients at once, each with weight 1: every tensor is [K, ...]. No layer twice."""
         self._weight = len(next(iter(tensors.values())))
         self._sums |= {name: stacked.sum(axis=0, dtype=np.float64) for name, stacked in tensors.items()}
-        for layer in _layers(tensors):
+        for layer in layers_of(tensors):
             a, b = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]  # [K, r, in], [K, out, r]
             self._products[layer] = _through(b, _probed(a, self._probe(a.shape[2])))
 
@@ -82,7 +82,8 @@ class Mean:
         return self._probes[inputs]
 
 
-def _layers(tensors: Tensors) -> list[str]:
+def layers_of(tensors: Tensors) -> list[str]:
+    """The names of the layers that have an A and a B."""
     suffix = ".lora_A.weight"
     return [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
 

@@ -1,7 +1,9 @@
 """Line 13 of Algorithm 1: many clients' adapters become one, by the mean or by a rule that bad ones sway less.
 
-FedAvg averages A and B apart: mean(B) mean(A) is not mean(BA), and the cross term tells by how much. No rule's memory
-grows with the number of clients: means take one client at a time, the others some numbers of all clients at a time.
+FedAvg averages A and B apart: mean(B) mean(A) is not mean(BA), and the cross term tells by how much. With
+combine = "product" BA is averaged, and cut back to the rank of A and B. No rule's memory grows with the number of
+clients, but for layers of all of them at a time in that one: means take one client at a time, the others some numbers
+of all clients at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.aggregation.means import Mean
+from stages.aggregation.products import mean_of_products
 from stages.aggregation.sorting import in_order
 from stages.aggregation.updates import Updates, inner_products
 from stages.artefacts.adapter_files import Tensors
@@ -39,11 +42,14 @@ WEIGHTINGS: dict[str, Callable[[int], int]] = {"uniform": uniform, "samples": by
 
 
 class Combined(NamedTuple):
-    """What a rule makes of K adapters. clients: what it did to which, by name and position; 0 stands for nothing."""
+    """What a rule makes of K adapters. clients: what it did to which, by name and position; 0 stands for nothing.
+
+    layers: what each layer loses, under the name of that: cross_term or remainder.
+    """
 
     tensors: Tensors
     clients: Mapping[str, Sequence[float]] = {}
-    cross_terms: Mapping[str, float] = {}
+    layers: Mapping[str, Mapping[str, float]] = {}
 
 
 Rule = Callable[[Updates, Sequence[int]], Combined]
@@ -55,7 +61,13 @@ def mean(updates: Updates, weights: Sequence[int]) -> Combined:
     made = Mean()
     for adapter, weight in zip(updates.adapters(), weights, strict=True):
         made.add(adapter, weight)
-    return Combined(made.result(), cross_terms=made.cross_terms())
+    return Combined(made.result(), layers={"cross_term": made.cross_terms()})
+
+
+def product_mean(updates: Updates, weights: Sequence[int]) -> Combined:
+    """The weighted mean of BA, as the best A and B of the agreed rank."""
+    made, remainders = mean_of_products(updates, weights)
+    return Combined(made, layers={"remainder": remainders})
 
 
 def median(updates: Updates, weights: Sequence[int]) -> Combined:
@@ -120,7 +132,7 @@ def clipped_mean(updates: Updates, weights: Sequence[int]) -> Combined:
         factor = largest / norm if norm > largest else 1.0
         made.add(_shortened(adapter, updates.theta, factor) if factor < 1 else adapter, weight)
         shortened.append(factor if factor < 1 else 0.0)
-    return Combined(made.result(), {"shortened": shortened}, made.cross_terms())
+    return Combined(made.result(), {"shortened": shortened}, {"cross_term": made.cross_terms()})
 
 
 def _norms(updates: Updates) -> list[float]:
@@ -197,8 +209,8 @@ def _distances_from(updates: Updates, some: Sequence[int]) -> np.ndarray:
 def combine(settings: Aggregation, updates: Updates, weights: Sequence[int]) -> tuple[Tensors, dict[str, float]]:
     """The adapter that the agreed rule makes of the updates, float32, and what the manifest says of it.
 
-    That is the cross term of every layer, where there is one, and for another rule than the mean which it was, and what
-    it did to which client, such as chosen/client-2.
+    That is the cross term of every layer, where there is one, or the remainder; and for another rule than the mean
+    which it was, and what it did to which client, such as chosen/client-2.
     """
     outliers = settings.outliers or 0
     rules: dict[str, Rule] = {
@@ -208,9 +220,11 @@ def combine(settings: Aggregation, updates: Updates, weights: Sequence[int]) -> 
         "clipped-mean": clipped_mean,
         "krum": partial(krum, outliers=outliers),
     }
-    made = rules[settings.rule](updates, weights)
+    made = (product_mean if settings.combine == "product" else rules[settings.rule])(updates, weights)
     metrics = {} if settings.rule == "mean" else {f"rule/{settings.rule}": 1.0}
     for what, values in made.clients.items():
         pairs = zip(updates.heads, values, strict=True)
         metrics |= {f"{what}/client-{head.manifest.client}": value for head, value in pairs if value}
-    return made.tensors, metrics | {f"cross_term/{layer}": term for layer, term in made.cross_terms.items()}
+    return made.tensors, metrics | {
+        f"{what}/{layer}": share for what, shares in made.layers.items() for layer, share in shares.items()
+    }

@@ -88,7 +88,17 @@ class Updates:
         and has the digest that its manifest names.
         """
         columns = columns_of(len(self.heads))
-        places = [slice(start, min(start + columns, self.size)) for start in range(0, self.size, columns)]
+        yield from self._read([slice(start, min(start + columns, self.size)) for start in range(0, self.size, columns)])
+
+    def layers(self) -> Iterator[Tensors]:
+        """Some whole layers of every client, one after the other: each tensor as [K, ...], float32. As blocks."""
+        layout = layout_of(self.theta)
+        places, names = zip(*whole_layers(layout, columns_of(len(self.heads))), strict=True)
+        for (_, block), some in zip(self._read(places), names, strict=True):
+            yield stacked(block, {name: layout[name] for name in some})
+
+    def _read(self, places: Sequence[slice]) -> Iterator[tuple[slice, np.ndarray]]:
+        """These places, which are all numbers once, in order; raises once they are read what blocks raises."""
         sources = [self._source(number) for number in range(len(self.heads))]
         for done, (place, block) in enumerate(side_by_side(sources, places, self._blame), 1):
             yield place, block
@@ -123,6 +133,25 @@ class Updates:
 def columns_of(rows: int) -> int:
     """How many numbers of each of so many clients make a block."""
     return max(FEWEST_NUMBERS, BLOCK_BYTES // (4 * rows))
+
+
+def whole_layers(layout: Layout, columns: int) -> list[tuple[slice, list[str]]]:
+    """Where one layer after the other lies in an adapter, as few as make so many numbers, and their tensors' names."""
+    places, first, names = list[tuple[slice, list[str]]](), 0, list[str]()
+    for _, layer in itertools.groupby(sorted(layout), lambda name: name.rpartition(".lora_")[0] or name):
+        names += layer
+        if (size := sum(math.prod(layout[name]) for name in names)) >= columns:
+            places.append((slice(first, first + size), names))
+            first, names = first + size, []
+    rest = sum(math.prod(layout[name]) for name in names)
+    return places + ([(slice(first, first + rest), names)] if names else [])
+
+
+def stacked(block: np.ndarray, layout: Layout) -> Tensors:
+    """The tensors of all clients in a block, [K, ...]."""
+    ends = np.cumsum([math.prod(shape) for shape in layout.values()])
+    parts = zip(layout.items(), np.split(block, ends[:-1], axis=1), strict=True)
+    return {name: part.reshape(len(block), *shape) for (name, shape), part in parts}
 
 
 def side_by_side(

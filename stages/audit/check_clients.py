@@ -6,8 +6,6 @@ What it finds is a reason to ask, not a proof: clients with data of their own ki
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -15,8 +13,17 @@ from typing import NoReturn
 import numpy as np
 
 from stages.aggregation.means import Mean
-from stages.aggregation.updates import Held, Source, as_written, columns_of, inner_products, side_by_side
-from stages.artefacts.adapter_files import Layout, Tensors, layout_of
+from stages.aggregation.updates import (
+    Held,
+    Source,
+    as_written,
+    columns_of,
+    inner_products,
+    side_by_side,
+    stacked,
+    whole_layers,
+)
+from stages.artefacts.adapter_files import Tensors, layout_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import read_weights, tensors_if_sound
@@ -51,8 +58,11 @@ def clients_of(folders: list[Folder], client: int | None) -> Iterator[Finding]:
         worst = max(worst, *terms.values(), 0.0)
         yield from _copies(updates, client)
         yield from _outliers(updates, products, client)
-        text = f"cross term of the average: {100 * max(terms.values(), default=0.0):.1f} % at most"
-        yield A6.ok(text, where=folders[0].scope.shown(place), measured=terms)
+        scope = folders[0].scope
+        is_of_products = scope.agreement is not None and scope.agreement.aggregation.combine == "product"
+        whose = "the average" if not is_of_products else "an average of A and B apart, which is not taken here"
+        text = f"cross term of {whose}: {100 * max(terms.values(), default=0.0):.1f} % at most"
+        yield A6.ok(text, where=scope.shown(place), measured=terms)
     if compared:
         yield A6.ok(f"{number_of(compared, 'round')}: no copy, no outlier; cross term at most {100 * worst:.1f} %")
     else:
@@ -105,12 +115,12 @@ def compare(updates: dict[int, Folder], start: Tensors) -> tuple[np.ndarray, dic
     def blame(number: int) -> NoReturn:
         raise Damaged("it has other numbers than before", where=paths[number])
 
-    places = _whole_layers(layout, columns_of(len(paths)))
+    places = whole_layers(layout, columns_of(len(paths)))
     blocks = side_by_side(sources, [place for place, _ in places], blame)
     products, mean = np.zeros((len(paths), len(paths))), Mean()
     for (_, names), (_, block) in zip(places, blocks, strict=True):
         products += inner_products(block, _flat(start, names))
-        mean.add_all(_stacked(block, {name: layout[name] for name in names}))
+        mean.add_all(stacked(block, {name: layout[name] for name in names}))
     return products, mean.cross_terms()
 
 
@@ -125,25 +135,6 @@ def _source(path: Path, start: Tensors) -> Source:
 
 def _flat(tensors: Tensors, names: Sequence[str]) -> np.ndarray:
     return np.concatenate([tensors[name].ravel() for name in names])
-
-
-def _whole_layers(layout: Layout, columns: int) -> list[tuple[slice, list[str]]]:
-    """Where one layer after the other lies in an adapter, as few as make so many numbers, and their tensors' names."""
-    places, first, names = list[tuple[slice, list[str]]](), 0, list[str]()
-    for _, layer in itertools.groupby(sorted(layout), lambda name: name.rpartition(".lora_")[0] or name):
-        names += layer
-        if (size := sum(math.prod(layout[name]) for name in names)) >= columns:
-            places.append((slice(first, first + size), names))
-            first, names = first + size, []
-    rest = sum(math.prod(layout[name]) for name in names)
-    return places + ([(slice(first, first + rest), names)] if names else [])
-
-
-def _stacked(block: np.ndarray, layout: Layout) -> Tensors:
-    """The tensors of all clients in a block, [K, ...]."""
-    ends = np.cumsum([math.prod(shape) for shape in layout.values()])
-    parts = zip(layout.items(), np.split(block, ends[:-1], axis=1), strict=True)
-    return {name: part.reshape(len(block), *shape) for (name, shape), part in parts}
 
 
 def pairwise(products: np.ndarray) -> np.ndarray:

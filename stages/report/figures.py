@@ -29,7 +29,7 @@ def figures(metric: str, manifests: Manifests | None = None) -> list[Figure]:
         *(accuracy(model, title, metric) for model, title in MODELS.items()),
         client_losses(),
         *(_distillation(model) for model in ("slm", "llm")),
-        cross_terms(),
+        lost_by_averaging(),
         *drifts(),
         *splits(),
         traffic(manifests=manifests),
@@ -148,21 +148,24 @@ def traffic(caption: Callable[[list[Row]], str] = caption_of_traffic, manifests:
     )
 
 
-def cross_terms() -> Figure:
+def lost_by_averaging() -> Figure:
     """What averaging loses."""
 
     def spec(rows: list[Row]) -> Spec:
         drawn = _some(rows, "round")
-        return bar_charts.grid(
-            drawn, x="round", y="layer", value="cross_term_percent", titles=("round", ""), form=".1f"
-        )
+        return bar_charts.grid(drawn, x="round", y="layer", value="lost_percent", titles=("round", ""), form=".1f")
 
     def caption(rows: list[Row]) -> str:
-        formula = "‖mean(BA) − mean(B)mean(A)‖ / ‖mean(BA)‖"
-        return f"{formula} in %: what is lost by averaging A and B apart.{_of_some(rows, 'round')}"
+        said = {
+            "cross_term": "‖mean(BA) − mean(B)mean(A)‖ / ‖mean(BA)‖ in %: what is lost by averaging A and B apart.",
+            "remainder": "‖mean(BA) − BA‖ / ‖mean(BA)‖ in %: what is lost by cutting mean(BA) back to the rank of BA.",
+        }
+        return f"{said[rows[0]['what']]}{_of_some(rows, 'round')}"
 
     nothing = "There is no aggregate on this machine: the server has it, if the method averages."
-    return Figure("averaging", "cross-term", "Cross term per layer", findings.cross_terms, spec, caption, nothing)
+    return Figure(
+        "averaging", "lost", "What averaging loses, per layer", findings.lost_by_averaging, spec, caption, nothing
+    )
 
 
 def _some(rows: list[Row], key: str) -> list[Row]:

@@ -213,20 +213,25 @@ def traffic(workspace: Workspace, manifests: Manifests | None = None) -> list[Ro
     return list(rows.values())
 
 
-def cross_terms(workspace: Workspace) -> list[Row]:
-    """What averaging A and B apart loses, in % of ||mean(BA)||, by layer and round, from the aggregates' manifests."""
+def lost_by_averaging(workspace: Workspace) -> list[Row]:
+    """What averaging loses of each layer, in % of ||mean(BA)||, by layer and round, from the aggregates' manifests.
+
+    what: cross_term, by averaging A and B apart; remainder, by cutting mean(BA) back to a rank.
+    """
     found = {
-        (key.removeprefix("cross_term/"), round): value
+        (key.partition("/")[2], round): (key.partition("/")[0], value)
         for round in rounds(workspace)
         if workspace.aggregate(round).exists()
         for key, value in read_manifest(workspace.aggregate(round))[0].metrics.items()
-        if key.startswith("cross_term/")
+        if key.startswith(("cross_term/", "remainder/"))
     }
     layers = list(dict.fromkeys(layer for layer, _ in found))
     shared = _shared_prefix(layers)
     return [
-        {"layer": layer[shared:], "round": round, "cross_term_percent": 100 * value}
-        for (layer, round), value in sorted(found.items(), key=lambda item: (layers.index(item[0][0]), item[0][1]))
+        {"layer": layer[shared:], "round": round, "what": what, "lost_percent": 100 * value}
+        for (layer, round), (what, value) in sorted(
+            found.items(), key=lambda item: (layers.index(item[0][0]), item[0][1])
+        )
     ]
 
 

@@ -29,7 +29,7 @@ def figures_of(workspace: Workspace, metric: str, manifests: Manifests | None = 
     if federation.clients_tell:
         found += [_losses_of_llm(), _choices_of_llm()]
     averages = workspace.agreement.averages
-    found += [figures.cross_terms(), *figures.drifts()] if averages else []
+    found += [figures.lost_by_averaging(), *figures.drifts()] if averages else []
     traffic = figures.traffic(functools.partial(_caption_of_traffic, averages=averages), manifests)
     return [*found, *figures.splits(), traffic, figures.times()]
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from stages.workspace.settings import Positive, Rate, Settings, Share
 
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
+Combine = Literal["factors", "product"]
 
 
 class Aggregation(Settings):
@@ -19,6 +20,7 @@ class Aggregation(Settings):
     min_clients: Positive | None = None
     max_update_norm: Rate | None = None
     rule: Rule = "mean"
+    combine: Combine = "factors"
     outliers: Positive | None = None
     gate: Share | None = None
     average: bool = False
@@ -36,6 +38,14 @@ class Aggregation(Settings):
             raise ValueError(f"rule {self.rule} needs outliers, the number f of updates that may be bad")
         if self.rule in ("median", "trimmed-mean", "krum") and self.weighting != "uniform":
             raise ValueError(f"rule {self.rule} counts every client alike: weighting {self.weighting} is for means")
+        return self
+
+    @model_validator(mode="after")
+    def _products_are_of_each_client(self) -> Aggregation:
+        if self.combine == "product" and self.rule != "mean":
+            raise ValueError(f"rule {self.rule} is for A and B as they are, combine product averages BA: choose one")
+        if self.combine == "product" and self.is_secure:
+            raise ValueError("combine product needs each client's A and B, mode secure shows their sums: choose one")
         return self
 
     @model_validator(mode="after")

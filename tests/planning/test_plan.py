@@ -112,7 +112,7 @@ def test_a_smaller_micro_batch_and_gradient_checkpointing_take_less(workspace_fo
     assert kept("gradient_checkpointing = true\n") < whole
 
 
-@pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean", "clipped-mean", "krum"])
+@pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean", "clipped-mean", "krum", "product"])
 def test_aggregate_takes_what_it_is_said_to_take(rule: str, workspace_folder: Path) -> None:
     edit(
         workspace_folder / "fedcollm.toml",
@@ -122,7 +122,8 @@ def test_aggregate_takes_what_it_is_said_to_take(rule: str, workspace_folder: Pa
     clients = 2 if rule == "mean" else 6
     edit(workspace_folder / "fedcollm.toml", "clients = 3", f"clients = {clients}")
     edit(workspace_folder / "fedcollm.toml", "steps = 6", "steps = 1")
-    settings = f'[aggregation]\nrule = "{rule}"\n' + ("outliers = 1\n" if rule in ("trimmed-mean", "krum") else "")
+    settings = f'[aggregation]\n{"combine" if rule == "product" else "rule"} = "{rule}"\n'
+    settings += "outliers = 1\n" if rule in ("trimmed-mean", "krum") else ""
     edit(workspace_folder / "fedcollm.toml", "[distillation]", f"{settings}[distillation]")
     workspace = Workspace(workspace_folder)
     broadcast(workspace, round=1)

@@ -155,10 +155,10 @@ def test_cross_terms_are_the_aggregates_own_in_percent_under_short_names(finishe
     workspace = Workspace(finished_once)
     manifest = json.loads((workspace.aggregate(2) / "manifest.json").read_text())
     [(_, expected)] = [item for item in manifest["metrics"].items() if item[0].startswith("cross_term/")]
-    [first, second] = findings.cross_terms(workspace)
+    [first, second] = findings.lost_by_averaging(workspace)
     assert (first["round"], second["round"]) == (1, 2)
     assert second["layer"] == "attn.c_attn"
-    assert second["cross_term_percent"] == pytest.approx(100 * expected)
+    assert second["lost_percent"] == pytest.approx(100 * expected)
 
 
 def test_the_split_is_what_prepare_wrote_and_names_no_folder(workspace: Workspace) -> None:
@@ -181,7 +181,7 @@ EVERYTHING: list[Callable[[Workspace], list[findings.Row]]] = [
     findings.client_losses,
     lambda workspace: findings.distillation_losses(workspace, "slm"),
     findings.traffic,
-    findings.cross_terms,
+    findings.lost_by_averaging,
     lambda workspace: findings.data_split(workspace, "labels"),
     findings.wall_times,
 ]

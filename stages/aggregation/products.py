@@ -1,0 +1,103 @@
+"""The mean of BA, cut back to the rank that travels: what clients have learned is averaged, not A and B apart.
+
+As FlexLoRA does (Bai et al., 2024, https://arxiv.org/abs/2402.11505), but by the factors: BA is formed only where it is
+smaller than the factors of all clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stages.aggregation.means import layers_of
+from stages.aggregation.updates import Updates
+from stages.artefacts.adapter_files import Tensors
+
+WORST_CONDITION = 1e3
+"""Of the map from the kept directions to the averaged A; beyond it the averaged A is no guide."""
+
+ROUNDING = float(np.finfo(np.float32).eps)
+"""A singular value that is no larger share of the largest is what rounding has left of zero."""
+
+
+class Cut(NamedTuple):
+    """The best BA of a rank for a mean of them. a: [r, inputs], b: [outputs, r], float64.
+
+    remainder: ||mean(BA) - BA|| / ||mean(BA)||, Frobenius norms; zero where mean(BA) is.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    remainder: float
+
+
+class Principal(NamedTuple):
+    """Of a matrix: all singular values, descending, and as many pairs of directions as are asked for.
+
+    left: [outputs, n], values: [at least n], right: [n, inputs]; float64.
+    """
+
+    left: np.ndarray
+    values: np.ndarray
+    right: np.ndarray
+
+
+def mean_of_products(updates: Updates, weights: Sequence[int]) -> tuple[Tensors, dict[str, float]]:
+    """Each layer's weighted mean of BA as A and B of the agreed rank, float32, and the remainder of each.
+
+    Tensors that are not of a pair of matrices are averaged as they are. Layers are read some at a time, of all clients.
+    """
+    shares = np.array(weights, np.float64) / sum(weights)
+    made, remainders = Tensors(), dict[str, float]()
+    for stacked in updates.layers():
+        for layer in layers_of(stacked):
+            a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+            made[a], made[b], remainders[layer] = best_of_rank(stacked.pop(a), stacked.pop(b), shares)
+        made |= {name: np.tensordot(shares, tensors, axes=1) for name, tensors in stacked.items()}
+    return {name: tensor.astype(np.float32) for name, tensor in made.items()}, remainders
+
+
+def best_of_rank(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> Cut:
+    """Of all BA of this rank the nearest to the mean of B_k A_k (Eckart and Young, 1936).
+
+    a: [K, r, inputs], b: [K, outputs, r], shares: [K], which come to 1. (B G)(G^-1 A) is the same product for every G,
+    but training goes on otherwise from each: the A that is nearest to the mean of A is taken. So A stays as large as at
+    the clients, no direction of it dies out, and identical clients get back what they sent.
+    """
+    rank, mean = a.shape[1], np.tensordot(shares, a, axes=1)
+    found = _principal(a, b, shares, rank)
+    size = float(np.linalg.norm(found.values))
+    kept = np.count_nonzero(found.values[:rank] > ROUNDING * found.values[0])
+    right = _completed(found.right[:kept], mean)
+    toward = mean @ right.T  # the new A is toward right
+    if not np.linalg.cond(toward) <= WORST_CONDITION:
+        length = np.sqrt(np.tensordot(shares, (a.astype(np.float64) ** 2).sum(axis=(1, 2)), axes=1) / rank)
+        toward = length * np.eye(*toward.shape)
+    left = np.zeros((b.shape[1], len(right)))
+    left[:, :kept] = found.left[:, :kept] * found.values[:kept]
+    remainder = float(np.linalg.norm(found.values[rank:])) / size if size else 0.0
+    return Cut(toward @ right, left @ np.linalg.pinv(toward), remainder)
+
+
+def _principal(a: np.ndarray, b: np.ndarray, shares: np.ndarray, rank: int) -> Principal:
+    """Of the mean of B_k A_k, which is one product of the factors of all clients side by side: thin QRs and one SVD."""
+    count, _, inputs = a.shape
+    left = (b * shares[:, None, None]).transpose(1, 0, 2).reshape(b.shape[1], -1)
+    right = a.reshape(-1, inputs).astype(np.float64)
+    if count * rank >= min(len(left), inputs):
+        u, values, vt = np.linalg.svd(left @ right, full_matrices=False)
+        return Principal(u[:, :rank], values, vt[:rank])
+    (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right.T)
+    u, values, vt = np.linalg.svd(r_left @ r_right.T)
+    return Principal(q_left @ u[:, :rank], values, vt[:rank] @ q_right.T)
+
+
+def _completed(right: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Orthonormal rows, [min(r, inputs), inputs]: those of right, [kept, inputs], and what the mean of A has beside."""
+    missing = min(mean.shape) - len(right)
+    if not missing:
+        return right
+    beside = mean - mean @ right.T @ right
+    return np.concatenate([right, np.linalg.svd(beside, full_matrices=False)[2][:missing]])

@@ -1,0 +1,126 @@
+"""products: the mean of BA at the agreed rank, by forming it; and that training can go on from what comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from builders import random_adapter, sent
+from stages.aggregation import updates as reading_updates
+from stages.aggregation.products import best_of_rank
+from stages.aggregation.rules import combine
+from stages.artefacts.adapter_files import Tensors
+from stages.workspace.averaging import Aggregation
+
+PRODUCT = Aggregation(combine="product")
+
+
+def clients(count: int, *, rank: int, outputs: int, inputs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A [K, r, inputs] and B [K, outputs, r] of clients that have gone their own way from one A."""
+    rng = np.random.default_rng(seed)
+    start = rng.standard_normal((rank, inputs))
+    a = start + 0.3 * rng.standard_normal((count, rank, inputs))
+    return a.astype(np.float32), rng.standard_normal((count, outputs, rank)).astype(np.float32)
+
+
+def mean_product(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    found: np.ndarray = sum(
+        share * one_b.astype(np.float64) @ one_a for one_a, one_b, share in zip(a, b, shares, strict=True)
+    )
+    return found
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [5, 1, 2]])
+@pytest.mark.parametrize(
+    ("rank", "outputs", "inputs"),
+    [(2, 20, 30), (2, 30, 20), (4, 9, 40), (4, 40, 9), (8, 5, 30), (8, 30, 5), (8, 6, 7), (1, 12, 12)],
+)
+def test_no_product_of_that_rank_is_nearer_to_the_mean_of_products(
+    rank: int, outputs: int, inputs: int, weights: list[int]
+) -> None:
+    a, b = clients(3, rank=rank, outputs=outputs, inputs=inputs)
+    shares = np.array(weights) / sum(weights)
+    found, mean = best_of_rank(a, b, shares), mean_product(a, b, shares)
+    assert found.a.shape == a.shape[1:]
+    assert found.b.shape == b.shape[1:]
+    values = np.linalg.svd(mean, compute_uv=False)
+    left = np.sqrt((values[rank:] ** 2).sum())  # Eckart and Young
+    assert np.linalg.norm(mean - found.b @ found.a) == pytest.approx(left, rel=1e-9, abs=1e-9)
+    assert found.remainder == pytest.approx(left / np.linalg.norm(mean), rel=1e-9, abs=1e-9)
+
+
+def test_the_new_a_is_as_large_as_the_clients_and_the_nearest_to_their_mean() -> None:
+    a, b = clients(4, rank=3, outputs=30, inputs=40)
+    shares = np.full(4, 0.25)
+    found = best_of_rank(a, b, shares)
+    mean = a.mean(axis=0, dtype=np.float64)
+    assert 0.5 < np.linalg.norm(found.a) / np.linalg.norm(mean) <= 1
+    apart = np.linalg.norm(found.a - mean)
+    rng = np.random.default_rng(3)
+    for _ in range(50):  # every other A of the same product is (1 + E) A
+        other = found.a + 0.01 * rng.standard_normal((3, 3)) @ found.a
+        assert np.linalg.norm(other - mean) > apart
+
+
+@pytest.mark.parametrize("used", [0, 1, 3])
+def test_identical_clients_get_back_what_they_sent_though_b_has_a_smaller_rank(used: int) -> None:
+    a, b = clients(1, rank=3, outputs=20, inputs=30)
+    b[:, :, used:] = 0
+    found = best_of_rank(np.repeat(a, 5, axis=0), np.repeat(b, 5, axis=0), np.full(5, 0.2))
+    np.testing.assert_allclose(found.a, a[0], atol=1e-6)
+    np.testing.assert_allclose(found.b, b[0], atol=1e-6)
+    assert found.remainder == pytest.approx(0, abs=1e-9)
+
+
+def test_clients_whose_factors_differ_in_sign_alone_lose_nothing() -> None:
+    a, b = clients(1, rank=2, outputs=20, inputs=30)
+    signs = np.array([1, -1], np.float32)[:, None, None]
+    found = best_of_rank(signs * a, signs * b, np.full(2, 0.5))  # the mean of A, and of B, is zero
+    np.testing.assert_allclose(found.b @ found.a, b[0].astype(np.float64) @ a[0], atol=1e-6)
+    assert np.linalg.norm(found.a) == pytest.approx(np.linalg.norm(a), rel=1e-6)
+
+
+def test_one_client_alone_keeps_its_product() -> None:
+    a, b = clients(1, rank=4, outputs=12, inputs=16)
+    found = best_of_rank(a, b, np.ones(1))
+    np.testing.assert_allclose(found.b @ found.a, b[0].astype(np.float64) @ a[0], atol=1e-6)
+
+
+@pytest.fixture
+def adapters() -> list[Tensors]:
+    layout = {f"h.{i}.lora_{which}.weight": shape for i in (0, 1) for which, shape in (("A", (2, 6)), ("B", (9, 2)))}
+    return [random_adapter(layout, seed=seed) for seed in range(4)]
+
+
+@pytest.mark.parametrize("block", [1, 16 << 20])
+def test_each_layer_of_an_adapter_is_cut_by_itself_however_many_are_read_at_once(
+    block: int, adapters: list[Tensors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading_updates, "BLOCK_BYTES", block)
+    monkeypatch.setattr(reading_updates, "FEWEST_NUMBERS", 7)
+    weights = [3, 1, 1, 2]
+    found, told = combine(PRODUCT, sent(tmp_path, adapters[0], adapters, range(1, 5)), weights)
+    assert set(told) == {"remainder/h.0", "remainder/h.1"}
+    for layer in ("h.0", "h.1"):
+        names = [f"{layer}.lora_{which}.weight" for which in "AB"]
+        cut = best_of_rank(*(np.stack([one[name] for one in adapters]) for name in names), np.array(weights) / 7)
+        for name, tensor in zip(names, (cut.a, cut.b), strict=True):
+            np.testing.assert_array_equal(found[name], tensor.astype(np.float32))
+        assert 0 < told[f"remainder/{layer}"] < 1
+        assert told[f"remainder/{layer}"] == cut.remainder
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"rule": "median"}, "rule median is for A and B as they are, combine product averages BA"),
+        ({"rule": "clipped-mean"}, "rule clipped-mean is for A and B as they are"),
+        ({"mode": "secure"}, "combine product needs each client's A and B, mode secure shows their sums"),
+    ],
+)
+def test_what_products_cannot_be_combined_with_is_refused(settings: dict[str, str], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        Aggregation.model_validate({"combine": "product"} | settings)
