@@ -164,7 +164,13 @@ def lost_by_averaging() -> Figure:
 
     nothing = "There is no aggregate on this machine: the server has it, if the method averages."
     return Figure(
-        "averaging", "lost", "What averaging loses, per layer", findings.lost_by_averaging, spec, caption, nothing
+        "averaging",
+        "lost-by-averaging",
+        "What averaging loses, per layer",
+        findings.lost_by_averaging,
+        spec,
+        caption,
+        nothing,
     )
 
 

@@ -34,7 +34,7 @@ def test_the_page_has_every_chart_table_and_setting(reported_once: Path) -> None
     names = {path.stem for path in report.glob("*.csv")}
     assert names == {
         *("accuracy-llm", "accuracy-slm", "accuracy-clients", "loss-client-train", "loss-co-distill-slm"),
-        *("loss-co-distill-llm", "bytes", "cross-term", "drift-norm", "drift-cosine", "wall-time"),
+        *("loss-co-distill-llm", "bytes", "lost-by-averaging", "drift-norm", "drift-cosine", "wall-time"),
     }
     page = page_of(reported_once)
     assert set(re.findall(r'<figure id="([\w-]+)"', page)) == names
@@ -80,7 +80,7 @@ def test_a_report_made_again_has_the_same_bytes_and_keeps_no_chart_that_is_gone(
     shutil.rmtree(folder / "private" / "server" / "round-0001")
     shutil.rmtree(folder / "private" / "server" / "round-0002")
     fedcollm("report", "-w", folder)
-    assert not (report / "cross-term.csv").exists()
+    assert not (report / "lost-by-averaging.csv").exists()
 
 
 def test_without_anything_it_says_what_to_do_first(fedcollm: Fedcollm, workspace_folder: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_damaged_adapter_costs_its_charts_and_no_more(fedcollm: Fedcollm, fini
     assert fedcollm("report", "-w", finished).code == 0
     report = finished / "results" / "report"
     assert not (report / "drift-norm.csv").exists()
-    assert (report / "cross-term.csv").exists()
+    assert (report / "lost-by-averaging.csv").exists()
     assert "copy the folder again from its origin" in text_of(page_of(finished))
 
 

@@ -16,6 +16,7 @@ from builders import Outcome, edit, published, rows, sign, write_rows
 from stages.aggregate import aggregate
 from stages.broadcast import broadcast
 from stages.client_train import client_train
+from stages.report import findings
 from stages.workspace.paths import Workspace
 
 ROUND = "exchange/round-0001"
@@ -86,6 +87,30 @@ def test_the_cross_term_of_each_layer_is_that_of_the_full_products(answered: Pat
         expected = np.linalg.norm(together - apart) / np.linalg.norm(together)
         assert math.isclose(manifest.metrics[f"cross_term/{layer}"], expected, rel_tol=1e-4)
         assert expected > 0
+
+
+def test_a_product_is_the_mean_of_the_full_products_as_far_as_the_rank_goes(workspace_folder: Path) -> None:
+    edit(workspace_folder / "fedcollm.toml", "[distillation]", '[aggregation]\ncombine = "product"\n[distillation]')
+    workspace = Workspace(workspace_folder)
+    broadcast(workspace, round=1)
+    for client in (1, 2, 3):
+        client_train(workspace, client=client, round=1)
+    manifest = aggregate(workspace, round=1)
+    updates = [tensors(workspace_folder / ROUND / f"client-{k}") for k in (1, 2, 3)]
+    found = tensors(workspace.aggregate(1))
+    layers = [name.removesuffix(".lora_A.weight") for name in found if "lora_A" in name]
+    assert set(manifest.metrics) == {f"remainder/{layer}" for layer in layers}
+    for layer in layers:
+        a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        mean = np.mean([update[b].astype(np.float64) @ update[a] for update in updates], axis=0)
+        u, values, vt = np.linalg.svd(mean)
+        rank = len(found[a])
+        np.testing.assert_allclose(found[b] @ found[a], (u[:, :rank] * values[:rank]) @ vt[:rank], atol=1e-6)
+        assert manifest.metrics[f"remainder/{layer}"] == pytest.approx(
+            np.linalg.norm(values[rank:]) / np.linalg.norm(values), rel=1e-6
+        )
+    [row] = findings.lost_by_averaging(workspace)
+    assert (row["what"], row["lost_percent"]) == ("remainder", 100 * manifest.metrics[f"remainder/{layers[0]}"])
 
 
 def with_quorum(folder: Path, number: int) -> None:
