@@ -15,9 +15,6 @@ from stages.aggregation.means import layers_of
 from stages.aggregation.updates import Updates
 from stages.artefacts.adapter_files import Tensors
 
-WORST_CONDITION = 1e3
-"""Of the map from the kept directions to the averaged A; beyond it the averaged A is no guide."""
-
 ROUNDING = float(np.finfo(np.float32).eps)
 """A singular value that is no larger share of the largest is what rounding has left of zero."""
 
@@ -63,22 +60,21 @@ def best_of_rank(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> Cut:
     """Of all BA of this rank the nearest to the mean of B_k A_k (Eckart and Young, 1936).
 
     a: [K, r, inputs], b: [K, outputs, r], shares: [K], which come to 1. (B G)(G^-1 A) is the same product for every G,
-    but training goes on otherwise from each: the A that is nearest to the mean of A is taken. So A stays as large as at
-    the clients, no direction of it dies out, and identical clients get back what they sent.
+    but training goes on otherwise from each. Taken are orthogonal rows of A, as long as the clients' are on average: so
+    every direction learns alike, none dies out, and A stays as large as it was.
     """
     rank, mean = a.shape[1], np.tensordot(shares, a, axes=1)
     found = _principal(a, b, shares, rank)
     size = float(np.linalg.norm(found.values))
+    if not size:
+        return Cut(mean, np.zeros((b.shape[1], rank)), 0.0)
     kept = np.count_nonzero(found.values[:rank] > ROUNDING * found.values[0])
     right = _completed(found.right[:kept], mean)
-    toward = mean @ right.T  # the new A is toward right
-    if not np.linalg.cond(toward) <= WORST_CONDITION:
-        length = np.sqrt(np.tensordot(shares, (a.astype(np.float64) ** 2).sum(axis=(1, 2)), axes=1) / rank)
-        toward = length * np.eye(*toward.shape)
-    left = np.zeros((b.shape[1], len(right)))
-    left[:, :kept] = found.left[:, :kept] * found.values[:kept]
-    remainder = float(np.linalg.norm(found.values[rank:])) / size if size else 0.0
-    return Cut(toward @ right, left @ np.linalg.pinv(toward), remainder)
+    length = np.sqrt(np.tensordot(shares, np.square(a, dtype=np.float64).sum(axis=(1, 2)), axes=1) / rank)
+    made_a, made_b = np.zeros(mean.shape), np.zeros((b.shape[1], rank))
+    made_a[: len(right)] = length * right
+    made_b[:, :kept] = found.left[:, :kept] * found.values[:kept] / length
+    return Cut(made_a, made_b, float(np.linalg.norm(found.values[rank:])) / size)
 
 
 def _principal(a: np.ndarray, b: np.ndarray, shares: np.ndarray, rank: int) -> Principal:

@@ -52,27 +52,33 @@ def test_no_product_of_that_rank_is_nearer_to_the_mean_of_products(
     assert found.remainder == pytest.approx(left / np.linalg.norm(mean), rel=1e-9, abs=1e-9)
 
 
-def test_the_new_a_is_as_large_as_the_clients_and_the_nearest_to_their_mean() -> None:
+def test_rows_of_the_new_a_are_orthogonal_and_as_long_as_the_clients_are_on_average() -> None:
     a, b = clients(4, rank=3, outputs=30, inputs=40)
-    shares = np.full(4, 0.25)
+    shares = np.array([0.1, 0.2, 0.3, 0.4])
     found = best_of_rank(a, b, shares)
-    mean = a.mean(axis=0, dtype=np.float64)
-    assert 0.5 < np.linalg.norm(found.a) / np.linalg.norm(mean) <= 1
-    apart = np.linalg.norm(found.a - mean)
-    rng = np.random.default_rng(3)
-    for _ in range(50):  # every other A of the same product is (1 + E) A
-        other = found.a + 0.01 * rng.standard_normal((3, 3)) @ found.a
-        assert np.linalg.norm(other - mean) > apart
+    squared = sum(share * np.sum(one.astype(np.float64) ** 2) for one, share in zip(a, shares, strict=True)) / 3
+    np.testing.assert_allclose(found.a @ found.a.T, squared * np.eye(3), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("used", [0, 1, 3])
-def test_identical_clients_get_back_what_they_sent_though_b_has_a_smaller_rank(used: int) -> None:
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_a_direction_that_b_does_not_use_can_still_be_learned(used: int) -> None:
     a, b = clients(1, rank=3, outputs=20, inputs=30)
     b[:, :, used:] = 0
     found = best_of_rank(np.repeat(a, 5, axis=0), np.repeat(b, 5, axis=0), np.full(5, 0.2))
-    np.testing.assert_allclose(found.a, a[0], atol=1e-6)
-    np.testing.assert_allclose(found.b, b[0], atol=1e-6)
+    np.testing.assert_allclose(found.b @ found.a, b[0].astype(np.float64) @ a[0], atol=1e-6)
+    assert np.linalg.matrix_rank(found.a) == 3
+    assert np.linalg.matrix_rank(found.b) == used
+    inside = np.linalg.lstsq(a[0].T.astype(np.float64), found.a.T)[0]  # where training was before
+    np.testing.assert_allclose(a[0].T @ inside, found.a.T, atol=1e-6)
     assert found.remainder == pytest.approx(0, abs=1e-9)
+
+
+def test_untrained_clients_give_the_mean_of_a() -> None:
+    a, b = clients(3, rank=3, outputs=20, inputs=30)
+    found = best_of_rank(a, 0 * b, np.full(3, 1 / 3))
+    np.testing.assert_allclose(found.a, a.mean(axis=0), atol=1e-6)
+    assert not found.b.any()
+    assert found.remainder == 0
 
 
 def test_clients_whose_factors_differ_in_sign_alone_lose_nothing() -> None:
