@@ -181,6 +181,8 @@ RULES = {
     "trimmed mean": 'rule = "trimmed-mean"\noutliers = 1',
     "clipped mean": 'rule = "clipped-mean"',
     "Krum": 'rule = "krum"\noutliers = 1',
+    "the geometric median": 'rule = "geometric-median"',
+    "the mean of products": 'combine = "product"',
 }
 
 Scene = tuple[tuple[Callable[[Path], None], ...], Callable[[Path], None]]

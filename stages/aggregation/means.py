@@ -17,18 +17,18 @@ PROBES = 16
 class Mean:
     """A running weighted mean of adapters, and how far averaging A and B apart strays from averaging BA.
 
-    Sums are float64: whole weights times float32 values add up without rounding that a float32 result could show, and
-    identical clients give the identical adapter.
+    Sums are float64: weights that are whole numbers times float32 values add up without rounding that a float32 result
+    could show, and identical clients give the identical adapter.
     """
 
     def __init__(self) -> None:
-        self._weight = 0
+        self._weight = 0.0
         self._sums: Tensors = {}
         self._products: Tensors = {}
         self._probes: dict[int, np.ndarray] = {}
 
-    def add(self, tensors: Tensors, weight: int) -> None:
-        """Take in one client's adapter; weight is a whole number above zero."""
+    def add(self, tensors: Tensors, weight: float) -> None:
+        """Take in one client's adapter."""
         self._weight += weight
         for name, tensor in tensors.items():
             scaled = tensor if weight == 1 else tensor * np.float64(weight)

@@ -24,6 +24,10 @@ from stages.workspace.averaging import Aggregation
 TIED_AT_ONCE = 1 << 12
 """Columns of equal numbers that are sorted together with whose they are, which takes four times their memory."""
 
+STEPS, SETTLED, INDISTINCT = 1000, 1e-9, 1e-13
+"""Of the search for a geometric median: the most, the smallest move that counts, and the rounding of a squared distance
+as a share of the squares it is made of."""
+
 
 def uniform(examples: int) -> int:
     """Every client weighs the same: 1/K, line 13 of Algorithm 1."""
@@ -206,6 +210,53 @@ def _distances_from(updates: Updates, some: Sequence[int]) -> np.ndarray:
     return found
 
 
+def geometric_median(updates: Updates, weights: Sequence[int]) -> Combined:
+    """The point of least weighted sum of distances to all updates (Weiszfeld, 1937), as in RFA (Pillutla et al., 2022).
+
+    Distances are over the whole adapter. It is a weighted mean of the updates, so their inner products tell the `share`
+    of each; the updates are then read once more. Bad updates of less than half of the weight cannot move it further
+    than the good ones lie apart, times a factor that grows with their share.
+    """
+    theta, products = updates.flat(updates.theta), np.zeros((len(weights), len(weights)))
+    for place, block in updates.blocks():
+        products += inner_products(block, theta[place])
+    shares = weiszfeld(products, np.array(weights, np.float64) / sum(weights))
+    made = Mean()
+    for adapter, share in zip(updates.adapters(), shares, strict=True):
+        made.add(adapter, share)
+    return Combined(made.result(), {"share": shares.tolist()}, {"cross_term": made.cross_terms()})
+
+
+def weiszfeld(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The shares in their geometric median, [K], of K vectors known by their inner products, [K, K], float64.
+
+    weights: [K], which come to 1. A step that ends at one of the vectors goes on as Vardi and Zhang (2000) have it. It
+    ends when a step moves by less than SETTLED of the mean distance, or after STEPS, near enough by then: each step
+    lowers the sum.
+    """
+    squares, shares = np.diag(products), weights
+    for _ in range(STEPS):
+        to_point = products @ shares
+        own = float(shares @ to_point)
+        squared = squares - 2 * to_point + own
+        apart = squared > INDISTINCT * (squares + own)  # or it is rounding
+        distances = np.sqrt(np.where(apart, squared, 1.0))
+        pulls = np.where(apart, weights / distances, 0.0)
+        if not apart.any():
+            break
+        following = pulls / pulls.sum()
+        if here := float(weights[~apart].sum()):
+            leaving = pulls - pulls.sum() * shares
+            force = float(np.sqrt(max(leaving @ products @ leaving, 0.0)))
+            stays = min(1.0, here / force) if force else 1.0
+            following = (1 - stays) * following + stays * shares
+        moved = following - shares
+        shares = following
+        if max(moved @ products @ moved, 0.0) <= (SETTLED * float(distances[apart].mean())) ** 2:
+            break
+    return shares
+
+
 def combine(settings: Aggregation, updates: Updates, weights: Sequence[int]) -> tuple[Tensors, dict[str, float]]:
     """The adapter that the agreed rule makes of the updates, float32, and what the manifest says of it.
 
@@ -219,6 +270,7 @@ def combine(settings: Aggregation, updates: Updates, weights: Sequence[int]) -> 
         "trimmed-mean": partial(trimmed_mean, outliers=outliers),
         "clipped-mean": clipped_mean,
         "krum": partial(krum, outliers=outliers),
+        "geometric-median": geometric_median,
     }
     made = (product_mean if settings.combine == "product" else rules[settings.rule])(updates, weights)
     metrics = {} if settings.rule == "mean" else {f"rule/{settings.rule}": 1.0}

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stages.data.rows import Extent
+from stages.planning.averages import aggregate
 from stages.planning.estimates import (
     ADAM_BYTES,
     CHECKPOINTS,
     Here,
     StagePlan,
-    aggregate,
     asked_stage,
     batches_of,
     beside_a_capture,

@@ -22,13 +22,13 @@ from stages.workspace.settings import ROLES, Role
 if TYPE_CHECKING:
     from stages.models.shapes import Shape
     from stages.planning.missing import Missing
+from stages.planning.averages import aggregate
 from stages.planning.estimates import (
     ADAM_BYTES,
     CHECKPOINTS,
     UNKNOWN,
     Here,
     StagePlan,
-    aggregate,
     client_train,
     co_distill,
     evaluate,

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from stages.workspace.settings import Positive, Rate, Settings, Share
 
-Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum"]
+Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum", "geometric-median"]
 Combine = Literal["factors", "product"]
 
 

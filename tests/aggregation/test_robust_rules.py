@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from builders import random_adapter, sent
 from stages.aggregation import updates as reading_updates
@@ -162,7 +162,42 @@ def test_krum_counts_as_many_neighbours_as_the_paper_says() -> None:
     assert "chosen/client-2" in made.metrics
 
 
-ROBUST = {"median": None, "trimmed-mean": 1, "clipped-mean": None, "krum": 1}
+def objective(point: np.ndarray, vectors: np.ndarray, weights: np.ndarray) -> float:
+    """The weighted sum of distances from a point to vectors, [K, n]."""
+    return float(weights @ np.linalg.norm(vectors - point, axis=1))
+
+
+@pytest.mark.parametrize("weights", [None, [1, 2, 3, 4, 5, 6, 7], [50, 1, 1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_point_is_nearer_to_all_updates_than_their_geometric_median(seed: int, weights: list[int] | None) -> None:
+    adapters = updates(7, seed=seed)
+    made = ruled("geometric-median", adapters, weights=weights)
+    vectors, each = np.stack([flat(one) for one in adapters]), np.array(weights or [1] * 7, np.float64)
+    start = vectors.mean(axis=0)
+    best = optimize.minimize(objective, start, (vectors, each), method="L-BFGS-B", options={"ftol": 1e-14})
+    least = min(best.fun, *(objective(vector, vectors, each) for vector in vectors))
+    assert objective(flat(made.tensors), vectors, each) <= least * (1 + 1e-5)
+    shares = [made.metrics.get(f"share/client-{k}", 0.0) for k in range(1, 8)]
+    assert sum(shares) == pytest.approx(1)
+    np.testing.assert_allclose(flat(made.tensors), shares @ vectors, atol=1e-6)
+    assert (max(shares) > 0.999) == (weights is not None and weights[0] == 50)  # whose half of the weight decides
+
+
+def test_on_a_line_the_geometric_median_is_the_median() -> None:
+    levels = (0.0, 1.0, 1.5, 40.0, 1e6)
+    adapters = [{name: np.full(shape, level, np.float32) for name, shape in LAYOUT.items()} for level in levels]
+    np.testing.assert_allclose(ruled("geometric-median", adapters).tensors[A], 1.5, rtol=1e-4)
+
+
+def test_alike_clients_give_what_they_sent_and_two_their_middle() -> None:
+    one, other = updates(2)
+    for count in (1, 2, 5):
+        assert flat(ruled("geometric-median", [one] * count).tensors) == pytest.approx(flat(one), rel=1e-6)
+    found = flat(ruled("geometric-median", [one, other]).tensors)
+    assert found == pytest.approx((flat(one) + flat(other)) / 2, rel=1e-6)
+
+
+ROBUST = {"median": None, "trimmed-mean": 1, "clipped-mean": None, "krum": 1, "geometric-median": None}
 
 
 @pytest.mark.parametrize(("rule", "outliers"), ROBUST.items())

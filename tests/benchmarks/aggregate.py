@@ -25,7 +25,7 @@ from stages.workspace.paths import Workspace
 from tests.benchmarks.repeats import shown
 
 LAYERS, WIDTH, RANK = 24, 2048, 16  # OPT-1.3B's shape on q_proj and v_proj: 3,145,728 parameters
-OUTLIERS = {"mean": None, "median": None, "trimmed-mean": 8, "clipped-mean": None, "krum": 8}
+OUTLIERS = {"mean": None, "median": None, "trimmed-mean": 8, "clipped-mean": None, "krum": 8, "geometric-median": None}
 """Every rule, and how many of 64 updates it is told may be bad."""
 BASE = BaseIdentity(architecture="opt", weights_sha256="0" * 64, tokenizer_sha256="0" * 64)
 

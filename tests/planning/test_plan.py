@@ -112,7 +112,9 @@ def test_a_smaller_micro_batch_and_gradient_checkpointing_take_less(workspace_fo
     assert kept("gradient_checkpointing = true\n") < whole
 
 
-@pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean", "clipped-mean", "krum", "product"])
+@pytest.mark.parametrize(
+    "rule", ["mean", "median", "trimmed-mean", "clipped-mean", "krum", "geometric-median", "product"]
+)
 def test_aggregate_takes_what_it_is_said_to_take(rule: str, workspace_folder: Path) -> None:
     edit(
         workspace_folder / "fedcollm.toml",
