@@ -12,8 +12,11 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import tomlkit
 
 from stages.federation.run import derived, run
 from stages.federation.time_left import TimeLeft, rounds_to_make
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from stages.study.variants import Changes
 
 SEED = "federation.seed"
+LONGEST_NAME = 200
+"""Characters of a folder's name before it is cut: file systems take 255 bytes."""
 FIXED = {
     "federation.method": f"for other methods: {Command('compare')}",
     "federation.name": "leave it out: a sweep keeps the federation's name",
@@ -92,7 +97,7 @@ def sweep(
     else:
         workspaces = _made(workspace, grid, points, overwrite, report)
         _run(workspace, workspaces, each_round=each_round, overwrite=overwrite, models=models, report=report)
-    studies = _studies(workspace, points, workspaces)
+    studies = _studies(workspace, grid, points, workspaces)
     return Swept(
         metric=metric,
         axes=[key for key in grid if key != SEED],
@@ -179,6 +184,9 @@ def _run(
 def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Changes]:
     evaluation = workspace.agreement.evaluation
     for key, values in grid.items():
+        if "." not in key and key in type(workspace.agreement).model_fields:
+            message = f"{key} is a table, and a sweep varies settings"
+            raise UsageProblem(message, mend=f"name the settings in it that vary, as in --set {key}.KEY=VALUE,VALUE")
         if key in FIXED:
             raise UsageProblem(f"{key} is not for a sweep", mend=FIXED[key])
         if key.startswith("evaluation.") or (key == "data.tasks" and not evaluation.tasks):
@@ -207,12 +215,15 @@ def point_name(settings: Changes) -> str:
         is_unique = sum(other.rpartition(".")[2] == last for other in settings) == 1
         text = re.sub(r"[^A-Za-z0-9._+-]+", "-", str(value)).strip("-")
         words.append(f"{last if is_unique else key}={text}")
-    return ",".join(words)
+    name = ",".join(words)
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _studies(workspace: Workspace, points: list[Changes], workspaces: list[Workspace]) -> list[tuple[Changes, Study]]:
-    """One for each combination of what is not the seed."""
-    from stages.study.results import Study
+def _studies(
+    workspace: Workspace, grid: Mapping[str, Sequence[Any]], points: list[Changes], workspaces: list[Workspace]
+) -> list[tuple[Changes, Study]]:
+    """One for each combination of what is not the seed. Raises Refused for one of other rows than lie there."""
+    from stages.study.results import Derived, Study, check_rows
 
     found: dict[str, tuple[Changes, Study]] = {}
     for settings, place in zip(points, workspaces, strict=True):
@@ -220,6 +231,9 @@ def _studies(workspace: Workspace, points: list[Changes], workspaces: list[Works
         shown = {key: value for key, value in settings.items() if key != SEED}
         _, study = found.setdefault(point_name(shown), (shown, Study(workspace, {})))
         study.runs[federation.seed] = {federation.method: place}
+        study.derived.append(Derived(workspace, place.root, settings, _command(grid)))
+    for _, study in found.values():
+        check_rows(study)
     return list(found.values())
 
 
@@ -253,8 +267,20 @@ def _scores(study: Study, metric: str) -> dict[Table, np.ndarray]:
 
 
 def _words(key: str, values: Sequence[Any]) -> str:
-    """What parse_setting reads."""
-    return f"{key}={','.join(str(value) for value in values)}"
+    """What parse_setting reads: as short as may be, or else as TOML."""
+    plain = f"{key}={','.join(map(str, values))}"
+    if parse_setting(plain) == (key, list(values)):
+        return plain
+    return f"{key}={','.join(map(_literal, values))}"
+
+
+def _literal(value: Any) -> str:
+    """A value on one line of TOML."""
+    if not isinstance(value, dict):
+        return tomlkit.item(value).as_string()
+    table = tomlkit.inline_table()
+    table.update(value)
+    return str(table.as_string())
 
 
 def parse_setting(text: str) -> tuple[str, list[Any]]:
