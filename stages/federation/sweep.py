@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tomlkit
-
 from stages.federation.run import derived, run
+from stages.federation.settings_in_words import in_words
 from stages.federation.time_left import TimeLeft, rounds_to_make
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Report, ignore
@@ -136,7 +134,7 @@ def _checked(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Ch
 
 
 def _command(grid: Mapping[str, Sequence[Any]]) -> Command:
-    return Command("sweep", set=tuple(_words(key, values) for key, values in grid.items()))
+    return Command("sweep", set=tuple(in_words(key, values) for key, values in grid.items()))
 
 
 def _opened(workspace: Workspace, grid: Mapping[str, Sequence[Any]], settings: Changes) -> Workspace:
@@ -264,40 +262,3 @@ def _scores(study: Study, metric: str) -> dict[Table, np.ndarray]:
     tables = [table for table, rows in table_rows.rows_of(point).items() if method in rows]
     means = {table: scores.mean_of(scores.scores(study, table, method, metric)) for table in tables}
     return {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
-
-
-def _words(key: str, values: Sequence[Any]) -> str:
-    """What parse_setting reads: as short as may be, or else as TOML."""
-    plain = f"{key}={','.join(map(str, values))}"
-    if parse_setting(plain) == (key, list(values)):
-        return plain
-    return f"{key}={','.join(map(_literal, values))}"
-
-
-def _literal(value: Any) -> str:
-    """A value on one line of TOML."""
-    if not isinstance(value, dict):
-        return tomlkit.item(value).as_string()
-    table = tomlkit.inline_table()
-    table.update(value)
-    return str(table.as_string())
-
-
-def parse_setting(text: str) -> tuple[str, list[Any]]:
-    """The key and the values of "key=a,b", each as TOML would read it; what TOML would not is text."""
-    key, equals, values = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageProblem(
-            f"--set {text!r} is not KEY=VALUE,VALUE", mend="such as --set distillation.lambda_slm=0,0.5,1"
-        )
-    try:
-        return key.strip(), tomllib.loads(f"values = [{values}]")["values"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), [_value(one) for one in values.split(",")]
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text.strip()

@@ -17,7 +17,8 @@ from command_line import give
 from stages.artefacts.reading import read_manifest
 from stages.data.prepare import prepare
 from stages.federation.run import run
-from stages.federation.sweep import Swept, _command, parse_setting, point_name
+from stages.federation.settings_in_words import in_words, parse_setting
+from stages.federation.sweep import Swept, point_name
 from stages.workspace.paths import Workspace
 
 WORDS = ("sweep", "--set", "distillation.lambda_slm=0.0,4.0", "--set", "federation.seed=7,8", "-w")
@@ -238,8 +239,7 @@ def test_a_name_that_file_systems_would_refuse_is_cut_and_stays_its_own() -> Non
     ids=str,
 )
 def test_a_command_that_is_named_in_a_mend_sets_the_same_values(values: list[Any]) -> None:
-    [word] = _command({"k": values}).options["set"]  # type: ignore[misc, union-attr]
-    found = parse_setting(word)
+    found = parse_setting(in_words("k", values))
     assert found == ("k", values)
     assert [type(value) for value in found[1]] == [type(value) for value in values]
 
