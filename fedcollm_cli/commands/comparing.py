@@ -127,7 +127,8 @@ def sweep(
 
     Example: fedcollm sweep --set distillation.lambda_slm=0,0.5,1 --set federation.seed=1,2,3
     """
-    from stages.federation.sweep import parse_setting, spread_out
+    from stages.federation.settings_in_words import parse_setting
+    from stages.federation.sweep import spread_out
     from stages.federation.sweep import sweep as stage
 
     settings = [parse_setting(text) for text in set_ or []]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -30,8 +30,10 @@ def shear(
         Literal["auxiliary"] | None,
         typer.Option("--heal-on", help="Heal on private/server/auxiliary.jsonl; without --heal, one pass over it."),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of healing, after a warm-up; it falls to zero.")] = 3e-4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step of healing.")] = 8,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of healing, after a warm-up; it falls to zero. Default: 3e-4.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a step of healing. Default: 8.")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a row; no more than the model takes.")] = 256,
     opened: Session,
     overwrite: OverwriteOption = False,
@@ -55,12 +57,19 @@ def shear(
     if text and heal_on:
         raise UsageProblem("--text and --heal-on both name text", mend="give one of them")
     heals = heal is not None or heal_on is not None
+    given = {"learning_rate": learning_rate, "batch_size": batch_size}
+    own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if own and not heals:
+        option = next(iter(own)).replace("_", "-")
+        raise UsageProblem(
+            f"--{option} is of healing, which was not asked for", mend="give --heal too, or leave it out"
+        )
     made = stage(
         opened.workspace,
         layers=layers,
         texts=text or (),
         on_auxiliary=heal_on == "auxiliary",
-        heal=Heal(steps=heal, learning_rate=learning_rate, batch_size=batch_size) if heals else None,
+        heal=Heal(steps=heal, **own) if heals else None,
         length=length,
         folder=to and to.absolute(),
         overwrite=overwrite,

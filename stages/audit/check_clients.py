@@ -49,6 +49,7 @@ def clients_of(folders: list[Folder], client: int | None) -> Iterator[Finding]:
     for folder in folders:
         if number := _client(folder):
             rounds.setdefault(folder.path.parent, {})[number] = folder
+    term = _term(folders)
     for place, updates in rounds.items():
         start = tensors_if_sound(broadcast_in(place), folders[0].scope)
         if start is None or len(updates) < 2:
@@ -58,15 +59,19 @@ def clients_of(folders: list[Folder], client: int | None) -> Iterator[Finding]:
         worst = max(worst, *terms.values(), 0.0)
         yield from _copies(updates, client)
         yield from _outliers(updates, products, client)
-        scope = folders[0].scope
-        is_of_products = scope.agreement is not None and scope.agreement.aggregation.combine == "product"
-        whose = "the average" if not is_of_products else "an average of A and B apart, which is not taken here"
-        text = f"cross term of {whose}: {100 * max(terms.values(), default=0.0):.1f} % at most"
-        yield A6.ok(text, where=scope.shown(place), measured=terms)
+        text = f"{term} at most {100 * max(terms.values(), default=0.0):.1f} %"
+        yield A6.ok(text, where=folders[0].scope.shown(place), measured=terms)
     if compared:
-        yield A6.ok(f"{number_of(compared, 'round')}: no copy, no outlier; cross term at most {100 * worst:.1f} %")
+        yield A6.ok(f"{number_of(compared, 'round')}: no copy, no outlier; {term} at most {100 * worst:.1f} %")
     else:
         yield A6.skip("a round with its broadcast and two updates or more")
+
+
+def _term(folders: list[Folder]) -> str:
+    """How the cross term is called: whether it is of the average that is made."""
+    agreement = folders[0].scope.agreement if folders else None
+    is_made = agreement is None or agreement.aggregation.combine == "factors"
+    return "cross term" if is_made else "cross term, if A and B were averaged apart,"
 
 
 def _client(folder: Folder) -> int:

@@ -70,5 +70,5 @@ def _tokens(folder: Path) -> dict[int, str]:
     added = whole.get("added_tokens")
     for one in added if isinstance(added, list) else ():
         if isinstance(one, dict) and isinstance(one.get("id"), int):
-            found[one["id"]] = one.get("content")
+            found.setdefault(one["id"], one.get("content"))  # the vocabulary's own keep their numbers
     return {index: token for index, token in found.items() if isinstance(token, str)}

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from stages.artefacts.manifest import versions
 from stages.artefacts.reading import Artefact
 from stages.artefacts.subjects import Subject, adapter_of, subject_of
+from stages.bases import base_folders
 from stages.bases.base_names import hub_id, name_of
-from stages.export.made_folders import Entry, already_made, digests
+from stages.export.made_folders import Entry, already_made, digests, spare_base
 from stages.export.model_card import model_card
 from stages.files import reading, writing
 from stages.runtime import quiet
@@ -92,6 +93,8 @@ def export(
     }
     target = folder or workspace.export(round, subject, merged=merged)
     shown = workspace.shown(target)
+    if base := base_folders.configuration(workspace, role):
+        spare_base(target, base, shown)
     if done := already_made(target, what, shown, record=EXPORT, made="exported", overwrite=overwrite):
         report(Event("note", "already done"))
         _tell_loss(done["proof"], report)

@@ -6,6 +6,7 @@ Writes nothing else. Names no winner that the error bars do not support.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,8 @@ def run_all(
     from stages.study import variants
 
     for method in set(methods) - {workspace.agreement.federation.method}:
-        variants.baseline(workspace, method)  # what this workspace cannot have is refused before hours of work
+        with contextlib.suppress(variants.NotYetKnown):  # its own federation is the first to run
+            variants.baseline(workspace, method)  # what this workspace cannot have is refused before hours of work
     models = models or Models(workspace)
     if any(Federation(name="x", method=method).distils for method in methods):
         models.check_both()
@@ -99,6 +101,8 @@ def spread_all(
 
     comparison.check_no_baseline(workspace)
     wanted = list(methods or table_rows.methods_of(workspace))
+    for method in set(wanted) - {workspace.agreement.federation.method}:
+        variants.baseline(workspace, method)  # refused before anything is written
     found = []
     for seed in seeds:
         own = _of_seed(workspace, seed, seeds, overwrite=overwrite, report=report)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from stages.federation.slurm import rendered, slurm
 from stages.files import writing
+from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
@@ -40,8 +41,13 @@ def spread(
     script = workspace.slurm / f"{study}.sh"
     for one in federations:
         is_own = one.root == workspace.root
-        if not (is_own and (workspace.slurm / "submit.sh").exists()):
+        try:
             slurm(one, overwrite=not is_own, report=once)
+        except Refused as error:
+            if not is_own:
+                raise
+            words = f"{error.message}: it is left alone, and may be of earlier settings"
+            report(Event("warning", f"{words}; `{Command('slurm', overwrite=True)}` writes it anew"))
     places = [shlex.quote(workspace.shown(one.root)) for one in federations]
     text = rendered("study.sh", {"places": places, "collected_by": str(collected_by)})
     writing.write(script, text.encode(), mode=0o777)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.federation.run import derived, run
+from stages.federation.settings_in_words import in_words
 from stages.federation.time_left import TimeLeft, rounds_to_make
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Report, ignore
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from stages.study.variants import Changes
 
 SEED = "federation.seed"
+LONGEST_NAME = 200
+"""Characters of a folder's name before it is cut: file systems take 255 bytes."""
 FIXED = {
     "federation.method": f"for other methods: {Command('compare')}",
     "federation.name": "leave it out: a sweep keeps the federation's name",
@@ -96,7 +99,7 @@ def sweep(
         workspaces = _made(workspace, grid, points, overwrite, report)
         one = partial(run, each_round=each_round, client_scores=client_scores, overwrite=overwrite)
         _run(workspace, workspaces, one, overwrite=overwrite, models=models, report=report)
-    studies = _studies(workspace, points, workspaces)
+    studies = _studies(workspace, grid, points, workspaces)
     return Swept(
         metric=metric,
         axes=[key for key in grid if key != SEED],
@@ -135,7 +138,7 @@ def _checked(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Ch
 
 
 def _command(grid: Mapping[str, Sequence[Any]]) -> Command:
-    return Command("sweep", set=tuple(_words(key, values) for key, values in grid.items()))
+    return Command("sweep", set=tuple(in_words(key, values) for key, values in grid.items()))
 
 
 def _opened(workspace: Workspace, grid: Mapping[str, Sequence[Any]], settings: Changes) -> Workspace:
@@ -183,6 +186,9 @@ def _run(
 def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Changes]:
     evaluation = workspace.agreement.evaluation
     for key, values in grid.items():
+        if "." not in key and key in type(workspace.agreement).model_fields:
+            message = f"{key} is a table, and a sweep varies settings"
+            raise UsageProblem(message, mend=f"name the settings in it that vary, as in --set {key}.KEY=VALUE,VALUE")
         if key in FIXED:
             raise UsageProblem(f"{key} is not for a sweep", mend=FIXED[key])
         if key.startswith("evaluation.") or (key == "data.tasks" and not evaluation.tasks):
@@ -211,12 +217,15 @@ def point_name(settings: Changes) -> str:
         is_unique = sum(other.rpartition(".")[2] == last for other in settings) == 1
         text = re.sub(r"[^A-Za-z0-9._+-]+", "-", str(value)).strip("-")
         words.append(f"{last if is_unique else key}={text}")
-    return ",".join(words)
+    name = ",".join(words)
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _studies(workspace: Workspace, points: list[Changes], workspaces: list[Workspace]) -> list[tuple[Changes, Study]]:
-    """One for each combination of what is not the seed."""
-    from stages.study.results import Study
+def _studies(
+    workspace: Workspace, grid: Mapping[str, Sequence[Any]], points: list[Changes], workspaces: list[Workspace]
+) -> list[tuple[Changes, Study]]:
+    """One for each combination of what is not the seed. Raises Refused for one of other rows than lie there."""
+    from stages.study.results import Derived, Study, check_rows
 
     found: dict[str, tuple[Changes, Study]] = {}
     for settings, place in zip(points, workspaces, strict=True):
@@ -224,6 +233,9 @@ def _studies(workspace: Workspace, points: list[Changes], workspaces: list[Works
         shown = {key: value for key, value in settings.items() if key != SEED}
         _, study = found.setdefault(point_name(shown), (shown, Study(workspace, {})))
         study.runs[federation.seed] = {federation.method: place}
+        study.derived.append(Derived(workspace, place.root, settings, _command(grid)))
+    for _, study in found.values():
+        check_rows(study)
     return list(found.values())
 
 
@@ -256,28 +268,3 @@ def _scores(study: Study, metric: str, *, client_scores: bool) -> dict[Table, np
         tables.remove("clients")
     means = {table: scores.mean_of(scores.scores(study, table, method, metric)) for table in tables}
     return {table: np.concatenate(list(by_task.values()), axis=1) for table, by_task in means.items()}
-
-
-def _words(key: str, values: Sequence[Any]) -> str:
-    """What parse_setting reads."""
-    return f"{key}={','.join(str(value) for value in values)}"
-
-
-def parse_setting(text: str) -> tuple[str, list[Any]]:
-    """The key and the values of "key=a,b", each as TOML would read it; what TOML would not is text."""
-    key, equals, values = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageProblem(
-            f"--set {text!r} is not KEY=VALUE,VALUE", mend="such as --set distillation.lambda_slm=0,0.5,1"
-        )
-    try:
-        return key.strip(), tomllib.loads(f"values = [{values}]")["values"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), [_value(one) for one in values.split(",")]
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text.strip()

@@ -25,6 +25,9 @@ Batch = dict[str, Tensor]
 UNBOUNDED = 1 << 30
 """Tokens of a row that no model sets a bound to."""
 
+ATTENTION = {"full_attention", "sliding_attention"}
+"""Of the kinds of layers that configurations list, those in which a mask keeps rows apart."""
+
 ROWS = "rows"
 """In a batch: [answers], which of its examples each answer belongs to."""
 
@@ -92,9 +95,12 @@ def collate(examples: Sequence[Example], *, longest_packed: int) -> Batch:
 
 
 def own_window(config: Any) -> int:
-    """The longest row at which a mask of ours may take the place of the model's own; UNBOUNDED if it has no window."""
+    """The longest row at which a mask of ours may take the place of the model's own; UNBOUNDED if it has no window.
+
+    0 where no mask keeps rows apart: layers that are no attention hand on what they have read.
+    """
     text = config.get_text_config()
-    if getattr(text, "attention_chunk_size", None):
+    if getattr(text, "attention_chunk_size", None) or {*(getattr(text, "layer_types", None) or ())} - ATTENTION:
         return 0
     slides = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     return int(text.sliding_window) if slides else UNBOUNDED

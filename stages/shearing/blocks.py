@@ -20,6 +20,9 @@ from stages.runtime.events import Event, Report
 NOT_BY_BLOCK = ("architectures", "token_id", "token_ids", "token_index")
 """Endings of the names of lists in a configuration whose items are no blocks, however many they are."""
 
+NUMBERS = ("layer_idx", "layer_id")
+"""What modules call the number of the block that they stand in."""
+
 
 class Blocks(NamedTuple):
     """The list of a model's blocks, and which attribute of which of its modules it is."""
@@ -89,8 +92,9 @@ def shortened(model: Any, kept: Sequence[int]) -> Any:
         setattr(parent, name, blocks)
     for number, block in enumerate(getattr(cut.get_submodule(path), name)):
         for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = number
+            for name_of_number in NUMBERS:
+                if isinstance(getattr(module, name_of_number, None), int):
+                    setattr(module, name_of_number, number)
     shorten(cut.config, kept)
     return cut
 

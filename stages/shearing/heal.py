@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,9 @@ class Heal:
 
     def on(self, rows: int) -> Healed:
         """The same for a text of so many rows. Raises UsageProblem for a learning rate that teaches nothing."""
-        if not self.learning_rate > 0:
-            raise UsageProblem(f"the learning rate is {self.learning_rate:g}", mend="give one above 0, such as 3e-4")
+        if not 0 < self.learning_rate < math.inf:
+            mend = "give a number above 0, such as 3e-4"
+            raise UsageProblem(f"the learning rate is {self.learning_rate:g}", mend=mend)
         steps = self.steps or max(1, rows // self.batch_size)
         return Healed(steps=steps, learning_rate=self.learning_rate, batch_size=self.batch_size)
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.artefacts.manifest import versions
 from stages.bases.base_names import hub_id
 from stages.export import exported
-from stages.export.made_folders import Entry, already_made, digests, ours
+from stages.export.made_folders import Entry, already_made, digests, ours, spare_base
 from stages.files import reading, writing
 from stages.models import adapters
 from stages.models.base_loading import load_model, load_tokenizer
@@ -108,6 +108,7 @@ def shear(
     shown = workspace.shown(target)
     ours(target, FORMAT, shown, record=SHEARING, made="sheared")  # what else is there is refused at once
     whole = Whole.of(workspace, layers)
+    spare_base(target, whole.folder, shown)
     on_auxiliary = on_auxiliary or _is_on_auxiliary(workspace, texts, heal)
     text = read_auxiliary(workspace.auxiliary_data) if on_auxiliary else read_texts(texts)
     rows = as_rows(text, whole.tokenizer, min(length, whole.context))
@@ -201,12 +202,15 @@ def _check_configuration(whole: Whole, cut: Any, kept: Sequence[int]) -> None:
     blocks.shorten(config, kept)
     made: Any = AutoModelForCausalLM.from_config(config, dtype=weight.dtype).to(weight.device).eval()  # type: ignore[no-untyped-call]
     fuse(made)
-    found = made.load_state_dict(cut.state_dict(), strict=False)
-    if found.missing_keys or found.unexpected_keys:
+    loaded = made.load_state_dict(cut.state_dict(), strict=False)
+    if loaded.missing_keys or loaded.unexpected_keys:
         raise BadNumbers("the cut configuration makes a model of other weights", where=whole.folder, mend=ANOTHER)
     texts = _probes(whole)
-    expected = [adapters.logits(cut, text) for text in texts]
-    _check_same([adapters.logits(made, text) for text in texts], expected, whole.folder)
+    try:
+        found, expected = ([adapters.logits(one, text) for text in texts] for one in (made, cut))
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise BadNumbers(f"the cut model does not compute: {error}", where=whole.folder, mend=ANOTHER) from error
+    _check_same(found, expected, whole.folder)
 
 
 def _probes(whole: Whole) -> list[list[int]]:

@@ -29,10 +29,11 @@ LEAST_ROWS = 4
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs, and the digests of the files that they are from, in order."""
+    """Paragraphs, and the digests of the files that they are from, in order. where: the first of these files."""
 
     paragraphs: list[str]
     sha256: list[str]
+    where: Path
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class Rows:
 
 
 def read_texts(paths: Sequence[Path]) -> Text:
-    """Plain text in UTF-8; an empty line parts paragraphs. Raises NotReady, or Damaged for what is no such text."""
+    """Plain text in UTF-8; an empty line parts paragraphs. Raises NotReady, or Damaged for what is no such text.
+
+    Of each file, a byte order mark at its head is left out, and lines end as on any system.
+    """
     found, digests = [], []
     for path in paths:
         try:
@@ -52,18 +56,18 @@ def read_texts(paths: Sequence[Path]) -> Text:
         except FileNotFoundError as error:
             raise reading.not_there(path) from error
         try:
-            found += content.decode().split(BETWEEN)
+            found += content.decode("utf-8-sig").replace("\r\n", "\n").split(BETWEEN)
         except UnicodeDecodeError as error:
             message = f"{path.name} is no text in UTF-8: {error.reason} at byte {error.start}"
             raise Damaged(message, where=path, mend="convert it to UTF-8, or name another file") from error
         digests.append(reading.sha256(content))
-    return Text([paragraph for paragraph in found if paragraph.strip()], digests)
+    return Text([paragraph for paragraph in found if paragraph.strip()], digests, paths[0])
 
 
 def read_auxiliary(path: Path) -> Text:
     """The rows of D^a, each prompt with its completion, if it has one. Raises as read_rows does."""
     rows, sha256 = read_rows(path, unlabelled=True)
-    return Text([row.prompt + (row.completion or "") for row in rows], [sha256])
+    return Text([row.prompt + (row.completion or "") for row in rows], [sha256], path)
 
 
 def as_rows(text: Text, tokenizer: Any, length: int) -> Rows:
@@ -77,7 +81,7 @@ def as_rows(text: Text, tokenizer: Any, length: int) -> Rows:
     rows = [first + tokens[at : at + pieces] for at in range(0, len(tokens) - pieces + 1, pieces)]
     if len(rows) < LEAST_ROWS:
         message = f"the text is too short: {len(tokens)} tokens; {LEAST_ROWS} rows of {length} are needed at least"
-        raise UsageProblem(message, mend="name more text, or give a smaller --length")
+        raise UsageProblem(message, where=text.where, mend="name more text, or give a smaller --length")
     kept_out = max(1, len(rows) // KEPT_OUT)
     return Rows(rows[:-kept_out], rows[-kept_out:])
 

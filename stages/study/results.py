@@ -115,10 +115,17 @@ def check_finished(study: Study) -> None:
                 message = f"a federation is not finished: {study.root.shown(absent[0])} is not there"
                 mend = _alone(study.root) or study.inside(workspace, Command("run"))
                 raise NotReady(message, where=absent[0], mend=mend)
+    check_rows(study)
+    _check_alike(study)
+
+
+def check_rows(study: Study) -> None:
+    """Raise Refused for a federation that was trained on other rows than lie there, or than the first one has now."""
+    for workspace in study.workspaces:
+        for round in range(1, workspace.agreement.federation.rounds + 1):
             _check_data(study, workspace, round)
     for one in study.derived:
         check_data(one.parent, Workspace(one.folder), one.changes, made_by=one.made_by)
-    _check_alike(study)
 
 
 def _alone(workspace: Workspace) -> str:

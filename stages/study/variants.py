@@ -44,11 +44,15 @@ DEALT_BY = ("federation.seed", "federation.clients", "data.")
 """Settings that decide how `prepare` deals the rows: where one of them changes, the data is not shared."""
 
 
+class NotYetKnown(NotReady):
+    """A baseline's settings hang on what the workspace's own federation has not found out yet."""
+
+
 def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
     """Where another method on this workspace's data lives, and the settings that it changes.
 
     Raises NotReady or UsageProblem where this workspace cannot have it: centralized needs every party's data here, and
-    a baseline has none of its own.
+    a baseline has none of its own. Raises NotYetKnown where its own federation has to run before.
     """
     if workspace.is_baseline:
         there = Command("run", method=method, workspace=workspace.root.parents[1])
@@ -134,10 +138,14 @@ def _centralized(workspace: Workspace) -> dict[str, Any]:
 
 
 def _steps(workspace: Workspace) -> int:
-    """Optimiser steps of co-distill in one round."""
+    """Optimiser steps of co-distill in one round. Raises NotYetKnown where only training can tell."""
     settings, federation = workspace.agreement.distillation, workspace.agreement.federation
     has_told = federation.clients_tell and workspace.llm(1).exists()
     if settings.epochs and (has_told or workspace.agreement.data.too_long == "skip"):
+        if not workspace.llm(1).exists():
+            message = 'how long centralized trains is known after round 1 alone: data.too_long = "skip" leaves rows out'
+            mend = f"{Command('run')} first; or leave centralized out with --methods"
+            raise NotYetKnown(message, where=workspace.llm(1), mend=mend)
         return read_manifest(workspace.llm(1))[0].steps  # how many rows are left only training knows
     rows, _ = read_rows(workspace.auxiliary_data, unlabelled=True)
     return settings.steps_for(sum(row.completion is not None or not federation.learns_in_public for row in rows))

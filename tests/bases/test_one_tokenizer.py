@@ -111,6 +111,20 @@ def test_fedmkt_takes_any_two_tokenizers(unlike_folder: Path) -> None:
     assert status(Workspace(unlike_folder)).next_command is not None
 
 
+def test_a_token_that_claims_the_number_of_another_is_read_as_transformers_reads_it(
+    workspace_folder: Path, base_models: Path
+) -> None:
+    (workspace_folder / "models").unlink()
+    shutil.copytree(base_models, workspace_folder / "models")
+    words = workspace_folder / "models/llm/tokenizer.json"
+    whole = json.loads(words.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    whole["added_tokens"].append({"id": 4, "content": "<late>", "special": True, **flags})
+    words.write_text(json.dumps(whole))
+    Models(Workspace(workspace_folder)).check_both()
+    one_tokenizer.check(Workspace(workspace_folder))
+
+
 def test_where_a_model_is_elsewhere_or_its_words_cannot_be_read_nothing_is_said(two: Path) -> None:
     words = two / "models/llm/tokenizer.json"
     for content in ("{", '{"model": 5, "added_tokens": {}}', '{"model": {"vocab": {"green": "4"}}}'):

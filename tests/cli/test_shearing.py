@@ -104,6 +104,21 @@ def test_text_is_named_once(study: Path, fedcollm: Callable[..., Outcome]) -> No
     assert "error: --text and --heal-on both name text" in outcome.err
 
 
+@pytest.mark.parametrize("words", [("--learning-rate", 1e-3), ("--batch-size", 4)], ids=str)
+def test_an_option_of_healing_without_healing_is_refused(
+    words: tuple[str, object], study: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm(*CUT, *words, "-w", study)
+    assert outcome.code == 2
+    assert f"error: {words[0]} is of healing, which was not asked for" in outcome.err
+    assert "mend  give --heal too, or leave it out" in outcome.err
+    assert not (study / "models/slm").exists()
+    outcome = fedcollm(*CUT, *words, "--heal", 1, "--heal-on", "auxiliary", "--json", "-w", study)
+    assert outcome.code == 0, outcome.err
+    expected = {"steps": 1, "learning_rate": 3e-4, "batch_size": 8, words[0][2:].replace("-", "_"): words[1]}
+    assert json.loads(outcome.out)["heal"] == expected
+
+
 @pytest.mark.parametrize("replacing", [False, True])
 def test_an_interrupted_shear_leaves_what_was_there(
     replacing: bool, study: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch

@@ -252,6 +252,15 @@ def test_an_export_ends_no_text_though_the_base_s_tokenizer_does(tmp_path: Path,
     assert "take it off a prompt" in (workspace.export(1, "client-1", merged=False) / "README.md").read_text()
 
 
+@pytest.mark.parametrize("place", ["models/slm", "models/slm/merged"])
+def test_an_export_never_goes_where_its_base_is(place: str, finished: Path) -> None:
+    before = {path: path.read_bytes() for path in (finished / "models/slm").iterdir()}
+    with pytest.raises(UsageProblem, match="the folder of the base that it is made from") as refused:
+        export(Workspace(finished), round=1, merged=True, folder=finished / place, overwrite=True)
+    assert "--to" in str(refused.value.mend)
+    assert {path: path.read_bytes() for path in (finished / "models/slm").iterdir()} == before
+
+
 def test_an_adapter_that_changes_nothing_is_not_published(finished: Path) -> None:
     scale(finished / "private/server/round-0002/slm", 0)
     with pytest.raises(BadNumbers, match="its logits are the base's"):

@@ -16,6 +16,7 @@ import pytest
 from scipy import stats
 
 from builders import QUESTIONS, Outcome, edit, make_study, published, rewrite
+from stages.artefacts.reading import read_manifest
 from stages.federation.compare import compare
 from stages.federation.run import run
 from stages.paper.reported import tables
@@ -293,3 +294,24 @@ def test_seeds_that_leave_out_the_workspaces_own_are_compared_all_the_same(
     assert (found["seeds"], found["methods"]) == ([9], ["standalone"])
     assert found["tables"]["clients"].keys() == {"zero-shot", "standalone"}
     assert not (folder / "exchange").exists()
+
+
+def test_a_study_whose_rows_only_training_can_count_begins_with_the_workspaces_own_method(
+    tmp_path: Path, base_models: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    """centralized trains for as many steps as co-distill did, which leaves out rows that are too long."""
+    folder = make_study(tmp_path / "study", base_models)
+    toml = folder / "fedcollm.toml"
+    edit(toml, "rounds = 2", "rounds = 1")
+    toml.write_text(toml.read_text() + '\n[data]\ntoo_long = "skip"\n')
+    words = ("compare", "--seeds", "7", "--methods", "fedcollm,centralized", "-w", folder)
+    for early in ((*words, "--slurm"), (*words, "--collect"), ("run", "--method", "centralized", "-w", folder)):
+        found = fedcollm(*early)
+        assert found.code == 3
+        assert "error: how long centralized trains is known after round 1 alone" in found.err
+        assert "mend  fedcollm run first; or leave centralized out with --methods" in found.err
+        assert not (folder / "baselines").exists()
+        assert not (folder / "slurm").exists()
+    assert fedcollm(*words, "--quiet").code == 0
+    own = read_manifest(Workspace(folder).llm(1))[0].steps
+    assert Workspace(folder / "baselines/centralized").agreement.client_training.steps == own

@@ -602,6 +602,8 @@ def test_a_comparison_over_slurm_is_a_chain_of_jobs_for_each_method_and_seed(
     found = fedcollm(*words, "--slurm")
     assert (found.code, found.out) == (0, "slurm/compare.sh\n"), found.err
     assert "--time=60" in directives(workspace_folder / "slurm/client.sbatch"), "scripts that are there are left alone"
+    told = "slurm/client.sbatch is there already, and differs: it is left alone, and may be of earlier settings"
+    assert f"warning: {told}; `fedcollm slurm --overwrite` writes it anew" in found.err
     assert (workspace_folder / "slurm/submit.sh").stat().st_mtime_ns == own
     code, out, _, _ = submit(workspace_folder, script="compare.sh")
     assert code == 0

@@ -17,7 +17,8 @@ from command_line import give
 from stages.artefacts.reading import read_manifest
 from stages.data.prepare import prepare
 from stages.federation.run import run
-from stages.federation.sweep import Swept, parse_setting, point_name
+from stages.federation.settings_in_words import in_words, parse_setting
+from stages.federation.sweep import Swept, point_name
 from stages.workspace.paths import Workspace
 
 WORDS = ("sweep", "--set", "distillation.lambda_slm=0.0,4.0", "--set", "federation.seed=7,8", "-w")
@@ -205,6 +206,9 @@ def test_overwrite_sweeps_anew(swept_once: Path, fedcollm: Callable[..., Outcome
         (["federation.seed=1.5"], "federation.seed: Input should be a valid integer, found 1.5", "every key"),
         (["distillation.lambda_slm=0,-1"], "distillation.lambda_slm: Input should be greater", "every key"),
         (["evaluation.limit=5,10"], "evaluation.limit decides the questions", "leave evaluation.limit out"),
+        (["evaluation={limit=5},{limit=10}"], "evaluation is a table", "name the settings in it that vary"),
+        (["slm={model='models/llm'}"], "slm is a table, and a sweep varies settings", "name the settings in it"),
+        (["data={seed=1},{seed=2}"], "data is a table, and a sweep varies settings", "name the settings in it"),
         (["federation.seed=1", "federation.seed=2"], "--set names a key twice", "give all its values at once"),
     ],
 )
@@ -239,6 +243,49 @@ def test_a_folder_is_named_by_what_is_set_and_by_the_table_only_where_it_must() 
     assert point_name({"slm.lora.r": 4, "federation.seed": 2}) == "r=4,seed=2"
     assert point_name({"slm.lora.r": 4, "llm.lora.r": 8}) == "slm.lora.r=4,llm.lora.r=8"
     assert point_name({"slm.model": "../models/other one"}) == "model=..-models-other-one"
+
+
+def test_a_name_that_file_systems_would_refuse_is_cut_and_stays_its_own() -> None:
+    one, other = ({"slm.model": "a" * 300 + end} for end in "bc")
+    assert point_name(one).startswith("model=aaa")
+    assert len(point_name(one)) < 255
+    assert point_name(one) != point_name(other)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[True, False], ["a,b", "c"], ["8", "true"], [8, 0.5], [["c_attn"], ["c_attn", "c_proj"]], [{"r": 4, "alpha": 8}]],
+    ids=str,
+)
+def test_a_command_that_is_named_in_a_mend_sets_the_same_values(values: list[Any]) -> None:
+    found = parse_setting(in_words("k", values))
+    assert found == ("k", values)
+    assert [type(value) for value in found[1]] == [type(value) for value in values]
+
+
+def test_scores_of_a_point_that_was_trained_on_other_rows_are_not_compared(
+    swept_once: Path, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(swept_once, folder, symlinks=True)
+    words = ("sweep", "--set", "distillation.lambda_slm=0.5", "-w", folder, "--quiet")
+    assert fedcollm(*words).code == 0
+    rows_of_1 = folder / "private/client-1/train.jsonl"
+    content = rows_of_1.read_bytes()
+    rows_of_1.unlink()  # it may be one file with those of the points
+    rows_of_1.write_bytes(b"".join(content.splitlines(keepends=True)[1:]))
+    outcome = fedcollm(*words, "--collect")
+    assert outcome.code == 5
+    assert "private/client-1/train.jsonl has other rows than private has now" in outcome.err
+    assert "put those rows back, or fedcollm sweep --set distillation.lambda_slm=0.5 --overwrite" in outcome.err
+    rows_of_1.write_bytes(content)
+    assert fedcollm(*words, "--collect").code == 0
+    own = folder / "sweeps/lambda_slm=4.0,seed=8/private/client-1/train.jsonl"
+    own.write_bytes(own.read_bytes() + b"\n")
+    outcome = fedcollm(*WORDS, folder, "--collect")
+    assert outcome.code == 5
+    assert "lambda_slm=4.0,seed=8/private/client-1/train.jsonl is not what was trained on in round 1" in outcome.err
+    assert "fedcollm run --workspace sweeps/lambda_slm=4.0,seed=8 --overwrite" in outcome.err
 
 
 def test_two_combinations_never_share_a_folder(swept_once: Path, fedcollm: Callable[..., Outcome]) -> None:

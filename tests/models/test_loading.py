@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import vocabularies
 from builders import examples
 from stages.artefacts.manifest import BaseIdentity
 from stages.models.devices import naming_memory_knobs
-from stages.models.identity import identify
+from stages.models.identity import PROBE_TEXTS, identify
 from stages.models.loading import Models
 from stages.models.packing import UNBOUNDED
-from stages.models.vocabulary import check_one_vocabulary
+from stages.models.tuned import Outline
+from stages.models.vocabulary import FOLDED, check_one_vocabulary
 from stages.runtime.errors import BadNumbers, NotReady, Problem, Refused, UsageProblem
 from stages.training.objective import Objective, task_loss
 from stages.workspace.paths import Workspace
@@ -218,6 +220,22 @@ def test_tokenizers_that_share_a_vocabulary_but_split_text_differently_are_refus
     retokenised(llm, split_at_punctuation)
     with pytest.raises(UsageProblem, match="split text differently"):
         shared_vocabulary(workspace_folder, llm=llm)
+
+
+@pytest.mark.parametrize(
+    "normaliser",
+    [normalizers.NFC(), normalizers.NFD(), normalizers.NFKC(), normalizers.Lowercase(), normalizers.StripAccents()],
+    ids=lambda one: type(one).__name__,
+)
+def test_tokenizers_that_normalise_otherwise_are_refused(normaliser: Any) -> None:
+    """NFC, as Qwen's has it, changes no text of the other probes."""
+    texts = [*vocabularies.TEXTS, *PROBE_TEXTS, FOLDED]
+    plain, changed = (vocabularies.byte_level(500, texts=texts) for _ in range(2))
+    changed.backend_tokenizer.normalizer = normaliser
+    slm, llm = (Outline(tokenizer, len(tokenizer), 64) for tokenizer in (plain, changed))
+    assert check_one_vocabulary(slm, slm) == len(plain)
+    with pytest.raises(UsageProblem, match="share a vocabulary but split text differently"):
+        check_one_vocabulary(slm, llm)
 
 
 # --- loading

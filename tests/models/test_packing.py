@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from builders import Family, examples, tiny_model
 from stages.data.rows import Example
-from stages.models import packed_attention
+from stages.models import packed_attention, packing
 from stages.models.packing import UNBOUNDED, Batch, answer_logits, collate, packed, packs, padded
 from stages.training.losses import cross_entropy
 
@@ -267,3 +267,19 @@ def test_the_position_of_an_unlabelled_row_is_its_last() -> None:
     rows = [Example([5, 6, 7], 1), Example([8, 9], 2)]
     assert packed(rows)["answers"].tolist() == [0, 1, 4]  # before 6 and 7; and 9, the last of its own row
     assert padded(rows)["answers"].int().tolist() == [[1, 1, 0], [0, 0, 1]]  # of the last 2 + 1 columns
+
+
+def test_layers_that_are_no_attention_keep_rows_apart_however_little_they_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of an untrained model a convolution hands on less than rounding does; a trained one hands on more."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "lfm2", vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, layer_types=["conv", "full_attention"], pad_token_id=0,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert packs(model) == 0
+    monkeypatch.setattr(packing, "ATTENTION", packing.ATTENTION | {"conv"})
+    assert packs(model) == UNBOUNDED, "trying alone does not find it"

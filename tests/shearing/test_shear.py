@@ -18,6 +18,7 @@ import vocabularies
 from builders import LEXICON, Family, contents, drafts, edit, make_workspace, rows, tiny_model
 from stages.runtime.errors import BadNumbers, Damaged, NotReady, Problem, Refused, UsageProblem
 from stages.runtime.events import Event
+from stages.shearing import blocks
 from stages.shearing.heal import Heal
 from stages.shearing.shear import Shear, shear
 from stages.shearing.texts import as_rows, read_auxiliary
@@ -235,7 +236,40 @@ def taken(study: Path) -> dict[str, Any]:
     return {"folder": study / "taken"}
 
 
+def of_no_files(study: Path) -> dict[str, Any]:
+    (study / "made").mkdir()
+    (study / "made/shearing.json").write_text('{"format": "fedcollm-shear/1", "files": {"config.json": "0e"}}')
+    return {"folder": study / "made", "overwrite": True}
+
+
+def onto_itself(study: Path) -> dict[str, Any]:
+    """The base in [llm] was sheared itself, into the folder that is written if nothing else is said."""
+    put(study, "gpt2")
+    sheared(study, layers=3)
+    edit(study / "fedcollm.toml", '"models/llm"', '"models/slm"')
+    return {"folder": study / "models/slm", "overwrite": True}
+
+
 REFUSED = {
+    "below a file": (
+        lambda study: {"folder": study / "fedcollm.toml/slm"},
+        UsageProblem,
+        "fedcollm.toml/slm cannot be made: fedcollm.toml is no folder",
+        "--to",
+    ),
+    "in the base": (
+        lambda study: {"folder": study / "models/llm/slm"},
+        UsageProblem,
+        "models/llm/slm is in the folder of the base that it is made from",
+        "--to",
+    ),
+    "a record of nothing": (of_no_files, Damaged, "shearing.json of made does not say which files it is of", "--to"),
+    "no end to the learning rate": (
+        lambda _: {"heal": Heal(steps=1, learning_rate=float("inf")), "on_auxiliary": True},
+        UsageProblem,
+        "the learning rate is inf",
+        "such as 3e-4",
+    ),
     "a folder of others": (taken, Refused, "taken is there already and was not sheared here", "--to"),
     "no layer": (lambda _: {"layers": 0}, UsageProblem, "0 layers cannot be kept of a model that has 2", "from 1 to 1"),
     "all layers": (
@@ -269,6 +303,50 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(which: str, study: Pa
     assert type(refused.value) is kind
     assert message in refused.value.message
     assert mend in str(refused.value.mend)
+    assert not (study / "models/slm").exists()
+
+
+def test_a_base_is_not_replaced_by_what_is_made_from_it(study: Path) -> None:
+    words = onto_itself(study)
+    before = contents(study / "models/slm")
+    with pytest.raises(UsageProblem, match="models/slm is the folder of the base that it is made from"):
+        sheared(study, **words)
+    assert contents(study / "models/slm") == before
+
+
+def of_model_type(study: Path, model_type: str, **shape: Any) -> Any:
+    """Give the workspace an LLM of this architecture with the tokenizer that is there."""
+    folder = study / "models/llm"
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    ids = {"vocab_size": vocabulary, "bos_token_id": 1, "eos_token_id": 1}
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape, **ids))
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_block_of_gpt_neo_is_found_by_its_new_number(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention calls the number of its block layer_id, and every second block sees 4 tokens alone."""
+    shape = {"num_layers": 4, "num_heads": 2, "hidden_size": 32, "max_position_embeddings": 64, "window_size": 4}
+    whole = of_model_type(
+        study, "gpt_neo", **shape, attention_types=[[["global", "local"], 2]], initializer_range=0.2
+    ).eval()
+    monkeypatch.setattr(blocks, "most_influential", lambda _influence, _layers: [1, 3])
+    assert sheared(study)["kept"] == [1, 3]
+    cut = AutoModelForCausalLM.from_pretrained(study / "models/slm").eval()
+    ids = torch.arange(2, 18)[None]
+    whole.transformer.h = torch.nn.ModuleList([whole.transformer.h[1], whole.transformer.h[3]])
+    torch.testing.assert_close(cut(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
+
+
+def test_a_cut_that_does_not_compute_is_told(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of RecurrentGemma's blocks one at least must have attention."""
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+    of_model_type(study, "recurrent_gemma", **shape)
+    monkeypatch.setattr(blocks, "most_influential", lambda _influence, _layers: [0, 1])
+    with pytest.raises(BadNumbers, match="the cut model does not compute: ") as refused:
+        sheared(study)
+    assert "take another model" in str(refused.value.mend)
     assert not (study / "models/slm").exists()
 
 

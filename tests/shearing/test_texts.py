@@ -27,6 +27,13 @@ def test_rows_are_the_text_in_order_and_the_last_twentieth_is_kept_out(base_mode
     assert [token for row in found.trained + found.kept_out for token in row] == expected
 
 
+def test_a_text_from_another_system_is_the_same_text(tmp_path: Path) -> None:
+    found = read_texts([text_of(tmp_path, 3)])
+    elsewhere = tmp_path / "elsewhere.txt"
+    elsewhere.write_bytes(b"\xef\xbb\xbf" + (tmp_path / "text.txt").read_bytes().replace(b"\n", b"\r\n"))
+    assert read_texts([elsewhere]).paragraphs == found.paragraphs == [f"red blue green {i}" for i in range(3)]
+
+
 def test_each_row_begins_with_what_the_tokenizer_puts_first(tmp_path: Path) -> None:
     texts = [*vocabularies.TEXTS, "red blue green 0123"]
     tokenizer = vocabularies.sentence_piece(300, first=True, texts=texts)
@@ -56,6 +63,7 @@ def test_a_text_that_is_too_short_is_refused_with_its_length(base_models: Path, 
     with pytest.raises(UsageProblem, match="too short: 28 tokens; 4 rows of 8 are needed") as refused:
         as_rows(text, tokenizer, 8)
     assert "--length" in str(refused.value.mend)
+    assert refused.value.where == tmp_path / "text.txt"
     assert len(as_rows(text, tokenizer, 7).trained) == 3
 
 

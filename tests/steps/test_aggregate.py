@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from builders import Outcome, edit, published, rows, sign, write_rows
 from stages.aggregate import aggregate
+from stages.audit.audit import audit
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.report import findings
@@ -109,6 +110,8 @@ def test_a_product_is_the_mean_of_the_full_products_as_far_as_the_rank_goes(work
         assert manifest.metrics[f"remainder/{layer}"] == pytest.approx(
             np.linalg.norm(values[rank:]) / np.linalg.norm(values), rel=1e-6
         )
+    told = [finding.found for finding in audit([workspace_folder]) if finding.id == "A6"]
+    assert any("cross term, if A and B were averaged apart, at most" in one for one in told)
     [row] = findings.lost_by_averaging(workspace)
     assert (row["what"], row["lost_percent"]) == ("remainder", 100 * manifest.metrics[f"remainder/{layers[0]}"])
 
