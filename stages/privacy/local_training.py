@@ -114,6 +114,7 @@ class Learner:
             budget=settings,
             learning_rates={"slm": settings.learning_rate},
             clips={"slm": settings.max_grad_norm},
+            proximal=settings.proximal or 0.0,
             warmup_steps=settings.warmup_steps if self.round == 1 else 0,
             seed=self.workspace.seed_for("client-train", self.round, self.client),
         )

@@ -95,6 +95,8 @@ def _of_its_kind(agreement: Agreement, method: Federation) -> Changes:
     changes: dict[str, Any] = {}
     if method.method != "fedmkt" and agreement.aggregation.average:
         changes["aggregation.average"] = None
+    if not method.averages and agreement.client_training.proximal:
+        changes["client_training.proximal"] = None
     if method.averages and agreement.clients:
         changes["clients"] = None  # they say what holds for all: see unlike
     if not method.server_tells and agreement.distillation.divergence in ("spans", "sorted"):

@@ -15,6 +15,8 @@ class Recipe:
 
     learning_rates, clips: by role; a clip is the largest gradient norm of that model alone, absent for none.
     alternating: each step trains the SLM, then the LLM against the SLM so trained (lines 16 and 17 in that order).
+    proximal: mu of FedProx (Li et al., 2020): what is minimised has mu/2 |theta - theta_t|^2 beside the losses, theta_t
+    being the adapters as they are given; 0 for none.
     decays: after the warm-up the learning rates fall to zero as half a cosine, instead of staying.
     """
 
@@ -25,6 +27,7 @@ class Recipe:
     seed: int
     alternating: bool = False
     decays: bool = False
+    proximal: float = 0.0
 
     @property
     def turns(self) -> int:

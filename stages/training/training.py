@@ -230,7 +230,9 @@ class _Trainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Clips each model's gradient, records and reports every step's losses, and stops when told to.
+    """Holds adapters near their start if that is asked for, clips each model's gradient, and watches every step.
+
+    It records and reports the losses, and stops when told to.
 
     log: Trainer's, through which trackers get the losses.
     """
@@ -248,10 +250,18 @@ class _Watch(TrainerCallback):
     ) -> None:
         self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
         self._log, self._stop, self._processes = log, stop, processes
+        self._start = [one.detach().clone() for one in self._trained] if recipe.proximal else []
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [one for role in self._recipe.learning_rates for one in self._objective.adapter_parameters(role)]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        for parameter, start in zip(self._trained if self._start else (), self._start, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self._recipe.proximal)
         for role, largest in self._recipe.clips.items():
             if largest is not None:
                 nn.utils.clip_grad_norm_(self._objective.adapter_parameters(role), largest)

@@ -221,6 +221,17 @@ class Agreement(Settings):
         return self
 
     @model_validator(mode="after")
+    def _proximal_to_a_broadcast(self) -> Agreement:
+        if self.client_training.proximal is None:
+            return self
+        if not self.federation.averages:
+            method = self.federation.method
+            raise ValueError(f"client_training.proximal is for methods that average, as fedcollm; here is {method}")
+        if self.privacy.is_on:
+            raise ValueError("client_training.proximal is not for the training of differential privacy: choose one")
+        return self
+
+    @model_validator(mode="after")
     def _across_tokenizers_only(self) -> Agreement:
         settings, method = self.distillation, self.federation.method
         if not self.federation.server_tells:

@@ -42,6 +42,7 @@ class ClientTraining(Budget):
 
     learning_rate: Rate = 3e-4
     max_grad_norm: Rate | None = None
+    proximal: Rate | None = None
 
 
 class Distillation(Budget):

@@ -117,8 +117,14 @@ def test_a_stopped_run_goes_on_to_the_adapter_of_an_unbroken_one(
     np.testing.assert_allclose(resumed.adapters, unbroken.adapters, rtol=0, atol=1e-5 if machine else 1e-6)
 
 
-@pytest.mark.parametrize("changed", [{"alternating": True}, {"dropout": 0.3}], ids=["alternating", "dropout"])
-def test_so_does_one_that_takes_turns_or_draws_dropout(tmp_path: Path, changed: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changed",
+    [{"alternating": True}, {"dropout": 0.3}, {"proximal": 5.0}],
+    ids=["alternating", "dropout", "near where it began"],
+)
+def test_so_does_one_that_takes_turns_drops_out_or_is_held_near_its_start(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
     unbroken = Run(tmp_path / "unbroken", **changed)
     Run(tmp_path / "work", stop_at=STOP, **changed)
     resumed = Run(tmp_path / "work", **changed)

@@ -226,6 +226,14 @@ def test_rows_are_shared_where_the_deal_is_the_same(changes: dict[str, Any], dea
     assert child.split.samefile(Workspace(dealt).split)
 
 
+@pytest.mark.parametrize(("method", "kept"), [("fedavg", 0.5), ("standalone", None), ("centralized", None)])
+def test_only_what_is_averaged_stays_near_a_broadcast(method: Any, kept: float | None, workspace_folder: Path) -> None:
+    edit(workspace_folder / "fedcollm.toml", "[client_training]", "[client_training]\nproximal = 0.5")
+    root = Workspace(workspace_folder)
+    child = make(workspace_folder, f"baselines/{method}", dict(variants.baseline(root, method)[1]))
+    assert child.agreement.client_training.proximal == kept
+
+
 def test_a_method_never_deals_anew_even_if_it_changes_the_number_of_clients(dealt: Path) -> None:
     root = Workspace(dealt)
     child = make(dealt, "baselines/centralized", dict(variants.baseline(root, "centralized")[1]))

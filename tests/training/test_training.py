@@ -156,6 +156,31 @@ def test_training_is_what_a_bare_loop_of_algorithm_1_does(do: Callable[..., Outc
     assert_same(taken(pair), taken(by_hand), atol=1e-4)  # a hundredth of the learning rate
 
 
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_proximal_term_is_what_a_bare_loop_makes_of_fedprox(
+    do: Callable[..., Outcome], micro_batch: int | None
+) -> None:
+    pair, by_hand, free = fresh_pair(), fresh_pair(), fresh_pair()
+    plan = recipe(steps=4, batch_size=4)
+    do(pair, recipe(steps=4, batch_size=4, proximal=0.7), machine=Machine(micro_batch=micro_batch))
+    do(free, plan)
+    slm, llm = by_hand
+    trained = {one.role: [p for p in one.model.parameters() if p.requires_grad] for one in by_hand}
+    start = {role: [p.detach().clone() for p in parameters] for role, parameters in trained.items()}
+    steppers = {role: adamw_by_hand(parameters, plan.learning_rates[role]) for role, parameters in trained.items()}
+    for step in schedule(len(ROWS), plan.budget, plan.seed):
+        rows = [ROWS[i] for i in step]
+        for student, teacher in ((slm, llm), (llm, slm)):
+            pairs = zip(trained[student.role], start[student.role], strict=True)
+            apart = torch.stack([((p - begun) ** 2).sum() for p, begun in pairs]).sum()
+            (loss_by_hand(student, teacher, rows) + 0.7 / 2 * apart).backward()
+        for stepper in steppers.values():
+            stepper.step()
+            stepper.zero_grad()
+    assert_same(taken(pair), taken(by_hand), atol=1e-4)
+    assert np.abs(flat(taken(pair)["slm"]) - flat(taken(free)["slm"])).max() > RATE / 10
+
+
 @pytest.fixture
 def snapshots() -> Iterator[list[dict[str, Any]]]:
     """Gradients of the two parameter groups, SLM and LLM, before every optimiser step."""

@@ -224,6 +224,21 @@ def test_a_whole_number_may_stand_for_a_fraction() -> None:
     assert parse(Agreement, text.encode(), PATH).distillation.temperature == 2.0
 
 
+@pytest.mark.parametrize(
+    ("method", "more", "message"),
+    [
+        ("standalone", "", "client_training.proximal is for methods that average, as fedcollm; here is standalone"),
+        ("fedcollm", "[privacy]\nepsilon = 8.0\n", "client_training.proximal is not for the training of differential"),
+    ],
+)
+def test_what_has_no_broadcast_to_stay_near_or_trains_otherwise_has_no_proximal_term(
+    method: str, more: str, message: str
+) -> None:
+    text = changed("steps = 6", "steps = 6\nproximal = 0.01")
+    parse(Agreement, text.encode(), PATH)
+    assert message in refusal(text.replace("seed = 7", f'seed = 7\nmethod = "{method}"') + more)
+
+
 @pytest.mark.parametrize("new", ["", "steps = 6\nepochs = 1.0"])
 def test_a_budget_is_epochs_or_steps_and_not_both(new: str) -> None:
     assert "client_training: needs exactly one of epochs and steps" in refusal(changed("steps = 6", new))
