@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from builders import SHARED_DATA
+from programs import forking_fedcollm
 
 SCRIPT = Path(__file__).with_name("arc_easy.sh")
 QUESTIONS = 160
@@ -19,9 +19,10 @@ QUESTIONS = 160
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real data is not beside the checkout")
 def test_a_slice_of_arc_easy_goes_through_all_commands_and_every_loss_falls(tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", SCRIPT, SHARED_DATA, tmp_path / "study", str(QUESTIONS), "1"]
-    done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    with forking_fedcollm() as program:
+        path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+        command = ["bash", SCRIPT, SHARED_DATA, tmp_path / "study", str(QUESTIONS), "1"]
+        done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "everything is done" in done.stdout
 
