@@ -44,6 +44,7 @@ DefMemPerCPU=500
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmdParameters=config_overrides
 ReturnToService=2
+SlurmctldTimeout=60
 SlurmdTimeout=6
 KillWait=5
 MinJobAge=3600
@@ -51,8 +52,8 @@ GresTypes=gpu
 AccountingStorageType=accounting_storage/none
 """
 # cred_expire: a requeued job waits this long. Nodes may declare more cores and memory than the host has. Listens on
-# 127.0.0.1 alone. A node that is not heard of for SlurmdTimeout is lost. Of jobs that
-# have ended it tells for MinJobAge.
+# 127.0.0.1 alone. An srun that finds its node busy asks again after SlurmctldTimeout, at the earliest after a minute.
+# A node that is not heard of for SlurmdTimeout is lost. Of jobs that have ended it tells for MinJobAge.
 
 
 def absent() -> str:
