@@ -56,7 +56,7 @@ def _mistake(kind: type[Settings], found: object) -> str:
     key = ".".join(str(part) for part in place)
     if found["type"] == "extra_forbidden":
         known = _known_keys(kind, place[:-1])
-        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5) or _elsewhere(kind, str(place[-1]))
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if found["type"] == "missing":
@@ -64,6 +64,14 @@ def _mistake(kind: type[Settings], found: object) -> str:
     value = "" if found["type"] == "value_error" else f", found {found['input']!r}"
     text = str(found["msg"]).removeprefix("Value error, ")
     return f"{key}: {text}{value}" if key else text
+
+
+def _elsewhere(kind: type[BaseModel], key: str) -> list[str]:
+    """Where in its tables a key of this name stands, such as distillation.lambda_slm; the first that is found."""
+    for name, field in kind.model_fields.items():
+        if get_origin(field.annotation) is not dict and key in _known_keys(kind, (name,)):
+            return [f"{name}.{key}"]
+    return []
 
 
 def _known_keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:

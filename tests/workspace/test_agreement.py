@@ -181,6 +181,17 @@ def test_several_mistakes_are_all_named_at_once_with_the_nearest_key() -> None:
     assert "\n  - client: unknown key; did you mean clients?" in message
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("lambda_slm = 1.0", "federation.lambda_slm: unknown key; did you mean distillation.lambda_slm?"),
+        ("precision = 'full'", "federation.precision: unknown key; did you mean evaluation.precision?"),
+    ],
+)
+def test_a_key_in_the_wrong_table_is_answered_with_the_right_one(line: str, told: str) -> None:
+    assert refusal(changed('name = "tiny"', f'name = "tiny"\n{line}')).endswith(told)
+
+
 def test_a_key_that_resembles_none_is_answered_with_all_there_are() -> None:
     message = refusal(changed('name = "tiny"', 'name = "tiny"\nxyzzy = 1'))
     assert message.endswith("federation.xyzzy: unknown key; known here: name, clients, rounds, seed, method")
