@@ -60,24 +60,22 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def scores(results: list[Result]) -> Table:
-    """lm-eval's scores, a row for each model and task."""
+    """lm-eval's scores, a row for each model and task, a column for each metric."""
+    rows = [(result, task, found) for result in results for task, found in result["tasks"].items()]
+    metrics = [name for _, _, found in rows for name in found["metrics"] if not name.endswith("_stderr")]
+    columns = ({"acc": "acc", "acc_stderr": "stderr"} if "acc" in metrics else {}) | {name: name for name in metrics}
     table = Table()
-    for name in ("model", "round", "task", "questions", "acc", "stderr", "other"):
-        table.add_column(name, justify="left" if name in ("model", "task", "other") else "right")
-    for result in results:
-        for task, found in result["tasks"].items():
-            metrics = dict(found["metrics"])
-            accuracy, error = metrics.pop("acc", None), metrics.pop("acc_stderr", None)
-            others = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.endswith("_stderr"))
-            table.add_row(
-                result["subject"],
-                "base" if result["round"] is None else str(result["round"]),
-                task,
-                asked(found),
-                "" if accuracy is None else f"{accuracy:.4f}",
-                "" if error is None else f"{error:.4f}",
-                others,
-            )
+    for name in ("model", "round", "task", "questions", *columns.values()):
+        table.add_column(name, justify="left" if name in ("model", "task") else "right")
+    for result, task, found in rows:
+        values = [found["metrics"].get(name) for name in columns]
+        table.add_row(
+            result["subject"],
+            "base" if result["round"] is None else str(result["round"]),
+            task,
+            asked(found),
+            *("" if value is None else f"{value:.4f}" for value in values),
+        )
     return table
 
 

@@ -22,7 +22,7 @@ TEMPLATE = "report.html.jinja"
 SECTIONS = {
     "accuracy": "Accuracy over rounds",
     "losses": "Losses inside each stage",
-    "averaging": "What averaging meets",
+    "averaging": "Drift between clients",
     "choices": "Who teaches whom",
     "data": "Data split",
     "costs": "Traffic and time",

@@ -125,7 +125,7 @@ def test_the_page_shows_who_teaches_whom_and_the_digests_of_every_client_s_base(
         "Client 3&#39;s SLM, models/slm-3",
     ):
         assert words in page
-    for words in ("What averaging meets", "The server&#39;s SLM", "Left out. None"):
+    for words in ("Drift between clients", "The server&#39;s SLM", "Left out. None"):
         assert words not in page
     workspace = Workspace(unlike_studied)
     role: Role = "slm"

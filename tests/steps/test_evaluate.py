@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -220,6 +221,9 @@ def test_a_task_that_generates_is_prepared_and_scored(finished: Path, fedcollm: 
     right = [tokenizer.decode([int(logits.argmax())]).strip() == q["choices"][q["answer"]] for q, logits in said]
     assert result["metrics"]["exact_match"] == sum(right) / len(right)
     assert result["version"] == 3.0
+    drawn = fedcollm("evaluate", "--zero-shot", "--model", "slm", "-w", finished).out
+    assert re.search(r"model . round . task +. questions . exact_match ", drawn)  # a column for each metric there is
+    assert re.search(r"slm +.  base . colours_said . +[0-9]+ . +[01][.][0-9]{4} ", drawn)
 
 
 @pytest.mark.parametrize(
