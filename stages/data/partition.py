@@ -87,10 +87,10 @@ def split(
         mend = "use more data, fewer clients, another split or a larger dirichlet_alpha"
         if not auxiliary:
             mend = "use more data or a larger data.auxiliary_share"
+        elif not others and auxiliary_sources:
+            mend = "leave the clients rows that are in no source of data.auxiliary_sources"
         elif not others:
-            mend = (
-                "leave rows to the clients: fewer sources in data.auxiliary_sources or a smaller data.auxiliary_share"
-            )
+            mend = "use a smaller data.auxiliary_share"
         raise UsageProblem(message, mend=mend)
     return deal, auxiliary
 

@@ -161,7 +161,7 @@ def test_an_auxiliary_source_all_of_whose_rows_occur_elsewhere_is_one(bare: Path
     ("lines", "mend"),
     [
         ("auxiliary_share = 0.001", "use more data or a larger data.auxiliary_share"),
-        ('auxiliary_sources = ["colours"]', "fewer sources in data.auxiliary_sources"),
+        ('auxiliary_sources = ["colours"]', "leave the clients rows that are in no source of data.auxiliary_sources"),
         ("auxiliary_share = 0.999", "a smaller data.auxiliary_share"),
         ('split = "dirichlet"\ndirichlet_alpha = 1e-5', "a larger dirichlet_alpha"),
     ],
