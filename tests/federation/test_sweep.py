@@ -171,6 +171,16 @@ def test_jobs_score_all_so_that_options_that_leave_scores_out_are_refused(
     assert not (swept_once / "slurm").exists()
 
 
+def test_a_combination_whose_rows_cannot_be_dealt_is_told_and_leaves_no_folder(
+    swept_once: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("sweep", "--set", 'data.auxiliary_sources=["nobody"],["data/all"]', "-w", swept_once)
+    assert outcome.code == 2
+    assert "data.auxiliary_sources names 'nobody', which no row is of" in outcome.err
+    assert "mend  rows are of 'data/all'" in outcome.err
+    assert sorted(path.name for path in (swept_once / "sweeps").iterdir()) == POINTS
+
+
 def test_an_edit_of_the_parent_is_refused_with_the_command_that_sweeps_anew(
     swept_once: Path, fedcollm: Callable[..., Outcome]
 ) -> None:
