@@ -41,7 +41,10 @@ EachRoundOption = Annotated[
 ]
 ClientScoresOption = Annotated[
     bool,
-    typer.Option("--client-scores/--no-client-scores", help="Evaluate each client's own SLM too, at the end."),
+    typer.Option(
+        "--client-scores/--no-client-scores",
+        help="Evaluate clients' own SLMs too, at the end; always if none are averaged.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; warnings and errors only.")]

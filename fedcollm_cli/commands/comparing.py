@@ -140,6 +140,9 @@ def sweep(
         raise UsageProblem("--collect runs nothing", mend="give it without --overwrite and --slurm")
     if slurm:
         _check_each_round(each_round)
+        if not client_scores:
+            mend = "leave it out with --slurm: jobs evaluate clients too; --collect takes it"
+            raise UsageProblem("--no-client-scores is for what runs here", mend=mend)
         script = opened.workspace.shown(spread_out(opened.workspace, grid=grid, overwrite=overwrite, report=report))
         opened.console.result([script], script)
         return

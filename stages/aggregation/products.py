@@ -15,8 +15,11 @@ from stages.aggregation.means import layers_of
 from stages.aggregation.updates import Updates
 from stages.artefacts.adapter_files import Tensors
 
-ROUNDING = float(np.finfo(np.float32).eps)
+FLOAT32 = np.finfo(np.float32)
+ROUNDING = float(FLOAT32.eps)
 """A singular value that is no larger share of the largest is what rounding has left of zero."""
+LEAST, MOST = float(FLOAT32.tiny / FLOAT32.eps), float(FLOAT32.max)
+"""Of B's largest direction, and of A's: so large that the smallest that counts is a number of float32 too."""
 
 
 class Cut(NamedTuple):
@@ -61,7 +64,8 @@ def best_of_rank(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> Cut:
 
     a: [K, r, inputs], b: [K, outputs, r], shares: [K], which come to 1. (B G)(G^-1 A) is the same product for every G,
     but training goes on otherwise from each. Taken are orthogonal rows of A, as long as the clients' are on average: so
-    every direction learns alike, none dies out, and A stays as large as it was.
+    every direction learns alike, none dies out, and A stays as large as it was. Where float32 has no number for
+    B beside such an A, each takes the root of BA's size.
     """
     rank, mean = a.shape[1], np.tensordot(shares, a, axes=1)
     found = _principal(a, b, shares, rank)
@@ -71,6 +75,9 @@ def best_of_rank(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> Cut:
     kept = np.count_nonzero(found.values[:rank] > ROUNDING * found.values[0])
     right = _completed(found.right[:kept], mean)
     length = np.sqrt(np.tensordot(shares, np.square(a, dtype=np.float64).sum(axis=(1, 2)), axes=1) / rank)
+    largest = found.values[0] / length
+    if found.values[0] > FLOAT32.tiny and (largest < LEAST or max(largest, length) > MOST):
+        length = np.sqrt(found.values[0])
     made_a, made_b = np.zeros(mean.shape), np.zeros((b.shape[1], rank))
     made_a[: len(right)] = length * right
     made_b[:, :kept] = found.left[:, :kept] * found.values[:kept] / length
@@ -95,5 +102,8 @@ def _completed(right: np.ndarray, mean: np.ndarray) -> np.ndarray:
     missing = min(mean.shape) - len(right)
     if not missing:
         return right
-    beside = mean - mean @ right.T @ right
-    return np.concatenate([right, np.linalg.svd(beside, full_matrices=False)[2][:missing]])
+    beside = np.linalg.svd(mean - mean @ right.T @ right, full_matrices=False)[2][:missing]
+    # Where little of the mean is beside them, its directions are rounding's and not at right angles to them, but those
+    # of a QR are.
+    completed = np.linalg.qr(np.concatenate([right, beside]).T)[0].T
+    return np.concatenate([right, completed[len(right) :]])

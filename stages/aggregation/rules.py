@@ -230,11 +230,13 @@ def geometric_median(updates: Updates, weights: Sequence[int]) -> Combined:
 def weiszfeld(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The shares in their geometric median, [K], of K vectors known by their inner products, [K, K], float64.
 
-    weights: [K], which come to 1. A step that ends at one of the vectors goes on as Vardi and Zhang (2000) have it. It
-    ends when a step moves by less than SETTLED of the mean distance, or after STEPS, near enough by then: each step
-    lowers the sum.
+    weights: [K], which come to 1. It begins at the vector of the least sum, which is the median if any vector is, and
+    lies where most of the weight does: from the mean, one vector that is far away would have all others lie at one
+    place by rounding. The first step leaves as Vardi and Zhang (2000) have it. It ends when a step moves by less than
+    SETTLED of the harmonic mean distance, which those far away do not lengthen, or after STEPS, near enough by then:
+    each step lowers the sum.
     """
-    squares, shares = np.diag(products), weights
+    squares, shares = np.diag(products), _least_sum(products, weights)
     for _ in range(STEPS):
         to_point = products @ shares
         own = float(shares @ to_point)
@@ -252,8 +254,19 @@ def weiszfeld(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
             following = (1 - stays) * following + stays * shares
         moved = following - shares
         shares = following
-        if max(moved @ products @ moved, 0.0) <= (SETTLED * float(distances[apart].mean())) ** 2:
+        if max(moved @ products @ moved, 0.0) <= (SETTLED * float(weights[apart].sum() / pulls.sum())) ** 2:
             break
+    return shares
+
+
+def _least_sum(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The shares, [K], of the vector of the least weighted sum of distances to all; of equals each has its weight."""
+    squares = np.diag(products)
+    squared = squares[:, None] + squares - 2 * products
+    apart = squared > INDISTINCT * (squares[:, None] + squares)
+    sums = np.sqrt(np.where(apart, squared, 0.0)) @ weights
+    least = np.where(sums <= sums.min() * (1 + SETTLED), weights, 0.0)
+    shares: np.ndarray = least / least.sum()
     return shares
 
 

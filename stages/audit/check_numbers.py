@@ -29,6 +29,10 @@ LEAST_COSINE, LARGEST_RATIO = -0.5, 3.0
 """An update that turns back on the one before it, or is so many times as long, is worth a look."""
 
 
+Moves = dict[str, tuple[np.ndarray, np.ndarray]]
+"""What was added to each tensor, or to each BA, as the product of two: [m, k] and [k, n], float64."""
+
+
 def numbers_of(folder: Folder, adapter: AnyAdapter, start: Tensors | None) -> Iterator[Finding]:
     """Of one adapter. start: the broadcast of its round, if it is here."""
     weights = folder.file(ADAPTER_WEIGHTS)
@@ -119,10 +123,6 @@ def _spectra(adapter: AnyAdapter, grams: dict[str, np.ndarray]) -> dict[str, np.
     return found
 
 
-def _norm(tensors: Tensors) -> float:
-    return sqrt(sum(float(np.linalg.norm(tensor.astype(np.float64))) ** 2 for tensor in tensors.values()))
-
-
 def numbers_in_all(found: list[Finding]) -> Iterator[Finding]:
     """A summary of what was measured of each."""
     sound = [finding.measured for finding in found if finding.level == "OK"]
@@ -141,13 +141,15 @@ def numbers_in_all(found: list[Finding]) -> Iterator[Finding]:
 def drift_of(folders: list[Folder]) -> Iterator[Finding]:
     """Each round's update of the global adapter against the one of the round before, of one workspace or exchange.
 
-    The update is the average less the broadcast; where no average is here, the next broadcast less this one.
+    The update is the average less the broadcast; where no average is here, the next broadcast less this one. It is of A
+    and B, but where BA is averaged, or nobody says what is, of BA: there A and B are others after each round.
     """
+    of_products = _of_products(folders)
     begins, averages = _by_round(folders, "broadcast"), _by_round(folders, "aggregate")
     ends = averages or {round - 1: folder for round, folder in begins.items()}
     compared, before = 0, None
     for round in range(1, max(begins, default=0) + 1):
-        update = _difference(begins[round], ends[round]) if round in begins and round in ends else None
+        update = _difference(begins[round], ends[round], of_products) if round in begins and round in ends else None
         if update is not None and before is not None:
             compared += 1
             yield from _turn(before, update, round)
@@ -162,21 +164,42 @@ def _by_round(folders: list[Folder], stage: str) -> dict[int, Folder]:
     return {one.manifest.round: one for one in folders if one.manifest and one.manifest.stage == stage}
 
 
-def _turn(before: Tensors, update: Tensors, round: int) -> Iterator[Finding]:
+def _of_products(folders: list[Folder]) -> bool:
+    agreement = folders[0].scope.agreement if folders else None
+    return agreement is None or agreement.aggregation.combine == "product"
+
+
+def _turn(before: Moves, update: Moves, round: int) -> Iterator[Finding]:
     lengths = _norm(before), _norm(update)
     if not all(lengths) or not all(np.isfinite(lengths)) or before.keys() != update.keys():
         return
-    product = sum(float(np.vdot(before[name], update[name])) for name in update)
-    cosine, ratio = product / (lengths[0] * lengths[1]), lengths[1] / lengths[0]
+    cosine, ratio = _inner(before, update) / (lengths[0] * lengths[1]), lengths[1] / lengths[0]
     said, where = f"cosine to the update before {cosine:.2f}, norm ratio {ratio:.2f}", f"round {round:04d}"
     if cosine < LEAST_COSINE or ratio > LARGEST_RATIO:
         yield A5.warn(where, said, f"above {LEAST_COSINE}, below {LARGEST_RATIO}")
     yield A5.ok(said, where=where, measured={"cosine": cosine, "norm_ratio": ratio})
 
 
-def _difference(before: Folder, after: Folder) -> Tensors | None:
+def _difference(before: Folder, after: Folder, of_products: bool) -> Moves | None:
     """What was added, float64; None unless both are sound adapters of one layout."""
     start, end = (tensors_if_sound(one.path, one.scope) for one in (before, after))
     if start is None or end is None or layout_of(start) != layout_of(end):
         return None
-    return {name: end[name].astype(np.float64) - tensor for name, tensor in start.items()}
+    wide = [{name: tensor.astype(np.float64) for name, tensor in one.items()} for one in (start, end)]
+    moves, one = Moves(), np.ones((1, 1))
+    for a in [name for name in start if of_products and name.endswith(A)]:
+        (a_start, b_start), (a_end, b_end) = ((tensors.pop(a), tensors.pop(a[: -len(A)] + B)) for tensors in wide)
+        moves[a] = np.concatenate([b_end, -b_start], axis=1), np.concatenate([a_end, a_start])
+    return moves | {name: ((wide[1][name] - wide[0][name]).reshape(-1, 1), one) for name in wide[0]}
+
+
+def _inner(one: Moves, other: Moves) -> float:
+    """The inner product of two updates, whose matrices are not formed."""
+    return sum(
+        float(np.vdot(one_left.T @ left, one_right @ right.T))
+        for (one_left, one_right), (left, right) in ((one[name], other[name]) for name in one)
+    )
+
+
+def _norm(moves: Moves) -> float:
+    return sqrt(max(_inner(moves, moves), 0.0))

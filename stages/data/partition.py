@@ -84,7 +84,14 @@ def split(
     empty += [] if auxiliary else ["the server (auxiliary)"]
     if empty:
         message = f"this split leaves {', '.join(empty)} without rows ({len(rows)} rows, {clients} clients, {kind})"
-        raise UsageProblem(message, mend="use more data, fewer clients, another split or a larger dirichlet_alpha")
+        mend = "use more data, fewer clients, another split or a larger dirichlet_alpha"
+        if not auxiliary:
+            mend = "use more data or a larger data.auxiliary_share"
+        elif not others and auxiliary_sources:
+            mend = "leave the clients rows that are in no source of data.auxiliary_sources"
+        elif not others:
+            mend = "use a smaller data.auxiliary_share"
+        raise UsageProblem(message, mend=mend)
     return deal, auxiliary
 
 

@@ -10,6 +10,7 @@ Parties with data of their own put it in those places instead.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from stages.bases import one_tokenizer
@@ -25,7 +26,8 @@ from stages.workspace.paths import Workspace, require
 def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = ignore) -> Split:
     """Split the dataset of the agreement. Returns what split.json says: sources, duplicates, rows and labels per party.
 
-    No row lands in two places: rows that occur twice are used once. Rows whose prompt is also a test prompt are
+    No row lands in two places: rows that occur twice are used once, by the server if one
+    of their sources is in data.auxiliary_sources. Rows whose prompt is also a test prompt are
     counted, not removed. Data that is already there is never replaced unless overwrite says so. Raises UsageProblem for
     two models that the method could not train together.
     """
@@ -86,7 +88,7 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tup
     from stages.data.partition import hold_out, split, unlabel
 
     agreement, data = workspace.agreement, workspace.agreement.data
-    unique = list({(row.prompt, row.completion): row for row in rows}.values())
+    unique = _unique(rows, data.auxiliary_sources)
     clients = agreement.federation.clients
     deal, auxiliary = split(
         unique,
@@ -122,6 +124,16 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tup
         parties[workspace.held_out_data] = held_out
         summary["held_out"] = _counts(held_out)
     return parties, summary
+
+
+def _unique(rows: list[Row], public: Sequence[str]) -> list[Row]:
+    """Each row once, as its last source has it; a row of these public sources stays theirs, whatever comes after."""
+    found: dict[tuple[str, str | None], Row] = {}
+    for row in rows:
+        before = found.get((row.prompt, row.completion))
+        if before is None or row.source in public or before.source not in public:
+            found[row.prompt, row.completion] = row
+    return list(found.values())
 
 
 def _counts(share: list[Row]) -> Share:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from stages.parties.keys import keys
 from stages.progress.rounds import Reader
 from stages.progress.status import edited
 from stages.reveal import reveal
-from stages.runtime.errors import NotReady, Refused
+from stages.runtime.errors import NotReady, Problem, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
@@ -133,13 +134,22 @@ def derived(
     overwrite: bool = False,
     report: Report = ignore,
 ) -> Workspace:
-    """A workspace derived from parent, ready to run: made if it is not there, with data of its own if need be."""
+    """A workspace derived from parent, ready to run: made if it is not there, with data of its own if need be.
+
+    One whose rows cannot be dealt is not left there.
+    """
     from stages.study import variants
 
+    is_new = not folder.exists()
     variant = variants.make_variant(parent, folder, changes, made_by=made_by, overwrite=overwrite)
     report(Event("note", f"in {parent.shown(folder)}"))
     if variants.deals_anew(parent, changes):
-        prepare(variant, overwrite=overwrite, report=report)
+        try:
+            prepare(variant, overwrite=overwrite, report=report)
+        except Problem:
+            if is_new:
+                shutil.rmtree(folder)
+            raise
     return variant
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from stages.planning.estimates import Here, StagePlan
+
+A, B = ".lora_A.weight", ".lora_B.weight"
 
 COPIES = {
     "median": 0.0,
@@ -10,11 +14,9 @@ COPIES = {
     "trimmed-mean": 1.5,
     "krum": 0.5,
     "geometric-median": 0.5,
-    "factors": 5.5,
-    "product": 2.2,
 }
 """Of a block of all clients' numbers, beside the one that is used and the one that is read: in order, compared, in
-float64; of BA the factors side by side, with their QR, or without where BA is smaller."""
+float64."""
 
 
 def aggregate(here: Here) -> StagePlan:
@@ -29,16 +31,31 @@ def aggregate(here: Here) -> StagePlan:
     if "slm" in here.shapes:
         values = shapes.FLOAT32_BYTES * here.shapes["slm"].adapter_parameters
         settings = here.workspace.agreement.aggregation
-        count = settings.min_clients or here.workspace.agreement.federation.clients
+        count = here.workspace.agreement.federation.clients
         block = min(count * values, max(updates.BLOCK_BYTES, count * 4 * updates.FEWEST_NUMBERS))
-        what: str = settings.rule
+        copies = COPIES.get(settings.rule)
+        work = None if copies is None else int(copies * block)
         if settings.combine == "product":
             layout = here.shapes["slm"].layout
             layers = updates.whole_layers(layout, updates.columns_of(count))
             block = max(count * 4 * (place.stop - place.start) for place, _ in layers)
-            narrowest = min(shape[1 if name.endswith("lora_A.weight") else 0] for name, shape in layout.items())
-            what = "factors" if count * here.workspace.agreement.slm.lora.r < narrowest else "product"
-        copies, sums = COPIES.get(what), 2 * values
-        blocks = 0 if copies is None else min(2 * block, count * values) + int(copies * block)
+            work = of_products(count, layout)
+        sums, blocks = 2 * values, 0 if work is None else min(2 * block, count * values) + work
         takes = {"adapters": 6 * values, "sums": max(sums, blocks)}
     return StagePlan("aggregate", "server", memory=takes)
+
+
+def of_products(clients: int, layout: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes that the mean of BA takes beside its block, in the layer where that is most; see aggregation.products.
+
+    The factors of all clients side by side, and their QR and SVD, or BA and its SVD where that is smaller. float64.
+    """
+    most = 0
+    for name, (rank, inputs) in layout.items():
+        if not name.endswith(A):
+            continue
+        outputs = layout[name.removesuffix(A) + B][0]
+        joined, least, ends = clients * rank, min(inputs, outputs), inputs + outputs
+        beside = least * ends + inputs * outputs if joined >= least else joined * ends + 5 * joined**2
+        most = max(most, joined * ends + beside + 2 * rank * ends)
+    return 8 * most

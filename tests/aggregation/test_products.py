@@ -89,6 +89,56 @@ def test_clients_whose_factors_differ_in_sign_alone_lose_nothing() -> None:
     assert np.linalg.norm(found.a) == pytest.approx(np.linalg.norm(a), rel=1e-6)
 
 
+@pytest.mark.parametrize("beside", ["nothing, since all rows are alike", "nothing, since A is opposite", "one number"])
+def test_directions_that_complete_a_are_at_right_angles_whatever_is_left_of_the_mean(beside: str) -> None:
+    a, b = clients(1, rank=3, outputs=20, inputs=30)
+    b[:, :, 1:] = 0  # one direction is used, two are to be completed
+    if "alike" in beside:
+        a[:] = a[:, :1]
+    if "opposite" in beside:
+        a, b = np.concatenate([a, -a]), np.concatenate([b, -b])
+    if "number" in beside:
+        a = np.eye(1, 30, dtype=np.float32)[None].repeat(3, axis=1)
+    found = best_of_rank(a, b, np.full(len(a), 1 / len(a)))
+    np.testing.assert_allclose(found.b @ found.a, b[0].astype(np.float64) @ a[0], atol=1e-6)
+    length = np.mean(np.square(a[0], dtype=np.float64).sum(axis=1))
+    np.testing.assert_allclose(found.a @ found.a.T, length * np.eye(3), atol=1e-6 * length)
+
+
+HUGE, TINY = np.float32(2e37), np.float32(1e-8)
+
+
+@pytest.mark.parametrize(
+    ("a_of_first", "b_of_first", "b_of_others"),
+    [
+        (HUGE, np.float32(0), TINY),  # as long as the first's A, B would be zero
+        (np.float32(1e-30), HUGE, np.float32(1)),
+        (HUGE, np.float32(1e-37), np.float32(1)),
+        (np.float32(1e-38), np.float32(1e30), np.float32(1e-30)),
+    ],
+)
+def test_a_and_b_of_any_size_keep_their_product_as_float32(
+    a_of_first: np.float32, b_of_first: np.float32, b_of_others: np.float32
+) -> None:
+    a, b = clients(3, rank=2, outputs=20, inputs=30)
+    a[0] *= a_of_first
+    b[0] *= b_of_first
+    b[1:] *= b_of_others
+    shares = np.full(3, 1 / 3)
+    found, mean = best_of_rank(a, b, shares), mean_product(a, b, shares)
+    kept = found.b.astype(np.float32).astype(np.float64) @ found.a.astype(np.float32)
+    left = np.linalg.norm(mean - kept) / np.linalg.norm(mean)
+    assert left == pytest.approx(found.remainder, abs=1e-6)  # what is told is true of what is sent
+    assert left < 0.99
+
+
+def test_b_at_the_end_of_float32_stays_a_number() -> None:
+    a, b = np.ones((2, 3, 30), np.float32), np.full((2, 20, 3), 3e38, np.float32)  # B of one direction would be 9e38
+    found = best_of_rank(a, b, np.full(2, 0.5))
+    kept = found.b.astype(np.float32).astype(np.float64) @ found.a.astype(np.float32)
+    np.testing.assert_allclose(kept, np.full((20, 30), 3 * float(np.float32(3e38))), rtol=1e-6)
+
+
 def test_one_client_alone_keeps_its_product() -> None:
     a, b = clients(1, rank=4, outputs=12, inputs=16)
     found = best_of_rank(a, b, np.ones(1))

@@ -183,6 +183,39 @@ def test_no_point_is_nearer_to_all_updates_than_their_geometric_median(seed: int
     assert (max(shares) > 0.999) == (weights is not None and weights[0] == 50)  # whose half of the weight decides
 
 
+@pytest.mark.parametrize("far", [1e2, 1e8, 1e20, 3e38])
+@pytest.mark.parametrize("bad", [1, 4])
+def test_however_far_less_than_half_of_the_updates_lie_the_geometric_median_stays_among_the_others(
+    bad: int, far: float
+) -> None:
+    good = updates(5)
+    away = {name: np.full(shape, far, np.float32) for name, shape in LAYOUT.items()}
+    made = ruled("geometric-median", [*good, *[away] * bad])
+    vectors = np.stack([flat(one) for one in good])
+    # Far ones pull alike, whatever their distance: this is the sum of distances to the good, and that pull.
+    towards = np.ones(vectors.shape[1]) / np.sqrt(vectors.shape[1])
+    best = optimize.minimize(
+        lambda point: np.linalg.norm(vectors - point, axis=1).sum() - bad * float(towards @ point),
+        vectors.mean(axis=0),
+        method="L-BFGS-B",
+        options={"ftol": 1e-15, "gtol": 1e-9},
+    )
+    spread = np.linalg.norm(vectors - vectors.mean(axis=0), axis=1).mean()
+    tolerance = 1e-3 * spread if far > 1e3 else 0.02 * spread  # at 100 they do not quite pull alike
+    assert np.linalg.norm(flat(made.tensors) - best.x) < tolerance
+    assert sum(made.metrics.get(f"share/client-{k}", 0.0) for k in range(1, 6)) == pytest.approx(1, abs=1e-2)
+    assert all(np.isfinite(list(made.metrics.values())))
+
+
+def test_an_update_with_half_of_the_weight_or_more_is_the_geometric_median_to_the_bit() -> None:
+    one, *others = updates(4)
+    for adapters, weights in (([one, *others], [3, 1, 1, 1]), ([others[0], one, one, one], [1, 1, 1, 1])):
+        made = ruled("geometric-median", adapters, weights=weights)
+        np.testing.assert_array_equal(flat(made.tensors), flat(one))
+    told = {key for key in made.metrics if key.startswith("share/")}
+    assert told == {"share/client-2", "share/client-3", "share/client-4"}
+
+
 def test_on_a_line_the_geometric_median_is_the_median() -> None:
     levels = (0.0, 1.0, 1.5, 40.0, 1e6)
     adapters = [{name: np.full(shape, level, np.float32) for name, shape in LAYOUT.items()} for level in levels]

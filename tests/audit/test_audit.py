@@ -231,6 +231,27 @@ def test_a_damage_is_found_by_its_check_and_named(kind: str, finished: Path) -> 
     assert kind == "named pipe" or published(finished) == before
 
 
+def test_where_products_are_averaged_the_drift_is_of_products(finished: Path) -> None:
+    edit(finished / "fedcollm.toml", "[distillation]", '[aggregation]\ncombine = "product"\n\n[distillation]')
+    averages = [finished / f"private/server/round-000{number}/aggregate" for number in (1, 2)]
+    starts = [finished / f"exchange/round-000{number}/broadcast" for number in (1, 2)]
+    (rank,) = {tensor.shape[0] for name, tensor in tensors_of(starts[0]).items() if "lora_A" in name}
+    turn = np.linalg.qr(np.random.default_rng(3).standard_normal((rank, rank)))[0]
+    change(averages[1], "lora_A", lambda a: turn.T @ a)  # BA stays as it is, A and B do not
+    change(averages[1], "lora_B", lambda b: b @ turn)
+
+    def product(folder: Path) -> np.ndarray:
+        tensors = {name: tensor.astype(np.float64) for name, tensor in tensors_of(folder).items()}
+        return np.concatenate([(tensors[a.replace("_A", "_B")] @ tensors[a]).ravel() for a in tensors if "_A" in a])
+
+    first, second = (product(end) - product(start) for start, end in zip(starts, averages, strict=True))
+    [told] = [one.measured for one in audit([finished]) if one.id == "A5" and one.measured]
+    lengths = np.linalg.norm(first), np.linalg.norm(second)
+    assert told == pytest.approx(
+        {"cosine": first @ second / (lengths[0] * lengths[1]), "norm_ratio": lengths[1] / lengths[0]}, rel=1e-4
+    )
+
+
 def test_every_check_has_a_damage() -> None:
     assert {expected[:2] for _, expected in DAMAGE.values()} == set(CHECKS) - {"A9", "A10", "A11"}  # tested beside
 

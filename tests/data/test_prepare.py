@@ -133,6 +133,48 @@ def test_whole_sources_are_the_servers_and_no_clients(
     assert (f"{left_out} rows of data.auxiliary_sources are left out" in outcome.err) == (left_out is not None)
 
 
+@pytest.mark.parametrize("files", ['"public.jsonl", "own.jsonl"', '"own.jsonl", "public.jsonl"'])
+def test_a_row_that_is_also_of_an_auxiliary_source_is_no_clients_in_whatever_order_files_are_named(
+    files: str, bare: Path
+) -> None:
+    public = [{"prompt": f"public {i}", "completion": " red"} for i in range(8)]
+    own = [{"prompt": f"own {i}", "completion": " red"} for i in range(12)]
+    write_rows(bare / "public.jsonl", public)
+    write_rows(bare / "own.jsonl", [*public[:5], *own])
+    summary = prepare(with_data(bare, f'files = [{files}]\nauxiliary_sources = ["public"]'))
+    assert summary["duplicates_dropped"] == 5
+    assert summary["parties"]["server"]["sources"] == {"public": 8}
+    prompts = {party: {row["prompt"] for row in rows} for party, rows in dealt(bare).items()}
+    assert prompts.pop("server") == {row["prompt"] for row in public}
+    assert set().union(*prompts.values()) == {row["prompt"] for row in own}
+
+
+def test_an_auxiliary_source_all_of_whose_rows_occur_elsewhere_is_one(bare: Path) -> None:
+    write_rows(bare / "few.jsonl", [{"prompt": f"Q {i}", "completion": " red"} for i in range(5)])
+    write_rows(bare / "many.jsonl", [{"prompt": f"Q {i}", "completion": " red"} for i in range(20)])
+    summary = prepare(with_data(bare, 'files = ["few.jsonl", "many.jsonl"]\nauxiliary_sources = ["few"]'))
+    assert summary["parties"]["server"]["sources"] == {"few": 5}
+    assert sum(summary["parties"][f"client-{k}"]["rows"] for k in (1, 2, 3)) == 15
+
+
+@pytest.mark.parametrize(
+    ("lines", "mend"),
+    [
+        ("auxiliary_share = 0.001", "use more data or a larger data.auxiliary_share"),
+        ('auxiliary_sources = ["colours"]', "leave the clients rows that are in no source of data.auxiliary_sources"),
+        ("auxiliary_share = 0.999", "a smaller data.auxiliary_share"),
+        ('split = "dirichlet"\ndirichlet_alpha = 1e-5', "a larger dirichlet_alpha"),
+    ],
+)
+def test_a_party_without_rows_is_told_by_the_setting_that_leaves_it_without(
+    lines: str, mend: str, bare: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    with_data(bare, f'tasks = ["colours"]\n{lines}')
+    outcome = fedcollm("prepare", "-w", bare)
+    assert outcome.code == 2
+    assert mend in outcome.err.partition("mend  ")[2].replace("\n", " ")
+
+
 def test_jsonl_files_are_a_source_too_named_after_the_file(bare: Path) -> None:
     for name in ("one", "two"):
         write_rows(bare / f"{name}.jsonl", [{"prompt": f"{name} {i}", "completion": " red"} for i in range(20)])

@@ -161,6 +161,26 @@ def test_clients_can_go_without_scores(swept_once: Path, table: Swept, fedcollm:
         path.write_bytes(text)
 
 
+@pytest.mark.parametrize("option", ["--no-client-scores", "--last-round"])
+def test_jobs_score_all_so_that_options_that_leave_scores_out_are_refused(
+    option: str, swept_once: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm(*WORDS, swept_once, "--slurm", option)
+    assert outcome.code == 2
+    assert f"{option} is for what runs here" in outcome.err
+    assert not (swept_once / "slurm").exists()
+
+
+def test_a_combination_whose_rows_cannot_be_dealt_is_told_and_leaves_no_folder(
+    swept_once: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("sweep", "--set", 'data.auxiliary_sources=["nobody"],["data/all"]', "-w", swept_once)
+    assert outcome.code == 2
+    assert "data.auxiliary_sources names 'nobody', which no row is of" in outcome.err
+    assert "mend  rows are of 'data/all'" in outcome.err
+    assert sorted(path.name for path in (swept_once / "sweeps").iterdir()) == POINTS
+
+
 def test_an_edit_of_the_parent_is_refused_with_the_command_that_sweeps_anew(
     swept_once: Path, fedcollm: Callable[..., Outcome]
 ) -> None:

@@ -7,15 +7,18 @@ import shutil
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from builders import edit, rows, write_rows
 from stages.aggregate import aggregate
+from stages.aggregation.products import best_of_rank
 from stages.artefacts.reading import read_manifest
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.data.prepare import prepare
 from stages.data.rows import encode_row, read_rows
+from stages.planning.averages import of_products
 from stages.planning.estimates import StagePlan
 from stages.planning.plan import Plan, plan
 from stages.runtime.errors import UsageProblem
@@ -139,6 +142,23 @@ def test_aggregate_takes_what_it_is_said_to_take(rule: str, workspace_folder: Pa
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 0.8 * peak < said < 1.2 * peak
+
+
+@pytest.mark.parametrize("clients", [4, 15, 16, 64])  # with 16, as many rows as the layer is narrow
+@pytest.mark.parametrize(("outputs", "inputs"), [(256, 256), (256, 1024), (1024, 256)])
+def test_the_mean_of_products_takes_what_it_is_said_to_take_in_the_largest_layer(
+    outputs: int, inputs: int, clients: int
+) -> None:
+    draw, rank = np.random.default_rng(1), 16
+    a = draw.standard_normal((clients, rank, inputs)).astype(np.float32)
+    b = draw.standard_normal((clients, outputs, rank)).astype(np.float32)
+    tracemalloc.start()
+    best_of_rank(a, b, np.full(clients, 1 / clients))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    small = {"k.lora_A.weight": (rank, 16), "k.lora_B.weight": (16, rank)}
+    large = {"q.lora_A.weight": (rank, inputs), "q.lora_B.weight": (outputs, rank)}
+    assert 0.8 * peak < of_products(clients, small | large) < 1.2 * peak
 
 
 def test_disk_is_what_all_rounds_leave(finished: Path) -> None:

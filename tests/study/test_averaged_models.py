@@ -132,7 +132,9 @@ def test_a_sweep_compares_averaging_with_none_by_what_both_have(equal_folder: Pa
 
 def test_the_report_shows_the_average_and_what_averaging_loses(studied: Path, equal: Path, unlike_once: Path) -> None:
     figures = {one.name: one for one in figures_of(Workspace(studied), "acc")}
-    drawn = {name: draw(figures[name], Workspace(studied)) for name in ("accuracy-aggregate", "cross-term", "bytes")}
+    drawn = {
+        name: draw(figures[name], Workspace(studied)) for name in ("accuracy-aggregate", "lost-by-averaging", "bytes")
+    }
     for chart in drawn.values():
         assert isinstance(chart, Chart)
     rows = drawn["accuracy-aggregate"].rows  # type: ignore[union-attr]
@@ -141,7 +143,7 @@ def test_the_report_shows_the_average_and_what_averaging_loses(studied: Path, eq
     assert isinstance(drift, Chart)
     assert len(drift.rows) == 3 * 2
     assert "Adapters, which are averaged, have 256 numbers each." in drawn["bytes"].caption  # type: ignore[union-attr]
-    assert not {"accuracy-aggregate", "cross-term", "drift-norm"} & {
+    assert not {"accuracy-aggregate", "lost-by-averaging", "drift-norm"} & {
         one.name for one in figures_of(Workspace(unlike_once), "acc")
     }
 
