@@ -71,7 +71,7 @@ def compare(
         wanted = _seeds(seeds)
         if wanted is None or collect:
             raise UsageProblem("--slurm is for what --seeds runs", mend=Command("compare", seeds="1,2,3", slurm=True))
-        _check_each_round(each_round)
+        _check_scored_by_jobs(each_round)
         script = spread_all(
             opened.workspace,
             seeds=wanted,
@@ -139,10 +139,7 @@ def sweep(
     if collect and (overwrite or slurm):
         raise UsageProblem("--collect runs nothing", mend="give it without --overwrite and --slurm")
     if slurm:
-        _check_each_round(each_round)
-        if not client_scores:
-            mend = "leave it out with --slurm: jobs evaluate clients too; --collect takes it"
-            raise UsageProblem("--no-client-scores is for what runs here", mend=mend)
+        _check_scored_by_jobs(each_round, client_scores)
         script = opened.workspace.shown(spread_out(opened.workspace, grid=grid, overwrite=overwrite, report=report))
         opened.console.result([script], script)
         return
@@ -180,6 +177,9 @@ def _methods(text: str | None) -> list[Method] | None:
     return [method for method in known if method in text.split(",")]
 
 
-def _check_each_round(each_round: bool) -> None:
+def _check_scored_by_jobs(each_round: bool, client_scores: bool = True) -> None:
     if not each_round:
         raise UsageProblem("--last-round is for what runs here", mend="leave it out: jobs evaluate after every round")
+    if not client_scores:
+        mend = "leave it out with --slurm: jobs evaluate clients too; --collect takes it"
+        raise UsageProblem("--no-client-scores is for what runs here", mend=mend)

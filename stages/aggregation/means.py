@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from stages.aggregation.updates import CACHED_NUMBERS
-from stages.artefacts.adapter_files import Tensors
+from stages.artefacts.adapter_files import A, B, Tensors, layers_of
 
 PROBES = 16
 """Directions the cross term is measured in. Exact where a layer has at most this many inputs."""
@@ -37,7 +37,7 @@ class Mean:
             else:
                 self._sums[name] = scaled.astype(np.float64)
         for layer in layers_of(tensors):
-            a, b = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
+            a, b = tensors[layer + A], tensors[layer + B]
             product = b @ (a @ self._probe(a.shape[1]))
             product *= weight
             if layer in self._products:
@@ -50,7 +50,7 @@ class Mean:
         self._weight = len(next(iter(tensors.values())))
         self._sums |= {name: stacked.sum(axis=0, dtype=np.float64) for name, stacked in tensors.items()}
         for layer in layers_of(tensors):
-            a, b = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]  # [K, r, in], [K, out, r]
+            a, b = tensors[layer + A], tensors[layer + B]  # [K, r, in], [K, out, r]
             self._products[layer] = _through(b, _probed(a, self._probe(a.shape[2])))
 
     def result(self) -> Tensors:
@@ -66,8 +66,8 @@ class Mean:
         """
         terms = {}
         for layer in self._products:
-            a = self._sums[f"{layer}.lora_A.weight"] / self._weight
-            b = self._sums[f"{layer}.lora_B.weight"] / self._weight
+            a = self._sums[layer + A] / self._weight
+            b = self._sums[layer + B] / self._weight
             together = self._products[layer] / self._weight
             apart = b @ (a @ self._probe(a.shape[1]))
             size = np.linalg.norm(together)
@@ -80,12 +80,6 @@ class Mean:
             draws = np.random.default_rng(inputs).standard_normal((inputs, min(inputs, PROBES)))
             self._probes[inputs] = np.linalg.qr(draws)[0]
         return self._probes[inputs]
-
-
-def layers_of(tensors: Tensors) -> list[str]:
-    """The names of the layers that have an A and a B."""
-    suffix = ".lora_A.weight"
-    return [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
 
 
 def _probed(a: np.ndarray, probe: np.ndarray) -> np.ndarray:

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stages.aggregation.means import layers_of
 from stages.aggregation.updates import Updates
-from stages.artefacts.adapter_files import Tensors
+from stages.artefacts.adapter_files import A, B, Tensors, layers_of
 
 FLOAT32 = np.finfo(np.float32)
 ROUNDING = float(FLOAT32.eps)
@@ -53,8 +52,8 @@ def mean_of_products(updates: Updates, weights: Sequence[int]) -> tuple[Tensors,
     made, remainders = Tensors(), dict[str, float]()
     for stacked in updates.layers():
         for layer in layers_of(stacked):
-            a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-            made[a], made[b], remainders[layer] = best_of_rank(stacked.pop(a), stacked.pop(b), shares)
+            cut = best_of_rank(stacked.pop(layer + A), stacked.pop(layer + B), shares)
+            made[layer + A], made[layer + B], remainders[layer] = cut
         made |= {name: np.tensordot(shares, tensors, axes=1) for name, tensors in stacked.items()}
     return {name: tensor.astype(np.float32) for name, tensor in made.items()}, remainders
 

@@ -278,14 +278,14 @@ def combine(settings: Aggregation, updates: Updates, weights: Sequence[int]) -> 
     """
     outliers = settings.outliers or 0
     rules: dict[str, Rule] = {
-        "mean": mean,
+        "mean": product_mean if settings.combine == "product" else mean,
         "median": median,
         "trimmed-mean": partial(trimmed_mean, outliers=outliers),
         "clipped-mean": clipped_mean,
         "krum": partial(krum, outliers=outliers),
         "geometric-median": geometric_median,
     }
-    made = (product_mean if settings.combine == "product" else rules[settings.rule])(updates, weights)
+    made = rules[settings.rule](updates, weights)
     metrics = {} if settings.rule == "mean" else {f"rule/{settings.rule}": 1.0}
     for what, values in made.clients.items():
         pairs = zip(updates.heads, values, strict=True)

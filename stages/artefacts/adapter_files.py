@@ -6,7 +6,7 @@ Never a pickle, never a path out of a file. Arrays are NumPy's, so that nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Tensors = dict[str, np.ndarray]
 Layout = dict[str, tuple[int, ...]]
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""How the names of a layer's two matrices end."""
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+    """The layers that have an A, of tensors of these names."""
+    return [name.removesuffix(A) for name in names if name.endswith(A)]
 
 
 def layout_of(tensors: Mapping[str, np.ndarray]) -> Layout:

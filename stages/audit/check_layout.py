@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.artefacts import lora_settings
-from stages.artefacts.adapter_files import Layout, check_config
+from stages.artefacts.adapter_files import A, B, Layout, check_config
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
-from stages.audit.foreign_adapters import A, AnyAdapter, B
+from stages.audit.foreign_adapters import AnyAdapter
 from stages.distillation.top_k_logits import parse_capture
 from stages.runtime.errors import Damaged, Problem
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CAPTURE

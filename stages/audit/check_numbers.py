@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from stages.aggregation.updates import CACHED_NUMBERS
-from stages.artefacts.adapter_files import Tensors, layout_of
+from stages.artefacts.adapter_files import A, B, Tensors, layout_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import (
-    A,
     AnyAdapter,
-    B,
     product_spectrum,
     rank_of,
     spectra_by_grams,
@@ -188,7 +186,7 @@ def _difference(before: Folder, after: Folder, of_products: bool) -> Moves | Non
     wide = [{name: tensor.astype(np.float64) for name, tensor in one.items()} for one in (start, end)]
     moves, one = Moves(), np.ones((1, 1))
     for a in [name for name in start if of_products and name.endswith(A)]:
-        (a_start, b_start), (a_end, b_end) = ((tensors.pop(a), tensors.pop(a[: -len(A)] + B)) for tensors in wide)
+        (a_start, b_start), (a_end, b_end) = ((tensors.pop(a), tensors.pop(a.removesuffix(A) + B)) for tensors in wide)
         moves[a] = np.concatenate([b_end, -b_start], axis=1), np.concatenate([a_end, a_start])
     return moves | {name: ((wide[1][name] - wide[0][name]).reshape(-1, 1), one) for name in wide[0]}
 

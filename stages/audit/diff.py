@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.audit.foreign_adapters import A, AnyAdapter, B, effective_rank, product_spectrum, read_any
+from stages.artefacts.adapter_files import A, B
+from stages.audit.foreign_adapters import AnyAdapter, effective_rank, product_spectrum, read_any
 from stages.files import reading
 from stages.workspace.names import ADAPTER_WEIGHTS
 

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 
 from stages.artefacts import lora_settings
-from stages.artefacts.adapter_files import Tensors
+from stages.artefacts.adapter_files import A, B, Tensors
 from stages.artefacts.tensor_files import SIZES, check_head, read_header
 from stages.audit.folders import Scope, open_folder
 from stages.files import reading
@@ -28,8 +28,6 @@ DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 
 LEAST_SQUARE, ROUNDING = 1e-4, 1e-14
 """Shares of |A|^2 |B|^2, by the norms of their Gram matrices."""
-
-A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from stages.workspace.paths import Workspace, require
 def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = ignore) -> Split:
     """Split the dataset of the agreement. Returns what split.json says: sources, duplicates, rows and labels per party.
 
-    No row lands in two places: rows that occur twice are used once, by the server if one
-    of their sources is in data.auxiliary_sources. Rows whose prompt is also a test prompt are
-    counted, not removed. Data that is already there is never replaced unless overwrite says so. Raises UsageProblem for
-    two models that the method could not train together.
+    No row lands in two places: rows that occur twice are used once, by the server if one of their sources is in
+    data.auxiliary_sources. Rows whose prompt is also a test prompt are counted, not removed. Data that is already there
+    is never replaced unless overwrite says so. Raises UsageProblem for two models that the method could not train
+    together.
     """
     report(Event("stage", "prepare"))
     if workspace.machine.simulation is False:

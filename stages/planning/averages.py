@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from stages.artefacts.adapter_files import A, B, Layout, layers_of
 from stages.planning.estimates import Here, StagePlan
-
-A, B = ".lora_A.weight", ".lora_B.weight"
 
 COPIES = {
     "median": 0.0,
@@ -45,16 +42,14 @@ def aggregate(here: Here) -> StagePlan:
     return StagePlan("aggregate", "server", memory=takes)
 
 
-def of_products(clients: int, layout: Mapping[str, tuple[int, ...]]) -> int:
+def of_products(clients: int, layout: Layout) -> int:
     """Bytes that the mean of BA takes beside its block, in the layer where that is most; see aggregation.products.
 
     The factors of all clients side by side, and their QR and SVD, or BA and its SVD where that is smaller. float64.
     """
     most = 0
-    for name, (rank, inputs) in layout.items():
-        if not name.endswith(A):
-            continue
-        outputs = layout[name.removesuffix(A) + B][0]
+    for layer in layers_of(layout):
+        (rank, inputs), outputs = layout[layer + A], layout[layer + B][0]
         joined, least, ends = clients * rank, min(inputs, outputs), inputs + outputs
         beside = least * ends + inputs * outputs if joined >= least else joined * ends + 5 * joined**2
         most = max(most, joined * ends + beside + 2 * rank * ends)

@@ -250,16 +250,13 @@ class _Watch(TrainerCallback):
     ) -> None:
         self._objective, self._recipe, self._report, self._steps = objective, recipe, report, steps
         self._log, self._stop, self._processes = log, stop, processes
-        self._start = [one.detach().clone() for one in self._trained] if recipe.proximal else []
-
-    @property
-    def _trained(self) -> list[nn.Parameter]:
-        return [one for role in self._recipe.learning_rates for one in self._objective.adapter_parameters(role)]
+        held = recipe.learning_rates if recipe.proximal else ()
+        self._held = [(one, one.detach().clone()) for role in held for one in objective.adapter_parameters(role)]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        for parameter, start in zip(self._trained if self._start else (), self._start, strict=True):
+        for parameter, start in self._held:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - start, alpha=self._recipe.proximal)
         for role, largest in self._recipe.clips.items():
