@@ -120,9 +120,12 @@ def _travel(found: Plan) -> list[str]:
         lines.append("training: adapters, gradients and optimiser; working: activations and what is transient")
         lines.append(f"a round: {told}; once: before round 1, by align, which loads no weights")
     elif found.sent:
-        client, server = shown(found.sent["client"]), shown(found.sent["server"])
+        client, server = found.sent["client"], found.sent["server"]
+        received, sent, all_of_them = shown(server // found.clients), shown(client), shown(client * found.clients)
+        to_all = "as much" if client * found.clients == server else all_of_them
         lines.append(
-            f"a round: each client receives {client} and sends {client}, the server sends {server} and receives as much"
+            f"a round: each client receives {received} and sends {sent}, the server sends {shown(server)} and receives "
+            f"{to_all}"
         )
     if found.disk:
         parts = ", ".join(f"{name} {shown(size)}" for name, size in found.disk.items())
@@ -182,20 +185,22 @@ def _compare(table: Table, columns: list[Full], said: dict[str, list[str]]) -> N
             table.add_row("  the paper", *said[name])
 
     row("full model, parameters", [f"{one.parameters:,}" for one in columns])
-    row("sent, parameters", [f"{one.adapter_parameters:,}" for one in columns])
-    row("sent, %", [f"{100 * one.adapter_parameters / one.parameters:.2f}" for one in columns])
-    for times, way in ((1, "one way"), (2, "there and back")):
+    row("sent, parameters", [f"{one.update_parameters:,}" for one in columns])
+    row("sent, %", [f"{100 * one.update_parameters / one.parameters:.2f}" for one in columns])
+    to_server = [(one, one.update_bytes) for one in columns]
+    both = [(one, one.update_bytes + one.adapter_bytes) for one in columns]
+    for times, way, sent in ((1, "one way", to_server), (2, "there and back", both)):
         table.add_section()
-        row(f"{way}, bytes", [f"{times * one.adapter_bytes:,}" for one in columns])
-        row("  full, float32", [_share(one, times, one.float32_bytes) for one in columns])
-        row("  full, as stored", [_share(one, times, one.stored_bytes, one.stored_dtype) for one in columns])
+        row(f"{way}, bytes", [f"{size_bytes:,}" for _, size_bytes in sent])
+        row("  full, float32", [_share(own, times, one.float32_bytes) for one, own in sent])
+        row("  full, as stored", [_share(own, times, one.stored_bytes, one.stored_dtype) for one, own in sent])
 
 
-def _share(one: Full, times: int, size_bytes: int | None, dtype: str | None = None) -> str:
-    """The full model's bytes, and the adapter's share of them."""
+def _share(sent_bytes: int, times: int, size_bytes: int | None, dtype: str | None = None) -> str:
+    """The full model's bytes, so many times, and the share of them that is sent."""
     if size_bytes is None:
         return "?"
-    share = f"{shown(times * size_bytes)}: {100 * one.adapter_bytes / size_bytes:.2f} %"
+    share = f"{shown(times * size_bytes)}: {100 * sent_bytes / (times * size_bytes):.2f} %"
     return texts.lines([share, f"({dtype})"]) if dtype else share
 
 

@@ -230,14 +230,14 @@ def _published(workspace: Workspace, client: int) -> list[int]:
 def trained_here(workspace: Workspace, client: int) -> list[int]:
     """The rounds that this client's private folder shows to have been trained with differential privacy.
 
-    By the log under this agreement, or, in secure mode, by the adapter; in plain mode adapters lie on any machine.
+    By the log under this agreement, or by the adapter where clients keep theirs; else adapters lie on any machine.
     """
-    privacy, is_secure = workspace.agreement.privacy, workspace.agreement.aggregation.is_secure
+    privacy = workspace.agreement.privacy
     found: list[int] = []
     for round in range(1, workspace.agreement.federation.rounds + 1):
         agreed = reading.logged_inputs(workspace.log("client-train", round, client)).get("agreement")
         is_logged = privacy.is_on and agreed == workspace.agreement_sha256
-        if is_logged or (is_secure and _is_private(workspace.client_adapter(round, client))):
+        if is_logged or (workspace.sends_of_theirs and _is_private(workspace.client_adapter(round, client))):
             found.append(round)
     return found
 

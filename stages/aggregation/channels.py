@@ -1,14 +1,14 @@
 """Channels: how updates travel from the clients to the server, and what the server sees of each.
 
-One is chosen for a step, by aggregation.mode, and each answers the same questions. A new mode is a class for each end
-of it, and a row in each of the two tables.
+One is chosen for a step, by aggregation.mode (and, at a client, by what it sends of an adapter), and each answers the
+same questions. A new mode is a class for each end of it, and a row in each of the two tables.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from stages.aggregation import plain
+from stages.aggregation import partly, plain
 from stages.artefacts.average import Arrived, Average
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact
@@ -48,7 +48,11 @@ class FromClients(Protocol):
         """Their average by the agreement's rule. Raises, naming the client, for an update that does not fit."""
 
 
-TO_SERVER: dict[str, type[plain.ToServer | secure.ToServer]] = {"plain": plain.ToServer, "secure": secure.ToServer}
+TO_SERVER: dict[str, type[plain.ToServer | secure.ToServer]] = {
+    "plain": plain.ToServer,
+    "plain, A or B alone": partly.ToServer,
+    "secure": secure.ToServer,
+}
 FROM_CLIENTS: dict[str, type[plain.FromClients | secure.FromClients]] = {
     "plain": plain.FromClients,
     "secure": secure.FromClients,
@@ -57,7 +61,9 @@ FROM_CLIENTS: dict[str, type[plain.FromClients | secure.FromClients]] = {
 
 def to_server(client: Party, report: Report) -> ToServer:
     """A client's end of the agreed channel."""
-    return TO_SERVER[client.workspace.agreement.aggregation.mode](client, report)
+    agreement = client.workspace.agreement
+    is_partly = agreement.sends_part and not agreement.aggregation.is_secure
+    return TO_SERVER["plain, A or B alone" if is_partly else agreement.aggregation.mode](client, report)
 
 
 def from_clients(server: Party, report: Report) -> FromClients:

@@ -103,16 +103,17 @@ def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -
     agreement = server.workspace.agreement
     settings, lora = agreement.aggregation, agreement.slm.lora
     old = adapter_files.read_adapter(theta, None, lora)
+    start = adapter_files.part_of(old, agreement.sent_in(theta.manifest.round))
     if settings.rule in OF_FACTORS:
         report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
     heads = _heads(server, theta, arrived.updates)
     seen = [_own(head) for head in heads]
     weights = [WEIGHTINGS[settings.weighting](examples) for examples, _ in seen]
     with threadpool_limits(1, "blas"):
-        tensors, metrics = combine(settings, Updates(heads, old, lora, report), weights)
+        tensors, metrics = combine(settings, Updates(heads, start, lora, report), weights)
     # what was read now, should it have been replaced meanwhile
     parents = arrived.parents | {head.path.name: head.sha256 for head in heads}
-    return Average(tensors, parents, sum(own for own, _ in seen), sum(tokens for _, tokens in seen), metrics)
+    return Average(old | tensors, parents, sum(own for own, _ in seen), sum(tokens for _, tokens in seen), metrics)
 
 
 def _heads(server: Party, theta: Artefact, updates: dict[int, Path]) -> list[Artefact]:

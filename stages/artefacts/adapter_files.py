@@ -6,7 +6,7 @@ Never a pickle, never a path out of a file. Arrays are NumPy's, so that nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from stages.artefacts.tensor_files import bad, read_header
 from stages.files import reading
 from stages.runtime.errors import BadNumbers, Damaged
 from stages.workspace.agreement import Lora
+from stages.workspace.averaging import Factors
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Tensors = dict[str, np.ndarray]
@@ -29,9 +30,16 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 """How the names of a layer's two matrices end."""
 
 
-def layers_of(names: Iterable[str]) -> list[str]:
-    """The layers that have an A, of tensors of these names."""
-    return [name.removesuffix(A) for name in names if name.endswith(A)]
+def layers_of(names: Collection[str]) -> list[str]:
+    """The layers that have an A and a B, of tensors of these names."""
+    layers = (name.removesuffix(A) for name in names if name.endswith(A))
+    return [layer for layer in layers if layer + B in names]
+
+
+def part_of(tensors: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
+    """Of an adapter's tensors, or of their shapes, those of A, of B, or all; what is of neither is always there."""
+    left_out = {"A": B, "B": A}.get(factors)
+    return {name: one for name, one in tensors.items() if left_out is None or not name.endswith(left_out)}
 
 
 def layout_of(tensors: Mapping[str, np.ndarray]) -> Layout:
@@ -120,9 +128,9 @@ def check_layout(found: Layout, expected: Layout, path: Path, whose: str) -> Non
     if missing:
         raise Damaged(f"the adapter lacks {missing[0]} ({len(missing)} tensors missing)", where=path, mend=mend)
     if superfluous:
-        message = (
-            f"the adapter has {superfluous[0]}, which the base model does not ({len(superfluous)} tensors too many)"
-        )
+        is_other = layers_of({*superfluous, *expected})  # the matrices that stay as they are
+        whose_not = "which the agreement has nobody send in this round" if is_other else "which the base model does not"
+        message = f"the adapter has {superfluous[0]}, {whose_not} ({len(superfluous)} tensors too many)"
         raise Damaged(message, where=path, mend=mend)
     for name in sorted(expected):
         if found[name] == expected[name]:

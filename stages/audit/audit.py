@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stages.artefacts.adapter_files import Layout, Tensors, layout_of
+from stages.artefacts.adapter_files import Layout, Tensors, layout_of, part_of
 from stages.audit.check_chain import chain, manifest_of
 from stages.audit.check_clients import A6, clients_of
 from stages.audit.check_files import files_between, files_of
@@ -27,9 +27,11 @@ from stages.audit.checks import Finding, count, told
 from stages.audit.folders import Folder, Scope, folders_in, open_folder, scope_of
 from stages.audit.foreign_adapters import AnyAdapter, parse_weights, tensors_if_sound
 from stages.audit.heard import Heard
+from stages.audit.parts import factors_of
 from stages.files import reading
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace.averaging import Factors
 from stages.workspace.commands import Command
 from stages.workspace.layout import broadcast_in
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -173,15 +175,16 @@ def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
             yield A6.fail(scope.shown(Path(problem.where or "")), f"changed during the audit: {problem.message}")
 
 
-def _of_one_layout(state: Audit, folders: list[Folder]) -> list[Folder]:
-    """Those with the layout of their broadcast; A3 tells of the others."""
+def _of_one_layout(state: Audit, folders: list[Folder]) -> dict[Path, tuple[Folder, Factors]]:
+    """Those with the layout of their broadcast, or the part of it that is sent; A3 tells of the others."""
     trained = ("client-train", "client-distill")  # of FedMKT the second alone lies beside a broadcast
-    clients = [folder for folder in folders if folder.manifest and folder.manifest.stage in trained]
-    return [
-        folder
-        for folder in clients
-        if state.layouts[folder.path] == state.layouts.get(broadcast_in(folder.path.parent))
-    ]
+    found = {}
+    for folder in folders:
+        layout, start = state.layouts[folder.path], state.layouts.get(broadcast_in(folder.path.parent), {})
+        factors = factors_of(folder, layout)
+        if folder.manifest and folder.manifest.stage in trained and layout == part_of(start, factors):
+            found[folder.path] = folder, factors
+    return found
 
 
 def _rounds(state: Audit, found: list[Finding]) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from stages.artefacts.reading import read_manifest
 from stages.audit.check_signatures import A1, roster_of, signature_of
 from stages.audit.checks import Finding, number_of
 from stages.audit.folders import Folder, Scope
+from stages.audit.parts import is_kept
 from stages.runtime.errors import Problem
 from stages.workspace import edits
 from stages.workspace.commands import Command
@@ -33,7 +34,7 @@ def manifest_of(folder: Folder) -> Iterator[Finding]:
             yield A1.skip("no manifest: another tool made it", where=folder.shown)
         return
     claims_to_be = folder.claims_to_be
-    if folder.place and lies_at(folder.path, claims_to_be) != claims_to_be and not _is_kept(folder):
+    if folder.place and lies_at(folder.path, claims_to_be) != claims_to_be and not is_kept(folder):
         yield A1.fail(folder.shown, f"it says it is {claims_to_be}", lies_at(folder.path, claims_to_be))
     agreement, workspace = folder.scope.agreement, folder.scope.workspace
     if agreement is None or workspace is None:
@@ -53,14 +54,6 @@ def manifest_of(folder: Folder) -> Iterator[Finding]:
     for name, number, last in numbers:
         if number > last:
             yield A1.fail(folder.shown, f"is of {name} {number}", f"{name} 1 to {last}")
-
-
-def _is_kept(folder: Folder) -> bool:
-    """Whether it is a client's adapter that stays with the client: secure mode sends its masked form."""
-    manifest, workspace, agreement = folder.manifest, folder.scope.workspace, folder.scope.agreement
-    if manifest is None or manifest.client is None or workspace is None or agreement is None:
-        return False
-    return agreement.aggregation.is_secure and folder.path == workspace.client_adapter(manifest.round, manifest.client)
 
 
 def chain(folders: list[Folder], scopes: list[Scope], client: int | None) -> Iterator[Finding]:
@@ -120,7 +113,7 @@ def _sent(ours: list[Folder]) -> dict[tuple[str, int], list[Folder]]:
     """What clients have sent, by its federation and round."""
     found: dict[tuple[str, int], list[Folder]] = {}
     for folder in ours:
-        if folder.said.client and not _is_kept(folder):
+        if folder.said.client and not is_kept(folder):
             found.setdefault(_round_of(folder), []).append(folder)
     return found
 
@@ -148,7 +141,7 @@ def _forks(ours: list[Folder]) -> Iterator[Finding]:
     first: dict[tuple[str, str, bool], Folder] = {}
     for folder in ours:
         manifest, claims_to_be = folder.said, folder.claims_to_be
-        same = first.setdefault((manifest.federation, claims_to_be, _is_kept(folder)), folder)
+        same = first.setdefault((manifest.federation, claims_to_be, is_kept(folder)), folder)
         if same.sha256 != folder.sha256:
             found = f"contradicts {same.shown}: both say they are {claims_to_be}, sha256 {short(folder.sha256)}"
             yield A1.fail(folder.shown, found, short(same.sha256))

@@ -6,7 +6,7 @@ What it finds is a reason to ask, not a proof: clients with data of their own ki
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,11 +23,12 @@ from stages.aggregation.updates import (
     stacked,
     whole_layers,
 )
-from stages.artefacts.adapter_files import Tensors, layout_of
+from stages.artefacts.adapter_files import Tensors, layout_of, part_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import read_weights, tensors_if_sound
 from stages.runtime.errors import Damaged
+from stages.workspace.averaging import Factors
 from stages.workspace.layout import broadcast_in
 from stages.workspace.names import ADAPTER_WEIGHTS
 
@@ -39,28 +40,30 @@ FEWEST_FOR_Z = 5
 LEAST_COSINE = -0.5
 
 
-def clients_of(folders: list[Folder], client: int | None) -> Iterator[Finding]:
+def clients_of(folders: Mapping[Path, tuple[Folder, Factors]], client: int | None) -> Iterator[Finding]:
     """Of every round of one workspace or exchange: each update against the others.
 
-    folders: those whose adapter can be read, is finite and has the broadcast's layout. client: tell of this one alone.
+    folders: those whose adapter can be read, is finite and has the broadcast's layout, or that of A or B alone, and
+    which of these. client: tell of this one alone.
     """
     compared, worst = 0, 0.0
-    rounds: dict[Path, dict[int, Folder]] = {}
-    for folder in folders:
+    rounds: dict[tuple[Path, Factors], dict[int, Folder]] = {}
+    for folder, factors in folders.values():
         if number := _client(folder):
-            rounds.setdefault(folder.path.parent, {})[number] = folder
-    term = _term(folders)
-    for place, updates in rounds.items():
-        start = tensors_if_sound(broadcast_in(place), folders[0].scope)
+            rounds.setdefault((folder.path.parent, factors), {})[number] = folder
+    term = _term([folder for folder, _ in folders.values()])
+    for (place, factors), updates in rounds.items():
+        scope = next(iter(updates.values())).scope
+        start = tensors_if_sound(broadcast_in(place), scope)
         if start is None or len(updates) < 2:
             continue
         compared += 1
-        products, terms = compare(updates, start)
+        products, terms = compare(updates, part_of(start, factors))
         worst = max(worst, *terms.values(), 0.0)
         yield from _copies(updates, client)
         yield from _outliers(updates, products, client)
         text = f"{term} at most {100 * max(terms.values(), default=0.0):.1f} %"
-        yield A6.ok(text, where=folders[0].scope.shown(place), measured=terms)
+        yield A6.ok(text, where=scope.shown(place), measured=terms)
     if compared:
         yield A6.ok(f"{number_of(compared, 'round')}: no copy, no outlier; {term} at most {100 * worst:.1f} %")
     else:
@@ -70,7 +73,7 @@ def clients_of(folders: list[Folder], client: int | None) -> Iterator[Finding]:
 def _term(folders: list[Folder]) -> str:
     """How the cross term is called: whether it is of the average that is made."""
     agreement = folders[0].scope.agreement if folders else None
-    is_made = agreement is None or agreement.aggregation.combine == "factors"
+    is_made = agreement is None or agreement.aggregation.combine != "product"
     return "cross term" if is_made else "cross term, if A and B were averaged apart,"
 
 

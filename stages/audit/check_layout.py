@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.artefacts import lora_settings
-from stages.artefacts.adapter_files import A, B, Layout, check_config
+from stages.artefacts.adapter_files import A, B, Layout, check_config, part_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import AnyAdapter
+from stages.audit.parts import factors_of
 from stages.distillation.top_k_logits import parse_capture
 from stages.runtime.errors import Damaged, Problem
+from stages.workspace.averaging import Factors
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CAPTURE
 
 A3 = Check("A3", "layout")
@@ -27,8 +29,9 @@ NAME = re.compile(r"base_model\.model\.[\w.]+\.lora_[AB]\.weight")
 def layout_of_adapter(folder: Folder, adapter: AnyAdapter) -> Iterator[Finding]:
     """Of one folder: names, types and shapes against its configuration, and the configuration against the agreement."""
     weights, settings = folder.file(ADAPTER_WEIGHTS), folder.file(ADAPTER_CONFIG)
+    factors = factors_of(folder, adapter.tensors)
     yield from _names(adapter, weights)
-    yield from _shapes(adapter, weights)
+    yield from _shapes(adapter, weights, factors)
     yield from _settings(adapter, settings)
     expected = {"format": "pt"}
     if adapter.metadata not in ({}, expected):
@@ -41,7 +44,7 @@ def layout_of_adapter(folder: Folder, adapter: AnyAdapter) -> Iterator[Finding]:
     if folder.manifest:
         yield from _against_manifest(folder, adapter)
     shape = f"{number_of(len(adapter.tensors), 'tensor')}, {', '.join(dtypes)}, rank {adapter.config.get('r')}"
-    yield A3.ok(shape, where=folder.shown)
+    yield A3.ok(shape + ("" if factors == "AB" else f", {factors} alone"), where=folder.shown)
 
 
 def _names(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
@@ -55,13 +58,15 @@ def _names(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
             yield A3.fail(weights, f"{name} is no LoRA matrix", "names that end in lora_A.weight or lora_B.weight")
 
 
-def _shapes(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
+def _shapes(adapter: AnyAdapter, weights: str, factors: Factors) -> Iterator[Finding]:
     """A is [r, inputs] and B is [outputs, r], with the r of the configuration unless that has one for each layer."""
     for name, tensor in adapter.tensors.items():
         other = name.removesuffix(A) + B if name.endswith(A) else name.removesuffix(B) + A
         if not name.endswith((A, B)):
             continue
-        if other not in adapter.tensors:
+        if factors != "AB":
+            yield from _alone(adapter, name, weights, factors)
+        elif other not in adapter.tensors:
             yield A3.fail(weights, f"{name} is there without its {other.split('.')[-2]}", "both of each layer")
         elif tensor.ndim != 2:
             yield A3.fail(weights, f"{name} has shape {list(tensor.shape)}", "a matrix")
@@ -75,6 +80,19 @@ def _shapes(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
                 yield A3.fail(weights, text, f"[{rank or 'r'}, inputs] and [outputs, {rank or 'r'}]")
 
 
+def _alone(adapter: AnyAdapter, name: str, weights: str, factors: Factors) -> Iterator[Finding]:
+    """One matrix where A or B alone is sent."""
+    shape, own = adapter.tensors[name].shape, A if name.endswith(A) else B
+    if own != {"A": A, "B": B}[factors]:
+        yield A3.fail(weights, f"{name} is there", f"{factors} alone: what stays as the broadcast has it is not sent")
+        return
+    rank = int(lora_settings.of_layer(adapter.config, "r", name.removesuffix(own))) if adapter.is_understood else None
+    found = shape[0 if own == A else 1] if len(shape) == 2 else None
+    if found is None or found != (rank or found):
+        expected = f"[{rank or 'r'}, inputs]" if own == A else f"[outputs, {rank or 'r'}]"
+        yield A3.fail(weights, f"{name} has shape {list(shape)}", expected)
+
+
 def _settings(adapter: AnyAdapter, settings: str) -> Iterator[Finding]:
     config = adapter.config
     for key in ("modules_to_save", "trainable_token_indices"):
@@ -83,7 +101,7 @@ def _settings(adapter: AnyAdapter, settings: str) -> Iterator[Finding]:
     targets = config.get("target_modules")
     if isinstance(targets, list) and (on_tokens := TOKEN_LAYERS & {str(name).rpartition(".")[2] for name in targets}):
         yield A3.fail(settings, f"target_modules has {', '.join(sorted(on_tokens))}", LINEAR)
-    modules = [name.removesuffix(A) for name in adapter.tensors if name.endswith(A)]
+    modules = sorted({name.removesuffix(A).removesuffix(B) for name in adapter.tensors if name.endswith((A, B))})
     for said in lora_settings.not_understood(config):
         yield A3.warn(settings, f"{said} is not understood: what the adapter adds is not known here", "plain LoRA")
     for said in lora_settings.fits_nothing(config, modules):
@@ -121,14 +139,16 @@ def layout_of_capture(folder: Folder) -> Iterator[Finding]:
 
 
 def same_layout(layouts: dict[Path, Layout], folders: list[Folder]) -> Iterator[Finding]:
-    """That the adapters of one model of one federation have the same tensors."""
-    first: dict[tuple[str, str, int | None], Folder] = {}
+    """That the adapters of one model of one federation have the same tensors, or the same part of them."""
+    first: dict[tuple[str, str, int | None, Factors], Folder] = {}
     readable = [folder for folder in folders if folder.path in layouts]
     for folder in readable:
         if folder.manifest is None:
             continue
-        before = first.setdefault((folder.manifest.federation, folder.manifest.role, folder.owner), folder)
-        found, expected = layouts[folder.path], layouts[before.path]
+        found, model = layouts[folder.path], (folder.manifest.federation, folder.manifest.role, folder.owner)
+        factors = factors_of(folder, found)
+        before = first.get((*model, "AB")) or first.setdefault((*model, factors), folder)
+        expected = part_of(layouts[before.path], factors)
         if found != expected:
             names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
             one, other = found.get(names[0]), expected.get(names[0])

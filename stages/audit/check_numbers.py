@@ -69,6 +69,7 @@ def _measured(adapter: AnyAdapter, start: Tensors | None) -> dict[str, float]:
     product_norm/LAYER: the Frobenius norm of the scaled B A, what the adapter adds; effective_rank/LAYER: of B A.
     """
     tensors = adapter.tensors
+    start = {name: start[name] for name in tensors if name in start} if start is not None else None
     if start is not None and layout_of(start) != layout_of(tensors):
         start = None
     squared, update_squared = 0.0, 0.0

@@ -46,7 +46,9 @@ def loaded_to_train(step: AnyStep, *roles: Role) -> Models:
 def ready(step: AnyStep, models: Models, role: Role, start: Artefact | None) -> Tuned:
     """One model with the adapter that it starts from: start, or in round 1 the LLM's own, made fresh."""
     whose = f"the aggregate of round {step.round}" if role == "slm" else f"the LLM's adapter of round {step.round - 1}"
-    return models.begun(role, start, seed=step.workspace.seed_for("omega", 1), whose=whose)
+    is_frozen = role == "slm" and step.workspace.agreement.aggregation.combine == "freeze-a"
+    seed = step.workspace.seed_for("omega", 1)
+    return models.begun(role, start, seed=seed, whose=whose, trains="B" if is_frozen else "AB")
 
 
 def encoded(

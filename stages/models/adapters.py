@@ -18,6 +18,7 @@ from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.imports import out_of_sight
 from stages.workspace.agreement import Lora, Model
+from stages.workspace.averaging import Factors
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
@@ -118,6 +119,13 @@ def make_fresh(model: PeftModel, seed: int) -> None:
                 assert isinstance(b, nn.Linear)
                 a.weight.copy_(nn.init.kaiming_uniform_(torch.empty(a.weight.shape), a=5**0.5))
                 b.weight.zero_()
+
+
+def train_only(model: PeftModel, factors: Factors) -> None:
+    """Have A, B or both trainable, and the other one frozen."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            parameter.requires_grad_(factors in name.partition(".lora_")[2] or factors == "AB")
 
 
 def take(model: PeftModel) -> Tensors:

@@ -29,6 +29,7 @@ from stages.models.tuned import Outline, Tuned, context_in
 from stages.models.vocabulary import check_one_vocabulary
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.processes import ALONE, Processes
+from stages.workspace.averaging import Factors
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES, Role
@@ -136,25 +137,28 @@ class Models:
             found.append(_outline(load_tokenizer(folder, whose), read_configuration(folder, whose)))
         check_one_vocabulary(*found)
 
-    def begun(self, role: Role, start: Artefact | None, *, seed: int, whose: str | None = None) -> Tuned:
+    def begun(
+        self, role: Role, start: Artefact | None, *, seed: int, whose: str | None = None, trains: Factors = "AB"
+    ) -> Tuned:
         """The SLM or the LLM with the adapter that it starts from; without one, with a fresh one drawn from the seed.
 
-        Raises as with_adapter does.
+        trains: which of its matrices are trained. Raises as with_adapter does.
         """
-        if start is not None:
-            return self.with_adapter(role, start, whose)
-        tuned = self.get(role)
-        adapters.make_fresh(tuned.model, seed)
+        tuned = self.get(role) if start is None else self.with_adapter(role, start, whose)
+        if start is None:
+            adapters.make_fresh(tuned.model, seed)
+        adapters.train_only(tuned.model, trains)
         return tuned
 
     def with_adapter(self, role: Role, artefact: Artefact, whose: str | None = None) -> Tuned:
-        """The SLM or the LLM with this adapter in it. Raises as expect and read_adapter do.
+        """The SLM or the LLM with this adapter in it, all of it trainable. Raises as expect and read_adapter do.
 
         whose: what messages call the adapter; by default its path.
         """
         tuned = self.expect(role, artefact.manifest.base, whose or self._workspace.shown(artefact.path))
         lora = self._workspace.agreement.model_of(role).lora
         adapters.put(tuned.model, read_adapter(artefact, adapters.layout(tuned.model), lora))
+        adapters.train_only(tuned.model, "AB")
         return tuned
 
     def _load(self, role: Role, folder: Path, precisions: tuple[torch.dtype, torch.dtype]) -> Tuned:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from stages.artefacts.adapter_files import A, B, Layout, layers_of
+import math
+
+from stages.artefacts.adapter_files import A, B, Layout, layers_of, part_of
 from stages.planning.estimates import Here, StagePlan
+from stages.workspace.agreement import Agreement
 
 COPIES = {
     "median": 0.0,
@@ -26,20 +29,32 @@ def aggregate(here: Here) -> StagePlan:
 
     takes = {}
     if "slm" in here.shapes:
-        values = shapes.FLOAT32_BYTES * here.shapes["slm"].adapter_parameters
-        settings = here.workspace.agreement.aggregation
+        agreement, layout = here.workspace.agreement, here.shapes["slm"].layout
+        whole, settings = shapes.FLOAT32_BYTES * here.shapes["slm"].adapter_parameters, agreement.aggregation
+        values = shapes.FLOAT32_BYTES * max(
+            sum(math.prod(shape) for shape in part_of(layout, agreement.sent_in(round)).values()) for round in (1, 2)
+        )
         count = here.workspace.agreement.federation.clients
         block = min(count * values, max(updates.BLOCK_BYTES, count * 4 * updates.FEWEST_NUMBERS))
         copies = COPIES.get(settings.rule)
         work = None if copies is None else int(copies * block)
         if settings.combine == "product":
-            layout = here.shapes["slm"].layout
             layers = updates.whole_layers(layout, updates.columns_of(count))
             block = max(count * 4 * (place.stop - place.start) for place, _ in layers)
             work = of_products(count, layout)
         sums, blocks = 2 * values, 0 if work is None else min(2 * block, count * values) + work
-        takes = {"adapters": 6 * values, "sums": max(sums, blocks)}
+        takes = {"adapters": 3 * whole + 3 * values, "sums": max(sums, blocks)}
     return StagePlan("aggregate", "server", memory=takes)
+
+
+def updates_of(agreement: Agreement, layout: Layout) -> tuple[int, int]:
+    """What a client sends of an adapter in a round: numbers, and bytes of its file; means of two rounds, in turns."""
+    from stages.models import shapes
+
+    rounds = range(1, 1 + min(2, agreement.federation.rounds))
+    parts = [part_of(layout, agreement.sent_in(round)) for round in rounds]
+    numbers = sum(math.prod(shape) for part in parts for shape in part.values())
+    return numbers // len(parts), sum(map(shapes.file_bytes, parts)) // len(parts)
 
 
 def of_products(clients: int, layout: Layout) -> int:

@@ -14,6 +14,7 @@ from stages.bases import base_folders
 from stages.bases.base_names import name_of
 from stages.exchange.transfers import SERVER, client, transfers
 from stages.paper import reported
+from stages.planning import averages
 from stages.runtime.errors import NotReady
 from stages.workspace.paths import Workspace
 
@@ -40,7 +41,8 @@ class Sent:
 class Full:
     """The base model and its adapter, as they would travel: parameters, and bytes one way.
 
-    adapter_bytes: of adapter_model.safetensors; a folder's two JSON files add some thousand.
+    adapter_bytes: of adapter_model.safetensors; a folder's two JSON files add some thousand. updates: the same of what
+    a client sends, which is the adapter or a part of it.
     stored_bytes: of the full model in the type of its checkpoint; None where that is not known.
     """
 
@@ -48,6 +50,8 @@ class Full:
     parameters: int
     adapter_parameters: int
     adapter_bytes: int
+    update_parameters: int
+    update_bytes: int
     float32_bytes: int
     stored_dtype: str | None
     stored_bytes: int | None
@@ -74,7 +78,7 @@ class Table3:
     @property
     def percent(self) -> float:
         """Parameters sent per client and round, one way, of those of the full model."""
-        return 100 * self.full.adapter_parameters / self.full.parameters
+        return 100 * self.full.update_parameters / self.full.parameters
 
 
 def comm_cost(workspace: Workspace) -> CommCost:
@@ -123,18 +127,20 @@ def full_of(workspace: Workspace) -> Full | None:
         shape = shapes.of_workspace(workspace, "slm")
     except NotReady:
         return None
-    return _full(name_of(workspace, "slm"), shape)
+    return _full(name_of(workspace, "slm"), shape, averages.updates_of(workspace.agreement, shape.layout))
 
 
-def _full(model: str, shape: Shape) -> Full:
+def _full(model: str, shape: Shape, updates: tuple[int, int] | None = None) -> Full:
+    """updates: as averages.updates_of has them; None: clients send the adapter."""
     from stages.models import shapes
 
+    adapter = shape.adapter_parameters, shapes.file_bytes(shape.layout)
     size = shapes.DTYPE_BYTES.get(shape.stored_dtype or "")
     return Full(
         model,
         shape.parameters,
-        shape.adapter_parameters,
-        shapes.file_bytes(shape.layout),
+        *adapter,
+        *(updates or adapter),
         shapes.FLOAT32_BYTES * shape.parameters,
         shape.stored_dtype,
         size * shape.parameters if size else None,

@@ -22,7 +22,7 @@ from stages.workspace.settings import ROLES, Role
 if TYPE_CHECKING:
     from stages.models.shapes import Shape
     from stages.planning.missing import Missing
-from stages.planning.averages import aggregate
+from stages.planning.averages import aggregate, updates_of
 from stages.planning.estimates import (
     ADAM_BYTES,
     CHECKPOINTS,
@@ -61,9 +61,9 @@ class Plan:
     """The whole federation.
 
     two_phases: co-distill's, of the LLM, since the SLM takes less: capture and train.
-    sent: bytes that a client, and the server, sends in a round; each receives as many. Of models that learn on public
-    rows: what each client tells and is told, in a round and once. disk: bytes by part, of all
-    rounds and parties in one folder. is_to_be_dealt: whether the rows are those that prepare would deal.
+    sent: bytes that a client, and the server to all clients, sends in a round. Of models that learn on public rows: what
+    each client tells and is told, in a round and once. disk: bytes by part, of all rounds and parties in one folder.
+    is_to_be_dealt: whether the rows are those that prepare would deal.
     """
 
     device: str
@@ -224,8 +224,9 @@ def _sent(here: Here) -> dict[str, int]:
 
     if "slm" not in here.shapes:
         return {}
-    size_bytes = shapes.file_bytes(here.shapes["slm"].layout)
-    return {"client": size_bytes, "server": len(here.workspace.clients) * size_bytes}
+    layout = here.shapes["slm"].layout
+    _, update_bytes = updates_of(here.workspace.agreement, layout)
+    return {"client": update_bytes, "server": len(here.workspace.clients) * shapes.file_bytes(layout)}
 
 
 def _disk(here: Here) -> dict[str, int]:
@@ -235,10 +236,11 @@ def _disk(here: Here) -> dict[str, int]:
     if len(here.shapes) < len(ROLES):
         return {}
     slm, llm = (shapes.file_bytes(here.shapes[role].layout) for role in ROLES)
+    _, update = updates_of(here.workspace.agreement, here.shapes["slm"].layout)
     federation = here.workspace.agreement.federation
     trained = sum(shape.adapter_parameters for shape in here.shapes.values())
     return {
-        "exchange": federation.rounds * (1 + federation.clients) * slm,
+        "exchange": federation.rounds * (slm + federation.clients * update),
         "server": federation.rounds * (2 * slm + llm),
         "checkpoints": CHECKPOINTS * (shapes.FLOAT32_BYTES + ADAM_BYTES) * trained,
     }

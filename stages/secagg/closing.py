@@ -9,6 +9,7 @@ import numpy as np
 
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
+from stages.artefacts.parts import numbers_sent
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, inbox, read_manifest
 from stages.artefacts.receiving import received
@@ -120,14 +121,14 @@ def late(workspace: Workspace, closed: Artefact) -> list[int]:
 
 def _arrived(server: Party, theta: Artefact, report: Report) -> Iterator[tuple[int, Artefact]]:
     """The shares and the manifest of each update of this opening of the round, by client."""
-    round = theta.manifest.round
+    round, numbers = theta.manifest.round, numbers_sent(theta, server.workspace.agreement)
     for client, place in server.workspace.client_updates(round).items():
         try:
             if read_manifest(place)[0].attempt < theta.manifest.attempt:
                 report(Event("warning", f"client {client}'s update is of an earlier attempt at this round"))
                 continue
             update = received(place, by=server, stage="client-train", round=round, client=client)
-            _check_update(theta, update, client)
+            _check_update(theta, update, client, numbers)
         except NotReady as problem:
             report(Event("warning", f"client {client}'s update has not arrived whole: {problem.message}"))
             continue
@@ -136,7 +137,7 @@ def _arrived(server: Party, theta: Artefact, report: Report) -> Iterator[tuple[i
         yield client, update
 
 
-def _check_update(theta: Artefact, update: Artefact, client: int) -> None:
+def _check_update(theta: Artefact, update: Artefact, client: int, numbers: int) -> None:
     round, opening = theta.manifest.round, opening_of(theta)
     again = f"there: {Command('client-train', client=client, round=round)}; then carry exchange/ here"
     if client not in opening.clients:
@@ -155,7 +156,7 @@ def _check_update(theta: Artefact, update: Artefact, client: int) -> None:
         odd = ", ".join(sorted(masked.commit_pairs.keys() ^ others))[:80]
         message = f"client {client} commits to pair keys with other clients than the round's: {odd}"
         raise Damaged(message, where=update.path, mend=again)
-    y = vector_of(update, theta.manifest.parameters)
+    y = vector_of(update, numbers)
     if digest(y) != masked.y_sha256:
         raise Damaged(f"client {client}'s masked vector is not the one it commits to", where=update.path, mend=again)
     shares_of(update, len(opening.clients))

@@ -11,9 +11,9 @@ import os
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from stages.artefacts.adapter_files import layout_of, read_adapter
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest, Masking
+from stages.artefacts.parts import cut, numbers_sent
 from stages.artefacts.publishing import publish, spare_strangers
 from stages.artefacts.reading import LEVELS, Artefact
 from stages.artefacts.receiving import read_sound
@@ -99,10 +99,8 @@ def _check_is_this_round_s(party: Party, theta: Artefact, kept: Kept | None) -> 
 
 def _encoded(party: Party, theta: Artefact, trained: Artefact) -> np.ndarray:
     """The update in the ring, as fixed_point.encode has it. Raises BadNumbers for one that is too large for it."""
-    agreement = party.workspace.agreement
-    settings, lora = agreement.aggregation, agreement.slm.lora
-    before = read_adapter(theta, None, lora)
-    after = read_adapter(trained, layout_of(before), lora)
+    settings = party.workspace.agreement.aggregation
+    after, before = cut(theta, trained, party.workspace.agreement)
     try:
         return fixed_point.encode(
             fixed_point.flatten(after) - fixed_point.flatten(before),
@@ -133,7 +131,7 @@ def _mask(party: Party, theta: Artefact, trained: Artefact, values: np.ndarray, 
             attempt=theta.manifest.attempt,
             parents={theta.path.name: theta.sha256},
             base=theta.manifest.base,
-            parameters=theta.manifest.parameters,
+            parameters=numbers_sent(theta, party.workspace.agreement),
             privacy=trained.manifest.privacy,
             transcript=keys.transcript.hex(),
             masking=Masking(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artefacts.adapter_files import Tensors, layout_of, read_adapter
+from stages.artefacts.adapter_files import Tensors, layout_of, part_of, read_adapter
 from stages.artefacts.manifest import Unmasking
+from stages.artefacts.parts import numbers_sent
 from stages.artefacts.reading import Artefact, read_manifest
 from stages.artefacts.receiving import read_sound, received
 from stages.parties.names import client as party_of
@@ -74,11 +75,13 @@ def open_sum(server: Party, theta: Artefact, closed: Artefact, report: Report) -
         give_up, go_on = Command("aggregate", round=round, keep_old=True), Command("broadcast", round=round + 1)
         problem.mend = f"{problem.mend}: {give_up}, then {go_on}, --without whom you leave out"
         raise
-    settings, before = workspace.agreement.aggregation, read_adapter(theta, None, workspace.agreement.slm.lora)
+    agreement = workspace.agreement
+    settings, whole = agreement.aggregation, read_adapter(theta, None, agreement.slm.lora)
+    before = part_of(whole, agreement.sent_in(round))
     mean, _, count = fixed_point.decode(total, bound=settings.max_update_value, clients=len(keys.clients))
     average = fixed_point.unflatten((fixed_point.flatten(before) + mean).astype(np.float32), layout_of(before))
     how = Unmasking(survivors=list(survivors), revealed=sorted(given), count=count)
-    return Sum(average, how, opened.warnings)
+    return Sum(whole | average, how, opened.warnings)
 
 
 def _listed(server: Party, closed: Artefact, client: int, place: Path) -> Artefact:
@@ -133,9 +136,10 @@ def _vectors(
     server: Party, updates: dict[int, Path], closed: Artefact, theta: Artefact, report: Report
 ) -> Iterator[np.ndarray]:
     """The survivors' masked vectors, one in memory at a time."""
+    count = numbers_sent(theta, server.workspace.agreement)
     for number, (client, place) in enumerate(updates.items(), 1):
         update = read_sound(place, by=server, only=[MASKED_UPDATE])
-        y = vector_of(update, theta.manifest.parameters)
+        y = vector_of(update, count)
         if digest(y) != (closed.manifest.closing or {}).get(party_of(client)):
             raise Damaged(f"client {client}'s masked vector is not the one closed over", where=place)
         yield y

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stages.workspace.averaging import Aggregation
+from stages.workspace.averaging import Aggregation, Factors
 from stages.workspace.budgets import ClientTraining, Distillation
 from stages.workspace.commands import Command
 from stages.workspace.settings import Dtype, Positive, Quantization, Rate, Settings
@@ -213,6 +213,11 @@ class Agreement(Settings):
                 f"aggregation.average takes clients of one model: take out the table [clients.{own[0]}.slm], "
                 "or set aggregation.average = false"
             )
+        if self.aggregation.trains_part:
+            raise ValueError(
+                f"aggregation.combine {self.aggregation.combine} has clients train one of A and B, which they go on to "
+                "learn from public rows: method fedmkt takes factors and product"
+            )
         if self.aggregation.max_update_norm is not None:
             raise ValueError(
                 "aggregation.max_update_norm holds for client-train alone, not for what aggregation.average averages: "
@@ -263,6 +268,15 @@ class Agreement(Settings):
         By the method; or, after each round of FedMKT, as aggregation.average says.
         """
         return self.federation.averages or self.aggregation.average
+
+    @property
+    def sends_part(self) -> bool:
+        """Whether clients keep their adapters and send A or B alone; where nothing is averaged, they train both."""
+        return self.federation.averages and self.aggregation.trains_part
+
+    def sent_in(self, round: int) -> Factors:
+        """Which matrices clients train in a round, and send."""
+        return self.aggregation.trained_in(round) if self.federation.averages else "AB"
 
     def broadcasts(self, round: int) -> bool:
         """Whether the server sends all clients the adapter that they begin a round with."""

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from stages.workspace.settings import Positive, Rate, Settings, Share
 
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum", "geometric-median"]
-Combine = Literal["factors", "product"]
+Combine = Literal["factors", "product", "freeze-a", "alternate"]
+Factors = Literal["A", "B", "AB"]
+"""Which matrices of a LoRA layer: one of them, or both."""
 
 
 class Aggregation(Settings):
@@ -31,6 +33,20 @@ class Aggregation(Settings):
     def is_secure(self) -> bool:
         """Whether the server sees nothing of the clients' updates but their sum."""
         return self.mode == "secure"
+
+    def trained_in(self, round: int) -> Factors:
+        """Which matrices clients train in a round, and send; the other one stays as the broadcast has it.
+
+        B first: while it is zero A learns nothing.
+        """
+        alternating: Factors = "B" if round % 2 else "A"
+        by_combine: dict[Combine, Factors] = {"freeze-a": "B", "alternate": alternating}
+        return by_combine.get(self.combine, "AB")
+
+    @property
+    def trains_part(self) -> bool:
+        """Whether A or B stays as it is in every round."""
+        return self.trained_in(1) != "AB"
 
     @model_validator(mode="after")
     def _rule_has_what_it_needs(self) -> Aggregation:

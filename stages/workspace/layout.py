@@ -164,7 +164,7 @@ class Layout(ABC):
         return self._exchange(round) / f"client-{client}"
 
     def client_adapter(self, round: int, client: int) -> Path:
-        """theta_k^{t+1}, readable: what the client sends; in secure mode, and with FedMKT as a rule, what it keeps."""
+        """theta_k^{t+1}, readable: what the client sends, or what it keeps, as with FedMKT as a rule."""
         if self.clients_keep_theirs:
             return self.private / f"client-{client}" / round_name(round) / "slm"
         return self.client_update(round, client)
@@ -173,7 +173,12 @@ class Layout(ABC):
     def clients_keep_theirs(self) -> bool:
         """Whether clients' readable adapters never leave their machines."""
         agreement = self.agreement
-        return agreement.aggregation.is_secure or (agreement.federation.learns_in_public and not agreement.averages)
+        return self.sends_of_theirs or (agreement.federation.learns_in_public and not agreement.averages)
+
+    @property
+    def sends_of_theirs(self) -> bool:
+        """Whether clients send something made of their adapters: masked in secure mode, or A or B alone."""
+        return self.agreement.aggregation.is_secure or self.agreement.sends_part
 
     def client_trained(self, round: int, client: int) -> Path:
         """What client-train makes: with FedMKT theta_k before the client learns from the server, else theta_k^{t+1}."""

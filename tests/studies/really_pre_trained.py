@@ -20,12 +20,12 @@ import numpy as np
 import tomlkit
 
 from stages.artefacts.records import read_result
+from stages.federation.sweep import point_name
 from stages.study.statistics import difference, estimate
 
-SEEDS = (1, 2, 3)
-ALL_SEEDS = "federation.seed=" + ",".join(map(str, SEEDS))
+FIVE = (1, 2, 3, 4, 5)
+THREE = FIVE[:3]
 SWEEP = ("sweep", "--no-client-scores")  # what D^a is worth shows at the server
-COMPARE = ("compare", "--seeds", ",".join(map(str, SEEDS)))
 QUESTIONS = 600
 LORA = {"r": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 BUDGET: dict[str, Any] = {
@@ -68,6 +68,17 @@ class Study:
             self.fedcollm("prepare", "-w", str(place))
         return place
 
+    def compare(self, name: str, workspace: Path, seeds: Sequence[int], *words: str) -> None:
+        """The table of `compare --seeds`."""
+        self.table(name, workspace, "compare", "--seeds", _listed(seeds), *words)
+
+    def sweep(self, name: str, workspace: Path, seeds: Sequence[int], settings: Mapping[str, str]) -> list[Path]:
+        """The table of a sweep over seeds alone, and where it has each of them."""
+        chosen = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        self.table(name, workspace, *SWEEP, *chosen, "--set", f"federation.seed={_listed(seeds)}")
+        points = ({**settings, "federation.seed": seed} for seed in seeds)
+        return [workspace / "sweeps" / point_name(point) for point in points]
+
     def table(self, name: str, workspace: Path, *words: str) -> None:
         """What compare or sweep prints, kept as a file."""
         command = [*words, "--last-round", "--markdown", "-w", str(workspace)]
@@ -75,9 +86,9 @@ class Study:
         target.write_text(self.fedcollm(*command))
         sys.stdout.write(f"{target}\n")
 
-    def seeds(self, place: Path) -> list[Path]:
+    def seeds(self, place: Path, seeds: Sequence[int]) -> list[Path]:
         """Where `compare --seeds` has each seed."""
-        return [place, *(place / f"seeds/seed-{seed}" for seed in SEEDS[1:])]
+        return [place, *(place / f"seeds/seed-{seed}" for seed in seeds[1:])]
 
     def beside(self, name: str, found: Mapping[str, Sequence[Path]], *, minus: str) -> None:
         """Workspaces of several commands in one table, with paired differences as compare and sweep make them.
@@ -123,9 +134,14 @@ class Study:
         path.write_text(tomlkit.dumps(document))
 
 
+def _listed(seeds: Sequence[int]) -> str:
+    return ",".join(map(str, seeds))
+
+
 def _right(place: Path, subject: str) -> np.ndarray:
     """Of each question, whether a model's answer was right after the last round: 0 or 1."""
-    result = read_result(place / f"results/round-{BUDGET['federation.rounds']:04d}/{subject}.json")
+    last = max((place / "results").glob("round-*"))
+    result = read_result(last / f"{subject}.json")
     return np.array([int(one) for one in result["tasks"]["arc_easy"]["correct"]["acc"]])
 
 
@@ -153,54 +169,134 @@ def rates_of_llm(study: Study) -> None:
 
 def iid(study: Study) -> None:
     """Question 1: every method, IID clients."""
-    study.table("iid", study.workspace("iid", {}), *COMPARE)
+    study.compare("iid", study.workspace("iid", {}), FIVE)
 
 
 def dirichlet(study: Study) -> None:
     """Question 1, clients of unlike labels."""
     place = study.workspace("dirichlet", {"data.split": "dirichlet", "data.dirichlet_alpha": 0.3})
-    study.table("dirichlet", place, *COMPARE, "--methods", "fedavg,fedavg-aux,fedcollm")
+    study.compare("dirichlet", place, THREE, "--methods", "fedavg,fedavg-aux,fedcollm")
+
+
+def other_questions(study: Study) -> None:
+    """Question 1, CommonsenseQA in the place of ARC-Easy."""
+    place = study.workspace("commonsense-qa", {"data.tasks": ["commonsense_qa"]})
+    study.compare("commonsense-qa", place, THREE, "--methods", "fedavg-aux,fedcollm")
 
 
 def pair(study: Study) -> None:
     """Question 2, with another SLM and so another FOLDER: what distillation brings to that pair."""
-    study.table("pair", study.workspace("iid", {}), *COMPARE, "--methods", "fedavg-aux,fedcollm")
+    study.compare("pair", study.workspace("iid", {}), THREE, "--methods", "fedavg-aux,fedcollm")
 
 
 def other_task(study: Study) -> None:
     """Question 3: clients know a task that D^a has nothing of. Does the LLM learn it from their SLM?"""
     data = {"data.tasks": ["arc_easy", "commonsense_qa"], "data.auxiliary_sources": ["commonsense_qa"]}
-    place = study.workspace("other-task", data)
-    study.table("other-task", place, *COMPARE, "--methods", "fedavg-aux,fedcollm")
+    study.compare("other-task", study.workspace("other-task", data), THREE, "--methods", "fedavg-aux,fedcollm")
 
 
 def who_teaches(study: Study) -> None:
     """Question 2, after `iid`: one way, a weak way back, or only where the teacher knows a row better."""
-    place = study.workspace("iid", {})
-    found = {
-        "nobody: FedAvg + D^a": [home / "baselines/fedavg-aux" for home in study.seeds(place)],
-        "each the other: FedCoLLM": study.seeds(place),
-    }
     ways = {
         "the LLM the SLM alone": "lambda_llm=0.0",
         "whichever knows a row better": "select=min-ce",
         "the SLM the LLM a little": "lambda_llm=0.1",
     }
+    _ways(study, "who-teaches", ways, FIVE)
+
+
+def how(study: Study) -> None:
+    """Question 2, after `iid`: the other settings of distillation, both teaching each other."""
+    ways = {
+        "temperature 2": "temperature=2.0",
+        "temperature 4": "temperature=4.0",
+        "reverse KL": "divergence=reverse",
+        "Jensen-Shannon": "divergence=jensen-shannon",
+        "where the teacher is sure": "min_confidence=0.5",
+        "the SLM first": "order=alternating",
+    }
+    _ways(study, "how", ways, THREE)
+
+
+def _ways(study: Study, name: str, ways: Mapping[str, str], seeds: Sequence[int]) -> None:
+    """Settings of distillation, each beside none and beside the default."""
+    place = study.workspace("iid", {})
+    found = {
+        "nobody: FedAvg + D^a": [home / "baselines/fedavg-aux" for home in study.seeds(place, seeds)],
+        "each the other: FedCoLLM": study.seeds(place, seeds),
+    }
     for label, way in ways.items():
-        study.table(f"who-teaches-{way}", place, *SWEEP, "--set", f"distillation.{way}", "--set", ALL_SEEDS)
-        found[label] = [place / f"sweeps/{way},seed={seed}" for seed in SEEDS]
-        study.beside("who-teaches", found, minus="nobody: FedAvg + D^a")
-        study.beside("who-teaches-minus-both", found, minus="each the other: FedCoLLM")
+        key, value = way.split("=")
+        found[label] = study.sweep(f"{name}-{way}", place, seeds, {f"distillation.{key}": value})
+        study.beside(name, found, minus="nobody: FedAvg + D^a")
+        study.beside(f"{name}-minus-both", found, minus="each the other: FedCoLLM")
 
 
 def shares(study: Study) -> None:
     """Question 2: how much distillation is worth when answers of D^a are few."""
+    _with_and_without(study, "shares", {"data.unlabelled_share": "0.9"})
+
+
+def auxiliary_rows(study: Study) -> None:
+    """Question 2: and when its rows are few."""
+    _with_and_without(study, "auxiliary-rows", {"data.auxiliary_share": "0.03"})
+
+
+def _with_and_without(study: Study, name: str, settings: Mapping[str, str]) -> None:
+    """Distillation from the LLM to the SLM, beside none."""
     place = study.workspace("iid", {})
-    words = ["--set", "data.unlabelled_share=0.9", "--set", "distillation.lambda_llm=0.0"]
-    study.table("shares", place, *SWEEP, *words, "--set", "distillation.lambda_slm=0.0,1.0", "--set", ALL_SEEDS)
+    one_way = {**settings, "distillation.lambda_llm": "0.0"}
+    found = {
+        word: study.sweep(f"{name}-{word}", place, THREE, {**one_way, "distillation.lambda_slm": weight})
+        for word, weight in {"alone": "0.0", "taught": "1.0"}.items()
+    }
+    study.beside(name, found, minus="alone")
 
 
-IN_ORDER = (rates_of_slm, rates_of_llm, iid, who_teaches, other_task, dirichlet, pair, shares)
+def rounds(study: Study) -> None:
+    """Question 4, after `who-teaches`: as many steps in one round, two or four."""
+    ways = {
+        "1": {"federation.rounds": "1", "client_training.steps": "12", "distillation.steps": "24"},
+        "4": {"federation.rounds": "4", "client_training.steps": "3", "distillation.steps": "6"},
+    }
+    _beside_one_way(study, "rounds", ways)
+
+
+def promises(study: Study) -> None:
+    """Question 4, after `who-teaches`: what secure aggregation and differential privacy cost."""
+    ways = {
+        "secure": {"aggregation.mode": "secure"},
+        "epsilon 8": {"privacy.epsilon": "8.0"},
+        "epsilon 3": {"privacy.epsilon": "3.0"},
+    }
+    _beside_one_way(study, "promises", ways)
+
+
+def _beside_one_way(study: Study, name: str, ways: Mapping[str, Mapping[str, str]]) -> None:
+    """Settings of the federation, where the LLM teaches the SLM alone."""
+    place = study.workspace("iid", {})
+    one_way = {"distillation.lambda_llm": "0.0"}
+    found = {"default": study.sweep(f"{name}-default", place, THREE, one_way)}
+    for label, way in ways.items():
+        found[label] = study.sweep(f"{name}-{label}", place, THREE, {**one_way, **way})
+        study.beside(name, found, minus="default")
+
+
+IN_ORDER = (
+    rates_of_slm,
+    rates_of_llm,
+    iid,
+    who_teaches,
+    other_task,
+    dirichlet,
+    other_questions,
+    pair,
+    shares,
+    auxiliary_rows,
+    how,
+    rounds,
+    promises,
+)
 PARTS = {part.__name__.replace("_", "-"): part for part in IN_ORDER}
 
 
