@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stages.aggregation import channels
+from stages.artefacts.lineage import own_parent
 from stages.artefacts.manifest import Manifest
+from stages.artefacts.parts import joined, own_of
 from stages.artefacts.publishing import already_made, is_earlier, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.steps import Over, Step
@@ -67,17 +69,22 @@ def client_train(
 
 
 class Opened(NamedTuple):
-    """The rows, the digest of their file, what training starts from, and whether a final update is only sent again."""
+    """The rows, the digest of their file, what training starts from, and whether a final update is only sent again.
+
+    own: the client's adapter of before, whose A or B it goes on with where that is personal.
+    """
 
     rows: list[Row]
     data_sha256: str
     theta: Artefact | None
+    own: Artefact | None
     sends_again: bool
 
     @property
     def parents(self) -> dict[str, str]:
         """What the adapter is made from."""
-        return {self.theta.path.name: self.theta.sha256} if self.theta else {}
+        received = {self.theta.path.name: self.theta.sha256} if self.theta else {}
+        return received | ({own_parent(self.own.manifest.round): self.own.sha256} if self.own else {})
 
     @property
     def attempt(self) -> int:
@@ -103,7 +110,8 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
         theta = start_of(self.party, self.round)
         self.channel.accept(theta)
         self.channel.check(theta, rows, self.overwrite)
-        return Opened(rows, data_sha256, theta, self.overwrite and self.channel.is_final(theta))
+        own = own_of(self.party, self.round)
+        return Opened(rows, data_sha256, theta, own, self.overwrite and self.channel.is_final(theta))
 
     def decide(self, opened: Opened, again: bool) -> tuple[Opened, bool]:
         """An adapter is made again if that is asked for and can be, or if it is of an earlier attempt at the round."""
@@ -126,7 +134,8 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
         models = self.models.of(self.workspace) if self.models else Models(self.workspace, self.processes)
         models.use("slm")
         seed = self.workspace.seed_for("theta", 1, self.party.number)
-        slm = models.begun("slm", opened.theta, seed=seed, trains=self.workspace.agreement.sent_in(self.round))
+        begins = joined(opened.theta, opened.own, self.workspace.agreement) if opened.theta else None
+        slm = models.begun("slm", begins, seed=seed, trains=self.workspace.agreement.trained_in(self.round))
         start = adapters.take(slm.model)
         examples, left_out = self.learner.examples(opened.rows, slm)
         outcome = self.learner.train(slm, examples, {"data": opened.data_sha256, **opened.parents}, again)

@@ -1,8 +1,9 @@
-"""Updates that are A or B alone, as a channel: a client keeps its adapter and sends what it has trained of it.
+"""Updates that are A or B alone, as a channel: a client keeps its adapter and sends a part of it.
 
 Where the other matrix is the same at all clients, the mean of what they send is the mean of BA: nothing is lost.
 FFA-LoRA (Sun et al., 2024, https://arxiv.org/abs/2403.12313) never trains A; RoLoRA (Chen et al., 2025,
-https://arxiv.org/abs/2502.01755) trains B and A in turn.
+https://arxiv.org/abs/2502.01755) trains B and A in turn. FedSA-LoRA (Guo et al., 2025,
+https://arxiv.org/abs/2410.01463) trains both, and leaves B with each client.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class ToServer(plain.ToServer):
         sent, _ = cut(theta, adapter, workspace.agreement)
         contents = {ADAPTER_CONFIG: adapter.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights_bytes(sent)}
         said = {each.name: getattr(adapter.manifest, each.name) for each in fields(Draft)}
-        draft = replace(Draft(**said), parameters=sum(tensor.size for tensor in sent.values()))
+        parents = {theta.path.name: theta.sha256}  # what it has of its own is nobody else's concern
+        draft = replace(Draft(**said), parents=parents, parameters=sum(tensor.size for tensor in sent.values()))
         target = workspace.client_update(round, client)
         if os.path.lexists(target) and not again and (found := self._sent(target)):
-            beside = {"files": found.manifest.files, "parameters": draft.parameters}
+            beside = {"files": found.manifest.files, "parents": parents, "parameters": draft.parameters}
             if found.contents == contents and found.manifest == adapter.manifest.model_copy(update=beside):
                 self.report(Event("note", "already sent"))
                 return found.manifest

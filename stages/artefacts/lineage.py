@@ -18,6 +18,7 @@ from stages.workspace.names import (
     CLIENT,
     MANIFEST,
     round_name,
+    round_of,
 )
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES
@@ -99,8 +100,15 @@ def lies_at(folder: Path, place: str) -> str:
     return "/".join(folder.parts[-len(place.split("/")) :])
 
 
+def own_parent(round: int) -> str:
+    """How a client's adapter calls, among its parents, the one of an earlier round whose A or B is its own."""
+    return f"own-{round_name(round)}"
+
+
 def round_of_parent(manifest: Manifest, name: str) -> int:
-    """The round that a folder's parent of this name was made in: its own, or the one before."""
+    """The round that a folder's parent of this name was made in: its own, the one before, or as the name says."""
+    if before := round_of(name.removeprefix("own-")):
+        return before
     is_start = manifest.stage == "broadcast" or (manifest.stage == "client-train" and name != "broadcast")
     if name.startswith("vocabulary-"):
         return 1
@@ -122,6 +130,8 @@ def parent_place(workspace: Workspace, manifest: Manifest, name: str) -> Path:
         return workspace.vocabulary(int(found[1]) if found else None)
     if name == SERVER:
         return workspace.knowledge(workspace.told_in(round), None)
+    if manifest.client is not None and name == own_parent(round):
+        return workspace.client_adapter(round, manifest.client)
     if manifest.client is not None and name in ("slm", "trained"):
         place = workspace.client_adapter if name == "slm" else workspace.client_trained
         return place(round, manifest.client)

@@ -1,28 +1,32 @@
-"""The part of an adapter that travels where clients train A or B alone: cut out by whoever sends, told to be so."""
+"""The part of an adapter that travels where clients send A or B alone, and the part that is each client's own."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
-from stages.artefacts.adapter_files import Tensors, layout_of, part_of, read_adapter
+from stages.artefacts.adapter_files import Tensors, layout_of, part_of, read_adapter, weights_bytes
 from stages.artefacts.reading import Artefact
+from stages.artefacts.receiving import received
+from stages.parties.party import Party
 from stages.runtime.errors import Refused
 from stages.workspace.agreement import Agreement
 from stages.workspace.commands import Command
+from stages.workspace.names import ADAPTER_WEIGHTS
 
 
 def cut(theta: Artefact, trained: Artefact, agreement: Agreement) -> tuple[Tensors, Tensors]:
     """What a client sends of its adapter, and the same of the broadcast, whose other matrices it must still have.
 
-    Raises Refused where it has not: nobody would learn of that.
+    Raises Refused where it has not: nobody would learn of that. What is a client's own may be any.
     """
     factors, lora = agreement.sent_in(theta.manifest.round), agreement.slm.lora
     before = read_adapter(theta, None, lora)
     after = read_adapter(trained, layout_of(before), lora)
     sent, start = part_of(after, factors), part_of(before, factors)
-    for name in sorted(before.keys() - start.keys()):
+    for name in () if agreement.personal else sorted(before.keys() - start.keys()):
         if not np.array_equal(after[name], before[name]):
             client, round = trained.manifest.client, trained.manifest.round
             combine = agreement.aggregation.combine
@@ -30,6 +34,29 @@ def cut(theta: Artefact, trained: Artefact, agreement: Agreement) -> tuple[Tenso
             mend = Command("client-train", client=client, round=round, overwrite=True)
             raise Refused(message, where=trained.path, mend=mend)
     return sent, start
+
+
+def own_of(client: Party, round: int) -> Artefact | None:
+    """The adapter that a client ended its last round with, where a part of it is its own; None if it has none."""
+    workspace = client.workspace
+    if not workspace.agreement.personal:
+        return None
+    for before in range(round - 1, 0, -1):
+        place = workspace.client_adapter(before, client.number)
+        if place.exists():
+            return received(place, by=client, stage="client-train", round=before, client=client.number)
+    return None
+
+
+def joined(theta: Artefact, own: Artefact | None, agreement: Agreement) -> Artefact:
+    """The broadcast as a client begins with it: with its own A or B in the place of the server's."""
+    if own is None:
+        return theta
+    lora = agreement.slm.lora
+    of_all = read_adapter(theta, None, lora)
+    its = read_adapter(own, layout_of(of_all), lora)
+    weights = weights_bytes(its | part_of(of_all, agreement.sent_in(theta.manifest.round)))
+    return replace(theta, contents=theta.contents | {ADAPTER_WEIGHTS: weights})
 
 
 def numbers_sent(theta: Artefact, agreement: Agreement) -> int:

@@ -40,6 +40,7 @@ def numbers_of(folder: Folder, adapter: AnyAdapter, start: Tensors | None) -> It
     zeros = [name for name, extent in adapter.extents.items() if extent == 0]
     second = [name for name in adapter.tensors if name.endswith(B)]
     begins = folder.manifest is not None and (folder.manifest.stage, folder.manifest.round) == ("broadcast", 1)
+    begins |= _is_without_b(folder)
     is_untrained = bool(second) and set(second) <= set(zeros)
     if is_untrained and not begins:
         yield A4.warn(weights, "every B is zero: training did nothing", "some B that is not")
@@ -51,7 +52,14 @@ def numbers_of(folder: Folder, adapter: AnyAdapter, start: Tensors | None) -> It
     said += f", update {measured['update_norm']:.3g}" if "update_norm" in measured else ""
     ranks = [value for name, value in measured.items() if name.startswith("effective_rank/")]
     said += f", effective rank {min(ranks):.2f} to {max(ranks):.2f}" if ranks else ""
-    yield A4.ok(said + (", untrained as round 1 begins" if is_untrained else ""), where=folder.shown, measured=measured)
+    yield A4.ok(said + (", untrained, as it begins" if is_untrained else ""), where=folder.shown, measured=measured)
+
+
+def _is_without_b(folder: Folder) -> bool:
+    """Whether it is the server's where every B is a client's own: the server's stays zero unless it trains one."""
+    manifest, agreement = folder.manifest, folder.scope.agreement
+    own = agreement.aggregation.personal if agreement and agreement.federation.averages else None
+    return own == "B" and manifest is not None and manifest.stage in ("broadcast", "aggregate")
 
 
 def _without_numbers(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:

@@ -100,7 +100,8 @@ class AnyAdapter:
         for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None)):
             if (value := self.config.get(key) or plain) != plain:
                 found.append(f"{key} = {lora_settings.brief(value)}")
-        found += [f"{said}, which fits no layer" for said in lora_settings.fits_nothing(self.config, list(modules))]
+        layers = sorted({name.removesuffix(A).removesuffix(B) for name in self.tensors if name.endswith((A, B))})
+        found += [f"{said}, which fits no layer" for said in lora_settings.fits_nothing(self.config, layers)]
         paired = {module + name for module in modules for name in (A, B)}
         return found + [f"{name} is not of a pair of LoRA matrices" for name in self.tensors if name not in paired]
 

@@ -213,11 +213,8 @@ class Agreement(Settings):
                 f"aggregation.average takes clients of one model: take out the table [clients.{own[0]}.slm], "
                 "or set aggregation.average = false"
             )
-        if self.aggregation.trains_part:
-            raise ValueError(
-                f"aggregation.combine {self.aggregation.combine} has clients train one of A and B, which they go on to "
-                "learn from public rows: method fedmkt takes factors and product"
-            )
+        if self.aggregation.sent_in(1) != "AB":
+            raise ValueError("aggregation.average takes whole adapters: take out personal, and combine but for product")
         if self.aggregation.max_update_norm is not None:
             raise ValueError(
                 "aggregation.max_update_norm holds for client-train alone, not for what aggregation.average averages: "
@@ -272,11 +269,20 @@ class Agreement(Settings):
     @property
     def sends_part(self) -> bool:
         """Whether clients keep their adapters and send A or B alone; where nothing is averaged, they train both."""
-        return self.federation.averages and self.aggregation.trains_part
+        return self.sent_in(1) != "AB"
+
+    def trained_in(self, round: int) -> Factors:
+        """Which matrices clients train in a round; the others stay as the broadcast has them."""
+        return self.aggregation.trained_in(round) if self.federation.averages else "AB"
 
     def sent_in(self, round: int) -> Factors:
-        """Which matrices clients train in a round, and send."""
-        return self.aggregation.trained_in(round) if self.federation.averages else "AB"
+        """Which matrices clients send in a round, and the server averages."""
+        return self.aggregation.sent_in(round) if self.federation.averages else "AB"
+
+    @property
+    def personal(self) -> bool:
+        """Whether each client goes on with an A, or a B, of its own."""
+        return self.federation.averages and self.aggregation.personal is not None
 
     def broadcasts(self, round: int) -> bool:
         """Whether the server sends all clients the adapter that they begin a round with."""

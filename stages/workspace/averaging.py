@@ -23,6 +23,7 @@ class Aggregation(Settings):
     max_update_norm: Rate | None = None
     rule: Rule = "mean"
     combine: Combine = "factors"
+    personal: Literal["A", "B"] | None = None
     outliers: Positive | None = None
     gate: Share | None = None
     average: bool = False
@@ -43,6 +44,11 @@ class Aggregation(Settings):
         by_combine: dict[Combine, Factors] = {"freeze-a": "B", "alternate": alternating}
         return by_combine.get(self.combine, "AB")
 
+    def sent_in(self, round: int) -> Factors:
+        """Which matrices clients send in a round: what they train, without what stays with each."""
+        sent: dict[str | None, Factors] = {"A": "B", "B": "A"}
+        return sent.get(self.personal) or self.trained_in(round)
+
     @property
     def trains_part(self) -> bool:
         """Whether A or B stays as it is in every round."""
@@ -54,6 +60,12 @@ class Aggregation(Settings):
             raise ValueError(f"rule {self.rule} needs outliers, the number f of updates that may be bad")
         if self.rule in ("median", "trimmed-mean", "krum") and self.weighting != "uniform":
             raise ValueError(f"rule {self.rule} counts every client alike: weighting {self.weighting} is for means")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_personal_is_trained(self) -> Aggregation:
+        if self.personal and self.combine != "factors":
+            raise ValueError(f"personal is for A and B that are averaged apart: combine {self.combine} has another way")
         return self
 
     @model_validator(mode="after")
