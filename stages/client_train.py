@@ -5,7 +5,8 @@ from round 2 with its own exchange/round-(t-1)/client-k instead.
 In round 1 a client with a model of its own makes its adapter itself.
 Writes exchange/round-t/client-k, and the private log private/client-k/round-t/client-train.jsonl; with differential
 privacy, private/client-k/privacy-ledger.jsonl too, before training begins. In secure mode the adapter stays in
-private/client-k/round-t/slm, and what goes to exchange/ is masked; with FedMKT it stays in .../trained.
+private/client-k/round-t/slm, and what goes to exchange/ is masked, and so it does where A or B alone is sent; with
+FedMKT it stays in .../trained.
 """
 
 from __future__ import annotations
@@ -15,13 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stages.aggregation import channels
-from stages.artefacts.lineage import own_parent
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.parts import joined, own_of
+from stages.artefacts.parts import Start, start_of
 from stages.artefacts.publishing import already_made, is_earlier, publish
-from stages.artefacts.reading import Artefact
 from stages.artefacts.steps import Over, Step
-from stages.artefacts.subjects import start_of
 from stages.data.rows import Row
 from stages.files import writing
 from stages.parties.party import Party
@@ -69,27 +67,12 @@ def client_train(
 
 
 class Opened(NamedTuple):
-    """The rows, the digest of their file, what training starts from, and whether a final update is only sent again.
-
-    own: the client's adapter of before, whose A or B it goes on with where that is personal.
-    """
+    """The rows, the digest of their file, what training starts from, and whether a final update is only sent again."""
 
     rows: list[Row]
     data_sha256: str
-    theta: Artefact | None
-    own: Artefact | None
+    start: Start
     sends_again: bool
-
-    @property
-    def parents(self) -> dict[str, str]:
-        """What the adapter is made from."""
-        received = {self.theta.path.name: self.theta.sha256} if self.theta else {}
-        return received | ({own_parent(self.own.manifest.round): self.own.sha256} if self.own else {})
-
-    @property
-    def attempt(self) -> int:
-        """At the round."""
-        return self.theta.manifest.attempt if self.theta else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +90,21 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
         self.workspace.check_client(self.party.number)
         self.report(Event("stage", f"client-train, round {self.round}, client {self.party.number}"))
         rows, data_sha256 = self.learner.rows()
-        theta = start_of(self.party, self.round)
-        self.channel.accept(theta)
-        self.channel.check(theta, rows, self.overwrite)
-        own = own_of(self.party, self.round)
-        return Opened(rows, data_sha256, theta, own, self.overwrite and self.channel.is_final(theta))
+        start = start_of(self.party, self.round)
+        self.channel.accept(start.theta)
+        self.channel.check(start.theta, rows, self.overwrite)
+        return Opened(rows, data_sha256, start, self.overwrite and self.channel.is_final(start.theta))
 
     def decide(self, opened: Opened, again: bool) -> tuple[Opened, bool]:
         """An adapter is made again if that is asked for and can be, or if it is of an earlier attempt at the round."""
         again = again and not opened.sends_again
-        self.channel.check(opened.theta, opened.rows, again)  # once more: another process may have sent it meanwhile
-        return opened, again or is_earlier(self.publishes[0], opened.attempt)  # unread, if asked for
+        self.channel.check(opened.start.theta, opened.rows, again)  # once more: another process may have sent it
+        return opened, again or is_earlier(self.publishes[0], opened.start.attempt)  # unread, if asked for
 
     def look(self, opened: Opened, again: bool) -> Manifest | None:
         """An adapter that was trained from this theta on these rows."""
         [target], data = self.publishes, opened.data_sha256
-        return already_made(target, opened.parents, by=self.party, overwrite=again, log=self.log, data=data)
+        return already_made(target, opened.start.parents, by=self.party, overwrite=again, log=self.log, data=data)
 
     def compute(self, opened: Opened, again: bool) -> Trained:
         """Train the adapter, and keep its update as short as agreed."""
@@ -134,11 +116,11 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
         models = self.models.of(self.workspace) if self.models else Models(self.workspace, self.processes)
         models.use("slm")
         seed = self.workspace.seed_for("theta", 1, self.party.number)
-        begins = joined(opened.theta, opened.own, self.workspace.agreement) if opened.theta else None
-        slm = models.begun("slm", begins, seed=seed, trains=self.workspace.agreement.trained_in(self.round))
+        agreement = self.workspace.agreement
+        slm = models.begun("slm", opened.start.adapter(agreement), seed=seed, trains=agreement.trained_in(self.round))
         start = adapters.take(slm.model)
         examples, left_out = self.learner.examples(opened.rows, slm)
-        outcome = self.learner.train(slm, examples, {"data": opened.data_sha256, **opened.parents}, again)
+        outcome = self.learner.train(slm, examples, {"data": opened.data_sha256, **opened.start.parents}, again)
         return Trained(slm, outcome, keep_short(slm, start, examples, self.workspace, self.report), left_out)
 
     def publish(self, opened: Opened, computed: Trained, over: Over) -> Manifest:
@@ -153,8 +135,8 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
             outcome,
             stage="client-train",
             round=self.round,
-            attempt=opened.attempt,
-            parents=opened.parents,
+            attempt=opened.start.attempt,
+            parents=opened.start.parents,
             seed=told.seed,
             metrics=told.metrics,
             privacy=told.privacy,
@@ -167,4 +149,4 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
 
     def end(self, opened: Opened, made: Manifest, again: bool) -> Manifest:
         """Send it."""
-        return self.channel.send(opened.theta, made, again or opened.sends_again)
+        return self.channel.send(opened.start.theta, made, again or opened.sends_again)

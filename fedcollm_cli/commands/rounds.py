@@ -98,8 +98,9 @@ def aggregate(
     Reads exchange/round-t/broadcast and every exchange/round-t/client-k that has arrived. If these are fewer than
     min_clients, it ends with exit code 3. Writes private/server/round-t/aggregate. The manifest has the cross term of
     each layer, which comes from averaging A and B separately. With aggregation.combine = "product" the products BA are
-    averaged instead, and cut back to the agreed rank; the manifest has each layer's remainder. With another
-    aggregation.rule than mean, it says what the rule did to which client.
+    averaged instead, and cut back to the agreed rank; the manifest has each layer's remainder. With "freeze-a" or
+    "alternate" clients send B or A alone, and nothing is lost. With another aggregation.rule than mean, it says what
+    the rule did to which client.
 
     FedMKT takes this step where aggregation.average is true, with every exchange/round-t/adapter-client-k. An adapter
     must have learned from the knowledge that the server told in this round. By weighting samples, a client's own

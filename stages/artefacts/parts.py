@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from stages.artefacts.adapter_files import Tensors, layout_of, part_of, read_adapter, weights_bytes
+from stages.artefacts.lineage import own_parent
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
+from stages.artefacts.subjects import theta_of
 from stages.parties.party import Party
 from stages.runtime.errors import Refused
 from stages.workspace.agreement import Agreement
@@ -36,7 +39,43 @@ def cut(theta: Artefact, trained: Artefact, agreement: Agreement) -> tuple[Tenso
     return sent, start
 
 
-def own_of(client: Party, round: int) -> Artefact | None:
+class Start(NamedTuple):
+    """What a client begins a round with, theta^t.
+
+    theta: the broadcast, or where nothing is averaged its own adapter of the round before; None: it makes one itself.
+    own: the adapter of an earlier round whose A, or B, it goes on with where that is personal.
+    """
+
+    theta: Artefact | None
+    own: Artefact | None = None
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """What is made from it is made from these."""
+        received = {self.theta.path.name: self.theta.sha256} if self.theta else {}
+        return received | ({own_parent(self.own.manifest.round): self.own.sha256} if self.own else {})
+
+    @property
+    def attempt(self) -> int:
+        """At the round."""
+        return self.theta.manifest.attempt if self.theta else 0
+
+    def adapter(self, agreement: Agreement) -> Artefact | None:
+        """What training begins with: the broadcast, with the client's own A or B in the place of the server's."""
+        if self.theta is None or self.own is None:
+            return self.theta
+        of_all = read_adapter(self.theta, None, agreement.slm.lora)
+        its = read_adapter(self.own, layout_of(of_all), agreement.slm.lora)
+        weights = weights_bytes(its | part_of(of_all, agreement.sent_in(self.theta.manifest.round)))
+        return replace(self.theta, contents=self.theta.contents | {ADAPTER_WEIGHTS: weights})
+
+
+def start_of(client: Party, round: int) -> Start:
+    """What a client begins a round with. Raises as subjects.theta_of does."""
+    return Start(theta_of(client, round), _own(client, round))
+
+
+def _own(client: Party, round: int) -> Artefact | None:
     """The adapter that a client ended its last round with, where a part of it is its own; None if it has none."""
     workspace = client.workspace
     if not workspace.agreement.personal:
@@ -46,17 +85,6 @@ def own_of(client: Party, round: int) -> Artefact | None:
         if place.exists():
             return received(place, by=client, stage="client-train", round=before, client=client.number)
     return None
-
-
-def joined(theta: Artefact, own: Artefact | None, agreement: Agreement) -> Artefact:
-    """The broadcast as a client begins with it: with its own A or B in the place of the server's."""
-    if own is None:
-        return theta
-    lora = agreement.slm.lora
-    of_all = read_adapter(theta, None, lora)
-    its = read_adapter(own, layout_of(of_all), lora)
-    weights = weights_bytes(its | part_of(of_all, agreement.sent_in(theta.manifest.round)))
-    return replace(theta, contents=theta.contents | {ADAPTER_WEIGHTS: weights})
 
 
 def numbers_sent(theta: Artefact, agreement: Agreement) -> int:

@@ -74,7 +74,7 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
     return received(folder, by=Onlooker(workspace), stage=stage, round=round, client=client, missing=missing)
 
 
-def start_of(party: Party, round: int) -> Artefact | None:
+def theta_of(party: Party, round: int) -> Artefact | None:
     """What a client starts from: theta^t; where nothing is averaged, from round 2 on, its own of the round before.
 
     None in round 1 where clients have models of their own: each makes an adapter for itself.

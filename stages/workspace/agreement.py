@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from stages.workspace.averaging import Aggregation, Factors
 from stages.workspace.budgets import ClientTraining, Distillation
 from stages.workspace.commands import Command
+from stages.workspace.rows_and_scores import Data, Evaluation
 from stages.workspace.settings import Dtype, Positive, Quantization, Rate, Settings
 
 Method = Literal[
@@ -93,29 +94,6 @@ class Privacy(Settings):
     def is_on(self) -> bool:
         """Whether clients train with noise."""
         return self.epsilon is not None or self.noise_multiplier is not None
-
-
-class Data(Settings):
-    """Where `prepare` takes a public dataset from and how it splits it; parties with their own data leave it out."""
-
-    tasks: list[str] = []
-    files: list[str] = []
-    split: Literal["iid", "dirichlet", "by-task"] = "iid"
-    dirichlet_alpha: Rate = 0.5
-    auxiliary_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    auxiliary_sources: list[str] = []
-    unlabelled_share: Annotated[float, Field(ge=0, lt=1)] | None = None
-    held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    too_long: Literal["refuse", "skip"] = "refuse"
-
-
-class Evaluation(Settings):
-    """What lm-eval scores, zero-shot."""
-
-    tasks: list[str] = []
-    limit: Positive | None = None
-    batch_size: Positive = 16
-    precision: Literal["full", "training"] = "full"
 
 
 def threshold(clients: int) -> int:

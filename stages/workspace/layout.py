@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 
 from stages.files import reading
 from stages.runtime.errors import Refused
 from stages.workspace.agreement import Agreement
+from stages.workspace.derived_layout import Derived
 from stages.workspace.machine import Machine
 from stages.workspace.names import CLIENT, EXCHANGE, PRIVATE, ZERO_SHOT, round_name
 from stages.workspace.settings import Role
@@ -21,10 +22,8 @@ def broadcast_in(place: Path) -> Path:
     return place / "broadcast"
 
 
-class Layout(ABC):
+class Layout(Derived):
     """The folders and files of a workspace, as its agreement and this machine's settings place them."""
-
-    root: Path
 
     @property
     @abstractmethod
@@ -35,11 +34,6 @@ class Layout(ABC):
     @abstractmethod
     def machine(self) -> Machine:
         """Settings of this machine."""
-
-    @property
-    @abstractmethod
-    def home(self) -> Path:
-        """Where relative paths of the settings, and tasks/, start."""
 
     @property
     @abstractmethod
@@ -281,25 +275,6 @@ class Layout(ABC):
         """Job scripts for Slurm, made by `fedcollm slurm`; their logs, and the numbers of the jobs."""
         return self.root / "slurm"
 
-    # --- workspaces derived from this one
-
-    def baseline(self, method: str) -> Path:
-        """Another method on the same data, with the same budgets."""
-        return self.root / "baselines" / method
-
-    def replica(self, seed: int) -> Path:
-        """The same federation from another seed."""
-        return self.root / "seeds" / f"seed-{seed}"
-
-    def sweep_point(self, name: str) -> Path:
-        """The same federation with other settings, which name it."""
-        return self.root / "sweeps" / name
-
     def export(self, round: int, subject: str, *, merged: bool) -> Path:
         """One model in the form that others load: an adapter for PEFT, or merged weights."""
         return self.root / "exports" / f"{subject}-{round_name(round)}{'-merged' if merged else ''}"
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether this one was derived from another as its baseline: methods are run and compared from there."""
-        return self.home != self.root and self.baseline("").name == self.root.parent.name

@@ -16,7 +16,7 @@ from federations import agreement, secrets_of, with_keys
 from processes import start
 from stages.accounting.ledger import charges, read_ledger
 from stages.aggregate import aggregate
-from stages.artefacts.subjects import start_of
+from stages.artefacts.subjects import theta_of
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.files import locks
@@ -280,7 +280,7 @@ def test_an_adapter_is_not_replaced_whose_update_another_process_sends_meanwhile
     with locks.held(workspace.log("client-train", 1, 2).with_suffix(".lock")):
         second = start("client-train", "--client", 2, "--round", 1, "--overwrite", "-w", opened)
         second.wait_until_said(WAITS)
-        ToServer(party, ignore).send(start_of(party, 1), trained, False)
+        ToServer(party, ignore).send(theta_of(party, 1), trained, False)
     code, said = second.end()
     assert (code, "which cannot be replaced" in said) == (5, True), said
 

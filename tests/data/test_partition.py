@@ -11,7 +11,7 @@ import pytest
 from stages.data.partition import SPLITS, Deal, by_task, dirichlet, iid, split
 from stages.data.rows import Row
 from stages.runtime.errors import UsageProblem
-from stages.workspace.agreement import Data
+from stages.workspace.rows_and_scores import Data
 
 KINDS = pytest.mark.parametrize("kind", SPLITS)
 

@@ -16,8 +16,7 @@ from pydantic import ValidationError
 from builders import adapters, edit, make_workspace, sign
 from stages.aggregate import aggregate
 from stages.aggregation.drift import drift
-from stages.artefacts.parts import joined, own_of
-from stages.artefacts.reading import read_artefact
+from stages.artefacts.parts import start_of
 from stages.audit.audit import audit
 from stages.audit.verify import verify
 from stages.broadcast import broadcast
@@ -138,8 +137,9 @@ def test_each_client_goes_on_with_its_own_b(ran: Callable[[str], Path]) -> None:
     sent = json.loads((folder / "exchange/round-0002/client-1/manifest.json").read_text())["parents"]
     assert sent.keys() == {"broadcast"}
     party = Party.client(Workspace(folder), 2)
-    before, theta = own_of(party, 2), read_artefact(folder / "exchange/round-0002/broadcast")
-    begins = safetensors.numpy.load(joined(theta, before, party.workspace.agreement).contents[ADAPTER_WEIGHTS])
+    start = start_of(party, 2).adapter(party.workspace.agreement)
+    assert start is not None
+    begins = safetensors.numpy.load(start.contents[ADAPTER_WEIGHTS])
     for name, tensor in tensors(folder / "exchange/round-0002/broadcast").items():
         np.testing.assert_array_equal(begins[name], ends[1].get(name, tensor))
 
