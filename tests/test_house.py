@@ -348,7 +348,7 @@ def joined(path: Path) -> set[str]:
 def test_names_on_disk_are_spelled_by_the_workspace_alone() -> None:
     files = {value for value in vars(names).values() if isinstance(value, str) and re.fullmatch(r"[\w.-]+\.\w+", value)}
     assert {"fedcollm.toml", "manifest.json"} <= files
-    places = joined(STAGES / "workspace" / "layout.py")
+    places = set.union(*(joined(STAGES / "workspace" / f"{name}.py") for name in ("layout", "derived_layout")))
     assert {"keys", "seed-", "broadcast", "train.jsonl"} <= places
     for path in MODULES:
         if room_of(path) != "workspace" and path != STAGES / "files" / "seclusion.py":

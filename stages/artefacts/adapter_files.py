@@ -128,8 +128,9 @@ def check_layout(found: Layout, expected: Layout, path: Path, whose: str) -> Non
     if missing:
         raise Damaged(f"the adapter lacks {missing[0]} ({len(missing)} tensors missing)", where=path, mend=mend)
     if superfluous:
-        is_other = layers_of({*superfluous, *expected})  # the matrices that stay as they are
-        whose_not = "which the agreement has nobody send in this round" if is_other else "which the base model does not"
+        kinds = {end for end in (A, B) if any(name.endswith(end) for name in expected)}
+        is_kept = superfluous[0].endswith((A, B)) and not superfluous[0].endswith(tuple(kinds))
+        whose_not = "which the agreement has nobody send in this round" if is_kept else "which the base model does not"
         message = f"the adapter has {superfluous[0]}, {whose_not} ({len(superfluous)} tensors too many)"
         raise Damaged(message, where=path, mend=mend)
     for name in sorted(expected):

@@ -45,6 +45,9 @@ BUDGET: dict[str, Any] = {
 }
 
 
+MODELS = {"llm": "llm", "server's SLM": "slm"}
+
+
 class Study:
     """Where everything is, and the commands."""
 
@@ -90,12 +93,13 @@ class Study:
         """Where `compare --seeds` has each seed."""
         return [place, *(place / f"seeds/seed-{seed}" for seed in seeds[1:])]
 
-    def beside(self, name: str, found: Mapping[str, Sequence[Path]], *, minus: str) -> None:
+    def beside(
+        self, name: str, found: Mapping[str, Sequence[Path]], *, minus: str, models: Mapping[str, str] = MODELS
+    ) -> None:
         """Workspaces of several commands in one table, with paired differences as compare and sweep make them.
 
-        found: by label, a workspace for each seed.
+        found: by label, a workspace for each seed. models: by label, how scores call them.
         """
-        models = {"llm": "llm", "server's SLM": "slm"}
         lines = [f"| | {' | '.join(models)} |", "| --- |" + " ---: |" * len(models)]
         for label, places in found.items():
             cells = []
@@ -208,11 +212,9 @@ def who_teaches(study: Study) -> None:
 def how(study: Study) -> None:
     """Question 2, after `iid`: the other settings of distillation, both teaching each other."""
     ways = {
-        "temperature 2": "temperature=2.0",
+        "where the teacher is sure": "min_confidence=0.5",
         "temperature 4": "temperature=4.0",
         "reverse KL": "divergence=reverse",
-        "Jensen-Shannon": "divergence=jensen-shannon",
-        "where the teacher is sure": "min_confidence=0.5",
         "the SLM first": "order=alternating",
     }
     _ways(study, "how", ways, THREE)
@@ -262,14 +264,36 @@ def rounds(study: Study) -> None:
     _beside_one_way(study, "rounds", ways)
 
 
+PROMISES = {
+    "secure": {"aggregation.mode": "secure"},
+    "epsilon 8": {"privacy.epsilon": "8.0"},
+    "epsilon 3": {"privacy.epsilon": "3.0"},
+}
+
+
 def promises(study: Study) -> None:
     """Question 4, after `who-teaches`: what secure aggregation and differential privacy cost."""
-    ways = {
-        "secure": {"aggregation.mode": "secure"},
-        "epsilon 8": {"privacy.epsilon": "8.0"},
-        "epsilon 3": {"privacy.epsilon": "3.0"},
-    }
-    _beside_one_way(study, "promises", ways)
+    _beside_one_way(study, "promises", PROMISES)
+
+
+def averages(study: Study) -> None:
+    """Question 4: and what they cost the clients' average, which the server trains no further."""
+    _of_averages(study, "averages", {}, PROMISES)
+
+
+def combining(study: Study) -> None:
+    """Question 5: ways to combine what clients of unlike labels have learned."""
+    ways = {way: {"aggregation.combine": way} for way in ("product", "freeze-a", "alternate")}
+    _of_averages(study, "combining", {"data.split": "dirichlet", "data.dirichlet_alpha": 0.3}, ways)
+
+
+def _of_averages(study: Study, name: str, data: Mapping[str, Any], ways: Mapping[str, Mapping[str, str]]) -> None:
+    """Settings of FedAvg's average."""
+    place = study.workspace(f"fedavg-{name}", {"federation.method": "fedavg", **data})
+    found = {"default": study.sweep(f"{name}-default", place, THREE, {"aggregation.weighting": "uniform"})}
+    for label, way in ways.items():
+        found[label] = study.sweep(f"{name}-{label}", place, THREE, way)
+        study.beside(name, found, minus="default", models={"the average": "aggregate"})
 
 
 def _beside_one_way(study: Study, name: str, ways: Mapping[str, Mapping[str, str]]) -> None:
@@ -296,6 +320,8 @@ IN_ORDER = (
     how,
     rounds,
     promises,
+    averages,
+    combining,
 )
 PARTS = {part.__name__.replace("_", "-"): part for part in IN_ORDER}
 
