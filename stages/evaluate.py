@@ -123,10 +123,16 @@ class Evaluate(Step[Opened, Measured, Result]):
             tasks.check_answers(task, self.report)
         self._models.use(role)
         tuned = self._models.get(role) if adapter is None else self._models.with_adapter(role, adapter)
+        is_base = adapter is not None and adapter.manifest.client is None and self.workspace.agreement.server_has_no_b
+        if is_base:
+            words = (
+                "every B is a client's own, by personal = \"B\": the server's SLM is its base, and is scored as that"
+            )
+            self.report(Event("warning", words))
         scores = scoring.score(
             tuned,
             loaded,
-            with_adapter=adapter is not None,
+            with_adapter=adapter is not None and not is_base,
             limit=settings.limit,
             batch_size=settings.batch_size,
             as_trained=settings.precision == "training",

@@ -262,6 +262,11 @@ class Agreement(Settings):
         """Whether each client goes on with an A, or a B, of its own."""
         return self.federation.averages and self.aggregation.personal is not None
 
+    @property
+    def server_has_no_b(self) -> bool:
+        """Whether the server's SLM remains its base: every B is a client's, and the server trains none."""
+        return self.personal and self.aggregation.personal == "B" and not self.federation.distils
+
     def broadcasts(self, round: int) -> bool:
         """Whether the server sends all clients the adapter that they begin a round with."""
         return self.averages or (round == 1 and self.is_of_one_slm)

@@ -216,6 +216,19 @@ def test_bytes_are_those_of_the_files(ran: Callable[[str], Path], name: str) -> 
     assert planned.sent["server"] == 3 * cost.adapter_bytes
 
 
+def test_where_nobody_trains_the_servers_b_its_slm_scores_as_its_base(workspace_folder: Path) -> None:
+    edit(workspace_folder / "fedcollm.toml", "seed = 7\n", 'seed = 7\nmethod = "fedavg"\n')
+    edit(workspace_folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
+    folder = with_settings(workspace_folder, SETTINGS["personal"])
+    run(Workspace(folder))
+    scored, base = (
+        json.loads((folder / f"results/{name}.json").read_text())["tasks"]
+        for name in ("round-0001/aggregate", "zero-shot/slm")
+    )
+    assert scored == base
+    assert {one.level for one in audit([folder])} <= {"OK", "SKIP"}
+
+
 # --- what is refused
 
 
