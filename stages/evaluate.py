@@ -125,9 +125,7 @@ class Evaluate(Step[Opened, Measured, Result]):
         tuned = self._models.get(role) if adapter is None else self._models.with_adapter(role, adapter)
         is_base = adapter is not None and adapter.manifest.client is None and self.workspace.agreement.server_has_no_b
         if is_base:
-            words = (
-                "every B is a client's own, by personal = \"B\": the server's SLM is its base, and is scored as that"
-            )
+            words = "every B is a client's own here: the server's SLM is its base, and is scored as that"
             self.report(Event("warning", words))
         scores = scoring.score(
             tuned,
