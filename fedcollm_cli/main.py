@@ -40,7 +40,8 @@ app = typer.Typer(
 )
 
 COMMANDS = (
-    *(starting.init, planning.plan, planning.prefetch, shearing.shear, starting.prepare, aligning.align),
+    *(starting.init, planning.plan, planning.prefetch, shearing.shear),
+    *(starting.prepare, starting.check_rows, aligning.align),
     *(enrolling.keys, enrolling.enroll, enrolling.join),
     *(rounds.broadcast, rounds.client_train, rounds.reveal, rounds.aggregate, rounds.co_distill),
     *(knowledge.share_knowledge, knowledge.client_distill, rounds.evaluate),

@@ -48,6 +48,42 @@ def init(
 
 
 @in_workspace("quiet")
+def check_rows(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files of JSON lines. Default: all rows of this workspace that are here."),
+    ] = None,
+    *,
+    client: Annotated[int | None, typer.Option("--client", min=1, help="Only what this client trains on.")] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Write NAME.mended.jsonl beside a file that can be mended.")
+    ] = False,
+    opened: Session,
+) -> None:
+    """Check rows of your own before anybody trains on them.
+
+    Tells all at once, with line numbers. FAIL: lines that are no rows, and rows that are too long; training would
+    refuse the file. WARN: rows that occur twice, here or in another file; prompts with two answers, or that are also
+    questions of [evaluation]; no space before an answer, or two; byte order marks and mixed line ends. Prints how long
+    rows are in tokens, if the tokenizer is here, and the answers where there are few. It prints no other text of a row.
+    Loads no weights. Ends with exit code 4 if a file would be refused.
+
+    With --fix, a copy is written: Unix's line ends, no byte order mark, no empty line, each row once, one space before
+    an answer. Lines that are no rows stay as they are. The file itself is never changed.
+
+    Example: fedcollm check-rows --client 2 --fix
+    """
+    from fedcollm_cli.views.rows import checked_rows
+    from stages.planning.check_rows import DAMAGED
+    from stages.planning.check_rows import check_rows as stage
+
+    found = stage(opened.workspace, files=files or (), client=client, fix=fix, report=opened.console.report)
+    opened.console.result([one.as_json(opened.workspace) for one in found], checked_rows(opened.workspace, found))
+    if any(one.is_refused for one in found):
+        raise typer.Exit(DAMAGED)
+
+
+@in_workspace("quiet")
 def prepare(
     *,
     opened: Session,

@@ -76,19 +76,25 @@ def read_rows(path: Path, *, unlabelled: bool = False) -> tuple[list[Row], str]:
         content = reading.read_own(path)
     except FileNotFoundError:
         raise reading.not_there(path) from None
-    rows: list[Row] = []
-    found: dict[int, str] = {}
-    for number, line in enumerate(_lines(content, path), 1):
-        try:
-            rows.append(_row(line, unlabelled))
-        except _BadRow as error:
-            found[number] = str(error)
-    if found:
+    each = [row for _, row in parsed_lines(content, path, unlabelled=unlabelled)]
+    rows = [row for row in each if isinstance(row, Row)]
+    if found := {number: row for number, row in enumerate(each, 1) if not isinstance(row, Row)}:
         expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
         raise _bad_lines(path, found, expected + (', or {"prompt": "..."} alone' if unlabelled else ""))
     if not rows:
         raise Damaged(f"{path.name} is empty", where=path, mend='put rows {"prompt": ..., "completion": ...} in it')
     return rows, reading.sha256(content)
+
+
+def parsed_lines(content: bytes, path: Path, *, unlabelled: bool) -> list[tuple[str, Row | str]]:
+    """Each line of a file, and its row, or why it is none. Raises Damaged for a file that is no text."""
+    found: list[tuple[str, Row | str]] = []
+    for line in _lines(content, path):
+        try:
+            found.append((line, _row(line, unlabelled)))
+        except _BadRow as error:
+            found.append((line, str(error)))
+    return found
 
 
 def check_json_lines(path: Path) -> None:
@@ -175,12 +181,16 @@ def _row(line: str, unlabelled: bool) -> Row:
 def warn_of_spacing(rows: Sequence[Row], report: Report) -> None:
     """Tell how many answers stand right against their prompt, or two spaces from it: nothing else shows that."""
     labelled = [(row.prompt, row.completion) for row in rows if row.completion is not None]
-    unspaced = sum(not (prompt[-1].isspace() or completion[0].isspace()) for prompt, completion in labelled)
-    if unspaced:
+    if unspaced := sum(is_unspaced(prompt, completion) for prompt, completion in labelled):
         report(Event("warning", f"{unspaced} of {len(labelled)} completions begin without a space after their prompt"))
     doubled = sum(is_doubly_spaced(prompt, completion) for prompt, completion in labelled)
     if doubled:
         report(Event("warning", f"{doubled} of {len(labelled)} completions have two spaces or more before them"))
+
+
+def is_unspaced(prompt: str, completion: str) -> bool:
+    """Whether an answer stands right against its prompt."""
+    return not (prompt[-1].isspace() or completion[0].isspace())
 
 
 def is_doubly_spaced(prompt: str, completion: str) -> bool:

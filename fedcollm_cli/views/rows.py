@@ -1,0 +1,52 @@
+"""What `check-rows` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from stages.runtime import texts
+
+if TYPE_CHECKING:
+    from stages.planning.check_rows import Checked
+    from stages.planning.row_checks import Remark
+    from stages.workspace.paths import Workspace
+
+MOST_LINES = 12
+"""Of a file that one remark names; --json has them all."""
+
+
+def checked_rows(workspace: Workspace, found: Sequence[Checked]) -> str:
+    """A part for each file: how many rows, how long, which answers, and what is wrong or odd, with its lines."""
+    parts = [line for one in found for line in _file(workspace, one)]
+    refused = sum(one.is_refused for one in found)
+    odd = sum(not one.is_refused and bool(one.remarks) for one in found)
+    said = [f"{refused} would be refused" if refused else "none would be refused"]
+    said += [f"{odd} with remarks"] if odd else []
+    return texts.lines([*parts, f"files: {len(found)}; {', '.join(said)}"])
+
+
+def _file(workspace: Workspace, one: Checked) -> list[str]:
+    lines = [f"{workspace.shown(one.path)}: {_counted(one.rows, 'row')}"]
+    if size := one.lengths:
+        rows = f"half have {size.half:g} or fewer, 95 % {size.most} or fewer, the longest {size.longest}"
+        answers = f"completions {size.half_answer:g}, the longest {size.longest_answer}"
+        lines.append(f"  tokens: {rows}, of {size.limit} that fit; {answers}")
+    if one.answers:
+        lines.append("  completions: " + ", ".join(f"{texts.in_code(name)} {n}" for name, n in one.answers.items()))
+    lines += [f"  {remark.level} {remark.found}{_lines(remark)}" for remark in one.remarks]
+    if one.mended:
+        lines.append(f"  mended: {', '.join(one.mends)}; look at it, then: mv {one.mended.name} {one.path.name}")
+    return lines
+
+
+def _lines(remark: Remark) -> str:
+    if not remark.lines:
+        return ""
+    listed = ", ".join(map(str, remark.lines[:MOST_LINES]))
+    more = len(remark.lines) - MOST_LINES
+    return f": {'line' if len(remark.lines) == 1 else 'lines'} {listed}" + (f" and {more} more" if more > 0 else "")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

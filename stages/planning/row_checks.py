@@ -1,0 +1,155 @@
+"""What can be wrong, or odd, in a file of rows: each check tells the lines, none the text."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+from stages.data.rows import Row, encode_row, is_doubly_spaced, is_unspaced
+
+if TYPE_CHECKING:
+    from stages.models.tuned import Outline
+
+Level = Literal["FAIL", "WARN"]
+
+MOST_ANSWERS, LONGEST_ANSWER = 12, 24
+"""Answers are listed where a file has no more different ones, none of more letters."""
+MARK = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What is wrong (FAIL: training refuses the file) or odd (WARN), and on which lines, counted from 1."""
+
+    level: Level
+    found: str
+    lines: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of rows: half of them have at most `half`, 95 in 100 at most `most`, and of answers; and how many fit."""
+
+    half: float
+    most: int
+    longest: int
+    limit: int
+    half_answer: float
+    longest_answer: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of rows, and what they are for. client: whose SLM reads them; None: the server's."""
+
+    path: Path
+    client: int | None
+    max_length: int
+    unlabelled: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file as it was read: its bytes, and each line with its row, or why it is none."""
+
+    source: Source
+    content: bytes
+    lines: list[tuple[str, Row | str]]
+
+    @property
+    def rows(self) -> dict[int, Row]:
+        """By line, counted from 1, those that can be read."""
+        return {number: row for number, (_, row) in enumerate(self.lines, 1) if isinstance(row, Row)}
+
+
+def of_lines(opened: Opened) -> Iterator[Remark]:
+    """Lines that are no rows, by what is wrong with them; how lines end, and what stands before the first."""
+    reasons = defaultdict[str, list[int]](list)
+    for number, (_, row) in enumerate(opened.lines, 1):
+        if isinstance(row, str):
+            reasons[row].append(number)
+    for reason, lines in reasons.items():
+        yield Remark("FAIL", reason, lines)
+    if not opened.lines:
+        yield Remark("FAIL", "the file is empty")
+    if opened.content.startswith(MARK):
+        yield Remark("WARN", "a byte order mark before the first line")
+    ends = [number for number, (line, _) in enumerate(opened.lines, 1) if line.endswith("\r")]
+    if ends and len(ends) < len(opened.lines):
+        yield Remark("WARN", "mixed line ends: of Windows (CR LF) here, of Unix elsewhere", ends)
+
+
+def repeated(rows: dict[int, Row]) -> list[int]:
+    """Lines whose row stands before them already."""
+    seen, found = set[tuple[str, str | None]](), list[int]()
+    for number, row in rows.items():
+        if (row.prompt, row.completion) in seen:
+            found.append(number)
+        seen.add((row.prompt, row.completion))
+    return found
+
+
+def of_repeats(opened: Opened) -> Iterator[Remark]:
+    """Rows that occur twice, and prompts that have two answers."""
+    rows = opened.rows
+    if lines := repeated(rows):
+        yield Remark("WARN", "the same row as on an earlier line", lines)
+    answers, asked = defaultdict[str, set[str | None]](set), defaultdict[str, list[int]](list)
+    for number, row in rows.items():
+        answers[row.prompt].add(row.completion)
+        asked[row.prompt].append(number)
+    twice = sorted(number for prompt, known in answers.items() if len(known) > 1 for number in asked[prompt])
+    if twice:
+        yield Remark("WARN", "one prompt with different completions", twice)
+
+
+def of_spacing(opened: Opened) -> Iterator[Remark]:
+    """Answers that stand right against their prompt, or two spaces from it."""
+    pairs = {number: (row.prompt, row.completion) for number, row in opened.rows.items() if row.completion is not None}
+    if lines := [number for number, pair in pairs.items() if is_unspaced(*pair)]:
+        yield Remark("WARN", "no space between prompt and completion", lines)
+    if lines := [number for number, pair in pairs.items() if is_doubly_spaced(*pair)]:
+        yield Remark("WARN", "two spaces or more between prompt and completion", lines)
+
+
+def of_lengths(opened: Opened, reader: Outline, *, is_skipped: bool) -> tuple[Lengths | None, list[Remark]]:
+    """How long rows are, and which are too long, or have no token of a prompt. is_skipped: these are left out."""
+    limit = min(opened.source.max_length, reader.context)
+    examples = {number: encode_row(row, reader.tokenizer) for number, row in opened.rows.items()}
+    if not examples:
+        return None, []
+    remarks, lengths = [], sorted(len(one.input_ids) for one in examples.values())
+    if lines := [number for number, one in examples.items() if one.prompt_tokens < 1]:
+        remarks.append(Remark("FAIL", "no token of a prompt before the completion", lines))
+    if lines := [number for number, one in examples.items() if len(one.input_ids) > limit]:
+        end = ", and left out in training" if is_skipped and len(lines) < len(examples) else ""
+        found = f"more than {limit} tokens, {lengths[-1]} at most{end}"
+        remarks.append(Remark("WARN" if end else "FAIL", found, lines))
+    answers = [one.answer_tokens for one in examples.values() if one.answer_tokens] or [0]
+    most = lengths[(95 * len(lengths) - 1) // 100]
+    return Lengths(median(lengths), most, lengths[-1], limit, median(answers), max(answers)), remarks
+
+
+def of_tests(opened: Opened, prompts: Collection[str]) -> Iterator[Remark]:
+    """Rows whose prompt is one of the questions that are scored."""
+    if lines := [number for number, row in opened.rows.items() if row.prompt in prompts]:
+        yield Remark("WARN", "the prompt is also a question that is scored", lines)
+
+
+def of_others(opened: Opened, other: Opened, name: str) -> Iterator[Remark]:
+    """Rows that another file here has too."""
+    known = {(row.prompt, row.completion) for row in other.rows.values()}
+    if lines := [number for number, row in opened.rows.items() if (row.prompt, row.completion) in known]:
+        yield Remark("WARN", f"rows of {name}, too", lines)
+
+
+def answers_of(opened: Opened) -> dict[str, int] | None:
+    """How often each answer stands there, the most frequent first; None where they are many or long."""
+    counts = Counter(row.completion for row in opened.rows.values() if row.completion is not None)
+    is_short = all(len(answer) <= LONGEST_ANSWER for answer in counts)
+    return dict(counts.most_common()) if 0 < len(counts) <= MOST_ANSWERS and is_short else None
