@@ -108,6 +108,7 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
 
     def compute(self, opened: Opened, again: bool) -> Trained:
         """Train the adapter, and keep its update as short as agreed."""
+        from stages.aggregation.ranks import at_rank_of
         from stages.models import adapters
         from stages.models.loading import Models
         from stages.training.update_norm import keep_short
@@ -117,7 +118,9 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
         models.use("slm")
         seed = self.workspace.seed_for("theta", 1, self.party.number)
         agreement = self.workspace.agreement
-        slm = models.begun("slm", opened.start.adapter(agreement), seed=seed, trains=agreement.trained_in(self.round))
+        theta = opened.start.adapter(agreement)
+        begins = at_rank_of(theta, agreement.slm.lora) if theta else None
+        slm = models.begun("slm", begins, seed=seed, trains=agreement.trained_in(self.round))
         start = adapters.take(slm.model)
         examples, left_out = self.learner.examples(opened.rows, slm)
         outcome = self.learner.train(slm, examples, {"data": opened.data_sha256, **opened.start.parents}, again)

@@ -14,8 +14,8 @@ from fedcollm_cli.views import tables
 from stages.paper.reported import Setting
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
-from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
+from stages.workspace.methods import Method
 
 
 @in_workspace("quiet", "device", "dtype")

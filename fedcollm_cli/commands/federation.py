@@ -10,7 +10,7 @@ import typer
 from fedcollm_cli.session import ClientScoresOption, EachRoundOption, OverwriteOption, Session, in_workspace
 from fedcollm_cli.views import progress
 from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
-from stages.workspace.agreement import Method
+from stages.workspace.methods import Method
 
 
 @in_workspace("quiet", "device", "dtype")

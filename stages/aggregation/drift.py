@@ -30,12 +30,16 @@ class Drift:
 
 
 def drift(workspace: Workspace, round: int) -> list[Drift]:
-    """Of every client whose update of this round is here; none where the broadcast is not."""
+    """Of every client whose update of this round is here; none where the broadcast is not.
+
+    A client of a smaller rank began with another adapter, and has no update of these shapes.
+    """
     if not workspace.broadcast(round).exists():
         return []
     who, lora = Onlooker(workspace), workspace.agreement.slm.lora
     theta = read_adapter(read_sound(workspace.broadcast(round), by=who), None, lora)
-    clients = workspace.client_adapters(round)
+    ranks = workspace.agreement.ranks
+    clients = {k: place for k, place in workspace.client_adapters(round).items() if str(k) not in ranks}
     heads = [read_sound(path, by=who, only=[ADAPTER_CONFIG]) for path in clients.values()]
     for head in heads:
         check_config(head.contents[ADAPTER_CONFIG], head.path / ADAPTER_CONFIG, lora)

@@ -58,22 +58,25 @@ def mean_of_products(updates: Updates, weights: Sequence[int]) -> tuple[Tensors,
     return {name: tensor.astype(np.float32) for name, tensor in made.items()}, remainders
 
 
-def best_of_rank(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> Cut:
-    """Of all BA of this rank the nearest to the mean of B_k A_k (Eckart and Young, 1936).
+def best_of_rank(a: np.ndarray, b: np.ndarray, shares: np.ndarray, rank: int | None = None) -> Cut:
+    """Of all BA of this rank, r if none is given, the nearest to the mean of B_k A_k (Eckart and Young, 1936).
 
     a: [K, r, inputs], b: [K, outputs, r], shares: [K], which come to 1. (B G)(G^-1 A) is the same product for every G,
     but training goes on otherwise from each. Taken are orthogonal rows of A, as long as the clients' are on average: so
     every direction learns alike, none dies out, and A stays as large as it was. Where float32 has no number for
     B beside such an A, each takes the root of BA's size.
     """
-    rank, mean = a.shape[1], np.tensordot(shares, a, axes=1)
+    rank = rank or a.shape[1]
+    mean = np.tensordot(shares, a, axes=1)[:rank]
     found = _principal(a, b, shares, rank)
     size = float(np.linalg.norm(found.values))
     if not size:
         return Cut(mean, np.zeros((b.shape[1], rank)), 0.0)
     kept = np.count_nonzero(found.values[:rank] > ROUNDING * found.values[0])
     right = _completed(found.right[:kept], mean)
-    length = np.sqrt(np.tensordot(shares, np.square(a, dtype=np.float64).sum(axis=(1, 2)), axes=1) / rank)
+    rows = np.count_nonzero(a.any(axis=2), axis=1)  # of a client of a smaller rank the others are zero
+    of_each = a.shape[1] if (rows == a.shape[1]).all() else max(np.tensordot(shares, rows, axes=1), 1.0)
+    length = np.sqrt(np.tensordot(shares, np.square(a, dtype=np.float64).sum(axis=(1, 2)), axes=1) / of_each)
     largest = found.values[0] / length
     if found.values[0] > FLOAT32.tiny and (largest < LEAST or max(largest, length) > MOST):
         length = np.sqrt(found.values[0])
@@ -85,10 +88,10 @@ def best_of_rank(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> Cut:
 
 def _principal(a: np.ndarray, b: np.ndarray, shares: np.ndarray, rank: int) -> Principal:
     """Of the mean of B_k A_k, which is one product of the factors of all clients side by side: thin QRs and one SVD."""
-    count, _, inputs = a.shape
+    inputs = a.shape[2]
     left = (b * shares[:, None, None]).transpose(1, 0, 2).reshape(b.shape[1], -1)
     right = a.reshape(-1, inputs).astype(np.float64)
-    if count * rank >= min(len(left), inputs):
+    if len(right) >= min(len(left), inputs):
         u, values, vt = np.linalg.svd(left @ right, full_matrices=False)
         return Principal(u[:, :rank], values, vt[:rank])
     (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right.T)

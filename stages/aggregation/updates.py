@@ -6,23 +6,28 @@ each reading of a file must come to the digest in its manifest, or nothing is ma
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import numpy as np
 
-from stages.artefacts.adapter_files import Layout, Tensors, is_as_written, is_finite, layout_of, read_adapter
-from stages.artefacts.reading import LEVELS, Artefact, read_file, read_manifest
+from stages.aggregation.sources import (
+    Held,
+    Source,
+    Widened,
+    ahead,
+    as_written,
+    at_rank,
+    side_by_side,
+    stacked,
+    whole_layers,
+    widened,
+)
+from stages.artefacts.adapter_files import Tensors, layout_of, read_adapter
+from stages.artefacts.reading import Artefact, read_file, read_manifest
 from stages.artefacts.tensor_files import largest_bytes
-from stages.files import reading
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report
 from stages.workspace.agreement import Lora
@@ -34,8 +39,6 @@ CACHED_NUMBERS = 1 << 16
 """Of float64 that stay in a processor's cache while they are used: half a megabyte."""
 FEWEST_NUMBERS = 1 << 12
 """Of one client in a block: for less a file is not opened."""
-
-Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Updates:
 
     def adapters(self) -> Iterator[Tensors]:
         """Each client's, the next being read and hashed while the last is used: two in memory, however many."""
-        for number, adapter in enumerate(_ahead(partial(self.adapter, k) for k in range(len(self.heads)))):
+        for number, adapter in enumerate(ahead(partial(self.adapter, k) for k in range(len(self.heads)))):
             yield adapter
             client = self.heads[number].manifest.client
             self.report(Event("step", f"client {client}", step=number + 1, total=len(self.heads)))
@@ -78,7 +81,9 @@ class Updates:
                 raise _changed(head) from error
             raise
         whole = replace(head, contents=head.contents | {ADAPTER_WEIGHTS: content})
-        return read_adapter(whole, layout_of(self.theta), self.lora)
+        layout = layout_of(self.theta)
+        narrow = at_rank(layout, head.manifest.lora.r)
+        return widened(read_adapter(whole, narrow, head.manifest.lora), layout)
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Where some numbers lie in an adapter, and those numbers of every client, float32 [K, n].
@@ -119,10 +124,13 @@ class Updates:
 
     def _source(self, number: int) -> Source:
         """Where a client's numbers are read bit by bit: its file, or, where they lie there in another order, memory."""
-        head = self.heads[number]
+        head, layout = self.heads[number], layout_of(self.theta)
         path, entry = head.path / ADAPTER_WEIGHTS, head.manifest.files[ADAPTER_WEIGHTS]
-        stored = as_written(path, entry.size_bytes, layout_of(self.theta), sha256=entry.sha256)
-        return stored or Held(self.flat(self.adapter(number)))
+        narrow = at_rank(layout, head.manifest.lora.r)
+        stored = as_written(path, entry.size_bytes, narrow, sha256=entry.sha256)
+        if stored is None:
+            return Held(self.flat(self.adapter(number)))
+        return stored if narrow == layout else Widened(stored, narrow, layout)
 
     def _blame(self, number: int) -> NoReturn:
         """Raise what is wrong with a file, as who reads it whole would; if nothing is, it was another before."""
@@ -133,47 +141,6 @@ class Updates:
 def columns_of(rows: int) -> int:
     """How many numbers of each of so many clients make a block."""
     return max(FEWEST_NUMBERS, BLOCK_BYTES // (4 * rows))
-
-
-def whole_layers(layout: Layout, columns: int) -> list[tuple[slice, list[str]]]:
-    """Where one layer after the other lies in an adapter, as few as make so many numbers, and their tensors' names."""
-    places, first, names = list[tuple[slice, list[str]]](), 0, list[str]()
-    for _, layer in itertools.groupby(sorted(layout), lambda name: name.rpartition(".lora_")[0] or name):
-        names += layer
-        if (size := sum(math.prod(layout[name]) for name in names)) >= columns:
-            places.append((slice(first, first + size), names))
-            first, names = first + size, []
-    rest = sum(math.prod(layout[name]) for name in names)
-    return places + ([(slice(first, first + rest), names)] if names else [])
-
-
-def stacked(block: np.ndarray, layout: Layout) -> Tensors:
-    """The tensors of all clients in a block, [K, ...]."""
-    ends = np.cumsum([math.prod(shape) for shape in layout.values()])
-    parts = zip(layout.items(), np.split(block, ends[:-1], axis=1), strict=True)
-    return {name: part.reshape(len(block), *shape) for (name, shape), part in parts}
-
-
-def side_by_side(
-    sources: Sequence[Source], places: Sequence[slice], blame: Callable[[int], NoReturn]
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Each place with its numbers of every source, float32 [K, n], the next being read while the last is used.
-
-    Two blocks of memory take turns: new memory costs more than what is read into it. blame: raises what is wrong with a
-    source, by its position, that has no finite numbers there.
-    """
-    most = len(sources) * max((place.stop - place.start for place in places), default=0)
-    turns = itertools.cycle([np.empty(most, np.float32) for _ in places[:2]])
-
-    def read(place: slice) -> np.ndarray:
-        columns = place.stop - place.start
-        block = next(turns)[: len(sources) * columns].reshape(-1, columns)
-        for number, (row, source) in enumerate(zip(block, sources, strict=True)):
-            if not source.fill(row, place) or not is_finite(row):
-                blame(number)
-        return block
-
-    yield from zip(places, _ahead(partial(read, place) for place in places), strict=True)
 
 
 def inner_products(block: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -187,77 +154,6 @@ def inner_products(block: np.ndarray, start: np.ndarray) -> np.ndarray:
     return products
 
 
-def as_written(path: Path, size_bytes: int, layout: Layout, *, sha256: str = "") -> Stored | None:
-    """A file of so many bytes, to be read bit by bit, if it has its numbers as they are written here; None otherwise.
-
-    sha256: what it must come to once all of it is read; without one that is not looked at. Raises Damaged.
-    """
-    start = size_bytes - 4 * sum(map(math.prod, layout.values()))
-    if 8 <= start <= largest_bytes(0):
-        content = bytearray(start)
-        is_there = reading.read_into(path, memoryview(content), start=0, named_bytes=size_bytes, levels=LEVELS)
-        if is_there and is_as_written(bytes(content), layout, path):
-            return Stored(path, start, size_bytes, sha256, hashlib.sha256(content))
-    return None
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A file whose numbers are read in their order. digest: of what was read so far, if it is to come to a sha256."""
-
-    path: Path
-    start: int
-    size_bytes: int
-    sha256: str
-    digest: hashlib._Hash = field(compare=False)
-
-    def fill(self, row: np.ndarray, place: slice) -> bool:
-        """Read the next numbers. Returns whether they are there."""
-        content = row.data.cast("B")
-        start = self.start + 4 * place.start
-        if not reading.read_into(self.path, content, start=start, named_bytes=self.size_bytes, levels=LEVELS):
-            return False
-        if self.sha256:
-            self.digest.update(content)
-        return True
-
-    def is_whole(self) -> bool:
-        """Whether what was read is what the manifest names."""
-        return self.digest.hexdigest() == self.sha256
-
-
-@dataclass(frozen=True)
-class Held:
-    """Numbers that were checked when they were read, and are in memory."""
-
-    numbers: np.ndarray
-
-    def fill(self, row: np.ndarray, place: slice) -> bool:
-        """Copy the next numbers."""
-        row[:] = self.numbers[place]
-        return True
-
-    def is_whole(self) -> bool:
-        """They are."""
-        return True
-
-
-Source = Stored | Held
-"""Where numbers of a client are read."""
-
-
 def _changed(head: Artefact) -> NotReady:
     message = f"client {head.manifest.client}'s update was replaced while it was read"
     return NotReady(message, where=head.path, mend="wait until it is there, and give the same command again")
-
-
-def _ahead(reads: Iterable[Callable[[], Read]]) -> Iterator[Read]:
-    """What each of them returns, the next being read while the last is used."""
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        upcoming: deque[Future[Read]] = deque()
-        for read in reads:
-            upcoming.append(reader.submit(read))
-            if len(upcoming) > 1:
-                yield upcoming.popleft().result()
-        while upcoming:
-            yield upcoming.popleft().result()

@@ -42,6 +42,7 @@ def check_belongs(
     """
     manifest, members = artefact.manifest, by.members
     workspace = by.workspace if client is None else by.workspace.of_client(client)
+    shaped = workspace.agreement if client is not None else workspace.agreement_of_all
     if members:
         check_signed(artefact, members, names.of(client))
     claims = [
@@ -49,7 +50,7 @@ def check_belongs(
         ("stage", manifest.stage, stage),
         ("round", manifest.round, round),
         ("client", manifest.client, client),
-        ("LoRA shape", manifest.lora, workspace.agreement.model_of(manifest.role).lora),
+        ("LoRA shape", manifest.lora, shaped.model_of(manifest.role).lora),
         ("agreement (sha256 of fedcollm.toml)", manifest.agreement_sha256, workspace.agreement_sha256),
         ("roster (sha256 of federation.json)", manifest.federation_sha256, members.sha256 if members else None),
     ]

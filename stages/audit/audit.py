@@ -168,6 +168,9 @@ def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
         if scope.sends_no_adapter:
             yield A6.skip("no update travels: clients tell what they know of public rows, see A11")
             continue
+        if scope.agreement and scope.agreement.ranks:
+            others = ", ".join(scope.agreement.ranks)
+            yield A6.skip(f"client {others}: of a smaller rank, whose A and B compare with nobody's")
         sound = [one for one in state.folders + state.beside if one.scope is scope and one.path in state.finite]
         try:
             yield from clients_of(_of_one_layout(state, sound), state.client)

@@ -13,16 +13,8 @@ from typing import NoReturn
 import numpy as np
 
 from stages.aggregation.means import Mean
-from stages.aggregation.updates import (
-    Held,
-    Source,
-    as_written,
-    columns_of,
-    inner_products,
-    side_by_side,
-    stacked,
-    whole_layers,
-)
+from stages.aggregation.sources import Held, Source, as_written, side_by_side, stacked, whole_layers
+from stages.aggregation.updates import columns_of, inner_products
 from stages.artefacts.adapter_files import Tensors, layout_of, part_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder

@@ -15,7 +15,7 @@ from stages.artefacts.manifest import Manifest
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder, Scope, said_by
 from stages.runtime.errors import Problem, UsageProblem
-from stages.workspace.agreement import Privacy
+from stages.workspace.privacy import Privacy
 
 A10 = Check("A10", "privacy")
 

@@ -155,7 +155,7 @@ class Folder:
             is_own = self.said.stage in ("align", "share-knowledge", "client-distill")
             return number if is_own and "broadcast" not in self.said.parents else None
         own = agreement.clients.get(str(number))
-        return number if own and own.slm else None
+        return number if own and (own.slm or own.rank) else None
 
     @property
     def is_adapter(self) -> bool:

@@ -91,7 +91,7 @@ def check(parcel: Parcel, contents: Mapping[str, bytes], workspace: Workspace, w
             sha256=reading.sha256(contents[MANIFEST]),
             contents={name: contents[name] for name in manifest.files},
         )
-        read_adapter(artefact, None, workspace.agreement.slm.lora)
+        read_adapter(artefact, None, manifest.lora)
     for name in contents.keys() & {CUTS, KNOWLEDGE}:  # what they say of public rows is for whoever has these to judge
         tensor_files.read_header(contents[name], where / name)
     if VOCABULARY in contents:

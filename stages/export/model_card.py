@@ -19,8 +19,8 @@ from stages.data.split_file import read_split
 from stages.export.cards import template
 from stages.parties import names
 from stages.study.table_rows import base_of
-from stages.workspace.agreement import Method
 from stages.workspace.budgets import Budget
+from stages.workspace.methods import Method
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST
 from stages.workspace.paths import Workspace
 

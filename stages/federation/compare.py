@@ -17,8 +17,8 @@ from stages.federation.run import derived, run, score_bases
 from stages.federation.time_left import TimeLeft, rounds_to_make
 from stages.runtime.events import Report, ignore
 from stages.study import comparison
-from stages.workspace.agreement import Federation, Method
 from stages.workspace.commands import Command
+from stages.workspace.methods import Federation, Method
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:

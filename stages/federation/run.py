@@ -34,8 +34,8 @@ from stages.progress.status import edited
 from stages.reveal import reveal
 from stages.runtime.errors import NotReady, Problem, Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
+from stages.workspace.methods import Method
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 

@@ -24,7 +24,7 @@ def aggregate(here: Here) -> StagePlan:
 
     Another rule than the mean, and the mean of BA, hold some numbers or layers of all clients, instead or before.
     """
-    from stages.aggregation import updates
+    from stages.aggregation import sources, updates
     from stages.models import shapes
 
     takes = {}
@@ -39,7 +39,7 @@ def aggregate(here: Here) -> StagePlan:
         copies = COPIES.get(settings.rule)
         work = None if copies is None else int(copies * block)
         if settings.combine == "product":
-            layers = updates.whole_layers(layout, updates.columns_of(count))
+            layers = sources.whole_layers(layout, updates.columns_of(count))
             block = max(count * 4 * (place.stop - place.start) for place, _ in layers)
             work = of_products(count, layout)
         sums, blocks = 2 * values, 0 if work is None else min(2 * block, count * values) + work

@@ -26,7 +26,7 @@ from stages.study.results import Study, begun, open_study
 from stages.study.scores import answers
 from stages.study.statistics import estimate
 from stages.study.table_rows import METHODS, OWN, base_of
-from stages.workspace.agreement import Method
+from stages.workspace.methods import Method
 from stages.workspace.paths import Workspace
 
 MOST_POINTS = 150

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from stages.artefacts.reading import Manifests
 from stages.runtime.errors import BadNumbers, UsageProblem
-from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
+from stages.workspace.methods import Method
 from stages.workspace.paths import Workspace
 
 

@@ -14,8 +14,8 @@ from stages.progress.status import status
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Report, ignore
 from stages.study.statistics import Difference, Estimate, difference, estimate
-from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
+from stages.workspace.methods import Method
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:

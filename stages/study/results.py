@@ -23,8 +23,8 @@ from stages.runtime.errors import NotReady, Problem, Refused
 from stages.study.table_rows import METHODS, base_of
 from stages.study.variants import Changes, baseline, check_data, open_variant, replica
 from stages.workspace import edits, listing
-from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
+from stages.workspace.methods import Method
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 

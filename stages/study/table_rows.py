@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from stages.parties import names
 from stages.runtime.errors import UsageProblem
 from stages.study.variants import unlike
-from stages.workspace.agreement import Method
+from stages.workspace.methods import Method
 from stages.workspace.paths import Workspace
 
 Table = str

@@ -19,9 +19,10 @@ from stages.data.rows import read_rows, rows_bytes
 from stages.files import reading, writing
 from stages.files.seclusion import make_folder
 from stages.runtime.errors import NotReady, Refused, UsageProblem
-from stages.workspace.agreement import Agreement, Federation, Method
+from stages.workspace.agreement import Agreement
 from stages.workspace.budgets import Budget
 from stages.workspace.commands import Command
+from stages.workspace.methods import Federation, Method
 from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
@@ -83,6 +84,8 @@ def unlike(agreement: Agreement) -> str:
     """
     for client in range(1, agreement.federation.clients + 1):
         own = agreement.of_client(client)
+        if str(client) in agreement.ranks:  # which the agreement says how to average
+            own = own.model_copy(update={"slm": agreement.slm})
         if own.slm != agreement.slm:
             return f"client {client} has a model of its own, {own.slm.model}"
         if own != agreement:
@@ -97,7 +100,7 @@ def _of_its_kind(agreement: Agreement, method: Federation) -> Changes:
         changes["aggregation.average"] = None
     if not method.averages and agreement.client_training.proximal:
         changes["client_training.proximal"] = None
-    if method.averages and agreement.clients:
+    if method.averages and agreement.clients and not agreement.ranks:
         changes["clients"] = None  # they say what holds for all: see unlike
     if not method.server_tells and agreement.distillation.divergence in ("spans", "sorted"):
         changes["distillation.divergence"] = None

@@ -6,54 +6,17 @@ are named at once. Absence means off; there is no -1. `workspace_template/fedcol
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from stages.workspace.averaging import Aggregation, Factors
 from stages.workspace.budgets import ClientTraining, Distillation
 from stages.workspace.commands import Command
+from stages.workspace.methods import AVERAGING, Federation
+from stages.workspace.privacy import Privacy
 from stages.workspace.rows_and_scores import Data, Evaluation
 from stages.workspace.settings import Dtype, Positive, Quantization, Rate, Settings
-
-Method = Literal[
-    "fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized", "fedmkt", "llm2slm", "standalone-public"
-]
-
-
-class Federation(Settings):
-    """Who takes part, for how long, by which method."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    clients: Positive = 4
-    rounds: Positive = 5
-    seed: Annotated[int, Field(ge=0)] = 1
-    method: Method = "fedcollm"
-
-    @property
-    def averages(self) -> bool:
-        """Whether the method averages clients' adapters (line 13); see Agreement.averages."""
-        return self.method in ("fedcollm", "fedavg", "fedavg-aux")
-
-    @property
-    def distils(self) -> bool:
-        """Whether the server trains both models on the auxiliary data (lines 14-20)."""
-        return self.method in ("fedcollm", "fedavg-aux")
-
-    @property
-    def learns_in_public(self) -> bool:
-        """Whether each client trains on public rows too, after its own, and keeps its adapter to itself (FedMKT)."""
-        return self.method in ("fedmkt", "llm2slm", "standalone-public")
-
-    @property
-    def server_tells(self) -> bool:
-        """Whether the server tells the clients what its LLM knows of the public rows (S_0)."""
-        return self.method in ("fedmkt", "llm2slm")
-
-    @property
-    def clients_tell(self) -> bool:
-        """Whether each client tells the server what its model knows of the public rows (S_k), and the LLM learns."""
-        return self.method == "fedmkt"
 
 
 class Lora(Settings):
@@ -76,24 +39,11 @@ class Model(Settings):
 
 
 class Client(Settings):
-    """What one client has of its own: a model in the place of [slm], and how fast that learns."""
+    """What one client has of its own: a model in the place of [slm], how fast that learns; or a smaller rank."""
 
     slm: Model | None = None
     learning_rate: Rate | None = None
-
-
-class Privacy(Settings):
-    """Differential privacy of each client's examples; without epsilon and noise_multiplier there is none."""
-
-    epsilon: Rate | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    noise_multiplier: Rate | None = None
-    max_grad_norm: Rate = 1.0
-
-    @property
-    def is_on(self) -> bool:
-        """Whether clients train with noise."""
-        return self.epsilon is not None or self.noise_multiplier is not None
+    rank: Positive | None = None
 
 
 def threshold(clients: int) -> int:
@@ -172,11 +122,26 @@ class Agreement(Settings):
         for number in self.clients:
             if int(number) > self.federation.clients:
                 raise ValueError(f"clients.{number}: there are clients 1 to {self.federation.clients}")
-        if self.clients and self.federation.averages:
+        if self.federation.averages and any(one.slm or one.learning_rate for one in self.clients.values()):
             raise ValueError(
                 f"method {self.federation.method} averages adapters of one model: take out the tables [clients...], "
                 'or set federation.method = "fedmkt"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_are_of_products(self) -> Agreement:
+        lora, methods = self.slm.lora, (*AVERAGING, "standalone")
+        for number, rank in self.ranks.items():
+            name = f"clients.{number}.rank = {rank}"
+            if self.federation.method not in methods:
+                raise ValueError(f"{name} is for {', '.join(methods)}: other methods have [clients.{number}.slm.lora]")
+            if rank >= lora.r:
+                raise ValueError(f"{name} is not below slm.lora.r = {lora.r}, which all others have")
+            if lora.alpha * rank % lora.r:
+                raise ValueError(f"{name} keeps alpha / r = {lora.alpha} / {lora.r}, of which alpha is no whole number")
+        if self.ranks and self.federation.averages and self.aggregation.combine != "product":
+            raise ValueError('clients of other ranks have A and B of other shapes: set aggregation.combine = "product"')
         return self
 
     @model_validator(mode="after")
@@ -276,16 +241,28 @@ class Agreement(Settings):
         """Whether all clients tune the model in [slm]: one theta^1 can then be broadcast to all."""
         return not any(client.slm for client in self.clients.values())
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each client that has another one than all, by its number."""
+        return {number: client.rank for number, client in self.clients.items() if client.rank}
+
     def of_client(self, number: int) -> Agreement:
-        """The same as a client reads it: [slm] is the model that it tunes, at its own learning rates."""
+        """The same as a client reads it: [slm] is the model that it tunes, at its own learning rates and rank.
+
+        alpha / r, which BA is multiplied by, is that of all.
+        """
         own = self.clients.get(str(number))
         if own is None:
             return self
         rates = {} if own.learning_rate is None else {"learning_rate": own.learning_rate}
         distilled = {f"slm_{name}": value for name, value in rates.items()}
+        slm = own.slm or self.slm
+        if own.rank:
+            shape = {"r": own.rank, "alpha": slm.lora.alpha * own.rank // slm.lora.r}
+            slm = slm.model_copy(update={"lora": slm.lora.model_copy(update=shape)})
         return self.model_copy(
             update={
-                "slm": own.slm or self.slm,
+                "slm": slm,
                 "client_training": self.client_training.model_copy(update=rates),
                 "distillation": self.distillation.model_copy(update=distilled),
             }

@@ -62,9 +62,13 @@ class Workspace(KnowledgeLayout):
 
     @functools.cached_property
     def agreement(self) -> Agreement:
-        """What all parties agreed on."""
-        agreement = parse(Agreement, self.agreement_bytes, self.root / AGREEMENT)
-        return agreement if self.client is None else agreement.of_client(self.client)
+        """What all parties agreed on; of a client's workspace, as that one reads it."""
+        return self.agreement_of_all if self.client is None else self.agreement_of_all.of_client(self.client)
+
+    @functools.cached_property
+    def agreement_of_all(self) -> Agreement:
+        """What all parties agreed on, whoever reads it here."""
+        return parse(Agreement, self.agreement_bytes, self.root / AGREEMENT)
 
     def of_client(self, client: int) -> Workspace:
         """The workspace as a client sees it: the SLM is the one that it tunes. Its own, where all have one."""

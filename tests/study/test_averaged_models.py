@@ -22,8 +22,8 @@ from stages.runtime.errors import NotReady, UsageProblem
 from stages.study import variants
 from stages.study.comparison import Comparison
 from stages.study.results import check_finished, open_study
-from stages.workspace.agreement import Method
 from stages.workspace.commands import Command
+from stages.workspace.methods import Method
 from stages.workspace.paths import Workspace
 
 METHODS: list[Method] = ["fedmkt", "fedavg", "standalone-public"]

@@ -1,0 +1,51 @@
+"""The part of the agreement that says who takes part, and by which method: what each of them does and does not."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.workspace.settings import Positive, Settings
+
+Method = Literal[
+    "fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized", "fedmkt", "llm2slm", "standalone-public"
+]
+
+
+AVERAGING = ("fedcollm", "fedavg", "fedavg-aux")
+
+
+class Federation(Settings):
+    """Who takes part, for how long, by which method."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    clients: Positive = 4
+    rounds: Positive = 5
+    seed: Annotated[int, Field(ge=0)] = 1
+    method: Method = "fedcollm"
+
+    @property
+    def averages(self) -> bool:
+        """Whether the method averages clients' adapters (line 13); see Agreement.averages."""
+        return self.method in AVERAGING
+
+    @property
+    def distils(self) -> bool:
+        """Whether the server trains both models on the auxiliary data (lines 14-20)."""
+        return self.method in ("fedcollm", "fedavg-aux")
+
+    @property
+    def learns_in_public(self) -> bool:
+        """Whether each client trains on public rows too, after its own, and keeps its adapter to itself (FedMKT)."""
+        return self.method in ("fedmkt", "llm2slm", "standalone-public")
+
+    @property
+    def server_tells(self) -> bool:
+        """Whether the server tells the clients what its LLM knows of the public rows (S_0)."""
+        return self.method in ("fedmkt", "llm2slm")
+
+    @property
+    def clients_tell(self) -> bool:
+        """Whether each client tells the server what its model knows of the public rows (S_k), and the LLM learns."""
+        return self.method == "fedmkt"
