@@ -1,4 +1,4 @@
-"""Updates that are A or B alone, as a channel: a client keeps its adapter and sends a part of it.
+"""Updates that are A or B alone, or few numbers, as a channel: a client keeps its adapter and sends a part of it.
 
 Where the other matrix is the same at all clients, the mean of what they send is the mean of BA: nothing is lost.
 FFA-LoRA (Sun et al., 2024, https://arxiv.org/abs/2403.12313) never trains A; RoLoRA (Chen et al., 2025,
@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from stages.aggregation import plain
+from stages.aggregation.pruning import pruned
 from stages.artefacts.adapter_files import weights_bytes
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
@@ -20,9 +21,10 @@ from stages.artefacts.parts import cut
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import read_sound
+from stages.artefacts.sparse_files import sparse_bytes
 from stages.runtime.errors import Problem
 from stages.runtime.events import Event
-from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SPARSE_UPDATE
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,15 @@ class ToServer(plain.ToServer):
         assert theta, "A or B alone is trained where there is a broadcast to begin with"
         workspace, client, round = self.party.workspace, self.party.number, trained.round
         adapter = read_sound(workspace.client_adapter(round, client), by=self.party)
-        sent, _ = cut(theta, adapter, workspace.agreement)
-        contents = {ADAPTER_CONFIG: adapter.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights_bytes(sent)}
+        sent, start = cut(theta, adapter, workspace.agreement)
+        contents, count = {ADAPTER_WEIGHTS: weights_bytes(sent)}, sum(tensor.size for tensor in sent.values())
+        if share := workspace.agreement.keep:
+            sparse = pruned(workspace, sent, start, round=round, client=client, share=share)
+            contents, count = {SPARSE_UPDATE: sparse_bytes(sparse)}, len(sparse.positions)
+        contents |= {ADAPTER_CONFIG: adapter.contents[ADAPTER_CONFIG]}
         said = {each.name: getattr(adapter.manifest, each.name) for each in fields(Draft)}
         parents = {theta.path.name: theta.sha256}  # what it has of its own is nobody else's concern
-        draft = replace(Draft(**said), parents=parents, parameters=sum(tensor.size for tensor in sent.values()))
+        draft = replace(Draft(**said), parents=parents, parameters=count)
         target = workspace.client_update(round, client)
         if os.path.lexists(target) and not again and (found := self._sent(target)):
             beside = {"files": found.manifest.files, "parents": parents, "parameters": draft.parameters}

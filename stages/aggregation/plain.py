@@ -18,7 +18,7 @@ from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report
 from stages.secagg import accepting
 from stages.workspace.commands import Command
-from stages.workspace.names import ADAPTER_CONFIG
+from stages.workspace.names import ADAPTER_CONFIG, SPARSE_UPDATE
 from stages.workspace.paths import Workspace, require
 
 MOST_CLAIMED = 1 << 40
@@ -110,7 +110,7 @@ def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -
     seen = [_own(head) for head in heads]
     weights = [WEIGHTINGS[settings.weighting](examples) for examples, _ in seen]
     with threadpool_limits(1, "blas"):
-        tensors, metrics = combine(settings, Updates(heads, start, lora, report), weights)
+        tensors, metrics = combine(settings, Updates(heads, start, lora, report, agreement.keep), weights)
     # what was read now, should it have been replaced meanwhile
     parents = arrived.parents | {head.path.name: head.sha256 for head in heads}
     return Average(old | tensors, parents, sum(own for own, _ in seen), sum(tokens for _, tokens in seen), metrics)
@@ -129,9 +129,19 @@ def _heads(server: Party, theta: Artefact, updates: dict[int, Path]) -> list[Art
             only=[ADAPTER_CONFIG],
         )
         check_names(path, head.manifest)
+        _check_kind(head, server.workspace.agreement.keep)
         _check_update(head, client, theta, told)
         heads.append(head)
     return heads
+
+
+def _check_kind(head: Artefact, keep: float | None) -> None:
+    """Raise Refused for a whole update where few numbers are agreed, and for a sparse one where all are."""
+    if (SPARSE_UPDATE in head.manifest.files) != (keep is not None):
+        found, agreed = ("whole", f"keep = {keep}") if keep else ("sparse", "no keep")
+        message = f"client {head.manifest.client}'s update is {found}, the agreement has {agreed} under [aggregation]"
+        again = Command("client-train", client=head.manifest.client, round=head.manifest.round, overwrite=True)
+        raise Refused(message, where=head.path, mend=f"{again}, on client {head.manifest.client}'s machine")
 
 
 def _own(update: Artefact) -> tuple[int, int]:

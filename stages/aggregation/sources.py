@@ -20,6 +20,7 @@ import numpy as np
 
 from stages.artefacts.adapter_files import A, B, Layout, Tensors, is_as_written, is_finite
 from stages.artefacts.reading import LEVELS
+from stages.artefacts.sparse_files import Sparse
 from stages.artefacts.tensor_files import largest_bytes
 from stages.files import reading
 
@@ -162,6 +163,31 @@ class Widened:
         return self.stored.is_whole()
 
 
+@dataclass(frozen=True)
+class Added:
+    """A broadcast, [numbers], and what a sparse update adds to some of its numbers."""
+
+    start: np.ndarray
+    sparse: Sparse
+
+    def numbers(self) -> np.ndarray:
+        """All of them, [numbers], float32."""
+        found = np.empty(len(self.start), np.float32)
+        self.fill(found, slice(0, len(found)))
+        return found
+
+    def fill(self, row: np.ndarray, place: slice) -> bool:
+        """The numbers of a place."""
+        row[:] = self.start[place]
+        first, last = np.searchsorted(self.sparse.positions, (place.start, place.stop))
+        row[self.sparse.positions[first:last].astype(np.int64) - place.start] += self.sparse.changes[first:last]
+        return True
+
+    def is_whole(self) -> bool:
+        """It was checked when it was read."""
+        return True
+
+
 def at_rank(layout: Layout, rank: int) -> Layout:
     """The shapes of an adapter of this rank, of no more than it has there."""
     shapes = {A: lambda shape: (min(rank, shape[0]), shape[1]), B: lambda shape: (shape[0], min(rank, shape[1]))}
@@ -179,5 +205,5 @@ def widened(tensors: Tensors, layout: Layout) -> Tensors:
     return made
 
 
-Source = Stored | Widened | Held
+Source = Stored | Widened | Added | Held
 """Where numbers of a client are read."""

@@ -14,6 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from stages.aggregation.sources import (
+    Added,
     Held,
     Source,
     Widened,
@@ -25,13 +26,14 @@ from stages.aggregation.sources import (
     whole_layers,
     widened,
 )
-from stages.artefacts.adapter_files import Tensors, layout_of, read_adapter
+from stages.artefacts.adapter_files import Tensors, check_config, layout_of, read_adapter
 from stages.artefacts.reading import Artefact, read_file, read_manifest
+from stages.artefacts.sparse_files import flat, read_sparse
 from stages.artefacts.tensor_files import largest_bytes
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report
 from stages.workspace.agreement import Lora
-from stages.workspace.names import ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SPARSE_UPDATE
 
 BLOCK_BYTES = 16 << 20
 """Of numbers that lie side by side; a second block is read meanwhile."""
@@ -45,13 +47,15 @@ FEWEST_NUMBERS = 1 << 12
 class Updates:
     """The updates that are combined, in the order of their clients, and theta, the broadcast that they began with.
 
-    heads: what was checked of each before its weights are read; its manifest names their digest.
+    heads: what was checked of each before its weights are read; its manifest names their digest. keep: which share of
+    its numbers an update has, where it is sparse; these are in memory while blocks are read.
     """
 
     heads: Sequence[Artefact]
     theta: Tensors
     lora: Lora
     report: Report
+    keep: float | None = None
 
     @cached_property
     def size(self) -> int:
@@ -60,8 +64,12 @@ class Updates:
 
     @property
     def digests(self) -> list[str]:
-        """The sha256 of the weights of each client."""
-        return [head.manifest.files[ADAPTER_WEIGHTS].sha256 for head in self.heads]
+        """The sha256 of what each client sent."""
+        return [head.manifest.files[self._file].sha256 for head in self.heads]
+
+    @property
+    def _file(self) -> str:
+        return ADAPTER_WEIGHTS if self.keep is None else SPARSE_UPDATE
 
     def adapters(self) -> Iterator[Tensors]:
         """Each client's, the next being read and hashed while the last is used: two in memory, however many."""
@@ -72,18 +80,34 @@ class Updates:
 
     def adapter(self, number: int) -> Tensors:
         """One client's. Raises NotReady if the folder was replaced since its head was read, else as read_adapter."""
+        head, layout = self.heads[number], layout_of(self.theta)
+        if self.keep is not None:
+            return self.tensors(self._added(number).numbers())
+        whole = replace(head, contents=head.contents | {ADAPTER_WEIGHTS: self._content(number)})
+        narrow = at_rank(layout, head.manifest.lora.r)
+        return widened(read_adapter(whole, narrow, head.manifest.lora), layout)
+
+    def _content(self, number: int) -> bytes:
+        """The bytes of what one client sent, of which each reading comes to the digest in its manifest."""
         head = self.heads[number]
-        limit_bytes = largest_bytes(self.size)
         try:
-            content = read_file(head.path, head.manifest, ADAPTER_WEIGHTS, limit_bytes=limit_bytes)
+            return read_file(head.path, head.manifest, self._file, limit_bytes=largest_bytes(self.size))
         except Problem as error:
             if read_manifest(head.path)[1] != head.sha256:
                 raise _changed(head) from error
             raise
-        whole = replace(head, contents=head.contents | {ADAPTER_WEIGHTS: content})
-        layout = layout_of(self.theta)
-        narrow = at_rank(layout, head.manifest.lora.r)
-        return widened(read_adapter(whole, narrow, head.manifest.lora), layout)
+
+    def _added(self, number: int) -> Added:
+        """What a sparse update makes of the broadcast. Raises as read_sparse and check_config do."""
+        assert self.keep is not None
+        head = self.heads[number]
+        check_config(head.contents[ADAPTER_CONFIG], head.path / ADAPTER_CONFIG, head.manifest.lora)
+        path, layout = head.path / SPARSE_UPDATE, layout_of(self.theta)
+        return Added(self._start, read_sparse(self._content(number), path, layout, self.keep))
+
+    @cached_property
+    def _start(self) -> np.ndarray:
+        return self.flat(self.theta)
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Where some numbers lie in an adapter, and those numbers of every client, float32 [K, n].
@@ -114,7 +138,7 @@ class Updates:
 
     def flat(self, adapter: Tensors) -> np.ndarray:
         """An adapter's numbers one after the other, by the names of its tensors, as in its file: [size]."""
-        return np.concatenate([adapter[name].ravel() for name in sorted(self.theta)])
+        return flat(adapter)
 
     def tensors(self, flat: np.ndarray) -> Tensors:
         """The adapter of these numbers."""
@@ -125,6 +149,8 @@ class Updates:
     def _source(self, number: int) -> Source:
         """Where a client's numbers are read bit by bit: its file, or, where they lie there in another order, memory."""
         head, layout = self.heads[number], layout_of(self.theta)
+        if self.keep is not None:
+            return self._added(number)
         path, entry = head.path / ADAPTER_WEIGHTS, head.manifest.files[ADAPTER_WEIGHTS]
         narrow = at_rank(layout, head.manifest.lora.r)
         stored = as_written(path, entry.size_bytes, narrow, sha256=entry.sha256)

@@ -35,6 +35,7 @@ from stages.workspace.names import (
     SEALED_SHARES,
     SECRETS_MARKER,
     SIGNATURE,
+    SPARSE_UPDATE,
     VOCABULARY,
 )
 
@@ -83,7 +84,7 @@ def spare_strangers(folder: Path) -> None:
     Hidden files are no reason: rsync leaves such.
     """
     ours = {MANIFEST, SIGNATURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_SHARES, SEALED_REVEAL, CAPTURE}
-    ours |= {KNOWLEDGE, VOCABULARY, CUTS}
+    ours |= {KNOWLEDGE, VOCABULARY, CUTS, SPARSE_UPDATE}
     for path in sorted(folder.iterdir()):
         is_ours = path.name in ours or is_inbox(path.name)
         is_ours |= path.name.startswith(".") and path.name != SECRETS_MARKER

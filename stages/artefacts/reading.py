@@ -25,6 +25,7 @@ from stages.workspace.names import (
     SEALED_REVEAL,
     SEALED_SHARES,
     SIGNATURE,
+    SPARSE_UPDATE,
     VOCABULARY,
 )
 
@@ -141,7 +142,10 @@ def expected_names(manifest: Manifest) -> set[str] | None:
         return {VOCABULARY, CUTS}
     if manifest.stage == "share-knowledge":
         return {KNOWLEDGE}
-    return {MASKED_UPDATE, SEALED_SHARES} if manifest.masking else {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    if manifest.masking:
+        return {MASKED_UPDATE, SEALED_SHARES}
+    is_sparse = manifest.stage == "client-train" and SPARSE_UPDATE in manifest.files
+    return {ADAPTER_CONFIG, SPARSE_UPDATE if is_sparse else ADAPTER_WEIGHTS}
 
 
 def inbox(client: int) -> str:

@@ -15,6 +15,7 @@ from stages.workspace.names import (
     MANIFEST,
     MASKED_UPDATE,
     SEALED_SHARES,
+    SPARSE_UPDATE,
     VOCABULARY,
 )
 from stages.workspace.paths import Workspace
@@ -51,6 +52,8 @@ def _most_bytes(manifest: Manifest, name: str, workspace: Workspace, size_bytes:
     if name == SEALED_SHARES or is_inbox(name):
         clients = len(workspace.clients)
         return tensor_files.largest_bytes(clients * (SEAL_BYTES + SHARE_BYTES * clients))
+    if name == SPARSE_UPDATE:
+        return min(tensor_files.largest_bytes(2 * manifest.parameters), reading.LARGEST_ADAPTER_BYTES)
     if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE):
         return reading.LARGEST_JSON_BYTES
     most = min(tensor_files.largest_bytes(manifest.parameters + 3), reading.LARGEST_ADAPTER_BYTES)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stages.artefacts import lora_settings
 from stages.artefacts.adapter_files import A, B, Layout, check_config, part_of
+from stages.artefacts.sparse_files import parse_sparse
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import AnyAdapter
@@ -15,7 +16,7 @@ from stages.audit.parts import factors_of
 from stages.distillation.top_k_logits import parse_capture
 from stages.runtime.errors import Damaged, Problem
 from stages.workspace.averaging import Factors
-from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CAPTURE
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CAPTURE, SPARSE_UPDATE
 
 A3 = Check("A3", "layout")
 
@@ -129,13 +130,17 @@ def _against_manifest(folder: Folder, adapter: AnyAdapter) -> Iterator[Finding]:
 
 
 def layout_of_capture(folder: Folder) -> Iterator[Finding]:
-    """Of one capture: that it is exactly of its form, and holds numbers that a model can have said."""
-    if (content := folder.contents.get(CAPTURE)) is None:
-        return
-    try:
-        parse_capture(content, Path(CAPTURE))
-    except Problem as problem:
-        yield A3.fail(folder.file(CAPTURE), problem.message, "what co-distill --phase capture writes")
+    """Of one capture, or sparse update: that it is exactly of its form."""
+    kinds: dict[str, tuple[Callable[[bytes, Path], object], str]] = {
+        CAPTURE: (parse_capture, "what co-distill --phase capture writes"),
+        SPARSE_UPDATE: (parse_sparse, "positions, each once and in order, and a change for each"),
+    }
+    for name, (parse, expected) in kinds.items():
+        if (content := folder.contents.get(name)) is not None:
+            try:
+                parse(content, Path(name))
+            except Problem as problem:
+                yield A3.fail(folder.file(name), problem.message, expected)
 
 
 def same_layout(layouts: dict[Path, Layout], folders: list[Folder]) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from stages.workspace.names import (
     SEALED_REVEAL,
     SEALED_SHARES,
     SIGNATURE,
+    SPARSE_UPDATE,
     VOCABULARY,
     signature_beside,
 )
@@ -39,7 +40,8 @@ Kind = Literal[
     "federation",
 ]
 ADAPTER = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
-CONTENTS = {"broadcast": ADAPTER, "client-train": ADAPTER | {MASKED_UPDATE, SEALED_SHARES}, "reveal": {SEALED_REVEAL}}
+SENT = ADAPTER | {MASKED_UPDATE, SEALED_SHARES, SPARSE_UPDATE}
+CONTENTS = {"broadcast": ADAPTER, "client-train": SENT, "reveal": {SEALED_REVEAL}}
 CONTENTS |= {"align": {VOCABULARY, CUTS}, "share-knowledge": {KNOWLEDGE}, "client-distill": ADAPTER}
 """What can be in a folder that a stage makes; in a close, the inboxes of those who take part."""
 STAGES: dict[Kind, Stage] = {"broadcast": "broadcast", "client": "client-train", "close": "close", "reveal": "reveal"}

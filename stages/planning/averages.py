@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from stages.artefacts.adapter_files import A, B, Layout, layers_of, part_of
+from stages.artefacts.sparse_files import Sparse, count_kept, sparse_bytes
 from stages.planning.estimates import Here, StagePlan
 from stages.workspace.agreement import Agreement
 
@@ -43,7 +46,8 @@ def aggregate(here: Here) -> StagePlan:
             block = max(count * 4 * (place.stop - place.start) for place, _ in layers)
             work = of_products(count, layout)
         sums, blocks = 2 * values, 0 if work is None else min(2 * block, count * values) + work
-        takes = {"adapters": 3 * whole + 3 * values, "sums": max(sums, blocks)}
+        kept = count * updates_of(agreement, layout)[1] if agreement.keep and blocks else 0
+        takes = {"adapters": 3 * whole + 3 * values + kept, "sums": max(sums, blocks)}
     return StagePlan("aggregate", "server", memory=takes)
 
 
@@ -53,8 +57,12 @@ def updates_of(agreement: Agreement, layout: Layout) -> tuple[int, int]:
 
     rounds = range(1, 1 + min(2, agreement.federation.rounds))
     parts = [part_of(layout, agreement.sent_in(round)) for round in rounds]
-    numbers = sum(math.prod(shape) for part in parts for shape in part.values())
-    return numbers // len(parts), sum(map(shapes.file_bytes, parts)) // len(parts)
+    numbers = [sum(map(math.prod, part.values())) for part in parts]
+    sizes = list(map(shapes.file_bytes, parts))
+    if agreement.keep:
+        numbers = [count_kept(number, agreement.keep) for number in numbers]
+        sizes = [len(sparse_bytes(Sparse(np.zeros(n, np.uint32), np.zeros(n, np.float32)))) for n in numbers]
+    return sum(numbers) // len(parts), sum(sizes) // len(parts)
 
 
 def of_products(clients: int, layout: Layout) -> int:

@@ -140,6 +140,10 @@ class Agreement(Settings):
                 raise ValueError(f"{name} is not below slm.lora.r = {lora.r}, which all others have")
             if lora.alpha * rank % lora.r:
                 raise ValueError(f"{name} keeps alpha / r = {lora.alpha} / {lora.r}, of which alpha is no whole number")
+        if self.ranks and self.keep:
+            raise ValueError(
+                "clients of other ranks begin with other adapters, and aggregation.keep is of one: choose one"
+            )
         if self.ranks and self.federation.averages and self.aggregation.combine != "product":
             raise ValueError('clients of other ranks have A and B of other shapes: set aggregation.combine = "product"')
         return self
@@ -156,8 +160,10 @@ class Agreement(Settings):
                 f"aggregation.average takes clients of one model: take out the table [clients.{own[0]}.slm], "
                 "or set aggregation.average = false"
             )
-        if self.aggregation.sent_in(1) != "AB":
-            raise ValueError("aggregation.average takes whole adapters: take out personal, and combine but for product")
+        if self.aggregation.sent_in(1) != "AB" or self.aggregation.keep:
+            raise ValueError(
+                "aggregation.average takes whole adapters: take out personal and keep, and combine but for product"
+            )
         if self.aggregation.max_update_norm is not None:
             raise ValueError(
                 "aggregation.max_update_norm holds for client-train alone, not for what aggregation.average averages: "
@@ -211,8 +217,13 @@ class Agreement(Settings):
 
     @property
     def sends_part(self) -> bool:
-        """Whether clients keep their adapters and send A or B alone; where nothing is averaged, they train both."""
-        return self.sent_in(1) != "AB"
+        """Whether clients keep their adapters and send A or B alone, or few numbers. Not where nothing is averaged."""
+        return self.sent_in(1) != "AB" or self.keep is not None
+
+    @property
+    def keep(self) -> float | None:
+        """Which share of an update's numbers clients send; None: all."""
+        return self.aggregation.keep if self.federation.averages else None
 
     def trained_in(self, round: int) -> Factors:
         """Which matrices clients train in a round; the others stay as the broadcast has them."""

@@ -24,6 +24,7 @@ class Aggregation(Settings):
     rule: Rule = "mean"
     combine: Combine = "factors"
     personal: Literal["A", "B"] | None = None
+    keep: Annotated[float, Field(gt=0, lt=0.5)] | None = None
     outliers: Positive | None = None
     gate: Share | None = None
     average: bool = False
@@ -74,6 +75,12 @@ class Aggregation(Settings):
             raise ValueError(f"rule {self.rule} is for A and B as they are, combine product averages BA: choose one")
         if self.combine == "product" and self.is_secure:
             raise ValueError("combine product needs each client's A and B, mode secure shows their sums: choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _sparse_updates_are_of_each_client(self) -> Aggregation:
+        if self.keep and self.is_secure:
+            raise ValueError("keep has each client send other numbers, mode secure adds the same ones: choose one")
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from stages.runtime.errors import Refused
 from stages.workspace.agreement import Agreement
 from stages.workspace.derived_layout import Derived
 from stages.workspace.machine import Machine
-from stages.workspace.names import CLIENT, EXCHANGE, PRIVATE, ZERO_SHOT, round_name
+from stages.workspace.names import CLIENT, EXCHANGE, PRIVATE, UNSENT, ZERO_SHOT, round_name
 from stages.workspace.settings import Role
 
 
@@ -183,6 +183,10 @@ class Layout(Derived):
     def masked_update(self, round: int, client: int) -> Path:
         """Secure mode: what the client has masked, as it is sent and, until it has revealed, sent again."""
         return self.private / f"client-{client}" / round_name(round) / ".masked"
+
+    def unsent(self, round: int, client: int) -> Path:
+        """What a client's sparse update of a round left out, for its next."""
+        return self.private / f"client-{client}" / round_name(round) / UNSENT
 
     def close(self, round: int) -> Path:
         """Secure mode: whose updates the server adds up, from the server to all clients."""

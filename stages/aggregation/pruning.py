@@ -1,0 +1,56 @@
+"""Few numbers of an update: those that changed most are sent, and what is not sent is not forgotten.
+
+FedShield-LLM prunes by magnitude what clients send. Here with error feedback (Stich et al., 2018,
+https://arxiv.org/abs/1809.07599): what a round leaves out is added to the change of the next.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from stages.artefacts.adapter_files import Tensors, is_finite
+from stages.artefacts.sparse_files import Sparse, count_kept, flat, largest
+from stages.artefacts.tensor_files import bad, largest_bytes, read_header
+from stages.files import reading, writing
+from stages.workspace.paths import Workspace
+
+NAME = "unsent"
+
+
+def pruned(workspace: Workspace, sent: Tensors, start: Tensors, *, round: int, client: int, share: float) -> Sparse:
+    """What a client sends of a change, and, in private/client-k/round-t, what it keeps for its next round.
+
+    sent, start: the adapter, or the part of it that is averaged, after the round and before it.
+    """
+    before, after = flat(start), flat(sent)
+    change = after - before + _unsent(workspace, round, client, len(after))
+    sparse = largest(change, count_kept(len(change), share))
+    change[sparse.positions] = 0
+    writing.write(workspace.unsent(round, client), safetensors.numpy.save({NAME: change}))
+    return sparse
+
+
+def _unsent(workspace: Workspace, round: int, client: int, numbers: int) -> np.ndarray:
+    """What the client's last round before this one left out, [numbers], float32; zero if there was none."""
+    places = [workspace.unsent(before, client) for before in range(round - 1, 0, -1)]
+    last = next((place for place in places if place.exists()), None)
+    return np.zeros(numbers, np.float32) if last is None else _read(last, numbers)
+
+
+def _read(path: Path, numbers: int) -> np.ndarray:
+    content = reading.read(path, limit_bytes=largest_bytes(numbers))
+    header = read_header(content, path)
+    found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+    if found != {NAME: ("F32", [numbers])}:
+        raise bad(path, f"does not hold the {numbers} numbers that an earlier round left out")
+    try:
+        left: np.ndarray = safetensors.numpy.load(content)[NAME]
+    except safetensors.SafetensorError as error:
+        raise bad(path, f"is no sound safetensors file: {error}") from error
+    if not is_finite(left):
+        raise bad(path, "holds NaN or infinity")
+    return left

@@ -1,0 +1,280 @@
+"""Few numbers of an update: which are sent, what becomes of the others, and what is refused of a sparse file."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from builders import adapters, edit, make_workspace, sign
+from stages.aggregate import aggregate
+from stages.aggregation import updates as reading_updates
+from stages.artefacts.sparse_files import Sparse, largest, parse_sparse, sparse_bytes
+from stages.audit.audit import audit
+from stages.audit.verify import verify
+from stages.client_train import client_train
+from stages.evaluate import evaluate
+from stages.exchange.pack import pack
+from stages.exchange.unpack import unpack
+from stages.federation.run import run
+from stages.planning.comm_cost import comm_cost
+from stages.planning.plan import plan
+from stages.runtime.errors import BadNumbers, Damaged, Problem, Refused
+from stages.workspace.averaging import Aggregation
+from stages.workspace.paths import Workspace
+
+Once = Callable[[str, Callable[[Path], None]], Path]
+NUMBERS, SHARE = 4 * 16 + 48 * 4, 0.1
+KEPT = math.ceil(SHARE * NUMBERS)
+
+
+def with_settings(folder: Path, lines: str = f"keep = {SHARE}") -> Path:
+    edit(folder / "fedcollm.toml", "[distillation]", f"[aggregation]\n{lines}\n\n[distillation]")
+    return folder
+
+
+def flat(folder: Path) -> np.ndarray:
+    """An adapter's numbers, by the names of its tensors."""
+    found = safetensors.numpy.load((folder / "adapter_model.safetensors").read_bytes())
+    return np.concatenate([found[name].ravel() for name in sorted(found)])
+
+
+def sparse(folder: Path) -> Sparse:
+    found = safetensors.numpy.load((folder / "sparse.safetensors").read_bytes())
+    return Sparse(found["positions"], found["changes"])
+
+
+@pytest.fixture(scope="session")
+def ran_once(once: Once, base_models: Path) -> Path:
+    """Three rounds of sparse updates, without scores; to be read only."""
+
+    def fill(top: Path) -> None:
+        folder = with_settings(make_workspace(top / "study", base_models))
+        edit(folder / "fedcollm.toml", "rounds = 2", "rounds = 3")
+        run(Workspace(folder), scores=False)
+
+    return once("sparse", fill) / "study"
+
+
+@pytest.fixture
+def ran(ran_once: Path, tmp_path: Path) -> Path:
+    """Such a workspace of one's own."""
+    return shutil.copytree(ran_once, tmp_path / "study", symlinks=True)
+
+
+@pytest.mark.parametrize("client", [1, 2, 3])
+def test_the_largest_changes_are_sent_and_the_others_are_added_to_the_next(ran_once: Path, client: int) -> None:
+    left = np.zeros(NUMBERS)
+    for round in ("round-0001", "round-0002", "round-0003"):
+        start = flat(ran_once / f"exchange/{round}/broadcast")
+        change = flat(ran_once / f"private/client-{client}/{round}/slm").astype(np.float64) - start + left
+        sent = sparse(ran_once / f"exchange/{round}/client-{client}")
+        assert len(sent.positions) == KEPT
+        assert np.all(np.diff(sent.positions.astype(int)) > 0)
+        np.testing.assert_allclose(sent.changes, change[sent.positions], atol=1e-7)
+        others = np.delete(change, sent.positions)
+        assert np.abs(others).max() <= np.abs(sent.changes).min() + 1e-7
+        left = change.copy()
+        left[sent.positions] = 0
+        kept = safetensors.numpy.load((ran_once / f"private/client-{client}/{round}/unsent.safetensors").read_bytes())
+        np.testing.assert_allclose(kept["unsent"], left, atol=1e-7)
+    assert np.abs(left).max() > 0
+
+
+@pytest.mark.parametrize("round", [1, 2, 3])
+def test_the_average_is_the_broadcast_with_the_mean_of_what_was_sent(ran_once: Path, round: int) -> None:
+    start = flat(ran_once / f"exchange/round-000{round}/broadcast").astype(np.float64)
+    for client in (1, 2, 3):
+        sent = sparse(ran_once / f"exchange/round-000{round}/client-{client}")
+        start[sent.positions] += sent.changes.astype(np.float64) / 3
+    np.testing.assert_allclose(flat(ran_once / f"private/server/round-000{round}/aggregate"), start, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", ['"median"', '"trimmed-mean"\noutliers = 1', '"geometric-median"', '"clipped-mean"'])
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_rules_read_sparse_updates_as_they_read_whole_ones(
+    ran: Path, rule: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rule over adapters that were put together by hand."""
+    from stages.aggregation.rules import combine
+
+    monkeypatch.setattr(reading_updates, "BLOCK_BYTES", block)
+    monkeypatch.setattr(reading_updates, "FEWEST_NUMBERS", 7)
+    settings = {"rule": rule.split('"')[1]} | ({"outliers": 1} if "outliers" in rule else {})
+    found = combine(Aggregation.model_validate(settings), updates_of(ran, SHARE), [1, 1, 1])[0]
+    start = flat(ran / "exchange/round-0001/broadcast")
+    for client in (1, 2, 3):
+        place = ran / f"exchange/round-0001/client-{client}"
+        whole, sent = start.copy(), sparse(place)
+        whole[sent.positions] += sent.changes
+        names = safetensors.numpy.load((ran / "exchange/round-0001/broadcast/adapter_model.safetensors").read_bytes())
+        ends = np.cumsum([names[name].size for name in sorted(names)])[:-1]
+        parts = zip(sorted(names), np.split(whole, ends), strict=True)
+        content = safetensors.numpy.save({n: p.reshape(names[n].shape) for n, p in parts}, metadata={"format": "pt"})
+        (place / "adapter_model.safetensors").write_bytes(content)
+        (place / "sparse.safetensors").unlink()
+        manifest = json.loads((place / "manifest.json").read_text())
+        manifest["files"]["adapter_model.safetensors"] = manifest["files"].pop("sparse.safetensors")
+        (place / "manifest.json").write_text(json.dumps(manifest))
+        sign(place, parameters=NUMBERS)
+    expected = combine(Aggregation.model_validate(settings), updates_of(ran, None), [1, 1, 1])[0]
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+def updates_of(folder: Path, keep: float | None) -> reading_updates.Updates:
+    from stages.artefacts.adapter_files import read_adapter
+    from stages.artefacts.reading import read_artefact
+    from stages.runtime.events import ignore
+
+    theta = read_artefact(folder / "exchange/round-0001/broadcast")
+    heads = [read_artefact(folder / f"exchange/round-0001/client-{k}", only=["adapter_config.json"]) for k in (1, 2, 3)]
+    lora = theta.manifest.lora
+    return reading_updates.Updates(heads, read_adapter(theta, None, lora), lora, ignore, keep)
+
+
+def test_of_numbers_of_one_size_the_first_are_taken() -> None:
+    found = largest(np.array([1, -3, 3, 0, -1, 3], np.float32), 2)
+    assert found.positions.tolist() == [1, 2]
+    assert found.changes.tolist() == [-3, 3]
+
+
+def test_bytes_audit_verify_scores_and_parcels(ran: Path, tmp_path: Path) -> None:
+    workspace = Workspace(ran)
+    size = (ran / "exchange/round-0002/client-1/sparse.safetensors").stat().st_size
+    cost = comm_cost(workspace).full
+    assert cost is not None
+    assert (cost.update_parameters, cost.update_bytes) == (KEPT, size)
+    assert plan(workspace).sent["client"] == size < cost.adapter_bytes
+    findings = audit([ran])
+    assert {one.level for one in findings} <= {"OK", "SKIP"}
+    assert any(one.id == "A6" and "sparse" in one.found for one in findings)
+    assert {one.level for one in audit([ran / "exchange"])} <= {"OK", "SKIP"}
+    verify(workspace)
+    assert evaluate(workspace, round=3, client=2)["tasks"]["colours"]["questions"] == 12
+    before = adapters(ran)
+    bundle = pack(workspace, client=1, round=3, folder=tmp_path).path
+    shutil.rmtree(ran / "exchange/round-0003/client-1")
+    unpack(workspace, bundle)
+    assert adapters(ran) == before
+
+
+def test_what_was_lost_is_sent_again_byte_for_byte(ran: Path) -> None:
+    before, workspace = adapters(ran), Workspace(ran)
+    shutil.rmtree(ran / "exchange/round-0002/client-3")
+    (ran / "private/client-3/round-0002/unsent.safetensors").unlink()
+    client_train(workspace, client=3, round=2)
+    assert adapters(ran) == before
+    (ran / "private/client-3/round-0001/unsent.safetensors").write_bytes(sparse_bytes(Sparse(*(np.zeros(1),) * 2)))
+    shutil.rmtree(ran / "exchange/round-0002/client-3")
+    with pytest.raises(Damaged, match="does not hold the 256 numbers"):
+        client_train(workspace, client=3, round=2)
+    assert not (ran / "exchange/round-0002/client-3").exists()
+
+
+# --- what is refused
+
+
+def file(**changed: Any) -> bytes:
+    arrays = {"positions": np.arange(KEPT, dtype=np.uint32), "changes": np.ones(KEPT, np.float32)} | changed
+    return safetensors.numpy.save({name: array for name, array in arrays.items() if array is not None})
+
+
+POSITIONS = np.arange(KEPT, dtype=np.uint32)
+BAD = {
+    "names a position twice": file(positions=np.maximum(POSITIONS, 1)),
+    "names positions out of order": file(positions=POSITIONS[::-1].copy()),
+    "names position 256 of 256": file(positions=np.append(POSITIONS[:-1], NUMBERS).astype(np.uint32)),
+    f"has {KEPT - 1} numbers; of {NUMBERS} {KEPT} are sent": file(
+        positions=POSITIONS[:-1], changes=np.ones(KEPT - 1, np.float32)
+    ),
+    "is no sparse update": file(changes=np.ones(KEPT + 1, np.float32)),
+    "is no sparse update: it": file(changes=np.ones(KEPT, np.float64)),
+    "is no sparse": file(more=np.ones(1, np.float32)),
+    "no sparse update": file(changes=None),
+    "is a pickle": b"\x80\x04pickle",
+    "holds NaN": file(changes=np.full(KEPT, np.nan, np.float32)),
+    "carries metadata": safetensors.numpy.save(
+        {"positions": POSITIONS, "changes": np.ones(KEPT, np.float32)}, metadata={"who": "me"}
+    ),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_file_that_is_not_as_agreed_is_refused_by_name(ran: Path, words: str) -> None:
+    shutil.rmtree(ran / "private/server/round-0001")
+    place = ran / "exchange/round-0001/client-2"
+    (place / "sparse.safetensors").write_bytes(BAD[words])
+    sign(place)
+    with pytest.raises((Damaged, BadNumbers), match=words) as raised:
+        aggregate(Workspace(ran), round=1)
+    assert "client-2" in str(raised.value.where)
+    assert not (ran / "private/server/round-0001/aggregate").exists()
+    is_of_its_form = words.startswith(("names position 256", "has "))  # which only who knows the adapter can tell
+    assert any(one.id == "A3" and one.level == "FAIL" for one in audit([ran])) != is_of_its_form
+
+
+def test_sound_files_are_read() -> None:
+    assert parse_sparse(file(), Path("x")).changes.tolist() == [1.0] * KEPT
+
+
+def test_a_whole_update_is_refused_where_few_numbers_are_agreed(ran: Path) -> None:
+    shutil.rmtree(ran / "private/server/round-0001")
+    place = ran / "exchange/round-0001/client-2"
+    shutil.rmtree(place)
+    shutil.copytree(ran / "private/client-2/round-0001/slm", place)
+    with pytest.raises(Refused, match=r"client 2's update is whole, the agreement has keep = 0\.1"):
+        aggregate(Workspace(ran), round=1)
+
+
+def test_a_sparse_update_is_refused_where_all_numbers_are_agreed(finished: Path, ran_once: Path) -> None:
+    shutil.rmtree(finished / "private/server/round-0001")
+    place = finished / "exchange/round-0001/client-2"
+    manifest = json.loads((place / "manifest.json").read_text())
+    (place / "adapter_model.safetensors").unlink()
+    shutil.copy(ran_once / "exchange/round-0001/client-2/sparse.safetensors", place)
+    manifest["files"]["sparse.safetensors"] = manifest["files"].pop("adapter_model.safetensors")
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    sign(place)
+    with pytest.raises(Refused, match="client 2's update is sparse, the agreement has no keep"):
+        aggregate(Workspace(finished), round=1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("keep = 0.5", "less than 0.5"),
+        ("keep = 0.0", "greater than 0"),
+        ('keep = 0.1\nmode = "secure"', "mode secure adds the same ones"),
+    ],
+)
+def test_settings_that_do_not_fit(workspace_folder: Path, lines: str, words: str) -> None:
+    with pytest.raises(Problem, match=words):
+        _ = Workspace(with_settings(workspace_folder, lines)).agreement
+
+
+def test_ranks_by_client_are_not_for_sparse_updates(workspace_folder: Path) -> None:
+    toml = with_settings(workspace_folder, 'keep = 0.1\ncombine = "product"') / "fedcollm.toml"
+    toml.write_text(toml.read_text() + "\n[clients.2]\nrank = 2\n")
+    with pytest.raises(Problem, match="begin with other adapters"):
+        _ = Workspace(workspace_folder).agreement
+
+
+def test_a_part_of_an_adapter_can_be_sparse_too(workspace_folder: Path) -> None:
+    folder = with_settings(workspace_folder, 'keep = 0.25\ncombine = "freeze-a"')
+    edit(folder / "fedcollm.toml", "rounds = 2", "rounds = 1")
+    run(Workspace(folder), scores=False)
+    assert len(sparse(folder / "exchange/round-0001/client-1").positions) == 48 * 4 / 4
+    start, average = (
+        safetensors.numpy.load((folder / f"{place}/adapter_model.safetensors").read_bytes())
+        for place in ("exchange/round-0001/broadcast", "private/server/round-0001/aggregate")
+    )
+    assert all(np.array_equal(start[name], average[name]) == (".lora_A." in name) for name in start)
+    assert {one.level for one in audit([folder])} <= {"OK", "SKIP"}
