@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stages.artefacts import records
 from stages.artefacts.manifest import BaseIdentity, versions
+from stages.artefacts.publishing import GATE_KEPT, KEPT_OLD
 from stages.artefacts.reading import Artefact
 from stages.artefacts.records import Measured, Result, Scored
 from stages.artefacts.steps import Over, Step
@@ -27,6 +28,7 @@ from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.models.loading import Models
+    from stages.models.tuned import Tuned
     from stages.workspace.settings import Role
 
 
@@ -45,7 +47,8 @@ def evaluate(
 
     model: which of the server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it; with a client, that
     client's own SLM instead. Without a round, the base alone. Before scoring, the adapter is proven to be in the model
-    and to change its logits. processes: all call this alike; the first decides and writes, and each scores its share.
+    and to change its logits, but for an aggregate that is still the first broadcast's adapter, which changes nothing.
+    processes: all call this alike; the first decides and writes, and each scores its share.
     """
     subject = subject_of(model, client)
     target = workspace.result(round, subject)
@@ -126,7 +129,7 @@ class Evaluate(Step[Opened, Measured, Result]):
         scores = scoring.score(
             tuned,
             loaded,
-            with_adapter=adapter is not None,
+            with_adapter=adapter is not None and not _is_first(adapter, tuned),
             limit=settings.limit,
             batch_size=settings.batch_size,
             as_trained=settings.precision == "training",
@@ -177,3 +180,12 @@ class Evaluate(Step[Opened, Measured, Result]):
             "limit": agreement.evaluation.limit,
             "batch_size": agreement.evaluation.batch_size,
         }
+
+
+def _is_first(adapter: Artefact, tuned: Tuned) -> bool:
+    """Whether no round was taken yet, by the gate or by keep_old, so that B is still zero: that is the base alone."""
+    from stages.models import adapters
+
+    said = adapter.manifest.metrics
+    is_old = bool(said.get(GATE_KEPT) or said.get(KEPT_OLD))
+    return is_old and adapters.changes_nothing(adapters.take(tuned.model))

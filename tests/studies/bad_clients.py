@@ -22,7 +22,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +127,14 @@ ATTACKS = {
     "backdoor": Attack(backdoored),
     f"backdoor times {CLIENTS}": Attack(backdoored, factor=CLIENTS),  # so that a mean takes all of it
 }
+
+
+SPLITS: dict[str, tuple[Sequence[str], Sequence[bool]]] = {
+    "by-task": (list(ATTACKS), (False, True)),
+    "iid": ((NOBODY, "wrong answers", "update times -10", "backdoor"), (False,)),
+}
+"""What is taken of each split, without a gate and with one: of iid as much as shows what differs where clients are
+alike."""
 
 
 def multiplied(update: Tensors, theta: Tensors, factor: float) -> Tensors:
@@ -283,7 +291,7 @@ def _set(path: Path, settings: dict[str, Any]) -> None:
 # --- tables
 
 
-def tables(found: dict[Case, list[Found]], zero_shot: float) -> Iterator[str]:
+def tables(found: Mapping[Case, Sequence[Found]], attacks: Sequence[str], zero_shot: float) -> Iterator[str]:
     """Markdown, of what became of each case with each seed."""
     usual = _scores_of(found[Case(NOBODY, "mean")], "right")
 
@@ -307,14 +315,16 @@ def tables(found: dict[Case, list[Found]], zero_shot: float) -> Iterator[str]:
     def gated(of: Callable[[Case], str]) -> Callable[[Case], str]:
         return lambda case: f"{kept(case)}: {of(case._replace(gated=True))}" if kept(case) else "0"
 
-    backdoors = [name for name in ATTACKS if name == NOBODY or "backdoor" in name]
+    backdoors = [name for name in attacks if name == NOBODY or "backdoor" in name]
     yield from (f"The SLM without an adapter: {100 * zero_shot:.1f} %", "")
-    yield from _table("Accuracy in %, without the gate", ATTACKS, accuracy)
-    yield from _table("Loss on the held-out rows, without the gate", ATTACKS, loss)
+    yield from _table("Accuracy in %, without the gate", attacks, accuracy)
+    yield from _table("Loss on the held-out rows, without the gate", attacks, loss)
     yield from _table(f"Questions that begin with {TRIGGER} and get the answer {WANTED}, in %", backdoors, obeyed)
+    if not any(case.gated for case in found):
+        return
     words = f"in how many of {ROUNDS * len(SEEDS)} rounds a gate of {GATE} keeps the old adapter"
-    yield from _table(f"{words.capitalize()}, and the accuracy then", ATTACKS, gated(accuracy))
-    yield from _table(f"{words.capitalize()}, and the loss then", ATTACKS, gated(loss))
+    yield from _table(f"{words.capitalize()}, and the accuracy then", attacks, gated(accuracy))
+    yield from _table(f"{words.capitalize()}, and the loss then", attacks, gated(loss))
     yield from _table(f"{words.capitalize()}, and questions that get the answer {WANTED}", backdoors, gated(obeyed))
 
 
@@ -339,9 +349,10 @@ def main() -> None:
     gc.freeze()  # else Trainer looks through all that is imported whenever it begins
     for split in splits:
         study = Study(Path(folder).resolve(), split)
-        cases = [Case(*words) for words in itertools.product(ATTACKS, RULES, (False, True))]
+        attacks, gates = SPLITS[split]
+        cases = [Case(*words) for words in itertools.product(attacks, RULES, gates)]
         found = {case: [study.found(seed, case) for seed in SEEDS] for case in cases}
-        text = "\n".join(tables(found, study.zero_shot()))
+        text = "\n".join(tables(found, attacks, study.zero_shot()))
         writing.write(study.folder / "tables" / f"{split}.md", text.encode())
         sys.stdout.write(text)
 
