@@ -36,6 +36,7 @@ from stages.artefacts.adapter_files import Tensors, read_adapter, weights_bytes
 from stages.artefacts.draft import Draft
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, read_artefact
+from stages.audit.audit import audit
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.data.prepare import prepare
@@ -190,8 +191,7 @@ class Study:
 
     def found(self, seed: int, case: Case) -> Found:
         """What became of a case; it is taken if it was not yet."""
-        place = self.homes[seed].root / "cases" / "-".join(case.attack.split()) / case.rule
-        place = place.with_name(f"{case.rule}-gate") if case.gated else place
+        place = self._place(seed, case)
         kept = place / "found.json"
         if not kept.exists():
             begun = time.process_time()
@@ -199,6 +199,20 @@ class Study:
             writing.write(kept, json.dumps(dataclasses.asdict(found)).encode())
             sys.stderr.write(f"{place.relative_to(self.folder)}: {time.process_time() - begun:.1f} s of CPU\n")
         return Found(**json.loads(kept.read_text()))
+
+    def warned(self, attack: str) -> tuple[int, int]:
+        """Of how many updates `audit` warns (A6), with all seeds: of the bad client's, and of others'."""
+        bad = others = 0
+        for seed in SEEDS:
+            found = audit([self._place(seed, Case(attack, "mean"))])
+            folders = {one.where for one in found if (one.id, one.level) == ("A6", "WARN")}
+            of_bad = sum(folder.endswith(f"/client-{BAD}") for folder in folders)
+            bad, others = bad + of_bad, others + len(folders) - of_bad
+        return bad, others
+
+    def _place(self, seed: int, case: Case) -> Path:
+        name = f"{case.rule}-gate" if case.gated else case.rule
+        return self.homes[seed].root / "cases" / "-".join(case.attack.split()) / name
 
     def zero_shot(self) -> float:
         """The accuracy of the SLM without an adapter."""
@@ -328,6 +342,16 @@ def tables(found: Mapping[Case, Sequence[Found]], attacks: Sequence[str], zero_s
     yield from _table(f"{words.capitalize()}, and questions that get the answer {WANTED}", backdoors, gated(obeyed))
 
 
+def warnings(counted: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Markdown: of whose updates `audit` warns, by attack, where the rule is the mean."""
+    updates = ROUNDS * len(SEEDS)
+    yield from (f"**Of how many updates `{Command('audit')}` warns (A6), where the rule is the mean**", "")
+    yield f"| | of the bad client's {updates} | of the others' {updates * (CLIENTS - 1)} |"
+    yield "| --- | ---: | ---: |"
+    yield from (f"| {attack} | {bad} | {others} |" for attack, (bad, others) in counted.items())
+    yield ""
+
+
 def _table(title: str, attacks: Iterable[str], cell: Callable[[Case], str]) -> Iterator[str]:
     yield from (f"**{title}**", "")
     yield f"| | {' | '.join(f'`{rule}`' for rule in RULES)} |"
@@ -352,7 +376,8 @@ def main() -> None:
         attacks, gates = SPLITS[split]
         cases = [Case(*words) for words in itertools.product(attacks, RULES, gates)]
         found = {case: [study.found(seed, case) for seed in SEEDS] for case in cases}
-        text = "\n".join(tables(found, attacks, study.zero_shot()))
+        warned = {attack: study.warned(attack) for attack in attacks}
+        text = "\n".join([*tables(found, attacks, study.zero_shot()), *warnings(warned)])
         writing.write(study.folder / "tables" / f"{split}.md", text.encode())
         sys.stdout.write(text)
 
