@@ -338,8 +338,7 @@ def tables(found: Mapping[Case, Sequence[Found]], attacks: Sequence[str], zero_s
         return
     words = f"in how many of {ROUNDS * len(SEEDS)} rounds a gate of {GATE} keeps the old adapter"
     yield from _table(f"{words.capitalize()}, and the accuracy then", attacks, gated(accuracy))
-    yield from _table(f"{words.capitalize()}, and the loss then", attacks, gated(loss))
-    yield from _table(f"{words.capitalize()}, and questions that get the answer {WANTED}", backdoors, gated(obeyed))
+    yield from _table(f"{words.capitalize()}, and those questions with {WANTED} then", backdoors, gated(obeyed))
 
 
 def warnings(counted: Mapping[str, tuple[int, int]]) -> Iterator[str]:
