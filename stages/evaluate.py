@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stages.artefacts import records
 from stages.artefacts.manifest import BaseIdentity, versions
+from stages.artefacts.publishing import GATE_KEPT, KEPT_OLD
 from stages.artefacts.reading import Artefact
 from stages.artefacts.records import Measured, Result, Scored
 from stages.artefacts.steps import Over, Step
@@ -27,6 +28,8 @@ from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.models.loading import Models
+    from stages.models.tuned import Tuned
+    from stages.workspace.agreement import Agreement
     from stages.workspace.settings import Role
 
 
@@ -45,7 +48,8 @@ def evaluate(
 
     model: which of the server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it; with a client, that
     client's own SLM instead. Without a round, the base alone. Before scoring, the adapter is proven to be in the model
-    and to change its logits. processes: all call this alike; the first decides and writes, and each scores its share.
+    and to change its logits, but for an aggregate that is still the first broadcast's adapter, which changes nothing.
+    processes: all call this alike; the first decides and writes, and each scores its share.
     """
     subject = subject_of(model, client)
     target = workspace.result(round, subject)
@@ -123,9 +127,9 @@ class Evaluate(Step[Opened, Measured, Result]):
             tasks.check_answers(task, self.report)
         self._models.use(role)
         tuned = self._models.get(role) if adapter is None else self._models.with_adapter(role, adapter)
-        is_base = adapter is not None and adapter.manifest.client is None and self.workspace.agreement.server_has_no_b
+        is_base = adapter is not None and _is_base(adapter, tuned, self.workspace.agreement)
         if is_base:
-            words = "every B is a client's own here: the server's SLM is its base, and is scored as that"
+            words = "B is zero, as nobody has trained it here: the server's SLM is its base, and is scored as that"
             self.report(Event("warning", words))
         scores = scoring.score(
             tuned,
@@ -181,3 +185,13 @@ class Evaluate(Step[Opened, Measured, Result]):
             "limit": agreement.evaluation.limit,
             "batch_size": agreement.evaluation.batch_size,
         }
+
+
+def _is_base(adapter: Artefact, tuned: Tuned, agreement: Agreement) -> bool:
+    """Whether B is rightly zero: every B is a client's own, or no round was taken yet, by the gate or by keep_old."""
+    from stages.models import adapters
+
+    said = adapter.manifest.metrics
+    is_old = bool(said.get(GATE_KEPT) or said.get(KEPT_OLD))
+    is_untrained = is_old or (agreement.server_has_no_b and adapter.manifest.client is None)
+    return is_untrained and adapters.changes_nothing(adapters.take(tuned.model))

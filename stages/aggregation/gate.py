@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stages.artefacts.adapter_files import Tensors
+from stages.artefacts.publishing import GATE_KEPT
 from stages.artefacts.reading import Artefact
 from stages.data.rows import Example, Row, encode, tell_left_out
 from stages.models import adapters
@@ -75,7 +76,7 @@ def gate(
         report(Event("warning", f"the old adapter is kept: {words}, the gate is {amount:g}"))
     else:
         report(Event("note", words))
-    measured = {"gate": amount, "gate_before": before, "gate_kept": float(keeps_old), **left_out}
+    measured = {"gate": amount, "gate_before": before, GATE_KEPT: float(keeps_old), **left_out}
     return Verdict(keeps_old, measured | ({"gate_after": after} if math.isfinite(after) else {}))
 
 

@@ -41,6 +41,8 @@ from stages.workspace.names import (
 
 KEPT_OLD = "kept_old"
 """The metric of an aggregate that is the broadcast's adapter, since the round was given up."""
+GATE_KEPT = "gate_kept"
+"""The metric of an aggregate that was put to a gate: 1 if it is the broadcast's adapter, since the gate kept that."""
 
 PUBLIC = "the public rows"
 

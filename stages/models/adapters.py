@@ -191,7 +191,7 @@ def check_trained(before: Tensors, after: Tensors) -> dict[str, float]:
     """
     moved = _distance(before, after)
     size_b = float(np.sqrt(sum(np.sum(after[name].astype(np.float64) ** 2) for name in after if "lora_B" in name)))
-    if size_b == 0:
+    if changes_nothing(after):
         raise BadNumbers(
             "the trained adapter's B is all zero: it changes nothing",
             mend=TRAIN_MORE,
@@ -199,6 +199,11 @@ def check_trained(before: Tensors, after: Tensors) -> dict[str, float]:
     if moved == 0:
         raise BadNumbers("training left the adapter where it was", mend=TRAIN_MORE)
     return {"update_norm": moved, "lora_b_norm": size_b}
+
+
+def changes_nothing(tensors: Tensors) -> bool:
+    """Whether an adapter's B is all zero, as that of a fresh one: BA is then zero."""
+    return not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
 def shortened(before: Tensors, after: Tensors, largest: float) -> Tensors:

@@ -86,6 +86,35 @@ def test_an_average_that_harms_is_not_and_the_broadcast_is_published_byte_for_by
     assert fedcollm("co-distill", "--round", 1, "-w", held).code == 0  # the round goes on
 
 
+@pytest.mark.parametrize("words", [("--gate", 0.01), ("--keep-old",)])
+def test_a_first_round_that_is_not_taken_scores_as_the_base_does(
+    words: tuple[object, ...], held: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    """Its aggregate is the adapter that was drawn from the seed, whose B is zero: sound, though it changes nothing."""
+    for k in (1, 2, 3):
+        scale(held / ROUND / f"client-{k}", -20)
+    assert fedcollm("aggregate", "--round", 1, *words, "-w", held).code == 0
+    outcome = fedcollm("evaluate", "--round", 1, "--model", "aggregate", "-w", held)
+    assert outcome.code == 0, outcome.err
+    assert fedcollm("evaluate", "--zero-shot", "-w", held).code == 0
+    kept, base = (
+        json.loads((held / "results" / name).read_text())
+        for name in ("round-0001/aggregate.json", "zero-shot/slm.json")
+    )
+    assert kept["tasks"] == base["tasks"]
+    assert kept["adapter_sha256"] == hashlib.sha256((held / ROUND / "broadcast" / WEIGHTS).read_bytes()).hexdigest()
+
+
+def test_an_average_that_changes_nothing_although_it_was_taken_is_not_scored(
+    held: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    assert fedcollm("aggregate", "--round", 1, "--gate", 0.5, "-w", held).code == 0
+    scale(held / AGGREGATE, 0)
+    outcome = fedcollm("evaluate", "--round", 1, "--model", "aggregate", "-w", held)
+    assert outcome.code == 6
+    assert "the adapter does not change the model" in outcome.err
+
+
 def test_the_gate_lets_through_what_rises_by_no_more_than_its_amount(held: Path) -> None:
     for k in (1, 2, 3):
         scale(held / ROUND / f"client-{k}", -1)
