@@ -223,7 +223,11 @@ def _agreement(parent: Workspace, changes: Changes) -> bytes:
     for key, value in changes.items():
         _set(document, key.split("."), value)
     content = (DERIVED + tomlkit.dumps(document)).encode()
-    parse(Agreement, content, path)
+    try:
+        parse(Agreement, content, path)
+    except UsageProblem as problem:  # the file itself may be in order
+        problem.where = f"{path}, changed by {', '.join(f'{key} = {value}' for key, value in changes.items())}"
+        raise
     return content
 
 
