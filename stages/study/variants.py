@@ -223,11 +223,7 @@ def _agreement(parent: Workspace, changes: Changes) -> bytes:
     for key, value in changes.items():
         _set(document, key.split("."), value)
     content = (DERIVED + tomlkit.dumps(document)).encode()
-    try:
-        parse(Agreement, content, path)
-    except UsageProblem as problem:  # the file itself may be in order
-        problem.where = f"{path}, changed by {', '.join(f'{key} = {value}' for key, value in changes.items())}"
-        raise
+    parse(Agreement, content, path)
     return content
 
 

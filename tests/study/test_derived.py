@@ -262,13 +262,6 @@ def test_settings_that_make_no_agreement_are_refused_before_anything_is_written(
     assert not (workspace_folder / "sweeps").exists()
 
 
-def test_a_change_that_makes_no_agreement_is_named_beside_the_file_that_is_in_order(workspace_folder: Path) -> None:
-    with pytest.raises(UsageProblem) as caught:
-        make(workspace_folder, "sweeps/x", {"client_training.proximal": 0, "federation.seed": 2})
-    changed = "client_training.proximal = 0, federation.seed = 2"
-    assert caught.value.where == f"{workspace_folder / 'fedcollm.toml'}, changed by {changed}"
-
-
 def test_one_that_is_not_there_is_not_ready_and_one_of_other_settings_refused(workspace_folder: Path) -> None:
     parent, folder = Workspace(workspace_folder), workspace_folder / "sweeps/x"
     with pytest.raises(NotReady, match="sweeps/x is not there") as absent:
