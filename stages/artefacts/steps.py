@@ -20,7 +20,7 @@ from stages.parties.party import Party
 from stages.runtime.errors import Damaged, NotReady
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
-from stages.workspace import sending
+from stages.workspace import addressees
 from stages.workspace.commands import Command
 from stages.workspace.names import round_of
 from stages.workspace.paths import Workspace
@@ -125,7 +125,7 @@ class Step(ABC, Generic[Opened, Computed, Made]):
             return
         number, round = None if self.party.is_server else self.party.number, round_of(sent[0].parent.name)
         pack = Command("pack", client=number, server=number is None, round=round)
-        sending.tell(workspace, sent[0], pack, self.report, client=number)
+        addressees.tell(workspace, sent[0], pack, self.report, client=number)
 
     def _make(self, opened: Opened, again: bool, places: Over) -> Made:
         try:

@@ -17,7 +17,7 @@ from stages.parties.party import Party
 from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace import edits, sending, task_files
+from stages.workspace import addressees, edits, task_files
 from stages.workspace.commands import Command
 from stages.workspace.names import signature_beside
 from stages.workspace.paths import Workspace
@@ -41,7 +41,7 @@ def enroll(workspace: Workspace, *, renew: bool = False, report: Report = ignore
         check_is_new(Party.server(workspace))
     with locks.held(workspace.secrets_pointer(SERVER).with_suffix(".lock"), report=report):
         enrolled = _enroll(workspace, renew, report)
-    sending.tell(workspace, enrolled.path, Command("pack", roster=True), report, client=None)
+    addressees.tell(workspace, enrolled.path, Command("pack", roster=True), report, client=None)
     return enrolled
 
 

@@ -19,7 +19,7 @@ from stages.parties.party import Party
 from stages.parties.vault import NOT_ENROLLED, Vault
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace import edits, sending
+from stages.workspace import addressees, edits
 from stages.workspace.commands import Command
 from stages.workspace.names import signature_beside
 from stages.workspace.paths import Workspace
@@ -48,7 +48,7 @@ def keys(workspace: Workspace, *, client: int, renew: bool = False, report: Repo
         check_is_new(Party.client(workspace, client))
     with locks.held(workspace.secrets_pointer(party_of(client)).with_suffix(".lock"), report=report):
         made = _keys(workspace, client, renew, report)
-    sending.tell(workspace, made.path, Command("pack", keys=True, client=client), report, client=client)
+    addressees.tell(workspace, made.path, Command("pack", keys=True, client=client), report, client=client)
     return made
 
 
