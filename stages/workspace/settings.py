@@ -43,7 +43,7 @@ def parse(kind: type[S], text: bytes, path: Path) -> S:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        mistakes = [_mistake(kind, found) for found in error.errors()]
+        mistakes = mistakes_in(kind, error)
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         message = lines([f"{count} in the settings", *mistakes], "\n  - ")
         mend = f"every key is explained in the {path.name} that `{Command('init', 'study')}` writes"
@@ -61,6 +61,11 @@ def _no_toml(error: tomllib.TOMLDecodeError, path: Path, text: str) -> UsageProb
     return UsageProblem(f"not valid TOML: {error}{shown}", where=f"{path}:{number}" if found else path, mend=mend)
 
 
+def mistakes_in(kind: type[Settings], error: ValidationError) -> list[str]:
+    """Every mistake with its key, what was found, and the nearest known key."""
+    return [_mistake(kind, found) for found in error.errors()]
+
+
 def _mistake(kind: type[Settings], found: object) -> str:
     """One line for one of pydantic's error dicts."""
     assert isinstance(found, dict)
@@ -74,7 +79,8 @@ def _mistake(kind: type[Settings], found: object) -> str:
     if found["type"] == "missing":
         return f"{key}: missing"
     value = "" if found["type"] == "value_error" else f", found {found['input']!r}"
-    text = str(found["msg"]).removeprefix("Value error, ")
+    is_pattern = found["type"] == "string_pattern_mismatch"  # which few people read
+    text = "not written as it has to be" if is_pattern else str(found["msg"]).removeprefix("Value error, ")
     return f"{key}: {text}{value}" if key else text
 
 

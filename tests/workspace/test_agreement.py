@@ -311,6 +311,22 @@ def test_what_is_not_toml_is_told_with_its_place(text: str) -> None:
     assert caught.value.mend == "correct that line"
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (Machine, 'device = "gpu"\n', "device: not written as it has to be, found 'gpu'"),
+        (Machine, '[slurm]\ntime = "4h"\n', "slurm.time: not written as it has to be, found '4h'"),
+        (
+            Agreement,
+            '[federation]\nname = "our study"\n',
+            "federation.name: not written as it has to be, found 'our study'",
+        ),
+    ],
+)
+def test_a_text_of_another_form_is_told_without_a_pattern(kind: type[Settings], text: str, message: str) -> None:
+    assert message in refusal(text, kind)
+
+
 def test_a_text_without_quotes_is_told_with_its_line() -> None:
     with pytest.raises(UsageProblem) as caught:
         parse(Agreement, changed("seed = 7", "seed = 7\nmethod = fedavg").encode(), PATH)
