@@ -45,4 +45,7 @@ def launched(environment: Mapping[str, str], *, expected: int | None, together: 
     if together and expected not in (None, count):
         mend = f"torchrun --nproc-per-node {expected} -m fedcollm_cli ..., or correct processes in machine.toml"
         raise UsageProblem(f"{expected} processes are asked for, here is {count}", mend=mend)
+    if count > 1 and "MASTER_ADDR" not in environment:
+        message = f"this is process {environment['RANK']} of {count} by RANK and WORLD_SIZE, and no MASTER_ADDR is set"
+        raise UsageProblem(message, mend="start the command by torchrun, which sets all three; or unset the two")
     return Launch(int(environment.get("RANK") or 0), int(environment.get("LOCAL_RANK") or 0), count)

@@ -10,6 +10,8 @@ from stages.artefacts.receiving import received
 from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace import addressees
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -37,4 +39,6 @@ def reveal(workspace: Workspace, *, client: int, round: int, report: Report = ig
     manifest = revealing.reveal(party, theta, report)
     code = roster.spoken(manifest.parents["close"], 32)
     report(Event("note", f"revealed, for good; the code of the close, the same at all clients: {code}"))
+    pack = Command("pack", client=client, round=round)
+    addressees.tell(workspace, workspace.reveal(round, client), pack, report, client=client)
     return manifest

@@ -219,6 +219,15 @@ def test_every_setting_exists(name: str) -> None:
 # --- snippets
 
 
+def test_a_study_that_is_named_has_the_parts_that_are_named() -> None:
+    page = DOCS / "explanation/really-pre-trained-models.md"
+    called = re.findall(r"^python (tests/studies/\S+\.py) \S+ \S+ \S+ \S+ (.+)$", page.read_text(), re.M)
+    assert called
+    for script, parts in called:
+        help = subprocess.run([sys.executable, ROOT / script, "--help"], check=True, capture_output=True, text=True)
+        assert set(parts.split()) <= set(re.findall(r"^  ([\w-]+): ", help.stdout, re.M))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_snippet_is_well_formed(name: str) -> None:
     for kind, text, _ in fences(ROOT / name):

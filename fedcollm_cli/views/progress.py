@@ -182,7 +182,7 @@ def demo(measured: Shown) -> Group:
     """The comparison, and where to look on."""
     lines = (
         f"guessing gives 25.0, knowing every rule of this world {measured.rule_accuracy:.1f}",
-        f"base models: {measured.models}; the study: {measured.workspace}, with baselines/ and seeds/",
+        f"base models: {measured.models}; the study: {measured.workspace}, with baselines/",
         f"the report: {measured.report}",
         f"error bars: cd {measured.workspace} && {Command('compare', seeds='1,2,3')}",
         f"look inside: cd {measured.workspace} && {Command('status')}",

@@ -20,6 +20,7 @@ from stages.parties.party import Party
 from stages.runtime.errors import Damaged, NotReady
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
+from stages.workspace import addressees
 from stages.workspace.commands import Command
 from stages.workspace.names import round_of
 from stages.workspace.paths import Workspace
@@ -118,19 +119,13 @@ class Step(ABC, Generic[Opened, Computed, Made]):
         """Say to whom it goes, where they are on another machine."""
         workspace, agreement = self.workspace, self.workspace.agreement
         sent = [path for path in self.publishes if path.is_relative_to(workspace.exchange)]
-        if self.party.is_server:
-            is_sent = agreement.averages or agreement.federation.server_tells
-            places = [workspace.client_data(k) for k in workspace.clients]
-        else:
-            is_sent = agreement.averages or agreement.federation.clients_tell
-            places = [workspace.auxiliary_data]
-        if not (sent and is_sent) or workspace.is_simulation or all(place.exists() for place in places):
+        federation = agreement.federation
+        is_told = federation.server_tells if self.party.is_server else federation.clients_tell
+        if not sent or not (agreement.averages or is_told):
             return
         number, round = None if self.party.is_server else self.party.number, round_of(sent[0].parent.name)
         pack = Command("pack", client=number, server=number is None, round=round)
-        to = "the clients" if number is None else "the server"
-        said = f"{workspace.shown(sent[0])} goes to {to}: carry exchange/ there, or `{pack}`"
-        self.report(Event("note", said))
+        addressees.tell(workspace, sent[0], pack, self.report, client=number)
 
     def _make(self, opened: Opened, again: bool, places: Over) -> Made:
         try:

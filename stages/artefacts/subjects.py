@@ -57,10 +57,11 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
     """The subject's adapter after a round, every byte checked. Raises as received does."""
     workspace.check_round(round)
     stage: Stage
+    mend: object
     if client is not None:
         workspace.check_client(client)
         stage = client_stage(workspace)
-        made_by = Command(stage, client=client, round=round)
+        mend = Command(stage, client=client, round=round)
     else:
         step: Literal["aggregate", "co-distill"] = "aggregate" if model == "aggregate" else "co-distill"
         if model == "slm" and not workspace.agreement.federation.averages:
@@ -68,9 +69,11 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
             average = ", --model aggregate" if workspace.agreement.averages else ""
             raise UsageProblem(message, mend=f"give --client k, whose own model it is{average}, or --model llm")
         workspace.check_step(step, round)
-        stage, made_by = step, Command(step, round=round)
+        stage, mend = step, Command(step, round=round)
+        if not workspace.auxiliary_data.exists():
+            mend = f"the server has it; there: {Command('export', round=round, model=model)}"
     folder = folder_of(workspace, round, subject_of(model, client))
-    missing = f"there is no adapter at {workspace.shown(folder)}", made_by
+    missing = f"there is no adapter at {workspace.shown(folder)}", mend
     return received(folder, by=Onlooker(workspace), stage=stage, round=round, client=client, missing=missing)
 
 

@@ -48,8 +48,10 @@ class Verified:
         whose = f", by the roster that {self.pinned_by} pinned" if self.pinned_by else ""
         if self.signatures and not self.pinned_by:
             whose = ", by the roster in exchange/, which nobody here has pinned"
-        away = f"; {self.elsewhere} parents are not on this machine" if self.elsewhere else ""
-        return f"rounds {self.rounds[0]} to {self.rounds[-1]}: {self.folders} folders hold, {signed}{whose}{away}"
+        parents = "1 parent is" if self.elsewhere == 1 else f"{self.elsewhere} parents are"
+        away = f"; {parents} not on this machine" if self.elsewhere else ""
+        hold = "folder holds" if self.folders == 1 else "folders hold"
+        return f"rounds {self.rounds[0]} to {self.rounds[-1]}: {self.folders} {hold}, {signed}{whose}{away}"
 
 
 def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:

@@ -253,7 +253,8 @@ def _built(manager: TaskManager, spec: Any, name: str) -> list[ConfigurableTask]
             what = f"task {name}: its data cannot be read, or the cache of datasets not be written"
             raise faults.unwritable_cache(what, error) from error
         if isinstance(error, FileNotFoundError):
-            message, mend = f"the data of task {name} is not there: {error}", "check data_files in its task file"
+            message = f"the data of task {name} is not there: {error}"
+            mend = "put it there, or check data_files in its task file"
             raise NotReady(message, where=where, mend=mend) from error
         mend = (
             f"`{Command('prefetch')}` where there is a network, "

@@ -17,6 +17,7 @@ from stages.federation.jobs import base_subjects, chain, server_subjects
 from stages.files import writing
 from stages.parties.enrolment import enrolment
 from stages.parties.names import SERVER, client
+from stages.parties.names import listed as named
 from stages.progress.rounds import Reader
 from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.runtime.errors import NotReady, Refused, UsageProblem
@@ -26,7 +27,7 @@ from stages.workspace.commands import Command
 from stages.workspace.machine import Slurm
 from stages.workspace.names import MACHINE
 from stages.workspace.paths import Workspace
-from stages.workspace.settings import Role
+from stages.workspace.settings import Role, mistakes_in
 
 BRIEF = ("broadcast", "close", "reveal", "window")
 """Scripts that train and score nothing: they ask for no GPU and for nothing of server_options or client_options.
@@ -81,19 +82,20 @@ def jobs(workspace: Workspace, *, only: str | None = None, window: int | None = 
         mend = f"`{Command('status')}` names what is missing; in a simulation, `{PREPARE}` makes it"
         raise NotReady(f"{only or 'every party'} has no data here", where=workspace.private, mend=mend)
     one_tokenizer.check(workspace)
-    if workspace.agreement.aggregation.is_secure:
-        _check_enrolled(workspace, parties)
+    _check_enrolled(workspace, parties)
     reader = Reader(workspace, verify=False)
     if reader.are_rows_stale:
         raise Refused(STALE_ROWS, where=workspace.split, mend=f"{PREPARE}, which tells whether the rows change")
     rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
     found = chain(workspace, rounds, parties, window=window)
     if found.waiting_for and not found.jobs:
-        mend = f"`{Command('status')}` shows all of it"
+        absent = [k for k in workspace.clients if not workspace.client_data(k).exists()] if SERVER in parties else []
+        rows = f"; of {named(absent)} no rows are here: whoever has none here sends from elsewhere" if absent else ""
+        mend = f"`{Command('status')}` shows all of it{rows}"
         raise NotReady(f"waiting for {found.waiting_for}", where=workspace.root, mend=mend)
     scores = any(job.script == "evaluate" for job in found.jobs)
-    if found.jobs and (absent := _missing(workspace, parties, scores=scores)):
-        message = lines(["missing here, and compute nodes fetch nothing:", *absent], "\n  - ")
+    if found.jobs and (lacking := _missing(workspace, parties, scores=scores)):
+        message = lines(["missing here, and compute nodes fetch nothing:", *lacking], "\n  - ")
         raise NotReady(message, where=workspace.root, mend="mend that on this machine, then submit again")
     return found
 
@@ -106,11 +108,11 @@ def _check_party(workspace: Workspace, party: str | None) -> None:
 
 
 def _check_enrolled(workspace: Workspace, parties: set[str]) -> None:
-    """Raise NotReady if a party has no keys or has not joined: jobs cannot compare fingerprints."""
+    """Raise NotReady if a party lacks keys that it needs, or has not joined: jobs cannot compare fingerprints."""
     for party in sorted(parties):
         command, waiting_for = enrolment(workspace, party)
         if command or waiting_for:
-            message = f"{party} is not enrolled for secure aggregation"
+            message = f"{party} is not enrolled"
             message += f", and waits for {waiting_for}" if waiting_for else ""
             mend = command or f"`{Command('next')}` takes a party's next step"
             raise NotReady(message, where=workspace.root, mend=mend)
@@ -160,8 +162,7 @@ def _settings(workspace: Workspace, flags: Mapping[str, object]) -> Slurm:
     try:
         return Slurm.model_validate(workspace.machine.slurm.model_dump() | dict(flags))
     except ValidationError as error:
-        found = [(".".join(map(str, one["loc"])), one["msg"], one["input"]) for one in error.errors()]
-        mistakes = [f"{key}: {message}, found {value!r}" for key, message, value in found]
+        mistakes = mistakes_in(Slurm, error)
         mend = f"as sbatch takes them, such as --time 04:00:00 --mem 32G; [slurm] of {MACHINE} explains them"
         raise UsageProblem(lines(["what Slurm is asked for", *mistakes], "\n  - "), mend=mend) from error
 

@@ -22,6 +22,7 @@ from stages.federation.time_left import TimeLeft, rounds_to_make
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Report, ignore
 from stages.workspace.commands import Command
+from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -133,7 +134,12 @@ def _checked(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Ch
         mend = f"{Command('prepare')}, if [data] says from what; rows that the parties brought are not dealt"
         raise UsageProblem(f"{dealt[0]} changes nothing here: prepare has not dealt the rows", mend=mend)
     for settings in points:
-        variants.check(workspace, settings)
+        try:
+            variants.check(workspace, settings)
+        except UsageProblem as problem:  # the file itself may be in order
+            changed = ", ".join(f"{key} = {value}" for key, value in settings.items())
+            problem.where = f"{workspace.root / AGREEMENT}, changed by {changed}"
+            raise
     return points
 
 

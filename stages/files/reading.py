@@ -114,7 +114,7 @@ def not_there(path: Path) -> NotReady:
     if path.is_symlink():
         message = f"{path.name} is a symbolic link to {path.readlink()}, which is not there on this machine"
         return NotReady(message, where=path, mend="put the file there, or mount what it lies on, or replace the link")
-    return NotReady(f"{path.name} is not there", where=path, mend="put it there")
+    return NotReady(f"{path.name} is not there", where=path, mend="put it there, or correct the name")
 
 
 def check_plain(folder: Path) -> None:
@@ -125,7 +125,7 @@ def check_plain(folder: Path) -> None:
 
 
 def _not_plain(path: Path) -> Damaged:
-    mend = "remove it, and put the file itself in its place"
+    mend = "put a plain file in its place, or name another"
     return Damaged(f"{path.name} is not a plain file, but a pipe, a device or a folder", where=path, mend=mend)
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from stages.files import locks, reading, writing
 from stages.parties import roster, roster_files, signatures
 from stages.parties.enrolment import check_is_new
-from stages.parties.names import SERVER
+from stages.parties.names import SERVER, listed
 from stages.parties.party import Party
 from stages.parties.vault import Vault
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace import edits, task_files
+from stages.workspace import addressees, edits, task_files
 from stages.workspace.commands import Command
 from stages.workspace.names import signature_beside
 from stages.workspace.paths import Workspace
@@ -40,7 +40,9 @@ def enroll(workspace: Workspace, *, renew: bool = False, report: Report = ignore
     if not renew:
         check_is_new(Party.server(workspace))
     with locks.held(workspace.secrets_pointer(SERVER).with_suffix(".lock"), report=report):
-        return _enroll(workspace, renew, report)
+        enrolled = _enroll(workspace, renew, report)
+    addressees.tell(workspace, enrolled.path, Command("pack", roster=True), report, client=None)
+    return enrolled
 
 
 def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
@@ -58,8 +60,9 @@ def _enroll(workspace: Workspace, renew: bool, report: Report) -> Enrolled:
             vault.pin(content)
     else:
         report(Event("note", "already enrolled"))
-        if server.members is None or server.members.federation.clients != members:
-            message = "a client's keys are other ones than those enrolled"
+        before = server.members.federation.clients if server.members else []
+        if others := [member.client for member in members if member not in before]:
+            message = f"{listed(others)} sent other keys than those enrolled"
             mend = f"put the earlier files back; or, for a new federation: {Command('enroll', renew=True)}"
             raise Refused(message, where=workspace.public_keys(members[0].client).parent, mend=mend)
     path = workspace.federation

@@ -46,14 +46,24 @@ def _has_joined(party: Party) -> bool:
         return False
 
 
+def _may_join(party: Party) -> bool:
+    try:
+        return party.vault is not None and party.pinned is None and party.workspace.federation.exists()
+    except (Problem, OSError):  # whoever acts as this party says why
+        return False
+
+
 def enrolment(workspace: Workspace, party: str | None) -> tuple[Command | None, str]:
     """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it.
 
-    A command, or what is waited for; neither if the party, or all of them here, have joined.
+    A command, or what is waited for; neither if the party, or all of them here, have joined. In plain mode, where keys
+    are not needed, only whoever has keys here and a roster has to join.
     """
     here = [Party.client(workspace, k) for k in workspace.clients if workspace.client_data(k).exists()]
     here += [Party.server(workspace)] if workspace.auxiliary_data.exists() else []
     asked = [Party(workspace, party)] if party else here
+    if not workspace.agreement.aggregation.is_secure:
+        asked = [one for one in asked if not one.is_server and _may_join(one)]
     if without := [one for one in asked if one.vault is None and not one.is_server]:
         return Command("keys", client=without[0].number), ""
     absent = [names.client(k) for k in workspace.clients if not workspace.public_keys(k).exists()]

@@ -65,8 +65,8 @@ def _check_own(workspace: Workspace, client: int, vault: Vault, federation: rost
     own = vault.identity.public_key().public_bytes_raw().hex()
     if [member.ed25519 for member in federation.clients if member.client == client] != [own]:
         message = f"the roster does not have the keys that client {client} made"
-        again = Command("enroll", renew=True)
-        mend = f"carry exchange/keys/client-{client}.json to the server again; there: {again}"
+        keys, again = Command("keys", client=client), Command("enroll", renew=True)
+        mend = f"{keys} writes them again; carry exchange/keys/client-{client}.json to the server; there: {again}"
         raise Refused(message, where=path, mend=mend)
     if [member.client for member in federation.clients] != list(workspace.clients):
         message = f"the roster has other clients than the agreement, which has 1 to {len(workspace.clients)}"

@@ -19,7 +19,7 @@ from stages.parties.party import Party
 from stages.parties.vault import NOT_ENROLLED, Vault
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace import edits
+from stages.workspace import addressees, edits
 from stages.workspace.commands import Command
 from stages.workspace.names import signature_beside
 from stages.workspace.paths import Workspace
@@ -47,7 +47,9 @@ def keys(workspace: Workspace, *, client: int, renew: bool = False, report: Repo
     if not renew:
         check_is_new(Party.client(workspace, client))
     with locks.held(workspace.secrets_pointer(party_of(client)).with_suffix(".lock"), report=report):
-        return _keys(workspace, client, renew, report)
+        made = _keys(workspace, client, renew, report)
+    addressees.tell(workspace, made.path, Command("pack", keys=True, client=client), report, client=client)
+    return made
 
 
 def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Made:

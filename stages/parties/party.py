@@ -63,7 +63,11 @@ class Party:
         """Its keys. Raises NotReady if it has none on this machine."""
         if self.vault is None:
             message, where = f"{self.name} has no keys on this machine", self.workspace.secrets_pointer(self.name)
-            raise NotReady(message, where=where, mend=names.keys_made_by(self.name))
+            make: object = names.keys_made_by(self.name)
+            here = [one.name for one in all_of(self.workspace) if self.workspace.secrets_pointer(one.name).exists()]
+            if here:
+                make = f"those of {', '.join(here)} are here: is that meant? Else on {self.name}'s machine: {make}"
+            raise NotReady(message, where=where, mend=make)
         return self.vault
 
     @functools.cached_property

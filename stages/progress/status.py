@@ -143,10 +143,9 @@ def _next(
         return None, _rows_of(workspace, party) + (f", or {SIMULATES}" if is_dealt and party is None else "")
     if are_rows_stale:
         return (PREPARE, "") if party is None else (None, f"{PREPARE}: {STALE_ROWS}")
-    if workspace.agreement.aggregation.is_secure:
-        before = enrolment(workspace, party)
-        if any(before):
-            return before
+    before = enrolment(workspace, party)
+    if any(before):
+        return before
     for round in rounds:
         if round.is_done:
             continue

@@ -15,7 +15,7 @@ from stages.artefacts.sizes import SHARE_BYTES
 from stages.parties.memory import Kept, recall, remember
 from stages.parties.names import client as party_of
 from stages.parties.party import Party
-from stages.runtime.errors import Damaged, Refused
+from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.secagg import masking, reveals
 from stages.secagg.one_round import opening_of, round_of, transcript_of
@@ -89,7 +89,13 @@ def _closed(party: Party, theta: Artefact) -> tuple[Artefact, dict[int, str]]:
     place = workspace.close(round)
     mend = f"on the server: {Command('aggregate', round=round)}; then carry {workspace.shown(place)} here"
     missing = f"round {round} is not closed yet", mend
-    closed = received(place, by=party, stage="close", round=round, missing=missing, only=[inbox(client)])
+    try:
+        closed = received(place, by=party, stage="close", round=round, missing=missing, only=[inbox(client)])
+    except NotReady as problem:
+        if inbox(client) in problem.message:  # what is packed for another client has all but this
+            pack = Command("pack", server=True, round=round, to=client)
+            problem.mend = f"{problem.mend}; or it was packed for another client: on the server: {pack}"
+        raise
     survivors = survivors_of(closed, theta, client)
     least = workspace.agreement.quorum(len(opening_of(theta).clients))
     if len(survivors) < least:

@@ -27,6 +27,7 @@ from stages.secagg import fixed_point, masking
 from stages.secagg.one_round import opening_of, round_of, transcript_of
 from stages.secagg.said import check_known
 from stages.secagg.vectors import array_bytes
+from stages.workspace import addressees
 from stages.workspace.commands import Command
 from stages.workspace.names import MANIFEST, MASKED_UPDATE, SEALED_SHARES, SIGNATURE
 
@@ -72,7 +73,11 @@ def send(
         if done := whole(party, theta) if overwrite else sent(party, theta):
             report(Event("note", "already sent"))
             return done
-        return _send(party, theta, trained)
+        made = _send(party, theta, trained)
+    pack = Command("pack", client=party.number, round=made.round)
+    place = party.workspace.client_update(made.round, party.number)
+    addressees.tell(party.workspace, place, pack, report, client=party.number)
+    return made
 
 
 def _send(party: Party, theta: Artefact, trained: Artefact) -> Manifest:

@@ -18,7 +18,7 @@ from stages.paper.reported import PRESETS, Preset
 from stages.runtime import quiet
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.agreement import Agreement
-from stages.workspace.names import AGREEMENT
+from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
 
@@ -31,8 +31,8 @@ ELSEWHERE = (*(f"{name}/" for name in DEMOS), "slurm/", f"{MKT}/")
 """What of workspace_template is not in a workspace from the start."""
 TASKS = ("arc_easy",)
 """The templates' task, but for the demo's."""
-CHAINS = ("run_rounds.sh", "Snakefile", "profiles/")
-"""What chains the commands."""
+ANY = ("README.md", MACHINE, "run_rounds.sh", "Snakefile", "profiles/")
+"""What every workspace has, a demo's too: settings of the machine, and what chains the commands."""
 
 
 def init(
@@ -58,8 +58,7 @@ def init(
     whole = _contents(source, "")
     _check_known([name for name in tasks if f"tasks/{name}.yaml" not in whole])
     if template in DEMOS:
-        chains = {name: whole[name] for name in whole if name.startswith(CHAINS)}
-        contents = _contents(source / template, "") | chains
+        contents = {name: whole[name] for name in whole if name.startswith(ANY)} | _contents(source / template, "")
     else:
         preset = PRESETS[template]
         contents = {name: data for name, data in whole.items() if not name.startswith(ELSEWHERE)}

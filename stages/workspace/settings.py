@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args, get_origin
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.runtime.errors import UsageProblem
 from stages.runtime.texts import lines
+from stages.workspace.commands import Command
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Role = Literal["slm", "llm"]
@@ -37,16 +39,31 @@ def parse(kind: type[S], text: bytes, path: Path) -> S:
     except UnicodeDecodeError as error:
         raise UsageProblem(f"not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageProblem(f"not valid TOML: {error}", where=path, mend="correct that line") from error
+        raise _no_toml(error, path, text.decode("utf-8-sig")) from error
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        mistakes = [_mistake(kind, found) for found in error.errors()]
+        mistakes = mistakes_in(kind, error)
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         message = lines([f"{count} in the settings", *mistakes], "\n  - ")
-        raise UsageProblem(
-            message, where=path, mend="every key is explained in the template's fedcollm.toml"
-        ) from error
+        mend = f"every key is explained in the {path.name} that `{Command('init', 'study')}` writes"
+        raise UsageProblem(message, where=path, mend=mend) from error
+
+
+def _no_toml(error: tomllib.TOMLDecodeError, path: Path, text: str) -> UsageProblem:
+    """What a file that is no TOML is refused with: the line, and the mistake that is made most."""
+    found = re.search(r"line (\d+)", str(error))
+    number = int(found[1]) if found else 0
+    [line] = text.splitlines()[number - 1 : number] or [""]
+    is_value = str(error).startswith("Invalid value")
+    mend = "correct that line" + ("; a text stands between quotes" if is_value else "")
+    shown = f": {line.strip()}" if line.strip() else ""
+    return UsageProblem(f"not valid TOML: {error}{shown}", where=f"{path}:{number}" if found else path, mend=mend)
+
+
+def mistakes_in(kind: type[Settings], error: ValidationError) -> list[str]:
+    """Every mistake with its key, what was found, and the nearest known key."""
+    return [_mistake(kind, found) for found in error.errors()]
 
 
 def _mistake(kind: type[Settings], found: object) -> str:
@@ -62,7 +79,8 @@ def _mistake(kind: type[Settings], found: object) -> str:
     if found["type"] == "missing":
         return f"{key}: missing"
     value = "" if found["type"] == "value_error" else f", found {found['input']!r}"
-    text = str(found["msg"]).removeprefix("Value error, ")
+    is_pattern = found["type"] == "string_pattern_mismatch"  # which few people read
+    text = "not written as it has to be" if is_pattern else str(found["msg"]).removeprefix("Value error, ")
     return f"{key}: {text}{value}" if key else text
 
 

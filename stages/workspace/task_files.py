@@ -82,9 +82,13 @@ def _read(path: Path) -> tuple[Any, list[str]]:
 
 
 def own_files(tasks: Path) -> list[tuple[str, Path]]:
-    """Whatever lies in tasks/, and what task files include from elsewhere, each with the name it goes by."""
+    """Whatever lies in tasks/, and what task files include from elsewhere, each with the name it goes by.
+
+    The same whether the workspace is named by an absolute path, by a relative one or by one with links.
+    """
     own = [path for path in tasks.rglob("*") if path.is_file() and not IGNORED.intersection(path.parts)]
-    included = {(path.name, path) for path in _task_files(tasks) if path not in own}
+    known = {path.resolve() for path in own}
+    included = {(path.name, path) for path in _task_files(tasks) if path.resolve() not in known}
     return sorted({(path.relative_to(tasks).as_posix(), path) for path in own} | included)
 
 

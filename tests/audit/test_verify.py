@@ -14,7 +14,7 @@ import pytest
 from builders import Outcome, edit, published, sign
 from federations import vault_of
 from stages.audit.audit import audit
-from stages.audit.verify import verify
+from stages.audit.verify import Verified, verify
 from stages.parties import signatures
 from stages.parties.enroll import enroll
 from stages.parties.names import SERVER
@@ -228,7 +228,7 @@ def test_an_auditor_without_keys_verifies_by_the_roster_in_the_exchange(summed: 
     found = verify(Workspace(folder))
     assert found.pinned_by is None
     assert found.signatures == found.folders == 2 * 8
-    assert "16 signed, by the roster in exchange/, which nobody here has pinned; 1 parents" in found.as_text
+    assert "16 signed, by the roster in exchange/, which nobody here has pinned; 1 parent is" in found.as_text
 
 
 def test_a_secure_exchange_stripped_of_its_roster_does_not_hold(
@@ -312,6 +312,14 @@ def test_a_broadcast_of_other_weights_than_its_parents_is_named(
     assert f"{NEXT} has other weights than private/server/round-0001/slm" in outcome.err
     found = [one for one in audit([finished]) if one.id == "A1" and one.level == "FAIL"]
     assert [one.where for one in found] == [f"{NEXT}/adapter_model.safetensors"]
+
+
+def test_one_is_told_in_the_singular() -> None:
+    found = Verified(rounds=[1, 2], folders=1, signatures=1, elsewhere=1, pinned_by="client-2")
+    whole = (
+        "rounds 1 to 2: 1 folder holds, 1 signed, by the roster that client-2 pinned; 1 parent is not on this machine"
+    )
+    assert found.as_text == whole
 
 
 def test_without_keys_it_says_so(finished: Path) -> None:

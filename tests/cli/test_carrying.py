@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -162,15 +163,20 @@ def test_a_secure_round_goes_by_mail(tmp_path: Path, base_models: Path, fedcollm
         (folder / "models").symlink_to(base_models)
         shutil.copy(whole / "fedcollm.toml", folder)
 
+    told_to_send = []
+
     def give(k: int, *words: object, code: int = 0) -> str:
         outcome = fedcollm(*words, "-w", machines[k])
         assert outcome.code == code, outcome.err
+        told_to_send.extend(
+            re.findall(r"goes to the \w+: carry exchange/ there, or `(.*?)`", " ".join(outcome.err.split()))
+        )
         return outcome.out.strip()
 
-    def mail(sender: int, receiver: int, *words: object) -> None:
+    def mail(sender: int, receiver: int, *words: object, overwrite: bool = False) -> None:
         bundle = tmp_path / f"{sender}-{receiver}.fedcollm"
         give(sender, "pack", *words, "--output", bundle, "--overwrite")
-        give(receiver, "unpack", bundle)
+        give(receiver, "unpack", bundle, *(["--overwrite"] if overwrite else []))
 
     for k in (1, 2, 3):
         give(k, "keys", "--client", k)
@@ -184,12 +190,24 @@ def test_a_secure_round_goes_by_mail(tmp_path: Path, base_models: Path, fedcollm
         give(k, "client-train", "--client", k, "--round", 1)
         mail(k, 0, "--client", k, "--round", 1)
     give(0, "aggregate", "--round", 1, code=3)
+    mail(0, 3, "--server", "--round", 1, "--to", 1)
+    wrong = fedcollm("reveal", "--client", 3, "--round", 1, "-w", machines[3])
+    assert wrong.code == 3
+    packed = "or it was packed for another client: on the server: fedcollm pack --server --round 1 --to 3"
+    assert packed in " ".join(wrong.err.split())
     for k in (1, 2, 3):
-        mail(0, k, "--server", "--round", 1, "--to", k)
+        mail(0, k, "--server", "--round", 1, "--to", k, overwrite=k == 3)
         assert [path.name for path in (machines[k] / ROUND / "close").glob("client-*")] == [f"client-{k}.safetensors"]
         give(k, "reveal", "--client", k, "--round", 1)
         mail(k, 0, "--client", k, "--round", 1)
     give(0, "aggregate", "--round", 1)
+    assert sorted(told_to_send) == sorted(
+        [
+            *(f"fedcollm pack --keys --client {k}" for k in (1, 2, 3)),
+            *("fedcollm pack --roster", "fedcollm pack --server --round 1"),
+            *(2 * [f"fedcollm pack --client {k} --round 1" for k in (1, 2, 3)]),  # the masked update, the reveal
+        ]
+    )
 
     for k in machines:
         give(k, "audit")

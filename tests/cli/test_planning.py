@@ -49,7 +49,7 @@ def test_plan_tells_steps_memory_bytes_and_what_is_missing(
     size = json.loads(fedcollm("plan", "--json", "-w", workspace_folder).out)["sent"]["client"]
     assert f"each client receives {shown(size)} and sends {shown(size)}" in outcome.out
     assert "missing here: the data of task colours is not there" in " ".join(outcome.out.split())
-    assert "mend  check data_files in its task file" in outcome.out
+    assert "mend  put it there, or check data_files in its task file" in outcome.out
     assert "not counted: the libraries" in outcome.out
     assert "in two phases, with the LLM alone in memory: capture " in " ".join(outcome.out.split())
     assert published(workspace_folder) == before

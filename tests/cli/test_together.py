@@ -266,7 +266,7 @@ def test_a_command_for_one_process_refuses_to_be_several(finished: Path) -> None
     assert (codes, said.count("error: this command is for one process, torchrun has started 2")) == ([2, 2], 1)
 
 
-TORCHRUN = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+TORCHRUN = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
 
 def test_how_a_process_was_launched_is_read_from_its_environment() -> None:
@@ -291,6 +291,7 @@ def test_how_a_process_was_launched_is_read_from_its_environment() -> None:
         ),
         ({"SLURM_STEP_NUM_TASKS": "3"}, None, "3 copies of this command were started"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, None, "2 copies of this command were started"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, None, "process 1 of 2 by RANK and WORLD_SIZE, and no MASTER_ADDR is set"),
         ({"PMI_SIZE": "2"}, None, "2 copies of this command were started"),
     ],
 )

@@ -70,11 +70,14 @@ def test_private_rows_are_on_the_rules_of_the_clients_own_model_and_public_rows_
 
 
 def test_the_demo_of_fedmkt_compares_each_clients_own_model_and_the_llm(
-    study: Path, fedcollm: Callable[..., Outcome]
+    study: Path, fedcollm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shrink(study)
-    outcome = fedcollm("demo", "--method", "fedmkt", study.parent, "--json")
+    monkeypatch.chdir(study.parent.parent)
+    outcome = fedcollm("demo", "--method", "fedmkt", study.parent.name, "--json")
     assert outcome.code == 0, outcome.err
+    status = fedcollm("status", "--workspace", study)
+    assert (status.code, status.out.count("stale")) == (0, 0), "made by a relative name, looked at by an absolute one"
     shown = json.loads(outcome.out)
     comparison = shown["comparison"]
     assert set(comparison["methods"]) == METHODS

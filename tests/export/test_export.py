@@ -286,6 +286,13 @@ def test_what_is_not_there_is_named(
     assert mend in str(getattr(caught.value, "mend", ""))
 
 
+def test_a_client_is_told_that_the_servers_models_are_at_the_server(workspace_folder: Path) -> None:
+    (workspace_folder / "private/server/auxiliary.jsonl").unlink()
+    with pytest.raises(NotReady, match="no adapter at private/server/round-0001/slm") as caught:
+        export(Workspace(workspace_folder), round=1, model="slm")
+    assert caught.value.mend == "the server has it; there: fedcollm export --round 1 --model slm"
+
+
 # --- what is said of it
 
 

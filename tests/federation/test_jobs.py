@@ -161,8 +161,9 @@ def test_a_servers_site_waits_for_updates_from_elsewhere(answered: Path) -> None
     assert found.jobs == [Job("server", 1)]
     assert found.waiting_for == "client-1, client-2, client-3 of round 2"
     shutil.rmtree(answered / "exchange/round-0001/client-3")
-    with pytest.raises(NotReady, match="waiting for client-3 of round 1"):
+    with pytest.raises(NotReady, match="waiting for client-3 of round 1") as caught:
         listed(answered)
+    assert "of clients 1 to 3 no rows are here: whoever has none here sends from elsewhere" in str(caught.value.mend)
 
 
 def test_a_server_with_a_quorum_does_not_wait_for_the_last_client(answered: Path) -> None:

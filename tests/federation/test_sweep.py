@@ -18,7 +18,8 @@ from stages.artefacts.reading import read_manifest
 from stages.data.prepare import prepare
 from stages.federation.run import run
 from stages.federation.settings_in_words import in_words, parse_setting
-from stages.federation.sweep import Swept, point_name
+from stages.federation.sweep import Swept, point_name, sweep
+from stages.runtime.errors import UsageProblem
 from stages.workspace.paths import Workspace
 
 WORDS = ("sweep", "--set", "distillation.lambda_slm=0.0,4.0", "--set", "federation.seed=7,8", "-w")
@@ -202,6 +203,13 @@ def test_overwrite_sweeps_anew(swept_once: Path, fedcollm: Callable[..., Outcome
     edit(swept_once / "fedcollm.toml", 'name = "tinier"', 'name = "tiny"')
     assert outcome.code == 0, outcome.err
     assert Workspace(swept_once / "sweeps/seed=7").agreement.federation.name == "tinier"
+
+
+def test_a_value_that_makes_no_agreement_is_named_beside_the_file_that_is_in_order(workspace_folder: Path) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        sweep(Workspace(workspace_folder), grid={"client_training.proximal": [0, 0.1], "federation.seed": [2]})
+    changed = "client_training.proximal = 0, federation.seed = 2"
+    assert caught.value.where == f"{workspace_folder / 'fedcollm.toml'}, changed by {changed}"
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,16 @@ import pytest
 from builders import Outcome, edit, make_workspace
 from federations import SECURE, Machines, agreement, enrol, vault_of, with_keys
 from stages.audit.audit import audit
+from stages.broadcast import broadcast
 from stages.parties import names, roster, signatures
 from stages.parties.enroll import enroll
 from stages.parties.join import join
 from stages.parties.keys import keys
 from stages.parties.party import Party
 from stages.parties.vault import Vault
+from stages.progress.status import status
 from stages.runtime.errors import Damaged, NotReady, Refused, UsageProblem
+from stages.runtime.events import Event
 from stages.workspace.paths import Workspace
 
 KEYS, ROSTER = "exchange/keys", "exchange/federation.json"
@@ -145,7 +148,7 @@ def test_enroll_given_again_publishes_the_same_roster_again(enrolled: Path) -> N
 def test_a_client_with_new_keys_is_not_slipped_into_a_roster(enrolled: Path) -> None:
     before = exchanged(enrolled)[ROSTER]
     keys(Workspace(enrolled), client=2, renew=True)
-    with pytest.raises(Refused, match="a client's keys are other ones than those enrolled") as caught:
+    with pytest.raises(Refused, match="client 2 sent other keys than those enrolled") as caught:
         enroll(Workspace(enrolled))
     assert "fedcollm enroll --renew" in (caught.value.mend or "")
     assert exchanged(enrolled)[ROSTER] == before
@@ -299,12 +302,56 @@ def test_join_comes_after_keys_and_after_the_roster(fresh: Path) -> None:
     assert (caught.value.mend or "").startswith("on the server: fedcollm enroll")
 
 
-def test_a_roster_without_this_clients_keys_is_refused(enrolled: Path) -> None:
+def test_a_roster_without_this_clients_keys_is_refused_and_they_are_written_again(enrolled: Path) -> None:
     found = roster.fingerprint((enrolled / ROSTER).read_bytes())
     keys(Workspace(enrolled), client=2, renew=True)
+    own = exchanged(enrolled)[f"{KEYS}/client-2.json"]
+    (enrolled / KEYS / "client-2.json").write_text("what came with that roster")
     with pytest.raises(Refused, match="the roster does not have the keys that client 2 made") as caught:
         join(Workspace(enrolled), client=2, fingerprint=found)
-    assert "enroll --renew" in (caught.value.mend or "")
+    carry = "carry exchange/keys/client-2.json to the server; there: fedcollm enroll --renew"
+    assert caught.value.mend == f"fedcollm keys --client 2 writes them again; {carry}"
+    keys(Workspace(enrolled), client=2)
+    assert exchanged(enrolled)[f"{KEYS}/client-2.json"] == own
+
+
+def test_a_wrong_number_is_told_whose_keys_are_here(fresh: Path) -> None:
+    keys(Workspace(fresh), client=3)
+    with pytest.raises(NotReady, match="client-1 has no keys on this machine") as caught:
+        join(Workspace(fresh), client=1, fingerprint=None)
+    assert caught.value.mend == (
+        "those of client-3 are here: is that meant? Else on client-1's machine: fedcollm keys --client 1"
+    )
+
+
+def test_whoever_has_made_keys_or_a_roster_is_told_to_whom_it_goes_if_they_are_elsewhere(fresh: Path) -> None:
+    def notes(step: Callable[..., object], **named: object) -> list[str]:
+        events: list[Event] = []
+        step(Workspace(fresh), report=events.append, **named)
+        return [event.text for event in events if " goes to " in event.text]
+
+    assert [note for k in (1, 2, 3) for note in notes(keys, client=k)] == notes(enroll) == []  # all are here
+    shutil.rmtree(fresh / "private/client-1")
+    told = "exchange/federation.json goes to the clients: carry exchange/ there, or `fedcollm pack --roster`"
+    assert notes(enroll) == [told]
+    (fresh / "private/server/auxiliary.jsonl").unlink()
+    told = "exchange/keys/client-2.json goes to the server: carry exchange/ there, or `fedcollm pack --keys --client 2`"
+    assert notes(keys, client=2) == [told]
+
+
+@pytest.mark.parametrize("mode", ["plain", "secure"])
+def test_whoever_has_keys_and_a_roster_is_told_to_join_before_a_round(mode: str, fresh: Path) -> None:
+    (fresh / "fedcollm.toml").write_text(agreement().replace('mode = "secure"', f'mode = "{mode}"'))
+    workspace = Workspace(fresh)
+    for k in (1, 2, 3):
+        keys(workspace, client=k)
+    enrolled = enroll(workspace)
+    broadcast(workspace, round=1)
+    found = status(workspace, party="client-2")
+    assert found.next_command is None
+    assert found.waiting_for == "a person to compare the roster's fingerprint: fedcollm join --client 2"
+    join(workspace, client=2, fingerprint=enrolled.fingerprint)
+    assert str(status(workspace, party="client-2").next_command) == "fedcollm client-train --client 2 --round 1"
 
 
 def test_a_roster_of_another_agreement_is_refused(enrolled: Path) -> None:

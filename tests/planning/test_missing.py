@@ -108,7 +108,7 @@ def test_a_tasks_own_files_are_among_the_missing(workspace_folder: Path) -> None
     (workspace_folder / "data" / "test.jsonl").unlink()
     (found,) = missing(Workspace(workspace_folder))
     assert "the data of task colours is not there" in found.what
-    assert found.mend == "check data_files in its task file"
+    assert found.mend == "put it there, or check data_files in its task file"
 
 
 def test_bitsandbytes_is_missing_where_a_base_is_to_be_held_in_few_bits(

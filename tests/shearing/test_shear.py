@@ -281,6 +281,18 @@ REFUSED = {
     "4 bits": (quantised, UsageProblem, "agreed to be held in 4bit", "llm.quantization is left out"),
     "healing without text": (lambda _: {"heal": Heal(steps=1)}, UsageProblem, "healing needs text", "--text"),
     "no text at all": (no_auxiliary, NotReady, "there is no text to choose layers on", "--text"),
+    "a wrong name": (
+        lambda study: {"texts": [study / "corpsu.txt"]},
+        NotReady,
+        "corpsu.txt is not there",
+        "put it there, or correct the name",
+    ),
+    "a folder": (
+        lambda study: {"texts": [study / "tasks"]},
+        Damaged,
+        "tasks is not a plain file, but a pipe, a device or a folder",
+        "put a plain file in its place, or name another",
+    ),
     "a short text": (lambda _: {"length": 64}, UsageProblem, "the text is too short", "--length"),
     "no learning rate": (
         lambda _: {"heal": Heal(steps=1, learning_rate=0.0), "on_auxiliary": True},

@@ -10,6 +10,7 @@ taken.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -328,9 +329,23 @@ PARTS = {part.__name__.replace("_", "-"): part for part in IN_ORDER}
 
 def main() -> None:
     """Take the parts that are named."""
-    data, llm, slm, folder, *parts = sys.argv[1:]
-    for name in parts:
-        PARTS[name](Study(data, llm, slm, folder))
+    told = "\n".join(f"  {name}: {part.__doc__}" for name, part in PARTS.items())
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=told, formatter_class=as_written)
+    for name in ("data", "llm", "slm"):
+        parser.add_argument(name, metavar=name.upper(), type=folder)
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("parts", metavar="PART", nargs="+", choices=PARTS)
+    given = parser.parse_args()
+    for name in given.parts:
+        PARTS[name](Study(given.data, given.llm, given.slm, given.folder))
+
+
+def folder(name: str) -> str:
+    """The name of a folder that is there. Raises ArgumentTypeError for another."""
+    if not Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is no folder here")
+    return name
 
 
 if __name__ == "__main__":

@@ -305,7 +305,42 @@ def test_a_baseline_that_averages_nothing_needs_no_clients_for_its_rule() -> Non
 
 @pytest.mark.parametrize("text", ["federation\n", "a = 1\na = 2\n", "[a]\n[a]\n"])
 def test_what_is_not_toml_is_told_with_its_place(text: str) -> None:
-    assert re.search(r"not valid TOML: .*line \d", refusal(text))
+    with pytest.raises(UsageProblem, match=r"not valid TOML: .*line \d") as caught:
+        parse(Agreement, text.encode(), PATH)
+    assert re.fullmatch(rf"{re.escape(str(PATH))}:\d", str(caught.value.where))
+    assert caught.value.mend == "correct that line"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (Machine, 'device = "gpu"\n', "device: not written as it has to be, found 'gpu'"),
+        (Machine, '[slurm]\ntime = "4h"\n', "slurm.time: not written as it has to be, found '4h'"),
+        (
+            Agreement,
+            '[federation]\nname = "our study"\n',
+            "federation.name: not written as it has to be, found 'our study'",
+        ),
+    ],
+)
+def test_a_text_of_another_form_is_told_without_a_pattern(kind: type[Settings], text: str, message: str) -> None:
+    assert message in refusal(text, kind)
+
+
+def test_a_text_without_quotes_is_told_with_its_line() -> None:
+    with pytest.raises(UsageProblem) as caught:
+        parse(Agreement, changed("seed = 7", "seed = 7\nmethod = fedavg").encode(), PATH)
+    assert caught.value.message.endswith(": method = fedavg")
+    line = changed("seed = 7", "seed = 7\nmethod = fedavg").splitlines().index("method = fedavg") + 1
+    assert str(caught.value.where) == f"{PATH}:{line}"
+    assert caught.value.mend == "correct that line; a text stands between quotes"
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Agreement, "fedcollm.toml"), (Machine, "machine.toml")])
+def test_a_mistake_is_mended_with_the_file_of_that_name(kind: type[Settings], name: str) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        parse(kind, b"nothing = 1\n", Path("study") / name)
+    assert caught.value.mend == f"every key is explained in the {name} that `fedcollm init study` writes"
 
 
 def test_what_is_not_utf_8_is_refused() -> None:

@@ -27,6 +27,7 @@ def test_every_template_is_a_workspace_whose_settings_hold(template: str, tmp_pa
     assert workspace.agreement == Workspace.find(tmp_path / "study" / "tasks").agreement
     assert workspace.machine.checkpoint_steps == Machine().checkpoint_steps
     assert "@" not in (tmp_path / "study/fedcollm.toml").read_text()
+    assert {"README.md", "machine.toml", "Snakefile"} <= {path.name for path in (tmp_path / "study").iterdir()}
     assert not list((tmp_path / "study").rglob("__*"))
 
 

@@ -113,6 +113,25 @@ def test_the_digest_sees_every_data_file(workspace_folder: Path, name: str, name
     assert Workspace(workspace_folder).tasks_sha256() != before
 
 
+def test_the_digest_is_the_same_however_the_workspace_is_named(
+    workspace_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workspace_folder / "tasks/_shared_yaml").write_text("num_fewshot: 0\n")
+    edit(workspace_folder / "tasks/colours.yaml", "task: colours", "include: _shared_yaml\ntask: colours")
+    (tmp_path / "link").symlink_to(workspace_folder)
+    monkeypatch.chdir(workspace_folder.parent)
+    named = [workspace_folder, Path(workspace_folder.name), tmp_path / "link"]
+    assert {path.name for path in named} == {workspace_folder.name, "link"}
+    for digests in (
+        {task_files.digest(root / "tasks", root) for root in named},
+        {task_files.own_digest(root / "tasks") for root in named},
+    ):
+        assert len(digests) == 1
+    for root in named:
+        names = [name for name, _ in task_files.own_files(root / "tasks")]
+        assert names.count("_shared_yaml") == 1
+
+
 @pytest.mark.parametrize("key", ["dataset_path: data/other", "dataset_kwargs: {data_dir: data/other}"])
 def test_the_digest_sees_a_folder_of_data(workspace_folder: Path, key: str) -> None:
     (workspace_folder / "data/other").mkdir()
