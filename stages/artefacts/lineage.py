@@ -102,6 +102,7 @@ def lies_at(folder: Path, place: str) -> str:
 def round_of_parent(manifest: Manifest, name: str) -> int:
     """The round that a folder's parent of this name was made in: its own, or the one before."""
     is_start = manifest.stage == "broadcast" or (manifest.stage == "client-train" and name != "broadcast")
+    is_start |= manifest.stage == name == "aggregate"
     if name.startswith("vocabulary-"):
         return 1
     return manifest.round - (is_start or (manifest.stage in ("co-distill", "capture") and name == "llm"))

@@ -14,8 +14,7 @@ from stages.artefacts.manifest import FORMAT, Manifest
 from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady, Problem
 from stages.workspace.names import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
+    ADAPTER_FILES,
     CAPTURE,
     CUTS,
     KNOWLEDGE,
@@ -24,6 +23,7 @@ from stages.workspace.names import (
     SEALED_INBOX,
     SEALED_REVEAL,
     SEALED_SHARES,
+    SERVER_STATE,
     SIGNATURE,
     VOCABULARY,
 )
@@ -141,7 +141,12 @@ def expected_names(manifest: Manifest) -> set[str] | None:
         return {VOCABULARY, CUTS}
     if manifest.stage == "share-knowledge":
         return {KNOWLEDGE}
-    return {MASKED_UPDATE, SEALED_SHARES} if manifest.masking else {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    has_state = manifest.stage == "aggregate" and SERVER_STATE in manifest.files
+    return (
+        {MASKED_UPDATE, SEALED_SHARES}
+        if manifest.masking
+        else {*ADAPTER_FILES} | ({SERVER_STATE} if has_state else set())
+    )
 
 
 def inbox(client: int) -> str:

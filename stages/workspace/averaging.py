@@ -10,6 +10,17 @@ from stages.workspace.settings import Positive, Rate, Settings, Share
 
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum", "geometric-median"]
 Combine = Literal["factors", "product"]
+Server = Literal["none", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+OF_SERVER: dict[Server, dict[str, float]] = {
+    "none": {},
+    "fedavgm": {"server_learning_rate": 1.0, "server_momentum": 0.9},
+    "fedadagrad": {"server_learning_rate": 0.01, "beta_1": 0.0, "tau": 1e-3},
+    "fedadam": {"server_learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3},
+    "fedyogi": {"server_learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3},
+}
+"""The keys that each of the server's optimisers has, and what holds where one is absent."""
 
 
 class Aggregation(Settings):
@@ -22,6 +33,12 @@ class Aggregation(Settings):
     rule: Rule = "mean"
     combine: Combine = "factors"
     outliers: Positive | None = None
+    server: Server = "none"
+    server_learning_rate: Rate | None = None
+    server_momentum: Decay | None = None
+    beta_1: Decay | None = None
+    beta_2: Decay | None = None
+    tau: Rate | None = None
     gate: Share | None = None
     average: bool = False
     max_update_value: Rate = 8.0
@@ -31,6 +48,12 @@ class Aggregation(Settings):
     def is_secure(self) -> bool:
         """Whether the server sees nothing of the clients' updates but their sum."""
         return self.mode == "secure"
+
+    @property
+    def server_keys(self) -> dict[str, float]:
+        """What the agreed optimiser of the server goes by: each of its keys, as set or by default."""
+        told = ((key, getattr(self, key), default) for key, default in OF_SERVER[self.server].items())
+        return {key: default if value is None else value for key, value, default in told}
 
     @model_validator(mode="after")
     def _rule_has_what_it_needs(self) -> Aggregation:
@@ -46,6 +69,18 @@ class Aggregation(Settings):
             raise ValueError(f"rule {self.rule} is for A and B as they are, combine product averages BA: choose one")
         if self.combine == "product" and self.is_secure:
             raise ValueError("combine product needs each client's A and B, mode secure shows their sums: choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _server_takes_its_own_keys(self) -> Aggregation:
+        for key in dict.fromkeys(key for keys in OF_SERVER.values() for key in keys):
+            if getattr(self, key) is not None and key not in OF_SERVER[self.server]:
+                those = ", ".join(name for name, keys in OF_SERVER.items() if key in keys)
+                raise ValueError(f"{key} is for server {those}; here is {self.server}")
+        if self.server != "none" and self.combine == "product":
+            raise ValueError(
+                f"server {self.server} steps along changes of A and B, combine product makes other A and B"
+            )
         return self
 
     @model_validator(mode="after")
