@@ -95,6 +95,9 @@ def _of_its_kind(agreement: Agreement, method: Federation) -> Changes:
     changes: dict[str, Any] = {}
     if method.method != "fedmkt" and agreement.aggregation.average:
         changes["aggregation.average"] = None
+    is_averaged = method.averages or (method.method == "fedmkt" and agreement.aggregation.average)
+    if not is_averaged and agreement.aggregation.server != "none":
+        changes |= {f"aggregation.{key}": None for key in ("server", *agreement.aggregation.server_keys)}
     if not method.averages and agreement.client_training.proximal:
         changes["client_training.proximal"] = None
     if method.averages and agreement.clients:
