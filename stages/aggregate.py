@@ -3,7 +3,8 @@
 In plain mode it reads each update; in secure mode it closes the round over those that have arrived, and, once enough
 clients have revealed, opens their sum.
 Reads exchange/round-t/broadcast and every exchange/round-t/{client-k,reveal-k} that has arrived (of averaged FedMKT
-adapter-client-k, and server); with a gate, private/server/held-out.jsonl and the SLM, which nothing else here needs.
+adapter-client-k, and server); with an optimiser, private/server/round-(t-1)/aggregate; with a gate,
+private/server/held-out.jsonl and the SLM, which nothing else here needs.
 Writes private/server/round-t/aggregate, and the log private/server/round-t/aggregate.jsonl; in secure mode
 exchange/round-t/close first.
 """

@@ -224,7 +224,8 @@ class Agreement(Settings):
     def _server_steps_where_it_averages(self) -> Agreement:
         if self.aggregation.server != "none" and not self.averages:
             method, server = self.federation.method, self.aggregation.server
-            raise ValueError(f"aggregation.server {server} is for methods that average, as fedcollm; here is {method}")
+            also = " without aggregation.average" if method == "fedmkt" else ""
+            raise ValueError(f"aggregation.server {server} is for methods that average, here is {method}{also}")
         return self
 
     @model_validator(mode="after")
