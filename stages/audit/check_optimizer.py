@@ -23,8 +23,10 @@ from stages.workspace.names import ADAPTER_WEIGHTS, SERVER_STATE
 
 A12 = Check("A12", "server")
 
-ROUNDING = 4 * float(np.finfo(np.float32).eps)
-"""Of theta and of the step: both, and the state that the step is computed from again, were cut to float32."""
+FLOAT32 = np.finfo(np.float32)
+ROUNDING, LEAST = 4 * float(FLOAT32.eps), float(FLOAT32.tiny)
+"""Shares of theta and of the step, and what is near zero: they were cut to float32, and so was the state that the step
+is computed from again."""
 
 
 def state_of(folder: Folder, adapter: AnyAdapter | None, start: Tensors | None) -> Iterator[Finding]:
@@ -70,11 +72,12 @@ def is_kept(folder: Folder) -> bool:
 def _off(start: Tensors, found: Tensors, state: State | None, keys: Keys) -> str:
     """The first tensor that is not the broadcast's and the step, beyond rounding; without a state, there is no step."""
     for name, old in start.items():
-        change = np.zeros(old.shape)
+        change = least = np.zeros(old.shape)
         if state:
-            m, v = state.m[name].astype(np.float64), state.v.get(name)
-            change = change_by(m, None if v is None else v.astype(np.float64), keys)
-        if (np.abs(old + change - found[name]) > ROUNDING * (np.abs(old) + np.abs(change))).any():
+            v = state.v[name].astype(np.float64) if name in state.v else None
+            change = change_by(state.m[name].astype(np.float64), v, keys)
+            least = change_by(np.full(old.shape, LEAST), v, keys) + LEAST
+        if (np.abs(old + change - found[name]) > ROUNDING * (np.abs(old) + np.abs(change)) + least).any():
             return name
     return ""
 

@@ -12,6 +12,8 @@ Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum", "geomet
 Combine = Literal["factors", "product"]
 Server = Literal["none", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Tau = Annotated[float, Field(ge=1e-8, le=1e6)]
+"""Of smaller ones the square, where v begins, is soon no number of float32."""
 
 OF_SERVER: dict[Server, dict[str, float]] = {
     "none": {},
@@ -38,7 +40,7 @@ class Aggregation(Settings):
     server_momentum: Decay | None = None
     beta_1: Decay | None = None
     beta_2: Decay | None = None
-    tau: Rate | None = None
+    tau: Tau | None = None
     gate: Share | None = None
     average: bool = False
     max_update_value: Rate = 8.0

@@ -22,6 +22,7 @@ from stages.audit.audit import audit
 from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
+from stages.export.export import export
 from stages.federation.run import run
 from stages.progress.status import status
 from stages.reveal import reveal
@@ -103,6 +104,26 @@ def test_rounds_follow_each_other_by_the_papers_formulas_and_the_chain_names_the
     assert all(step.condition == "done" for round in status(trained).rounds[:2] for step in round.steps)
 
 
+def test_another_state_of_the_round_before_makes_an_aggregate_stale(trained: Workspace) -> None:
+    sign(trained.aggregate(1), examples=1)
+    [found] = [step for step in status(trained).rounds[1].steps if step.name == "aggregate"]
+    assert (found.condition, found.changed) == ("stale", ("aggregate",))
+
+
+def test_numbers_near_zero_are_no_finding(workspace_folder: Path) -> None:
+    workspace = agreed(workspace_folder, 'server = "fedadam"\ntau = 1e-8\nserver_learning_rate = 1e6\n')
+    broadcast(workspace, round=1)
+    theta = tensors_of(workspace.broadcast(1))
+    for client in CLIENTS:
+        client_train(workspace, client=client, round=1)
+        update = workspace.client_update(1, client)
+        near = {name: tensor + np.float32(1e-42) for name, tensor in theta.items()}
+        (update / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(near, metadata={"format": "pt"}))
+        sign(update)
+    aggregate(workspace, round=1)
+    assert not [line for line in problems(audit([workspace.root])) if line.startswith("A12")]
+
+
 def test_the_state_stays_at_the_server(trained: Workspace) -> None:
     broadcast(trained, round=3)
     assert {path.name for path in trained.broadcast(3).iterdir()} == {
@@ -165,6 +186,25 @@ def test_with_a_quorum_it_steps_along_the_mean_of_those_present(workspace_folder
     mean, theta = mean_of(workspace, (1, 3)), tensors_of(workspace.broadcast(1))
     for name in theta:
         np.testing.assert_allclose(remembered(workspace, 1)[f"m/{name}"], 0.2 * (mean[name] - theta[name]), atol=1e-7)
+
+
+def test_what_is_handed_on_is_the_adapter_alone_and_its_card_names_the_optimiser(trained: Workspace) -> None:
+    export(trained, round=2, model="aggregate")
+    place = trained.export(2, "aggregate", merged=False)
+    assert not (place / STATE).exists()
+    assert "a step towards it by fedadam, which remembers earlier rounds" in (place / "README.md").read_text()
+
+
+def test_what_is_compared_says_that_all_have_the_optimiser(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    workspace = agreed(workspace_folder, rounds=1)
+    run(workspace)
+    run(workspace, method="standalone")
+    outcome = fedcollm("compare", "--methods", "standalone,fedavg", "-w", workspace_folder)
+    assert outcome.code == 0, outcome.err
+    assert "in every method that averages, the server takes steps of fedadam: aggregation.server" in outcome.out
+    assert Workspace(workspace.baseline("standalone")).agreement.aggregation.server == "none"
 
 
 # --- no step
