@@ -102,9 +102,7 @@ def optimizer_of(server: Party, theta: Artefact) -> Optimizer:
     place, again = workspace.aggregate(round), Command("aggregate", round=round, overwrite=True)
     missing = f"{name} goes on from what it remembers of round {round}, whose aggregate is not there", again
     try:
-        before = received(
-            place, by=server, stage="aggregate", round=round, missing=(missing[0], again), only=[SERVER_STATE]
-        )
+        before = received(place, by=server, stage="aggregate", round=round, missing=missing, only=[SERVER_STATE])
         if SERVER_STATE not in before.contents:
             raise Damaged(f"the aggregate of round {round} names no {SERVER_STATE}", where=place)
     except (NotReady, Damaged) as problem:
@@ -128,5 +126,5 @@ def _check_follows(workspace: Workspace, theta: Artefact, before: Artefact) -> N
         made_of = manifest.parents if sha256 == made_of["slm"] else {"aggregate": before.sha256}
     if made_of.get("aggregate") != before.sha256:
         message = f"the broadcast of round {round + 1} did not begin with the aggregate of round {round} that is here"
-        mend = f"put that aggregate back; or make what follows from this one, from {Command('status')} on"
+        mend = f"put that aggregate back; or make again what follows from this one: {Command('status')} names it"
         raise Refused(message, where=theta.path, mend=mend)

@@ -25,6 +25,9 @@ from stages.client_train import client_train
 from stages.export.export import export
 from stages.federation.run import run
 from stages.progress.status import status
+from stages.report.charts import Chart
+from stages.report.drawing import draw
+from stages.report.knowledge_figures import figures_of
 from stages.reveal import reveal
 from stages.runtime.errors import BadNumbers, Damaged, NotReady, Problem, Refused
 from stages.workspace.paths import Workspace
@@ -193,6 +196,18 @@ def test_what_is_handed_on_is_the_adapter_alone_and_its_card_names_the_optimiser
     place = trained.export(2, "aggregate", merged=False)
     assert not (place / STATE).exists()
     assert "a step towards it by fedadam, which remembers earlier rounds" in (place / "README.md").read_text()
+
+
+def test_the_report_draws_how_far_the_server_went(trained: Workspace) -> None:
+    [figure] = [one for one in figures_of(trained, "acc") if one.name == "server-step"]
+    drawn = draw(figure, trained)
+    assert isinstance(drawn, Chart)
+    said = [json.loads((trained.aggregate(round) / "manifest.json").read_text())["metrics"] for round in (1, 2)]
+    assert {(row["what"], row["round"]): row["norm"] for row in drawn.rows} == {
+        (what, round): metrics[name]
+        for round, metrics in enumerate(said, 1)
+        for name, what in (("delta_norm", "the clients' update"), ("step_norm", "the server's step"))
+    }
 
 
 def test_what_is_compared_says_that_all_have_the_optimiser(
