@@ -1,4 +1,4 @@
-"""The chart of the server's optimiser: how far the clients' combined update went in each round, and how far the step."""
+"""The chart of the server's optimiser: how long the clients' combined update was in each round, and the step."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def steps(server: str) -> Figure:
         steps_of,
         lambda rows: line_charts.lines(rows, x="round", y="norm", series="what", titles=("round", "norm")),
         lambda _: (
-            "How far the average lies from the broadcast, and how far the server's optimiser went. A step that the gate "
-            "refused is drawn too."
+            "How far the average lies from the broadcast, and how far the server's optimiser went. A step that the "
+            "gate refused is drawn too."
         ),
         "There is no aggregate on this machine: the server has it.",
     )
