@@ -3,7 +3,8 @@
 In plain mode it reads each update; in secure mode it closes the round over those that have arrived, and, once enough
 clients have revealed, opens their sum.
 Reads exchange/round-t/broadcast and every exchange/round-t/{client-k,reveal-k} that has arrived (of averaged FedMKT
-adapter-client-k, and server); with a gate, private/server/held-out.jsonl and the SLM, which nothing else here needs.
+adapter-client-k, and server); with an optimiser, private/server/round-(t-1)/aggregate; with a gate,
+private/server/held-out.jsonl and the SLM, which nothing else here needs.
 Writes private/server/round-t/aggregate, and the log private/server/round-t/aggregate.jsonl; in secure mode
 exchange/round-t/close first.
 """
@@ -11,11 +12,12 @@ exchange/round-t/close first.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from stages.aggregation import channels
-from stages.aggregation.gating import Gate, gate_of
+from stages.aggregation.gating import Gate, check_same_gate, gate_of
+from stages.aggregation.optimizing import Optimizer, optimizer_of
 from stages.artefacts.average import Arrived, Average
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
@@ -23,9 +25,8 @@ from stages.artefacts.publishing import KEPT_OLD, already_made, publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
 from stages.artefacts.steps import Over, Step
-from stages.files import reading, writing
+from stages.files import writing
 from stages.parties.party import Party
-from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.commands import Command
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -73,6 +74,7 @@ class Opened(NamedTuple):
 
     theta: Artefact
     gate: Gate | None
+    optimizer: Optimizer
     arrived: Arrived
 
 
@@ -101,13 +103,15 @@ class Aggregate(Step[Opened, Computed, Manifest]):
         self.report(Event("stage", f"aggregate, round {round}"))
         missing = f"the broadcast of round {round} is not there", Command("broadcast", round=round)
         theta = received(workspace.broadcast(round), by=self.party, stage="broadcast", round=round, missing=missing)
-        return Opened(theta, gate_of(workspace, self.gate), Arrived({"broadcast": theta.sha256}))
+        gate, optimizer = gate_of(workspace, self.gate), optimizer_of(self.party, theta)
+        return Opened(theta, gate, optimizer, Arrived({"broadcast": theta.sha256} | optimizer.parents))
 
     def decide(self, opened: Opened, again: bool) -> tuple[Opened, bool]:
         """Which updates are averaged: decided once, whatever arrives meanwhile."""
         if opened.arrived.is_decided:
             return opened, again
-        return opened._replace(arrived=self.channel.arrived(opened.theta, again)), again
+        arrived = self.channel.arrived(opened.theta, again)
+        return opened._replace(arrived=replace(arrived, parents=opened.arrived.parents | arrived.parents)), again
 
     def look(self, opened: Opened, again: bool) -> Manifest | None:
         """An aggregate of these updates. Raises Refused for one that passed another gate.
@@ -116,23 +120,18 @@ class Aggregate(Step[Opened, Computed, Manifest]):
         """
         [target], gate = self.publishes, opened.gate
         done = already_made(target, opened.arrived.parents, by=self.party, overwrite=again)
-        if done is None or gate is None:
-            return done
-        logged = reading.logged_inputs(self.log).get("held-out")
-        changed = ["the gate"] if done.metrics.get("gate") != gate.amount else []
-        changed += ["the held-out rows"] if logged not in (None, gate.data_sha256) else []
-        if changed:
-            message = f"{self.workspace.shown(target)} was made otherwise; changed since: {', '.join(changed)}"
-            raise Refused(message, where=target, mend="give the command again with --overwrite to replace it")
+        if done and gate:
+            check_same_gate(self.workspace, gate, done, self.log, target)
         return done
 
     def compute(self, opened: Opened, again: bool) -> Computed:
-        """Average, and put the average to the gate."""
+        """Average, take the step of the server's optimiser, and put what that made to the gate."""
         from stages.artefacts import adapter_files
 
         started, theta, gate = time.monotonic(), opened.theta, opened.gate
         average = self.channel.combine(theta, opened.arrived)
         adapter_files.check_finite(average.tensors, "the average")
+        average = opened.optimizer.step(average, self.report)
         verdict = gate.verdict(self.workspace, theta, average.tensors, self.models, self.report) if gate else None
         return Computed(average, verdict, started)
 
@@ -143,10 +142,11 @@ class Aggregate(Step[Opened, Computed, Manifest]):
         (average, verdict, started), theta, [target] = computed, opened.theta, self.publishes
         keeps_old = verdict is not None and verdict.keeps_old
         weights = theta.contents[ADAPTER_WEIGHTS] if keeps_old else adapter_files.weights_bytes(average.tensors)
+        beside = opened.optimizer.kept() if keeps_old else average.beside
         said = verdict.metrics if verdict else {}
         manifest = publish(
             target,
-            {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights},
+            {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights} | beside,
             Draft(
                 stage="aggregate",
                 round=self.round,
@@ -197,4 +197,4 @@ class KeepOld(Aggregate):
             parameters=theta.manifest.parameters,
             metrics={KEPT_OLD: 1.0},
         )
-        return publish(target, theta.contents, draft, by=self.party, over=over[target])
+        return publish(target, theta.contents | opened.optimizer.kept(), draft, by=self.party, over=over[target])

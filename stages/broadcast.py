@@ -21,6 +21,7 @@ from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
 from stages.secagg import openings
 from stages.workspace.commands import Command
+from stages.workspace.names import ADAPTER_FILES
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -169,4 +170,4 @@ def _theta(server: Party, round: int) -> Artefact | None:
     stage: Literal["co-distill", "aggregate"] = "co-distill" if workspace.agreement.federation.distils else "aggregate"
     message = f"round {round} begins with the adapter that {stage} makes in round {round - 1}, which is not there"
     missing = message, Command(stage, round=round - 1)
-    return received(source, by=server, stage=stage, round=round - 1, missing=missing)
+    return received(source, by=server, stage=stage, round=round - 1, missing=missing, only=ADAPTER_FILES)

@@ -82,7 +82,7 @@ def _fenced(text: str) -> str:
 # --- settings
 
 TABLE = re.compile(r"(?:# )?\[(?P<table>[a-z_.0-9]+)\]\s*(?:#\s*(?P<comment>.*))?")
-KEY = re.compile(r"(?P<line>(?:# )?(?P<key>[a-z_]+) = (?:\"[^\"]*\"|\[[^\]]*\]|[^\s#]+))\s*(?:#\s*(?P<comment>.*))?")
+KEY = re.compile(r"(?P<line>(?:# )?(?P<key>[a-z_0-9]+) = (?:\"[^\"]*\"|\[[^\]]*\]|[^\s#]+))\s*(?:#\s*(?P<comment>.*))?")
 MORE = re.compile(r"#?\s+#\s*(?P<comment>.*)")
 
 

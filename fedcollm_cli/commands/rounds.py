@@ -102,6 +102,9 @@ def aggregate(
     "alternate" clients send B or A alone, and nothing is lost. With another aggregation.rule than mean, it says what
     the rule did to which client.
 
+    With aggregation.server the round goes on with a step of that optimiser instead, from the broadcast towards the
+    average. What it remembers of earlier rounds is in the aggregate of the round before.
+
     FedMKT takes this step where aggregation.average is true, with every exchange/round-t/adapter-client-k. An adapter
     must have learned from the knowledge that the server told in this round. By weighting samples, a client's own
     examples count, not the public rows, which are the same for all.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact
 from stages.data.rows import Row, read_rows
-from stages.runtime.errors import UsageProblem
+from stages.files import reading
+from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Report
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace, require
@@ -36,6 +39,16 @@ class Gate:
 
         models = models or Models(workspace)
         return gate(workspace, theta, average, self.rows, amount=self.amount, models=models, report=report)
+
+
+def check_same_gate(workspace: Workspace, gate: Gate, done: Manifest, log: Path, place: Path) -> None:
+    """Raise Refused for an aggregate that passed another gate. log: that of the command which made it."""
+    logged = reading.logged_inputs(log).get("held-out")
+    changed = ["the gate"] if done.metrics.get("gate") != gate.amount else []
+    changed += ["the held-out rows"] if logged not in (None, gate.data_sha256) else []
+    if changed:
+        message = f"{workspace.shown(place)} was made otherwise; changed since: {', '.join(changed)}"
+        raise Refused(message, where=place, mend="give the command again with --overwrite to replace it")
 
 
 def gate_of(workspace: Workspace, amount: float | None) -> Gate | None:

@@ -82,15 +82,20 @@ def read_adapter(artefact: Artefact, expected: Layout | None, lora: Lora) -> Ten
     check_config(artefact.contents[ADAPTER_CONFIG], artefact.path / ADAPTER_CONFIG, lora)
     path = artefact.path / ADAPTER_WEIGHTS
     content = artefact.contents[ADAPTER_WEIGHTS]
-    found = _strict_layout(content, path)
+    found = strict_layout(content, path)
     if expected is not None:
         check_layout(found, expected, path, _whose(artefact.manifest))
-    try:
-        tensors = safetensors.numpy.load(content)
-    except safetensors.SafetensorError as error:
-        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=reading.FOLDER_AGAIN) from error
+    tensors = loaded(content, path)
     check_finite(tensors, path)
     return tensors
+
+
+def loaded(content: bytes, path: Path) -> Tensors:
+    """The tensors of a file whose layout was looked at; they may be NaN or infinite. Raises Damaged."""
+    try:
+        return safetensors.numpy.load(content)
+    except safetensors.SafetensorError as error:
+        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=reading.FOLDER_AGAIN) from error
 
 
 def check_config(content: bytes, path: Path, lora: Lora) -> None:
@@ -177,7 +182,7 @@ def is_as_written(head: bytes, layout: Layout, path: Path) -> bool:
     return not header and int.from_bytes(head[:8], "little") == len(head) - 8
 
 
-def _strict_layout(content: bytes, path: Path) -> Layout:
+def strict_layout(content: bytes, path: Path) -> Layout:
     """The names and shapes that a safetensors header declares."""
     return {name: tuple(entry["shape"]) for name, entry in _strict_header(content, path).items()}
 

@@ -32,7 +32,7 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Average:
-    """An average before the gate, and what its manifest will say of it."""
+    """An average before the gate, and what its manifest will say of it. beside: files that are published with it."""
 
     tensors: Tensors
     parents: dict[str, str]
@@ -40,3 +40,4 @@ class Average:
     tokens: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     unmasking: Unmasking | None = None
+    beside: dict[str, bytes] = field(default_factory=dict)

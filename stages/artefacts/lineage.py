@@ -111,6 +111,7 @@ def round_of_parent(manifest: Manifest, name: str) -> int:
     if before := round_of(name.removeprefix("own-")):
         return before
     is_start = manifest.stage == "broadcast" or (manifest.stage == "client-train" and name != "broadcast")
+    is_start |= manifest.stage == name == "aggregate"
     if name.startswith("vocabulary-"):
         return 1
     return manifest.round - (is_start or (manifest.stage in ("co-distill", "capture") and name == "llm"))

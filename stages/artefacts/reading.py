@@ -15,7 +15,7 @@ from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady, Problem
 from stages.workspace.names import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
+    ADAPTER_FILES,
     CAPTURE,
     CUTS,
     KNOWLEDGE,
@@ -24,6 +24,7 @@ from stages.workspace.names import (
     SEALED_INBOX,
     SEALED_REVEAL,
     SEALED_SHARES,
+    SERVER_STATE,
     SIGNATURE,
     SPARSE_UPDATE,
     VOCABULARY,
@@ -144,8 +145,10 @@ def expected_names(manifest: Manifest) -> set[str] | None:
         return {KNOWLEDGE}
     if manifest.masking:
         return {MASKED_UPDATE, SEALED_SHARES}
-    is_sparse = manifest.stage == "client-train" and SPARSE_UPDATE in manifest.files
-    return {ADAPTER_CONFIG, SPARSE_UPDATE if is_sparse else ADAPTER_WEIGHTS}
+    if manifest.stage == "client-train" and SPARSE_UPDATE in manifest.files:
+        return {ADAPTER_CONFIG, SPARSE_UPDATE}
+    has_state = manifest.stage == "aggregate" and SERVER_STATE in manifest.files
+    return {*ADAPTER_FILES} | ({SERVER_STATE} if has_state else set())
 
 
 def inbox(client: int) -> str:

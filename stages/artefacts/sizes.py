@@ -15,6 +15,7 @@ from stages.workspace.names import (
     MANIFEST,
     MASKED_UPDATE,
     SEALED_SHARES,
+    SERVER_STATE,
     SPARSE_UPDATE,
     VOCABULARY,
 )
@@ -22,6 +23,9 @@ from stages.workspace.paths import Workspace
 
 SHARE_BYTES = 33
 """What a Shamir share has: a number below 2^257 and a little."""
+
+MOMENTS = 2
+"""Numbers that the server's optimiser remembers for each of the adapter's, at most."""
 
 MOST_TOKENS, MOST_TOKENS_BYTES = 1 << 19, 1 << 26
 """Of a vocabulary: `align` compares each token with each. The 262,144 tokens of Gemma 3 have 2 MB together."""
@@ -54,9 +58,10 @@ def _most_bytes(manifest: Manifest, name: str, workspace: Workspace, size_bytes:
         return tensor_files.largest_bytes(clients * (SEAL_BYTES + SHARE_BYTES * clients))
     if name == SPARSE_UPDATE:
         return min(tensor_files.largest_bytes(2 * manifest.parameters), reading.LARGEST_ADAPTER_BYTES)
-    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE):
+    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE, SERVER_STATE):
         return reading.LARGEST_JSON_BYTES
-    most = min(tensor_files.largest_bytes(manifest.parameters + 3), reading.LARGEST_ADAPTER_BYTES)
+    each = MOMENTS if name == SERVER_STATE else 1
+    most = min(tensor_files.largest_bytes(each * manifest.parameters + 3), reading.LARGEST_ADAPTER_BYTES)
     if size_bytes > reading.READ_AT_ONCE_BYTES and (known := tensor_files.most_numbers(workspace, manifest.role)):
-        return min(most, tensor_files.largest_bytes(known))
+        return min(most, tensor_files.largest_bytes(each * known))
     return most

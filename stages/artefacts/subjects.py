@@ -13,7 +13,7 @@ from stages.parties.names import number_of
 from stages.parties.party import Onlooker, Party
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.commands import Command
-from stages.workspace.names import CLIENT
+from stages.workspace.names import ADAPTER_FILES, CLIENT
 from stages.workspace.paths import Workspace
 
 Subject = Literal["slm", "llm", "aggregate"]
@@ -74,7 +74,8 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
             mend = f"the server has it; there: {Command('export', round=round, model=model)}"
     folder = folder_of(workspace, round, subject_of(model, client))
     missing = f"there is no adapter at {workspace.shown(folder)}", mend
-    return received(folder, by=Onlooker(workspace), stage=stage, round=round, client=client, missing=missing)
+    who = Onlooker(workspace)
+    return received(folder, by=who, stage=stage, round=round, client=client, missing=missing, only=ADAPTER_FILES)
 
 
 def theta_of(party: Party, round: int) -> Artefact | None:

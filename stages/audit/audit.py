@@ -20,6 +20,7 @@ from stages.audit.check_knowledge import knowledge_of, told_in_all
 from stages.audit.check_layout import A3, layout_of_adapter, layout_of_capture, same_layout
 from stages.audit.check_leaks import Words, leaks_between, leaks_of
 from stages.audit.check_numbers import A5, drift_of, numbers_in_all, numbers_of
+from stages.audit.check_optimizer import state_of, states_in_all
 from stages.audit.check_privacy import privacy_of
 from stages.audit.check_secagg import masked_of, rounds_of
 from stages.audit.check_secrets import secrets_in, secrets_of, vaults_of
@@ -257,5 +258,9 @@ CHECKS: dict[str, Looks] = {
     "A9": Looks(_rounds, lambda state, folder, _: masked_of(folder)),
     "A10": Looks(_privacy),
     "A11": Looks(_told, lambda state, folder, _: knowledge_of(folder, state.heard)),
+    "A12": Looks(
+        lambda state, found: states_in_all(state.scopes, state.folders),
+        lambda state, folder, adapter: state_of(folder, adapter, _start(state, folder)),
+    ),
 }
 """Every check by its number; another one is another line."""

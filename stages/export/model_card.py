@@ -48,6 +48,9 @@ FEDAVG = "clients tune LoRA adapters of a small language model on data that stay
 OWN = "each client tunes a LoRA adapter of a model of its own on data that stay where they are"
 AVERAGED = " After each round a server averages the clients' adapters, and all begin the next one with the average."
 """Of FedMKT whose clients tune one model, where aggregation.average says so."""
+
+STEPPED = " The server did not take the average as it was, but a step towards it by {}, which remembers earlier rounds."
+"""Where aggregation.server names an optimiser."""
 METHODS: dict[Method, str] = {
     "fedcollm": f"FedCoLLM (https://arxiv.org/abs/2411.11707): {FEDAVG} and lets small and large model teach each "
     "other.",
@@ -81,7 +84,8 @@ def model_card(
         base_model=base_model,
         revision=revision,
         method=method_of(manifest, workspace.agreement.federation.method)
-        + (AVERAGED if workspace.agreement.aggregation.average else ""),
+        + (AVERAGED if workspace.agreement.aggregation.average else "")
+        + (STEPPED.format(server) if (server := workspace.agreement.aggregation.server) != "none" else ""),
         is_public=workspace.agreement.federation.learns_in_public,
         teachers=_teachers(workspace, manifest),
         budget=_budget,

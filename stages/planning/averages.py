@@ -22,6 +22,10 @@ COPIES = {
 float64."""
 
 
+OF_MOMENT = 4
+"""Adapters that one moment of the server's optimiser is in memory as: file and tensors, before and after a step."""
+
+
 def aggregate(here: Here) -> StagePlan:
     """The broadcast and an update as bytes and parsed, one more and the result; sums in float64. Never all clients.
 
@@ -48,6 +52,8 @@ def aggregate(here: Here) -> StagePlan:
         sums, blocks = 2 * values, 0 if work is None else min(2 * block, count * values) + work
         kept = count * updates_of(agreement, layout)[1] if agreement.keep and blocks else 0
         takes = {"adapters": 3 * whole + 3 * values + kept, "sums": max(sums, blocks)}
+        if settings.server != "none":
+            takes["optimizer"] = OF_MOMENT * whole * (2 if "tau" in settings.server_keys else 1)
     return StagePlan("aggregate", "server", memory=takes)
 
 

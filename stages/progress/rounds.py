@@ -127,6 +127,8 @@ class Reader:
         workspace = self._workspace
         sent = {workspace.client_update(number, k).name: step for k, step in clients.items()}
         given = {"broadcast": broadcast.sha256} | {name: step.sha256 for name, step in sent.items() if step.sha256}
+        if number > 1 and "aggregate" in self._before:
+            given["aggregate"] = self._before["aggregate"].sha256
         if workspace.close(number).exists():
             given["close"] = self._look.digest(workspace.close(number))
         made_of = self._look.parents(workspace.aggregate(number))

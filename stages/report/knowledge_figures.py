@@ -7,7 +7,7 @@ import functools
 from stages.artefacts.reading import Manifests
 from stages.bases.base_names import name_of
 from stages.parties import names
-from stages.report import bar_charts, figures, findings, knowledge_findings, line_charts
+from stages.report import bar_charts, figures, findings, knowledge_findings, line_charts, server_figures
 from stages.report.charts import Row, Spec
 from stages.report.drawing import Figure
 from stages.report.findings import shortened
@@ -17,8 +17,10 @@ from stages.workspace.paths import Workspace
 
 def figures_of(workspace: Workspace, metric: str, manifests: Manifests | None = None) -> list[Figure]:
     """All charts that apply to a workspace, in the order of the page. manifests: those that this command has read."""
+    server = workspace.agreement.aggregation.server
+    stepped = [] if server == "none" else [server_figures.steps(server)]
     if not is_of_fedmkt(workspace):
-        return figures.figures(metric, manifests)
+        return [*figures.figures(metric, manifests), *stepped]
     federation = workspace.agreement.federation
     llm = [figures.accuracy("llm", figures.MODELS["llm"], metric)] if federation.clients_tell else []
     found = [*llm, *_of_clients(workspace, metric), figures.client_losses()]
@@ -29,7 +31,7 @@ def figures_of(workspace: Workspace, metric: str, manifests: Manifests | None = 
     if federation.clients_tell:
         found += [_losses_of_llm(), _choices_of_llm()]
     averages = workspace.agreement.averages
-    found += [figures.lost_by_averaging(), *figures.drifts()] if averages else []
+    found += [figures.lost_by_averaging(), *figures.drifts(), *stepped] if averages else []
     traffic = figures.traffic(functools.partial(_caption_of_traffic, averages=averages), manifests)
     return [*found, *figures.splits(), traffic, figures.times()]
 

@@ -150,6 +150,8 @@ def _of_clients(workspace: Workspace) -> list[str]:
         lines.append(f"the clients' models: {', '.join(models)}")
     if workspace.agreement.aggregation.average:
         lines.append(f"{LABELS['fedmkt']} averages the clients' adapters after each round: aggregation.average")
+    if (server := workspace.agreement.aggregation.server) != "none":
+        lines.append(f"in every method that averages, the server takes steps of {server}: aggregation.server")
     for why, methods in left_out(workspace).items():
         lines.append(f"left out: {', '.join(LABELS[method] for method in methods)}, since {why}")
     return lines

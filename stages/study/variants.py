@@ -19,6 +19,7 @@ from stages.data.rows import read_rows, rows_bytes
 from stages.files import reading, writing
 from stages.files.seclusion import make_folder
 from stages.runtime.errors import NotReady, Refused, UsageProblem
+from stages.study.taken_back import not_had_by
 from stages.workspace.agreement import Agreement
 from stages.workspace.budgets import Budget
 from stages.workspace.commands import Command
@@ -69,7 +70,7 @@ def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
     alone = not federation.averages and workspace.agreement.aggregation.is_secure
     changes: dict[str, Any] = {"federation.method": method}
     changes |= {"aggregation.mode": "plain"} if alone else {}  # where nothing is averaged there is nothing to hide
-    changes |= _of_its_kind(workspace.agreement, federation)
+    changes |= not_had_by(federation, workspace.agreement)
     return workspace.baseline(method), changes | {
         "fedavg-aux": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
         "standalone-public": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
@@ -91,24 +92,6 @@ def unlike(agreement: Agreement) -> str:
         if own != agreement:
             return f"client {client} has a learning rate of its own"
     return ""
-
-
-def _of_its_kind(agreement: Agreement, method: Federation) -> Changes:
-    """What a method takes back of settings that it does not have: the agreement refuses them."""
-    changes: dict[str, Any] = {}
-    if method.method != "fedmkt" and agreement.aggregation.average:
-        changes["aggregation.average"] = None
-    if not method.averages and agreement.client_training.proximal:
-        changes["client_training.proximal"] = None
-    if method.averages and agreement.clients and not agreement.ranks:
-        changes["clients"] = None  # they say what holds for all: see unlike
-    if not method.server_tells and agreement.distillation.divergence in ("spans", "sorted"):
-        changes["distillation.divergence"] = None
-    if not method.server_tells and agreement.distillation.select == "none":
-        changes["distillation.select"] = None
-    if method.server_tells and agreement.distillation.order == "alternating":
-        changes["distillation.order"] = None
-    return changes
 
 
 def replica(workspace: Workspace, seed: int) -> tuple[Path, Changes]:

@@ -172,6 +172,14 @@ class Agreement(Settings):
         return self
 
     @model_validator(mode="after")
+    def _server_steps_where_it_averages(self) -> Agreement:
+        if self.aggregation.server != "none" and not self.averages:
+            method, server = self.federation.method, self.aggregation.server
+            also = " without aggregation.average" if method == "fedmkt" else ""
+            raise ValueError(f"aggregation.server {server} is for methods that average, here is {method}{also}")
+        return self
+
+    @model_validator(mode="after")
     def _proximal_to_a_broadcast(self) -> Agreement:
         if self.client_training.proximal is None:
             return self

@@ -12,6 +12,19 @@ Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum", "geomet
 Combine = Literal["factors", "product", "freeze-a", "alternate"]
 Factors = Literal["A", "B", "AB"]
 """Which matrices of a LoRA layer: one of them, or both."""
+Server = Literal["none", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Tau = Annotated[float, Field(ge=1e-8, le=1e6)]
+"""Of smaller ones the square, where v begins, is soon no number of float32."""
+
+OF_SERVER: dict[Server, dict[str, float]] = {
+    "none": {},
+    "fedavgm": {"server_learning_rate": 1.0, "server_momentum": 0.9},
+    "fedadagrad": {"server_learning_rate": 0.01, "beta_1": 0.0, "tau": 1e-3},
+    "fedadam": {"server_learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3},
+    "fedyogi": {"server_learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3},
+}
+"""The keys that each of the server's optimisers has, and what holds where one is absent."""
 
 
 class Aggregation(Settings):
@@ -26,6 +39,12 @@ class Aggregation(Settings):
     personal: Literal["A", "B"] | None = None
     keep: Annotated[float, Field(gt=0, lt=0.5)] | None = None
     outliers: Positive | None = None
+    server: Server = "none"
+    server_learning_rate: Rate | None = None
+    server_momentum: Decay | None = None
+    beta_1: Decay | None = None
+    beta_2: Decay | None = None
+    tau: Tau | None = None
     gate: Share | None = None
     average: bool = False
     max_update_value: Rate = 8.0
@@ -55,6 +74,12 @@ class Aggregation(Settings):
         """Whether A or B stays as it is in every round."""
         return self.trained_in(1) != "AB"
 
+    @property
+    def server_keys(self) -> dict[str, float]:
+        """What the agreed optimiser of the server goes by: each of its keys, as set or by default."""
+        told = ((key, getattr(self, key), default) for key, default in OF_SERVER[self.server].items())
+        return {key: default if value is None else value for key, value, default in told}
+
     @model_validator(mode="after")
     def _rule_has_what_it_needs(self) -> Aggregation:
         if self.rule in ("trimmed-mean", "krum") and self.outliers is None:
@@ -81,6 +106,18 @@ class Aggregation(Settings):
     def _sparse_updates_are_of_each_client(self) -> Aggregation:
         if self.keep and self.is_secure:
             raise ValueError("keep has each client send other numbers, mode secure adds the same ones: choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _server_takes_its_own_keys(self) -> Aggregation:
+        for key in dict.fromkeys(key for keys in OF_SERVER.values() for key in keys):
+            if getattr(self, key) is not None and key not in OF_SERVER[self.server]:
+                those = ", ".join(name for name, keys in OF_SERVER.items() if key in keys)
+                raise ValueError(f"{key} is for server {those}; here is {self.server}")
+        if self.server != "none" and self.combine in ("product", "alternate"):
+            whys = {"product": "makes other A and B", "alternate": "trains one of them in a round"}
+            why = f"combine {self.combine} {whys[self.combine]}"
+            raise ValueError(f"server {self.server} steps along changes of A and B, {why}")
         return self
 
     @model_validator(mode="after")

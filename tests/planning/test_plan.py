@@ -116,7 +116,8 @@ def test_a_smaller_micro_batch_and_gradient_checkpointing_take_less(workspace_fo
 
 
 @pytest.mark.parametrize(
-    "rule", ["mean", "median", "trimmed-mean", "clipped-mean", "krum", "geometric-median", "product"]
+    "rule",
+    ["mean", "median", "trimmed-mean", "clipped-mean", "krum", "geometric-median", "product", "fedavgm", "fedyogi"],
 )
 def test_aggregate_takes_what_it_is_said_to_take(rule: str, workspace_folder: Path) -> None:
     edit(
@@ -124,10 +125,11 @@ def test_aggregate_takes_what_it_is_said_to_take(rule: str, workspace_folder: Pa
         'dtype = "float32"\n[slm.lora]\nr = 4',
         'dtype = "float32"\n[slm.lora]\nr = 8192',
     )
-    clients = 2 if rule == "mean" else 6
+    key = {"product": "combine", "fedavgm": "server", "fedyogi": "server"}.get(rule, "rule")
+    clients = 2 if rule == "mean" or key == "server" else 6
     edit(workspace_folder / "fedcollm.toml", "clients = 3", f"clients = {clients}")
     edit(workspace_folder / "fedcollm.toml", "steps = 6", "steps = 1")
-    settings = f'[aggregation]\n{"combine" if rule == "product" else "rule"} = "{rule}"\n'
+    settings = f'[aggregation]\n{key} = "{rule}"\n'
     settings += "outliers = 1\n" if rule in ("trimmed-mean", "krum") else ""
     edit(workspace_folder / "fedcollm.toml", "[distillation]", f"{settings}[distillation]")
     workspace = Workspace(workspace_folder)

@@ -234,6 +234,21 @@ def test_only_what_is_averaged_stays_near_a_broadcast(method: Any, kept: float |
     assert child.agreement.client_training.proximal == kept
 
 
+@pytest.mark.parametrize(
+    ("method", "kept"),
+    [("fedavg", "fedadam"), ("fedavg-aux", "fedadam"), ("standalone", "none"), ("centralized", "none")],
+)
+def test_only_what_is_averaged_has_an_optimiser_at_the_server(method: Any, kept: str, workspace_folder: Path) -> None:
+    lines = '[aggregation]\nserver = "fedadam"\nbeta_1 = 0.5\n\n[distillation]'
+    edit(workspace_folder / "fedcollm.toml", "[distillation]", lines)
+    root = Workspace(workspace_folder)
+    child = make(workspace_folder, f"baselines/{method}", dict(variants.baseline(root, method)[1]))
+    assert (child.agreement.aggregation.server, child.agreement.aggregation.beta_1) == (
+        kept,
+        0.5 if kept == "fedadam" else None,
+    )
+
+
 def test_a_method_never_deals_anew_even_if_it_changes_the_number_of_clients(dealt: Path) -> None:
     root = Workspace(dealt)
     child = make(dealt, "baselines/centralized", dict(variants.baseline(root, "centralized")[1]))

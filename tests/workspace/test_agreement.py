@@ -250,6 +250,50 @@ def test_what_has_no_broadcast_to_stay_near_or_trains_otherwise_has_no_proximal_
     assert message in refusal(text.replace("seed = 7", f'seed = 7\nmethod = "{method}"') + more)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("server_momentum = 0.9", "server_momentum is for server fedavgm; here is none"),
+        ("server_learning_rate = 1.0", "server_learning_rate is for server fedavgm, fedadagrad, fedadam, fedyogi"),
+        ('server = "fedadam"\nserver_momentum = 0.9', "server_momentum is for server fedavgm; here is fedadam"),
+        ('server = "fedavgm"\nbeta_1 = 0.9', "beta_1 is for server fedadagrad, fedadam, fedyogi; here is fedavgm"),
+        ('server = "fedadagrad"\nbeta_2 = 0.9', "beta_2 is for server fedadam, fedyogi; here is fedadagrad"),
+        ('server = "fedavgm"\ntau = 0.1', "tau is for server fedadagrad, fedadam, fedyogi; here is fedavgm"),
+        ('server = "fedyogi"\ncombine = "product"', "server fedyogi steps along changes of A and B, combine product"),
+        ('server = "fedadam"\nbeta_1 = 1.0', "aggregation.beta_1: Input should be less than 1"),
+        ('server = "fedadam"\nbeta_2 = -0.1', "aggregation.beta_2: Input should be greater than or equal to 0"),
+        ('server = "fedadam"\ntau = 1e-9', "aggregation.tau: Input should be greater than or equal to 1e-08"),
+        ('server = "fedavgm"\nserver_learning_rate = 0.0', "server_learning_rate: Input should be greater than 0"),
+        ('server = "adam"', "aggregation.server: Input should be 'none', 'fedavgm', 'fedadagrad', 'fedadam' or 'fed"),
+    ],
+)
+def test_an_optimiser_of_the_server_takes_its_own_keys_alone(lines: str, message: str) -> None:
+    assert message in refusal(f"{AGREEMENT}[aggregation]\n{lines}\n")
+
+
+def test_an_optimiser_of_the_server_has_defaults_of_its_own() -> None:
+    keys = {
+        server: parse(
+            Agreement, f'{AGREEMENT}[aggregation]\nserver = "{server}"\n'.encode(), PATH
+        ).aggregation.server_keys
+        for server in ("none", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
+    }
+    adam = {"server_learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.99, "tau": 0.001}
+    assert keys == {
+        "none": {},
+        "fedavgm": {"server_learning_rate": 1.0, "server_momentum": 0.9},
+        "fedadagrad": {"server_learning_rate": 0.01, "beta_1": 0.0, "tau": 0.001},
+        "fedadam": adam,
+        "fedyogi": adam,
+    }
+
+
+@pytest.mark.parametrize(("method", "also"), [("standalone", ""), ("fedmkt", " without aggregation.average")])
+def test_a_method_that_averages_nothing_has_no_optimiser_at_the_server(method: str, also: str) -> None:
+    text = changed("seed = 7", f'seed = 7\nmethod = "{method}"') + '[aggregation]\nserver = "fedadam"\n'
+    assert f"aggregation.server fedadam is for methods that average, here is {method}{also}" in refusal(text)
+
+
 @pytest.mark.parametrize("new", ["", "steps = 6\nepochs = 1.0"])
 def test_a_budget_is_epochs_or_steps_and_not_both(new: str) -> None:
     assert "client_training: needs exactly one of epochs and steps" in refusal(changed("steps = 6", new))
