@@ -262,7 +262,7 @@ def test_what_has_no_broadcast_to_stay_near_or_trains_otherwise_has_no_proximal_
         ('server = "fedyogi"\ncombine = "product"', "server fedyogi steps along changes of A and B, combine product"),
         ('server = "fedadam"\nbeta_1 = 1.0', "aggregation.beta_1: Input should be less than 1"),
         ('server = "fedadam"\nbeta_2 = -0.1', "aggregation.beta_2: Input should be greater than or equal to 0"),
-        ('server = "fedadam"\ntau = 1e-9', "aggregation.tau: Input should be greater than or equal to 1e-08"),
+        ('server = "fedadam"\ntau = 1e-9', "aggregation.tau: Input should be greater than or equal to 0.00000001"),
         ('server = "fedavgm"\nserver_learning_rate = 0.0', "server_learning_rate: Input should be greater than 0"),
         ('server = "adam"', "aggregation.server: Input should be 'none', 'fedavgm', 'fedadagrad', 'fedadam' or 'fed"),
     ],
