@@ -5,7 +5,7 @@
 FedAvg in the world of `fedcollm demo`, eight clients, of which the last is bad. SPLIT is by-task, where two clients
 have one domain, or iid. FOLDER gets the SLM, a workspace for each split and seed with one for each case below it, and
 tables/, Markdown. A study that was stopped goes on when the same command is given again; what is done is not done
-again. Both splits take about twenty minutes of one core.
+again. Both splits take about fifteen minutes of one core.
 
 All steps are the stages' own; only what the bad client does is written here. Its files are sound: it signs what it
 sends as `client-train` would, so that nothing but their numbers tells them from others. What a client trains from one
