@@ -37,12 +37,31 @@ class Budget(Settings):
         return self.steps or math.ceil((self.epochs or 1.0) * rows / self.rows_per_step)
 
 
+class Adversarial(Settings):
+    """Training against the worst small change of a prompt's embeddings.
+
+    radius, step_size: shares of the length of each token's embedding. weight: of the loss under the change; the plain
+    loss has the rest.
+    """
+
+    radius: Annotated[float, Field(gt=0, le=1)]
+    steps: Positive = 1
+    step_size: Annotated[float, Field(gt=0, le=1)] | None = None
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of each row: a plain one, and one for each step."""
+        return self.steps + 1
+
+
 class ClientTraining(Budget):
     """Local training, Eq. 3."""
 
     learning_rate: Rate = 3e-4
     max_grad_norm: Rate | None = None
     proximal: Rate | None = None
+    adversarial: Adversarial | None = None
 
 
 class Distillation(Budget):
