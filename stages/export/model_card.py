@@ -30,6 +30,7 @@ TAUGHT_ROWS = "rows_from_"
 
 LOSSES = {
     "slm_ft": "SLM, cross-entropy of the answers, nats a token",
+    "slm_adv": "SLM, cross-entropy of the answers under attack, nats a token",
     "slm_kd": "SLM, divergence from the LLM, nats a token",
     "llm_ft": "LLM, cross-entropy of the answers, nats a token",
     "llm_kd": "LLM, divergence from the SLM, nats a token",

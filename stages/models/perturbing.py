@@ -74,8 +74,9 @@ class Perturbation:
 
 def _unit(vectors: Tensor) -> Tensor:
     """Of length 1 along the last dimension, or 0. Divided by the largest first, whose square need not be a number."""
-    vectors = vectors / vectors.abs().amax(dim=-1, keepdim=True).clamp(min=_tiny(vectors))
-    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=_tiny(vectors))
+    scaled: Tensor = vectors / vectors.abs().amax(dim=-1, keepdim=True).clamp(min=_tiny(vectors))
+    length: Tensor = scaled.norm(dim=-1, keepdim=True)
+    return scaled / length.clamp(min=_tiny(scaled))
 
 
 def _tiny(one: Tensor) -> float:

@@ -28,7 +28,7 @@ class AdversarialObjective(Objective):
 
     def __init__(self, slm: Tuned, settings: Adversarial) -> None:
         super().__init__([slm], task_loss, {PLAIN: 1 - settings.weight, ATTACKED: settings.weight})
-        self._ascent = Ascent(settings.radius, settings.steps, settings.step_size)
+        self._ascent = Ascent(settings.radius or 0.0, settings.steps, settings.step_size)
 
     def collate(self, examples: Sequence[Example], step: Tokens | None = None) -> Batch:
         """As of any objective, and which tokens are of prompts."""
@@ -67,7 +67,7 @@ def _with_gradients(value: Tensor, parameters: Sequence[Tensor], gradients: Sequ
 
 class _Known(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *_: Tensor) -> Tensor:
         ctx.gradients = gradients
         return value.clone()
 
@@ -76,6 +76,6 @@ class _Known(torch.autograd.Function):
         return None, None, *(None if one is None else above * one for one in ctx.gradients)
 
 
-def objective_of(slm: Tuned, settings: Adversarial | None) -> Objective:
+def objective_of(slm: Tuned, settings: Adversarial) -> Objective:
     """What a client minimises: Eq. 3, under attack if that is agreed."""
-    return Objective([slm], task_loss, {PLAIN: 1.0}) if settings is None else AdversarialObjective(slm, settings)
+    return AdversarialObjective(slm, settings) if settings.is_on else Objective([slm], task_loss, {PLAIN: 1.0})

@@ -233,7 +233,7 @@ class Agreement(Settings):
 
     @model_validator(mode="after")
     def _adversarial_without_noise(self) -> Agreement:
-        if self.client_training.adversarial and self.privacy.is_on:
+        if self.client_training.adversarial.is_on and self.privacy.is_on:
             raise ValueError("client_training.adversarial is not for the training of differential privacy: choose one")
         return self
 

@@ -38,21 +38,26 @@ class Budget(Settings):
 
 
 class Adversarial(Settings):
-    """Training against the worst small change of a prompt's embeddings.
+    """Training against the worst small change of a prompt's embeddings; without a radius there is none.
 
     radius, step_size: shares of the length of each token's embedding. weight: of the loss under the change; the plain
     loss has the rest.
     """
 
-    radius: Annotated[float, Field(gt=0, le=1)]
+    radius: Annotated[float, Field(gt=0, le=1)] | None = None
     steps: Positive = 1
     step_size: Annotated[float, Field(gt=0, le=1)] | None = None
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     @property
+    def is_on(self) -> bool:
+        """Whether clients train under attack."""
+        return self.radius is not None
+
+    @property
     def passes(self) -> int:
-        """Forward and backward passes of each row: a plain one, and one for each step."""
-        return self.steps + 1
+        """Forward and backward passes over each batch: a plain one and, under attack, one for each step."""
+        return self.steps + 1 if self.is_on else 1
 
 
 class ClientTraining(Budget):
@@ -61,7 +66,7 @@ class ClientTraining(Budget):
     learning_rate: Rate = 3e-4
     max_grad_norm: Rate | None = None
     proximal: Rate | None = None
-    adversarial: Adversarial | None = None
+    adversarial: Adversarial = Adversarial()
 
 
 class Distillation(Budget):

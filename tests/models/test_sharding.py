@@ -25,7 +25,7 @@ def said_and_learned(processes: Processes, family: Family, is_attacked: bool) ->
     blocks = sum(p.numel() for name, p in slm.model.named_parameters() if ".0." in name and not p.requires_grad)
     if processes.count > 1:
         sharding.spread(slm.model, torch.device("cpu"), processes.count)
-    objective = objective_of(slm, Adversarial(radius=0.2, steps=2) if is_attacked else None)
+    objective = objective_of(slm, Adversarial(radius=0.2 if is_attacked else None, steps=2))
     rows = examples([(5, 2), (1, 1), (9, 4)])
     before = objective.measure(rows, 2)
     batch = objective.collate(rows)

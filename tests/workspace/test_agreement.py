@@ -250,6 +250,16 @@ def test_what_has_no_broadcast_to_stay_near_or_trains_otherwise_has_no_proximal_
     assert message in refusal(text.replace("seed = 7", f'seed = 7\nmethod = "{method}"') + more)
 
 
+@pytest.mark.parametrize("privacy", ["epsilon = 8.0", "noise_multiplier = 1.0"])
+def test_training_under_attack_is_refused_by_name_beside_differential_privacy(privacy: str) -> None:
+    attacked = AGREEMENT + "\n[client_training.adversarial]\nsteps = 2\n"
+    parse(Agreement, f"{attacked}\n[privacy]\n{privacy}\n".encode(), PATH)  # without a radius there is no attack
+    attacked += "radius = 0.1\n"
+    assert parse(Agreement, attacked.encode(), PATH).client_training.adversarial.passes == 3
+    message = refusal(f"{attacked}\n[privacy]\n{privacy}\n")
+    assert "client_training.adversarial is not for the training of differential privacy: choose one" in message
+
+
 @pytest.mark.parametrize("new", ["", "steps = 6\nepochs = 1.0"])
 def test_a_budget_is_epochs_or_steps_and_not_both(new: str) -> None:
     assert "client_training: needs exactly one of epochs and steps" in refusal(changed("steps = 6", new))
