@@ -22,6 +22,7 @@ from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
+from stages.workspace.attacks import Attack
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -36,6 +37,7 @@ def evaluate(
     model: Subject = "slm",
     round: int | None = None,
     client: int | None = None,
+    attack: Attack | None = None,
     overwrite: bool = False,
     models: Models | None = None,
     processes: Processes = ALONE,
@@ -44,8 +46,10 @@ def evaluate(
     """Score one model and write down the scores. Returns what the result file says.
 
     model: which of the server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it; with a client, that
-    client's own SLM instead. Without a round, the base alone. Before scoring, the adapter is proven to be in the model
-    and to change its logits. processes: all call this alike; the first decides and writes, and each scores its share.
+    client's own SLM instead. Without a round, the base alone. attack: measure accuracy under it, too, by default that
+    of the agreement, if any; a result under another attack is made anew. Before scoring, the adapter is proven to be in
+    the model and to change its logits. processes: all call this alike; the first decides and writes, and each scores
+    its share.
     """
     subject = subject_of(model, client)
     target = workspace.result(round, subject)
@@ -55,6 +59,7 @@ def evaluate(
         subject=subject,
         round=round,
         client=client,
+        attack=attack or workspace.agreement.evaluation.attack,
         publishes=[target],
         log=target,
         overwrite=overwrite,
@@ -80,6 +85,7 @@ class Evaluate(Step[Opened, Measured, Result]):
     subject: str
     round: int | None
     client: int | None
+    attack: Attack
     models: Models | None
 
     @property
@@ -116,6 +122,7 @@ class Evaluate(Step[Opened, Measured, Result]):
         """Put the adapter into the base, prove that it is there, and ask all questions."""
         from stages.data import tasks
         from stages.evaluation import scoring
+        from stages.models.perturbing import Ascent
 
         settings, role, adapter = self.workspace.agreement.evaluation, self.role, opened.adapter
         loaded = tasks.load(self.workspace, settings.tasks or self.workspace.agreement.data.tasks, self.report)
@@ -129,6 +136,7 @@ class Evaluate(Step[Opened, Measured, Result]):
             with_adapter=adapter is not None,
             limit=settings.limit,
             batch_size=settings.batch_size,
+            attack=Ascent.of(self.attack),
             as_trained=settings.precision == "training",
             processes=self.processes,
             shares=role not in self.workspace.machine.sharding,
@@ -165,7 +173,7 @@ class Evaluate(Step[Opened, Measured, Result]):
                 where=self.workspace.root / AGREEMENT,
                 mend="name lm-eval tasks there",
             )
-        return {
+        found: Scored = {
             "subject": self.subject,
             "round": self.round,
             "agreement_sha256": self.workspace.agreement_sha256,
@@ -177,3 +185,6 @@ class Evaluate(Step[Opened, Measured, Result]):
             "limit": agreement.evaluation.limit,
             "batch_size": agreement.evaluation.batch_size,
         }
+        if self.attack.radius is not None:
+            found["attack"] = self.attack.model_dump()
+        return found

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.workspace.attacks import Attack
+
 
 @dataclass(frozen=True)
 class Ascent:
@@ -27,6 +29,11 @@ class Ascent:
     radius: float
     steps: int = 1
     step_size: float | None = None
+
+    @staticmethod
+    def of(settings: Attack) -> Ascent | None:
+        """As settings have it; None where they have no attack."""
+        return None if settings.radius is None else Ascent(settings.radius, settings.steps, settings.step_size)
 
     @property
     def step(self) -> float:

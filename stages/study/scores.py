@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stages.artefacts.records import Result
+from stages.artefacts.records import ROBUST, Result
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.study.results import Scores, Study, result_of
 from stages.study.table_rows import Row, Table, base_of, subjects
@@ -21,10 +21,12 @@ def scores(study: Study, table: Table, row: Row, metric: str) -> dict[str, Score
     """
     if row == "zero-shot":
         subject = base_of(study.root, table)
-        return {subject: _scores([result_of(study, study.root, None, subject)], metric)}
+        return {subject: _scores(study, [result_of(study, study.root, None, subject)], metric)}
     runs = [of_seed[row] for of_seed in study.runs.values()]
     return {
-        subject: _scores([result_of(study, one, one.agreement.federation.rounds, subject) for one in runs], metric)
+        subject: _scores(
+            study, [result_of(study, one, one.agreement.federation.rounds, subject) for one in runs], metric
+        )
         for subject in subjects(table, row, runs[0])
     }
 
@@ -45,9 +47,26 @@ def check_tasks(scored: Sequence[Mapping[str, object]]) -> None:
             raise Refused(message, where="results", mend=mend)
 
 
-def _scores(of_seeds: Sequence[Result], metric: str) -> Scores:
+def _scores(study: Study, of_seeds: Sequence[Result], metric: str) -> Scores:
     check_tasks([one["tasks"] for one in of_seeds])
+    if metric == ROBUST:
+        _check_attacks(study, of_seeds)
     return {task: np.stack([_correct(one, task, metric) for one in of_seeds]) for task in of_seeds[0]["tasks"]}
+
+
+def _check_attacks(study: Study, results: Sequence[Result]) -> None:
+    """Raise Refused for a result that was measured under another attack than what was read of the study before it."""
+    for one in results:
+        attack = one.get("attack", {})
+        study.attacks.append(attack)
+        if attack != study.attacks[0]:
+            own, others = (
+                " ".join(f"{key} {value}" for key, value in each.items()) for each in (attack, study.attacks[0])
+            )
+            message = (
+                f"{ROBUST} of {one['subject']} was measured under another attack than the rest: {own}, not {others}"
+            )
+            raise Refused(message, where="results", mend="score them all with the same --attack and --attack-steps")
 
 
 def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:

@@ -18,17 +18,17 @@ from stages.models.packing import PROMPTS, Batch, prompts
 from stages.models.perturbing import Ascent, Perturbation
 from stages.models.tuned import Tuned
 from stages.training.objective import Objective, Tokens, task_loss
-from stages.workspace.budgets import Adversarial
+from stages.workspace.attacks import Adversarial
 
 PLAIN, ATTACKED = "slm_ft", "slm_adv"
 
 
 class AdversarialObjective(Objective):
-    """The plain loss and that under attack, weighted."""
+    """The plain loss and that under attack, which has this weight; the plain loss has the rest."""
 
-    def __init__(self, slm: Tuned, settings: Adversarial) -> None:
-        super().__init__([slm], task_loss, {PLAIN: 1 - settings.weight, ATTACKED: settings.weight})
-        self._ascent = Ascent(settings.radius or 0.0, settings.steps, settings.step_size)
+    def __init__(self, slm: Tuned, ascent: Ascent, *, weight: float) -> None:
+        super().__init__([slm], task_loss, {PLAIN: 1 - weight, ATTACKED: weight})
+        self._ascent = ascent
 
     def collate(self, examples: Sequence[Example], step: Tokens | None = None) -> Batch:
         """As of any objective, and which tokens are of prompts."""
@@ -78,4 +78,7 @@ class _Known(torch.autograd.Function):
 
 def objective_of(slm: Tuned, settings: Adversarial) -> Objective:
     """What a client minimises: Eq. 3, under attack if that is agreed."""
-    return AdversarialObjective(slm, settings) if settings.is_on else Objective([slm], task_loss, {PLAIN: 1.0})
+    ascent = Ascent.of(settings)
+    if ascent is None:
+        return Objective([slm], task_loss, {PLAIN: 1.0})
+    return AdversarialObjective(slm, ascent, weight=settings.weight)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stages.workspace.attacks import Attack
 from stages.workspace.averaging import Aggregation
 from stages.workspace.budgets import ClientTraining, Distillation
 from stages.workspace.commands import Command
@@ -116,6 +117,7 @@ class Evaluation(Settings):
     limit: Positive | None = None
     batch_size: Positive = 16
     precision: Literal["full", "training"] = "full"
+    attack: Attack = Attack()
 
 
 def threshold(clients: int) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stages.workspace.attacks import Adversarial
 from stages.workspace.settings import Positive, Rate, Settings, Share
 
 
@@ -35,29 +36,6 @@ class Budget(Settings):
     def steps_for(self, rows: int) -> int:
         """How many optimiser steps that is on so many rows."""
         return self.steps or math.ceil((self.epochs or 1.0) * rows / self.rows_per_step)
-
-
-class Adversarial(Settings):
-    """Training against the worst small change of a prompt's embeddings; without a radius there is none.
-
-    radius, step_size: shares of the length of each token's embedding. weight: of the loss under the change; the plain
-    loss has the rest.
-    """
-
-    radius: Annotated[float, Field(gt=0, le=1)] | None = None
-    steps: Positive = 1
-    step_size: Annotated[float, Field(gt=0, le=1)] | None = None
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-
-    @property
-    def is_on(self) -> bool:
-        """Whether clients train under attack."""
-        return self.radius is not None
-
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes over each batch: a plain one and, under attack, one for each step."""
-        return self.steps + 1 if self.is_on else 1
 
 
 class ClientTraining(Budget):

@@ -19,7 +19,7 @@ def said_and_learned(processes: Processes, family: Family, is_attacked: bool) ->
 
     from stages.models import adapters, sharding
     from stages.training.adversarial import objective_of
-    from stages.workspace.budgets import Adversarial
+    from stages.workspace.attacks import Adversarial
 
     slm = tuned("slm", family=family)
     blocks = sum(p.numel() for name, p in slm.model.named_parameters() if ".0." in name and not p.requires_grad)

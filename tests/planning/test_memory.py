@@ -19,10 +19,11 @@ from stages.models.tuned import Tuned
 from stages.planning import memory
 from stages.planning.estimates import beside_a_capture
 from stages.training import losses as training_losses
-from stages.training.adversarial import AdversarialObjective
+from stages.training.adversarial import objective_of
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Tokens, mutual_losses, task_loss
-from stages.workspace.budgets import Adversarial, Distillation
+from stages.workspace.attacks import Adversarial
+from stages.workspace.budgets import Distillation
 
 CPU = torch.device("cpu")
 ROWS, LENGTH, ANSWERS = 4, 32, 5
@@ -108,7 +109,7 @@ def test_what_is_kept_is_what_a_real_model_keeps_and_the_sum_is_its_peak(family:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_step_under_attack_takes_what_is_said_however_many_passes_it_has(family: Family, steps: int) -> None:
     model = tuned("slm", family=family, width=64, vocabulary=500)
-    objective = AdversarialObjective(model, Adversarial(radius=0.1, steps=steps)).train()
+    objective = objective_of(model, Adversarial(radius=0.1, steps=steps)).train()
     batch = objective.collate([Example([3] * LENGTH, LENGTH - ANSWERS)] * ROWS)
     step = memory.training_step(
         {"slm": shape_of(model)},

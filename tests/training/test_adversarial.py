@@ -21,12 +21,13 @@ from stages.models import adapters
 from stages.models.held import held_in_bfloat16
 from stages.models.tuned import Tuned
 from stages.runtime.events import Event
-from stages.training.adversarial import AdversarialObjective, objective_of
+from stages.training.adversarial import objective_of
 from stages.training.objective import Objective, Tokens, task_loss
 from stages.training.recipes import Outcome, Recipe
 from stages.training.schedule import schedule
 from stages.training.training import train
-from stages.workspace.budgets import Adversarial, ClientTraining
+from stages.workspace.attacks import Adversarial
+from stages.workspace.budgets import ClientTraining
 from stages.workspace.machine import Machine
 
 ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6), (4, 3), (7, 2), (2, 2)])
@@ -74,7 +75,7 @@ def losses_by_hand(one: Tuned, rows: Sequence[Example], settings: Adversarial) -
 @pytest.mark.parametrize("steps", [1, 3])
 def test_both_losses_and_the_gradient_are_those_of_a_plain_loop(family: Family, steps: int) -> None:
     one, settings = tuned("slm", family=family, width=16), Adversarial(radius=0.2, steps=steps, weight=0.3)
-    objective = AdversarialObjective(one, settings)
+    objective = objective_of(one, settings)
     plain, attacked = losses_by_hand(one, ROWS, settings)
     found = objective(**objective.collate(ROWS))["loss"]
     said = objective.pop_losses()
@@ -88,7 +89,7 @@ def test_both_losses_and_the_gradient_are_those_of_a_plain_loop(family: Family, 
 
 def test_with_all_the_weight_on_the_attack_the_plain_loss_is_told_and_moves_nothing() -> None:
     one, settings = tuned("slm", width=16), Adversarial(radius=0.2, weight=1.0)
-    objective = AdversarialObjective(one, settings)
+    objective = objective_of(one, settings)
     plain, attacked = losses_by_hand(one, ROWS, settings)
     expected = torch.autograd.grad(attacked, trained_of(one))
     torch.testing.assert_close(gradients(objective), torch.cat([g.ravel() for g in expected]), rtol=1e-3, atol=1e-5)
@@ -99,7 +100,7 @@ def test_with_all_the_weight_on_the_attack_the_plain_loss_is_told_and_moves_noth
 def test_a_radius_near_zero_is_the_plain_training(weight: float) -> None:
     one = tuned("slm", width=16)
     plain = Objective([one], task_loss, {"slm_ft": 1.0})
-    objective = AdversarialObjective(one, Adversarial(radius=1e-7, weight=weight))
+    objective = objective_of(one, Adversarial(radius=1e-7, weight=weight))
     torch.testing.assert_close(gradients(objective), gradients(plain), rtol=1e-4, atol=1e-6)
     said = objective.pop_losses()
     assert said["slm_ft"] == plain.pop_losses()["slm_ft"] == pytest.approx(said["slm_adv"], rel=1e-5)
@@ -108,14 +109,14 @@ def test_a_radius_near_zero_is_the_plain_training(weight: float) -> None:
 def test_each_row_is_read_once_more_than_there_are_steps() -> None:
     one, passes = tuned("slm", width=16), []
     settings = Adversarial(radius=0.2, steps=3)
-    objective = AdversarialObjective(one, settings)
+    objective = objective_of(one, settings)
     one.model.register_forward_pre_hook(lambda *_: passes.append(1))
     gradients(objective)
     assert len(passes) == settings.passes == 4
 
 
 def test_what_is_measured_is_what_is_trained_on_and_leaves_no_gradient() -> None:
-    objective = AdversarialObjective(tuned("slm", width=16), Adversarial(radius=0.2, steps=2))
+    objective = objective_of(tuned("slm", width=16), Adversarial(radius=0.2, steps=2))
     measured = objective.measure(ROWS, 3)
     assert all(one.grad is None for one in objective.parameters())
     found = objective.parts(objective.collate(ROWS), Tokens.of(ROWS))
@@ -125,11 +126,11 @@ def test_what_is_measured_is_what_is_trained_on_and_leaves_no_gradient() -> None
 def test_bfloat16_sees_nearly_the_same_losses_and_gradient() -> None:
     one = tuned("slm", family="llama", width=32)
     settings = Adversarial(radius=0.2, steps=2)
-    expected, there = gradients(AdversarialObjective(one, settings)), AdversarialObjective(one, settings)
+    expected, there = gradients(objective_of(one, settings)), objective_of(one, settings)
     there.measure(ROWS, 8)
     short = dataclasses.replace(one, autocast=True)
     with held_in_bfloat16(short):
-        found = gradients(AdversarialObjective(short, settings))
+        found = gradients(objective_of(short, settings))
     assert float(F.cosine_similarity(found, expected, dim=0)) > 0.99
 
 
@@ -211,8 +212,8 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path, chec
         other.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         other.model.enable_input_require_grads()
     settings = Adversarial(radius=0.2, steps=2)
-    whole = gradients(AdversarialObjective(one, settings))
-    objective, step = AdversarialObjective(other, settings), Tokens.of(ROWS)
+    whole = gradients(objective_of(one, settings))
+    objective, step = objective_of(other, settings), Tokens.of(ROWS)
     other.model.train()
     for start in (0, 2, 4, 6):
         objective(**objective.collate(ROWS[start : start + 2], step))["loss"].backward()
