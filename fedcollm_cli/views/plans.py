@@ -67,7 +67,7 @@ def plan_of(found: Plan) -> Group:
         lines.append(f"co-distill in two phases, with the LLM alone in memory: {takes}; with the SLM less")
     lines += _travel(found)
     lines += [
-        f"{one.name}: {one.passes} forward and backward passes over each batch, for training under attack"
+        f"{one.name}: {one.passes} passes over each batch, for the attack on prompts"
         for one in found.stages
         if one.passes > 1
     ]

@@ -84,6 +84,11 @@ def read_result(path: Path) -> Result:
     return cast(Result, result)
 
 
+def attack_of(result: Result) -> str:
+    """The attack under which ROBUST was measured, in words; empty where there was none."""
+    return ", ".join(f"{key} {value}" for key, value in result.get("attack", {}).items() if value is not None)
+
+
 def is_of_base(result: Result, base: BaseIdentity) -> bool:
     """Whether a result is of this base model."""
     try:

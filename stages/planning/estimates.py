@@ -244,12 +244,13 @@ def evaluate(here: Here, role: Role, rows: Extent | None, questions: int | None 
     """What scoring a model will take. questions: tokens of the longest; if that is not known, as of the longest row."""
     from stages.models import shapes
     from stages.planning import memory
+    from stages.training.objective import task_loss
 
     batch = here.workspace.agreement.evaluation.batch_size
     tokens = _length(here, here.workspace.agreement.client_training, rows)
     if questions and not here.length:
         tokens = min(questions, longest(here))
-    takes = {}
+    takes, attack = {}, here.workspace.agreement.evaluation.attack
     if shape := here.shapes.get(role):
         step = memory.scoring_step(shape, rows=batch, length=tokens, device=counted_on(here.device))
         takes = {
@@ -258,8 +259,14 @@ def evaluate(here: Here, role: Role, rows: Extent | None, questions: int | None 
             "logits": step.logits,
             "transient": step.transient,
         }
+        if attack.is_on:
+            sized = {"rows": batch, "length": tokens, "answers": min(ANSWER_TOKENS, tokens - 1)}
+            step = _step(here, {"slm": shape}, task_loss, sized, None, is_attacked=True)
+            more = {"activations": step.activations, "logits": step.logits, "transient": step.transient}
+            takes |= {part: max(size, takes.get(part, 0)) for part, size in more.items()}
     party = "server" if role == "llm" else "server, clients"
-    return StagePlan(f"evaluate {role}", party, batch=batch, length=tokens, memory=takes)
+    passes = 1 + attack.passes if attack.is_on else 1
+    return StagePlan(f"evaluate {role}", party, batch=batch, length=tokens, memory=takes, passes=passes)
 
 
 def counted_on(device: torch.device) -> torch.device:

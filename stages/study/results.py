@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class Study:
     root: Workspace
     runs: dict[int, dict[Method, Workspace]]
     derived: list[Derived] = field(default_factory=list)
-    attacks: list[dict[str, Any]] = field(default_factory=list)
+    attacks: list[str] = field(default_factory=list)
 
     def open(self, one: Derived) -> Workspace:
         """One of its derived workspaces. Raises NotReady or Refused, with the command that mends it."""

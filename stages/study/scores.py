@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stages.artefacts.records import ROBUST, Result
+from stages.artefacts.records import ROBUST, Result, attack_of
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.study.results import Scores, Study, result_of
 from stages.study.table_rows import Row, Table, base_of, subjects
@@ -57,16 +57,12 @@ def _scores(study: Study, of_seeds: Sequence[Result], metric: str) -> Scores:
 def _check_attacks(study: Study, results: Sequence[Result]) -> None:
     """Raise Refused for a result that was measured under another attack than what was read of the study before it."""
     for one in results:
-        attack = one.get("attack", {})
-        study.attacks.append(attack)
-        if attack != study.attacks[0]:
-            own, others = (
-                " ".join(f"{key} {value}" for key, value in each.items()) for each in (attack, study.attacks[0])
-            )
-            message = (
-                f"{ROBUST} of {one['subject']} was measured under another attack than the rest: {own}, not {others}"
-            )
-            raise Refused(message, where="results", mend="score them all with the same --attack and --attack-steps")
+        own = attack_of(one)
+        study.attacks.append(own)
+        if own != study.attacks[0]:
+            message = f"{ROBUST} of {one['subject']} was measured under another attack than the rest"
+            mend = "score them all with the same --attack and --attack-steps"
+            raise Refused(f"{message}: {own or 'none'}, not {study.attacks[0] or 'none'}", where="results", mend=mend)
 
 
 def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:

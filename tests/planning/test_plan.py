@@ -331,15 +331,21 @@ def test_training_under_attack_tells_its_passes_and_what_it_takes_more(
 ) -> None:
     before = stage_of(plan(Workspace(workspace_folder)), "client-train")
     assert before.passes == 1
-    attack = "[client_training.adversarial]\nradius = 0.1\nsteps = 3\n"
+    scoring = stage_of(plan(Workspace(workspace_folder)), "evaluate llm")
+    attack = "[client_training.adversarial]\nradius = 0.1\nsteps = 3\n[evaluation.attack]\nradius = 0.1\nsteps = 2\n"
     edit(workspace_folder / "fedcollm.toml", "[evaluation]", f"{attack}[evaluation]")
+    scored = stage_of(plan(Workspace(workspace_folder)), "evaluate llm")
+    assert (scoring.passes, scored.passes) == (1, 4)  # lm-eval's, a plain one that begins the attack, and two more
+    assert scored.memory["activations"] > 0
+    assert "activations" not in scoring.memory
+    assert all(scored.memory[part] >= size for part, size in scoring.memory.items())
     stage = stage_of(plan(Workspace(workspace_folder)), "client-train")
     assert (stage.passes, stage.steps) == (4, before.steps)
     assert stage.memory["plain gradients"] == stage.memory["gradients"] == before.memory["gradients"]
     assert stage.memory["activations"] > before.memory["activations"]
     assert stage.memory["logits"] == before.memory["logits"]
     shown = " ".join(fedcollm("plan", "-w", workspace_folder).out.split())
-    assert "client-train: 4 forward and backward passes over each batch, for training under attack" in shown
+    assert "client-train: 4 passes over each batch, for the attack on prompts" in shown
 
 
 def test_a_row_that_training_will_refuse_is_among_what_is_missing(workspace_folder: Path) -> None:
