@@ -55,14 +55,17 @@ def _scores(study: Study, of_seeds: Sequence[Result], metric: str) -> Scores:
 
 
 def _check_attacks(study: Study, results: Sequence[Result]) -> None:
-    """Raise Refused for a result that was measured under another attack than what was read of the study before it."""
     for one in results:
-        own = attack_of(one)
-        study.attacks.append(own)
-        if own != study.attacks[0]:
-            message = f"{ROBUST} of {one['subject']} was measured under another attack than the rest"
-            mend = "score them all with the same --attack and --attack-steps"
-            raise Refused(f"{message}: {own or 'none'}, not {study.attacks[0] or 'none'}", where="results", mend=mend)
+        study.attacks.append(attack_of(one))
+        check_one_attack([study.attacks[0], study.attacks[-1]], f"{ROBUST} of {one['subject']}")
+
+
+def check_one_attack(attacks: Sequence[str], what: str) -> None:
+    """Raise Refused unless the last of these was measured under the attack of the first. what: the last, in words."""
+    if attacks and attacks[-1] != attacks[0]:
+        message = f"{what} was measured under another attack than the rest: {attacks[-1] or 'none'}"
+        mend = "score them all with the same --attack and --attack-steps"
+        raise Refused(f"{message}, not {attacks[0] or 'none'}", where="results", mend=mend)
 
 
 def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:

@@ -354,7 +354,9 @@ def metrics_of(path: Path) -> dict[str, float]:
 def test_accuracy_under_attack_stands_beside_scores_that_stay_what_they_are(
     scored: Path, fedcollm: Callable[..., Outcome]
 ) -> None:
-    words, path = ("evaluate", "--round", 2, "-w", scored), scored / "results/round-0002/slm.json"
+    """The command of docs/explanation/attacks-on-prompts.md, with another radius."""
+    words = ("evaluate", "--round", 2, "--model", "slm", "-w", scored)
+    path = scored / "results/round-0002/slm.json"
     assert fedcollm(*words).code == 0
     plain = json.loads(path.read_text())
     attacked = fedcollm(*words, "--attack", 0.3, "--attack-steps", 3)
