@@ -228,3 +228,17 @@ def test_both_losses_are_told_before_after_and_in_each_step(tmp_path: Path) -> N
     assert outcome.metrics["slm_adv_after"] < outcome.metrics["slm_adv_before"]
     steps = [line for line in outcome.log if "step" in line]
     assert all(line.keys() == {"step", "slm_ft", "slm_adv"} and line["slm_adv"] > line["slm_ft"] for line in steps)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_who_trained_under_attack_loses_far_less_to_a_stronger_one(tmp_path: Path, seed: int) -> None:
+    under_attack, plain = {}, {}
+    for name, settings in {"plain": Adversarial(), "attacked": Adversarial(radius=0.3, weight=1.0)}.items():
+        slm = tuned("slm", layers=["c_attn", "c_proj", "c_fc"])
+        plan = Recipe(ClientTraining(steps=80, batch_size=8), {"slm": 0.02}, {"slm": None}, 0, seed)
+        objective = objective_of(slm, settings)
+        train(objective, ROWS, plan, machine=Machine(), folder=tmp_path / name, inputs={}, report=lambda _: None)
+        found = objective_of(slm, Adversarial(radius=0.3, steps=5)).measure(ROWS, 8)
+        plain[name], under_attack[name] = found["slm_ft"], found["slm_adv"]
+    assert under_attack["attacked"] < under_attack["plain"] / 3
+    assert plain["attacked"] < 1.5 * plain["plain"]
