@@ -54,10 +54,11 @@ def with_robust(
     for task in chosen:
         name = str(task.config.task)
         report(Event("note", f"{name} under attack: {ascent.steps} steps, radius {ascent.radius:g}"))
-        kept = _shared(lm, _asked(lm, task), ascent, name)
-        signs = "".join(str(int(one)) for one in kept)
+        one, kept = scores[name], _shared(lm, _asked(lm, task), ascent, name)
+        plain = one["correct"].get("acc", "1" * len(kept))  # other batches may round a near tie otherwise
+        kept = [is_kept and sign == "1" for is_kept, sign in zip(kept, plain, strict=True)]
+        signs = "".join(str(int(is_kept)) for is_kept in kept)
         error = {f"{ROBUST}_stderr": stdev(kept) / len(kept) ** 0.5} if len(kept) > 1 else {}
-        one = scores[name]
         metrics = {**one["metrics"], ROBUST: fmean(kept), **error}
         found[name] = {**one, "metrics": metrics, "correct": {**one["correct"], ROBUST: signs}}
     return found
