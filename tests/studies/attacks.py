@@ -36,7 +36,6 @@ SETTINGS = {
     "radius 0.03": "radius = 0.03",
     "radius 0.1": "radius = 0.1",
     "radius 0.03, steps 3": "radius = 0.03\nsteps = 3",
-    "radius 0.03, weight 1": "radius = 0.03\nweight = 1.0",
 }
 """By the name in the table, the lines of [client_training.adversarial]."""
 
