@@ -23,6 +23,7 @@ from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.processes import ALONE, Processes
+from stages.workspace.attacks import Attack
 from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -39,6 +40,7 @@ def evaluate(
     model: Subject = "slm",
     round: int | None = None,
     client: int | None = None,
+    attack: Attack | None = None,
     overwrite: bool = False,
     models: Models | None = None,
     processes: Processes = ALONE,
@@ -47,9 +49,10 @@ def evaluate(
     """Score one model and write down the scores. Returns what the result file says.
 
     model: which of the server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it; with a client, that
-    client's own SLM instead. Without a round, the base alone. Before scoring, the adapter is proven to be in the model
-    and to change its logits, but for an aggregate that is still the first broadcast's adapter, which changes nothing.
-    processes: all call this alike; the first decides and writes, and each scores its share.
+    client's own SLM instead. Without a round, the base alone. attack: measure accuracy under it, too, by default that
+    of the agreement, if any; a result under another attack is made anew. Before scoring, the adapter is proven to be in
+    the model and to change its logits, but for an aggregate that is still the first broadcast's adapter, which changes
+    nothing. processes: all call this alike; the first decides and writes, and each scores its share.
     """
     subject = subject_of(model, client)
     target = workspace.result(round, subject)
@@ -59,6 +62,7 @@ def evaluate(
         subject=subject,
         round=round,
         client=client,
+        attack=attack or workspace.agreement.evaluation.attack,
         publishes=[target],
         log=target,
         overwrite=overwrite,
@@ -84,6 +88,7 @@ class Evaluate(Step[Opened, Measured, Result]):
     subject: str
     round: int | None
     client: int | None
+    attack: Attack
     models: Models | None
 
     @property
@@ -120,6 +125,7 @@ class Evaluate(Step[Opened, Measured, Result]):
         """Put the adapter into the base, prove that it is there, and ask all questions."""
         from stages.data import tasks
         from stages.evaluation import scoring
+        from stages.models.perturbing import Ascent
 
         settings, role, adapter = self.workspace.agreement.evaluation, self.role, opened.adapter
         loaded = tasks.load(self.workspace, settings.tasks or self.workspace.agreement.data.tasks, self.report)
@@ -137,6 +143,7 @@ class Evaluate(Step[Opened, Measured, Result]):
             with_adapter=adapter is not None and not is_base,
             limit=settings.limit,
             batch_size=settings.batch_size,
+            attack=Ascent.of(self.attack),
             as_trained=settings.precision == "training",
             processes=self.processes,
             shares=role not in self.workspace.machine.sharding,
@@ -173,7 +180,7 @@ class Evaluate(Step[Opened, Measured, Result]):
                 where=self.workspace.root / AGREEMENT,
                 mend="name lm-eval tasks there",
             )
-        return {
+        found: Scored = {
             "subject": self.subject,
             "round": self.round,
             "agreement_sha256": self.workspace.agreement_sha256,
@@ -185,6 +192,9 @@ class Evaluate(Step[Opened, Measured, Result]):
             "limit": agreement.evaluation.limit,
             "batch_size": agreement.evaluation.batch_size,
         }
+        if self.attack.radius is not None:
+            found["attack"] = self.attack.model_dump()
+        return found
 
 
 def _is_base(adapter: Artefact, tuned: Tuned, agreement: Agreement) -> bool:

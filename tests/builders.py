@@ -457,7 +457,8 @@ def sent(
     from stages.workspace.agreement import Lora
     from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-    heads, config = [], config_bytes(Lora(), target_modules=[], fan_in_fan_out=False)
+    lora = Lora(r=next((len(tensor) for name, tensor in theta.items() if ".lora_A." in name), Lora().r))
+    heads, config = [], config_bytes(lora, target_modules=[], fan_in_fan_out=False)
     for client, adapter in zip(clients, adapters, strict=True):
         place, content = folder / f"client-{client}", (write or weights_bytes)(adapter)
         place.mkdir()
@@ -471,7 +472,7 @@ def sent(
             parents={},
             files={ADAPTER_WEIGHTS: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))},
             base=BaseIdentity(architecture="none", weights_sha256="0" * 64, tokenizer_sha256="0" * 64),
-            lora=Lora(),
+            lora=lora,
             parameters=sum(tensor.size for tensor in theta.values()),
             versions={},
         )
@@ -479,7 +480,7 @@ def sent(
         (place / "manifest.json").write_bytes(signed)
         head = Artefact(place, manifest, signed, hashlib.sha256(signed).hexdigest(), {ADAPTER_CONFIG: config})
         heads.append(head)
-    return Updates(heads, theta, Lora(), lambda event: None)
+    return Updates(heads, theta, lora, lambda event: None)
 
 
 def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int = 0) -> list[Example]:

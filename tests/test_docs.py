@@ -202,6 +202,12 @@ def test_an_option_in_a_sentence_is_some_commands(name: str) -> None:
 KEYS = {*keys(Agreement), *keys(Machine)}
 
 
+def named(table: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Every key of a table that is not itself one."""
+    for name, value in table.items():
+        yield from ((name, *key) for key in named(value)) if isinstance(value, dict) else [(name,)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_exists(name: str) -> None:
     tables = "|".join(sorted({key[0] for key in KEYS if len(key) > 1}))
@@ -213,7 +219,7 @@ def test_every_setting_exists(name: str) -> None:
             if table == "clients":  # whose keys are numbers
                 assert all(one.keys() <= Client.model_fields.keys() for one in inner.values()), fence.text
             else:
-                assert {(table, key) for key in inner} <= KEYS, fence.text
+                assert {(table, *key) for key in named(inner)} <= KEYS, fence.text
 
 
 # --- snippets

@@ -32,7 +32,7 @@ def compare(
         Setting | None,
         typer.Option("--paper", help="Print the paper's figures beside: FedCoLLM's s1 to s3; mkt-... are FedMKT's."),
     ] = None,
-    metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
+    metric: Annotated[str, typer.Option("--metric", help="acc, acc_norm or robust_acc.")] = "acc",
     collect: Annotated[bool, typer.Option("--collect", help="With --seeds: run nothing, read what is there.")] = False,
     slurm: Annotated[
         bool, typer.Option("--slurm", help="With --seeds: run nothing here, write job scripts and slurm/compare.sh.")
@@ -103,7 +103,7 @@ def sweep(
         list[str] | None,
         typer.Option("--set", metavar="<str>", help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary."),
     ] = None,
-    metric: Annotated[str, typer.Option("--metric", help="acc or acc_norm.")] = "acc",
+    metric: Annotated[str, typer.Option("--metric", help="acc, acc_norm or robust_acc.")] = "acc",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
     collect: Annotated[bool, typer.Option("--collect", help="Run nothing, read what is there.")] = False,
     slurm: Annotated[

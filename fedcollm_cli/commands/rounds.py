@@ -11,6 +11,7 @@ from fedcollm_cli.session import ClientOption, OverwriteOption, RoundOption, Ses
 from fedcollm_cli.views import progress
 from stages.artefacts.manifest import Manifest
 from stages.runtime.errors import UsageProblem
+from stages.workspace.attacks import Attack
 from stages.workspace.commands import Command
 
 
@@ -215,6 +216,13 @@ def evaluate(
     ] = "slm",
     client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
     zero_shot: Annotated[bool, typer.Option("--zero-shot", help="The base alone, without an adapter.")] = False,
+    attack: Annotated[
+        float | None,
+        typer.Option("--attack", help="Measure robust_acc, too, with this radius of an attack."),
+    ] = None,
+    attack_steps: Annotated[
+        int | None, typer.Option("--attack-steps", min=1, help="With --attack: steps of gradient ascent. Default: 5.")
+    ] = None,
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -222,7 +230,8 @@ def evaluate(
 
     On the tasks of [evaluation]. Reads private/server/round-t/slm, llm or aggregate, or exchange/round-t/client-k.
     Writes results/round-t/*.json, or results/zero-shot/*.json. First it checks that the adapter is in the model and
-    changes its logits.
+    changes its logits. With --attack, robust_acc is the share of multiple-choice questions that are right whatever
+    gradient ascent does to their prompts' embeddings, within a radius. Other scores stay the same.
 
     Example: fedcollm evaluate --round 1 --model llm
     """
@@ -238,12 +247,24 @@ def evaluate(
         model=model,
         round=round,
         client=client,
+        attack=_attack(radius=attack, steps=attack_steps),
         overwrite=overwrite,
         processes=opened.processes,
         report=opened.console.report,
     )
     path = opened.workspace.shown(opened.workspace.result(round, result["subject"]))
     opened.console.result({"path": path, **result}, progress.scores([result]))
+
+
+def _attack(*, radius: float | None, steps: int | None) -> Attack | None:
+    if radius is None:
+        if steps is not None:
+            raise UsageProblem("--attack-steps is for --attack", mend=Command("evaluate", round=1, attack="0.1"))
+        return None
+    if not 0 < radius <= 1:
+        message = f"--attack {radius:g}: it is a share of the length of each token's embedding, above 0 and up to 1"
+        raise UsageProblem(message, mend=Command("evaluate", round=1, attack="0.1"))
+    return Attack(radius=radius) if steps is None else Attack(radius=radius, steps=steps)
 
 
 def published(opened: Session, folder: Path, manifest: Manifest) -> None:

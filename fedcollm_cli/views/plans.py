@@ -66,6 +66,11 @@ def plan_of(found: Plan) -> Group:
         takes = ", ".join(f"{one.name} {shown(sum(one.memory.values()))}" for one in found.two_phases)
         lines.append(f"co-distill in two phases, with the LLM alone in memory: {takes}; with the SLM less")
     lines += _travel(found)
+    lines += [
+        f"{one.name}: {one.passes} passes over each batch, for the attack on prompts"
+        for one in found.stages
+        if one.passes > 1
+    ]
     if any(stage.answers and not stage.rows for stage in found.stages):
         lines.append("?: no rows here to count; the batch is of rows of max_length, or as --length says")
     if found.is_to_be_dealt:

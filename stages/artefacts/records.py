@@ -18,6 +18,8 @@ from stages.runtime.errors import Damaged
 from stages.workspace.commands import Command
 
 DIGEST = "result_sha256"
+ROBUST = "robust_acc"
+"""The metric that says which questions were right under attack, beside lm-eval's own."""
 EARLIER = ("subject", "round", "agreement_sha256", "adapter_sha256", "manifest_sha256", "base", "tasks_sha256", "dtype")
 LATER = ("limit", "batch_size", "weights_dtype", "versions", "tasks")
 MEND = f"score again: {Command('evaluate', ..., overwrite=True)}"
@@ -50,6 +52,7 @@ class Scored(TypedDict):
     dtype: str
     limit: int | None  # questions of each task
     batch_size: int
+    attack: NotRequired[dict[str, Any]]  # as an Attack, where ROBUST was measured
 
 
 class Measured(TypedDict):
@@ -79,6 +82,11 @@ def read_result(path: Path) -> Result:
     if is_changed:
         raise Damaged(f"{path.name} has been changed since it was written", where=path, mend=MEND)
     return cast(Result, result)
+
+
+def attack_of(result: Result) -> str:
+    """The attack under which ROBUST was measured, in words; empty where there was none."""
+    return ", ".join(f"{key} {value}" for key, value in result.get("attack", {}).items() if value is not None)
 
 
 def is_of_base(result: Result, base: BaseIdentity) -> bool:

@@ -142,7 +142,7 @@ def test_prompts(task: ConfigurableTask) -> Iterator[str]:
 def _row(task: ConfigurableTask, doc: dict[str, Any], name: str, number: int) -> Row:
     prompt = str(task.fewshot_context(doc, num_fewshot=0))
     if task.OUTPUT_TYPE == "multiple_choice":
-        index = _right_choices(task, doc, number)[0]
+        index = right_choices(task, doc, number)[0]
         # The very request that lm-eval scores for the right choice.
         prompt, completion = task.construct_requests(doc, prompt)[index].args[:2]
         return Row(prompt, completion, label=str(index), source=name)
@@ -160,7 +160,7 @@ def check_answers(task: ConfigurableTask, report: Report = ignore) -> None:
             if task.doc_to_text(doc) is None:
                 raise _bad_question(task, number, "its text is null", "doc_to_text")
             if task.OUTPUT_TYPE == "multiple_choice":
-                right, choices = _right_choices(task, doc, number), task.doc_to_choice(doc)
+                right, choices = right_choices(task, doc, number), task.doc_to_choice(doc)
                 alike += any(
                     choices.count(choices[index]) > sum(choices[index] == choices[i] for i in right) for index in right
                 )
@@ -187,7 +187,7 @@ def check_answers(task: ConfigurableTask, report: Report = ignore) -> None:
         )
 
 
-def _right_choices(task: ConfigurableTask, doc: dict[str, Any], number: int) -> list[int]:
+def right_choices(task: ConfigurableTask, doc: dict[str, Any], number: int) -> list[int]:
     """The indexes, from 0, of the choices that are right: one, mostly."""
     choices, several = task.doc_to_choice(doc), bool(getattr(task, "multiple_input", False))
     target = task.doc_to_text(doc) if several else task.doc_to_target(doc)
@@ -225,7 +225,7 @@ def _right_texts(task: ConfigurableTask, doc: dict[str, Any], number: int) -> li
     """The answers that are right, to be generated."""
     target = task.doc_to_target(doc)
     if task.config.doc_to_choice is not None:
-        target = task.doc_to_choice(doc)[_right_choices(task, doc, number)[0]]
+        target = task.doc_to_choice(doc)[right_choices(task, doc, number)[0]]
     found = [str(one) for one in (target if isinstance(target, list) else [target]) if one is not None]
     if not found or not found[0].strip():
         raise _bad_question(task, number, f"its right answer is {target!r}, no text")

@@ -51,13 +51,15 @@ class Batch(NamedTuple):
     """Questions as tensors.
 
     input_ids, position_ids: [questions, length], padded on the left. attention_mask: bool [questions, 1, length,
-    length], whom each token reads. kept: bool [questions, last], at which of the last places of each row logits are
-    needed: after the prompt, and after each token of a branch.
+    length], whom each token reads. prompt: bool [questions, length], which tokens are of prompts. kept: bool
+    [questions, last], at which of the last places of each row logits are needed: after the prompt, and after each token
+    of a branch.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor
+    prompt: Tensor
     kept: Tensor
 
 
@@ -129,7 +131,7 @@ def batch_of(questions: Sequence[Question]) -> Batch:
     kept = branch[:, length - 1 - max(question.branch_tokens for question in questions) :] >= 0
     for row, question in enumerate(questions):
         kept[row, -1 - question.branch_tokens] = True
-    return Batch(ids, positions, mask, kept)
+    return Batch(ids, positions, mask, branch == -1, kept)
 
 
 @torch.no_grad()
@@ -137,7 +139,18 @@ def likelihoods(
     model: Any, questions: Sequence[Question], *, softmax_dtype: torch.dtype | None = None
 ) -> list[list[Likelihood]]:
     """That of each answer to each question. softmax_dtype: of the probabilities; default: that of the logits."""
-    batch = batch_of(questions)
+    parts = of_each(model, questions, batch_of(questions), softmax_dtype=softmax_dtype)
+    found = zip(*torch.cat(parts, dim=1).cpu().tolist(), strict=True)  # read from the device once
+    return [[(nats, not misses) for nats, misses in islice(found, len(one.answers))] for one in questions]
+
+
+def of_each(
+    model: Any, questions: Sequence[Question], batch: Batch, *, softmax_dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Of each question, its answers' likelihoods, and how many of their tokens are not the likeliest: [2, answers].
+
+    batch: of these questions. Gradients reach the likelihoods.
+    """
     dtype = computes_in(model)
     mask = torch.zeros(batch.attention_mask.shape, dtype=dtype)  # in numbers: some attention adds it as it is
     mask.masked_fill_(~batch.attention_mask, torch.finfo(dtype).min)
@@ -150,9 +163,7 @@ def likelihoods(
             use_cache=False,
         ).logits
     each = torch.split(logits, [1 + question.branch_tokens for question in questions])
-    parts = [_of_question(*pair, softmax_dtype) for pair in zip(questions, each, strict=True)]
-    found = zip(*torch.cat(parts, dim=1).cpu().tolist(), strict=True)  # read from the device once
-    return [[(nats, not misses) for nats, misses in islice(found, len(one.answers))] for one in questions]
+    return [_of_question(*pair, softmax_dtype) for pair in zip(questions, each, strict=True)]
 
 
 def computes_in(model: Any) -> torch.dtype:

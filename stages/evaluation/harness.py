@@ -62,7 +62,7 @@ class Harness(HFLM):  # type: ignore[misc]
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Likelihood]:
         """As lm-eval's, with each prompt read once, where that fits and the model takes it."""
-        room = min(self._longest_row, self.max_length)
+        room = self.room
         whole = [place for place, request in enumerate(requests) if _is_whole(*request, room=room)]
         asked = [requests[place][1:] for place in whole]
         found: dict[int, Likelihood] = {}
@@ -75,6 +75,17 @@ class Harness(HFLM):  # type: ignore[misc]
             answered = super()._loglikelihood_tokens([requests[place] for place in apart], disable_tqdm=True)
             found |= zip(apart, answered, strict=True)
         return [found[place] for place in range(len(requests))]
+
+    @property
+    def room(self) -> int:
+        """The longest row in which a prompt can stand with all its answers; 0 where the model takes no branches."""
+        return min(self._longest_row, int(self.max_length))
+
+    def encoded(self, context: str, answer: str) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt and of an answer, as both are scored; of no prompt, the token that begins a text."""
+        if context:
+            return self._encode_pair(context, answer)
+        return [self.prefix_token_id], list(self.tok_encode(answer, add_special_tokens=False))
 
     @functools.cached_property
     def _longest_row(self) -> int:

@@ -15,12 +15,14 @@ from lm_eval.api.task import ConfigurableTask
 from stages.artefacts.records import TaskScores
 from stages.data.rows import is_doubly_spaced
 from stages.data.tasks import HARMLESS, MISTAKES, mistaken
+from stages.evaluation.attack import with_robust
 from stages.evaluation.harness import Harness
 from stages.files import reading
 from stages.models import adapters
 from stages.models.devices import naming_memory_knobs
 from stages.models.held import held_in_bfloat16
 from stages.models.identity import PROBE_TEXTS
+from stages.models.perturbing import Ascent
 from stages.models.tuned import Tuned
 from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, UsageProblem
@@ -36,6 +38,7 @@ def score(
     limit: int | None,
     batch_size: int,
     as_trained: bool = False,
+    attack: Ascent | None = None,
     processes: Processes = ALONE,
     shares: bool = True,
     report: Report,
@@ -44,6 +47,7 @@ def score(
 
     with_adapter: score the base with its adapter, after proof that the adapter changes the logits; else the base alone.
     as_trained: compute as training does, with probabilities in float32; else all as the weights are held.
+    attack: measure, too, how many questions are right under it.
     processes: all get all the scores; each does its share of the work, unless shares is False.
     """
     model = tuned.model
@@ -66,11 +70,13 @@ def score(
                 task.set_config(key="num_fewshot", value=0)
             asked = {task.config.task: _asked(lm, task, limit, report) for task in tasks}
             results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
+            assert results is not None
+            found = {one.config.task: _of_task(one, results, *asked[one.config.task], report) for one in tasks}
+            found = with_robust(lm, tasks, found, attack, report) if attack else found
         except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise mistaken(", ".join(str(task.config.task) for task in tasks), error) from error
     model.train(was_training)
-    assert results is not None
-    return {task.config.task: _of_task(task, results, *asked[task.config.task], report) for task in tasks}
+    return found
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from stages.artefacts.adapter_files import modules_of
 from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.reading import Artefact, read_manifest
-from stages.artefacts.records import TaskScores, is_of_base, read_result
+from stages.artefacts.records import ROBUST, Result, TaskScores, attack_of, is_of_base, read_result
 from stages.artefacts.subjects import scored_by
 from stages.bases.base_names import hub_id
 from stages.data.split_file import read_split
@@ -30,6 +30,7 @@ TAUGHT_ROWS = "rows_from_"
 
 LOSSES = {
     "slm_ft": "SLM, cross-entropy of the answers, nats a token",
+    "slm_adv": "SLM, cross-entropy of the answers under attack, nats a token",
     "slm_kd": "SLM, divergence from the LLM, nats a token",
     "llm_ft": "LLM, cross-entropy of the answers, nats a token",
     "llm_kd": "LLM, divergence from the SLM, nats a token",
@@ -186,7 +187,16 @@ def _result(path: Path, adapter_sha256: str | None, base: BaseIdentity) -> dict[
         return {}
     result = read_result(path)
     is_this = result.get("adapter_sha256") == adapter_sha256 and is_of_base(result, base)
-    return result["tasks"] if is_this else {}
+    return _naming_the_attack(result) if is_this else {}
+
+
+def _naming_the_attack(result: Result) -> dict[str, TaskScores]:
+    """The scores, in which the attack is part of the metric's name: under another one it is another metric."""
+    named = f"{ROBUST} ({attack_of(result)})"
+    return {
+        task: {**found, "metrics": {name.replace(ROBUST, named): one for name, one in found["metrics"].items()}}
+        for task, found in result["tasks"].items()
+    }
 
 
 def _metrics(tasks: dict[str, TaskScores]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:

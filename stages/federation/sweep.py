@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from stages.study.variants import Changes
 
 SEED = "federation.seed"
+ATTACK = "evaluation.attack."
+"""What a setting's name begins with whose points are measured under different attacks, as that asks for."""
 LONGEST_NAME = 200
 """Characters of a folder's name before it is cut: file systems take 255 bytes."""
 FIXED = {
@@ -246,9 +248,13 @@ def _studies(
 
 
 def _rows(studies: list[tuple[Changes, Study]], metric: str, *, client_scores: bool) -> list[Row]:
+    from stages.study.scores import check_one_attack
     from stages.study.statistics import difference, estimate
 
     each = [_scores(study, metric, client_scores=client_scores) for _, study in studies]
+    for settings, study in studies:
+        if not any(key.startswith(ATTACK) for key in settings):
+            check_one_attack([*studies[0][1].attacks[:1], *study.attacks[:1]], f"{metric} of {settings}")
     scored = [{table: own[table] for table in own if all(table in other for other in each)} for own in each]
     first = scored[0]
     return [

@@ -31,6 +31,9 @@ ATTENTION = {"full_attention", "sliding_attention"}
 ROWS = "rows"
 """In a batch: [answers], which of its examples each answer belongs to."""
 
+PROMPTS = "prompts"
+"""In a batch, where that is asked for: bool, of the form of its input_ids, which tokens are of prompts."""
+
 
 def packed(examples: Sequence[Example]) -> Batch:
     """One row: input_ids, position_ids [1, tokens]; attention_mask [1, 2, rows, longest], of places; all else [A]."""
@@ -92,6 +95,15 @@ def collate(examples: Sequence[Example], *, longest_packed: int) -> Batch:
     """Packed, if the models take rows of this length so (see packs); else padded."""
     longest = max(len(example.input_ids) for example in examples)
     return packed(examples) if longest <= longest_packed else padded(examples)
+
+
+def prompts(examples: Sequence[Example], batch: Batch) -> Tensor:
+    """Which tokens of a batch of these examples, of either layout, are of prompts: bool, of the form of input_ids."""
+    length = batch["input_ids"].shape[1]
+    each = [torch.arange(len(example.input_ids)) < example.prompt_tokens for example in examples]
+    if batch["attention_mask"].dim() > 2:
+        return torch.cat(each)[None]
+    return torch.stack([torch.nn.functional.pad(one, (length - len(one), 0)) for one in each])
 
 
 def own_window(config: Any) -> int:

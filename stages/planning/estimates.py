@@ -37,7 +37,7 @@ class StagePlan:
     """One run of a stage: where, on how many rows in how many steps, its largest batch, its memory in bytes.
 
     rows, steps: the fewest and the most of all clients; None if unknown. length, answers: tokens of a row and of its
-    answer. memory: bytes by part; empty where a model's configuration is not here.
+    answer. memory: bytes by part; empty where a model's configuration is not here. passes: over each batch of a step.
     """
 
     name: str
@@ -48,6 +48,7 @@ class StagePlan:
     length: int | None = None
     answers: int | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ def client_train(here: Here, rows: Extent | None) -> StagePlan:
     from stages.training.objective import task_loss
 
     budget = here.workspace.agreement.client_training
-    found = trained_stage("client-train", "each client", here, budget, rows=rows, losses=task_loss)
+    attack = budget.adversarial
+    found = trained_stage(
+        "client-train", "each client", here, budget, rows=rows, losses=task_loss, is_attacked=attack.is_on
+    )
+    found = replace(found, passes=attack.passes)
+    if attack.is_on and attack.weight < 1 and found.memory:  # kept while the later passes are made
+        return replace(found, memory={**found.memory, "plain gradients": found.memory["gradients"]})
     if not (here.workspace.agreement.privacy.is_on and found.memory):
         return found
     gradient, batch = found.memory["gradients"], found.batch or 1
@@ -161,6 +168,7 @@ def trained_stage(
     rows: Extent | None,
     losses: Losses,
     roles: tuple[Role, ...] = ("slm",),
+    is_attacked: bool = False,
 ) -> StagePlan:
     """A training stage, of these models and no other."""
     wanted = {role: shape for role, shape in here.shapes.items() if role in roles}
@@ -169,7 +177,7 @@ def trained_stage(
     if len(wanted) == len(roles):
         turns = ROLES if isinstance(budget, Distillation) and budget.order == "alternating" else (None,)
         sized = {"rows": found.batch or 1, "length": found.length or 2, "answers": found.answers or 1}
-        steps = [_step(here, wanted, losses, sized, turn) for turn in turns]
+        steps = [_step(here, wanted, losses, sized, turn, is_attacked=is_attacked) for turn in turns]
         takes = _of_training(here, wanted, max(steps, key=lambda one: one.activations + one.logits + one.transient))
     return replace(found, memory=takes)
 
@@ -186,7 +194,13 @@ def batches_of(name: str, party: str, here: Here, budget: Budget, rows: Extent |
 
 
 def _step(
-    here: Here, wanted: Mapping[Role, Shape], losses: Losses, sized: Mapping[str, int], turn: Role | None
+    here: Here,
+    wanted: Mapping[Role, Shape],
+    losses: Losses,
+    sized: Mapping[str, int],
+    turn: Role | None,
+    *,
+    is_attacked: bool,
 ) -> Step:
     import torch
 
@@ -203,6 +217,7 @@ def _step(
         device=counted_on(here.device),
         autocast={role: dtype == torch.bfloat16 for role, dtype in computes.items()},
         turn=turn,
+        is_attacked=is_attacked,
     )
 
 
@@ -229,12 +244,13 @@ def evaluate(here: Here, role: Role, rows: Extent | None, questions: int | None 
     """What scoring a model will take. questions: tokens of the longest; if that is not known, as of the longest row."""
     from stages.models import shapes
     from stages.planning import memory
+    from stages.training.objective import task_loss
 
     batch = here.workspace.agreement.evaluation.batch_size
     tokens = _length(here, here.workspace.agreement.client_training, rows)
     if questions and not here.length:
         tokens = min(questions, longest(here))
-    takes = {}
+    takes, attack = {}, here.workspace.agreement.evaluation.attack
     if shape := here.shapes.get(role):
         step = memory.scoring_step(shape, rows=batch, length=tokens, device=counted_on(here.device))
         takes = {
@@ -243,8 +259,14 @@ def evaluate(here: Here, role: Role, rows: Extent | None, questions: int | None 
             "logits": step.logits,
             "transient": step.transient,
         }
+        if attack.is_on:
+            sized = {"rows": batch, "length": tokens, "answers": min(ANSWER_TOKENS, tokens - 1)}
+            step = _step(here, {"slm": shape}, task_loss, sized, None, is_attacked=True)
+            more = {"activations": step.activations, "logits": step.logits, "transient": step.transient}
+            takes |= {part: max(size, takes.get(part, 0)) for part, size in more.items()}
     party = "server" if role == "llm" else "server, clients"
-    return StagePlan(f"evaluate {role}", party, batch=batch, length=tokens, memory=takes)
+    passes = 1 + attack.passes if attack.is_on else 1
+    return StagePlan(f"evaluate {role}", party, batch=batch, length=tokens, memory=takes, passes=passes)
 
 
 def counted_on(device: torch.device) -> torch.device:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stages.models.held import cast
+from stages.models.perturbing import Ascent, Perturbation
 from stages.models.shapes import FLOAT32_BYTES, Shape
 from stages.training.objective import Losses, Tokens
 
@@ -50,10 +51,11 @@ def training_step(
     device: torch.device,
     autocast: Mapping[str, bool],
     turn: str | None = None,
+    is_attacked: bool = False,
 ) -> Step:
     """The memory of one forward and backward pass over rows of this length, each with so many answer tokens.
 
-    turn: as in Objective.parts, gradients reach that model alone.
+    turn: as in Objective.parts, gradients reach that model alone. is_attacked: they reach a change of the embeddings.
     """
 
     def forward() -> tuple[int, int, Tensor]:
@@ -61,7 +63,7 @@ def training_step(
         with _kept(own) as kept:
             logits = {}
             for role, shape in models.items():
-                with torch.set_grad_enabled(turn in (None, role)):
+                with torch.set_grad_enabled(turn in (None, role)), _attacked(shape, rows, length, device, is_attacked):
                     logits[role] = _answer_logits(
                         shape.model.train(),
                         rows=rows,
@@ -125,6 +127,13 @@ def capture_step(
             )
             keep(logits)
         return Step(0, logits.nbytes, max(0, peak.bytes - logits.nbytes))
+
+
+def _attacked(
+    shape: Shape, rows: int, length: int, device: torch.device, is_attacked: bool
+) -> AbstractContextManager[None]:
+    where = torch.ones(rows, length, dtype=torch.bool, device=device)
+    return Perturbation(shape.model, Ascent(1.0), where).applied() if is_attacked else nullcontext()
 
 
 State = dict[str, Tensor]

@@ -139,10 +139,10 @@ class Learner:
 
     def _train(self, slm: Tuned, examples: Sequence[Example], inputs: Mapping[str, str], again: bool) -> Outcome:
         from stages.training import trackers, training
-        from stages.training.objective import Objective, task_loss
+        from stages.training.adversarial import objective_of
 
         return training.train(
-            Objective([slm], task_loss, {"slm_ft": 1.0}),
+            objective_of(slm, self.workspace.agreement.client_training.adversarial),
             examples,
             self.recipe,
             machine=self.workspace.machine,

@@ -43,11 +43,12 @@ class Derived(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """One workspace for each seed and method."""
+    """One workspace for each seed and method. attacks: those under which what was read of ROBUST was measured."""
 
     root: Workspace
     runs: dict[int, dict[Method, Workspace]]
     derived: list[Derived] = field(default_factory=list)
+    attacks: list[str] = field(default_factory=list)
 
     def open(self, one: Derived) -> Workspace:
         """One of its derived workspaces. Raises NotReady or Refused, with the command that mends it."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stages.artefacts.records import Result
+from stages.artefacts.records import ROBUST, Result, attack_of
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.study.results import Scores, Study, result_of
 from stages.study.table_rows import Row, Table, base_of, subjects
@@ -21,10 +21,12 @@ def scores(study: Study, table: Table, row: Row, metric: str) -> dict[str, Score
     """
     if row == "zero-shot":
         subject = base_of(study.root, table)
-        return {subject: _scores([result_of(study, study.root, None, subject)], metric)}
+        return {subject: _scores(study, [result_of(study, study.root, None, subject)], metric)}
     runs = [of_seed[row] for of_seed in study.runs.values()]
     return {
-        subject: _scores([result_of(study, one, one.agreement.federation.rounds, subject) for one in runs], metric)
+        subject: _scores(
+            study, [result_of(study, one, one.agreement.federation.rounds, subject) for one in runs], metric
+        )
         for subject in subjects(table, row, runs[0])
     }
 
@@ -45,9 +47,25 @@ def check_tasks(scored: Sequence[Mapping[str, object]]) -> None:
             raise Refused(message, where="results", mend=mend)
 
 
-def _scores(of_seeds: Sequence[Result], metric: str) -> Scores:
+def _scores(study: Study, of_seeds: Sequence[Result], metric: str) -> Scores:
     check_tasks([one["tasks"] for one in of_seeds])
+    if metric == ROBUST:
+        _check_attacks(study, of_seeds)
     return {task: np.stack([_correct(one, task, metric) for one in of_seeds]) for task in of_seeds[0]["tasks"]}
+
+
+def _check_attacks(study: Study, results: Sequence[Result]) -> None:
+    for one in results:
+        study.attacks.append(attack_of(one))
+        check_one_attack([study.attacks[0], study.attacks[-1]], f"{ROBUST} of {one['subject']}")
+
+
+def check_one_attack(attacks: Sequence[str], what: str) -> None:
+    """Raise Refused unless the last of these was measured under the attack of the first. what: the last, in words."""
+    if attacks and attacks[-1] != attacks[0]:
+        message = f"{what} was measured under another attack than the rest: {attacks[-1] or 'none'}"
+        mend = "score them all with the same --attack and --attack-steps"
+        raise Refused(f"{message}, not {attacks[0] or 'none'}", where="results", mend=mend)
 
 
 def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:

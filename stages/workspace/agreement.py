@@ -191,6 +191,12 @@ class Agreement(Settings):
         return self
 
     @model_validator(mode="after")
+    def _adversarial_without_noise(self) -> Agreement:
+        if self.client_training.adversarial.is_on and self.privacy.is_on:
+            raise ValueError("client_training.adversarial is not for the training of differential privacy: choose one")
+        return self
+
+    @model_validator(mode="after")
     def _across_tokenizers_only(self) -> Agreement:
         settings, method = self.distillation, self.federation.method
         if not self.federation.server_tells:

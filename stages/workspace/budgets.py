@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stages.workspace.attacks import Adversarial
 from stages.workspace.settings import Positive, Rate, Settings, Share
 
 
@@ -43,6 +44,7 @@ class ClientTraining(Budget):
     learning_rate: Rate = 3e-4
     max_grad_norm: Rate | None = None
     proximal: Rate | None = None
+    adversarial: Adversarial = Adversarial()
 
 
 class Distillation(Budget):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stages.workspace.attacks import Attack
 from stages.workspace.settings import Positive, Rate, Settings
 
 
@@ -30,3 +31,4 @@ class Evaluation(Settings):
     limit: Positive | None = None
     batch_size: Positive = 16
     precision: Literal["full", "training"] = "full"
+    attack: Attack = Attack()

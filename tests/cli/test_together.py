@@ -88,6 +88,29 @@ def test_two_processes_train_the_adapters_of_one_and_only_the_first_writes_and_t
 
 
 @pytest.mark.slow
+def test_two_processes_attack_what_one_does(finished: Path, tmp_path: Path) -> None:
+    two, words = shutil.copytree(finished, tmp_path / "two", symlinks=True), ("--round", 1, "--attack", 0.3)
+    one = start("evaluate", *words, "-w", finished).end()
+    first, second = (one.end() for one in start_together(2, "evaluate", *words, "-w", two))
+    assert (one[0], first[0], second) == (0, 0, (0, ""))
+    ours, theirs = (json.loads((folder / "results/round-0001/slm.json").read_text()) for folder in (finished, two))
+    assert ours["tasks"]["colours"]["correct"] == theirs["tasks"]["colours"]["correct"]
+    assert "robust_acc" in ours["tasks"]["colours"]["correct"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_under_attack_as_one_does(workspace_folder: Path, tmp_path: Path) -> None:
+    attack = "[client_training.adversarial]\nradius = 0.2\nsteps = 2\n"
+    edit(workspace_folder / "fedcollm.toml", "[evaluation]", f"{attack}[evaluation]")
+    broadcast(Workspace(workspace_folder), round=1)
+    client_train(Workspace(workspace_folder), round=1, client=2)
+    two = without(workspace_folder, tmp_path / "two", "client-train")
+    first, second = (one.end() for one in start_together(2, "client-train", *WORDS["client-train"], "-w", two))
+    assert (first[0], second) == (0, (0, ""))
+    assert_equal(two, workspace_folder, "client-train")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", WORDS)
 def test_so_they_do_with_base_models_spread_over_them(command: str, finished: Path, tmp_path: Path) -> None:
     two = without(finished, tmp_path / "two", command)

@@ -14,6 +14,7 @@ from stages.artefacts.reading import read_artefact
 from stages.artefacts.subjects import adapter_of
 from stages.evaluate import evaluate
 from stages.export.model_card import model_card
+from stages.workspace.attacks import Attack
 from stages.workspace.paths import Workspace
 
 
@@ -98,6 +99,18 @@ def test_a_card_gives_the_scores_of_this_adapter_beside_the_base_s_and_no_others
     rewrite(result, json.loads(result.read_text()) | {"adapter_sha256": "0" * 64})
     assert "Not evaluated: `fedcollm evaluate --round 2 --model slm`" in card_of(finished)
     assert "colours" not in card_of(finished)
+
+
+def test_a_card_names_the_attack_and_sets_beside_it_what_was_measured_under_the_same(finished: Path) -> None:
+    workspace = Workspace(finished)
+    near, far = Attack(radius=0.1, steps=2), Attack(radius=0.2, steps=2)
+    ours = evaluate(workspace, round=2, attack=near)["tasks"]["colours"]["metrics"]
+    shown = f"{ours['robust_acc']:.4f} ± {ours['robust_acc_stderr']:.4f}"
+    evaluate(workspace, attack=far)
+    assert f"| robust_acc (radius 0.1, steps 2) | {shown} | - |" in card_of(finished)
+    base = evaluate(workspace, attack=near)["tasks"]["colours"]["metrics"]
+    beside = f"{base['robust_acc']:.4f} ± {base['robust_acc_stderr']:.4f}"
+    assert f"| robust_acc (radius 0.1, steps 2) | {shown} | {beside} |" in card_of(finished)
 
 
 def test_a_card_is_tidy_markdown(finished: Path) -> None:

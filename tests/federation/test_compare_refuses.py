@@ -225,6 +225,27 @@ def test_a_metric_that_is_not_right_or_wrong_is_named_with_those_that_are(refuse
     assert "does not say which questions of colours were right by f1" in said
 
 
+def test_accuracy_under_attack_is_compared_if_that_is_asked_for_and_the_attack_is_one(
+    studied: Path, refuses: Callable[..., str], fedcollm: Callable[..., Outcome]
+) -> None:
+    plain = fedcollm("compare", "--json", "-w", studied).out
+    attack = {"radius": 0.1, "steps": 5, "step_size": None}
+    for path in studied.rglob("results/*/*.json"):
+        result = json.loads(path.read_text())
+        signs = result["tasks"]["colours"]["correct"]["acc"]
+        result["tasks"]["colours"]["correct"]["robust_acc"] = "0" + signs[1:]
+        rewrite(path, {**result, "attack": attack})
+    assert fedcollm("compare", "--json", "-w", studied).out == plain
+    found = json.loads(fedcollm("compare", "--metric", "robust_acc", "--json", "-w", studied).out)
+    score = found["tables"]["slm"]["fedavg"]["colours"]["mean"]
+    assert score <= json.loads(plain)["tables"]["slm"]["fedavg"]["colours"]["mean"]
+    path = studied / "results/round-0002/slm.json"
+    rewrite(path, {**json.loads(path.read_text()), "attack": attack | {"steps": 1}})
+    said = refuses(5, "score them all with the same --attack and --attack-steps", "--metric", "robust_acc")
+    words = "was measured under another attack than the rest: radius 0.1, steps 1, not radius 0.1, steps 5"
+    assert f"robust_acc of slm {words}" in said
+
+
 @pytest.mark.parametrize(
     ("words", "message", "mend"),
     [

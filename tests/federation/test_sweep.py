@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from builders import Outcome, edit, make_study, rows, write_rows
+from builders import Outcome, edit, make_study, rewrite, rows, write_rows
 from command_line import give
 from stages.artefacts.reading import read_manifest
 from stages.data.prepare import prepare
@@ -46,6 +46,26 @@ def table(swept_once: Path) -> Swept:
     from stages.federation.sweep import sweep
 
     return sweep(Workspace(swept_once), grid={"distillation.lambda_slm": [0.0, 4.0], "federation.seed": [7, 8]})
+
+
+def test_accuracy_under_attack_is_swept_if_all_points_were_measured_under_one(
+    swept_once: Path, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    folder = shutil.copytree(swept_once, tmp_path / "study", symlinks=True)
+    attack = {"radius": 0.1, "steps": 5, "step_size": None}
+    for path in folder.rglob("results/*/*.json"):
+        result = json.loads(path.read_text())
+        correct = result["tasks"]["colours"]["correct"]
+        correct["robust_acc"] = correct["acc"]
+        rewrite(path, {**result, "attack": attack})
+    words = (*WORDS, folder, "--collect", "--json", "--metric")
+    plain, robust = (json.loads(fedcollm(*words, metric).out)["rows"] for metric in ("acc", "robust_acc"))
+    assert robust == plain
+    for path in folder.glob("sweeps/lambda_slm=4.0*/results/*/*.json"):
+        rewrite(path, {**json.loads(path.read_text()), "attack": attack | {"radius": 0.2}})
+    refused = fedcollm(*words, "robust_acc")
+    assert refused.code == 5
+    assert "was measured under another attack than the rest: radius 0.2, steps 5, not radius 0.1" in refused.err
 
 
 def accuracy(folder: Path, point: str, subject: str) -> float:

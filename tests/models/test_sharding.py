@@ -12,19 +12,20 @@ from processes import call_together
 from stages.runtime.processes import Processes
 
 
-def said_and_learned(processes: Processes, family: Family) -> dict[str, Any]:
+def said_and_learned(processes: Processes, family: Family, is_attacked: bool) -> dict[str, Any]:
     """The losses and gradients of a tiny model, spread if the processes are several, and what one of them holds."""
     import torch
     from torch.distributed.tensor import DTensor
 
     from stages.models import adapters, sharding
-    from stages.training.objective import Objective, task_loss
+    from stages.training.adversarial import objective_of
+    from stages.workspace.attacks import Adversarial
 
     slm = tuned("slm", family=family)
     blocks = sum(p.numel() for name, p in slm.model.named_parameters() if ".0." in name and not p.requires_grad)
     if processes.count > 1:
         sharding.spread(slm.model, torch.device("cpu"), processes.count)
-    objective = Objective([slm], task_loss, {"slm_ft": 1.0})
+    objective = objective_of(slm, Adversarial(radius=0.2 if is_attacked else None, steps=2))
     rows = examples([(5, 2), (1, 1), (9, 4)])
     before = objective.measure(rows, 2)
     batch = objective.collate(rows)
@@ -45,10 +46,14 @@ def said_and_learned(processes: Processes, family: Family) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
-def test_a_model_spread_over_two_processes_says_and_learns_what_the_whole_one_does(family: Family) -> None:
-    whole = said_and_learned(Processes(), family)
-    for one in call_together(2, said_and_learned, family):
+@pytest.mark.parametrize(
+    ("family", "is_attacked"), [("gpt2", False), ("opt", False), ("llama", False), ("gpt2", True), ("llama", True)]
+)
+def test_a_model_spread_over_two_processes_says_and_learns_what_the_whole_one_does(
+    family: Family, is_attacked: bool
+) -> None:
+    whole = said_and_learned(Processes(), family, is_attacked)
+    for one in call_together(2, said_and_learned, family, is_attacked):
         assert one["held"] == pytest.approx(0.5, abs=0.01)
         assert whole["held"] == 0
         for name in ("loss", "measured", "moved"):

@@ -19,8 +19,10 @@ from stages.models.tuned import Tuned
 from stages.planning import memory
 from stages.planning.estimates import beside_a_capture
 from stages.training import losses as training_losses
+from stages.training.adversarial import objective_of
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Tokens, mutual_losses, task_loss
+from stages.workspace.attacks import Adversarial
 from stages.workspace.budgets import Distillation
 
 CPU = torch.device("cpu")
@@ -101,6 +103,27 @@ def test_what_is_kept_is_what_a_real_model_keeps_and_the_sum_is_its_peak(family:
         peak = measured_peak(lambda: work()[0].backward())
     assert peak <= total <= 1.3 * peak
     assert step.activations > 0.5 * peak
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_step_under_attack_takes_what_is_said_however_many_passes_it_has(family: Family, steps: int) -> None:
+    model = tuned("slm", family=family, width=64, vocabulary=500)
+    objective = objective_of(model, Adversarial(radius=0.1, steps=steps)).train()
+    batch = objective.collate([Example([3] * LENGTH, LENGTH - ANSWERS)] * ROWS)
+    step = memory.training_step(
+        {"slm": shape_of(model)},
+        task_loss,
+        rows=ROWS,
+        length=LENGTH,
+        answers=ANSWERS,
+        device=CPU,
+        autocast={"slm": False},
+        is_attacked=True,
+    )
+    total = step.activations + step.logits + step.transient + 2 * 4 * adapters.count(model.model)
+    peak = measured_peak(lambda: objective(**batch)["loss"].backward())
+    assert 0.9 * peak <= total <= 1.3 * peak
 
 
 def test_two_models_that_teach_each_other_keep_what_they_really_keep() -> None:

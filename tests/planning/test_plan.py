@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from builders import edit, rows, write_rows
+from builders import Outcome, edit, rows, write_rows
 from stages.aggregate import aggregate
 from stages.aggregation.products import best_of_rank
 from stages.artefacts.reading import read_manifest
@@ -325,6 +326,28 @@ def test_private_training_counts_a_gradient_of_each_row(workspace_folder: Path) 
     added = {part: size for part, size in stage.memory.items() if part not in before}
     assert added == {"each row's gradient": 4 * before["gradients"], "their sum": before["gradients"]}
     assert stage.batch == 4
+
+
+def test_training_under_attack_tells_its_passes_and_what_it_takes_more(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    before = stage_of(plan(Workspace(workspace_folder)), "client-train")
+    assert before.passes == 1
+    scoring = stage_of(plan(Workspace(workspace_folder)), "evaluate llm")
+    attack = "[client_training.adversarial]\nradius = 0.1\nsteps = 3\n[evaluation.attack]\nradius = 0.1\nsteps = 2\n"
+    edit(workspace_folder / "fedcollm.toml", "[evaluation]", f"{attack}[evaluation]")
+    scored = stage_of(plan(Workspace(workspace_folder)), "evaluate llm")
+    assert (scoring.passes, scored.passes) == (1, 4)  # lm-eval's, a plain one that begins the attack, and two more
+    assert scored.memory["activations"] > 0
+    assert "activations" not in scoring.memory
+    assert all(scored.memory[part] >= size for part, size in scoring.memory.items())
+    stage = stage_of(plan(Workspace(workspace_folder)), "client-train")
+    assert (stage.passes, stage.steps) == (4, before.steps)
+    assert stage.memory["plain gradients"] == stage.memory["gradients"] == before.memory["gradients"]
+    assert stage.memory["activations"] > before.memory["activations"]
+    assert stage.memory["logits"] == before.memory["logits"]
+    shown = " ".join(fedcollm("plan", "-w", workspace_folder).out.split())
+    assert "client-train: 4 passes over each batch, for the attack on prompts" in shown
 
 
 def test_a_row_that_training_will_refuse_is_among_what_is_missing(workspace_folder: Path) -> None:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builders import NO_NUMBERS, Outcome, edit, published, rows, write_rows
+from builders import NO_NUMBERS, Outcome, contents, edit, published, rows, write_rows
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.runtime.events import Event
@@ -148,6 +148,36 @@ def test_an_adapter_that_ran_away_is_not_published(workspace_folder: Path, fedco
     assert "the SLM's adapter has moved a weight by 300 while its loss rose: more than 100" in outcome.err
     assert "mend  lower the learning rate" in outcome.err
     assert published(workspace_folder) == before
+
+
+def test_a_client_trains_under_attack_by_one_setting_and_says_both_losses(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    attack = "[client_training.adversarial]\nradius = 0.2\nsteps = 2\n"
+    edit(workspace_folder / "fedcollm.toml", "[evaluation]", f"{attack}[evaluation]")
+    assert fedcollm("broadcast", "--round", 1, "-w", workspace_folder).code == 0
+    words = ("client-train", "--round", 1, "--client", 2, "-w", workspace_folder)
+    assert fedcollm(*words).code == 0
+    made, metrics = contents(workspace_folder / UPDATE), manifest_of(workspace_folder)["metrics"]
+    base, data = workspace_folder / "models/slm", workspace_folder / "private/client-2/train.jsonl"
+    assert math.isclose(metrics["slm_ft_after"], loss_of(base, workspace_folder / UPDATE, data), rel_tol=1e-4)
+    assert metrics["slm_ft_before"] < metrics["slm_adv_before"] > metrics["slm_adv_after"] > metrics["slm_ft_after"]
+    log = (workspace_folder / "private/client-2/round-0001/client-train.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, log) if "step" in line]
+    assert all(line.keys() == {"step", "slm_ft", "slm_adv"} for line in steps)
+    shutil.rmtree(workspace_folder / UPDATE)
+    assert fedcollm(*words).code == 0
+    assert contents(workspace_folder / UPDATE) == made  # the same bytes again
+
+
+def test_an_attack_beside_differential_privacy_is_refused_at_the_first_command(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    both = "[client_training.adversarial]\nradius = 0.2\n[privacy]\nepsilon = 8.0\n"
+    edit(workspace_folder / "fedcollm.toml", "[evaluation]", f"{both}[evaluation]")
+    refused = fedcollm("broadcast", "--round", 1, "-w", workspace_folder)
+    assert refused.code == 2
+    assert "client_training.adversarial is not for the training of differential privacy: choose one" in refused.err
 
 
 def test_a_micro_batch_changes_memory_and_not_the_numbers(finished: Path) -> None:

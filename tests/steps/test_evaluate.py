@@ -21,6 +21,7 @@ from builders import COLOURS, WORDS, Outcome, edit, scale, sign
 from stages.artefacts import records
 from stages.evaluate import evaluate
 from stages.study import results
+from stages.workspace.attacks import Attack
 from stages.workspace.paths import Workspace
 
 QUESTIONS = 60
@@ -343,3 +344,92 @@ def test_questions_with_two_spaces_before_their_answers_are_counted(
     warnings = [text for text in told if text.startswith("warning")]
     words = f"warning: {count} of 12 questions of colours have two spaces or more before an answer"
     assert [text.partition(": one is")[0] for text in warnings] == ([words] if count else [])
+
+
+def metrics_of(path: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads(path.read_text())["tasks"]["colours"]["metrics"]
+    return found
+
+
+def test_accuracy_under_attack_stands_beside_scores_that_stay_what_they_are(
+    scored: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    """The command of docs/explanation/attacks-on-prompts.md, with another radius."""
+    words = ("evaluate", "--round", 2, "--model", "slm", "-w", scored)
+    path = scored / "results/round-0002/slm.json"
+    assert fedcollm(*words).code == 0
+    plain = json.loads(path.read_text())
+    attacked = fedcollm(*words, "--attack", 0.3, "--attack-steps", 3)
+    assert attacked.code == 0, attacked.err
+    assert "robust_acc" in attacked.out
+    beside = json.loads(path.read_text())
+    signs = beside["tasks"]["colours"]["correct"].pop("robust_acc")
+    robust, error = (beside["tasks"]["colours"]["metrics"].pop(f"robust_acc{end}") for end in ("", "_stderr"))
+    assert beside.pop("attack") == {"radius": 0.3, "steps": 3, "step_size": None}
+    assert {**beside, "result_sha256": ""} == {**plain, "result_sha256": ""}
+    right = plain["tasks"]["colours"]["correct"]["acc"]
+    assert 0 < signs.count("1") < right.count("1")
+    assert all(one == "1" for one, kept in zip(right, signs, strict=True) if kept == "1")
+    assert (len(signs), robust) == (QUESTIONS, signs.count("1") / QUESTIONS)
+    assert error == pytest.approx((robust * (1 - robust) / (QUESTIONS - 1)) ** 0.5)
+
+
+def test_an_attack_that_changes_next_to_nothing_leaves_the_accuracy(scored: Path) -> None:
+    result = evaluate(Workspace(scored), model="llm", round=1, attack=Attack(radius=1e-7))["tasks"]["colours"]
+    assert result["correct"]["robust_acc"] == result["correct"]["acc"]
+    assert 0 < result["metrics"]["robust_acc"] == result["metrics"]["acc"] < 1
+
+
+def test_a_result_is_made_anew_for_another_attack_alone(scored: Path, fedcollm: Callable[..., Outcome]) -> None:
+    words, path = ("evaluate", "--round", 2, "-w", scored), scored / "results/round-0002/slm.json"
+    assert fedcollm(*words, "--attack", 0.05).code == 0
+    near = path.read_bytes()
+    for same in ([], ["--attack", 0.05]):
+        assert "already done" in fedcollm(*words, *same).err
+        assert path.read_bytes() == near
+    assert "already done" not in fedcollm(*words, "--attack", 1).err
+    assert metrics_of(path)["robust_acc"] < json.loads(near)["tasks"]["colours"]["metrics"]["robust_acc"]
+    assert fedcollm(*words, "--attack", 0.05).code == 0
+    assert path.read_bytes() == near  # the same bytes again
+
+
+def test_the_agreement_may_ask_for_an_attack_on_every_model(scored: Path) -> None:
+    edit(scored / "fedcollm.toml", "[evaluation]", "[evaluation.attack]\nradius = 0.3\nsteps = 2\n[evaluation]")
+    result = evaluate(Workspace(scored), model="slm")
+    assert result["attack"] == {"radius": 0.3, "steps": 2, "step_size": None}
+    assert result["tasks"]["colours"]["metrics"]["robust_acc"] <= result["tasks"]["colours"]["metrics"]["acc"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--attack", 0), "--attack 0: it is a share of the length of each token's embedding, above 0 and up to 1"),
+        (("--attack", 1.5), "--attack 1.5: it is a share"),
+        (("--attack", "nan"), "--attack nan: it is a share"),
+        (("--attack-steps", 3), "--attack-steps is for --attack"),
+    ],
+)
+def test_an_attack_that_is_none_is_refused(
+    words: tuple[object, ...], message: str, finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("evaluate", "--round", 1, *words, "-w", finished)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "fedcollm evaluate --round 1 --attack 0.1" in outcome.err
+
+
+def test_a_task_without_choices_is_left_out_of_the_attack_and_that_is_said(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    (finished / "tasks/colours_said.yaml").write_text(GENERATION)
+    edit(finished / "fedcollm.toml", 'tasks = ["colours"]', 'tasks = ["colours", "colours_said"]')
+    outcome = fedcollm("evaluate", "--zero-shot", "--attack", 0.1, "-w", finished)
+    assert outcome.code == 0, outcome.err
+    assert "colours_said is not of one prompt and several answers: no attack" in " ".join(outcome.err.split())
+    tasks = json.loads((finished / "results/zero-shot/slm.json").read_text())["tasks"]
+    assert "robust_acc" in tasks["colours"]["metrics"]
+    assert tasks["colours_said"]["metrics"].keys() == {"exact_match", "exact_match_stderr"}
+    edit(finished / "fedcollm.toml", 'tasks = ["colours", "colours_said"]', 'tasks = ["colours_said"]')
+    refused = fedcollm("evaluate", "--zero-shot", "--attack", 0.1, "-w", finished)
+    assert refused.code == 2
+    assert "nothing to attack: no task is multiple choice" in refused.err

@@ -249,6 +249,19 @@ def test_only_what_is_averaged_has_an_optimiser_at_the_server(method: Any, kept:
     )
 
 
+@pytest.mark.parametrize("method", ["fedavg", "standalone", "centralized"])
+def test_every_method_trains_clients_under_the_attack_that_is_agreed(method: Any, workspace_folder: Path) -> None:
+    attack = "[client_training.adversarial]\nradius = 0.1\nsteps = 2\n"
+    edit(workspace_folder / "fedcollm.toml", "[distillation]", f"{attack}\n[distillation]")
+    root = Workspace(workspace_folder)
+    child = make(workspace_folder, f"baselines/{method}", dict(variants.baseline(root, method)[1]))
+    assert child.agreement.client_training.adversarial == root.agreement.client_training.adversarial
+    assert child.agreement.client_training.steps
+    point = make(workspace_folder, "sweeps/x", {"client_training.adversarial.radius": 0.3, "client_training.steps": 9})
+    training = point.agreement.client_training
+    assert (training.adversarial.radius, training.adversarial.steps, training.steps) == (0.3, 2, 9)
+
+
 def test_a_method_never_deals_anew_even_if_it_changes_the_number_of_clients(dealt: Path) -> None:
     root = Workspace(dealt)
     child = make(dealt, "baselines/centralized", dict(variants.baseline(root, "centralized")[1]))

@@ -294,6 +294,16 @@ def test_a_method_that_averages_nothing_has_no_optimiser_at_the_server(method: s
     assert f"aggregation.server fedadam is for methods that average, here is {method}{also}" in refusal(text)
 
 
+@pytest.mark.parametrize("privacy", ["epsilon = 8.0", "noise_multiplier = 1.0"])
+def test_training_under_attack_is_refused_by_name_beside_differential_privacy(privacy: str) -> None:
+    attacked = AGREEMENT + "\n[client_training.adversarial]\nsteps = 2\n"
+    parse(Agreement, f"{attacked}\n[privacy]\n{privacy}\n".encode(), PATH)  # without a radius there is no attack
+    attacked += "radius = 0.1\n"
+    assert parse(Agreement, attacked.encode(), PATH).client_training.adversarial.passes == 3
+    message = refusal(f"{attacked}\n[privacy]\n{privacy}\n")
+    assert "client_training.adversarial is not for the training of differential privacy: choose one" in message
+
+
 @pytest.mark.parametrize("new", ["", "steps = 6\nepochs = 1.0"])
 def test_a_budget_is_epochs_or_steps_and_not_both(new: str) -> None:
     assert "client_training: needs exactly one of epochs and steps" in refusal(changed("steps = 6", new))
