@@ -10,6 +10,7 @@ import numpy as np
 
 from stages.aggregation.updates import CACHED_NUMBERS
 from stages.artefacts.adapter_files import A, B, Tensors, layout_of
+from stages.artefacts.publishing import GATE_KEPT, KEPT_OLD
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import (
@@ -56,10 +57,12 @@ def numbers_of(folder: Folder, adapter: AnyAdapter, start: Tensors | None) -> It
 
 
 def _is_without_b(folder: Folder) -> bool:
-    """Whether it is the server's where every B is a client's own: the server's stays zero unless it trains one."""
+    """Whether it is the server's, whose B is rightly zero yet: every B is a client's own, or a round was given up."""
     manifest, agreement = folder.manifest, folder.scope.agreement
-    own = agreement.aggregation.personal if agreement and agreement.federation.averages else None
-    return own == "B" and manifest is not None and manifest.stage in ("broadcast", "aggregate")
+    if manifest is None or manifest.stage not in ("broadcast", "aggregate"):
+        return False
+    is_personal = agreement is not None and agreement.personal and agreement.aggregation.personal == "B"
+    return is_personal or bool(manifest.metrics.get(KEPT_OLD) or manifest.metrics.get(GATE_KEPT))
 
 
 def _without_numbers(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:
