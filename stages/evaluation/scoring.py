@@ -13,7 +13,7 @@ from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
 
 from stages.artefacts.records import TaskScores
-from stages.data.rows import is_doubly_spaced
+from stages.data.spacing import is_doubly_spaced
 from stages.data.tasks import HARMLESS, MISTAKES, mistaken
 from stages.evaluation.attack import with_robust
 from stages.evaluation.harness import Harness
