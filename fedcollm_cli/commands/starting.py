@@ -70,7 +70,8 @@ def check_rows(
     done with it there, any other as a client's. Loads no weights. Ends with exit code 4 if a file would be refused.
 
     With --fix, a copy is written: Unix's line ends, no byte order mark, no empty line, each row once, one space before
-    an answer. Spaces that indent a line, and lines that are no rows, stay as they are. The file itself is never changed.
+    an answer. Spaces that indent a line, and lines that are no rows, stay as they are. The file itself never
+    changes.
 
     Example: fedcollm check-rows --client 2 --fix
     """

@@ -49,7 +49,7 @@ def with_robust(
         if task not in chosen:
             report(Event("warning", f"{task.config.task} is not of one prompt and several answers: no attack"))
     if not chosen:
-        raise UsageProblem("nothing to attack: no task is multiple choice", mend="leave out the attack")
+        raise UsageProblem("nothing to attack: no task is multiple choice", mend="leave out the attack: --attack 0")
     found = dict(scores)
     for task in chosen:
         name = str(task.config.task)
@@ -78,11 +78,11 @@ def _asked(lm: Harness, task: ConfigurableTask) -> list[Asked]:
         where = f"question {number} of task {task.config.task}"
         if any(prompt != pairs[0][0] for prompt, _ in pairs):
             message = f"{where} has a prompt whose tokens hang on the answer: one change cannot be made for all"
-            raise UsageProblem(message, mend="begin each choice with a space, or leave out the attack")
+            raise UsageProblem(message, mend="begin each choice with a space, or leave out the attack: --attack 0")
         if question.tokens > lm.room:
             reads = f"this model reads {lm.room} at most" if lm.room else "this model takes no answers side by side"
             message = f"{where} is {question.tokens} tokens long with all its answers in one row; {reads}"
-            raise UsageProblem(message, mend="leave out the attack, or that task")
+            raise UsageProblem(message, mend="leave out the attack: --attack 0, or that task")
         found.append(Asked(number, question, right_choices(task, doc, number)))
     return found
 

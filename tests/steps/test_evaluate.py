@@ -403,7 +403,8 @@ def test_the_agreement_may_ask_for_an_attack_on_every_model(scored: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--attack", 0), "--attack 0: it is a share of the length of each token's embedding, above 0 and up to 1"),
+        (("--attack", -1), "--attack -1: it is a share of the length of each token's embedding, above 0 and up to 1"),
+        (("--attack", 0, "--attack-steps", 3), "--attack 0: it is a share"),
         (("--attack", 1.5), "--attack 1.5: it is a share"),
         (("--attack", "nan"), "--attack nan: it is a share"),
         (("--attack-steps", 3), "--attack-steps is for --attack"),
@@ -433,3 +434,9 @@ def test_a_task_without_choices_is_left_out_of_the_attack_and_that_is_said(
     refused = fedcollm("evaluate", "--zero-shot", "--attack", 0.1, "-w", finished)
     assert refused.code == 2
     assert "nothing to attack: no task is multiple choice" in refused.err
+    toml = finished / "fedcollm.toml"
+    toml.write_text(toml.read_text() + "\n[evaluation.attack]\nradius = 0.1\n")
+    assert fedcollm("evaluate", "--zero-shot", "-w", finished).code == 2
+    scored = fedcollm("evaluate", "--zero-shot", "--attack", 0, "-w", finished)
+    assert scored.code == 0, scored.err
+    assert "attack" not in json.loads((finished / "results/zero-shot/slm.json").read_text())
