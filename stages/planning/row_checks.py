@@ -111,10 +111,11 @@ def of_repeats(opened: Opened) -> Iterator[Remark]:
     rows = opened.rows
     if lines := repeated(rows):
         yield Remark("WARN", "the same row as on an earlier line", lines)
-    answers, asked = defaultdict[str, set[str | None]](set), defaultdict[str, list[int]](list)
+    answers, asked = defaultdict[str, set[str]](set), defaultdict[str, list[int]](list)
     for number, row in rows.items():
-        answers[row.prompt].add(row.completion)
-        asked[row.prompt].append(number)
+        if row.completion is not None:
+            answers[row.prompt].add(row.completion)
+            asked[row.prompt].append(number)
     twice = sorted(number for prompt, known in answers.items() if len(known) > 1 for number in asked[prompt])
     if twice:
         yield Remark("WARN", "one prompt with different completions", twice)
@@ -154,7 +155,7 @@ def of_unlabelled(opened: Opened) -> Iterator[Remark]:
     if lines and len(lines) == len(rows) and not opened.source.is_enough:
         yield Remark("FAIL", "no row has a completion")
     elif lines and opened.source.is_left_out:
-        yield Remark("WARN", "no completion, and left out in training", lines)
+        yield Remark("WARN", "no completion, and so teaches nothing", lines)
 
 
 def of_tests(opened: Opened, prompts: Collection[str]) -> Iterator[Remark]:

@@ -292,11 +292,11 @@ def test_a_file_that_is_named_is_checked_for_what_it_is(workspace_folder: Path) 
 
 
 def test_rows_without_completion_where_they_teach_nothing(workspace_folder: Path) -> None:
-    auxiliary = write_rows(workspace_folder / "private/server/auxiliary.jsonl", [RED, {"prompt": "A : x"}])
+    auxiliary = write_rows(workspace_folder / "private/server/auxiliary.jsonl", [RED, {"prompt": RED["prompt"]}])
     assert remarks(check_rows(Workspace(workspace_folder), files=[auxiliary])[0]) == {}
     edit(workspace_folder / "fedcollm.toml", "steps = 5", 'steps = 5\nselect = "min-ce"')
     told = remarks(check_rows(Workspace(workspace_folder), files=[auxiliary])[0])
-    assert told == {"WARN no completion, and left out in training": [2]}
+    assert told == {"WARN no completion, and so teaches nothing": [2]}
     write_rows(auxiliary, [{"prompt": "A : x"}])
     told = remarks(check_rows(Workspace(workspace_folder), files=[auxiliary])[0])
     assert told == {"FAIL no row has a completion": []}
