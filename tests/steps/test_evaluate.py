@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import COLOURS, WORDS, Outcome, edit, scale, sign
 from stages.artefacts import records
 from stages.evaluate import evaluate
+from stages.runtime.errors import UsageProblem
 from stages.study import results
 from stages.workspace.attacks import Attack
 from stages.workspace.paths import Workspace
@@ -372,6 +373,20 @@ def test_accuracy_under_attack_stands_beside_scores_that_stay_what_they_are(
     assert all(one == "1" for one, kept in zip(right, signs, strict=True) if kept == "1")
     assert (len(signs), robust) == (QUESTIONS, signs.count("1") / QUESTIONS)
     assert error == pytest.approx((robust * (1 - robust) / (QUESTIONS - 1)) ** 0.5)
+
+
+def test_what_cannot_be_attacked_is_refused_before_anything_is_scored(
+    scored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.evaluation import scoring
+
+    scores: list[object] = []
+    monkeypatch.setattr(scoring, "evaluate", lambda **more: scores.append(more))
+    with (scored / "data/test.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "Q : " * 40, "choices": ["red", "blue"], "answer": 0}) + "\n")
+    with pytest.raises(UsageProblem, match=f"question {QUESTIONS + 1} of task colours is 80 tokens long"):
+        evaluate(Workspace(scored), attack=Attack(radius=0.1))
+    assert scores == []
 
 
 def test_an_attack_that_changes_next_to_nothing_leaves_the_accuracy(scored: Path) -> None:
