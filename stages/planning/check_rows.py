@@ -110,16 +110,15 @@ def _places(workspace: Workspace) -> list[Source]:
     federation, settings = workspace.agreement.federation, workspace.agreement.distillation
     own, public = workspace.agreement.client_training.max_length, settings.max_length
     places = [Source(workspace.client_data(k), k, own) for k in workspace.clients]
-    auxiliary = Source(workspace.auxiliary_data, None, public, unlabelled=True)
+    is_enough = not workspace.agreement.needs_completions
+    auxiliary = Source(workspace.auxiliary_data, None, public, unlabelled=True, is_enough=is_enough)
     if federation.learns_in_public:
-        auxiliary = replace(auxiliary, roles=("llm",), is_left_out=True, is_enough=False)
+        auxiliary = replace(auxiliary, roles=("llm",), is_left_out=True)
         places += [
             replace(auxiliary, path=workspace.public_data(k), client=k, roles=("slm",)) for k in workspace.clients
         ]
     else:
-        is_left_out = settings.select == "min-ce"
-        is_enough = not is_left_out and settings.lambda_slm > 0 and settings.lambda_llm > 0
-        auxiliary = replace(auxiliary, roles=("slm", "llm"), is_left_out=is_left_out, is_enough=is_enough)
+        auxiliary = replace(auxiliary, roles=("slm", "llm"), is_left_out=settings.select == "min-ce")
     return [*places, auxiliary, Source(workspace.held_out_data, None, own)]
 
 
