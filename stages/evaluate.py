@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stages.artefacts import records
 from stages.artefacts.manifest import BaseIdentity, versions
-from stages.artefacts.publishing import GATE_KEPT, KEPT_OLD
 from stages.artefacts.reading import Artefact
 from stages.artefacts.records import Measured, Result, Scored
 from stages.artefacts.steps import Over, Step
@@ -29,8 +28,6 @@ from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from stages.models.loading import Models
-    from stages.models.tuned import Tuned
-    from stages.workspace.agreement import Agreement
     from stages.workspace.settings import Role
 
 
@@ -125,6 +122,7 @@ class Evaluate(Step[Opened, Measured, Result]):
         """Put the adapter into the base, prove that it is there, and ask all questions."""
         from stages.data import tasks
         from stages.evaluation import scoring
+        from stages.evaluation.untrained import is_base
         from stages.models.perturbing import Ascent
 
         settings, role, adapter = self.workspace.agreement.evaluation, self.role, opened.adapter
@@ -133,14 +131,14 @@ class Evaluate(Step[Opened, Measured, Result]):
             tasks.check_answers(task, self.report)
         self._models.use(role)
         tuned = self._models.get(role) if adapter is None else self._models.with_adapter(role, adapter)
-        is_base = adapter is not None and _is_base(adapter, tuned, self.workspace.agreement)
-        if is_base:
+        is_plain = adapter is not None and is_base(adapter, tuned, self.workspace.agreement)
+        if is_plain:
             words = "B is zero, as nobody has trained it here: the server's SLM is its base, and is scored as that"
             self.report(Event("warning", words))
         scores = scoring.score(
             tuned,
             loaded,
-            with_adapter=adapter is not None and not is_base,
+            with_adapter=adapter is not None and not is_plain,
             limit=settings.limit,
             batch_size=settings.batch_size,
             attack=Ascent.of(self.attack),
@@ -195,13 +193,3 @@ class Evaluate(Step[Opened, Measured, Result]):
         if self.attack.radius is not None:
             found["attack"] = self.attack.model_dump()
         return found
-
-
-def _is_base(adapter: Artefact, tuned: Tuned, agreement: Agreement) -> bool:
-    """Whether B is rightly zero: every B is a client's own, or no round was taken yet, by the gate or by keep_old."""
-    from stages.models import adapters
-
-    said = adapter.manifest.metrics
-    is_old = bool(said.get(GATE_KEPT) or said.get(KEPT_OLD))
-    is_untrained = is_old or (agreement.server_has_no_b and adapter.manifest.client is None)
-    return is_untrained and adapters.changes_nothing(adapters.take(tuned.model))

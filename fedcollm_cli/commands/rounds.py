@@ -218,7 +218,7 @@ def evaluate(
     zero_shot: Annotated[bool, typer.Option("--zero-shot", help="The base alone, without an adapter.")] = False,
     attack: Annotated[
         float | None,
-        typer.Option("--attack", help="Measure robust_acc, too, with this radius of an attack."),
+        typer.Option("--attack", help="Measure robust_acc, too, with this radius of an attack. 0: not even as agreed."),
     ] = None,
     attack_steps: Annotated[
         int | None, typer.Option("--attack-steps", min=1, help="With --attack: steps of gradient ascent. Default: 5.")
@@ -261,6 +261,8 @@ def _attack(*, radius: float | None, steps: int | None) -> Attack | None:
         if steps is not None:
             raise UsageProblem("--attack-steps is for --attack", mend=Command("evaluate", round=1, attack="0.1"))
         return None
+    if radius == 0 and steps is None:
+        return Attack()
     if not 0 < radius <= 1:
         message = f"--attack {radius:g}: it is a share of the length of each token's embedding, above 0 and up to 1"
         raise UsageProblem(message, mend=Command("evaluate", round=1, attack="0.1"))

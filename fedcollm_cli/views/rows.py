@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,8 @@ def _file(workspace: Workspace, one: Checked) -> list[str]:
         lines.append("  completions: " + ", ".join(f"{texts.in_code(name)} {n}" for name, n in one.answers.items()))
     lines += [f"  {remark.level} {remark.found}{_lines(remark)}" for remark in one.remarks]
     if one.mended:
-        lines.append(f"  mended: {', '.join(one.mends)}; look at it, then: mv {one.mended.name} {one.path.name}")
+        names = " ".join(shlex.quote(workspace.shown(path)) for path in (one.mended, one.path))
+        lines.append(f"  mended: {', '.join(one.mends)}; look at it, then: mv {names}")
     return lines
 
 

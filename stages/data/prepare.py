@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.bases import one_tokenizer
-from stages.data.rows import Row, read_rows, rows_bytes, warn_of_spacing
+from stages.data.rows import Row, read_rows, rows_bytes
+from stages.data.spacing import warn_of_spacing
 from stages.data.split_file import Share, Split
 from stages.files import reading, writing
 from stages.runtime.errors import Refused, UsageProblem

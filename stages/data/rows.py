@@ -21,6 +21,9 @@ from stages.runtime.texts import lines
 MOST_LISTED = 20
 """How many bad lines of a file one error tells."""
 
+KEYS = ("prompt", "completion", "label", "source")
+"""What a row may hold that is used here."""
+
 NO_LABEL = -100
 """Stands for the target where there is none: torch's own sign for "no cross-entropy here"."""
 
@@ -127,6 +130,14 @@ class _BadRow(ValueError):
     """What is wrong with one line."""
 
 
+class _KeyTwice(_BadRow):
+    """An object has this key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key[:80]!r} appears twice")
+        self.key = key
+
+
 def _bad_lines(path: Path, found: dict[int, str], expected: str) -> Damaged:
     """The error about a file's bad lines: the first in full, some of the others, and how many there are."""
     (first, what), *others = found.items()
@@ -143,7 +154,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _BadRow(f"the key {twice[:80]!r} appears twice")
+        raise _KeyTwice(twice)
     return value
 
 
@@ -162,7 +173,12 @@ def _parsed(line: str) -> dict[str, Any]:
 def _row(line: str, unlabelled: bool) -> Row:
     if not line.strip():
         raise _BadRow("an empty line")
-    value = _parsed(line)
+    try:
+        value = _parsed(line)
+    except _KeyTwice as error:
+        if error.key in KEYS:
+            raise
+        raise _BadRow("a key appears twice") from None  # a key that is not ours may be what nobody may read
     # Another key may be a completion with its name misspelt.
     is_unlabelled = unlabelled and value.keys() <= {"prompt", "label", "source"}
     for key in ("prompt",) if is_unlabelled else ("prompt", "completion"):
@@ -176,27 +192,6 @@ def _row(line: str, unlabelled: bool) -> Row:
             raise _BadRow(f"{key} holds half a character, a surrogate without its other") from None
     label, source = ("" if value.get(key) is None else str(value[key]) for key in ("label", "source"))
     return Row(value["prompt"], value.get("completion"), label, source)
-
-
-def warn_of_spacing(rows: Sequence[Row], report: Report) -> None:
-    """Tell how many answers stand right against their prompt, or two spaces from it: nothing else shows that."""
-    labelled = [(row.prompt, row.completion) for row in rows if row.completion is not None]
-    if unspaced := sum(is_unspaced(prompt, completion) for prompt, completion in labelled):
-        report(Event("warning", f"{unspaced} of {len(labelled)} completions begin without a space after their prompt"))
-    doubled = sum(is_doubly_spaced(prompt, completion) for prompt, completion in labelled)
-    if doubled:
-        report(Event("warning", f"{doubled} of {len(labelled)} completions have two spaces or more before them"))
-
-
-def is_unspaced(prompt: str, completion: str) -> bool:
-    """Whether an answer stands right against its prompt."""
-    return not (prompt[-1].isspace() or completion[0].isspace())
-
-
-def is_doubly_spaced(prompt: str, completion: str) -> bool:
-    """Whether more than one space parts an answer from its prompt: models have hardly ever read that."""
-    spaces = len(prompt) - len(prompt.rstrip(" ")) + len(completion) - len(completion.lstrip(" "))
-    return bool(prompt) and spaces > 1
 
 
 def rows_bytes(rows: Iterable[Row]) -> bytes:

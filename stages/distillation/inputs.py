@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
-from stages.data.rows import Row, read_rows, warn_of_spacing
+from stages.data.rows import Row, read_rows
+from stages.data.spacing import warn_of_spacing
 from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report

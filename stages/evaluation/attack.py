@@ -8,7 +8,7 @@ at random.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -37,10 +37,8 @@ class Asked:
     right: Sequence[int]
 
 
-def with_robust(
-    lm: Harness, tasks: Sequence[ConfigurableTask], scores: dict[str, TaskScores], ascent: Ascent, report: Report
-) -> dict[str, TaskScores]:
-    """The scores of these tasks, which have been asked, with what they are under attack beside, as ROBUST.
+def attacked(lm: Harness, tasks: Sequence[ConfigurableTask], report: Report) -> dict[str, list[Asked]]:
+    """The questions of each task that can be attacked; their requests have been built.
 
     Raises UsageProblem where no task is multiple choice, and for what cannot be attacked.
     """
@@ -49,12 +47,18 @@ def with_robust(
         if task not in chosen:
             report(Event("warning", f"{task.config.task} is not of one prompt and several answers: no attack"))
     if not chosen:
-        raise UsageProblem("nothing to attack: no task is multiple choice", mend="leave out the attack")
+        raise UsageProblem("nothing to attack: no task is multiple choice", mend="leave out the attack: --attack 0")
+    return {str(task.config.task): _asked(lm, task) for task in chosen}
+
+
+def with_robust(
+    lm: Harness, asked: Mapping[str, Sequence[Asked]], scores: Mapping[str, TaskScores], ascent: Ascent, report: Report
+) -> dict[str, TaskScores]:
+    """The scores of tasks, with what those whose questions are attacked have under attack beside, as ROBUST."""
     found = dict(scores)
-    for task in chosen:
-        name = str(task.config.task)
+    for name, those in asked.items():
         report(Event("note", f"{name} under attack: {ascent.steps} steps, radius {ascent.radius:g}"))
-        one, kept = scores[name], _shared(lm, _asked(lm, task), ascent, name)
+        one, kept = scores[name], _shared(lm, those, ascent, name)
         plain = one["correct"].get("acc", "1" * len(kept))  # other batches may round a near tie otherwise
         kept = [is_kept and sign == "1" for is_kept, sign in zip(kept, plain, strict=True)]
         signs = "".join(str(int(is_kept)) for is_kept in kept)
@@ -78,11 +82,11 @@ def _asked(lm: Harness, task: ConfigurableTask) -> list[Asked]:
         where = f"question {number} of task {task.config.task}"
         if any(prompt != pairs[0][0] for prompt, _ in pairs):
             message = f"{where} has a prompt whose tokens hang on the answer: one change cannot be made for all"
-            raise UsageProblem(message, mend="begin each choice with a space, or leave out the attack")
+            raise UsageProblem(message, mend="begin each choice with a space, or leave out the attack: --attack 0")
         if question.tokens > lm.room:
             reads = f"this model reads {lm.room} at most" if lm.room else "this model takes no answers side by side"
             message = f"{where} is {question.tokens} tokens long with all its answers in one row; {reads}"
-            raise UsageProblem(message, mend="leave out the attack, or that task")
+            raise UsageProblem(message, mend="leave out the attack: --attack 0, or that task")
         found.append(Asked(number, question, right_choices(task, doc, number)))
     return found
 

@@ -13,9 +13,9 @@ from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
 
 from stages.artefacts.records import TaskScores
-from stages.data.rows import is_doubly_spaced
+from stages.data.spacing import is_doubly_spaced
 from stages.data.tasks import HARMLESS, MISTAKES, mistaken
-from stages.evaluation.attack import with_robust
+from stages.evaluation.attack import attacked, with_robust
 from stages.evaluation.harness import Harness
 from stages.files import reading
 from stages.models import adapters
@@ -69,10 +69,11 @@ def score(
             for task in tasks:
                 task.set_config(key="num_fewshot", value=0)
             asked = {task.config.task: _asked(lm, task, limit, report) for task in tasks}
+            under_attack = attacked(lm, tasks, report) if attack else {}  # before hours of scoring
             results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
             assert results is not None
             found = {one.config.task: _of_task(one, results, *asked[one.config.task], report) for one in tasks}
-            found = with_robust(lm, tasks, found, attack, report) if attack else found
+            found = with_robust(lm, under_attack, found, attack, report) if attack else found
         except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise mistaken(", ".join(str(task.config.task) for task in tasks), error) from error
     model.train(was_training)

@@ -94,6 +94,7 @@ def sweep(
     tokenizers.
     """
     from stages.study.results import remarks
+    from stages.study.scores import remark_of
 
     points = _checked(workspace, grid)
     if collect:
@@ -108,7 +109,7 @@ def sweep(
         axes=[key for key in grid if key != SEED],
         seeds=studies[0][1].seeds,
         rows=_rows(studies, metric, client_scores=client_scores),
-        remarks=remarks([workspace, *workspaces]),
+        remarks=[*remark_of([study for _, study in studies]), *remarks([workspace, *workspaces])],
     )
 
 

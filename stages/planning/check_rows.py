@@ -8,13 +8,16 @@ answer, where a file has few different ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.bases import base_folders
-from stages.data.rows import Row, is_doubly_spaced, is_unspaced, parsed_lines
+from stages.data.rows import Row, parsed_lines
+from stages.data.spacing import is_doubly_spaced, is_unspaced
 from stages.files import reading, writing
 from stages.planning import row_checks
 from stages.planning.row_checks import MARK, Lengths, Opened, Remark, Source
@@ -24,6 +27,7 @@ from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
     from stages.models.tuned import Outline
+    from stages.workspace.settings import Role
 
 DAMAGED = 4
 """The exit code where training would refuse a file."""
@@ -72,46 +76,61 @@ def check_rows(
     each = [_open(source) for source in _sources(workspace, files, client)]
     opened = [one for one in each if isinstance(one, Opened)]
     prompts = _questions(workspace, report)
-    readers = {client: _reader(workspace, client, report) for client in {one.source.client for one in opened}}
+    who = {(one.source.client, one.source.roles) for one in opened}
+    readers = {(client, roles): _reader(workspace, client, roles, report) for client, roles in sorted(who, key=str)}
     found = []
     for one in each:
-        if isinstance(one, Checked):
+        if isinstance(one, Opened):
+            reader = readers[one.source.client, one.source.roles]
+            found.append(_checked(workspace, one, opened, prompts, reader))
+        else:
             found.append(one)
-            continue
-        made = _checked(workspace, one, opened, prompts, readers[one.source.client])
-        found.append(_mend(made, one) if fix else made)
-    return found
+    return _mended(found, each) if fix else found
 
 
 def _sources(workspace: Workspace, files: Sequence[Path], client: int | None) -> list[Source]:
-    agreement = workspace.agreement
-    own, public = agreement.client_training.max_length, agreement.distillation.max_length
     if client is not None:
         workspace.check_client(client)
     for path in files:
         require(path, f"{path.name} is not there", "name a file of JSON lines")
+    places = [one for one in _places(workspace) if client is None or one.client == client]
     if files:
-        return [Source(path, client, own) for path in files]
-    clients = workspace.clients if client is None else [client]
-    places = [Source(workspace.client_data(k), k, own) for k in clients]
-    if agreement.federation.learns_in_public:
-        places += [Source(workspace.public_data(k), k, public, unlabelled=True) for k in clients]
-    if client is None:
-        places += [Source(workspace.auxiliary_data, None, public, unlabelled=True)]
-        places += [Source(workspace.held_out_data, None, public)]
+        known = {place.path.resolve(): place for place in places}
+        other = Source(places[0].path, client, workspace.agreement.client_training.max_length)
+        named = {path.resolve(): replace(other, path=path) for path in files}
+        return [known.get(whole, one) for whole, one in named.items()]
     here = [source for source in places if source.path.exists()]
     if not here:
         raise NotReady("there are no rows here", where=places[0].path, mend="put JSONL rows there, or name a file")
     return here
 
 
+def _places(workspace: Workspace) -> list[Source]:
+    """Where rows of all parties lie, and what each party does with them."""
+    federation, settings = workspace.agreement.federation, workspace.agreement.distillation
+    own, public = workspace.agreement.client_training.max_length, settings.max_length
+    places = [Source(workspace.client_data(k), k, own) for k in workspace.clients]
+    is_enough = not workspace.agreement.needs_completions
+    auxiliary = Source(workspace.auxiliary_data, None, public, unlabelled=True, is_enough=is_enough)
+    if federation.learns_in_public:
+        auxiliary = replace(auxiliary, roles=("llm",), is_left_out=True)
+        places += [
+            replace(auxiliary, path=workspace.public_data(k), client=k, roles=("slm",)) for k in workspace.clients
+        ]
+    else:
+        auxiliary = replace(auxiliary, roles=("slm", "llm"), is_left_out=settings.select == "min-ce")
+    return [*places, auxiliary, Source(workspace.held_out_data, None, own)]
+
+
 def _open(source: Source) -> Opened | Checked:
-    """A file's lines, or all that can be said of one that is no text."""
+    """A file's lines, or all that can be said of one that is no text, or cannot be read."""
     try:
         content = reading.read_own(source.path)
         return Opened(source, content, parsed_lines(content, source.path, unlabelled=source.unlabelled))
     except Problem as problem:
         return Checked(source.path, 0, [Remark("FAIL", f"{problem.message}; {problem.mend}")])
+    except OSError as error:
+        return Checked(source.path, 0, [Remark("FAIL", f"it cannot be read: {error.strerror or error}")])
 
 
 def _questions(workspace: Workspace, report: Report) -> set[str]:
@@ -127,18 +146,19 @@ def _questions(workspace: Workspace, report: Report) -> set[str]:
         return set()
 
 
-def _reader(workspace: Workspace, client: int | None, report: Report) -> Outline | None:
-    """The tokenizer that reads a party's rows, and the longest sequence that its model takes; None if not here."""
+def _reader(workspace: Workspace, client: int | None, roles: tuple[Role, ...], report: Report) -> Outline | None:
+    """The tokenizer that reads a party's rows, and the longest sequence that all its models take; None if not here."""
     from stages.models.loading import Models
 
     at = workspace if client is None else workspace.of_client(client)
     try:
         with base_folders.offline():
-            return Models(at).outline("slm")
+            outlines = [Models(at).outline(role) for role in roles]
     except Problem as problem:
         whose = "the server's rows" if client is None else f"client {client}'s rows"
         report(Event("note", f"{whose} are not counted in tokens: {problem.message}"))
         return None
+    return replace(outlines[0], context=min(outline.context for outline in outlines))
 
 
 def _checked(
@@ -149,6 +169,7 @@ def _checked(
         is_skipped = workspace.agreement.data.too_long == "skip"
         lengths, too_long = row_checks.of_lengths(one, reader, is_skipped=is_skipped)
         remarks += too_long
+    remarks += row_checks.of_unlabelled(one)
     remarks += [*row_checks.of_repeats(one), *row_checks.of_spacing(one), *row_checks.of_tests(one, prompts)]
     public = [workspace.auxiliary_data, *map(workspace.public_data, workspace.clients)]  # the same rows by design
     for other in every:
@@ -160,42 +181,78 @@ def _checked(
 # --- mending
 
 
-def _mend(made: Checked, one: Opened) -> Checked:
-    """Write a mended copy, if there is anything that can be mended without knowing what was meant."""
-    repeats = set(row_checks.repeated(one.rows))
-    mends, kept = dict[str, int](), list[str]()
+def _mended(found: Sequence[Checked], each: Sequence[Opened | Checked]) -> list[Checked]:
+    """Write a mended copy of each file that has one. Nothing is written where any copy would replace another one."""
+    mended = [
+        _mend(made, one) if isinstance(one, Opened) else (made, b"") for made, one in zip(found, each, strict=True)
+    ]
+    for made, content in mended:
+        if made.mended and made.mended.exists() and reading.read_own(made.mended) != content:
+            raise Refused(
+                f"{made.mended.name} is there already, with other rows", where=made.mended, mend="move it away"
+            )
+    for made, content in mended:
+        if made.mended:
+            writing.write(made.mended, content)
+    return [made for made, _ in mended]
 
-    def count(what: str) -> None:
-        mends[what] = mends.get(what, 0) + 1
 
-    if one.content.startswith(MARK):
-        count("byte order mark taken out")
-    for number, (line, row) in enumerate(one.lines, 1):
+def _mend(made: Checked, one: Opened) -> tuple[Checked, bytes]:
+    """What a mended copy would hold, if there is anything that can be mended without knowing what was meant."""
+    mends, kept = Counter[str](), list[str]()
+    seen = set[tuple[str, str | None]]()
+    mends["byte order mark taken out"] += one.content.startswith(MARK)
+    for line, row in one.lines:
         plain = line.removesuffix("\r")
-        if plain != line:
-            count("line ends made Unix's")
-        if not plain.strip():
-            count("empty lines taken out")
-        elif number in repeats:
-            count("repeated rows taken out")
-        elif isinstance(row, Row) and row.completion is not None and is_unspaced(row.prompt, row.completion):
-            count("spaces put before completions")
-            kept.append(_respaced(plain, row.prompt, f" {row.completion}"))
-        elif isinstance(row, Row) and row.completion is not None and is_doubly_spaced(row.prompt, row.completion):
-            count("spaces before completions made one")
-            kept.append(_respaced(plain, row.prompt.rstrip(" "), f" {row.completion.lstrip(' ')}"))
-        else:
-            kept.append(plain)
-    if not mends:
-        return made
-    copy = made.path.with_name(f"{made.path.stem}.mended.jsonl")
-    content = "".join(f"{line}\n" for line in kept).encode()
-    if copy.exists() and reading.read_own(copy) != content:
-        raise Refused(f"{copy.name} is there already, with other rows", where=copy, mend="move it away")
-    writing.write(copy, content)
-    return replace(made, mended=copy, mends=[f"{what} ({many})" for what, many in mends.items()])
+        mends["line ends made Unix's"] += plain != line
+        if not isinstance(row, Row):
+            mends["empty lines taken out"] += not plain.strip()
+            kept += [plain] if plain.strip() else []
+            continue
+        pair, what = _spaced(row)
+        if pair in seen:
+            mends["repeated rows taken out"] += 1
+            continue
+        seen.add(pair)
+        if what:
+            mends[what] += 1
+            plain = _with_texts(plain, {"prompt": pair[0], "completion": str(pair[1])})
+        kept.append(plain)
+    told = [f"{what} ({many})" for what, many in mends.items() if many]
+    if not told or not kept:
+        return made, b""
+    copy = made.path.with_name(f"{made.path.name.removesuffix('.jsonl')}.mended.jsonl")
+    return replace(made, mended=copy, mends=told), "".join(f"{line}\n" for line in kept).encode()
 
 
-def _respaced(line: str, prompt: str, completion: str) -> str:
-    """A row's line with these texts; its other keys stay."""
-    return json.dumps(json.loads(line) | {"prompt": prompt, "completion": completion}, ensure_ascii=False)
+def _spaced(row: Row) -> tuple[tuple[str, str | None], str]:
+    """Prompt and completion with one space between them, and what was done for it; nothing if they were well."""
+    if row.completion is not None and is_unspaced(row.prompt, row.completion):
+        return (row.prompt, f" {row.completion}"), "spaces put before completions"
+    if row.completion is not None and is_doubly_spaced(row.prompt, row.completion):
+        return (row.prompt.rstrip(" "), f" {row.completion.lstrip(' ')}"), "spaces before completions made one"
+    return (row.prompt, row.completion), ""
+
+
+BETWEEN = re.compile(r"[ \t\r,:]*")
+"""What stands between the keys and values of a JSON object on one line."""
+
+
+def _with_texts(line: str, texts: Mapping[str, str]) -> str:
+    """A row's line with these texts under their keys; all else stays to the letter."""
+    decoder = json.JSONDecoder()
+    start = end = line.index("{") + 1
+    made = [line[:start]]
+    while line[start := _after(line, end)] != "}":
+        key, after = decoder.raw_decode(line, start)
+        value = _after(line, after)
+        _, last = decoder.raw_decode(line, value)
+        told = json.dumps(texts[key], ensure_ascii=False) if key in texts else line[value:last]
+        made.append(line[end:value] + told)
+        end = last
+    return "".join(made) + line[end:]
+
+
+def _after(line: str, place: int) -> int:
+    found = BETWEEN.match(line, place)
+    return found.end() if found else place

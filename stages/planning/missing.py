@@ -62,6 +62,9 @@ def refused_rows(
     workspace, rows = ahead.workspace, ahead.of(path, unlabelled=unlabelled)
     if not rows:
         return []
+    if unlabelled and workspace.agreement.needs_completions and all(row.completion is None for row in rows):
+        what = f"rows that can be trained on: no row of {workspace.shown(path)} has a completion"
+        return [Missing(what, "put rows with a completion there")]
     limits = {"max_length": budget.max_length, "context": context}
     try:
         encode(rows, tokenizer, **limits, too_long=workspace.agreement.data.too_long, path=path)

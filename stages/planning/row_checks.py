@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -9,15 +10,19 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from stages.data.rows import Row, encode_row, is_doubly_spaced, is_unspaced
+from stages.data.rows import Row, encode_row
+from stages.data.spacing import is_doubly_spaced, is_unspaced
 
 if TYPE_CHECKING:
     from stages.models.tuned import Outline
+    from stages.workspace.settings import Role
 
 Level = Literal["FAIL", "WARN"]
 
 MOST_ANSWERS, LONGEST_ANSWER = 12, 24
 """Answers are listed where a file has no more different ones, none of more letters."""
+COLUMN = re.compile(r": line 1 column \d+ \(char \d+\)")
+"""Where in its line what is no JSON stops being so: lines that are wrong in the same way are told together."""
 MARK = b"\xef\xbb\xbf"
 """The byte order mark of UTF-8."""
 
@@ -45,12 +50,19 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of rows, and what they are for. client: whose SLM reads them; None: the server's."""
+    """A file of rows, and what they are for.
+
+    client: whose model reads them; None: the server's. roles: which of its models. unlabelled: whether there may be
+    rows without a completion; is_left_out: these are passed over; is_enough: a file of them alone is trained on.
+    """
 
     path: Path
     client: int | None
     max_length: int
+    roles: tuple[Role, ...] = ("slm",)
     unlabelled: bool = False
+    is_left_out: bool = False
+    is_enough: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def of_lines(opened: Opened) -> Iterator[Remark]:
     reasons = defaultdict[str, list[int]](list)
     for number, (_, row) in enumerate(opened.lines, 1):
         if isinstance(row, str):
-            reasons[row].append(number)
+            reasons[COLUMN.sub("", row)].append(number)
     for reason, lines in reasons.items():
         yield Remark("FAIL", reason, lines)
     if not opened.lines:
@@ -99,10 +111,11 @@ def of_repeats(opened: Opened) -> Iterator[Remark]:
     rows = opened.rows
     if lines := repeated(rows):
         yield Remark("WARN", "the same row as on an earlier line", lines)
-    answers, asked = defaultdict[str, set[str | None]](set), defaultdict[str, list[int]](list)
+    answers, asked = defaultdict[str, set[str]](set), defaultdict[str, list[int]](list)
     for number, row in rows.items():
-        answers[row.prompt].add(row.completion)
-        asked[row.prompt].append(number)
+        if row.completion is not None:
+            answers[row.prompt].add(row.completion)
+            asked[row.prompt].append(number)
     twice = sorted(number for prompt, known in answers.items() if len(known) > 1 for number in asked[prompt])
     if twice:
         yield Remark("WARN", "one prompt with different completions", twice)
@@ -135,6 +148,16 @@ def of_lengths(opened: Opened, reader: Outline, *, is_skipped: bool) -> tuple[Le
     return Lengths(median(lengths), most, lengths[-1], limit, median(answers), max(answers)), remarks
 
 
+def of_unlabelled(opened: Opened) -> Iterator[Remark]:
+    """Rows without a completion, where these teach nothing, or where there is nothing else."""
+    rows = opened.rows
+    lines = [number for number, row in rows.items() if row.completion is None]
+    if lines and len(lines) == len(rows) and not opened.source.is_enough:
+        yield Remark("FAIL", "no row has a completion")
+    elif lines and opened.source.is_left_out:
+        yield Remark("WARN", "no completion, and so teaches nothing", lines)
+
+
 def of_tests(opened: Opened, prompts: Collection[str]) -> Iterator[Remark]:
     """Rows whose prompt is one of the questions that are scored."""
     if lines := [number for number, row in opened.rows.items() if row.prompt in prompts]:
@@ -149,7 +172,11 @@ def of_others(opened: Opened, other: Opened, name: str) -> Iterator[Remark]:
 
 
 def answers_of(opened: Opened) -> dict[str, int] | None:
-    """How often each answer stands there, the most frequent first; None where they are many or long."""
+    """How often each answer stands there, the most frequent first; None where they are many or long.
+
+    Many is also more than half as many as rows: such answers are texts, not labels.
+    """
     counts = Counter(row.completion for row in opened.rows.values() if row.completion is not None)
     is_short = all(len(answer) <= LONGEST_ANSWER for answer in counts)
-    return dict(counts.most_common()) if 0 < len(counts) <= MOST_ANSWERS and is_short else None
+    most = min(MOST_ANSWERS, counts.total() // 2)
+    return dict(counts.most_common()) if 0 < len(counts) <= most and is_short else None

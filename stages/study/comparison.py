@@ -89,6 +89,7 @@ def compare(
     budgets differ, NotReady, with the command, for what is missing.
     """
     from stages.study import budgets, paper_beside, results, table_rows
+    from stages.study.scores import remark_of
 
     check_no_baseline(workspace)
     manifests = manifests or Manifests()
@@ -121,7 +122,12 @@ def compare(
             for table, scores in _with_mean(measured).items()
         },
         budgets=_budgets(study, manifests),
-        remarks=[*results.remarks([study.root, *study.workspaces]), *_of_clients(workspace), *sentences],
+        remarks=[
+            *remark_of([study]),
+            *results.remarks([study.root, *study.workspaces]),
+            *_of_clients(workspace),
+            *sentences,
+        ],
     )
 
 

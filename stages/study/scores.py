@@ -68,6 +68,12 @@ def check_one_attack(attacks: Sequence[str], what: str) -> None:
         raise Refused(f"{message}, not {attacks[0] or 'none'}", where="results", mend=mend)
 
 
+def remark_of(studies: Sequence[Study]) -> list[str]:
+    """Under which attacks what was read of ROBUST was measured, in a sentence; none where it was not."""
+    attacks = dict.fromkeys(attack for study in studies for attack in study.attacks)
+    return [f"{ROBUST}: under attack, {'; '.join(attacks)}"] if attacks else []
+
+
 def answers(study: Study, workspace: Workspace, round: int | None, subject: str, metric: str) -> np.ndarray | None:
     """0 or 1 for each question of all tasks, by one model of the study; None where what lies there was not scored."""
     try:

@@ -257,6 +257,12 @@ class Agreement(Settings):
         """Whether the server's SLM remains its base: every B is a client's, and the server trains none."""
         return self.personal and self.aggregation.personal == "B" and not self.federation.distils
 
+    @property
+    def needs_completions(self) -> bool:
+        """Whether D^a without any completion teaches a model nothing."""
+        said, is_idle = self.distillation, 0 in (self.distillation.lambda_slm, self.distillation.lambda_llm)
+        return self.federation.learns_in_public or (self.federation.distils and (said.select == "min-ce" or is_idle))
+
     def broadcasts(self, round: int) -> bool:
         """Whether the server sends all clients the adapter that they begin a round with."""
         return self.averages or (round == 1 and self.is_of_one_slm)

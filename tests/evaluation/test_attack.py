@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from builders import Family, tiny_model
-from stages.evaluation.attack import Asked, with_robust, withstood
+from stages.evaluation.attack import Asked, attacked, withstood
 from stages.evaluation.branches import Question
 from stages.evaluation.harness import Harness
 from stages.models.perturbing import Ascent
@@ -138,15 +138,15 @@ def task_of(*texts: tuple[str, list[str]]) -> Any:
 
 
 def test_what_cannot_be_attacked_is_refused_by_name(harness: Callable[..., Harness]) -> None:
-    lm, scores = harness(tiny_model("gpt2")), {"colours": {"metrics": {"acc": 1.0}, "correct": {"acc": "1"}}}
+    lm = harness(tiny_model("gpt2"))
     long = task_of(("red", ["blue"]), ("red " * 60, ["blue green star"] * 3))
     with pytest.raises(
         UsageProblem, match=r"question 2 of task colours is 66 tokens long .* this model reads 64 at most"
     ):
-        with_robust(lm, [long], scores, Ascent(0.1), lm.report)  # type: ignore[arg-type]
+        attacked(lm, [long], lm.report)  # type: ignore[arg-type]
     said: Any = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(task="said"), multiple_input=False)
     with pytest.raises(UsageProblem, match="nothing to attack: no task is multiple choice"):
-        with_robust(lm, [said], scores, Ascent(0.1), lm.report)  # type: ignore[arg-type]
+        attacked(lm, [said], lm.report)  # type: ignore[arg-type]
     lm._longest_row = 0  # as of BLOOM, whose attention counts no positions
     with pytest.raises(UsageProblem, match="this model takes no answers side by side"):
-        with_robust(lm, [task_of(("red", ["blue"]))], scores, Ascent(0.1), lm.report)  # type: ignore[arg-type]
+        attacked(lm, [task_of(("red", ["blue"]))], lm.report)  # type: ignore[arg-type]

@@ -239,6 +239,7 @@ def test_accuracy_under_attack_is_compared_if_that_is_asked_for_and_the_attack_i
     found = json.loads(fedcollm("compare", "--metric", "robust_acc", "--json", "-w", studied).out)
     score = found["tables"]["slm"]["fedavg"]["colours"]["mean"]
     assert score <= json.loads(plain)["tables"]["slm"]["fedavg"]["colours"]["mean"]
+    assert found["remarks"] == ["robust_acc: under attack, radius 0.1, steps 5", *json.loads(plain)["remarks"]]
     path = studied / "results/round-0002/slm.json"
     rewrite(path, {**json.loads(path.read_text()), "attack": attack | {"steps": 1}})
     said = refuses(5, "score them all with the same --attack and --attack-steps", "--metric", "robust_acc")

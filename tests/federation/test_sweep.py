@@ -59,8 +59,9 @@ def test_accuracy_under_attack_is_swept_if_all_points_were_measured_under_one(
         correct["robust_acc"] = correct["acc"]
         rewrite(path, {**result, "attack": attack})
     words = (*WORDS, folder, "--collect", "--json", "--metric")
-    plain, robust = (json.loads(fedcollm(*words, metric).out)["rows"] for metric in ("acc", "robust_acc"))
-    assert robust == plain
+    plain, robust = (json.loads(fedcollm(*words, metric).out) for metric in ("acc", "robust_acc"))
+    assert robust["rows"] == plain["rows"]
+    assert robust["remarks"] == ["robust_acc: under attack, radius 0.1, steps 5", *plain["remarks"]]
     for path in folder.glob("sweeps/lambda_slm=4.0*/results/*/*.json"):
         rewrite(path, {**json.loads(path.read_text()), "attack": attack | {"radius": 0.2}})
     refused = fedcollm(*words, "robust_acc")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from builders import Outcome, edit, write_rows
+from builders import Outcome, edit, make_unlike_workspace, write_rows
 from stages.data.rows import read_rows
+from stages.files import reading
 from stages.planning.check_rows import Checked, check_rows
 from stages.planning.row_checks import Lengths
 from stages.runtime.errors import NotReady, Refused, UsageProblem
@@ -38,13 +39,14 @@ def remarks(found: Checked) -> dict[str, list[int]]:
 
 
 def test_sound_rows_have_lengths_and_answers_and_no_remark(workspace_folder: Path) -> None:
-    found = checked(workspace_folder, written(workspace_folder, RED, BLUE, {**GREEN, "prompt": "A : " * 3 + "A"}))
+    rows = [RED, BLUE, {**RED, "prompt": "A : " * 3 + "A"}, {**BLUE, "prompt": "A : is the big star blue or not ? A :"}]
+    found = checked(workspace_folder, written(workspace_folder, *rows))
     assert remarks(found) == {}
     assert not found.is_refused
-    assert found.rows == 3
-    assert found.answers == {" red": 1, " blue": 1, " green": 1}
+    assert found.rows == 4
+    assert found.answers == {" red": 2, " blue": 2}
     # words are tokens
-    assert found.lengths == Lengths(12, 12, 12, limit=64, half_answer=1, longest_answer=1)
+    assert found.lengths == Lengths(12, 13, 13, limit=64, half_answer=1, longest_answer=1)
 
 
 @pytest.mark.parametrize(
@@ -195,3 +197,123 @@ def test_nothing_to_check(workspace_folder: Path) -> None:
     (workspace_folder / "private/client-1/train.jsonl").unlink()
     with pytest.raises(NotReady, match="there are no rows here"):
         check_rows(Workspace(workspace_folder), client=1)
+
+
+def test_texts_that_differ_in_most_rows_are_no_labels(workspace_folder: Path) -> None:
+    assert checked(workspace_folder, written(workspace_folder, RED, BLUE, GREEN)).answers is None
+
+
+def test_of_a_key_that_is_not_ours_nothing_is_told(workspace_folder: Path) -> None:
+    found = checked(workspace_folder, written(workspace_folder, RED, '{"Mr Smith": 1, "Mr Smith": 2}'))
+    assert remarks(found) == {"FAIL a key appears twice": [2]}
+
+
+def test_lines_that_are_no_json_in_one_way_are_told_together(workspace_folder: Path) -> None:
+    found = checked(workspace_folder, written(workspace_folder, '{"prompt": x', RED, '{"completion":   x'))
+    assert remarks(found) == {"FAIL not JSON (Expecting value)": [1, 3]}
+
+
+def test_the_rest_of_a_row_stays_to_the_letter_in_a_mended_copy(workspace_folder: Path) -> None:
+    rest = r'"n": 0.10000000000000000001, "\ud800": {"prompt" : ["\ud800", 1e999]}, "m":-0'
+    line = '{"completion": "red",  "prompt":"is \u2028 it \\"red\\" ?" , ' + rest + "}"
+    found = checked(workspace_folder, written(workspace_folder, line), fix=True)
+    assert found.mended is not None
+    assert found.mended.read_text() == line.replace('"red",', '" red",', 1) + "\n"
+
+
+def test_rows_that_are_one_once_their_spaces_are_mended_are_in_the_copy_once(workspace_folder: Path) -> None:
+    doubled = {"prompt": RED["prompt"] + " ", "completion": RED["completion"]}
+    found = checked(workspace_folder, written(workspace_folder, RED, doubled), fix=True)
+    assert found.mended is not None
+    assert found.mended.read_text() == json.dumps(RED) + "\n"
+    assert found.mends == ["repeated rows taken out (1)"]
+
+
+def test_an_indented_line_is_no_answer_with_too_many_spaces(workspace_folder: Path) -> None:
+    code = {"prompt": "what colour is the star ?\n", "completion": "    red"}
+    found = checked(workspace_folder, written(workspace_folder, code), fix=True)
+    assert (remarks(found), found.mended) == ({}, None)
+
+
+def test_no_copy_is_written_of_nothing(workspace_folder: Path) -> None:
+    found = checked(workspace_folder, written(workspace_folder, "", " "), fix=True)
+    assert (remarks(found), found.mended) == ({"FAIL an empty line": [1, 2]}, None)
+
+
+def test_copies_are_written_all_or_none_and_each_has_a_name_of_its_own(workspace_folder: Path) -> None:
+    text = json.dumps({**RED, "completion": "red"}) + "\n"
+    files = [workspace_folder / name for name in ("a.jsonl", "a.txt", "b.jsonl")]
+    for path in files:
+        path.write_text(text)
+    (workspace_folder / "b.mended.jsonl").write_text("other\n")
+    with pytest.raises(Refused, match=r"b\.mended\.jsonl is there already"):
+        check_rows(Workspace(workspace_folder), files=files, fix=True)
+    assert not (workspace_folder / "a.mended.jsonl").exists()
+    (workspace_folder / "b.mended.jsonl").unlink()
+    found = check_rows(Workspace(workspace_folder), files=files, fix=True)
+    assert [one.mended.name for one in found if one.mended] == [
+        "a.mended.jsonl",
+        "a.txt.mended.jsonl",
+        "b.mended.jsonl",
+    ]
+
+
+def test_a_file_that_may_not_be_read_is_told_beside_the_others(
+    workspace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shut, whole = workspace_folder / "private/client-2/train.jsonl", reading.read_own
+
+    def read(path: Path) -> bytes:
+        if path == shut:
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(reading, "read_own", read)
+    found = {one.path.parent.name: one for one in check_rows(Workspace(workspace_folder))}
+    assert remarks(found["client-2"]) == {"FAIL it cannot be read: Permission denied": []}
+    assert not found["client-1"].is_refused
+
+
+def test_a_file_that_is_named_is_checked_for_what_it_is(workspace_folder: Path) -> None:
+    edit(workspace_folder / "fedcollm.toml", "steps = 5", "steps = 5\nmax_length = 12")
+    long = {"prompt": "A : " * 7 + "A", "completion": " red"}
+    auxiliary = write_rows(workspace_folder / "private/server/auxiliary.jsonl", [RED, {"prompt": "A : " * 7 + "A"}])
+    held_out = write_rows(workspace_folder / "private/server/held-out.jsonl", [RED, long])
+    found = check_rows(
+        Workspace(workspace_folder), files=[auxiliary, held_out, auxiliary.parent / "../server" / auxiliary.name]
+    )
+    assert [one.path for one in found] == [auxiliary, held_out]
+    assert remarks(found[0]) == {
+        "FAIL more than 12 tokens, 15 at most": [2],
+        "WARN rows of private/server/held-out.jsonl, too": [1],
+    }
+    # The gate reads them as clients read theirs.
+    assert remarks(found[1]) == {"WARN rows of private/server/auxiliary.jsonl, too": [1]}
+
+
+def test_rows_without_completion_where_they_teach_nothing(workspace_folder: Path) -> None:
+    auxiliary = write_rows(workspace_folder / "private/server/auxiliary.jsonl", [RED, {"prompt": RED["prompt"]}])
+    assert remarks(check_rows(Workspace(workspace_folder), files=[auxiliary])[0]) == {}
+    edit(workspace_folder / "fedcollm.toml", "steps = 5", 'steps = 5\nselect = "min-ce"')
+    told = remarks(check_rows(Workspace(workspace_folder), files=[auxiliary])[0])
+    assert told == {"WARN no completion, and so teaches nothing": [2]}
+    write_rows(auxiliary, [{"prompt": "A : x"}])
+    told = remarks(check_rows(Workspace(workspace_folder), files=[auxiliary])[0])
+    assert told == {"FAIL no row has a completion": []}
+
+
+def test_public_rows_are_read_by_each_party_s_own_model(tmp_path: Path, unlike_models: Path) -> None:
+    folder = make_unlike_workspace(tmp_path / "unlike", unlike_models)
+    edit(folder / "fedcollm.toml", "steps = 5", "steps = 5\nmax_length = 40")
+    public = {one.path.parent.name: one for one in check_rows(Workspace(folder)) if one.path.name != "train.jsonl"}
+    assert public["client-1"].is_refused  # it reads letters
+    assert not public["server"].is_refused  # the LLM has a token for most words
+    longest = {name: one.lengths.longest for name, one in public.items() if one.lengths}
+    assert longest["client-2"] < longest["server"] < longest["client-1"]
+
+
+def test_the_move_that_is_advised_can_be_given(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    write_rows(workspace_folder / "private/client-1/train.jsonl", [RED, RED])
+    outcome = fedcollm("check-rows", "--client", "1", "--fix", "-w", str(workspace_folder))
+    assert outcome.code == 0
+    assert "mv private/client-1/train.mended.jsonl private/client-1/train.jsonl" in outcome.out

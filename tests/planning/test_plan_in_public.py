@@ -131,6 +131,14 @@ def test_rows_that_training_would_refuse_are_named_by_the_file_of_each_who_reads
     assert all(one.endswith(" tokens; max_length is 512, the model's context 128") for one in found)
 
 
+def test_public_rows_of_which_none_has_a_completion_are_missing(unlike_folder: Path) -> None:
+    place = unlike_folder / "private/client-2/public.jsonl"
+    write_rows(place, [{"prompt": row["prompt"]} for row in rows(4)])
+    assert [one.what for one in plan(Workspace(unlike_folder)).missing] == [
+        "rows that can be trained on: no row of private/client-2/public.jsonl has a completion"
+    ]
+
+
 def test_rows_that_no_model_takes_are_refused_and_without_data_the_steps_are_unknown(unlike_folder: Path) -> None:
     with pytest.raises(UsageProblem, match="these models take 128"):
         plan(Workspace(unlike_folder), length=129)

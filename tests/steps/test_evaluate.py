@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import COLOURS, WORDS, Outcome, edit, scale, sign
 from stages.artefacts import records
 from stages.evaluate import evaluate
+from stages.runtime.errors import UsageProblem
 from stages.study import results
 from stages.workspace.attacks import Attack
 from stages.workspace.paths import Workspace
@@ -374,6 +375,20 @@ def test_accuracy_under_attack_stands_beside_scores_that_stay_what_they_are(
     assert error == pytest.approx((robust * (1 - robust) / (QUESTIONS - 1)) ** 0.5)
 
 
+def test_what_cannot_be_attacked_is_refused_before_anything_is_scored(
+    scored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.evaluation import scoring
+
+    scores: list[object] = []
+    monkeypatch.setattr(scoring, "evaluate", lambda **more: scores.append(more))
+    with (scored / "data/test.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "Q : " * 40, "choices": ["red", "blue"], "answer": 0}) + "\n")
+    with pytest.raises(UsageProblem, match=f"question {QUESTIONS + 1} of task colours is 80 tokens long"):
+        evaluate(Workspace(scored), attack=Attack(radius=0.1))
+    assert scores == []
+
+
 def test_an_attack_that_changes_next_to_nothing_leaves_the_accuracy(scored: Path) -> None:
     result = evaluate(Workspace(scored), model="llm", round=1, attack=Attack(radius=1e-7))["tasks"]["colours"]
     assert result["correct"]["robust_acc"] == result["correct"]["acc"]
@@ -403,7 +418,8 @@ def test_the_agreement_may_ask_for_an_attack_on_every_model(scored: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--attack", 0), "--attack 0: it is a share of the length of each token's embedding, above 0 and up to 1"),
+        (("--attack", -1), "--attack -1: it is a share of the length of each token's embedding, above 0 and up to 1"),
+        (("--attack", 0, "--attack-steps", 3), "--attack 0: it is a share"),
         (("--attack", 1.5), "--attack 1.5: it is a share"),
         (("--attack", "nan"), "--attack nan: it is a share"),
         (("--attack-steps", 3), "--attack-steps is for --attack"),
@@ -433,3 +449,9 @@ def test_a_task_without_choices_is_left_out_of_the_attack_and_that_is_said(
     refused = fedcollm("evaluate", "--zero-shot", "--attack", 0.1, "-w", finished)
     assert refused.code == 2
     assert "nothing to attack: no task is multiple choice" in refused.err
+    toml = finished / "fedcollm.toml"
+    toml.write_text(toml.read_text() + "\n[evaluation.attack]\nradius = 0.1\n")
+    assert fedcollm("evaluate", "--zero-shot", "-w", finished).code == 2
+    scored = fedcollm("evaluate", "--zero-shot", "--attack", 0, "-w", finished)
+    assert scored.code == 0, scored.err
+    assert "attack" not in json.loads((finished / "results/zero-shot/slm.json").read_text())
