@@ -35,8 +35,13 @@ def pruned(workspace: Workspace, sent: Tensors, start: Tensors, *, round: int, c
 
 
 def _unsent(workspace: Workspace, round: int, client: int, numbers: int) -> np.ndarray:
-    """What the client's last round before this one left out, [numbers], float32; zero if there was none."""
-    places = [workspace.unsent(before, client) for before in range(round - 1, 0, -1)]
+    """What the client's last round before this one left out, [numbers], float32; zero if there was none.
+
+    The last that sent the same matrices: where A and B are sent in turns, what one leaves out waits for its next turn.
+    """
+    sent_in = workspace.agreement.sent_in
+    rounds = [before for before in range(round - 1, 0, -1) if sent_in(before) == sent_in(round)]
+    places = [workspace.unsent(before, client) for before in rounds]
     last = next((place for place in places if place.exists()), None)
     return np.zeros(numbers, np.float32) if last is None else _read(last, numbers)
 

@@ -23,6 +23,8 @@ from stages.audit.verify import verify
 from stages.evaluate import evaluate
 from stages.export.export import export
 from stages.federation.run import run
+from stages.planning.comm_cost import comm_cost
+from stages.planning.plan import plan
 from stages.runtime.errors import Problem, Refused
 from stages.workspace.agreement import Agreement
 from stages.workspace.methods import Method
@@ -203,3 +205,15 @@ def test_an_agreement_says_each_clients_shape(workspace_folder: Path) -> None:
     assert agreement.ranks == {"2": RANK}
     with pytest.raises(ValidationError):
         Agreement.model_validate(agreement.model_dump() | {"clients": {"2": {"rank": 0}}})
+
+
+def test_plan_and_comm_cost_tell_the_mean_of_what_clients_of_other_ranks_send(ran_once: Path) -> None:
+    workspace = Workspace(ran_once)
+    weights = [ran_once / f"exchange/round-0001/client-{k}/adapter_model.safetensors" for k in (1, 2, 3)]
+    numbers = [sum(one.size for one in tensors(path.parent).values()) for path in weights]
+    size = sum(path.stat().st_size for path in weights) // 3
+    cost = comm_cost(workspace).full
+    assert cost is not None
+    assert (cost.update_parameters, cost.update_bytes) == (sum(numbers) // 3, size)
+    assert cost.update_parameters < cost.adapter_parameters
+    assert plan(workspace).sent["client"] == size

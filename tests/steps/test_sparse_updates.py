@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -278,3 +279,31 @@ def test_a_part_of_an_adapter_can_be_sparse_too(workspace_folder: Path) -> None:
     )
     assert all(np.array_equal(start[name], average[name]) == (".lora_A." in name) for name in start)
     assert {one.level for one in audit([folder])} <= {"OK", "SKIP"}
+
+
+def test_what_a_turn_of_a_or_b_left_out_waits_for_its_next_turn(workspace_folder: Path) -> None:
+    folder = with_settings(workspace_folder, 'keep = 0.25\ncombine = "alternate"')
+    edit(folder / "fedcollm.toml", "rounds = 2", "rounds = 3")
+    run(Workspace(folder), scores=False)
+    place = folder / "private/client-1"
+    before, _, after = (
+        safetensors.numpy.load((place / f"round-000{round}/unsent.safetensors").read_bytes())["unsent"]
+        for round in (1, 2, 3)
+    )
+    start, trained = (
+        next(one for name, one in safetensors.numpy.load(path.read_bytes()).items() if ".lora_B." in name).ravel()
+        for path in (
+            folder / "exchange/round-0003/broadcast/adapter_model.safetensors",
+            place / "round-0003/slm/adapter_model.safetensors",
+        )
+    )
+    change = trained - start + before
+    sent = sparse(folder / "exchange/round-0003/client-1")
+    np.testing.assert_allclose(sent.changes, change[sent.positions], atol=1e-7)
+    change[sent.positions] = 0
+    np.testing.assert_allclose(after, change, atol=1e-7)
+    assert {one.level for one in audit([folder])} <= {"OK", "SKIP"}
+    turns = [one for one in audit([folder]) if one.id == "A5"]
+    said = r"cosine to the update before that trained the same matrices -?0\.\d\d, norm ratio .*"
+    assert [one.where for one in turns if re.fullmatch(said, one.found)] == ["round 0003"]
+    assert turns[0].measured["cosine"] != 0, "B against A has nothing in common"
