@@ -183,6 +183,9 @@ def _check_update(update: Artefact, client: int, theta: Artefact, told: Mapping[
     expected, found = {"broadcast": theta.sha256, **told}, update.manifest.parents
     if told:  # beside what the client alone has
         found = {name: found.get(name, "") for name in expected}
+    if not told and (beside := sorted(found.keys() - expected.keys())) and found.items() >= expected.items():
+        message = f"client {client}'s update of round {round} says that it was made from {beside[0]} too, not from the "
+        raise Refused(f"{message}broadcast alone", where=update.path, mend=mend)
     if found != expected:
         has_begun = found.get("broadcast") == theta.sha256
         what = "knowledge of the server's" if has_begun else "broadcast"

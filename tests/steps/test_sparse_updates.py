@@ -20,6 +20,7 @@ from stages.aggregation import updates as reading_updates
 from stages.artefacts.sparse_files import Sparse, largest, parse_sparse, sparse_bytes
 from stages.audit.audit import audit
 from stages.audit.verify import verify
+from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.evaluate import evaluate
 from stages.exchange.pack import pack
@@ -27,7 +28,7 @@ from stages.exchange.unpack import unpack
 from stages.federation.run import run
 from stages.planning.comm_cost import comm_cost
 from stages.planning.plan import plan
-from stages.runtime.errors import BadNumbers, Damaged, Problem, Refused
+from stages.runtime.errors import BadNumbers, Damaged, NotReady, Problem, Refused
 from stages.workspace.averaging import Aggregation
 from stages.workspace.paths import Workspace
 
@@ -173,11 +174,73 @@ def test_what_was_lost_is_sent_again_byte_for_byte(ran: Path) -> None:
     (ran / "private/client-3/round-0002/unsent.safetensors").unlink()
     client_train(workspace, client=3, round=2)
     assert adapters(ran) == before
-    (ran / "private/client-3/round-0001/unsent.safetensors").write_bytes(sparse_bytes(Sparse(*(np.zeros(1),) * 2)))
-    shutil.rmtree(ran / "exchange/round-0002/client-3")
-    with pytest.raises(Damaged, match="does not hold the 256 numbers"):
-        client_train(workspace, client=3, round=2)
-    assert not (ran / "exchange/round-0002/client-3").exists()
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("a model was loaded")
+
+
+UNSENT = {
+    "what round 1 left out, for round 2 to add, is not there": None,
+    "does not hold the 256 numbers": sparse_bytes(Sparse(np.zeros(1, np.uint32), np.zeros(1, np.float32))),
+    "does not hold the 256": safetensors.numpy.save({"unsent": np.zeros(NUMBERS, np.float32)}, metadata={"a": "b"}),
+    "holds NaN or infinity": safetensors.numpy.save({"unsent": np.full(NUMBERS, np.nan, np.float32)}),
+    "is not a safetensors file": b"",
+}
+
+
+@pytest.mark.parametrize("words", UNSENT)
+def test_what_was_left_out_is_looked_at_before_training_and_made_again_as_told(
+    ran: Path, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, workspace, place = adapters(ran), Workspace(ran), ran / "private/client-3/round-0001/unsent.safetensors"
+    kept = place.read_bytes()
+    place.unlink()
+    if (content := UNSENT[words]) is not None:
+        place.write_bytes(content)
+    with monkeypatch.context() as patched:
+        patched.setattr("stages.models.loading.Models.use", never)
+        with pytest.raises((Damaged, NotReady), match=words) as raised:
+            client_train(workspace, client=3, round=2, overwrite=True)
+    assert raised.value.where == place
+    assert "`fedcollm client-train --client 3 --round 1` makes it again" in str(raised.value.mend)
+    client_train(workspace, client=3, round=1)
+    assert place.read_bytes() == kept
+    client_train(workspace, client=3, round=2, overwrite=True)
+    assert adapters(ran) == before
+
+
+def test_a_client_that_has_nothing_of_its_own_any_more_begins_anew(ran: Path) -> None:
+    shutil.rmtree(ran / "private/client-3/round-0001")
+    client_train(Workspace(ran), client=3, round=2, overwrite=True)
+    assert (ran / "private/client-3/round-0002/unsent.safetensors").exists()
+
+
+def test_a_change_beyond_float32_is_not_sent(ran: Path) -> None:
+    place = ran / "private/client-3/round-0001/unsent.safetensors"
+    largest_number = np.finfo(np.float32).max
+    place.write_bytes(safetensors.numpy.save({"unsent": np.full(NUMBERS, largest_number, np.float32)}))
+    own = ran / "private/client-3/round-0002/slm"
+    found = safetensors.numpy.load((own / "adapter_model.safetensors").read_bytes())
+    changed = safetensors.numpy.save(
+        {name: np.full_like(one, 1e36) for name, one in found.items()}, metadata={"format": "pt"}
+    )
+    (own / "adapter_model.safetensors").write_bytes(changed)
+    sign(own)
+    before = adapters(ran)
+    with pytest.raises(BadNumbers, match="beyond float32"):
+        client_train(Workspace(ran), client=3, round=2)
+    assert adapters(ran) == before
+
+
+@pytest.mark.parametrize("lines", [f"keep = {SHARE}", 'combine = "freeze-a"', 'personal = "B"'])
+def test_a_client_alone_is_told_to_whom_a_part_goes(workspace_folder: Path, lines: str) -> None:
+    folder, notes = with_settings(workspace_folder, lines), list[str]()
+    broadcast(Workspace(folder), round=1)
+    shutil.rmtree(folder / "private/client-2")
+    shutil.rmtree(folder / "private/server")
+    client_train(Workspace(folder), client=1, round=1, report=lambda event: notes.append(event.text))
+    assert any("goes to the server" in one and "pack --client 1 --round 1`" in one for one in notes)
 
 
 # --- what is refused
@@ -218,7 +281,7 @@ def test_a_file_that_is_not_as_agreed_is_refused_by_name(ran: Path, words: str) 
         aggregate(Workspace(ran), round=1)
     assert "client-2" in str(raised.value.where)
     assert not (ran / "private/server/round-0001/aggregate").exists()
-    is_of_its_form = words.startswith(("names position 256", "has "))  # which only who knows the adapter can tell
+    is_of_its_form = words.startswith("names position 256")  # which only who knows the adapter can tell
     assert any(one.id == "A3" and one.level == "FAIL" for one in audit([ran])) != is_of_its_form
 
 
@@ -307,3 +370,34 @@ def test_what_a_turn_of_a_or_b_left_out_waits_for_its_next_turn(workspace_folder
     said = r"cosine to the update before that trained the same matrices -?0\.\d\d, norm ratio .*"
     assert [one.where for one in turns if re.fullmatch(said, one.found)] == ["round 0003"]
     assert turns[0].measured["cosine"] != 0, "B against A has nothing in common"
+
+
+@pytest.mark.parametrize("rule", ["median", "mean"])
+def test_a_change_that_leaves_float32_at_the_server_is_named(ran: Path, rule: str) -> None:
+    from stages.aggregation.rules import combine
+
+    start, place = ran / "exchange/round-0001/broadcast", ran / "exchange/round-0001/client-2"
+    found = safetensors.numpy.load((start / "adapter_model.safetensors").read_bytes())
+    large = {name: np.full_like(one, 3e38) for name, one in found.items()}
+    (start / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(large, metadata={"format": "pt"}))
+    sign(start)
+    (place / "sparse.safetensors").write_bytes(file(changes=np.full(KEPT, 3e38, np.float32)))
+    sign(place)
+    with pytest.raises(BadNumbers, match="holds NaN or infinity") as raised:
+        combine(Aggregation.model_validate({"rule": rule}), updates_of(ran, SHARE), [1, 1, 1])
+    assert raised.value.where == place / "sparse.safetensors"
+
+
+def test_an_update_that_names_more_than_the_broadcast_is_refused_in_those_words(ran: Path) -> None:
+    shutil.rmtree(ran / "private/server/round-0001")
+    place = ran / "exchange/round-0001/client-2"
+    parents = json.loads((place / "manifest.json").read_text())["parents"]
+    sign(place, parents=parents | {"slm-0001": "0" * 64})
+    with pytest.raises(Refused, match="was made from slm-0001 too, not from the broadcast alone"):
+        aggregate(Workspace(ran), round=1)
+
+
+def test_the_audit_counts_the_numbers_of_a_sparse_update(ran: Path) -> None:
+    sign(ran / "exchange/round-0003/client-2", parameters=10**15)
+    told = [one for one in audit([ran]) if one.id == "A3" and one.level == "FAIL"]
+    assert [(one.found, one.expected) for one in told] == [(f"holds {KEPT} numbers", f"{10**15}, by its manifest")]
