@@ -195,7 +195,8 @@ def spectra_by_grams(grams_a: np.ndarray, grams_b: np.ndarray) -> list[np.ndarra
     exact to some roundings of |A|^2 |B|^2: what is no more than that is taken for zero, and where the largest is not
     far above it nothing is told. So each value is right to 1e-7 of |A| |B|, as much as float32 numbers tell.
     """
-    bounds = np.sqrt((grams_a**2).sum(axis=(1, 2)) * (grams_b**2).sum(axis=(1, 2)))
+    with np.errstate(over="ignore"):
+        bounds = np.sqrt((grams_a**2).sum(axis=(1, 2)) * (grams_b**2).sum(axis=(1, 2)))
     able = np.flatnonzero((bounds > 0) & (bounds < np.inf))
     values, vectors = np.linalg.eigh(grams_b[able])
     halves = vectors * np.sqrt(np.maximum(values, 0))[:, None]

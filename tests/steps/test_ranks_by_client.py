@@ -25,7 +25,7 @@ from stages.export.export import export
 from stages.federation.run import run
 from stages.planning.comm_cost import comm_cost
 from stages.planning.plan import plan
-from stages.runtime.errors import Problem, Refused
+from stages.runtime.errors import BadNumbers, Problem, Refused
 from stages.workspace.agreement import Agreement
 from stages.workspace.methods import Method
 from stages.workspace.paths import Workspace
@@ -217,3 +217,15 @@ def test_plan_and_comm_cost_tell_the_mean_of_what_clients_of_other_ranks_send(ra
     assert (cost.update_parameters, cost.update_bytes) == (sum(numbers) // 3, size)
     assert cost.update_parameters < cost.adapter_parameters
     assert plan(workspace).sent["client"] == size
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_average_beyond_float32_is_refused_without_a_warning_of_numpys(ran: Path) -> None:
+    shutil.rmtree(ran / "private/server/round-0001")
+    place = ran / "exchange/round-0001/client-2"
+    large = {name: np.full_like(one, 3e38) for name, one in tensors(place).items()}
+    (place / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(large, metadata={"format": "pt"}))
+    sign(place)
+    with pytest.raises(BadNumbers, match="holds NaN or infinity"):
+        aggregate(Workspace(ran), round=1)
+    assert audit([ran])
