@@ -46,8 +46,8 @@ class Principal(NamedTuple):
 def mean_of_products(updates: Updates, weights: Sequence[int]) -> tuple[Tensors, dict[str, float]]:
     """Each layer's weighted mean of BA as A and B of the agreed rank, float32, and the remainder of each.
 
-    Tensors that are not of a pair of matrices are averaged as they are. Layers are read some at a time, of all clients. What is
-    beyond float32 becomes infinite, and is for the caller to find.
+    Tensors that are not of a pair of matrices are averaged as they are. Layers are read some at a time, of all clients.
+    What is beyond float32 becomes infinite, and is for the caller to find.
     """
     shares = np.array(weights, np.float64) / sum(weights)
     made, remainders = Tensors(), dict[str, float]()
