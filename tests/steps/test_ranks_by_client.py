@@ -26,6 +26,7 @@ from stages.federation.run import run
 from stages.planning.comm_cost import comm_cost
 from stages.planning.plan import plan
 from stages.runtime.errors import BadNumbers, Problem, Refused
+from stages.study.table_rows import methods_of, own_method, rows_of
 from stages.workspace.agreement import Agreement
 from stages.workspace.methods import Method
 from stages.workspace.paths import Workspace
@@ -229,3 +230,9 @@ def test_an_average_beyond_float32_is_refused_without_a_warning_of_numpys(ran: P
     with pytest.raises(BadNumbers, match="holds NaN or infinity"):
         aggregate(Workspace(ran), round=1)
     assert audit([ran])
+
+
+def test_a_study_of_clients_of_other_ranks_is_fedcollms(ran_once: Path, finished: Path) -> None:
+    of_ranks, of_one_rank = Workspace(ran_once), Workspace(finished)
+    assert rows_of(of_ranks) == rows_of(of_one_rank)
+    assert (own_method(of_ranks), methods_of(of_ranks)) == ("fedcollm", methods_of(of_one_rank))

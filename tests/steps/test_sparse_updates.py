@@ -19,6 +19,7 @@ from stages.aggregate import aggregate
 from stages.aggregation import updates as reading_updates
 from stages.artefacts.sparse_files import Sparse, largest, parse_sparse, sparse_bytes
 from stages.audit.audit import audit
+from stages.audit.diff import diff
 from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
@@ -28,7 +29,7 @@ from stages.exchange.unpack import unpack
 from stages.federation.run import run
 from stages.planning.comm_cost import comm_cost
 from stages.planning.plan import plan
-from stages.runtime.errors import BadNumbers, Damaged, NotReady, Problem, Refused
+from stages.runtime.errors import BadNumbers, Damaged, NotReady, Problem, Refused, UsageProblem
 from stages.workspace.averaging import Aggregation
 from stages.workspace.paths import Workspace
 
@@ -401,3 +402,9 @@ def test_the_audit_counts_the_numbers_of_a_sparse_update(ran: Path) -> None:
     sign(ran / "exchange/round-0003/client-2", parameters=10**15)
     told = [one for one in audit([ran]) if one.id == "A3" and one.level == "FAIL"]
     assert [(one.found, one.expected) for one in told] == [(f"holds {KEPT} numbers", f"{10**15}, by its manifest")]
+
+
+def test_diff_says_that_a_sparse_update_is_no_adapter(ran_once: Path) -> None:
+    with pytest.raises(UsageProblem, match=r"this update is sparse, by aggregation\.keep") as raised:
+        diff(ran_once / "exchange/round-0001/broadcast", ran_once / "exchange/round-0001/client-1")
+    assert "private/client-k/round-t/slm" in str(raised.value.mend)
