@@ -147,7 +147,7 @@ def _in_place(header: dict[str, Any], content: bytes) -> list[tuple[str, dict[st
 
 NO_ADAPTER = {
     MASKED_UPDATE: "this update is masked, in secure mode: nobody can read it, only the sum of all can be seen",
-    SPARSE_UPDATE: "this update is sparse, by aggregation.keep: it has few numbers of an adapter, and is none by itself",
+    SPARSE_UPDATE: "this update is sparse, by aggregation.keep: few numbers of an adapter, which is none by itself",
 }
 """What a folder of an update may hold in the place of an adapter, and why that is not compared."""
 

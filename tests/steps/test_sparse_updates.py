@@ -408,3 +408,13 @@ def test_diff_says_that_a_sparse_update_is_no_adapter(ran_once: Path) -> None:
     with pytest.raises(UsageProblem, match=r"this update is sparse, by aggregation\.keep") as raised:
         diff(ran_once / "exchange/round-0001/broadcast", ran_once / "exchange/round-0001/client-1")
     assert "private/client-k/round-t/slm" in str(raised.value.mend)
+
+
+@pytest.mark.parametrize("rule", ["median", "mean"])
+def test_the_server_warns_where_a_rule_ignores_what_few_clients_send(workspace_folder: Path, rule: str) -> None:
+    folder, told = with_settings(workspace_folder, f'keep = {SHARE}\nrule = "{rule}"'), list[str]()
+    broadcast(Workspace(folder), round=1)
+    for client in (1, 2, 3):
+        client_train(Workspace(folder), client=client, round=1)
+    aggregate(Workspace(folder), round=1, report=lambda event: told.append(event.text))
+    assert any("one that few clients send stays as it is" in one for one in told) == (rule == "median")
