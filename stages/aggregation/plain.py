@@ -107,9 +107,7 @@ def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -
     if settings.rule in OF_FACTORS:
         report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
         if agreement.keep:
-            report(
-                Event("warning", f"{settings.rule} of few numbers: one that few clients send stays as it is")
-            )
+            report(Event("warning", f"{settings.rule} of few numbers: one that few clients send stays as it is"))
     heads = _heads(server, theta, arrived.updates)
     seen = [_own(head) for head in heads]
     weights = [WEIGHTINGS[settings.weighting](examples) for examples, _ in seen]

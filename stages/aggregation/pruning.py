@@ -26,8 +26,9 @@ NAME = "unsent"
 def pruned(workspace: Workspace, sent: Tensors, start: Tensors, *, round: int, client: int, share: float) -> Sparse:
     """What a client sends of a change, and, in private/client-k/round-t, what it keeps for its next round.
 
-    sent, start: the adapter, or the part of it that is averaged, after the round and before it. Raises as left_out, and
-    BadNumbers where the sum leaves float32.
+    sent, start: the adapter, or the part of it that is averaged, after the round and before it. What is sent is as
+    short as agreed, with what was left out before; what is cut of it waits too. Raises as left_out, and BadNumbers
+    where the sum leaves float32.
     """
     before, after = flat(start), flat(sent)
     with np.errstate(over="ignore"):
@@ -36,10 +37,17 @@ def pruned(workspace: Workspace, sent: Tensors, start: Tensors, *, round: int, c
         message = f"the change of round {round} and what was left out before come to a number beyond float32"
         mend = "lower the learning rate or set max_grad_norm, then train again with --overwrite"
         raise BadNumbers(message, where=workspace.client_adapter(round, client), mend=mend)
-    sparse = largest(change, count_kept(len(change), share))
-    change[sparse.positions] = 0
+    sparse = _shortened(largest(change, count_kept(len(change), share)), workspace)
+    change[sparse.positions] -= sparse.changes
     writing.write(workspace.unsent(round, client), safetensors.numpy.save({NAME: change}))
     return sparse
+
+
+def _shortened(sparse: Sparse, workspace: Workspace) -> Sparse:
+    most, norm = workspace.agreement.aggregation.max_update_norm, np.linalg.norm(sparse.changes.astype(np.float64))
+    if most is None or norm <= most:
+        return sparse
+    return sparse._replace(changes=(sparse.changes * (most / norm)).astype(np.float32))
 
 
 def left_out(workspace: Workspace, *, round: int, client: int, numbers: int) -> np.ndarray:

@@ -418,3 +418,20 @@ def test_the_server_warns_where_a_rule_ignores_what_few_clients_send(workspace_f
         client_train(Workspace(folder), client=client, round=1)
     aggregate(Workspace(folder), round=1, report=lambda event: told.append(event.text))
     assert any("one that few clients send stays as it is" in one for one in told) == (rule == "median")
+
+
+def test_what_is_sent_is_as_short_as_agreed_with_what_was_left_out_before(workspace_folder: Path) -> None:
+    folder = with_settings(workspace_folder, f"keep = {SHARE}\nmax_update_norm = 0.05")
+    edit(folder / "fedcollm.toml", "rounds = 2", "rounds = 5")
+    run(Workspace(folder), scores=False)
+    lengths, left = list[float](), np.zeros(NUMBERS)
+    for round in range(1, 6):
+        start = flat(folder / f"exchange/round-000{round}/broadcast")
+        left += flat(folder / f"private/client-1/round-000{round}/slm").astype(np.float64) - start
+        sent = sparse(folder / f"exchange/round-000{round}/client-1")
+        left[sent.positions] -= sent.changes
+        lengths.append(float(np.linalg.norm(sent.changes)))
+        kept = safetensors.numpy.load((folder / f"private/client-1/round-000{round}/unsent.safetensors").read_bytes())
+        np.testing.assert_allclose(kept["unsent"], left, atol=1e-7)
+    assert max(lengths) == pytest.approx(0.05, rel=1e-5)
+    assert lengths[0] < 0.04 < min(lengths[3:])
