@@ -29,6 +29,7 @@ from stages.exchange.unpack import unpack
 from stages.federation.run import run
 from stages.planning.comm_cost import comm_cost
 from stages.planning.plan import plan
+from stages.progress.status import status
 from stages.runtime.errors import BadNumbers, Damaged, NotReady, Problem, Refused, UsageProblem
 from stages.workspace.averaging import Aggregation
 from stages.workspace.paths import Workspace
@@ -435,3 +436,18 @@ def test_what_is_sent_is_as_short_as_agreed_with_what_was_left_out_before(worksp
         np.testing.assert_allclose(kept["unsent"], left, atol=1e-7)
     assert max(lengths) == pytest.approx(0.05, rel=1e-5)
     assert lengths[0] < 0.04 < min(lengths[3:])
+
+
+def test_how_much_was_left_out_is_counted_and_not_believed(ran: Path) -> None:
+    sign(ran / "exchange/round-0002/broadcast", parameters=2**53 - 1)
+    shutil.rmtree(ran / "private/client-3/round-0002")
+    client_train(Workspace(ran), client=3, round=2, overwrite=True)
+    assert len(sparse(ran / "exchange/round-0002/client-3").positions) == KEPT
+
+
+def test_verify_says_that_it_does_not_look_at_what_was_left_out(ran: Path) -> None:
+    place = ran / "private/client-1/round-0001/unsent.safetensors"
+    place.write_bytes(place.read_bytes()[:-1] + b"x")
+    found = status(Workspace(ran), verify=True)
+    assert not found.is_damaged
+    assert "unsent.safetensors" in found.not_covered
