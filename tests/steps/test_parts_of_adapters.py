@@ -22,6 +22,7 @@ from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
+from stages.export.export import export
 from stages.federation.run import run
 from stages.parties.party import Party
 from stages.planning.comm_cost import comm_cost
@@ -356,3 +357,16 @@ def test_a_gate_that_would_only_see_the_base_is_refused(workspace_folder: Path) 
     broadcast(Workspace(workspace_folder), round=1)
     with pytest.raises(UsageProblem, match="whatever is averaged"):
         aggregate(Workspace(workspace_folder), round=1, gate=0.1)
+
+
+def test_a_server_without_a_b_has_nothing_to_export(workspace_folder: Path) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    edit(toml, "[distillation]", '[aggregation]\npersonal = "B"\n\n[distillation]')
+    edit(toml, "seed = 7\n", 'seed = 7\nmethod = "fedavg"\n')
+    edit(toml, "rounds = 2", "rounds = 1")
+    workspace = Workspace(workspace_folder)
+    run(workspace, scores=False)
+    with pytest.raises(UsageProblem, match="every B is a client's") as raised:
+        export(workspace, model="aggregate", round=1)
+    assert str(raised.value.mend) == "fedcollm export --client 1 --round 1"
+    assert export(workspace, client=1, round=1)
