@@ -78,9 +78,7 @@ def export(
     report(Event("stage", f"export {subject}, round {round}{', merged' if merged else ''}"))
     adapter = adapter_of(workspace, model, round, client)
     role: Role = "llm" if subject == "llm" else "slm"
-    if subject in ("slm", "aggregate") and workspace.agreement.server_has_no_b:
-        message = "the server's SLM is its base: with personal B and no training at the server, every B is a client's"
-        raise UsageProblem(message, where=adapter.path, mend=Command("export", client=1, round=round))
+    _check_changes_something(workspace, subject, adapter)
     base_model = hub_id(workspace, role)
     revision = workspace.agreement.model_of(role).revision if base_model else None
     card = model_card(workspace, adapter, subject, merged=merged, base_model=base_model, revision=revision).encode()
@@ -118,6 +116,14 @@ def export(
     report(Event("note", f"loaded back, its logits are those of base and adapter: {words}"))
     _tell_loss(proof, report)
     return made
+
+
+def _check_changes_something(workspace: Workspace, subject: str, adapter: Artefact) -> None:
+    """Raise UsageProblem for the server's SLM where every B is a client's own."""
+    if subject in ("slm", "aggregate") and workspace.agreement.server_has_no_b:
+        message = "the server's SLM is its base: with personal B and no training at the server, every B is a client's"
+        mend = Command("export", client=1, round=adapter.manifest.round)
+        raise UsageProblem(message, where=adapter.path, mend=mend)
 
 
 def _tell_loss(proof: Proof, report: Report) -> None:
