@@ -13,6 +13,7 @@ from stages.data.rows import Row, read_rows
 from stages.files import reading
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Report
+from stages.workspace.averaging import BLIND
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace, require
 
@@ -58,6 +59,8 @@ def gate_of(workspace: Workspace, amount: float | None) -> Gate | None:
         return None
     if not 0 <= amount < math.inf:
         raise UsageProblem(f"a gate of {amount} is no amount of loss", mend="give a number such as --gate 0.1")
+    if workspace.agreement.server_has_no_b:
+        raise UsageProblem(f"a gate looks at the server's SLM: {BLIND}", mend="give no --gate")
     mend = f"put JSONL rows there that nobody trains on, or set data.held_out_share and `{Command('prepare')}`"
     require(workspace.held_out_data, "the gate needs held-out rows, and there are none", mend)
     return Gate(amount, *read_rows(workspace.held_out_data))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from stages.aggregation import plain
-from stages.aggregation.pruning import pruned
-from stages.artefacts.adapter_files import weights_bytes
+from stages.aggregation.pruning import left_out, pruned
+from stages.artefacts.adapter_files import part_of, read_adapter, weights_bytes
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.parts import cut
@@ -24,6 +24,8 @@ from stages.artefacts.receiving import read_sound
 from stages.artefacts.sparse_files import sparse_bytes
 from stages.runtime.errors import Problem
 from stages.runtime.events import Event
+from stages.workspace import addressees
+from stages.workspace.commands import Command
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SPARSE_UPDATE
 
 
@@ -32,6 +34,16 @@ class ToServer(plain.ToServer):
     """The channel as a client has it; the server's end is that of whole updates."""
 
     done: str = "already trained"
+
+    def accept(self, theta: Artefact | None) -> None:
+        """Where there are keys; and where few numbers are sent, look that what was left out before is sound."""
+        super().accept(theta)
+        agreement = self.party.workspace.agreement
+        if theta and agreement.keep:
+            round = theta.manifest.round
+            parts = part_of(read_adapter(theta, None, agreement.slm.lora), agreement.sent_in(round))
+            numbers = sum(part.size for part in parts.values())
+            left_out(self.party.workspace, round=round, client=self.party.number, numbers=numbers)
 
     def send(self, theta: Artefact | None, trained: Manifest, again: bool) -> Manifest:
         """Send what was trained, in the place of whatever was sent before; the same bytes are not written again."""
@@ -53,7 +65,9 @@ class ToServer(plain.ToServer):
             if found.contents == contents and found.manifest == adapter.manifest.model_copy(update=beside):
                 self.report(Event("note", "already sent"))
                 return found.manifest
-        return publish(target, contents, draft, by=self.party)
+        manifest = publish(target, contents, draft, by=self.party)
+        addressees.tell(workspace, target, Command("pack", client=client, round=round), self.report, client=client)
+        return manifest
 
     def _sent(self, target: Path) -> Artefact | None:
         """What lies in exchange/, if it is sound; if not, it is sent again."""

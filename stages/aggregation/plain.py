@@ -106,6 +106,8 @@ def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -
     start = adapter_files.part_of(old, agreement.sent_in(theta.manifest.round))
     if settings.rule in OF_FACTORS:
         report(Event("warning", f"{settings.rule} of A and of B, as they are: that is not the {settings.rule} of BA"))
+        if agreement.keep:
+            report(Event("warning", f"{settings.rule} of few numbers: one that few clients send stays as it is"))
     heads = _heads(server, theta, arrived.updates)
     seen = [_own(head) for head in heads]
     weights = [WEIGHTINGS[settings.weighting](examples) for examples, _ in seen]
@@ -183,6 +185,9 @@ def _check_update(update: Artefact, client: int, theta: Artefact, told: Mapping[
     expected, found = {"broadcast": theta.sha256, **told}, update.manifest.parents
     if told:  # beside what the client alone has
         found = {name: found.get(name, "") for name in expected}
+    if not told and (beside := sorted(found.keys() - expected.keys())) and found.items() >= expected.items():
+        message = f"client {client}'s update of round {round} says that it was made from {beside[0]} too, not from the "
+        raise Refused(f"{message}broadcast alone", where=update.path, mend=mend)
     if found != expected:
         has_begun = found.get("broadcast") == theta.sha256
         what = "knowledge of the server's" if has_begun else "broadcast"

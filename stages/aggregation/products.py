@@ -47,6 +47,7 @@ def mean_of_products(updates: Updates, weights: Sequence[int]) -> tuple[Tensors,
     """Each layer's weighted mean of BA as A and B of the agreed rank, float32, and the remainder of each.
 
     Tensors that are not of a pair of matrices are averaged as they are. Layers are read some at a time, of all clients.
+    What is beyond float32 becomes infinite, and is for the caller to find.
     """
     shares = np.array(weights, np.float64) / sum(weights)
     made, remainders = Tensors(), dict[str, float]()
@@ -55,7 +56,8 @@ def mean_of_products(updates: Updates, weights: Sequence[int]) -> tuple[Tensors,
             cut = best_of_rank(stacked.pop(layer + A), stacked.pop(layer + B), shares)
             made[layer + A], made[layer + B], remainders[layer] = cut
         made |= {name: np.tensordot(shares, tensors, axes=1) for name, tensors in stacked.items()}
-    return {name: tensor.astype(np.float32) for name, tensor in made.items()}, remainders
+    with np.errstate(over="ignore"):
+        return {name: tensor.astype(np.float32) for name, tensor in made.items()}, remainders
 
 
 def best_of_rank(a: np.ndarray, b: np.ndarray, shares: np.ndarray, rank: int | None = None) -> Cut:

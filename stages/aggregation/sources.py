@@ -177,10 +177,11 @@ class Added:
         return found
 
     def fill(self, row: np.ndarray, place: slice) -> bool:
-        """The numbers of a place."""
+        """The numbers of a place. What is beyond float32 becomes infinite, and is for the caller to find."""
         row[:] = self.start[place]
         first, last = np.searchsorted(self.sparse.positions, (place.start, place.stop))
-        row[self.sparse.positions[first:last].astype(np.int64) - place.start] += self.sparse.changes[first:last]
+        with np.errstate(over="ignore"):
+            row[self.sparse.positions[first:last].astype(np.int64) - place.start] += self.sparse.changes[first:last]
         return True
 
     def is_whole(self) -> bool:

@@ -26,7 +26,7 @@ from stages.aggregation.sources import (
     whole_layers,
     widened,
 )
-from stages.artefacts.adapter_files import Tensors, check_config, layout_of, read_adapter
+from stages.artefacts.adapter_files import Tensors, check_config, check_finite, layout_of, read_adapter
 from stages.artefacts.reading import Artefact, read_file, read_manifest
 from stages.artefacts.sparse_files import flat, read_sparse
 from stages.artefacts.tensor_files import largest_bytes
@@ -82,7 +82,9 @@ class Updates:
         """One client's. Raises NotReady if the folder was replaced since its head was read, else as read_adapter."""
         head, layout = self.heads[number], layout_of(self.theta)
         if self.keep is not None:
-            return self.tensors(self._added(number).numbers())
+            added = self.tensors(self._added(number).numbers())
+            check_finite(added, head.path / SPARSE_UPDATE)
+            return added
         whole = replace(head, contents=head.contents | {ADAPTER_WEIGHTS: self._content(number)})
         narrow = at_rank(layout, head.manifest.lora.r)
         return widened(read_adapter(whole, narrow, head.manifest.lora), layout)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stages.artefacts import lora_settings
 from stages.artefacts.adapter_files import A, B, Layout, check_config, part_of
-from stages.artefacts.sparse_files import parse_sparse
+from stages.artefacts.sparse_files import Sparse, parse_sparse
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import AnyAdapter
@@ -138,9 +138,13 @@ def layout_of_capture(folder: Folder) -> Iterator[Finding]:
     for name, (parse, expected) in kinds.items():
         if (content := folder.contents.get(name)) is not None:
             try:
-                parse(content, Path(name))
+                found = parse(content, Path(name))
             except Problem as problem:
                 yield A3.fail(folder.file(name), problem.message, expected)
+                continue
+            if isinstance(found, Sparse) and folder.manifest and len(found.positions) != folder.manifest.parameters:
+                text = f"holds {len(found.positions)} numbers"
+                yield A3.fail(folder.file(name), text, f"{folder.manifest.parameters}, by its manifest")
 
 
 def same_layout(layouts: dict[Path, Layout], folders: list[Folder]) -> Iterator[Finding]:

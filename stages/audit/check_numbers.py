@@ -27,6 +27,8 @@ A4, A5 = Check("A4", "numbers"), Check("A5", "drift")
 LEAST_COSINE, LARGEST_RATIO = -0.5, 3.0
 """An update that turns back on the one before it, or is so many times as long, is worth a look."""
 
+AGO = {1: "", 2: " that trained the same matrices"}
+"""How the update is called that is so many rounds before."""
 
 Moves = dict[str, tuple[np.ndarray, np.ndarray]]
 """What was added to each tensor, or to each BA, as the product of two: [m, k] and [k, n], float64."""
@@ -151,23 +153,25 @@ def numbers_in_all(found: list[Finding]) -> Iterator[Finding]:
 def drift_of(folders: list[Folder]) -> Iterator[Finding]:
     """Each round's update of the global adapter against the one of the round before, of one workspace or exchange.
 
+    Where clients train A and B in turns, against that of two rounds before, which is of the same matrices.
     The update is the average less the broadcast; where no average is here, the next broadcast less this one. It is of A
     and B, but where BA is averaged, or nobody says what is, of BA: there A and B are others after each round.
     """
     of_products = _of_products(folders)
     begins, averages = _by_round(folders, "broadcast"), _by_round(folders, "aggregate")
     ends = averages or {round - 1: folder for round, folder in begins.items()}
-    compared, before = 0, None
+    compared, back, updates = 0, _is_in_turns(folders) + 1, dict[int, Moves | None]()
     for round in range(1, max(begins, default=0) + 1):
         update = _difference(begins[round], ends[round], of_products) if round in begins and round in ends else None
+        before, updates[round] = updates.pop(round - back, None), update
         if update is not None and before is not None:
             compared += 1
-            yield from _turn(before, update, round)
-        before = update
+            yield from _turn(before, update, round, back)
     if compared:
-        yield A5.ok(f"{number_of(compared, 'round')} compared with the one before")
+        yield A5.ok(f"{number_of(compared, 'round')} compared with the one before{AGO[back]}")
     else:
-        yield A5.skip("two rounds one after the other, each with its broadcast, and its average or the next broadcast")
+        rounds = ("two rounds one after the other", "two rounds that train the same matrices")[back - 1]
+        yield A5.skip(f"{rounds}, each with its broadcast, and its average or the next broadcast")
 
 
 def _by_round(folders: list[Folder], stage: str) -> dict[int, Folder]:
@@ -179,12 +183,17 @@ def _of_products(folders: list[Folder]) -> bool:
     return agreement is None or agreement.aggregation.combine == "product"
 
 
-def _turn(before: Moves, update: Moves, round: int) -> Iterator[Finding]:
+def _is_in_turns(folders: list[Folder]) -> bool:
+    agreement = folders[0].scope.agreement if folders else None
+    return agreement is not None and agreement.trained_in(1) != agreement.trained_in(2)
+
+
+def _turn(before: Moves, update: Moves, round: int, back: int) -> Iterator[Finding]:
     lengths = _norm(before), _norm(update)
     if not all(lengths) or not all(np.isfinite(lengths)) or before.keys() != update.keys():
         return
     cosine, ratio = _inner(before, update) / (lengths[0] * lengths[1]), lengths[1] / lengths[0]
-    said, where = f"cosine to the update before {cosine:.2f}, norm ratio {ratio:.2f}", f"round {round:04d}"
+    said, where = f"cosine to the update before{AGO[back]} {cosine:.2f}, norm ratio {ratio:.2f}", f"round {round:04d}"
     if cosine < LEAST_COSINE or ratio > LARGEST_RATIO:
         yield A5.warn(where, said, f"above {LEAST_COSINE}, below {LARGEST_RATIO}")
     yield A5.ok(said, where=where, measured={"cosine": cosine, "norm_ratio": ratio})

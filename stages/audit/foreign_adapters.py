@@ -21,7 +21,7 @@ from stages.artefacts.tensor_files import SIZES, check_head, read_header
 from stages.audit.folders import Scope, open_folder
 from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady, Problem, UsageProblem
-from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SPARSE_UPDATE
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 """Those that NumPy has; BF16 is the upper half of a float32."""
@@ -145,6 +145,13 @@ def _in_place(header: dict[str, Any], content: bytes) -> list[tuple[str, dict[st
     return entries if end == len(numbers) else None
 
 
+NO_ADAPTER = {
+    MASKED_UPDATE: "this update is masked, in secure mode: nobody can read it, only the sum of all can be seen",
+    SPARSE_UPDATE: "this update is sparse, by aggregation.keep: few numbers of an adapter, which is none by itself",
+}
+"""What a folder of an update may hold in the place of an adapter, and why that is not compared."""
+
+
 def read_any(folder: Path) -> AnyAdapter:
     """An adapter folder, ours or any of PEFT's, with its configuration. Raises as read_weights does."""
     adapter, settings = read_weights(folder), folder / ADAPTER_CONFIG
@@ -152,16 +159,14 @@ def read_any(folder: Path) -> AnyAdapter:
 
 
 def read_weights(folder: Path) -> AnyAdapter:
-    """Its tensors alone. Raises NotReady, Damaged, or UsageProblem for a masked update."""
+    """Its tensors alone. Raises NotReady, Damaged, or UsageProblem for a masked or a sparse update."""
     weights = folder / ADAPTER_WEIGHTS
     if not folder.is_dir():
         raise NotReady("there is no such folder", where=folder, mend="name a folder that holds an adapter")
-    if not weights.exists() and (folder / MASKED_UPDATE).exists():
-        message = "this update is masked, in secure mode: nobody can read it, only the sum of all can be seen"
-        mend = (
-            "compare averages, private/server/round-t/aggregate; a client has its own in private/client-k/round-t/slm"
-        )
-        raise UsageProblem(message, where=folder / MASKED_UPDATE, mend=mend)
+    for name, message in NO_ADAPTER.items():
+        if not weights.exists() and (folder / name).exists():
+            mend = "compare averages, private/server/round-t/aggregate; a client has its own in"
+            raise UsageProblem(message, where=folder / name, mend=f"{mend} private/client-k/round-t/slm")
     if not weights.exists() and any(folder.glob("adapter_model.*")):
         found = sorted(folder.glob("adapter_model.*"))[0]
         mend = "save it again with PEFT, as safetensors"
@@ -195,7 +200,8 @@ def spectra_by_grams(grams_a: np.ndarray, grams_b: np.ndarray) -> list[np.ndarra
     exact to some roundings of |A|^2 |B|^2: what is no more than that is taken for zero, and where the largest is not
     far above it nothing is told. So each value is right to 1e-7 of |A| |B|, as much as float32 numbers tell.
     """
-    bounds = np.sqrt((grams_a**2).sum(axis=(1, 2)) * (grams_b**2).sum(axis=(1, 2)))
+    with np.errstate(over="ignore"):
+        bounds = np.sqrt((grams_a**2).sum(axis=(1, 2)) * (grams_b**2).sum(axis=(1, 2)))
     able = np.flatnonzero((bounds > 0) & (bounds < np.inf))
     values, vectors = np.linalg.eigh(grams_b[able])
     halves = vectors * np.sqrt(np.maximum(values, 0))[:, None]

@@ -20,7 +20,9 @@ from stages.export.made_folders import Entry, already_made, digests, spare_base
 from stages.export.model_card import model_card
 from stages.files import reading, writing
 from stages.runtime import quiet
+from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace.commands import Command
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MODEL_CARD
 from stages.workspace.paths import Workspace
 
@@ -76,6 +78,7 @@ def export(
     report(Event("stage", f"export {subject}, round {round}{', merged' if merged else ''}"))
     adapter = adapter_of(workspace, model, round, client)
     role: Role = "llm" if subject == "llm" else "slm"
+    _check_changes_something(workspace, subject, adapter)
     base_model = hub_id(workspace, role)
     revision = workspace.agreement.model_of(role).revision if base_model else None
     card = model_card(workspace, adapter, subject, merged=merged, base_model=base_model, revision=revision).encode()
@@ -113,6 +116,14 @@ def export(
     report(Event("note", f"loaded back, its logits are those of base and adapter: {words}"))
     _tell_loss(proof, report)
     return made
+
+
+def _check_changes_something(workspace: Workspace, subject: str, adapter: Artefact) -> None:
+    """Raise UsageProblem for the server's SLM where every B is a client's own."""
+    if subject in ("slm", "aggregate") and workspace.agreement.server_has_no_b:
+        message = "the server's SLM is its base: with personal B and no training at the server, every B is a client's"
+        mend = Command("export", client=1, round=adapter.manifest.round)
+        raise UsageProblem(message, where=adapter.path, mend=mend)
 
 
 def _tell_loss(proof: Proof, report: Report) -> None:

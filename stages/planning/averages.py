@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -58,17 +59,26 @@ def aggregate(here: Here) -> StagePlan:
 
 
 def updates_of(agreement: Agreement, layout: Layout) -> tuple[int, int]:
-    """What a client sends of an adapter in a round: numbers, and bytes of its file; means of two rounds, in turns."""
+    """What a client sends of an adapter in a round: numbers, and bytes of its file.
+
+    Means of all clients, whose ranks may differ, and of two rounds, in which A and B may take turns.
+    """
+    from stages.aggregation.sources import at_rank
     from stages.models import shapes
 
-    rounds = range(1, 1 + min(2, agreement.federation.rounds))
-    parts = [part_of(layout, agreement.sent_in(round)) for round in rounds]
-    numbers = [sum(map(math.prod, part.values())) for part in parts]
-    sizes = list(map(shapes.file_bytes, parts))
-    if agreement.keep:
-        numbers = [count_kept(number, agreement.keep) for number in numbers]
-        sizes = [len(sparse_bytes(Sparse(np.zeros(n, np.uint32), np.zeros(n, np.float32)))) for n in numbers]
-    return sum(numbers) // len(parts), sum(sizes) // len(parts)
+    ranks, rounds = Counter(agreement.ranks.values()), range(1, 1 + min(2, agreement.federation.rounds))
+    ranks[agreement.slm.lora.r] = agreement.federation.clients - ranks.total()
+    sent = np.zeros(2, int)
+    for rank, clients in ranks.items():
+        parts = [part_of(at_rank(layout, rank), agreement.sent_in(round)) for round in rounds]
+        numbers = [sum(map(math.prod, part.values())) for part in parts]
+        sizes = list(map(shapes.file_bytes, parts))
+        if agreement.keep:
+            numbers = [count_kept(number, agreement.keep) for number in numbers]
+            sizes = [len(sparse_bytes(Sparse(np.zeros(n, np.uint32), np.zeros(n, np.float32)))) for n in numbers]
+        sent += clients * np.array([sum(numbers), sum(sizes)])
+    mean_numbers, mean_bytes = map(int, sent // (agreement.federation.clients * len(rounds)))
+    return mean_numbers, mean_bytes
 
 
 def of_products(clients: int, layout: Layout) -> int:

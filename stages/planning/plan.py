@@ -61,9 +61,9 @@ class Plan:
     """The whole federation.
 
     two_phases: co-distill's, of the LLM, since the SLM takes less: capture and train.
-    sent: bytes that a client, and the server to all clients, sends in a round. Of models that learn on public rows:
-    what each client tells and is told, in a round and once. disk: bytes by part, of all rounds and parties in one
-    folder. is_to_be_dealt: whether the rows are those that prepare would deal.
+    sent: bytes that a client, on average, and the server to all clients, sends in a round. Of models that learn on
+    public rows: what each client tells and is told, in a round and once. disk: bytes by part, of all rounds and parties
+    in one folder. is_to_be_dealt: whether the rows are those that prepare would deal.
     """
 
     device: str

@@ -21,8 +21,9 @@ from stages.workspace import listing
 from stages.workspace.paths import Workspace
 
 NOT_COVERED = (
-    "machine.toml, private/split.json, exports/, slurm/, TensorBoard's files, the report; tasks/ before anything is "
-    "scored; manifests that nobody signed, until something is made from them; base models, which are hashed when loaded"
+    "machine.toml, private/split.json, exports/, slurm/, TensorBoard's files, the report; unsent.safetensors, until "
+    "the next round adds it; tasks/ before anything is scored; manifests that nobody signed, until something is made "
+    "from them; base models, which are hashed when loaded"
 )
 """By `status --verify`."""
 

@@ -55,8 +55,13 @@ OF_AVERAGE: tuple[Row, ...] = ("zero-shot", "fedavg", "fedmkt")
 
 
 def is_of_fedmkt(workspace: Workspace) -> bool:
-    """Whether a study of this workspace is about FedMKT: by its method, or since clients have models of their own."""
-    return workspace.agreement.federation.learns_in_public or bool(workspace.agreement.clients)
+    """Whether a study of this workspace is about FedMKT: by its method, or since clients' models are set apart.
+
+    Clients that differ in rank alone tune one model, which is averaged.
+    """
+    agreement = workspace.agreement
+    is_apart = any(one.slm or one.learning_rate for one in agreement.clients.values())
+    return agreement.federation.learns_in_public or is_apart
 
 
 def own_method(workspace: Workspace) -> Method:

@@ -16,6 +16,9 @@ def not_had_by(method: Federation, agreement: Agreement) -> dict[str, Any]:
     is_averaged = method.averages or (method.method == "fedmkt" and agreement.aggregation.average)
     if not is_averaged and agreement.aggregation.server != "none":
         changes |= {f"aggregation.{key}": None for key in ("server", *agreement.aggregation.server_keys)}
+    is_b_personal = method.averages and agreement.aggregation.personal == "B"
+    if is_b_personal and agreement.aggregation.gate is not None and not method.distils:
+        changes["aggregation.gate"] = None  # it would look at the base
     if not method.averages and agreement.client_training.proximal:
         changes["client_training.proximal"] = None
     has_ranks = method.averages or method.method == "standalone"

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from stages.workspace.averaging import Aggregation, Factors
+from stages.workspace.averaging import BLIND, Aggregation, Factors
 from stages.workspace.budgets import ClientTraining, Distillation
 from stages.workspace.commands import Command
 from stages.workspace.methods import AVERAGING, Federation
@@ -177,6 +177,12 @@ class Agreement(Settings):
             method, server = self.federation.method, self.aggregation.server
             also = " without aggregation.average" if method == "fedmkt" else ""
             raise ValueError(f"aggregation.server {server} is for methods that average, here is {method}{also}")
+        return self
+
+    @model_validator(mode="after")
+    def _gate_has_a_b_to_look_at(self) -> Agreement:
+        if self.aggregation.gate is not None and self.server_has_no_b:
+            raise ValueError(f"aggregation.gate looks at the server's SLM: {BLIND}, take it out")
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Tau = Annotated[float, Field(ge=1e-8, le=1e6)]
 """Of smaller ones the square, where v begins, is soon no number of float32."""
 
+BLIND = "with personal B and no training at the server that is its base, whatever is averaged"
+"""Why a gate would pass everything."""
+
 OF_SERVER: dict[Server, dict[str, float]] = {
     "none": {},
     "fedavgm": {"server_learning_rate": 1.0, "server_momentum": 0.9},

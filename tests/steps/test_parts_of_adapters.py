@@ -22,14 +22,18 @@ from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
+from stages.export.export import export
 from stages.federation.run import run
 from stages.parties.party import Party
 from stages.planning.comm_cost import comm_cost
 from stages.planning.plan import plan
 from stages.progress.status import status
-from stages.runtime.errors import Damaged, Problem, Refused
+from stages.runtime.errors import Damaged, Problem, Refused, UsageProblem
+from stages.study import variants
 from stages.workspace.agreement import Agreement
 from stages.workspace.averaging import Aggregation
+from stages.workspace.commands import Command
+from stages.workspace.methods import Method
 from stages.workspace.names import ADAPTER_WEIGHTS, MASKED_UPDATE
 from stages.workspace.paths import Workspace
 
@@ -334,3 +338,35 @@ def test_fedmkts_average_is_of_whole_adapters(equal_folder: Path, lines: str) ->
     edit(equal_folder / "fedcollm.toml", "average = true\n", f"average = true\n{lines}\n")
     with pytest.raises(Problem, match=r"aggregation\.average takes whole adapters"):
         Agreement.model_validate(Workspace(equal_folder).agreement)
+
+
+def test_a_gate_that_would_only_see_the_base_is_refused(workspace_folder: Path) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    edit(toml, "[distillation]", '[aggregation]\npersonal = "B"\ngate = 0.1\n\n[distillation]')
+    assert not Workspace(workspace_folder).agreement.server_has_no_b
+    workspace = Workspace(workspace_folder)
+    expected: dict[Method, float | None] = {"fedavg": None, "fedavg-aux": 0.1}
+    for method, gate in expected.items():
+        place, changes = variants.baseline(workspace, method)
+        made = variants.make_variant(workspace, place, changes, made_by=Command("run", method=method))
+        assert made.agreement.aggregation.gate == gate
+    edit(toml, "seed = 7", 'seed = 7\nmethod = "fedavg"')
+    with pytest.raises(Problem, match=r"aggregation\.gate looks at the server's SLM"):
+        _ = Workspace(workspace_folder).agreement
+    edit(toml, "gate = 0.1\n", "")
+    broadcast(Workspace(workspace_folder), round=1)
+    with pytest.raises(UsageProblem, match="whatever is averaged"):
+        aggregate(Workspace(workspace_folder), round=1, gate=0.1)
+
+
+def test_a_server_without_a_b_has_nothing_to_export(workspace_folder: Path) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    edit(toml, "[distillation]", '[aggregation]\npersonal = "B"\n\n[distillation]')
+    edit(toml, "seed = 7\n", 'seed = 7\nmethod = "fedavg"\n')
+    edit(toml, "rounds = 2", "rounds = 1")
+    workspace = Workspace(workspace_folder)
+    run(workspace, scores=False)
+    with pytest.raises(UsageProblem, match="every B is a client's") as raised:
+        export(workspace, model="aggregate", round=1)
+    assert str(raised.value.mend) == "fedcollm export --client 1 --round 1"
+    assert export(workspace, client=1, round=1)

@@ -23,7 +23,10 @@ from stages.audit.verify import verify
 from stages.evaluate import evaluate
 from stages.export.export import export
 from stages.federation.run import run
-from stages.runtime.errors import Problem, Refused
+from stages.planning.comm_cost import comm_cost
+from stages.planning.plan import plan
+from stages.runtime.errors import BadNumbers, Problem, Refused
+from stages.study.table_rows import methods_of, own_method, rows_of
 from stages.workspace.agreement import Agreement
 from stages.workspace.methods import Method
 from stages.workspace.paths import Workspace
@@ -203,3 +206,33 @@ def test_an_agreement_says_each_clients_shape(workspace_folder: Path) -> None:
     assert agreement.ranks == {"2": RANK}
     with pytest.raises(ValidationError):
         Agreement.model_validate(agreement.model_dump() | {"clients": {"2": {"rank": 0}}})
+
+
+def test_plan_and_comm_cost_tell_the_mean_of_what_clients_of_other_ranks_send(ran_once: Path) -> None:
+    workspace = Workspace(ran_once)
+    weights = [ran_once / f"exchange/round-0001/client-{k}/adapter_model.safetensors" for k in (1, 2, 3)]
+    numbers = [sum(one.size for one in tensors(path.parent).values()) for path in weights]
+    size = sum(path.stat().st_size for path in weights) // 3
+    cost = comm_cost(workspace).full
+    assert cost is not None
+    assert (cost.update_parameters, cost.update_bytes) == (sum(numbers) // 3, size)
+    assert cost.update_parameters < cost.adapter_parameters
+    assert plan(workspace).sent["client"] == size
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_average_beyond_float32_is_refused_without_a_warning_of_numpys(ran: Path) -> None:
+    shutil.rmtree(ran / "private/server/round-0001")
+    place = ran / "exchange/round-0001/client-2"
+    large = {name: np.full_like(one, 3e38) for name, one in tensors(place).items()}
+    (place / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(large, metadata={"format": "pt"}))
+    sign(place)
+    with pytest.raises(BadNumbers, match="holds NaN or infinity"):
+        aggregate(Workspace(ran), round=1)
+    assert audit([ran])
+
+
+def test_a_study_of_clients_of_other_ranks_is_fedcollms(ran_once: Path, finished: Path) -> None:
+    of_ranks, of_one_rank = Workspace(ran_once), Workspace(finished)
+    assert rows_of(of_ranks) == rows_of(of_one_rank)
+    assert (own_method(of_ranks), methods_of(of_ranks)) == ("fedcollm", methods_of(of_one_rank))
