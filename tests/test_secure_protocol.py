@@ -47,7 +47,7 @@ from stages.runtime.errors import Problem
 from stages.secagg import fixed_point, masking, one_round, reveals, unmasking
 from stages.secagg.one_round import round_of
 from stages.secagg.vectors import array_bytes, read_array
-from stages.workspace.agreement import threshold
+from stages.workspace.averaging import threshold
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_REVEAL, SEALED_SHARES
 from stages.workspace.paths import Workspace
 

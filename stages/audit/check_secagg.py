@@ -18,7 +18,8 @@ from stages.runtime.errors import Problem
 from stages.secagg import masking, unmasking
 from stages.secagg.one_round import transcript_of
 from stages.secagg.vectors import read_array
-from stages.workspace.agreement import Agreement, threshold
+from stages.workspace.agreement import Agreement
+from stages.workspace.averaging import threshold
 from stages.workspace.names import MANIFEST, MASKED_UPDATE, SEALED_SHARES
 
 A9 = Check("A9", "secagg")

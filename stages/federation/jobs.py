@@ -14,7 +14,7 @@ from stages.parties.names import SERVER, client, number_of
 from stages.progress import staleness
 from stages.progress.steps import Round, Step
 from stages.runtime.errors import Refused
-from stages.workspace.agreement import threshold
+from stages.workspace.averaging import threshold
 from stages.workspace.paths import Workspace
 
 

@@ -24,7 +24,7 @@ from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.progress.steps import Round, Step, awaited
 from stages.runtime.errors import Damaged, UsageProblem
 from stages.workspace import edits
-from stages.workspace.agreement import threshold
+from stages.workspace.averaging import threshold
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT, MANIFEST
 from stages.workspace.paths import Workspace

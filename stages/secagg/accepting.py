@@ -11,7 +11,7 @@ from stages.parties.roster import Roster
 from stages.parties.vault import LARGEST_JUMP, Vault
 from stages.runtime.errors import Damaged, Refused
 from stages.runtime.events import Event, Report, ignore
-from stages.workspace.agreement import threshold
+from stages.workspace.averaging import threshold
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 

@@ -24,7 +24,7 @@ from stages.runtime.errors import Damaged, Refused
 from stages.secagg import prg, shamir
 from stages.secagg.prg import Stream
 from stages.secagg.shamir import SECRET_BYTES, Draw
-from stages.workspace.agreement import threshold
+from stages.workspace.averaging import threshold
 
 SALT_BYTES, TAG_BYTES = 16, 16
 NONCE = bytes(12)

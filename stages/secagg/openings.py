@@ -14,7 +14,7 @@ from stages.parties.memory import Kept, recall, remember
 from stages.parties.party import Party
 from stages.parties.roster import Roster
 from stages.runtime.errors import Refused, UsageProblem
-from stages.workspace.agreement import threshold
+from stages.workspace.averaging import threshold
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 

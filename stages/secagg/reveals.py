@@ -18,7 +18,7 @@ from stages.parties.one_time_keys import KEY_BYTES, derive, domain
 from stages.runtime.errors import Damaged, Refused
 from stages.secagg.masking import NONCE, TAG_BYTES, agree, decrypt
 from stages.secagg.shamir import Draw
-from stages.workspace.agreement import threshold
+from stages.workspace.averaging import threshold
 
 
 def place(dealer: int, other: int, clients: Sequence[int]) -> int:

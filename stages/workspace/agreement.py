@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from stages.workspace.averaging import BLIND, Aggregation, Factors
+from stages.workspace.averaging import BLIND, Aggregation, Factors, threshold
 from stages.workspace.budgets import ClientTraining, Distillation
 from stages.workspace.commands import Command
 from stages.workspace.methods import AVERAGING, Federation
@@ -44,11 +44,6 @@ class Client(Settings):
     slm: Model | None = None
     learning_rate: Rate | None = None
     rank: Positive | None = None
-
-
-def threshold(clients: int) -> int:
-    """How many of the clients of a round must reveal before it can be unmasked: t."""
-    return 2 * clients // 3 + 1
 
 
 class Agreement(Settings):
@@ -102,9 +97,8 @@ class Agreement(Settings):
         if self.federation.clients_tell:
             raise ValueError("aggregation.mode secure hides what each client tells: method fedmkt compares just that")
         if not self.federation.averages:
-            raise ValueError(
-                f"aggregation.mode secure has nothing to hide: method {self.federation.method} averages nothing"
-            )
+            method = self.federation.method
+            raise ValueError(f"aggregation.mode secure has nothing to hide: method {method} averages nothing")
         if not 3 <= clients <= 256:
             raise ValueError(f"aggregation.mode secure takes 3 to 256 clients, here are {clients}")
         if (self.aggregation.min_clients or clients) < least:

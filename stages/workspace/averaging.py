@@ -30,6 +30,11 @@ OF_SERVER: dict[Server, dict[str, float]] = {
 """The keys that each of the server's optimisers has, and what holds where one is absent."""
 
 
+def threshold(clients: int) -> int:
+    """How many of the clients of a round must reveal before it can be unmasked: t."""
+    return 2 * clients // 3 + 1
+
+
 class Aggregation(Settings):
     """Line 13 of Algorithm 1. Without min_clients every client must have answered."""
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stages.parties import one_time_keys
 from stages.runtime.errors import Damaged, Refused
 from stages.secagg import reveals
-from stages.workspace.agreement import threshold
+from stages.workspace.averaging import threshold
 
 
 @settings(deadline=None, max_examples=60)

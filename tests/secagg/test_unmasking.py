@@ -15,7 +15,7 @@ from secure_rounds import Masking, masked_round
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.secagg import masking, prg, unmasking
 from stages.secagg.unmasking import Opened
-from stages.workspace.agreement import threshold
+from stages.workspace.averaging import threshold
 
 
 def unmask(made: Masking, survivors: list[int], opened: Opened) -> np.ndarray:
