@@ -68,7 +68,7 @@ def update_of(round: int, client: int) -> adapter_files.Tensors:
 
 def published(self: ClientTrain, opened: Opened, _: None, over: Over) -> Manifest:
     """In the place of what client-train's training leaves."""
-    theta, client = opened.theta, self.party.number
+    theta, client = opened.start.theta, self.party.number
     assert client is not None
     writing.write_log(self.log, [{"inputs": {"data": opened.data_sha256}}])
     weights = adapter_files.weights_bytes(update_of(self.round, client))
