@@ -63,11 +63,12 @@ def check_rows(
     """Check rows of your own before anybody trains on them.
 
     Reads the rows, and writes nothing but what --fix asks for. Tells all at once, with line numbers. FAIL: lines that
-    are no rows, and rows that are too long; training would refuse the file. WARN: rows that occur twice, here or in another file; prompts with two answers, or that are also
-    questions of [evaluation]; rows without a completion that teach nothing; no space before an answer, or two; byte
-    order marks and mixed line ends. Prints how long rows are in tokens, if the tokenizer is here, and the answers where
-    there are few. It prints no other text of a row. A file that has its place in this workspace is checked for what is
-    done with it there, any other as a client's. Loads no weights. Ends with exit code 4 if a file would be refused.
+    are no rows, and rows that are too long; training would refuse the file. WARN: rows that occur twice, here or in
+    another file; prompts with two answers, or that are also questions of [evaluation]; rows without a completion that
+    teach nothing; no space before an answer, or two; byte order marks and mixed line ends. Prints how long rows are in
+    tokens, if the tokenizer is here, and the answers where there are few. It prints no other text of a row. A file that
+    has its place in this workspace is checked for what is done with it there, any other as a client's. Loads no
+    weights. Ends with exit code 4 if a file would be refused.
 
     With --fix, a copy is written: Unix's line ends, no byte order mark, no empty line, each row once, one space before
     an answer. Spaces that indent a line, and lines that are no rows, stay as they are. The file itself never
