@@ -480,7 +480,7 @@ def sent(
         (place / "manifest.json").write_bytes(signed)
         head = Artefact(place, manifest, signed, hashlib.sha256(signed).hexdigest(), {ADAPTER_CONFIG: config})
         heads.append(head)
-    return Updates(heads, theta, lora, lambda event: None)
+    return Updates(heads, theta, lambda event: None)
 
 
 def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int = 0) -> list[Example]:

@@ -12,6 +12,7 @@ from fedcollm_cli.commands.reporting import in_words
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, Session, guarded, in_workspace, show_one_gpu
 from fedcollm_cli.views import progress
+from stages.runtime.errors import Damaged
 
 
 def init(
@@ -77,13 +78,12 @@ def check_rows(
     Example: fedcollm check-rows --client 2 --fix
     """
     from fedcollm_cli.views.rows import checked_rows
-    from stages.planning.check_rows import DAMAGED
     from stages.planning.check_rows import check_rows as stage
 
     found = stage(opened.workspace, files=files or (), client=client, fix=fix, report=opened.console.report)
     opened.console.result([one.as_json(opened.workspace) for one in found], checked_rows(opened.workspace, found))
     if any(one.is_refused for one in found):
-        raise typer.Exit(DAMAGED)
+        raise typer.Exit(Damaged.exit_code)
 
 
 @in_workspace("quiet")

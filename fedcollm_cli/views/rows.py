@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from stages.audit.checks import number_of
 from stages.runtime import texts
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def checked_rows(workspace: Workspace, found: Sequence[Checked]) -> str:
 
 
 def _file(workspace: Workspace, one: Checked) -> list[str]:
-    lines = [f"{workspace.shown(one.path)}: {_counted(one.rows, 'row')}"]
+    lines = [f"{workspace.shown(one.path)}: {number_of(one.rows, 'row')}"]
     if size := one.lengths:
         rows = f"half have {size.half:g} or fewer, 95 % {size.most} or fewer, the longest {size.longest}"
         answers = f"completions {size.half_answer:g}, the longest {size.longest_answer}"
@@ -48,7 +49,3 @@ def _lines(remark: Remark) -> str:
     listed = ", ".join(map(str, remark.lines[:MOST_LINES]))
     more = len(remark.lines) - MOST_LINES
     return f": {'line' if len(remark.lines) == 1 else 'lines'} {listed}" + (f" and {more} more" if more > 0 else "")
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.aggregation.updates import Updates, inner_products
-from stages.artefacts.adapter_files import check_config, read_adapter
+from stages.artefacts.adapter_files import check_config, flat, read_adapter
 from stages.artefacts.receiving import read_sound
 from stages.parties.party import Onlooker
 from stages.runtime.events import ignore
@@ -43,8 +43,8 @@ def drift(workspace: Workspace, round: int) -> list[Drift]:
     heads = [read_sound(path, by=who, only=[ADAPTER_CONFIG]) for path in clients.values()]
     for head in heads:
         check_config(head.contents[ADAPTER_CONFIG], head.path / ADAPTER_CONFIG, lora)
-    updates = Updates(heads, theta, lora, ignore)
-    start, products = updates.flat(theta), np.zeros((len(heads), len(heads)))
+    updates = Updates(heads, theta, ignore)
+    start, products = flat(theta), np.zeros((len(heads), len(heads)))
     for place, block in updates.blocks() if heads else ():
         products += inner_products(block, start[place])
     norms = np.sqrt(np.diag(products))

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from stages.aggregation import plain
 from stages.aggregation.pruning import left_out, pruned
-from stages.artefacts.adapter_files import part_of, read_adapter, weights_bytes
+from stages.artefacts.adapter_files import weights_bytes
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.parts import cut
+from stages.artefacts.parts import cut, numbers_sent
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import read_sound
@@ -40,9 +40,7 @@ class ToServer(plain.ToServer):
         super().accept(theta)
         agreement = self.party.workspace.agreement
         if theta and agreement.keep:
-            round = theta.manifest.round
-            parts = part_of(read_adapter(theta, None, agreement.slm.lora), agreement.sent_in(round))
-            numbers = sum(part.size for part in parts.values())
+            numbers, round = numbers_sent(theta, agreement), theta.manifest.round
             left_out(self.party.workspace, round=round, client=self.party.number, numbers=numbers)
 
     def send(self, theta: Artefact | None, trained: Manifest, again: bool) -> Manifest:

@@ -112,7 +112,7 @@ def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -
     seen = [_own(head) for head in heads]
     weights = [WEIGHTINGS[settings.weighting](examples) for examples, _ in seen]
     with threadpool_limits(1, "blas"):
-        tensors, metrics = combine(settings, Updates(heads, start, lora, report, agreement.keep), weights)
+        tensors, metrics = combine(settings, Updates(heads, start, report, agreement.keep), weights)
     # what was read now, should it have been replaced meanwhile
     parents = arrived.parents | {head.path.name: head.sha256 for head in heads}
     return Average(old | tensors, parents, sum(own for own, _ in seen), sum(tokens for _, tokens in seen), metrics)

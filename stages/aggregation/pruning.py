@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from stages.artefacts.adapter_files import Tensors, is_finite
-from stages.artefacts.sparse_files import Sparse, count_kept, flat, largest
+from stages.artefacts.adapter_files import Tensors, flat, is_finite, loaded
+from stages.artefacts.sparse_files import Sparse, count_kept, largest
 from stages.artefacts.tensor_files import bad, largest_bytes, read_header
 from stages.files import reading, writing
 from stages.runtime.errors import BadNumbers, Damaged, NotReady
@@ -81,10 +80,7 @@ def _read(path: Path, numbers: int) -> np.ndarray:
     found = {name: (entry.get("dtype"), entry.get("shape")) for name, entry in header.items()}
     if found != {NAME: ("F32", [numbers])}:
         raise bad(path, f"does not hold the {numbers} numbers that an earlier round left out")
-    try:
-        left: np.ndarray = safetensors.numpy.load(content)[NAME]
-    except safetensors.SafetensorError as error:
-        raise bad(path, f"is no sound safetensors file: {error}") from error
+    left = loaded(content, path)[NAME]
     if not is_finite(left):
         raise bad(path, "holds NaN or infinity")
     return left

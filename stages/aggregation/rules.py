@@ -18,7 +18,7 @@ from stages.aggregation.means import Mean
 from stages.aggregation.products import mean_of_products
 from stages.aggregation.sorting import in_order
 from stages.aggregation.updates import Updates, inner_products
-from stages.artefacts.adapter_files import Tensors
+from stages.artefacts.adapter_files import Tensors, flat
 from stages.workspace.averaging import Aggregation
 
 TIED_AT_ONCE = 1 << 12
@@ -141,7 +141,7 @@ def clipped_mean(updates: Updates, weights: Sequence[int]) -> Combined:
 
 def _norms(updates: Updates) -> list[float]:
     """||u_k|| of every update, computed in float64."""
-    theta, squares = updates.flat(updates.theta), np.zeros(len(updates.heads))
+    theta, squares = flat(updates.theta), np.zeros(len(updates.heads))
     for place, block in updates.blocks():
         squares += _squares(block, theta[place])
     return [*map(float, np.sqrt(squares))]
@@ -190,7 +190,7 @@ def _distances(updates: Updates) -> tuple[np.ndarray, np.ndarray]:
     Of the updates, not the adapters, since they are shorter. The error of a sum of n products is at most n roundings
     of the sum of their sizes (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), that is, of |u_j| |u_k|.
     """
-    theta, products = updates.flat(updates.theta), np.zeros((len(updates.heads), len(updates.heads)))
+    theta, products = flat(updates.theta), np.zeros((len(updates.heads), len(updates.heads)))
     for place, block in updates.blocks():
         products += inner_products(block, theta[place])
     squares = np.diag(products)
@@ -217,7 +217,7 @@ def geometric_median(updates: Updates, weights: Sequence[int]) -> Combined:
     of each; the updates are then read once more. Bad updates of less than half of the weight cannot move it further
     than the good ones lie apart, times a factor that grows with their share.
     """
-    theta, products = updates.flat(updates.theta), np.zeros((len(weights), len(weights)))
+    theta, products = flat(updates.theta), np.zeros((len(weights), len(weights)))
     for place, block in updates.blocks():
         products += inner_products(block, theta[place])
     shares = weiszfeld(products, np.array(weights, np.float64) / sum(weights))

@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 
 import numpy as np
 
-from stages.artefacts.adapter_files import A, B, Layout, Tensors, is_as_written, is_finite
+from stages.artefacts.adapter_files import A, B, Layout, Tensors, is_as_written, is_finite, numbers_in
 from stages.artefacts.reading import LEVELS
 from stages.artefacts.sparse_files import Sparse
 from stages.artefacts.tensor_files import largest_bytes
@@ -85,7 +85,7 @@ def as_written(path: Path, size_bytes: int, layout: Layout, *, sha256: str = "")
 
     sha256: what it must come to once all of it is read; without one that is not looked at. Raises Damaged.
     """
-    start = size_bytes - 4 * sum(map(math.prod, layout.values()))
+    start = size_bytes - 4 * numbers_in(layout)
     if 8 <= start <= largest_bytes(0):
         content = bytearray(start)
         is_there = reading.read_into(path, memoryview(content), start=0, named_bytes=size_bytes, levels=LEVELS)

@@ -26,13 +26,12 @@ from stages.aggregation.sources import (
     whole_layers,
     widened,
 )
-from stages.artefacts.adapter_files import Tensors, check_config, check_finite, layout_of, read_adapter
+from stages.artefacts.adapter_files import Tensors, check_config, check_finite, flat, layout_of, read_adapter
 from stages.artefacts.reading import Artefact, read_file, read_manifest
-from stages.artefacts.sparse_files import flat, read_sparse
+from stages.artefacts.sparse_files import read_sparse
 from stages.artefacts.tensor_files import largest_bytes
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report
-from stages.workspace.agreement import Lora
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SPARSE_UPDATE
 
 BLOCK_BYTES = 16 << 20
@@ -53,7 +52,6 @@ class Updates:
 
     heads: Sequence[Artefact]
     theta: Tensors
-    lora: Lora
     report: Report
     keep: float | None = None
 
@@ -109,7 +107,7 @@ class Updates:
 
     @cached_property
     def _start(self) -> np.ndarray:
-        return self.flat(self.theta)
+        return flat(self.theta)
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Where some numbers lie in an adapter, and those numbers of every client, float32 [K, n].
@@ -138,14 +136,10 @@ class Updates:
             if not source.is_whole():
                 self._blame(number)
 
-    def flat(self, adapter: Tensors) -> np.ndarray:
-        """An adapter's numbers one after the other, by the names of its tensors, as in its file: [size]."""
-        return flat(adapter)
-
-    def tensors(self, flat: np.ndarray) -> Tensors:
+    def tensors(self, numbers: np.ndarray) -> Tensors:
         """The adapter of these numbers."""
         ends = np.cumsum([self.theta[name].size for name in sorted(self.theta)])
-        parts = zip(sorted(self.theta), np.split(flat, ends[:-1]), strict=True)
+        parts = zip(sorted(self.theta), np.split(numbers, ends[:-1]), strict=True)
         return {name: part.reshape(self.theta[name].shape) for name, part in parts}
 
     def _source(self, number: int) -> Source:
@@ -157,7 +151,7 @@ class Updates:
         narrow = at_rank(layout, head.manifest.lora.r)
         stored = as_written(path, entry.size_bytes, narrow, sha256=entry.sha256)
         if stored is None:
-            return Held(self.flat(self.adapter(number)))
+            return Held(flat(self.adapter(number)))
         return stored if narrow == layout else Widened(stored, narrow, layout)
 
     def _blame(self, number: int) -> NoReturn:

@@ -36,6 +36,16 @@ def layers_of(names: Collection[str]) -> list[str]:
     return [layer for layer in layers if layer + B in names]
 
 
+def numbers_in(layout: Layout) -> int:
+    """How many numbers tensors of these shapes hold."""
+    return sum(map(math.prod, layout.values()))
+
+
+def flat(tensors: Tensors) -> np.ndarray:
+    """An adapter's numbers one after the other, by the names of its tensors, as in its file: [numbers]."""
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
 def part_of(tensors: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
     """Of an adapter's tensors, or of their shapes, those of A, of B, or all; what is of neither is always there."""
     left_out = {"A": B, "B": A}.get(factors)

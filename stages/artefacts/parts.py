@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from stages.artefacts.adapter_files import Tensors, layout_of, part_of, read_adapter, weights_bytes
+from stages.artefacts.adapter_files import Tensors, layout_of, numbers_in, part_of, read_adapter, weights_bytes
 from stages.artefacts.lineage import own_parent
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
@@ -89,8 +88,5 @@ def _own(client: Party, round: int) -> Artefact | None:
 
 def numbers_sent(theta: Artefact, agreement: Agreement) -> int:
     """How many numbers each client sends of an adapter that began with this broadcast."""
-    factors = agreement.sent_in(theta.manifest.round)
-    if factors == "AB":
-        return theta.manifest.parameters
-    sent = part_of(layout_of(read_adapter(theta, None, agreement.slm.lora)), factors)
-    return sum(map(math.prod, sent.values()))
+    layout = layout_of(read_adapter(theta, None, agreement.slm.lora))
+    return numbers_in(part_of(layout, agreement.sent_in(theta.manifest.round)))

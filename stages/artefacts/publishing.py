@@ -48,6 +48,11 @@ GATE_KEPT = "gate_kept"
 PUBLIC = "the public rows"
 
 
+def keeps_old(manifest: Manifest) -> bool:
+    """Whether an aggregate is its broadcast's adapter: the gate kept that, or the round was given up."""
+    return any(manifest.metrics.get(name) == 1 for name in (GATE_KEPT, KEPT_OLD))
+
+
 def publish(
     folder: Path,
     contents: Mapping[str, bytes],

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from stages.artefacts.adapter_files import Layout, Tensors, is_finite
+from stages.artefacts.adapter_files import Layout, is_finite, loaded, numbers_in
 from stages.artefacts.tensor_files import bad, read_header
-from stages.files import reading
-from stages.runtime.errors import BadNumbers, Damaged
+from stages.runtime.errors import BadNumbers
 
 KINDS = {"changes": "F32", "positions": "U32"}
 
@@ -56,10 +54,7 @@ def parse_sparse(content: bytes, path: Path) -> Sparse:
         raise bad(path, "is no sparse update: it has positions, U32 [n], and changes, F32 [n]")
     if "__metadata__" in header:
         raise bad(path, "carries metadata, which a sparse update has none of")
-    try:
-        arrays = safetensors.numpy.load(content)
-    except safetensors.SafetensorError as error:
-        raise Damaged(f"not a sound safetensors file: {error}", where=path, mend=reading.FOLDER_AGAIN) from error
+    arrays = loaded(content, path)
     sparse = Sparse(arrays["positions"], arrays["changes"])
     steps = np.diff(sparse.positions.astype(np.int64))
     if not (steps > 0).all():
@@ -72,15 +67,10 @@ def parse_sparse(content: bytes, path: Path) -> Sparse:
 
 def read_sparse(content: bytes, path: Path, layout: Layout, share: float) -> Sparse:
     """An update of an adapter of this layout, of which this share is sent. Raises Damaged where it does not fit."""
-    numbers = sum(map(math.prod, layout.values()))
+    numbers = numbers_in(layout)
     sparse = parse_sparse(content, path)
     if len(sparse.positions) != count_kept(numbers, share):
         raise bad(path, f"has {len(sparse.positions)} numbers; of {numbers} {count_kept(numbers, share)} are sent")
     if sparse.positions[-1] >= numbers:
         raise bad(path, f"names position {sparse.positions[-1]} of {numbers} numbers")
     return sparse
-
-
-def flat(tensors: Tensors) -> np.ndarray:
-    """An adapter's numbers one after the other, as in its file: [numbers]."""
-    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])

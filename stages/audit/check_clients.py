@@ -6,7 +6,7 @@ What it finds is a reason to ask, not a proof: clients with data of their own ki
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +15,7 @@ import numpy as np
 from stages.aggregation.means import Mean
 from stages.aggregation.sources import Held, Source, as_written, side_by_side, stacked, whole_layers
 from stages.aggregation.updates import columns_of, inner_products
-from stages.artefacts.adapter_files import Tensors, layout_of, part_of
+from stages.artefacts.adapter_files import Tensors, flat, layout_of, part_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import read_weights, tensors_if_sound
@@ -119,7 +119,7 @@ def compare(updates: dict[int, Folder], start: Tensors) -> tuple[np.ndarray, dic
     blocks = side_by_side(sources, [place for place, _ in places], blame)
     products, mean = np.zeros((len(paths), len(paths))), Mean()
     for (_, names), (_, block) in zip(places, blocks, strict=True):
-        products += inner_products(block, _flat(start, names))
+        products += inner_products(block, flat({name: start[name] for name in names}))
         mean.add_all(stacked(block, {name: layout[name] for name in names}))
     return products, mean.cross_terms()
 
@@ -130,11 +130,8 @@ def _source(path: Path, start: Tensors) -> Source:
     with contextlib.suppress(Damaged):  # of another type than is exchanged: A3 says so
         if stored := as_written(weights, weights.stat().st_size, layout_of(start)):
             return stored
-    return Held(_flat(read_weights(path).tensors, sorted(start)))
-
-
-def _flat(tensors: Tensors, names: Sequence[str]) -> np.ndarray:
-    return np.concatenate([tensors[name].ravel() for name in names])
+    found = read_weights(path).tensors
+    return Held(flat({name: found[name] for name in start}))
 
 
 def pairwise(products: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.aggregation.updates import CACHED_NUMBERS
 from stages.artefacts.adapter_files import A, B, Tensors, layout_of
-from stages.artefacts.publishing import GATE_KEPT, KEPT_OLD
+from stages.artefacts.publishing import keeps_old
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder
 from stages.audit.foreign_adapters import (
@@ -64,7 +64,7 @@ def _is_without_b(folder: Folder) -> bool:
     if manifest is None or manifest.stage not in ("broadcast", "aggregate"):
         return False
     is_personal = agreement is not None and agreement.personal and agreement.aggregation.personal == "B"
-    return is_personal or bool(manifest.metrics.get(KEPT_OLD) or manifest.metrics.get(GATE_KEPT))
+    return is_personal or keeps_old(manifest)
 
 
 def _without_numbers(adapter: AnyAdapter, weights: str) -> Iterator[Finding]:

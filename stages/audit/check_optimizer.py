@@ -13,7 +13,7 @@ import numpy as np
 from stages.aggregation.optimizers import Keys, State, change_by
 from stages.aggregation.server_state import read_state
 from stages.artefacts.adapter_files import Tensors, layout_of
-from stages.artefacts.publishing import KEPT_OLD
+from stages.artefacts.publishing import keeps_old
 from stages.audit.check_chain import parent_of
 from stages.audit.checks import Check, Finding, number_of
 from stages.audit.folders import Folder, Scope
@@ -52,21 +52,14 @@ def state_of(folder: Folder, adapter: AnyAdapter | None, start: Tensors | None) 
     if start is None or layout_of(start) != layout_of(adapter.tensors):
         yield A12.skip("the broadcast of its round is not here, or not sound", where=folder.shown)
         return
-    off = _off(start, adapter.tensors, None if is_kept(folder) else state, settings.server_keys)
-    if off:
-        step = (
-            "the broadcast's, which is kept" if is_kept(folder) else f"a step of {settings.server} from the broadcast"
-        )
+    kept = keeps_old(manifest)
+    if off := _off(start, adapter.tensors, None if kept else state, settings.server_keys):
+        step = "the broadcast's, which is kept" if kept else f"a step of {settings.server} from the broadcast"
         yield A12.fail(folder.file(ADAPTER_WEIGHTS), f"{off} is another", step)
         return
     norms = {name: value for name, value in manifest.metrics.items() if name in ("delta_norm", "step_norm")}
-    said = "no step: the old adapter is kept" if is_kept(folder) else f"a step of {settings.server}"
+    said = "no step: the old adapter is kept" if kept else f"a step of {settings.server}"
     yield A12.ok(said, where=folder.shown, measured=norms)
-
-
-def is_kept(folder: Folder) -> bool:
-    """Whether an aggregate is its broadcast's adapter, by the gate or since the round was given up."""
-    return any(folder.said.metrics.get(name) == 1 for name in ("gate_kept", KEPT_OLD))
 
 
 def _off(start: Tensors, found: Tensors, state: State | None, keys: Keys) -> str:
@@ -89,7 +82,7 @@ def states_in_all(scopes: list[Scope], folders: list[Folder]) -> Iterator[Findin
     for folder in looked:
         before = ours.get(parent_of(folder, "aggregate") or folder.path) if "aggregate" in folder.said.parents else None
         named = before.said.files.get(SERVER_STATE) if before else None
-        if is_kept(folder) and named and named.sha256 != folder.said.files[SERVER_STATE].sha256:
+        if keeps_old(folder.said) and named and named.sha256 != folder.said.files[SERVER_STATE].sha256:
             yield A12.fail(folder.file(SERVER_STATE), "is another than that of the round before", "the same: no step")
     if not looked:
         if any(scope.agreement and scope.agreement.aggregation.server != "none" for scope in scopes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stages.artefacts.adapter_files import Layout, Tensors, check_finite, config_bytes, weights_bytes
+from stages.artefacts.adapter_files import Layout, Tensors, check_finite, config_bytes, numbers_in, weights_bytes
 from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.imports import out_of_sight
@@ -178,7 +177,7 @@ def modules(model: PeftModel) -> list[str]:
 
 def count(model: PeftModel) -> int:
     """The number of the adapter's parameters: what travels, Table 3."""
-    return sum(math.prod(shape) for shape in layout(model).values())
+    return numbers_in(layout(model))
 
 
 TRAIN_MORE = "train more steps, or raise the learning rate"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import numpy as np
 
-from stages.artefacts.adapter_files import A, B, Layout, layers_of, part_of
+from stages.artefacts.adapter_files import A, B, Layout, layers_of, numbers_in, part_of
 from stages.artefacts.sparse_files import Sparse, count_kept, sparse_bytes
 from stages.planning.estimates import Here, StagePlan
 from stages.workspace.agreement import Agreement
@@ -39,9 +38,7 @@ def aggregate(here: Here) -> StagePlan:
     if "slm" in here.shapes:
         agreement, layout = here.workspace.agreement, here.shapes["slm"].layout
         whole, settings = shapes.FLOAT32_BYTES * here.shapes["slm"].adapter_parameters, agreement.aggregation
-        values = shapes.FLOAT32_BYTES * max(
-            sum(math.prod(shape) for shape in part_of(layout, agreement.sent_in(round)).values()) for round in (1, 2)
-        )
+        values = shapes.FLOAT32_BYTES * max(numbers_in(part_of(layout, agreement.sent_in(round))) for round in (1, 2))
         count = here.workspace.agreement.federation.clients
         block = min(count * values, max(updates.BLOCK_BYTES, count * 4 * updates.FEWEST_NUMBERS))
         copies = COPIES.get(settings.rule)
@@ -71,7 +68,7 @@ def updates_of(agreement: Agreement, layout: Layout) -> tuple[int, int]:
     sent = np.zeros(2, int)
     for rank, clients in ranks.items():
         parts = [part_of(at_rank(layout, rank), agreement.sent_in(round)) for round in rounds]
-        numbers = [sum(map(math.prod, part.values())) for part in parts]
+        numbers = list(map(numbers_in, parts))
         sizes = list(map(shapes.file_bytes, parts))
         if agreement.keep:
             numbers = [count_kept(number, agreement.keep) for number in numbers]

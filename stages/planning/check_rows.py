@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from stages.models.tuned import Outline
     from stages.workspace.settings import Role
 
-DAMAGED = 4
-"""The exit code where training would refuse a file."""
-
 
 @dataclass(frozen=True)
 class Checked:

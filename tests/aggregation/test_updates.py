@@ -54,7 +54,7 @@ def test_blocks_hold_every_number_of_every_client_once(updates: Updates) -> None
 def test_one_after_the_other_they_are_the_adapters(updates: Updates) -> None:
     for found, adapter in zip(updates.adapters(), ADAPTERS, strict=True):
         np.testing.assert_array_equal(flat(found), flat(adapter))
-    again = updates.tensors(updates.flat(ADAPTERS[1]))
+    again = updates.tensors(flat(ADAPTERS[1]))
     assert {name: tensor.tobytes() for name, tensor in again.items()} == {
         name: tensor.tobytes() for name, tensor in ADAPTERS[1].items()
     }

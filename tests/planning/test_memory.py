@@ -75,6 +75,20 @@ def measured_peak(work: Callable[[], object]) -> int:
     return peak
 
 
+def planned(model: Tuned, *, autocast: bool = False, is_attacked: bool = False) -> memory.Step:
+    """What is said of a step of one model."""
+    return memory.training_step(
+        {"slm": shape_of(model)},
+        task_loss,
+        rows=ROWS,
+        length=LENGTH,
+        answers=ANSWERS,
+        device=CPU,
+        autocast={"slm": autocast},
+        is_attacked=is_attacked,
+    )
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_what_is_kept_is_what_a_real_model_keeps_and_the_sum_is_its_peak(family: Family, autocast: bool) -> None:
@@ -84,15 +98,7 @@ def test_what_is_kept_is_what_a_real_model_keeps_and_the_sum_is_its_peak(family:
     def work() -> tuple[Tensor, int]:
         return loss_of([model], task_loss, {"slm": autocast})
 
-    step = memory.training_step(
-        {"slm": shape_of(model)},
-        task_loss,
-        rows=ROWS,
-        length=LENGTH,
-        answers=ANSWERS,
-        device=CPU,
-        autocast={"slm": autocast},
-    )
+    step = planned(model, autocast=autocast)
     # Cross-entropy keeps float32 log-probabilities; the logits that they are made of live until it has.
     with held_in_bfloat16(replace(model, autocast=autocast)):
         logits = work()[1]
@@ -111,16 +117,7 @@ def test_a_step_under_attack_takes_what_is_said_however_many_passes_it_has(famil
     model = tuned("slm", family=family, width=64, vocabulary=500)
     objective = objective_of(model, Adversarial(radius=0.1, steps=steps)).train()
     batch = objective.collate([Example([3] * LENGTH, LENGTH - ANSWERS)] * ROWS)
-    step = memory.training_step(
-        {"slm": shape_of(model)},
-        task_loss,
-        rows=ROWS,
-        length=LENGTH,
-        answers=ANSWERS,
-        device=CPU,
-        autocast={"slm": False},
-        is_attacked=True,
-    )
+    step = planned(model, is_attacked=True)
     total = step.activations + step.logits + step.transient + 2 * 4 * adapters.count(model.model)
     peak = measured_peak(lambda: objective(**batch)["loss"].backward())
     assert 0.9 * peak <= total <= 1.3 * peak

@@ -141,7 +141,7 @@ def updates_of(folder: Path, keep: float | None) -> reading_updates.Updates:
     theta = read_artefact(folder / "exchange/round-0001/broadcast")
     heads = [read_artefact(folder / f"exchange/round-0001/client-{k}", only=["adapter_config.json"]) for k in (1, 2, 3)]
     lora = theta.manifest.lora
-    return reading_updates.Updates(heads, read_adapter(theta, None, lora), lora, ignore, keep)
+    return reading_updates.Updates(heads, read_adapter(theta, None, lora), ignore, keep)
 
 
 def test_of_numbers_of_one_size_the_first_are_taken() -> None:
