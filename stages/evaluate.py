@@ -59,7 +59,7 @@ def evaluate(
         subject=subject,
         round=round,
         client=client,
-        attack=attack or workspace.agreement.evaluation.attack,
+        attack=attack or workspace.evaluation.attack,
         publishes=[target],
         log=target,
         overwrite=overwrite,
@@ -116,6 +116,7 @@ class Evaluate(Step[Opened, Measured, Result]):
             return None
         earlier = records.read_result(target)
         is_same = all(earlier.get(key) == value for key, value in opened.what.items() if key != "base")
+        is_same &= records.is_current(earlier, self.workspace)  # it may name settings that are the agreement's now
         return earlier if is_same and records.is_of_base(earlier, opened.base) else None
 
     def compute(self, opened: Opened, again: bool) -> Measured:
@@ -125,8 +126,8 @@ class Evaluate(Step[Opened, Measured, Result]):
         from stages.evaluation.untrained import is_base
         from stages.models.perturbing import Ascent
 
-        settings, role, adapter = self.workspace.agreement.evaluation, self.role, opened.adapter
-        loaded = tasks.load(self.workspace, settings.tasks or self.workspace.agreement.data.tasks, self.report)
+        settings, role, adapter = self.workspace.evaluation, self.role, opened.adapter
+        loaded = tasks.load(self.workspace, self.workspace.scored_tasks, self.report)
         for task in loaded:
             tasks.check_answers(task, self.report)
         self._models.use(role)
@@ -171,8 +172,8 @@ class Evaluate(Step[Opened, Measured, Result]):
 
     def _what(self, adapter: Artefact | None, base: BaseIdentity) -> Scored:
         """What decides the scores: two results that agree on it are the same result."""
-        agreement = self.workspace.agreement
-        if not (agreement.evaluation.tasks or agreement.data.tasks):
+        agreement, settings = self.workspace.agreement, self.workspace.evaluation
+        if not self.workspace.scored_tasks:
             raise UsageProblem(
                 "nothing to score: evaluation.tasks is empty",
                 where=self.workspace.root / AGREEMENT,
@@ -185,11 +186,13 @@ class Evaluate(Step[Opened, Measured, Result]):
             "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256 if adapter else None,
             "manifest_sha256": adapter.sha256 if adapter else None,
             "base": base.model_dump(),
-            "tasks_sha256": self.workspace.tasks_sha256(),
+            "tasks_sha256": self.workspace.tasks_sha256(self.workspace.scored_tasks),
             "dtype": self.workspace.machine.dtype or agreement.model_of(self.role).dtype,
-            "limit": agreement.evaluation.limit,
-            "batch_size": agreement.evaluation.batch_size,
+            "limit": settings.limit,
+            "batch_size": settings.batch_size,
         }
+        if own := records.own_evaluation(self.workspace):
+            found["evaluation"] = own
         if self.attack.radius is not None:
             found["attack"] = self.attack.model_dump()
         return found

@@ -16,6 +16,7 @@ from stages.artefacts.manifest import BaseIdentity
 from stages.files import reading
 from stages.runtime.errors import Damaged
 from stages.workspace.commands import Command
+from stages.workspace.paths import Workspace
 
 DIGEST = "result_sha256"
 ROBUST = "robust_acc"
@@ -52,6 +53,7 @@ class Scored(TypedDict):
     dtype: str
     limit: int | None  # questions of each task
     batch_size: int
+    evaluation: NotRequired[dict[str, Any]]  # as an Evaluation, where it is another than the agreement has
     attack: NotRequired[dict[str, Any]]  # as an Attack, where ROBUST was measured
 
 
@@ -87,6 +89,18 @@ def read_result(path: Path) -> Result:
 def attack_of(result: Result) -> str:
     """The attack under which ROBUST was measured, in words; empty where there was none."""
     return ", ".join(f"{key} {value}" for key, value in result.get("attack", {}).items() if value is not None)
+
+
+def is_current(result: Result, workspace: Workspace) -> bool:
+    """Whether a result was made under the agreement, and under the settings of scoring, that are there now."""
+    own = own_evaluation(workspace)
+    return result.get("agreement_sha256") == workspace.agreement_sha256 and result.get("evaluation") == own
+
+
+def own_evaluation(workspace: Workspace) -> dict[str, Any] | None:
+    """The settings of scoring where they are other ones than the agreement has."""
+    is_agreed = workspace.evaluation == workspace.agreement.evaluation
+    return None if is_agreed else workspace.evaluation.model_dump()
 
 
 def is_of_base(result: Result, base: BaseIdentity) -> bool:

@@ -115,7 +115,7 @@ def _too_few(steps: Sequence[Step], asked: Collection[Step], needed: int) -> str
 
 
 def _is_scored(workspace: Workspace) -> bool:
-    return bool(workspace.agreement.evaluation.tasks or workspace.agreement.data.tasks)
+    return bool(workspace.scored_tasks)
 
 
 def _is_unscored(workspace: Workspace, parties: Collection[str]) -> bool:

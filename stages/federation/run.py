@@ -73,14 +73,14 @@ def run(
         made_by = Command("run", method=method)
         workspace = derived(workspace, folder, changes, made_by=made_by, overwrite=overwrite, report=report)
         models = models.of(workspace)
-    federation, evaluation = workspace.agreement.federation, workspace.agreement.evaluation
+    federation = workspace.agreement.federation
     rounds = rounds or range(1, federation.rounds + 1)
     for round in (rounds[0], rounds[-1]):
         workspace.check_round(round)
     is_derived = workspace.home != workspace.root  # the bases are checked and scored where it was derived from
     if federation.distils and not is_derived:
         models.check_both()
-    scores = scores and bool(evaluation.tasks or workspace.agreement.data.tasks)
+    scores = scores and bool(workspace.scored_tasks)
 
     if workspace.agreement.aggregation.is_secure:
         _enrol(workspace, renew=overwrite, report=report)

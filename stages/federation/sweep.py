@@ -193,14 +193,13 @@ def _run(
 
 
 def _points(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Changes]:
-    evaluation = workspace.agreement.evaluation
     for key, values in grid.items():
         if "." not in key and key in type(workspace.agreement).model_fields:
             message = f"{key} is a table, and a sweep varies settings"
             raise UsageProblem(message, mend=f"name the settings in it that vary, as in --set {key}.KEY=VALUE,VALUE")
         if key in FIXED:
             raise UsageProblem(f"{key} is not for a sweep", mend=FIXED[key])
-        if key.startswith("evaluation.") or (key == "data.tasks" and not evaluation.tasks):
+        if key.startswith("evaluation.") or (key == "data.tasks" and not workspace.evaluation.tasks):
             message = f"{key} decides the questions, and scores on different ones cannot be compared"
             raise UsageProblem(message, mend=f"leave {key} out; other questions need a workspace of their own")
         if key == "federation.clients" and not workspace.agreement.is_of_one_slm:

@@ -134,7 +134,7 @@ def _questions(workspace: Workspace, report: Report) -> set[str]:
     """The prompts that are scored; none, with a note, where their data is not here."""
     from stages.data import tasks
 
-    names = workspace.agreement.evaluation.tasks or workspace.agreement.data.tasks
+    names = workspace.scored_tasks
     try:
         with base_folders.offline():
             return {prompt for task in tasks.load(workspace, names) for prompt in tasks.test_prompts(task)}

@@ -246,11 +246,11 @@ def evaluate(here: Here, role: Role, rows: Extent | None, questions: int | None 
     from stages.planning import memory
     from stages.training.objective import task_loss
 
-    batch = here.workspace.agreement.evaluation.batch_size
+    batch = here.workspace.evaluation.batch_size
     tokens = _length(here, here.workspace.agreement.client_training, rows)
     if questions and not here.length:
         tokens = min(questions, longest(here))
-    takes, attack = {}, here.workspace.agreement.evaluation.attack
+    takes, attack = {}, here.workspace.evaluation.attack
     if shape := here.shapes.get(role):
         step = memory.scoring_step(shape, rows=batch, length=tokens, device=counted_on(here.device))
         takes = {

@@ -164,7 +164,7 @@ def _tasks(workspace: Workspace) -> list[Missing]:
     if _is_of_clients_alone(workspace):
         return []
     rows = _clients_here(workspace)
-    dealt, scored, found = workspace.agreement.data.tasks, workspace.agreement.evaluation.tasks, []
+    dealt, scored, found = workspace.agreement.data.tasks, workspace.evaluation.tasks, []
     for name in dict.fromkeys([*(dealt if not (rows and scored) else []), *scored]):
         try:
             with base_folders.offline():

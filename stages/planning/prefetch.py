@@ -46,7 +46,7 @@ def prefetch(
         roles: list[Role] = [model] if model else ["slm", "llm"] if len(own) < len(seen) else ["llm"]
         found = [*(_model(one, "slm") for one in own), *(_model(workspace, role) for role in roles)]
     if tasks:
-        data, scored = workspace.agreement.data.tasks, workspace.agreement.evaluation.tasks
+        data, scored = workspace.agreement.data.tasks, workspace.evaluation.tasks
         found += [_task(workspace, name) for name in dict.fromkeys([*data, *scored])]
     return found
 

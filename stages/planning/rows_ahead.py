@@ -66,12 +66,10 @@ class RowsAhead:
         """Each question that is scored, with the choice of the most letters."""
         from stages.data import tasks
 
-        agreement = self.workspace.agreement
-        names = agreement.evaluation.tasks or agreement.data.tasks
         try:
             with base_folders.offline():
-                loaded = tasks.load(self.workspace, names)
-            return [row for task in loaded for row in _longest(task, agreement.evaluation.limit)]
+                loaded = tasks.load(self.workspace, self.workspace.scored_tasks)
+            return [row for task in loaded for row in _longest(task, self.workspace.evaluation.limit)]
         except (Problem, OSError, *tasks.MISTAKES):  # evaluate says it
             return []
 

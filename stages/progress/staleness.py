@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 from stages.artefacts.public_rows import of_other_rows, told_sha256
 from stages.artefacts.reading import read_manifest
-from stages.artefacts.records import Result, read_result
+from stages.artefacts.records import Result, own_evaluation, read_result
 from stages.artefacts.subjects import folder_of, is_subject, scored_by
 from stages.data.split_file import Split, read_split
 from stages.files import reading
@@ -36,7 +37,8 @@ def are_rows_stale(workspace: Workspace, split: Split | None) -> bool:
     if not named:
         return False
     try:
-        return bool(named != workspace.sources_sha256())
+        names = workspace.agreement.data.tasks
+        return not (named == workspace.sources_sha256() or (names and workspace.has_tasks(named, names)))
     except FileNotFoundError:  # rows need their source no more
         return False
     except (Problem, OSError):
@@ -54,7 +56,7 @@ def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:
 
     Damaged ones are left to `faults`; of an adapter that is not here nothing is said.
     """
-    tasks_sha256: str | None = None
+    has_tasks = functools.cache(functools.partial(_has_tasks, workspace))
     for path in listing.results(workspace):
         name = path.parent.name
         round = round_of(name)
@@ -64,13 +66,13 @@ def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:
             result = read_result(path)
         except (Problem, OSError):
             continue
-        if tasks_sha256 is None:
-            tasks_sha256 = _tasks_sha256(workspace)
         why = []
-        if result.get("tasks_sha256") != tasks_sha256:
+        if not has_tasks(result.get("tasks_sha256")):
             why.append("tasks/, or data that it names, was edited since")
         if result.get("agreement_sha256") != workspace.agreement_sha256:
             why.append(f"{AGREEMENT} was edited since")
+        elif result.get("evaluation") != own_evaluation(workspace):
+            why.append("it was scored by other settings of evaluation")
         if round is not None and _is_of_another(folder_of(workspace, round, path.stem), result):
             why.append("the adapter is another one now")
         if why:
@@ -99,11 +101,11 @@ def other_public_rows(workspace: Workspace) -> Iterator[str]:
             yield f"{problem.message}: {problem.mend}"
 
 
-def _tasks_sha256(workspace: Workspace) -> str:
+def _has_tasks(workspace: Workspace, sha256: str) -> bool:
     try:
-        return workspace.tasks_sha256()
+        return workspace.has_tasks(sha256, workspace.scored_tasks)
     except (Problem, OSError):
-        return ""
+        return False
 
 
 def _is_of_another(adapter: Path, result: Result) -> bool:

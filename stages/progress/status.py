@@ -230,7 +230,7 @@ def _ended(workspace: Workspace, last: int) -> Path:
 def _scores(workspace: Workspace, last: int, stale: list[Path]) -> list[Score]:
     """The scores of what the last round left on this machine: the server's models, and its own clients' SLMs."""
     agreement = workspace.agreement
-    if not (agreement.evaluation.tasks or agreement.data.tasks):
+    if not workspace.scored_tasks:
         return []
     federation, ended = agreement.federation, _ended(workspace, last)
     score = Command("evaluate", round=last)

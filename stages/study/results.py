@@ -15,7 +15,7 @@ import numpy as np
 
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import read_manifest
-from stages.artefacts.records import Result, is_of_base, read_result
+from stages.artefacts.records import Result, is_current, is_of_base, read_result
 from stages.artefacts.subjects import folder_of, scored_by
 from stages.files import reading
 from stages.parties import names
@@ -209,7 +209,7 @@ def remarks(workspaces: Iterable[Workspace]) -> list[str]:
                 result = read_result(path)
             except (Problem, OSError):
                 continue
-            for task, found in result["tasks"].items() if _is_of(result, workspace) else ():
+            for task, found in result["tasks"].items() if is_current(result, workspace) else ():
                 asked[task] = min(asked.get(task, found["questions"]), found["questions"])
                 in_all[task] = max(in_all.get(task, 0), found.get("questions_in_all", found["questions"]))
                 cut[task] = max(cut.get(task, 0), found.get("cut", 0))
@@ -225,10 +225,6 @@ def remarks(workspaces: Iterable[Workspace]) -> list[str]:
     return lines
 
 
-def _is_of(result: Result, workspace: Workspace) -> bool:
-    return result.get("agreement_sha256") == workspace.agreement_sha256
-
-
 def result_of(study: Study, workspace: Workspace, round: int | None, subject: str) -> Result:
     """A result as it was written, of the agreement, the adapter and the questions that are there now."""
     path = workspace.result(round, subject)
@@ -236,12 +232,15 @@ def result_of(study: Study, workspace: Workspace, round: int | None, subject: st
     if not path.exists():
         raise NotReady(f"there is no {study.root.shown(path)}", where=path, mend=mend)
     result = read_result(path)
-    if not _is_of(result, workspace):
+    if result.get("agreement_sha256") != workspace.agreement_sha256:
         message = f"{study.root.shown(path)} is a result of another agreement"
         if edited := edits.since(workspace, str(result.get("agreement_sha256"))):
             message += f"; edited since: {edited}"
         raise Refused(message, where=path, mend=f"undo the edit of {AGREEMENT}, or {study.run_again(workspace)}")
-    if result.get("tasks_sha256") != workspace.tasks_sha256():
+    if not is_current(result, workspace):
+        message = f"{study.root.shown(path)} was scored by other settings of evaluation than those of now"
+        raise Refused(message, where=path, mend=mend)
+    if not workspace.has_tasks(result.get("tasks_sha256"), workspace.scored_tasks):
         message = f"{study.root.shown(path)} is of other questions: a task or its data has changed since"
         raise Refused(message, where=path, mend=mend)
     if any("correct" not in one for one in result["tasks"].values()):

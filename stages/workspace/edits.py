@@ -15,7 +15,7 @@ from stages.files import reading, writing
 from stages.runtime.errors import Problem
 from stages.workspace import listing
 from stages.workspace.agreement import Agreement
-from stages.workspace.names import AGREEMENT
+from stages.workspace.names import AGREEMENT, EVALUATION
 from stages.workspace.paths import LARGEST_TOML_BYTES, Workspace
 from stages.workspace.settings import parse
 
@@ -52,7 +52,9 @@ def _since(workspace: Workspace, copy: Path, sha256: str | None = None) -> str:
         return ""
     said = "; ".join(changes[:MOST_NAMED]) or "comments, spaces or order alone, whose bytes count too"
     said += f"; and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
-    return f"{said} (cp {workspace.shown(copy)} {AGREEMENT} undoes it)"
+    is_of_scores = bool(changes) and all(change.startswith("evaluation.") for change in changes)
+    instead = f"; what {EVALUATION} says instead need not be agreed on" if is_of_scores else ""
+    return f"{said} (cp {workspace.shown(copy)} {AGREEMENT} undoes it{instead})"
 
 
 def since_last(workspace: Workspace) -> str:

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages.files import reading
@@ -51,17 +52,24 @@ class Layout(Derived):
         """lm-eval task files of this federation."""
         return self.home / "tasks"
 
-    def tasks_sha256(self) -> str:
-        """The digest of the task files and of the local data they name: other ones give other scores."""
+    def tasks_sha256(self, names: Iterable[str] | None = None) -> str:
+        """The digest of the task files and of the local data they name: other ones give other scores.
+
+        names: of these tasks and what they need; of all otherwise, as in results and splits of earlier versions.
+        """
         reading.check_plain(self.tasks)
         from stages.workspace import task_files
 
-        return task_files.digest(self.tasks, self.home)
+        return task_files.digest(self.tasks, self.home, names)
+
+    def has_tasks(self, sha256: object, names: Iterable[str]) -> bool:
+        """Whether a digest of the task files, as it was written down, is that of these tasks as they are now."""
+        return sha256 == self.tasks_sha256(names) or sha256 == self.tasks_sha256()
 
     def sources_sha256(self) -> str:
         """The digest of what `prepare` deals rows from: tasks and their local data, or JSONL files."""
         if self.agreement.data.tasks:
-            return self.tasks_sha256()
+            return self.tasks_sha256(self.agreement.data.tasks)
         return reading.sha256(
             "".join(reading.sha256(reading.read_own(self.local(name))) for name in self.agreement.data.files).encode()
         )

@@ -9,6 +9,8 @@ from stages.files import seclusion
 
 AGREEMENT, EXCHANGE, PRIVATE = seclusion.AGREEMENT, seclusion.EXCHANGE, seclusion.PRIVATE
 MACHINE = "machine.toml"
+EVALUATION = "evaluation.toml"
+"""In the place of [evaluation] of the agreement, where a party scores otherwise."""
 MANIFEST = "manifest.json"
 SIGNATURE = f"{MANIFEST}.sig"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

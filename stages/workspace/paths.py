@@ -16,7 +16,8 @@ from stages.workspace.agreement import Agreement
 from stages.workspace.commands import Command
 from stages.workspace.knowledge_layout import KnowledgeLayout
 from stages.workspace.machine import Machine
-from stages.workspace.names import AGREEMENT, MACHINE
+from stages.workspace.names import AGREEMENT, EVALUATION, MACHINE
+from stages.workspace.rows_and_scores import Evaluation
 from stages.workspace.settings import Dtype, Settings, parse
 
 LARGEST_TOML_BYTES = 1 << 20
@@ -85,6 +86,20 @@ class Workspace(KnowledgeLayout):
     def agreement_sha256(self) -> str:
         """The digest that every manifest carries: that of fedcollm.toml as it lies there."""
         return reading.sha256(self.agreement_bytes)
+
+    @functools.cached_property
+    def evaluation(self) -> Evaluation:
+        """What is scored, and how: evaluation.toml, which need not be agreed on, or else [evaluation] of the agreement."""
+        path = self.home / EVALUATION
+        if not path.exists():
+            return self.agreement.evaluation
+        explained = f"{AGREEMENT}, under [evaluation], a line that is left out here,"
+        return parse(Evaluation, reading.read_own(path), path, explained=explained)
+
+    @property
+    def scored_tasks(self) -> list[str]:
+        """The tasks whose questions are scored; without any, those that rows are dealt from."""
+        return self.evaluation.tasks or self.agreement.data.tasks
 
     @functools.cached_property
     def machine(self) -> Machine:

@@ -32,8 +32,11 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
-def parse(kind: type[S], text: bytes, path: Path) -> S:
-    """The settings in a TOML file. Raises UsageProblem naming every mistake with its key, and the nearest known key."""
+def parse(kind: type[S], text: bytes, path: Path, *, explained: str = "") -> S:
+    """The settings in a TOML file. Raises UsageProblem naming every mistake with its key, and the nearest known key.
+
+    explained: where every key is, if not in a file of the same name.
+    """
     try:
         values = tomllib.loads(text.decode("utf-8-sig"))  # some editors begin with a byte order mark
     except UnicodeDecodeError as error:
@@ -46,7 +49,7 @@ def parse(kind: type[S], text: bytes, path: Path) -> S:
         mistakes = mistakes_in(kind, error)
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         message = lines([f"{count} in the settings", *mistakes], "\n  - ")
-        mend = f"every key is explained in the {path.name} that `{Command('init', 'study')}` writes"
+        mend = f"every key is explained in the {explained or path.name} that `{Command('init', 'study')}` writes"
         raise UsageProblem(message, where=path, mend=mend) from error
 
 

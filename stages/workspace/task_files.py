@@ -92,15 +92,18 @@ def own_files(tasks: Path) -> list[tuple[str, Path]]:
     return sorted({(path.relative_to(tasks).as_posix(), path) for path in own} | included)
 
 
-def spare_files(tasks: Path, names: Iterable[str]) -> list[str]:
-    """What lies in tasks/ and none of these tasks needs, nor what they include, group or call; of two, the deeper."""
+def spare_files(tasks: Path, names: Iterable[str], *, is_local: bool = False) -> list[str]:
+    """What lies in tasks/ and none of these tasks needs, nor what they include, group or call; of two, the deeper.
+
+    is_local: none is spare where a task is meant that is not defined here, since lm-eval's own may lead back here.
+    """
     found = {path: _read_if_sound(path) for path in _task_files(tasks)}
     defined: dict[str, Path] = {}
     for path in sorted(found, key=lambda path: (len(path.parts), path)):
         for name in _names(found[path][0]):
             defined.setdefault(name, path)
     asked, needed = set(names), set[Path]()
-    waiting = [defined[name] for name in asked if name in defined]
+    waiting, elsewhere = [defined[name] for name in asked if name in defined], asked - {*defined}
     waiting += [path for path, (value, _) in found.items() if isinstance(value, dict) and asked & _tags(value)]
     while waiting:
         path = waiting.pop()
@@ -112,6 +115,9 @@ def spare_files(tasks: Path, names: Iterable[str]) -> list[str]:
         for one in mappings_in(value):
             waiting += [path.resolve().parent / name for name in texts_in(one.get("include"))]
             waiting += [defined[name] for name in texts_in(one.get("task")) if name in defined]
+            elsewhere |= {*texts_in(one.get("task"))} - {*defined}
+    if is_local and elsewhere:
+        return []
     needed |= {path.resolve() for path in needed}
     return [name for name, path in own_files(tasks) if not {path, path.resolve()} & needed]
 
@@ -133,10 +139,15 @@ def _tags(value: dict[Any, Any]) -> set[str]:
     return set(texts_in([value.get("tag")]))
 
 
-def local_files(tasks: Path, home: Path) -> list[tuple[str, Path]]:
-    """The task files and the local data they name, however it is called, each with the name it goes by."""
-    found = set(own_files(tasks))
-    for path in _task_files(tasks):
+def local_files(tasks: Path, home: Path, names: Iterable[str] | None = None) -> list[tuple[str, Path]]:
+    """The task files and the local data they name, however it is called, each with the name it goes by.
+
+    names: of these tasks alone, if they need no other.
+    """
+    spare = spare_files(tasks, names, is_local=True) if names is not None else []
+    found = {(name, path) for name, path in own_files(tasks) if name not in spare}
+    kept = {path.resolve() for _, path in found}
+    for path in [one for one in _task_files(tasks) if one.resolve() in kept]:
         try:
             mappings = list(mappings_in(_read(path)[0]))
         except UsageProblem:
@@ -159,9 +170,9 @@ def data_files(config: Any) -> list[Path]:
     return [path for name in names for path in matches(name, Path())]
 
 
-def digest(tasks: Path, home: Path) -> str:
-    """The digest of task files and their local data: other ones give other rows and other scores."""
-    return digest_of(local_files(tasks, home))
+def digest(tasks: Path, home: Path, names: Iterable[str] | None = None) -> str:
+    """The digest of task files and their local data: other ones give other rows and other scores. names: of these."""
+    return digest_of(local_files(tasks, home, names))
 
 
 def own_digest(tasks: Path) -> str:
