@@ -89,7 +89,7 @@ class Workspace(KnowledgeLayout):
 
     @functools.cached_property
     def evaluation(self) -> Evaluation:
-        """What is scored, and how: evaluation.toml, which nobody need agree on, or else the agreement's [evaluation]."""
+        """What is scored: evaluation.toml, which nobody need agree on, or else the agreement's [evaluation]."""
         path = self.home / EVALUATION
         if not path.exists():
             return self.agreement.evaluation
