@@ -16,6 +16,9 @@ from stages.runtime.errors import UsageProblem
 def shear(
     *,
     layers: Annotated[int, typer.Option("--layers", help="How many of the LLM's layers are kept.")],
+    neurons: Annotated[
+        int | None, typer.Option("--neurons", help="How many each layer's MLP keeps. Default: all it has.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--to", help="The folder to write. Default: models/slm.")] = None,
     text: Annotated[
         list[Path] | None,
@@ -38,17 +41,17 @@ def shear(
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make a small model from the large one: fewer layers.
+    """Make a small model from the large one: fewer layers, and narrower ones.
 
     For those who own a large model and find no small one with its tokenizer. Keeps the layers that change the hidden
-    states most (block influence, ShortGPT). With --heal, the cut model then learns to say what the whole one
-    says. All its weights train.
+    states most (block influence, ShortGPT), and with --neurons of each MLP those that add most. With --heal, the cut
+    model then learns to say what the whole one says. All its weights train.
 
     Reads the base in [llm], and the files of --text or else private/server/auxiliary.jsonl. The last twentieth of the
     text is kept out, to measure perplexity on. Writes a base folder that [slm] can name, with a model card and
     shearing.json. Prints each layer's influence.
 
-    Example: fedcollm shear --layers 15 --heal 2000 --text corpus.txt
+    Example: fedcollm shear --layers 22 --neurons 885 --heal 2000 --text corpus.txt
     """
     from stages.shearing.heal import Heal
     from stages.shearing.shear import FOLDER
@@ -67,6 +70,7 @@ def shear(
     made = stage(
         opened.workspace,
         layers=layers,
+        neurons=neurons,
         texts=text or (),
         on_auxiliary=heal_on == "auxiliary",
         heal=Heal(steps=heal, **own) if heals else None,

@@ -1,4 +1,4 @@
-"""shear: a shallower model from the LLM, with its tokenizer, for those who find no small one that has it.
+"""shear: a smaller model from the LLM, with its tokenizer, for those who find no small one that has it.
 
 Reads the base of [llm], and text: files, or the auxiliary data. Writes a base folder that [slm] can name, with a card;
 shearing.json in it says what it was made from.
@@ -32,6 +32,7 @@ from stages.shearing import blocks
 from stages.shearing.card import LICENCES, card, in_digits, inherited
 from stages.shearing.heal import Heal, Healed
 from stages.shearing.heal import heal as train
+from stages.shearing.neurons import narrow, narrow_configuration, norms
 from stages.shearing.perplexity import perplexity
 from stages.shearing.texts import Rows, as_rows, evenly, read_auxiliary, read_texts
 from stages.shearing.whole import Whole
@@ -57,6 +58,7 @@ class Source(TypedDict):
     format: str
     base: dict[str, Any]  # of the whole model, as a BaseIdentity, with its name on a hub
     layers: int
+    neurons: NotRequired[int]  # of each MLP, where they are fewer than the whole model has
     text: str  # "files" or "auxiliary"
     text_sha256: list[str]
     length: int
@@ -89,6 +91,7 @@ def shear(
     workspace: Workspace,
     *,
     layers: int,
+    neurons: int | None = None,
     texts: Sequence[Path] = (),
     on_auxiliary: bool = False,
     heal: Heal | None = None,
@@ -99,15 +102,16 @@ def shear(
 ) -> Shear:
     """Write the LLM with so many of its layers. Returns what shearing.json says.
 
-    texts: files on which layers are chosen and the cut is healed; on_auxiliary: on the auxiliary data instead, on which
-    layers are chosen by default too. heal: None for the cut alone. length: tokens of a row. folder: instead of FOLDER.
-    All that can be refused is, before a weight is read.
+    neurons: how many each layer's MLP keeps; None for all. texts: files on which layers are chosen and the cut is
+    healed; on_auxiliary: on the auxiliary data instead, on which layers are chosen by default too. heal: None for the
+    cut alone. length: tokens of a row. folder: instead of FOLDER. All that can be refused is, before a weight is read.
     """
-    report(Event("stage", f"shear, {layers} of the LLM's layers"))
+    of_neurons = f" with {neurons} neurons each" if neurons else ""
+    report(Event("stage", f"shear, {layers} of the LLM's layers{of_neurons}"))
     target = folder or workspace.local(FOLDER)
     shown = workspace.shown(target)
     ours(target, FORMAT, shown, record=SHEARING, made="sheared")  # what else is there is refused at once
-    whole = Whole.of(workspace, layers)
+    whole = Whole.of(workspace, layers, neurons)
     spare_base(target, whole.folder, shown)
     on_auxiliary = on_auxiliary or _is_on_auxiliary(workspace, texts, heal)
     text = read_auxiliary(workspace.auxiliary_data) if on_auxiliary else read_texts(texts)
@@ -125,6 +129,8 @@ def shear(
         "dtype": str(whole.compute).removeprefix("torch."),
         "card_sha256": reading.sha256(reading.read_own(own_card)) if own_card.is_file() else "",
     }
+    if neurons is not None:
+        what["neurons"] = neurons
     if done := already_made(target, what, shown, record=SHEARING, made="sheared", overwrite=overwrite):
         report(Event("note", "already done"))
         return cast(Shear, done)
@@ -135,7 +141,7 @@ def shear(
 
 def _make(target: Path, whole: Whole, rows: Rows, what: Source, *, machine: Machine, report: Report) -> Shear:
     """Cut, heal and publish."""
-    cut = _cut(whole, rows, what["layers"], report)
+    cut = _cut(whole, rows, what, report)
     unfinished = target.with_name(f".{target.name}.healing")
     if how := what["heal"]:
         train(
@@ -180,15 +186,19 @@ class _Cut:
     held: list[list[int]]
 
 
-def _cut(whole: Whole, rows: Rows, layers: int, report: Report) -> _Cut:
-    """Choose the blocks, and take them out of the whole."""
+def _cut(whole: Whole, rows: Rows, what: Source, report: Report) -> _Cut:
+    """Choose the blocks, and take them out of the whole; then the neurons of what is left."""
     model, held = whole.load(), evenly(rows.kept_out, MEASURED_ROWS)
     report(Event("stage", "the influence of each block"))
     sample = evenly(rows.trained, MEASURED_ROWS)
     influence = blocks.influence(model, sample, autocast=whole.autocast, report=report)
-    kept = blocks.most_influential(influence, layers)
+    kept = blocks.most_influential(influence, what["layers"])
     cut = blocks.shortened(model, kept)
-    _check_configuration(whole, cut, kept)
+    if what.get("neurons"):
+        report(Event("stage", "the norm of what each neuron adds"))
+        found = norms(cut, sample, autocast=whole.autocast, report=report)
+        narrow(cut, found, what["neurons"])
+    _check_configuration(whole, cut, kept, what)
     report(Event("stage", "perplexity of the whole model and of the cut one"))
     before, after = (perplexity(one, held, autocast=whole.autocast, report=report) for one in (model, cut))
     report(Event("note", f"perplexity: whole {in_digits(before)}, cut {in_digits(after)}"))
@@ -196,10 +206,9 @@ def _cut(whole: Whole, rows: Rows, layers: int, report: Report) -> _Cut:
 
 
 @torch.no_grad()
-def _check_configuration(whole: Whole, cut: Any, kept: Sequence[int]) -> None:
+def _check_configuration(whole: Whole, cut: Any, kept: Sequence[int], what: Source) -> None:
     """Raise BadNumbers, before hours of healing, unless the cut configuration makes the cut model."""
-    config, weight = AutoConfig.from_pretrained(whole.folder), next(cut.parameters())
-    blocks.shorten(config, kept)
+    config, weight = _configuration(whole, kept, what), next(cut.parameters())
     made: Any = AutoModelForCausalLM.from_config(config, dtype=weight.dtype).to(weight.device).eval()  # type: ignore[no-untyped-call]
     fuse(made)
     loaded = made.load_state_dict(cut.state_dict(), strict=False)
@@ -213,6 +222,15 @@ def _check_configuration(whole: Whole, cut: Any, kept: Sequence[int]) -> None:
     _check_same(found, expected, whole.folder)
 
 
+def _configuration(whole: Whole, kept: Sequence[int], what: Source) -> Any:
+    """The whole model's, as it was published, made that of the cut one."""
+    config = AutoConfig.from_pretrained(whole.folder)
+    blocks.shorten(config, kept)
+    if what.get("neurons"):
+        narrow_configuration(config, what["neurons"])
+    return config
+
+
 def _probes(whole: Whole) -> list[list[int]]:
     with quiet.libraries():  # which warn of texts longer than the context; they are cut
         return [whole.tokenizer.encode(text)[: whole.context] for text in PROBE_TEXTS]
@@ -220,8 +238,7 @@ def _probes(whole: Whole) -> list[list[int]]:
 
 def _publish(target: Path, whole: Whole, cut: _Cut, what: Source, report: Report) -> Shear:
     """Write the model, prove that it loads as what it is, measure what was loaded, and put it in its place."""
-    config, stored = AutoConfig.from_pretrained(whole.folder), exported.stored_dtype(whole.folder)
-    blocks.shorten(config, cut.kept)
+    config, stored = _configuration(whole, cut.kept, what), exported.stored_dtype(whole.folder)
     model, cut.whole, cut.model = cut.model.float().eval(), None, None  # memory is needed
     for weight in model.parameters():
         weight.data = weight.data.to(stored).float()

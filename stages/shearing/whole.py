@@ -20,6 +20,7 @@ from stages.models.identity import identify
 from stages.models.tuned import Tuned, context_in
 from stages.runtime.errors import UsageProblem
 from stages.shearing.blocks import blocks_of
+from stages.shearing.neurons import mlps_of
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -39,8 +40,11 @@ class Whole:
     kept_in: torch.dtype
 
     @staticmethod
-    def of(workspace: Workspace, layers: int) -> Whole:
-        """The base of [llm], of which so many layers can be kept. Raises UsageProblem, or as loading would."""
+    def of(workspace: Workspace, layers: int, neurons: int | None = None) -> Whole:
+        """The base of [llm], of which so many layers, and neurons of each, can be kept.
+
+        Raises UsageProblem, or as loading would.
+        """
         where = workspace.root / AGREEMENT
         if bits := workspace.agreement.llm.quantization:
             message = f"the LLM is agreed to be held in {bits}; a model is made from whole weights"
@@ -49,11 +53,17 @@ class Whole:
         folder = base_folders.folder(workspace, "llm")
         base_files.check(folder, "llm", None)
         config = read_configuration(folder, WHOSE)
-        blocks = blocks_of(empty_model(config, torch.float32, WHOSE, folder)).blocks
-        if not 1 <= layers < len(blocks):
+        empty = empty_model(config, torch.float32, WHOSE, folder)
+        blocks = blocks_of(empty).blocks
+        most = len(blocks) - (neurons is None)
+        if not 1 <= layers <= most:
             message = f"{layers} layers cannot be kept of a model that has {len(blocks)}"
-            mend = f"give --layers from 1 to {len(blocks) - 1}" if len(blocks) > 1 else "take a deeper model"
+            mend = f"give --layers from 1 to {most}" if most else "take a deeper model, or give --neurons"
             raise UsageProblem(message, where=folder, mend=mend)
+        width = mlps_of(empty)[0].width if neurons is not None else 0
+        if neurons is not None and not 1 <= neurons < width:
+            message = f"{neurons} neurons cannot be kept of MLPs that have {width}"
+            raise UsageProblem(message, where=folder, mend=f"give --neurons from 1 to {width - 1}")
         tokenizer = load_tokenizer(folder, WHOSE)
         check_fits(tokenizer, int(config.get_text_config().vocab_size), WHOSE)
         device = device_of(workspace.machine)

@@ -20,6 +20,7 @@ from stages.runtime.errors import BadNumbers, Damaged, NotReady, Problem, Refuse
 from stages.runtime.events import Event
 from stages.shearing import blocks
 from stages.shearing.heal import Heal
+from stages.shearing.neurons import mlps_of
 from stages.shearing.shear import Shear, shear
 from stages.shearing.texts import as_rows, read_auxiliary
 from stages.workspace.paths import Workspace
@@ -96,6 +97,22 @@ def test_the_folder_holds_the_kept_blocks_bit_for_bit(family: Family, dtype: tor
     differing = {key for key in before | after if before.get(key) != after.get(key)}
     assert differing <= {"num_hidden_layers", "n_layer", "layer_types"}
     assert whole.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("family", get_args(Family))
+def test_narrower_layers_are_healed_and_load_as_any_base(family: Family, study: Path) -> None:
+    put(study, family)
+    made = sheared(study, layers=4, neurons=7, heal=Heal(steps=2), on_auxiliary=True)
+    assert (made["layers"], made["neurons"], made["kept"]) == (4, 7, [0, 1, 2, 3])
+    model, info = AutoModelForCausalLM.from_pretrained(study / "models/slm", output_loading_info=True)
+    assert not (info["missing_keys"])
+    assert not (info["unexpected_keys"])
+    assert not (info["mismatched_keys"])
+    assert {mlp.width for mlp in mlps_of(model)} == {7}
+    assert "7 neurons" in (study / "models/slm/README.md").read_text()
+    assert sheared(study, layers=4, neurons=7, heal=Heal(steps=2), on_auxiliary=True) == made
+    with pytest.raises(Refused, match="neurons"):
+        sheared(study, layers=4, neurons=8, heal=Heal(steps=2), on_auxiliary=True)
 
 
 def test_tokenizer_generation_settings_and_licence_are_the_llms(study: Path) -> None:
@@ -272,6 +289,13 @@ REFUSED = {
     ),
     "a folder of others": (taken, Refused, "taken is there already and was not sheared here", "--to"),
     "no layer": (lambda _: {"layers": 0}, UsageProblem, "0 layers cannot be kept of a model that has 2", "from 1 to 1"),
+    "no neuron": (lambda _: {"neurons": 0}, UsageProblem, "0 neurons cannot be kept of MLPs that have", "from 1 to"),
+    "all neurons": (
+        lambda _: {"neurons": 128},
+        UsageProblem,
+        "128 neurons cannot be kept of MLPs that have 128",
+        "127",
+    ),
     "all layers": (
         lambda _: {"layers": 2},
         UsageProblem,
