@@ -51,7 +51,7 @@ def check_belongs(
         ("round", manifest.round, round),
         ("client", manifest.client, client),
         ("LoRA shape", manifest.lora, shaped.model_of(manifest.role).lora),
-        ("agreement (sha256 of fedcollm.toml)", manifest.agreement_sha256, workspace.agreement_sha256),
+        ("agreement (sha256 of fedcollm.toml)", manifest.agreement_sha256, workspace.agreed_in(round)),
         ("roster (sha256 of federation.json)", manifest.federation_sha256, members.sha256 if members else None),
     ]
     for name, found, expected in claims:

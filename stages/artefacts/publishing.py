@@ -131,7 +131,7 @@ def already_made(
     changed = sorted(
         name for name in manifest.parents.keys() | parents.keys() if manifest.parents.get(name) != parents.get(name)
     )
-    if manifest.agreement_sha256 != workspace.agreement_sha256:
+    if manifest.agreement_sha256 != workspace.agreed_in(manifest.round):
         changed.append(AGREEMENT)
     if members and manifest.federation_sha256 != members.sha256:
         changed.append("the roster")
@@ -146,7 +146,7 @@ def already_made(
     if changed:
         message = f"{workspace.shown(folder)} was made from other inputs; changed since: {', '.join(changed)}"
         mend = "give the command again with --overwrite to replace it"
-        if manifest.agreement_sha256 != workspace.agreement_sha256:
+        if manifest.agreement_sha256 != workspace.agreed_in(manifest.round):
             edited = edits.since(workspace, manifest.agreement_sha256)
             message, mend = message + (f": {edited}" if edited else ""), EDITED
         raise Refused(message, where=folder, mend=mend)

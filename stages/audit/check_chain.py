@@ -41,7 +41,7 @@ def manifest_of(folder: Folder) -> Iterator[Finding]:
         return
     claims: list[tuple[str, object, object]] = [
         ("federation", manifest.federation, agreement.federation.name),
-        (f"agreement, the sha256 of {AGREEMENT}", manifest.agreement_sha256, workspace.agreement_sha256),
+        (f"agreement, the sha256 of {AGREEMENT}", manifest.agreement_sha256, workspace.agreed_in(manifest.round)),
     ]
     for name, found, expected in claims:
         if found != expected:

@@ -146,7 +146,7 @@ def _check_claims(parcel: Parcel, manifest: Manifest, workspace: Workspace, wher
         ("stage", manifest.stage, parcel.stage(workspace)),
         ("round", manifest.round, parcel.round),
         ("client", manifest.client, parcel.client or None),
-        ("agreement", manifest.agreement_sha256, workspace.agreement_sha256),
+        ("agreement", manifest.agreement_sha256, workspace.agreed_in(parcel.round)),
         ("LoRA shape", manifest.lora, own.agreement.model_of(manifest.role).lora),
     ]
     for name, found, expected in claims:

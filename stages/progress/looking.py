@@ -123,7 +123,7 @@ class Looker:
         if claims != place:
             return Step(name, "damaged", f"is {claims}, here it should be {place}", again, here, digest, party)
         changed = [key for key, digest in parents.items() if digest and manifest.parents.get(key) != digest]
-        if manifest.agreement_sha256 != self.workspace.agreement_sha256:
+        if manifest.agreement_sha256 != self.workspace.agreed_in(manifest.round):
             changed.append(AGREEMENT)
             self.other_agreements[manifest.agreement_sha256] += 1
         if self._roster and manifest.federation_sha256 != self._roster:

@@ -69,7 +69,7 @@ def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:
         why = []
         if not has_tasks(result.get("tasks_sha256")):
             why.append("tasks/, or data that it names, was edited since")
-        if result.get("agreement_sha256") != workspace.agreement_sha256:
+        if result.get("agreement_sha256") != workspace.agreed_in(round):
             why.append(f"{AGREEMENT} was edited since")
         elif result.get("evaluation") != own_evaluation(workspace):
             why.append("it was scored by other settings of evaluation")

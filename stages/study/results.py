@@ -232,7 +232,7 @@ def result_of(study: Study, workspace: Workspace, round: int | None, subject: st
     if not path.exists():
         raise NotReady(f"there is no {study.root.shown(path)}", where=path, mend=mend)
     result = read_result(path)
-    if result.get("agreement_sha256") != workspace.agreement_sha256:
+    if result.get("agreement_sha256") != workspace.agreed_in(round):
         message = f"{study.root.shown(path)} is a result of another agreement"
         if edited := edits.since(workspace, str(result.get("agreement_sha256"))):
             message += f"; edited since: {edited}"

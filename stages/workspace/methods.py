@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.workspace.settings import Positive, Settings
 
@@ -16,6 +16,13 @@ Method = Literal[
 AVERAGING = ("fedcollm", "fedavg", "fedavg-aux")
 
 
+class Fork(Settings):
+    """Up to which round this federation is another one, and the sha256 of the fedcollm.toml of that."""
+
+    round: Positive
+    agreement_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class Federation(Settings):
     """Who takes part, for how long, by which method."""
 
@@ -24,6 +31,13 @@ class Federation(Settings):
     rounds: Positive = 5
     seed: Annotated[int, Field(ge=0)] = 1
     method: Method = "fedcollm"
+    fork: Fork | None = None
+
+    @model_validator(mode="after")
+    def _fork_goes_on(self) -> Federation:
+        if self.fork and self.fork.round >= self.rounds:
+            raise ValueError(f"federation.fork.round = {self.fork.round} leaves nothing to do of {self.rounds} rounds")
+        return self
 
     @property
     def averages(self) -> bool:

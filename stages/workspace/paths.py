@@ -101,6 +101,12 @@ class Workspace(KnowledgeLayout):
         """The tasks whose questions are scored; without any, those that rows are dealt from."""
         return self.evaluation.tasks or self.agreement.data.tasks
 
+    def agreed_in(self, round: int | None) -> str:
+        """The digest that what was made in a round carries: up to a fork, that of the study it was forked from."""
+        fork = self.agreement_of_all.federation.fork
+        is_before = fork is not None and round is not None and round <= fork.round
+        return fork.agreement_sha256 if fork and is_before else self.agreement_sha256
+
     @functools.cached_property
     def machine(self) -> Machine:
         """Settings of this machine, with the command's flags over them."""

@@ -185,7 +185,8 @@ def dirichlet(study: Study) -> None:
 
 def other_questions(study: Study) -> None:
     """Question 1, CommonsenseQA in the place of ARC-Easy."""
-    place = study.workspace("commonsense-qa", {"data.tasks": ["commonsense_qa"]})
+    tasks = {f"{table}.tasks": ["commonsense_qa"] for table in ("data", "evaluation")}
+    place = study.workspace("commonsense-qa", tasks)
     study.compare("commonsense-qa", place, THREE, "--methods", "fedavg-aux,fedcollm")
 
 
