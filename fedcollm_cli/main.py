@@ -18,6 +18,7 @@ from fedcollm_cli.commands import (
     enrolling,
     exporting,
     federation,
+    forking,
     knowledge,
     planning,
     queueing,
@@ -47,7 +48,7 @@ COMMANDS = (
     *(knowledge.share_knowledge, knowledge.client_distill, rounds.evaluate),
     *(federation.run, federation.next, federation.status, queueing.slurm),
     *(carrying.pack, carrying.unpack),
-    *(comparing.compare, comparing.sweep, reporting.report, planning.comm_cost, exporting.export),
+    *(comparing.compare, comparing.sweep, forking.fork, reporting.report, planning.comm_cost, exporting.export),
     *(auditing.verify, auditing.audit, auditing.diff),
     starting.demo,
 )

@@ -182,7 +182,7 @@ class Evaluate(Step[Opened, Measured, Result]):
         found: Scored = {
             "subject": self.subject,
             "round": self.round,
-            "agreement_sha256": self.workspace.agreement_sha256,
+            "agreement_sha256": self.workspace.agreed_in(self.round),
             "adapter_sha256": adapter.manifest.files[ADAPTER_WEIGHTS].sha256 if adapter else None,
             "manifest_sha256": adapter.sha256 if adapter else None,
             "base": base.model_dump(),

@@ -36,6 +36,7 @@ REASONS = {
     "stages/workspace/shipped_tasks.py": "lm-eval's own task files, in its package",
     "stages/federation/slurm.py": "its scripts' templates, in the package; scripts that it wrote earlier",
     "stages/exchange/pack.py": "the bundle that is already in the place of the one to write",
+    "stages/study/fork.py": "the rounds of a workspace, copied as they lie there",
     "stages/artefacts/checkpoints.py": "checkpoints of one's own, and the notes beside them",
     "stages/privacy/dp_sgd.py": "a checkpoint of this machine, weights only",
     "stages/artefacts/tensor_files.py": "the header of a base model's weights, from the user's disk",

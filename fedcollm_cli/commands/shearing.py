@@ -41,7 +41,7 @@ def shear(
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make a small model from the large one: fewer layers, and narrower ones.
+    """Make a small model from the large one.
 
     For those who own a large model and find no small one with its tokenizer. Keeps the layers that change the hidden
     states most (block influence, ShortGPT), and with --neurons of each MLP those that add most. With --heal, the cut

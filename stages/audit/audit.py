@@ -24,8 +24,10 @@ from stages.audit.check_optimizer import state_of, states_in_all
 from stages.audit.check_privacy import privacy_of
 from stages.audit.check_secagg import masked_of, rounds_of
 from stages.audit.check_secrets import secrets_in, secrets_of, vaults_of
+from stages.audit.check_signatures import A1
 from stages.audit.checks import Finding, count, told
-from stages.audit.folders import Folder, Scope, folders_in, open_folder, scope_of
+from stages.audit.eras import in_eras
+from stages.audit.folders import Folder, Scope, open_folder, scope_of
 from stages.audit.foreign_adapters import AnyAdapter, parse_weights, tensors_if_sound
 from stages.audit.heard import Heard
 from stages.audit.parts import factors_of
@@ -43,11 +45,13 @@ class Audit:
     """What is looked at, and what is remembered of each folder once its bytes are gone.
 
     folders: those that concern the client that was asked for, or all. beside: the others, to compare with.
+    eras: the scopes, and those that were forked also as they were before.
     layouts: of each adapter that can be read; finite: those without NaN and infinity.
     start: the broadcast of the round that is being looked at. heard: what parties of FedMKT have told.
     """
 
     scopes: list[Scope]
+    eras: list[Scope]
     client: int | None
     words: Words
     folders: list[Folder] = field(default_factory=list)
@@ -67,13 +71,18 @@ def audit(
     that no byte that travels may hold. Raises UsageProblem for a path that is not there, and for a client that no
     federation among them has; NotReady for a workspace in which nothing was exchanged.
     """
-    state = Audit([scope_of(path) for path in paths], client, words_of_this_machine(canaries))
+    scopes = [scope_of(path) for path in paths]
+    eras = list(in_eras(scopes))
+    state = Audit(scopes, [scope for scope, _ in eras], client, words_of_this_machine(canaries))
     for scope in state.scopes:
         if client is not None and scope.agreement is not None and scope.workspace is not None:
             scope.workspace.check_client(client)
     found: dict[str, list[Finding]] = {id: [] for id in CHECKS}
     report(Event("stage", "audit"))
-    places = [(scope, path) for scope in state.scopes for path in folders_in(scope)]
+    for scope in state.eras:
+        if scope.agreement is None and scope not in scopes:
+            found["A1"].append(A1.skip("no copy is here of the agreement that held until the fork"))
+    places = [(scope, path) for scope, paths in eras for path in paths]
     for number, (scope, path) in enumerate(places, 1):
         folder = open_folder(path, scope)
         if scope.concerns(path, client):
@@ -154,7 +163,7 @@ def _numbers(state: Audit, folder: Folder, adapter: AnyAdapter | None) -> Iterab
 
 
 def _drift(state: Audit, found: list[Finding]) -> Iterator[Finding]:
-    for scope in state.scopes:
+    for scope in state.eras:
         if scope.sends_no_adapter:
             yield A5.skip("nothing is averaged: every model is trained by itself")
             continue
@@ -162,7 +171,7 @@ def _drift(state: Audit, found: list[Finding]) -> Iterator[Finding]:
 
 
 def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
-    for scope in state.scopes:
+    for scope in state.eras:
         if scope.agreement and scope.agreement.aggregation.is_secure:
             yield A6.skip("secure mode: nobody sees a single client's update")
             continue
@@ -195,18 +204,18 @@ def _of_one_layout(state: Audit, folders: list[Folder]) -> dict[Path, tuple[Fold
 
 
 def _rounds(state: Audit, found: list[Finding]) -> Iterator[Finding]:
-    for scope in state.scopes:
+    for scope in state.eras:
         every = [folder for folder in state.folders + state.beside if folder.scope is scope]
         yield from rounds_of(scope, every)
 
 
 def _privacy(state: Audit, found: list[Finding]) -> Iterator[Finding]:
-    for scope in state.scopes:
+    for scope in state.eras:
         yield from privacy_of(scope, [one for one in state.folders if one.scope is scope], state.client)
 
 
 def _told(state: Audit, found: list[Finding]) -> Iterator[Finding]:
-    for scope in state.scopes:
+    for scope in state.eras:
         ours = [folder for folder in state.folders if folder.scope is scope and folder.manifest]
         yield from told_in_all(scope, ours, state.heard)
 

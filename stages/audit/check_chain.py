@@ -149,11 +149,13 @@ def _forks(ours: list[Folder]) -> Iterator[Finding]:
 
 def _agreement(ours: list[Folder]) -> Iterator[Finding]:
     """Folders of one federation that differ in the agreement, the base model or the shape of the adapter."""
-    agreed: dict[tuple[str, str], Folder] = {}
+    agreed: dict[tuple[str, str, str], Folder] = {}
     first: dict[tuple[str, str, int | None], Folder] = {}
     for folder in ours:
         manifest = folder.said
-        same = agreed.setdefault((manifest.federation, manifest.role), folder)
+        workspace = folder.scope.workspace
+        until_fork = workspace.as_agreed if workspace else ""
+        same = agreed.setdefault((manifest.federation, manifest.role, until_fork), folder)
         model = first.setdefault((manifest.federation, manifest.role, folder.owner), folder)
         for name, before in (("agreement_sha256", same), ("base", model), ("lora", model)):
             other = before.said

@@ -17,10 +17,20 @@ AVERAGING = ("fedcollm", "fedavg", "fedavg-aux")
 
 
 class Fork(Settings):
-    """Up to which round this federation is another one, and the sha256 of the fedcollm.toml of that."""
+    """Up to which round this federation is another one, and the sha256 of the fedcollm.toml of that; or neither."""
 
-    round: Positive
-    agreement_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    round: Positive | None = None
+    agreement_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _of_both(self) -> Fork:
+        if (self.round is None) != (self.agreement_sha256 is None):
+            raise ValueError("federation.fork has both round and agreement_sha256, or neither")
+        return self
+
+    def has(self, round: int | None) -> bool:
+        """Whether a round was made before the fork."""
+        return self.round is not None and round is not None and round <= self.round
 
 
 class Federation(Settings):
@@ -31,11 +41,11 @@ class Federation(Settings):
     rounds: Positive = 5
     seed: Annotated[int, Field(ge=0)] = 1
     method: Method = "fedcollm"
-    fork: Fork | None = None
+    fork: Fork = Fork()
 
     @model_validator(mode="after")
     def _fork_goes_on(self) -> Federation:
-        if self.fork and self.fork.round >= self.rounds:
+        if self.fork.has(self.rounds):
             raise ValueError(f"federation.fork.round = {self.fork.round} leaves nothing to do of {self.rounds} rounds")
         return self
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from stages.files import reading
-from stages.runtime.errors import NotReady, UsageProblem
+from stages.runtime.errors import Damaged, NotReady, UsageProblem
 from stages.workspace.agreement import Agreement
 from stages.workspace.commands import Command
 from stages.workspace.knowledge_layout import KnowledgeLayout
@@ -41,6 +41,8 @@ class Workspace(KnowledgeLayout):
     flags: MachineFlags = field(default=MachineFlags())
     client: int | None = None
     """Whose model [slm] is, where clients have models of their own: see of_client."""
+    as_agreed: str = ""
+    """The digest of an earlier agreement that holds here, of which a copy was kept: see before_fork."""
 
     @staticmethod
     def find(start: Path, flags: MachineFlags | None = None) -> Workspace:
@@ -58,8 +60,12 @@ class Workspace(KnowledgeLayout):
 
     @functools.cached_property
     def agreement_bytes(self) -> bytes:
-        """fedcollm.toml, byte for byte."""
-        return reading.read(self.root / AGREEMENT, limit_bytes=LARGEST_TOML_BYTES)
+        """fedcollm.toml, byte for byte; or the copy of an earlier one. Raises Damaged for another than that."""
+        path = self.agreed(self.as_agreed) if self.as_agreed else self.root / AGREEMENT
+        content = reading.read(path, limit_bytes=LARGEST_TOML_BYTES)
+        if self.as_agreed and reading.sha256(content) != self.as_agreed:
+            raise Damaged("is not the agreement that its name says", where=path, mend="copy it from the study again")
+        return content
 
     @functools.cached_property
     def agreement(self) -> Agreement:
@@ -104,8 +110,13 @@ class Workspace(KnowledgeLayout):
     def agreed_in(self, round: int | None) -> str:
         """The digest that what was made in a round carries: up to a fork, that of the study it was forked from."""
         fork = self.agreement_of_all.federation.fork
-        is_before = fork is not None and round is not None and round <= fork.round
-        return fork.agreement_sha256 if fork and is_before else self.agreement_sha256
+        return fork.agreement_sha256 if fork.agreement_sha256 and fork.has(round) else self.agreement_sha256
+
+    @property
+    def before_fork(self) -> Workspace | None:
+        """The workspace as it was up to the round that it was forked at; None where it was not."""
+        sha256 = self.agreement_of_all.federation.fork.agreement_sha256
+        return replace(self, as_agreed=sha256) if sha256 else None
 
     @functools.cached_property
     def machine(self) -> Machine:

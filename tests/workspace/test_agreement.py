@@ -194,7 +194,7 @@ def test_a_key_in_the_wrong_table_is_answered_with_the_right_one(line: str, told
 
 def test_a_key_that_resembles_none_is_answered_with_all_there_are() -> None:
     message = refusal(changed('name = "tiny"', 'name = "tiny"\nxyzzy = 1'))
-    assert message.endswith("federation.xyzzy: unknown key; known here: name, clients, rounds, seed, method")
+    assert message.endswith("federation.xyzzy: unknown key; known here: name, clients, rounds, seed, method, fork")
 
 
 @pytest.mark.parametrize(
