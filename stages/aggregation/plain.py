@@ -120,6 +120,7 @@ def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -
         if is_agreed(agreement):
             before = read_residual(theta, adapter_files.layout_of(old), agreement)
             beneath = residual(updates, weights, tensors, before)
+            metrics = {name.replace("cross_term/", "residual/"): value for name, value in metrics.items()}
             metrics |= {"residual_rank": float(largest_rank(beneath))}
     # what was read now, should it have been replaced meanwhile
     parents = arrived.parents | {head.path.name: head.sha256 for head in heads}

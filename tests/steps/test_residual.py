@@ -35,6 +35,10 @@ from stages.federation.run import run
 from stages.models import adapters
 from stages.models.loading import Models
 from stages.parties.party import Onlooker
+from stages.planning.comm_cost import comm_cost
+from stages.planning.plan import plan
+from stages.planning.residuals import layout_after
+from stages.report import findings
 from stages.runtime.errors import BadNumbers, Damaged, Problem, Refused, UsageProblem
 from stages.workspace.paths import MachineFlags, Workspace
 
@@ -523,3 +527,62 @@ def test_a_method_that_averages_nothing_has_no_residual(workspace_folder: Path) 
     client_train(workspace, client=1, round=1)
     client_train(workspace, client=1, round=2)
     assert not list(workspace_folder.glob(f"**/{RESIDUAL}"))
+
+
+def test_noise_at_the_clients_goes_with_it(workspace_folder: Path) -> None:
+    edit(workspace_folder / "fedcollm.toml", "[distillation]", "[privacy]\nnoise_multiplier = 1.0\n\n[distillation]")
+    workspace = agreed(workspace_folder)
+    one_round(workspace, 1)
+    one_round(workspace, 2)
+    each = [product(tensors(workspace.client_update(2, k))) for k in CLIENTS]
+    expected = beneath(workspace.broadcast(2)) + np.mean(each, axis=0)
+    found = beneath(workspace.aggregate(2)) + product(tensors(workspace.aggregate(2)))
+    np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
+
+
+# --- what it costs
+
+
+def test_what_travels_is_counted_and_told_ahead(ran: Path) -> None:
+    workspace = Workspace(ran)
+    sizes = [(workspace.broadcast(round) / RESIDUAL).stat().st_size for round in (1, 2)]
+    found = comm_cost(workspace)
+    assert found.full is not None
+    assert (found.full.residual_bytes, found.full.residual_mean_bytes) == (sizes[1], sum(sizes) // 2)
+    [down] = [one for one in found.rounds if (one.round, one.party) == (2, "server")]
+    assert down.sent_bytes == 3 * sum(path.stat().st_size for path in workspace.broadcast(2).iterdir())
+    ahead = plan(workspace)
+    assert ahead.sent["residual"] == 3 * sizes[1]
+    after = [(workspace.aggregate(round) / RESIDUAL).stat().st_size for round in (1, 2)]
+    without = plan_of_factors(ran)
+    assert ahead.disk["exchange"] - without.disk["exchange"] == sum(sizes)
+    assert ahead.disk["server"] - without.disk["server"] == 2 * sum(after)
+    stages = {stage.name: stage.memory for stage in ahead.stages}
+    assert stages["client-train"]["residual"] == 4 * 8 * (16 + 48)  # the rank of one round, float32
+    assert "residual" not in {stage.name: stage.memory for stage in without.stages}["client-train"]
+
+
+def plan_of_factors(folder: Path) -> Any:
+    """The same workspace without it."""
+    edit(folder / "fedcollm.toml", 'combine = "residual"', 'combine = "factors"')
+    return plan(Workspace(folder))
+
+
+@pytest.mark.parametrize(("clients", "rank"), [(2, 4), (5, 16)])
+def test_a_rank_is_no_larger_than_the_layer(clients: int, rank: int, workspace_folder: Path) -> None:
+    """(K - 1) r = 4 and 16; in round 3 beneath it are two rounds, at most 16 inputs."""
+    edit(workspace_folder / "fedcollm.toml", "clients = 3", f"clients = {clients}")
+    agreement = agreed(workspace_folder, rounds=3).agreement
+    layout: dict[str, tuple[int, ...]] = {A: (4, 16), B: (48, 4)}
+    assert layout_after(0, agreement, layout) == {}
+    assert layout_after(1, agreement, layout) == {A: (rank, 16), B: (48, rank)}
+    assert layout_after(3, agreement, layout)[A] == (min(3 * rank, 16), 16)
+
+
+def test_the_report_says_that_nothing_is_lost(ran: Path) -> None:
+    workspace = Workspace(ran)
+    first, second = findings.lost_by_averaging(workspace)
+    assert (first["what"], second["round"]) == ("residual", 2)
+    each = [product(tensors(workspace.client_update(1, k))) for k in CLIENTS]
+    lost = np.linalg.norm(beneath(workspace.aggregate(1))) / np.linalg.norm(np.mean(each, axis=0))
+    assert first["lost_percent"] == pytest.approx(100 * lost, rel=1e-4)
