@@ -47,7 +47,11 @@ def residuals_in_all(scopes: list[Scope], folders: list[Folder]) -> Iterator[Fin
     looked = remade = 0
     for folder in ours.values():
         workspace, agreement = folder.scope.workspace, folder.scope.agreement
-        if not carries_residual(folder.said) or workspace is None or agreement is None:
+        if not carries_residual(folder.said):
+            continue
+        if workspace is None or agreement is None:
+            if RESIDUAL in folder.said.files:
+                yield A13.skip("the agreement is not here", where=folder.shown)
             continue
         if (RESIDUAL in folder.said.files) != is_agreed(agreement):
             has, expected = ("no such file", "one") if is_agreed(agreement) else ("is there", "none")

@@ -20,11 +20,14 @@ from transformers import AutoModelForCausalLM
 from builders import edit, make_workspace, rows, scale, sign, write_rows
 from damages import problems
 from stages.aggregate import aggregate
+from stages.aggregation.gate import _loss
 from stages.artefacts.receiving import read_sound
 from stages.audit.audit import audit
 from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
+from stages.co_distill import co_distill
+from stages.data.rows import encode, read_rows
 from stages.evaluate import evaluate
 from stages.exchange.bundles import bundle_bytes
 from stages.exchange.pack import pack
@@ -335,9 +338,6 @@ def test_the_gate_looks_at_the_whole_average_and_keeps_the_whole_broadcast(works
         client_train(workspace, client=client, round=2)
     measured = aggregate(workspace, round=2, gate=1e6).metrics
     tuned = Models(workspace).with_adapter("slm", read_sound(workspace.aggregate(2), by=Onlooker(workspace)))
-    from stages.aggregation.gate import _loss
-    from stages.data.rows import encode, read_rows
-
     held = encode(
         read_rows(workspace.held_out_data)[0],
         tuned.tokenizer,
@@ -353,6 +353,18 @@ def test_the_gate_looks_at_the_whole_average_and_keeps_the_whole_broadcast(works
     assert kept.metrics["gate_kept"] == 1.0
     for name in (RESIDUAL, WEIGHTS):
         assert (workspace.aggregate(2) / name).read_bytes() == (workspace.broadcast(2) / name).read_bytes()
+
+
+def test_the_server_trains_on_it_in_two_phases_too(workspace_folder: Path) -> None:
+    workspace = agreed(workspace_folder, method="fedcollm")
+    one_round(workspace, 1)
+    for model in ("llm", "slm"):
+        co_distill(workspace, round=1, phase="capture", model=model)
+    co_distill(workspace, round=1, phase="train")
+    assert (workspace.slm(1) / RESIDUAL).read_bytes() == (workspace.aggregate(1) / RESIDUAL).read_bytes()
+    (workspace.aggregate(1) / RESIDUAL).write_bytes((workspace.broadcast(1) / RESIDUAL).read_bytes())
+    with pytest.raises(Problem, match="residual"):
+        co_distill(workspace, round=1, overwrite=True)
 
 
 # --- what others send
