@@ -29,7 +29,7 @@ from stages.files import writing
 from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.commands import Command
-from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_WEIGHTS
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Aggregate(Step[Opened, Computed, Manifest]):
         average = self.channel.combine(theta, opened.arrived)
         adapter_files.check_finite(average.tensors, "the average")
         average = opened.optimizer.step(average, self.report)
-        verdict = gate.verdict(self.workspace, theta, average.tensors, self.models, self.report) if gate else None
+        verdict = gate.verdict(self.workspace, theta, average, self.models, self.report) if gate else None
         return Computed(average, verdict, started)
 
     def publish(self, opened: Opened, computed: Computed, over: Over) -> Manifest:
@@ -141,12 +141,12 @@ class Aggregate(Step[Opened, Computed, Manifest]):
 
         (average, verdict, started), theta, [target] = computed, opened.theta, self.publishes
         keeps_old = verdict is not None and verdict.keeps_old
-        weights = theta.contents[ADAPTER_WEIGHTS] if keeps_old else adapter_files.weights_bytes(average.tensors)
+        weights = {} if keeps_old else {ADAPTER_WEIGHTS: adapter_files.weights_bytes(average.tensors)}
         beside = opened.optimizer.kept() if keeps_old else average.beside
         said = verdict.metrics if verdict else {}
         manifest = publish(
             target,
-            {ADAPTER_CONFIG: theta.contents[ADAPTER_CONFIG], ADAPTER_WEIGHTS: weights} | beside,
+            theta.contents | weights | beside,
             Draft(
                 stage="aggregate",
                 round=self.round,

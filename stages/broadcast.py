@@ -21,7 +21,7 @@ from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
 from stages.secagg import openings
 from stages.workspace.commands import Command
-from stages.workspace.names import ADAPTER_FILES
+from stages.workspace.names import THETA_FILES
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ class Broadcast(Step[Opened, Computed, Manifest]):
         An LLM that is here, and needed later in the round, is checked without reading its weights before anyone trains:
         by itself, and that it has the SLM's tokenizer.
         """
+        from stages.artefacts import residual_files
         from stages.bases import base_folders
         from stages.models import adapters, shapes
         from stages.models.loading import Models
@@ -158,7 +159,8 @@ class Broadcast(Step[Opened, Computed, Manifest]):
             seed=seed,
             opening=opened.opening,
         )
-        return Computed(adapters.as_files(slm.model, agreement.slm.lora), draft)
+        files = adapters.as_files(slm.model, agreement.slm.lora) | residual_files.as_file({}, agreement)
+        return Computed(files, draft)
 
 
 def _theta(server: Party, round: int) -> Artefact | None:
@@ -170,4 +172,4 @@ def _theta(server: Party, round: int) -> Artefact | None:
     stage: Literal["co-distill", "aggregate"] = "co-distill" if workspace.agreement.federation.distils else "aggregate"
     message = f"round {round} begins with the adapter that {stage} makes in round {round - 1}, which is not there"
     missing = message, Command(stage, round=round - 1)
-    return received(source, by=server, stage=stage, round=round - 1, missing=missing, only=ADAPTER_FILES)
+    return received(source, by=server, stage=stage, round=round - 1, missing=missing, only=THETA_FILES)

@@ -183,6 +183,7 @@ RULES = {
     "Krum": 'rule = "krum"\noutliers = 1',
     "the geometric median": 'rule = "geometric-median"',
     "the mean of products": 'combine = "product"',
+    "the mean and its residual": 'combine = "residual"',
 }
 
 Scene = tuple[tuple[Callable[[Path], None], ...], Callable[[Path], None]]

@@ -157,4 +157,8 @@ def _words(found: Difference) -> list[str]:
     lines = [f"only in A: {name}" for name in found.only_in_a] + [f"only in B: {name}" for name in found.only_in_b]
     lines += [f"{key}: {a!r} in A, {b!r} in B" for key, (a, b) in found.config.items()]
     lines += [f"not understood in {which}: {said}" for which, all in found.not_understood.items() for said in all]
+    lines += [
+        f"{which} has a residual beneath it, which is not compared; export both to compare it"
+        for which in found.beneath
+    ]
     return [*lines, found.verdict]

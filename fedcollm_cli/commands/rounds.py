@@ -99,9 +99,10 @@ def aggregate(
     Reads exchange/round-t/broadcast and every exchange/round-t/client-k that has arrived. If these are fewer than
     min_clients, it ends with exit code 3. Writes private/server/round-t/aggregate. The manifest has the cross term of
     each layer, which comes from averaging A and B separately. With aggregation.combine = "product" the products BA are
-    averaged instead, and cut back to the agreed rank; the manifest has each layer's remainder. With "freeze-a" or
-    "alternate" clients send B or A alone, and nothing is lost. With another aggregation.rule than mean, it says what
-    the rule did to which client.
+    averaged instead, and cut back to the agreed rank; the manifest has each layer's remainder. With "residual" what A
+    and B lose is kept: residual.safetensors, beneath the adapter, in the aggregate and in the next broadcast. With
+    "freeze-a" or "alternate" clients send B or A alone, and nothing is lost. With another aggregation.rule than mean,
+    it says what the rule did to which client.
 
     With aggregation.server the round goes on with a step of that optimiser instead, from the broadcast towards the
     average. What it remembers of earlier rounds is in the aggregate of the round before.

@@ -132,6 +132,9 @@ def _travel(found: Plan) -> list[str]:
             f"a round: each client receives {received} and sends {sent}, the server sends {shown(server)} and receives "
             f"{to_all}"
         )
+        if beneath := found.sent.get("residual"):
+            each = shown(beneath // found.clients)
+            lines.append(f"beside the adapter each client receives a residual, which grows: {each} in the last round")
     if found.disk:
         parts = ", ".join(f"{name} {shown(size)}" for name, size in found.disk.items())
         whole = f"{found.rounds} rounds of {found.clients} clients"
@@ -193,7 +196,10 @@ def _compare(table: Table, columns: list[Full], said: dict[str, list[str]]) -> N
     row("sent, parameters", [f"{one.update_parameters:,}" for one in columns])
     row("sent, %", [f"{100 * one.update_parameters / one.parameters:.2f}" for one in columns])
     to_server = [(one, one.update_bytes) for one in columns]
-    both = [(one, one.update_bytes + one.adapter_bytes) for one in columns]
+    both = [(one, one.update_bytes + one.adapter_bytes + one.residual_mean_bytes) for one in columns]
+    if any(one.residual_bytes for one in columns):
+        row("received beside it, bytes, last round", [f"{one.residual_bytes:,}" for one in columns])
+        row("  on average over all rounds", [f"{one.residual_mean_bytes:,}" for one in columns])
     for times, way, sent in ((1, "one way", to_server), (2, "there and back", both)):
         table.add_section()
         row(f"{way}, bytes", [f"{size_bytes:,}" for _, size_bytes in sent])

@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stages.artefacts.adapter_files import Tensors
+from stages.artefacts.adapter_files import loaded
+from stages.artefacts.average import Average
 from stages.artefacts.publishing import GATE_KEPT
 from stages.artefacts.reading import Artefact
 from stages.data.rows import Example, Row, encode, tell_left_out
-from stages.models import adapters
+from stages.models import adapters, residual
 from stages.models.devices import naming_memory_knobs
 from stages.models.loading import Models
 from stages.models.tuned import Tuned
@@ -21,6 +22,7 @@ from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event, Report
 from stages.training.micro_batch import rows_at_once
 from stages.training.objective import Objective, task_loss
+from stages.workspace.names import RESIDUAL
 from stages.workspace.paths import Workspace
 
 
@@ -39,7 +41,7 @@ class Verdict(NamedTuple):
 def gate(
     workspace: Workspace,
     theta: Artefact,
-    average: Tensors,
+    average: Average,
     rows: Sequence[Row],
     *,
     amount: float,
@@ -48,8 +50,8 @@ def gate(
 ) -> Verdict:
     """Keep theta if the average's loss on these rows is above theta's by more than the amount, or is no number.
 
-    average: of theta's layout. Measured as training measures, but on all rows. Raises BadNumbers if theta's own loss
-    is no number, since nothing can be compared with that.
+    average: of theta's layout. Measured as training measures, but on all rows. Raises BadNumbers if theta's own loss is
+    no number, since nothing can be compared with that.
     """
     models.use("slm")
     slm = models.with_adapter("slm", theta)
@@ -68,7 +70,9 @@ def gate(
     if not math.isfinite(before):
         mend = "compute with --dtype float32; should that not help, train the round before again at lower rates"
         raise BadNumbers(f"the broadcast's own loss on the held-out rows is {before}", where=theta.path, mend=mend)
-    adapters.put(slm.model, average)
+    adapters.put(slm.model, average.tensors)
+    if RESIDUAL in average.beside:
+        residual.put(slm.model, loaded(average.beside[RESIDUAL], theta.path / RESIDUAL))
     after = _loss(slm, examples, at_once)
     keeps_old = not after - before <= amount  # true of NaN too
     words = f"loss on {len(examples)} held-out rows {before:.4g} -> {after:.4g}"

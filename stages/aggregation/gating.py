@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.artefacts.average import Average
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact
 from stages.data.rows import Row, read_rows
@@ -19,7 +20,6 @@ from stages.workspace.paths import Workspace, require
 
 if TYPE_CHECKING:
     from stages.aggregation.gate import Verdict
-    from stages.artefacts.adapter_files import Tensors
     from stages.models.loading import Models
 
 
@@ -32,7 +32,7 @@ class Gate:
     data_sha256: str
 
     def verdict(
-        self, workspace: Workspace, theta: Artefact, average: Tensors, models: Models | None, report: Report
+        self, workspace: Workspace, theta: Artefact, average: Average, models: Models | None, report: Report
     ) -> Verdict:
         """Put an average to the gate; the SLM is loaded here."""
         from stages.aggregation.gate import gate

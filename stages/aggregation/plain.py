@@ -96,9 +96,12 @@ def _present(workspace: Workspace, theta: Artefact, report: Report) -> dict[int,
 def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -> Average:
     from threadpoolctl import threadpool_limits
 
+    from stages.aggregation.residuals import largest_rank, residual
     from stages.aggregation.rules import WEIGHTINGS, combine
     from stages.aggregation.updates import Updates
     from stages.artefacts import adapter_files
+    from stages.artefacts.residual_files import as_file, read_residual
+    from stages.artefacts.residual_sizes import is_agreed
 
     agreement = server.workspace.agreement
     settings, lora = agreement.aggregation, agreement.slm.lora
@@ -111,11 +114,18 @@ def _average(server: Party, theta: Artefact, arrived: Arrived, report: Report) -
     heads = _heads(server, theta, arrived.updates)
     seen = [_own(head) for head in heads]
     weights = [WEIGHTINGS[settings.weighting](examples) for examples, _ in seen]
+    updates, beneath = Updates(heads, start, report, agreement.keep), adapter_files.Tensors()
     with threadpool_limits(1, "blas"):
-        tensors, metrics = combine(settings, Updates(heads, start, report, agreement.keep), weights)
+        tensors, metrics = combine(settings, updates, weights)
+        if is_agreed(agreement):
+            before = read_residual(theta, adapter_files.layout_of(old), agreement)
+            beneath = residual(updates, weights, tensors, before)
+            metrics = {name.replace("cross_term/", "residual/"): value for name, value in metrics.items()}
+            metrics |= {"residual_rank": float(largest_rank(beneath))}
     # what was read now, should it have been replaced meanwhile
     parents = arrived.parents | {head.path.name: head.sha256 for head in heads}
-    return Average(old | tensors, parents, sum(own for own, _ in seen), sum(tokens for _, tokens in seen), metrics)
+    examples, tokens = sum(own for own, _ in seen), sum(tokens for _, tokens in seen)
+    return Average(old | tensors, parents, examples, tokens, metrics, beside=as_file(beneath, agreement))
 
 
 def _heads(server: Party, theta: Artefact, updates: dict[int, Path]) -> list[Artefact]:

@@ -89,11 +89,19 @@ def best_of_rank(a: np.ndarray, b: np.ndarray, shares: np.ndarray, rank: int | N
 
 
 def _principal(a: np.ndarray, b: np.ndarray, shares: np.ndarray, rank: int) -> Principal:
-    """Of the mean of B_k A_k, which is one product of the factors of all clients side by side: thin QRs and one SVD."""
-    inputs = a.shape[2]
+    """Of the mean of B_k A_k: thin QRs of the factors of all clients side by side, and one SVD."""
+    return principal(*side_by_side(a, b, shares), rank)
+
+
+def side_by_side(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two matrices whose product is the mean of B_k A_k: [outputs, K r] and [K r, inputs], float64."""
     left = (b * shares[:, None, None]).transpose(1, 0, 2).reshape(b.shape[1], -1)
-    right = a.reshape(-1, inputs).astype(np.float64)
-    if len(right) >= min(len(left), inputs):
+    return left, a.reshape(-1, a.shape[2]).astype(np.float64)
+
+
+def principal(left: np.ndarray, right: np.ndarray, rank: int) -> Principal:
+    """Of left @ right, [outputs, n] and [n, inputs], which is formed only where it is smaller than they are."""
+    if len(right) >= min(len(left), right.shape[1]):
         u, values, vt = np.linalg.svd(left @ right, full_matrices=False)
         return Principal(u[:, :rank], values, vt[:rank])
     (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right.T)

@@ -31,6 +31,7 @@ from stages.workspace.names import (
     KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
+    RESIDUAL,
     SEALED_REVEAL,
     SEALED_SHARES,
     SECRETS_MARKER,
@@ -92,7 +93,7 @@ def spare_strangers(folder: Path) -> None:
     Hidden files are no reason: rsync leaves such.
     """
     ours = {MANIFEST, SIGNATURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_SHARES, SEALED_REVEAL, CAPTURE}
-    ours |= {KNOWLEDGE, VOCABULARY, CUTS, SERVER_STATE, SPARSE_UPDATE}
+    ours |= {KNOWLEDGE, VOCABULARY, CUTS, SERVER_STATE, SPARSE_UPDATE, RESIDUAL}
     for path in sorted(folder.iterdir()):
         is_ours = path.name in ours or is_inbox(path.name)
         is_ours |= path.name.startswith(".") and path.name != SECRETS_MARKER

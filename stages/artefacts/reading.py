@@ -21,6 +21,7 @@ from stages.workspace.names import (
     KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
+    RESIDUAL,
     SEALED_INBOX,
     SEALED_REVEAL,
     SEALED_SHARES,
@@ -147,8 +148,14 @@ def expected_names(manifest: Manifest) -> set[str] | None:
         return {MASKED_UPDATE, SEALED_SHARES}
     if manifest.stage == "client-train" and SPARSE_UPDATE in manifest.files:
         return {ADAPTER_CONFIG, SPARSE_UPDATE}
-    has_state = manifest.stage == "aggregate" and SERVER_STATE in manifest.files
-    return {*ADAPTER_FILES} | ({SERVER_STATE} if has_state else set())
+    beside = {SERVER_STATE} if manifest.stage == "aggregate" else set()
+    beside |= {RESIDUAL} if carries_residual(manifest) else set()
+    return {*ADAPTER_FILES} | beside & manifest.files.keys()
+
+
+def carries_residual(manifest: Manifest) -> bool:
+    """Whether such a folder has, where one is agreed, the residual that its adapter stands on: a client's has not."""
+    return manifest.stage in ("broadcast", "aggregate") or (manifest.stage, manifest.role) == ("co-distill", "slm")
 
 
 def inbox(client: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from stages.artefacts import tensor_files
 from stages.artefacts.manifest import Manifest
-from stages.artefacts.reading import Artefact, is_inbox
+from stages.artefacts.reading import Artefact, carries_residual, is_inbox
+from stages.artefacts.residual_sizes import is_agreed, most_rank
 from stages.files import reading
 from stages.runtime.errors import Damaged
 from stages.workspace.names import (
@@ -14,6 +15,7 @@ from stages.workspace.names import (
     KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
+    RESIDUAL,
     SEALED_SHARES,
     SERVER_STATE,
     SPARSE_UPDATE,
@@ -36,11 +38,15 @@ SEAL_BYTES = 64
 
 
 def check_sizes(artefact: Artefact, workspace: Workspace) -> None:
-    """Raise Damaged for a manifest that names a larger file than its folder can have.
+    """Raise Damaged for a manifest that names a larger file than its folder can have, or no residual if one is agreed.
 
     By the numbers of the adapter, the clients of the agreement, and where the base model is here, by that.
     """
     manifest = artefact.manifest
+    needs_residual = carries_residual(manifest) and is_agreed(workspace.agreement)
+    if (RESIDUAL in manifest.files) != needs_residual:
+        message = f"its manifest names {'no' if needs_residual else 'a'} {RESIDUAL}, which is not as agreed"
+        raise Damaged(message, where=artefact.path / MANIFEST, mend=reading.COPY_AGAIN)
     for name, entry in manifest.files.items():
         most = _most_bytes(manifest, name, workspace, entry.size_bytes)
         if entry.size_bytes > most:
@@ -58,9 +64,11 @@ def _most_bytes(manifest: Manifest, name: str, workspace: Workspace, size_bytes:
         return tensor_files.largest_bytes(clients * (SEAL_BYTES + SHARE_BYTES * clients))
     if name == SPARSE_UPDATE:
         return min(tensor_files.largest_bytes(2 * manifest.parameters), reading.LARGEST_ADAPTER_BYTES)
-    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE, SERVER_STATE):
+    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE, SERVER_STATE, RESIDUAL):
         return reading.LARGEST_JSON_BYTES
     each = MOMENTS if name == SERVER_STATE else 1
+    if name == RESIDUAL:  # as an adapter of another rank
+        each = -(-most_rank(manifest, workspace.agreement) // workspace.agreement.slm.lora.r)
     most = min(tensor_files.largest_bytes(each * manifest.parameters + 3), reading.LARGEST_ADAPTER_BYTES)
     if size_bytes > reading.READ_AT_ONCE_BYTES and (known := tensor_files.most_numbers(workspace, manifest.role)):
         return min(most, tensor_files.largest_bytes(each * known))

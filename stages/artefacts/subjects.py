@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from stages.artefacts.manifest import Stage
-from stages.artefacts.reading import Artefact, read_manifest
+from stages.artefacts.reading import Artefact, carries_residual, read_manifest
 from stages.artefacts.receiving import received
+from stages.artefacts.residual_sizes import is_agreed
 from stages.parties.names import number_of
-from stages.parties.party import Onlooker, Party
+from stages.parties.party import Onlooker, Party, Reader
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.commands import Command
-from stages.workspace.names import ADAPTER_FILES, CLIENT
+from stages.workspace.names import CLIENT, MANIFEST, RESIDUAL, THETA_FILES
 from stages.workspace.paths import Workspace
 
 Subject = Literal["slm", "llm", "aggregate"]
@@ -75,7 +77,26 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
     folder = folder_of(workspace, round, subject_of(model, client))
     missing = f"there is no adapter at {workspace.shown(folder)}", mend
     who = Onlooker(workspace)
-    return received(folder, by=who, stage=stage, round=round, client=client, missing=missing, only=ADAPTER_FILES)
+    found = received(folder, by=who, stage=stage, round=round, client=client, missing=missing, only=THETA_FILES)
+    return _standing_on(found, who)
+
+
+def _standing_on(adapter: Artefact, by: Reader) -> Artefact:
+    """An adapter with the file of what it stands on: a client's was trained on that of its broadcast.
+
+    Raises as received does where the broadcast is not here, and Refused where it is another than the client began with.
+    """
+    manifest, workspace = adapter.manifest, by.workspace
+    if not is_agreed(workspace.agreement) or manifest.role != "slm" or carries_residual(manifest):
+        return adapter
+    round, place = manifest.round, workspace.broadcast(manifest.round)
+    mend = f"on the server: {Command('broadcast', round=round)}; then carry exchange/ here"
+    missing = f"the broadcast of round {round} is not there, on whose {RESIDUAL} this adapter stands", mend
+    theta = received(place, by=by, stage="broadcast", round=round, missing=missing, only=[RESIDUAL])
+    if manifest.parents.get("broadcast") != theta.sha256:
+        message = f"{workspace.shown(adapter.path)} stands on the {RESIDUAL} of another broadcast than the one here"
+        raise Refused(message, where=adapter.path / MANIFEST, mend=mend)
+    return replace(adapter, contents=adapter.contents | theta.contents)
 
 
 def theta_of(party: Party, round: int) -> Artefact | None:

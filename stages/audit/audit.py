@@ -22,6 +22,7 @@ from stages.audit.check_leaks import Words, leaks_between, leaks_of
 from stages.audit.check_numbers import A5, drift_of, numbers_in_all, numbers_of
 from stages.audit.check_optimizer import state_of, states_in_all
 from stages.audit.check_privacy import privacy_of
+from stages.audit.check_residual import residuals_in_all
 from stages.audit.check_secagg import masked_of, rounds_of
 from stages.audit.check_secrets import secrets_in, secrets_of, vaults_of
 from stages.audit.check_signatures import A1
@@ -271,5 +272,6 @@ CHECKS: dict[str, Looks] = {
         lambda state, found: states_in_all(state.scopes, state.folders),
         lambda state, folder, adapter: state_of(folder, adapter, _start(state, folder)),
     ),
+    "A13": Looks(lambda state, found: residuals_in_all(state.scopes, state.folders)),
 }
 """Every check by its number; another one is another line."""

@@ -15,7 +15,7 @@ from stages.runtime.errors import Problem
 from stages.workspace import edits
 from stages.workspace.commands import Command
 from stages.workspace.layout import broadcast_in
-from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, round_name
+from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, RESIDUAL, round_name
 
 TAKEN_IN = {
     "aggregate": (("client-train", "client-distill"), "is not in the average"),
@@ -182,15 +182,16 @@ def _other_weights(folder: Folder, ours: dict[Path, Folder]) -> Iterator[Finding
     """A broadcast that sends other weights than those of the adapter it says that it was made from."""
     if folder.said.stage != "broadcast":
         return
-    own = folder.said.files[ADAPTER_WEIGHTS].sha256 if ADAPTER_WEIGHTS in folder.said.files else ""
+    own = folder.said.files
     for name, digest in folder.said.parents.items():
         place = parent_of(folder, name)
         parent = ours.get(place) if place else None
-        named = parent.said.files.get(ADAPTER_WEIGHTS) if parent else None
-        if parent and named and parent.sha256 == digest and named.sha256 != own:
-            yield A1.fail(
-                folder.file(ADAPTER_WEIGHTS), f"is not that of {parent.shown}: {short(own)}", short(named.sha256)
-            )
+        if parent is None or parent.sha256 != digest:
+            continue
+        for file, named in parent.said.files.items():
+            found = own[file].sha256 if file in own else ""
+            if file in (ADAPTER_WEIGHTS, RESIDUAL) and named.sha256 != found:
+                yield A1.fail(folder.file(file), f"is not that of {parent.shown}: {short(found)}", short(named.sha256))
 
 
 def _summary(ours: list[Folder], elsewhere: list[str]) -> Finding:

@@ -65,8 +65,8 @@ def clients_of(folders: Mapping[Path, tuple[Folder, Factors]], client: int | Non
 def _term(folders: list[Folder]) -> str:
     """How the cross term is called: whether it is of the average that is made."""
     agreement = folders[0].scope.agreement if folders else None
-    is_made = agreement is None or agreement.aggregation.combine != "product"
-    return "cross term" if is_made else "cross term, if A and B were averaged apart,"
+    said = {"product": "cross term, if A and B were averaged apart,", "residual": "cross term, kept as the residual,"}
+    return said.get(agreement.aggregation.combine if agreement else "", "cross term")
 
 
 def _client(folder: Folder) -> int:

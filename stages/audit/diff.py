@@ -14,7 +14,7 @@ import numpy as np
 from stages.artefacts.adapter_files import A, B
 from stages.audit.foreign_adapters import AnyAdapter, effective_rank, product_spectrum, read_any
 from stages.files import reading
-from stages.workspace.names import ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_WEIGHTS, RESIDUAL
 
 ROUNDING = 1e-6
 """Of a norm: below it a difference is no more than float32's rounding of A and B."""
@@ -74,7 +74,8 @@ class LayerDifference:
 class Difference:
     """Two adapters. config: of each key that differs, the value in A and in B. verdict: in words.
 
-    not_understood: of "A" and "B", why what it does to its base is not known here, or not in full.
+    not_understood: of "A" and "B", why what it does to its base is not known here, or not in full. beneath: which of
+    them have a residual beneath the adapter, which is not compared.
     """
 
     tensors: list[TensorDifference]
@@ -84,6 +85,7 @@ class Difference:
     only_in_b: list[str]
     config: dict[str, tuple[Any, Any]]
     same_bytes: bool
+    beneath: list[str]
 
     @property
     def same_values(self) -> bool:
@@ -137,6 +139,7 @@ def diff(first: Path, second: Path) -> Difference:
             if a.config.get(key) != b.config.get(key)
         },
         same_bytes=_weights(first) == _weights(second),
+        beneath=[name for name, folder in (("A", first), ("B", second)) if (folder / RESIDUAL).exists()],
     )
 
 

@@ -21,7 +21,7 @@ from stages.parties.roster import Roster
 from stages.runtime.errors import NotReady, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace import listing
-from stages.workspace.names import ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_WEIGHTS, RESIDUAL
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES
 
@@ -166,20 +166,23 @@ def _check_past(workspace: Workspace, theta: Artefact, digests: dict[str, str], 
 def _check_weights(workspace: Workspace, artefact: Artefact, weights: dict[str, str]) -> None:
     """Raise Refused for a broadcast of other weights than those of the adapter that it was made from, if that is here.
 
-    weights: the sha256 of the weights of every folder so far, by its path; this one's is added.
+    weights: the sha256 of what every folder so far has of them, by its path; this one's are added.
     """
-    manifest, named = artefact.manifest, artefact.manifest.files.get(ADAPTER_WEIGHTS)
-    if named is None:
-        return
-    weights[workspace.shown(artefact.path)] = named.sha256
-    for name in manifest.parents if manifest.stage == "broadcast" else ():
-        parent = workspace.shown(parent_place(workspace, manifest, name))
-        if weights.get(parent, named.sha256) != named.sha256:
-            message = (
-                f"{workspace.shown(artefact.path)} has other weights than {parent}, which it says it was made from: "
-                f"sha256 {named.sha256[:16]}..., there {weights[parent][:16]}..."
-            )
-            raise Refused(message, where=artefact.path, mend="ask the server what it sent; make the broadcast again")
+    manifest = artefact.manifest
+    for file, what in ((ADAPTER_WEIGHTS, "other weights"), (RESIDUAL, f"another {RESIDUAL}")):
+        if file not in manifest.files:
+            continue
+        own = weights[workspace.shown(artefact.path / file)] = manifest.files[file].sha256
+        for name in manifest.parents if manifest.stage == "broadcast" else ():
+            parent = parent_place(workspace, manifest, name)
+            there = weights.get(workspace.shown(parent / file), own)
+            if there != own:
+                message = (
+                    f"{workspace.shown(artefact.path)} has {what} than {workspace.shown(parent)}, which it says it was "
+                    f"made from: sha256 {own[:16]}..., there {there[:16]}..."
+                )
+                mend = "ask the server what it sent; make the broadcast again"
+                raise Refused(message, where=artefact.path, mend=mend)
 
 
 def _check_parents(workspace: Workspace, folder: Path, manifest: Manifest, digests: dict[str, str]) -> int:

@@ -12,7 +12,7 @@ from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Event, Report
 from stages.workspace.commands import Command
-from stages.workspace.names import ADAPTER_FILES
+from stages.workspace.names import THETA_FILES
 from stages.workspace.paths import Workspace, require
 from stages.workspace.settings import Role
 
@@ -65,7 +65,7 @@ def theta_of(server: Party, round: int) -> Artefact:
     """What the SLM starts from."""
     source = server.workspace.aggregate(round)
     missing = f"the aggregate of round {round} is not there", Command("aggregate", round=round)
-    return received(source, by=server, stage="aggregate", round=round, missing=missing, only=ADAPTER_FILES)
+    return received(source, by=server, stage="aggregate", round=round, missing=missing, only=THETA_FILES)
 
 
 def omega_of(server: Party, round: int) -> Artefact | None:

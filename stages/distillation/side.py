@@ -9,12 +9,13 @@ from typing import Any
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact
+from stages.artefacts.residual_files import as_file
 from stages.artefacts.steps import Over
 from stages.data.rows import Example, Row, encode, tell_left_out
 from stages.distillation.inputs import OTHER
 from stages.distillation.phases import Distilling
 from stages.files import writing
-from stages.models import adapters
+from stages.models import adapters, residual
 from stages.models.loading import Models
 from stages.models.tuned import Outline, Tuned
 from stages.models.vocabulary import check_one_vocabulary
@@ -147,10 +148,12 @@ def publish_model(
     metrics: Mapping[str, float],
     over: Over,
 ) -> Manifest:
-    """Publish one model's adapter as what the round ends with."""
+    """Publish one model's adapter as what the round ends with, and beside it what it stands on."""
     workspace, round = step.workspace, step.round
     folder = workspace.slm(round) if tuned.role == "slm" else workspace.llm(round)
     contents = adapters.as_files(tuned.model, workspace.agreement.model_of(tuned.role).lora)
+    if tuned.role == "slm":
+        contents |= as_file(residual.take(tuned.model), workspace.agreement)
     seed = workspace.seed_for("co-distill", round)
     draft = draft_of(tuned, outcome, stage="co-distill", round=round, parents=parents, seed=seed, metrics=metrics)
     return publish(folder, contents, draft, by=step.party, over=over[folder])

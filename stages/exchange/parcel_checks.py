@@ -8,9 +8,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from stages.artefacts import tensor_files
-from stages.artefacts.adapter_files import read_adapter
+from stages.artefacts.adapter_files import layout_of, read_adapter
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, expected_names
+from stages.artefacts.residual_files import read_residual
 from stages.artefacts.sizes import check_sizes
 from stages.artefacts.vocabulary_files import parse_vocabulary
 from stages.exchange.parcel_kinds import Parcel, is_sealed
@@ -24,6 +25,7 @@ from stages.workspace.names import (
     CUTS,
     KNOWLEDGE,
     MANIFEST,
+    RESIDUAL,
     SIGNATURE,
     VOCABULARY,
 )
@@ -91,7 +93,9 @@ def check(parcel: Parcel, contents: Mapping[str, bytes], workspace: Workspace, w
             sha256=reading.sha256(contents[MANIFEST]),
             contents={name: contents[name] for name in manifest.files},
         )
-        read_adapter(artefact, None, manifest.lora)
+        tensors = read_adapter(artefact, None, manifest.lora)
+        if RESIDUAL in contents:
+            read_residual(artefact, layout_of(tensors), workspace.agreement)
     for name in contents.keys() & {CUTS, KNOWLEDGE}:  # what they say of public rows is for whoever has these to judge
         tensor_files.read_header(contents[name], where / name)
     if VOCABULARY in contents:

@@ -17,6 +17,7 @@ from stages.workspace.names import (
     KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
+    RESIDUAL,
     SEALED_INBOX,
     SEALED_REVEAL,
     SEALED_SHARES,
@@ -41,7 +42,7 @@ Kind = Literal[
 ]
 ADAPTER = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
 SENT = ADAPTER | {MASKED_UPDATE, SEALED_SHARES, SPARSE_UPDATE}
-CONTENTS = {"broadcast": ADAPTER, "client-train": SENT, "reveal": {SEALED_REVEAL}}
+CONTENTS = {"broadcast": ADAPTER | {RESIDUAL}, "client-train": SENT, "reveal": {SEALED_REVEAL}}
 CONTENTS |= {"align": {VOCABULARY, CUTS}, "share-knowledge": {KNOWLEDGE}, "client-distill": ADAPTER}
 """What can be in a folder that a stage makes; in a close, the inboxes of those who take part."""
 STAGES: dict[Kind, Stage] = {"broadcast": "broadcast", "client": "client-train", "close": "close", "reveal": "reveal"}

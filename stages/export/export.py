@@ -134,11 +134,13 @@ def _tell_loss(proof: Proof, report: Report) -> None:
 
 
 def _write_adapter(draft: Path, adapter: Artefact, base_model: str | None, revision: str | None) -> None:
-    """The exchanged files, the base named where it has a name; the weights byte for byte."""
-    config = reading.parse_json(adapter.contents[ADAPTER_CONFIG])
+    """The exchanged files, the base named where it has a name; the weights byte for byte, if they stand on nothing."""
+    from stages.export.one_adapter import one_adapter
+
+    config, weights = one_adapter(adapter)
     config |= {"base_model_name_or_path": base_model, "revision": revision}
     (draft / ADAPTER_CONFIG).write_bytes(reading.json_bytes(config))
-    (draft / ADAPTER_WEIGHTS).write_bytes(adapter.contents[ADAPTER_WEIGHTS])
+    (draft / ADAPTER_WEIGHTS).write_bytes(weights)
 
 
 def _write_and_prove(draft: Path, workspace: Workspace, role: Role, adapter: Artefact, *, merged: bool) -> Proof:

@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from stages.models import adapters, quantization
+from stages.models import adapters, quantization, residual
 from stages.models.base_loading import PROBE, load_model, load_tokenizer
 from stages.models.identity import PROBE_TEXTS, tokenizer_sha256
 from stages.models.tuned import Tuned
@@ -68,10 +68,11 @@ def in_full(tuned: Tuned, settings: Model) -> Tuned:
     """
     if tuned.identity.quantization is None:
         return tuned
-    tensors = adapters.take(tuned.model)
+    tensors, beneath = adapters.take(tuned.model), residual.take(tuned.model)
     base: Any = tuned.model.unload()
     model = adapters.attach(base.dequantize(torch.float32), settings)
     adapters.put(model, tensors)
+    residual.put(model, beneath)
     return replace(tuned, model=model)
 
 

@@ -17,11 +17,12 @@ from stages.artefacts.subjects import scored_by
 from stages.bases.base_names import hub_id
 from stages.data.split_file import read_split
 from stages.export.cards import template
+from stages.files import reading
 from stages.parties import names
 from stages.study.table_rows import base_of
 from stages.workspace.budgets import Budget
 from stages.workspace.methods import Method
-from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST
+from stages.workspace.names import ADAPTER_WEIGHTS, AGREEMENT, MANIFEST, RESIDUAL
 from stages.workspace.paths import Workspace
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -52,6 +53,11 @@ AVERAGED = " After each round a server averages the clients' adapters, and all b
 
 STEPPED = " The server did not take the average as it was, but a step towards it by {}, which remembers earlier rounds."
 """Where aggregation.server names an optimiser."""
+KEPT = (
+    " What the separate means of A and B lose of the mean of their products is kept beneath the adapter (FedEx-LoRA, "
+    "https://arxiv.org/abs/2410.09432), and is in this folder too: so is the rank of what is here larger than r."
+)
+"""Where aggregation.combine is "residual"."""
 METHODS: dict[Method, str] = {
     "fedcollm": f"FedCoLLM (https://arxiv.org/abs/2411.11707): {FEDAVG} and lets small and large model teach each "
     "other.",
@@ -86,7 +92,8 @@ def model_card(
         revision=revision,
         method=method_of(manifest, workspace.agreement.federation.method)
         + (AVERAGED if workspace.agreement.aggregation.average else "")
-        + (STEPPED.format(server) if (server := workspace.agreement.aggregation.server) != "none" else ""),
+        + (STEPPED.format(server) if (server := workspace.agreement.aggregation.server) != "none" else "")
+        + (KEPT if RESIDUAL in adapter.contents else ""),
         is_public=workspace.agreement.federation.learns_in_public,
         teachers=_teachers(workspace, manifest),
         budget=_budget,
@@ -215,8 +222,11 @@ def _metrics(tasks: dict[str, TaskScores]) -> Iterator[tuple[tuple[str, str], tu
 
 def _hashes(adapter: Artefact) -> list[tuple[str, str]]:
     manifest = adapter.manifest
+    content = adapter.contents.get(RESIDUAL)
+    beneath = [] if content is None else [(f"what lies beneath it, `{RESIDUAL}`", reading.sha256(content))]
     return [
         (f"the adapter, `{ADAPTER_WEIGHTS}`", manifest.files[ADAPTER_WEIGHTS].sha256),
+        *beneath,
         (f"its manifest, `{MANIFEST}`", adapter.sha256),
         (f"the agreement of all parties, `{AGREEMENT}`", manifest.agreement_sha256),
         ("the base's weights", manifest.base.weights_sha256),

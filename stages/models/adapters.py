@@ -113,18 +113,19 @@ def make_fresh(model: PeftModel, seed: int) -> None:
         for module in model.modules():
             if not isinstance(module, LoraLayer):
                 continue
-            for a, b in zip(module.lora_A.values(), module.lora_B.values(), strict=True):
-                assert isinstance(a, nn.Linear)
-                assert isinstance(b, nn.Linear)
-                a.weight.copy_(nn.init.kaiming_uniform_(torch.empty(a.weight.shape), a=5**0.5))
-                b.weight.zero_()
+            a, b = module.lora_A["default"], module.lora_B["default"]
+            assert isinstance(a, nn.Linear)
+            assert isinstance(b, nn.Linear)
+            a.weight.copy_(nn.init.kaiming_uniform_(torch.empty(a.weight.shape), a=5**0.5))
+            b.weight.zero_()
 
 
 def train_only(model: PeftModel, factors: Factors) -> None:
     """Have A, B or both trainable, and the other one frozen."""
     for name, parameter in model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            parameter.requires_grad_(factors in name.partition(".lora_")[2] or factors == "AB")
+        which, _, whose = name.partition(".lora_")[2].partition(".")
+        if which in ("A", "B"):
+            parameter.requires_grad_(factors in (which, "AB") and whose.startswith("default."))
 
 
 def take(model: PeftModel) -> Tensors:

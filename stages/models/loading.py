@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from stages.artefacts.adapter_files import read_adapter
 from stages.artefacts.manifest import BaseIdentity
 from stages.artefacts.reading import Artefact
+from stages.artefacts.residual_files import read_residual
 from stages.bases import base_files, base_folders
-from stages.models import adapters, packing, quantization
+from stages.models import adapters, packing, quantization, residual
 from stages.models.base_loading import (
     check_fits,
     check_unread,
@@ -146,18 +147,24 @@ class Models:
         """
         tuned = self.get(role) if start is None else self.with_adapter(role, start, whose)
         if start is None:
+            residual.put(tuned.model, {})
             adapters.make_fresh(tuned.model, seed)
         adapters.train_only(tuned.model, trains)
         return tuned
 
     def with_adapter(self, role: Role, artefact: Artefact, whose: str | None = None) -> Tuned:
-        """The SLM or the LLM with this adapter in it, all of it trainable. Raises as expect and read_adapter do.
+        """The SLM or the LLM with this adapter in it, all of it trainable, and what it stands on beneath it, frozen.
+
+        Raises as expect, read_adapter and read_residual do.
 
         whose: what messages call the adapter; by default its path.
         """
         tuned = self.expect(role, artefact.manifest.base, whose or self._workspace.shown(artefact.path))
         lora = self._workspace.agreement.model_of(role).lora
-        adapters.put(tuned.model, read_adapter(artefact, adapters.layout(tuned.model), lora))
+        layout = adapters.layout(tuned.model)
+        adapters.put(tuned.model, read_adapter(artefact, layout, lora))
+        beneath = read_residual(artefact, layout, self._workspace.agreement) if role == "slm" else {}
+        residual.put(tuned.model, beneath)
         adapters.train_only(tuned.model, "AB")
         return tuned
 

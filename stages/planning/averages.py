@@ -7,7 +7,9 @@ from collections import Counter
 import numpy as np
 
 from stages.artefacts.adapter_files import A, B, Layout, layers_of, numbers_in, part_of
+from stages.artefacts.residual_sizes import is_agreed
 from stages.artefacts.sparse_files import Sparse, count_kept, sparse_bytes
+from stages.planning import residuals
 from stages.planning.estimates import Here, StagePlan
 from stages.workspace.agreement import Agreement
 
@@ -29,7 +31,7 @@ OF_MOMENT = 4
 def aggregate(here: Here) -> StagePlan:
     """The broadcast and an update as bytes and parsed, one more and the result; sums in float64. Never all clients.
 
-    Another rule than the mean, and the mean of BA, hold some numbers or layers of all clients, instead or before.
+    Another rule than the mean, the mean of BA and a residual hold some numbers or layers of all clients too.
     """
     from stages.aggregation import sources, updates
     from stages.models import shapes
@@ -47,9 +49,15 @@ def aggregate(here: Here) -> StagePlan:
             layers = sources.whole_layers(layout, updates.columns_of(count))
             block = max(count * 4 * (place.stop - place.start) for place, _ in layers)
             work = of_products(count, layout)
+        elif is_agreed(agreement):
+            layers = sources.whole_layers(layout, updates.columns_of(count))
+            block = max(count * 4 * (place.stop - place.start) for place, _ in layers)
+            work = residuals.work_of(agreement, layout)
         sums, blocks = 2 * values, 0 if work is None else min(2 * block, count * values) + work
         kept = count * updates_of(agreement, layout)[1] if agreement.keep and blocks else 0
         takes = {"adapters": 3 * whole + 3 * values + kept, "sums": max(sums, blocks)}
+        if is_agreed(agreement):  # as bytes and parsed, before and after the round
+            takes["residual"] = 2 * sum(residuals.bytes_of(agreement, layout)[-2:])
         if settings.server != "none":
             takes["optimizer"] = OF_MOMENT * whole * (2 if "tau" in settings.server_keys else 1)
     return StagePlan("aggregate", "server", memory=takes)

@@ -14,7 +14,7 @@ from stages.bases import base_folders
 from stages.bases.base_names import name_of
 from stages.exchange.transfers import SERVER, client, transfers
 from stages.paper import reported
-from stages.planning import averages
+from stages.planning import averages, residuals
 from stages.runtime.errors import NotReady
 from stages.workspace.paths import Workspace
 
@@ -42,7 +42,8 @@ class Full:
     """The base model and its adapter, as they would travel: parameters, and bytes one way.
 
     adapter_bytes: of adapter_model.safetensors; a folder's two JSON files add some thousand. updates: the same of what
-    a client sends, which is the adapter or a part of it.
+    a client sends, which is the adapter or a part of it. residual: what a client receives beside the adapter with
+    combine = "residual", in the last round and in all rounds on average; 0 without.
     stored_bytes: of the full model in the type of its checkpoint; None where that is not known.
     """
 
@@ -52,6 +53,8 @@ class Full:
     adapter_bytes: int
     update_parameters: int
     update_bytes: int
+    residual_bytes: int
+    residual_mean_bytes: int
     float32_bytes: int
     stored_dtype: str | None
     stored_bytes: int | None
@@ -127,11 +130,12 @@ def full_of(workspace: Workspace) -> Full | None:
         shape = shapes.of_workspace(workspace, "slm")
     except NotReady:
         return None
-    return _full(name_of(workspace, "slm"), shape, averages.updates_of(workspace.agreement, shape.layout))
+    updates = averages.updates_of(workspace.agreement, shape.layout)
+    return _full(name_of(workspace, "slm"), shape, updates, residuals.bytes_of(workspace.agreement, shape.layout)[:-1])
 
 
-def _full(model: str, shape: Shape, updates: tuple[int, int] | None = None) -> Full:
-    """updates: as averages.updates_of has them; None: clients send the adapter."""
+def _full(model: str, shape: Shape, updates: tuple[int, int] | None = None, beneath: Sequence[int] = (0,)) -> Full:
+    """updates: as averages.updates_of has them; None: clients send the adapter. beneath: of each round's broadcast."""
     from stages.models import shapes
 
     adapter = shape.adapter_parameters, shapes.file_bytes(shape.layout)
@@ -141,6 +145,8 @@ def _full(model: str, shape: Shape, updates: tuple[int, int] | None = None) -> F
         shape.parameters,
         *adapter,
         *(updates or adapter),
+        beneath[-1],
+        sum(beneath) // len(beneath),
         shapes.FLOAT32_BYTES * shape.parameters,
         shape.stored_dtype,
         size * shape.parameters if size else None,

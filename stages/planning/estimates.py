@@ -221,6 +221,17 @@ def _step(
     )
 
 
+def beneath(here: Here, role: Role) -> dict[str, int]:
+    """What lies beneath the SLM's adapter in the last round, where that is agreed: part of no other part."""
+    from stages.models import shapes
+    from stages.planning.residuals import numbers_beneath
+
+    if role != "slm" or "slm" not in here.shapes:
+        return {}
+    numbers = numbers_beneath(here.workspace.agreement, here.shapes["slm"].layout)
+    return {"residual": shapes.FLOAT32_BYTES * numbers} if numbers else {}
+
+
 def _of_training(here: Here, wanted: Mapping[Role, Shape], step: Step) -> dict[str, int]:
     from stages.models import devices, shapes
 
@@ -237,7 +248,7 @@ def _of_training(here: Here, wanted: Mapping[Role, Shape], step: Step) -> dict[s
         "activations": step.activations,
         "logits": step.logits,
         "transient": step.transient + unpacked,
-    }
+    } | (beneath(here, "slm") if "slm" in wanted else {})
 
 
 def evaluate(here: Here, role: Role, rows: Extent | None, questions: int | None = None) -> StagePlan:
@@ -259,6 +270,7 @@ def evaluate(here: Here, role: Role, rows: Extent | None, questions: int | None 
             "logits": step.logits,
             "transient": step.transient,
         }
+        takes |= beneath(here, role)
         if attack.is_on:
             sized = {"rows": batch, "length": tokens, "answers": min(ANSWER_TOKENS, tokens - 1)}
             step = _step(here, {"slm": shape}, task_loss, sized, None, is_attacked=True)

@@ -22,6 +22,7 @@ from stages.workspace.settings import ROLES, Role
 if TYPE_CHECKING:
     from stages.models.shapes import Shape
     from stages.planning.missing import Missing
+from stages.planning import residuals
 from stages.planning.averages import aggregate, updates_of
 from stages.planning.estimates import (
     ADAM_BYTES,
@@ -61,7 +62,8 @@ class Plan:
     """The whole federation.
 
     two_phases: co-distill's, of the LLM, since the SLM takes less: capture and train.
-    sent: bytes that a client, on average, and the server to all clients, sends in a round. Of models that learn on
+    sent: bytes that a client, on average, and the server to all clients, sends in a round; residual: what the server
+    sends them beside the adapter in the last one, where combine = "residual". Of models that learn on
     public rows: what each client tells and is told, in a round and once. disk: bytes by part, of all rounds and parties
     in one folder. is_to_be_dealt: whether the rows are those that prepare would deal.
     """
@@ -226,7 +228,9 @@ def _sent(here: Here) -> dict[str, int]:
         return {}
     layout = here.shapes["slm"].layout
     _, update_bytes = updates_of(here.workspace.agreement, layout)
-    return {"client": update_bytes, "server": len(here.workspace.clients) * shapes.file_bytes(layout)}
+    clients, last = len(here.workspace.clients), residuals.bytes_of(here.workspace.agreement, layout)[-2]
+    to_all = {"client": update_bytes, "server": clients * shapes.file_bytes(layout)}
+    return to_all | ({"residual": clients * last} if last else {})
 
 
 def _disk(here: Here) -> dict[str, int]:
@@ -239,8 +243,9 @@ def _disk(here: Here) -> dict[str, int]:
     _, update = updates_of(here.workspace.agreement, here.shapes["slm"].layout)
     federation = here.workspace.agreement.federation
     trained = sum(shape.adapter_parameters for shape in here.shapes.values())
+    beneath = residuals.bytes_of(here.workspace.agreement, here.shapes["slm"].layout)
     return {
-        "exchange": federation.rounds * (slm + federation.clients * update),
-        "server": federation.rounds * (2 * slm + llm),
+        "exchange": federation.rounds * (slm + federation.clients * update) + sum(beneath[:-1]),
+        "server": federation.rounds * (2 * slm + llm) + 2 * sum(beneath[1:]),
         "checkpoints": CHECKPOINTS * (shapes.FLOAT32_BYTES + ADAM_BYTES) * trained,
     }

@@ -158,6 +158,8 @@ def lost_by_averaging() -> Figure:
     def caption(rows: list[Row]) -> str:
         said = {
             "cross_term": "‖mean(BA) − mean(B)mean(A)‖ / ‖mean(BA)‖ in %: what is lost by averaging A and B apart.",
+            "residual": "‖mean(BA) − mean(B)mean(A)‖ / ‖mean(BA)‖ in %: what averaging A and B apart would lose; it is "
+            "kept beneath the adapter, so that nothing is lost.",
             "remainder": "‖mean(BA) − BA‖ / ‖mean(BA)‖ in %: what is lost by cutting mean(BA) back to the rank of BA.",
         }
         return f"{said[rows[0]['what']]}{_of_some(rows, 'round')}"

@@ -216,14 +216,15 @@ def traffic(workspace: Workspace, manifests: Manifests | None = None) -> list[Ro
 def lost_by_averaging(workspace: Workspace) -> list[Row]:
     """What averaging loses of each layer, in % of ||mean(BA)||, by layer and round, from the aggregates' manifests.
 
-    what: cross_term, by averaging A and B apart; remainder, by cutting mean(BA) back to a rank.
+    what: cross_term, by averaging A and B apart; residual, the same, but kept beneath the adapter; remainder, by
+    cutting mean(BA) back to a rank.
     """
     found = {
         (key.partition("/")[2], round): (key.partition("/")[0], value)
         for round in rounds(workspace)
         if workspace.aggregate(round).exists()
         for key, value in read_manifest(workspace.aggregate(round))[0].metrics.items()
-        if key.startswith(("cross_term/", "remainder/"))
+        if key.startswith(("cross_term/", "residual/", "remainder/"))
     }
     layers = list(dict.fromkeys(layer for layer, _ in found))
     shared = _shared_prefix(layers)

@@ -154,7 +154,7 @@ class Agreement(Settings):
                 f"aggregation.average takes clients of one model: take out the table [clients.{own[0]}.slm], "
                 "or set aggregation.average = false"
             )
-        if self.aggregation.sent_in(1) != "AB" or self.aggregation.keep:
+        if self.aggregation.sent_in(1) != "AB" or self.aggregation.keep or self.aggregation.combine == "residual":
             raise ValueError(
                 "aggregation.average takes whole adapters: take out personal and keep, and combine but for product"
             )

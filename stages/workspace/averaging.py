@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from stages.workspace.settings import Positive, Rate, Settings, Share
 
 Rule = Literal["mean", "median", "trimmed-mean", "clipped-mean", "krum", "geometric-median"]
-Combine = Literal["factors", "product", "freeze-a", "alternate"]
+Combine = Literal["factors", "product", "residual", "freeze-a", "alternate"]
 Factors = Literal["A", "B", "AB"]
 """Which matrices of a LoRA layer: one of them, or both."""
 Server = Literal["none", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
@@ -104,16 +104,21 @@ class Aggregation(Settings):
 
     @model_validator(mode="after")
     def _products_are_of_each_client(self) -> Aggregation:
-        if self.combine == "product" and self.rule != "mean":
-            raise ValueError(f"rule {self.rule} is for A and B as they are, combine product averages BA: choose one")
-        if self.combine == "product" and self.is_secure:
-            raise ValueError("combine product needs each client's A and B, mode secure shows their sums: choose one")
+        if self.combine not in ("product", "residual"):
+            return self
+        combine = f"combine {self.combine}"
+        if self.rule != "mean":
+            raise ValueError(f"rule {self.rule} is for A and B as they are, {combine} averages BA: choose one")
+        if self.is_secure:
+            raise ValueError(f"{combine} needs each client's A and B, mode secure shows their sums: choose one")
         return self
 
     @model_validator(mode="after")
     def _sparse_updates_are_of_each_client(self) -> Aggregation:
         if self.keep and self.is_secure:
             raise ValueError("keep has each client send other numbers, mode secure adds the same ones: choose one")
+        if self.keep and self.combine == "residual":
+            raise ValueError("keep leaves numbers out, combine residual leaves nothing out: choose one")
         return self
 
     @model_validator(mode="after")
@@ -122,8 +127,9 @@ class Aggregation(Settings):
             if getattr(self, key) is not None and key not in OF_SERVER[self.server]:
                 those = ", ".join(name for name, keys in OF_SERVER.items() if key in keys)
                 raise ValueError(f"{key} is for server {those}; here is {self.server}")
-        if self.server != "none" and self.combine in ("product", "alternate"):
+        if self.server != "none" and self.combine in ("product", "residual", "alternate"):
             whys = {"product": "makes other A and B", "alternate": "trains one of them in a round"}
+            whys |= {"residual": "makes up for what their means lose, and for nothing else"}
             why = f"combine {self.combine} {whys[self.combine]}"
             raise ValueError(f"server {self.server} steps along changes of A and B, {why}")
         return self

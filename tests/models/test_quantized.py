@@ -80,6 +80,30 @@ def test_a_whole_round_on_few_bits_and_every_model_learns(bits: str, wide: Path)
 
 @needs_bitsandbytes
 @EACH
+def test_a_residual_beneath_an_adapter_on_few_bits_is_exact(bits: str, wide: Path) -> None:
+    """Which nothing that is added to the bits themselves could be."""
+    edit(wide / "fedcollm.toml", "[distillation]", '[aggregation]\ncombine = "residual"\n\n[distillation]')
+    workspace = Workspace(quantized(wide, bits))
+    broadcast(workspace, round=1)
+    for client in workspace.clients:
+        client_train(workspace, round=1, client=client)
+    aggregate(workspace, round=1)
+    made = co_distill(workspace, round=1)
+    assert (workspace.slm(1) / "residual.safetensors").read_bytes() == (
+        workspace.aggregate(1) / "residual.safetensors"
+    ).read_bytes()
+    before, after = (sum(made.metrics[f"slm_{term}_{when}"] for term in ("ft", "kd")) for when in WHEN)
+    assert after < before
+    for merged in (False, True):
+        proof = export(workspace, round=1, model="aggregate", merged=merged)["proof"]
+        assert proof["error"] < 1e-4 * proof["scale"]
+        assert proof["change"] > 100 * proof["error"]
+    broadcast(workspace, round=2)
+    client_train(workspace, round=2, client=1)
+
+
+@needs_bitsandbytes
+@EACH
 def test_a_merged_export_is_the_base_as_its_bits_say_and_the_adapter(bits: str, wide: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import Family, examples, tuned
+from builders import Family, examples, random_adapter, tuned
 from processes import call_together
 from stages.runtime.processes import Processes
 
 
-def said_and_learned(processes: Processes, family: Family, is_attacked: bool) -> dict[str, Any]:
-    """The losses and gradients of a tiny model, spread if the processes are several, and what one of them holds."""
+def said_and_learned(processes: Processes, family: Family, is_attacked: bool, stands: bool) -> dict[str, Any]:
+    """The losses and gradients of a tiny model, spread if the processes are several, and what one of them holds.
+
+    stands: whether it has a residual beneath its adapter, which is put there when the model is spread already.
+    """
     import torch
     from torch.distributed.tensor import DTensor
 
-    from stages.models import adapters, sharding
+    from stages.models import adapters, residual, sharding
     from stages.training.adversarial import objective_of
     from stages.workspace.attacks import Adversarial
 
@@ -25,6 +28,8 @@ def said_and_learned(processes: Processes, family: Family, is_attacked: bool) ->
     blocks = sum(p.numel() for name, p in slm.model.named_parameters() if ".0." in name and not p.requires_grad)
     if processes.count > 1:
         sharding.spread(slm.model, torch.device("cpu"), processes.count)
+    if stands:
+        residual.put(slm.model, random_adapter(adapters.layout(slm.model), seed=5))
     objective = objective_of(slm, Adversarial(radius=0.2 if is_attacked else None, steps=2))
     rows = examples([(5, 2), (1, 1), (9, 4)])
     before = objective.measure(rows, 2)
@@ -47,13 +52,22 @@ def said_and_learned(processes: Processes, family: Family, is_attacked: bool) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "is_attacked"), [("gpt2", False), ("opt", False), ("llama", False), ("gpt2", True), ("llama", True)]
+    ("family", "is_attacked", "stands"),
+    [
+        ("gpt2", False, False),
+        ("opt", False, False),
+        ("llama", False, False),
+        ("gpt2", True, False),
+        ("llama", True, False),
+        ("gpt2", False, True),
+        ("llama", False, True),
+    ],
 )
 def test_a_model_spread_over_two_processes_says_and_learns_what_the_whole_one_does(
-    family: Family, is_attacked: bool
+    family: Family, is_attacked: bool, stands: bool
 ) -> None:
-    whole = said_and_learned(Processes(), family, is_attacked)
-    for one in call_together(2, said_and_learned, family, is_attacked):
+    whole = said_and_learned(Processes(), family, is_attacked, stands)
+    for one in call_together(2, said_and_learned, family, is_attacked, stands):
         assert one["held"] == pytest.approx(0.5, abs=0.01)
         assert whole["held"] == 0
         for name in ("loss", "measured", "moved"):

@@ -33,6 +33,7 @@ import tomlkit
 from stages.aggregate import aggregate
 from stages.aggregation.gate import gate
 from stages.artefacts.adapter_files import Tensors, read_adapter, weights_bytes
+from stages.artefacts.average import Average
 from stages.artefacts.draft import Draft
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact, read_artefact
@@ -235,7 +236,9 @@ class Study:
             made = aggregate(workspace, round=round, gate=GATE if case.gated else None, models=models)
             kept.append(bool(made.metrics.get("gate_kept")))
         average = read_artefact(workspace.aggregate(ROUNDS))
-        told = gate(workspace, theta, _tensors(average), held_out, amount=math.inf, models=models, report=ignore)
+        told = gate(
+            workspace, theta, Average(_tensors(average), {}), held_out, amount=math.inf, models=models, report=ignore
+        )
         right, obeyed = self._scores(workspace, average.manifest.files[ADAPTER_WEIGHTS].sha256)
         return Found(right, obeyed, told.metrics.get("gate_after", math.nan), kept)
 
