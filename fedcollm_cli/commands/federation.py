@@ -52,7 +52,7 @@ def run(
         overwrite=overwrite,
         report=opened.console.report,
     )
-    opened.console.result(results, progress.scores(results) if results else "done")
+    opened.console.result(results, progress.scores(results).drawn() if results else "done")
 
 
 @in_workspace("quiet", "device", "dtype")
