@@ -157,7 +157,7 @@ def guarded(console: Console) -> Iterator[None]:
         raise typer.Exit(problem.exit_code) from None
     except KeyboardInterrupt as stop:
         _Ending.is_asked = True
-        console.say(str(stop) or "interrupted: nothing is half written; the same command goes on from here")
+        console.interrupted(str(stop) or "interrupted: nothing is half written; the same command goes on from here")
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
     finally:
         signal.alarm(0)
