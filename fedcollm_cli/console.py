@@ -24,7 +24,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from stages.runtime.errors import Problem
+from stages.runtime.errors import INTERRUPTED_EXIT_CODE, Problem
 from stages.runtime.events import SECONDS_LEFT, Event
 from stages.runtime.texts import Lines, printable, shown
 
@@ -143,7 +143,7 @@ class Console:
 
     def _write(self, value: Any, text: str | Table | Group) -> None:
         if self.as_json:
-            sys.stdout.write(json.dumps(_printable(value), indent=2, sort_keys=True) + "\n")
+            _print_json(value)
         elif not isinstance(text, str):
             _Harmless().print(text)
         else:
@@ -151,6 +151,7 @@ class Console:
 
     def error(self, problem: Problem) -> None:
         """What happened, where, and how to mend it."""
+        self._tell_failure(problem.exit_code, problem.message, where=problem.where, mend=problem.mend)
         if not self.tells_failures:
             return
         if self._progress:
@@ -163,11 +164,31 @@ class Console:
         if problem.edited and problem.edited not in problem.message:
             self._err.print(f"  edit  fedcollm.toml was edited since something was published here: {problem.edited}")
 
+    def interrupted(self, text: str) -> None:
+        """The end of a command that was stopped."""
+        self._tell_failure(INTERRUPTED_EXIT_CODE, text)
+        self.say(text)
+
+    def _tell_failure(self, code: int, message: str, *, where: object = None, mend: str | None = None) -> None:
+        """As JSON, if that was asked for and there is no result to tell: stdout holds one value."""
+        if self.as_json and not self._is_muted and self._result is None:
+            tell_failure(code, message, where=where, mend=mend)
+
     def say(self, text: str) -> None:
         """A sentence on stderr, whatever quiet says."""
         if self._progress:
             self._progress.stop()
         self._err.print(text)
+
+
+def tell_failure(code: int, message: str, *, where: object = None, mend: str | None = None) -> None:
+    """Why there is no result, as JSON on stdout in its place. code: the command's exit code."""
+    given = {"message": message, "where": where and str(where), "mend": mend}
+    _print_json({"error": {"code": code} | {key: value for key, value in given.items() if value}})
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(_printable(value), indent=2, sort_keys=True) + "\n")
 
 
 def duration(seconds: float) -> str:

@@ -5,9 +5,10 @@ Nothing heavy is imported here: a command imports its stage when it is called.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fedcollm_cli import __version__
 from fedcollm_cli.commands import (
@@ -27,9 +28,42 @@ from fedcollm_cli.commands import (
     shearing,
     starting,
 )
+from fedcollm_cli.console import tell_failure
+from stages.runtime.errors import UsageProblem
+
+UsageError: Any = typer.BadParameter.__base__
+"""What typer raises for words that are no command; it has click's, or one of its own."""
+
+
+class Program(TyperGroup):
+    """The commands. Words that are none end as typer has it, and with --json among them also as JSON."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Note whether JSON is asked for."""
+        ctx.meta[JSON] = JSON in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Call the command that the words name."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            if ctx.meta[JSON]:
+                told = error.ctx or ctx
+                tell_failure(
+                    UsageProblem.exit_code,
+                    error.format_message(),
+                    mend=f"{told.command_path} {told.help_option_names[0]}",
+                )
+            raise
+
+
+JSON = "--json"
 
 app = typer.Typer(
     name="fedcollm",
+    cls=Program,
+    context_settings={"help_option_names": ["--help", "-h"]},
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -61,7 +95,7 @@ for command in COMMANDS:
 @app.callback(invoke_without_command=True)
 def top(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-v", help="Print the version and exit.")] = False,
 ) -> None:
     """Hold the options of fedcollm itself."""
     if version:

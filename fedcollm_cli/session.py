@@ -19,9 +19,10 @@ import typer
 
 from fedcollm_cli.console import Console
 from fedcollm_cli.torchrun import Launch, is_first, launched
+from fedcollm_cli.views.sheets import Form
 from stages.files.faults import naming_storage_faults
 from stages.runtime import imports
-from stages.runtime.errors import INTERRUPTED_EXIT_CODE, Problem
+from stages.runtime.errors import INTERRUPTED_EXIT_CODE, Problem, UsageProblem
 from stages.runtime.processes import ALONE, Processes
 from stages.runtime.quiet import libraries as silent_libraries
 from stages.workspace import edits
@@ -47,6 +48,11 @@ ClientScoresOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+MarkdownOption = Annotated[bool, typer.Option("--markdown", help="The tables as Markdown on stdout.")]
+LatexOption = Annotated[
+    bool, typer.Option("--latex", help="The tables as LaTeX on stdout; they need the package booktabs.")
+]
+CsvOption = Annotated[bool, typer.Option("--csv", help="The figures as CSV on stdout, one a row.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; warnings and errors only.")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps. Default: as machine.toml says.")
@@ -89,6 +95,16 @@ class Session:
     folder: Path | None
     console: Console
     processes: Processes
+
+
+def form_of(opened: Session, *, markdown: bool, latex: bool, csv: bool) -> Form | None:
+    """How the tables are to be printed; None: as JSON, or for a terminal. Raises UsageProblem for two forms."""
+    asked: dict[Form, bool] = {"markdown": markdown, "latex": latex, "csv": csv}
+    forms = [name for name, is_asked in asked.items() if is_asked]
+    given = [*(["json"] if opened.console.as_json else []), *forms]
+    if len(given) > 1:
+        raise UsageProblem(f"--{given[0]} and --{given[1]} exclude each other", mend="give one of them")
+    return forms[0] if forms else None
 
 
 Function = Callable[..., None]
@@ -141,7 +157,7 @@ def guarded(console: Console) -> Iterator[None]:
         raise typer.Exit(problem.exit_code) from None
     except KeyboardInterrupt as stop:
         _Ending.is_asked = True
-        console.say(str(stop) or "interrupted: nothing is half written; the same command goes on from here")
+        console.interrupted(str(stop) or "interrupted: nothing is half written; the same command goes on from here")
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
     finally:
         signal.alarm(0)

@@ -64,14 +64,15 @@ def commands_page() -> str:
     """One heading for each command, and its help."""
     group: Any = typer.main.get_command(app)
     texts = [COMMANDS_HEAD, _fenced(_help(group, "fedcollm", None))]
-    parent = group.context_class(group, info_name="fedcollm", terminal_width=WIDTH)
+    parent = group.context_class(group, info_name="fedcollm", terminal_width=WIDTH, **group.context_settings)
     for name in group.list_commands(parent):
         texts += [f"## {name}\n", _fenced(_help(group.get_command(parent, name), name, parent))]
     return "\n".join(texts)
 
 
 def _help(command: Any, name: str, parent: Any) -> str:
-    context = command.context_class(command, info_name=name, parent=parent, terminal_width=WIDTH)
+    settings = dict(command.context_settings, info_name=name, parent=parent, terminal_width=WIDTH)
+    context = command.context_class(command, **settings)
     return "\n".join(line.rstrip() for line in str(command.get_help(context)).splitlines())
 
 

@@ -7,12 +7,19 @@ from dataclasses import asdict
 from typing import Annotated, get_args
 
 import typer
-from rich.console import Group
 
-from fedcollm_cli.session import ClientScoresOption, EachRoundOption, Session, in_workspace
+from fedcollm_cli.session import (
+    ClientScoresOption,
+    CsvOption,
+    EachRoundOption,
+    LatexOption,
+    MarkdownOption,
+    Session,
+    form_of,
+    in_workspace,
+)
 from fedcollm_cli.views import tables
 from stages.paper.reported import Setting
-from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
 from stages.workspace.commands import Command
 from stages.workspace.methods import Method
@@ -40,8 +47,9 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --seeds: run everything again, as the settings are now.")
     ] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout: a line for each row, task and seed.")] = False,
+    markdown: MarkdownOption = False,
+    latex: LatexOption = False,
+    csv: CsvOption = False,
     each_round: EachRoundOption = True,
     opened: Session,
 ) -> None:
@@ -62,8 +70,7 @@ def compare(
     from stages.federation.compare import compare as stage
     from stages.federation.compare import spread_all
 
-    if opened.console.as_json + as_markdown + as_csv > 1:
-        raise UsageProblem("--json, --markdown and --csv exclude each other", mend="give one of them")
+    form = form_of(opened, markdown=markdown, latex=latex, csv=csv)
     if overwrite and (collect or seeds is None):
         mend = Command("compare", seeds="1,2,3", overwrite=True)
         raise UsageProblem("--overwrite is for what --seeds runs", mend=mend)
@@ -92,8 +99,7 @@ def compare(
         overwrite=overwrite,
         report=opened.console.report,
     )
-    drawn = tables.as_lines if as_csv else tables.as_markdown if as_markdown else tables.comparison
-    opened.console.result(asdict(found), drawn(found))
+    opened.console.result(asdict(found), tables.comparison(found).written(form))
 
 
 @in_workspace("quiet", "device", "dtype")
@@ -104,7 +110,9 @@ def sweep(
         typer.Option("--set", metavar="<str>", help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary."),
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc, acc_norm or robust_acc.")] = "acc",
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
+    markdown: MarkdownOption = False,
+    latex: LatexOption = False,
+    csv: CsvOption = False,
     collect: Annotated[bool, typer.Option("--collect", help="Run nothing, read what is there.")] = False,
     slurm: Annotated[
         bool, typer.Option("--slurm", help="Run nothing here: write job scripts, and slurm/sweep.sh that submits them.")
@@ -131,6 +139,7 @@ def sweep(
     from stages.federation.sweep import spread_out
     from stages.federation.sweep import sweep as stage
 
+    form = form_of(opened, markdown=markdown, latex=latex, csv=csv)
     settings = [parse_setting(text) for text in set_ or []]
     grid = dict(settings)
     if len(grid) < len(settings):
@@ -153,10 +162,7 @@ def sweep(
         overwrite=overwrite,
         report=report,
     )
-    swept = tables.swept(found)
-    as_text = texts.lines([*(sheet.markdown() for sheet in swept), *found.remarks], "\n\n")
-    as_tables = Group(*(sheet.drawn() for sheet in swept), *found.remarks)
-    opened.console.result(found.as_json(), as_text if as_markdown else as_tables)
+    opened.console.result(found.as_json(), tables.swept(found).written(form))
 
 
 def _seeds(text: str | None) -> list[int] | None:

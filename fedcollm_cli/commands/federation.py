@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fedcollm_cli.session import ClientScoresOption, EachRoundOption, OverwriteOption, Session, in_workspace
 from fedcollm_cli.views import progress
+from stages.runtime import texts
 from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
 from stages.workspace.methods import Method
 
@@ -20,7 +21,12 @@ def run(
         Method | None,
         typer.Option("--method", help="Another method than the agreement's, in baselines/METHOD."),
     ] = None,
-    rounds: Annotated[str | None, typer.Option("--rounds", help="Such as 3 or 1-5. Default: all.")] = None,
+    rounds: Annotated[
+        str | None, typer.Option("--rounds", "--round", help="Such as 3 or 1-5: these alone. Default: all.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do nothing: print the commands that it stands for, to be pasted.")
+    ] = False,
     scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Whether to evaluate too.")] = True,
     each_round: EachRoundOption = True,
     client_scores: ClientScoresOption = True,
@@ -30,7 +36,8 @@ def run(
     """Every step of every round, in one process.
 
     All parties are on this machine. Base models are loaded once. Reads and writes exactly the files of the separate
-    commands. What is done already is not done again, so the same command goes on after a stop.
+    commands. What is done already is not done again, so the same command goes on after a stop. With --dry-run, it
+    prints these commands, one a line, and does none of them.
 
     --method runs another method, with the same data and the same budgets, in a separate workspace, baselines/METHOD.
     fedavg: no training at the server. fedavg-aux: the server trains both models on the auxiliary
@@ -40,19 +47,22 @@ def run(
 
     Example: fedcollm run --method fedavg-aux
     """
+    asked: dict[str, Any] = {"method": method, "rounds": _rounds(rounds), "overwrite": overwrite}
+    asked |= {"scores": scores, "each_round": each_round, "client_scores": client_scores}
+    if dry_run:
+        from stages.federation.ahead import ahead
+
+        lines = ahead(opened.workspace, folder=opened.folder, **asked)
+        opened.console.result(lines, texts.lines(lines) if lines else "nothing is left to do")
+        return
     from stages.federation.run import run as stage
 
     results = stage(
         opened.workspace,
-        method=method,
-        rounds=_rounds(rounds),
-        scores=scores,
-        each_round=each_round,
-        client_scores=client_scores,
-        overwrite=overwrite,
+        **asked,
         report=opened.console.report,
     )
-    opened.console.result(results, progress.scores(results) if results else "done")
+    opened.console.result(results, progress.scores(results).drawn() if results else "done")
 
 
 @in_workspace("quiet", "device", "dtype")

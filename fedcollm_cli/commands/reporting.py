@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcollm_cli.session import Session, in_workspace
-from fedcollm_cli.views.tables import Sheet, notes, sheets
+from fedcollm_cli.views.sheets import Sheet
+from fedcollm_cli.views.tables import notes, sheets
 
 if TYPE_CHECKING:
     from stages.study.comparison import Comparison

@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedcollm_cli.session import ClientOption, OverwriteOption, RoundOption, Session, in_workspace
+from fedcollm_cli.session import (
+    ClientOption,
+    CsvOption,
+    LatexOption,
+    MarkdownOption,
+    OverwriteOption,
+    RoundOption,
+    Session,
+    form_of,
+    in_workspace,
+)
 from fedcollm_cli.views import progress
 from stages.artefacts.manifest import Manifest
 from stages.runtime.errors import UsageProblem
@@ -224,6 +234,9 @@ def evaluate(
     attack_steps: Annotated[
         int | None, typer.Option("--attack-steps", min=1, help="With --attack: steps of gradient ascent. Default: 5.")
     ] = None,
+    markdown: MarkdownOption = False,
+    latex: LatexOption = False,
+    csv: CsvOption = False,
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -238,6 +251,7 @@ def evaluate(
     """
     from stages.evaluate import evaluate as stage
 
+    form = form_of(opened, markdown=markdown, latex=latex, csv=csv)
     own = client is not None and opened.workspace.of_client(client).own_model
     if zero_shot == (round is not None) or (zero_shot and ((client and not own) or model == "aggregate")):
         example = Command("evaluate", round=1, model="slm")
@@ -254,7 +268,7 @@ def evaluate(
         report=opened.console.report,
     )
     path = opened.workspace.shown(opened.workspace.result(round, result["subject"]))
-    opened.console.result({"path": path, **result}, progress.scores([result]))
+    opened.console.result({"path": path, **result}, progress.scores([result]).written(form))
 
 
 def _attack(*, radius: float | None, steps: int | None) -> Attack | None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.table import Table
 
+from fedcollm_cli.views import figures
+from fedcollm_cli.views.sheets import Sheet, Tables
 from fedcollm_cli.views.tables import comparison
 from stages.parties.names import listed, number_of
 from stages.runtime import texts
@@ -59,24 +61,23 @@ def _counts(counts: dict[str, int]) -> str:
     return "  ".join(f"{name or '-'}: {count}" for name, count in counts.items())
 
 
-def scores(results: list[Result]) -> Table:
+def scores(results: list[Result]) -> Tables:
     """lm-eval's scores, a row for each model and task, a column for each metric."""
     rows = [(result, task, found) for result in results for task, found in result["tasks"].items()]
     metrics = [name for _, _, found in rows for name in found["metrics"] if not name.endswith("_stderr")]
     columns = ({"acc": "acc", "acc_stderr": "stderr"} if "acc" in metrics else {}) | {name: name for name in metrics}
-    table = Table()
-    for name in ("model", "round", "task", "questions", *columns.values()):
-        table.add_column(name, justify="left" if name in ("model", "task") else "right")
-    for result, task, found in rows:
-        values = [found["metrics"].get(name) for name in columns]
-        table.add_row(
+    cells = [
+        [
             result["subject"],
-            "base" if result["round"] is None else str(result["round"]),
             task,
+            "base" if result["round"] is None else str(result["round"]),
             asked(found),
-            *("" if value is None else f"{value:.4f}" for value in values),
-        )
-    return table
+            *("" if value is None else f"{value:.4f}" for value in map(found["metrics"].get, columns)),
+        ]
+        for result, task, found in rows
+    ]
+    sheet = Sheet("", ["model", "task", "round", "questions", *columns.values()], cells, named=2, left=2)
+    return Tables([sheet], [], *figures.of_scores(results))
 
 
 def asked(found: TaskScores) -> str:
@@ -187,4 +188,4 @@ def demo(measured: Shown) -> Group:
         f"error bars: cd {measured.workspace} && {Command('compare', seeds='1,2,3')}",
         f"look inside: cd {measured.workspace} && {Command('status')}",
     )
-    return Group(comparison(measured.comparison), *lines)
+    return Group(comparison(measured.comparison).drawn(), *lines)

@@ -1,21 +1,15 @@
-"""Tables in words: what compare and sweep found, for a terminal, as Markdown and as CSV."""
+"""Tables in words: what compare and sweep found."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table as Drawn
-
+from fedcollm_cli.views import figures
+from fedcollm_cli.views.sheets import Sheet, Tables
 from stages.paper.reported import LABELS
 from stages.parties.names import said
-from stages.runtime import texts
 from stages.workspace.commands import Command
 
 if TYPE_CHECKING:
@@ -37,47 +31,9 @@ SHORT: dict[Table, str] = {"llm": "the LLM", "clients": "clients' own SLMs", "sl
 SHORT |= {"aggregate": "their average"}
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A table in words: drawn on a terminal, or written as Markdown.
-
-    named: so many columns first hold names; left: so many first are drawn to the left.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    named: int = 1
-    left: int = 1
-
-    def drawn(self) -> Group:
-        """For a terminal."""
-        table = Drawn(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-        for number, name in enumerate(self.columns):
-            is_left = number < self.left
-            table.add_column(name, justify="left" if is_left else "right", no_wrap=is_left)
-        for row in self.rows:
-            table.add_row(*row)
-        return Group(self.title, table)
-
-    def markdown(self) -> str:
-        """For a README or a paper's draft."""
-        lines = [
-            [texts.in_markdown(name) for name in self.columns],
-            ["---", *("---:" for _ in self.columns[1:])],
-            *([*map(texts.in_markdown, row[: self.named]), *row[self.named :]] for row in self.rows),
-        ]
-        return texts.lines([f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
-
-
-def comparison(found: Comparison) -> Group:
+def comparison(found: Comparison) -> Tables:
     """All tables, and what they rest on."""
-    return Group(*(sheet.drawn() for sheet in sheets(found)), *notes(found))
-
-
-def as_markdown(found: Comparison) -> str:
-    """The same, to be pasted."""
-    return texts.lines([*(sheet.markdown() for sheet in sheets(found)), *notes(found)], "\n\n")
+    return Tables(sheets(found), notes(found), *figures.of_comparison(found))
 
 
 def sheets(found: Comparison) -> list[Sheet]:
@@ -247,27 +203,7 @@ def notes(found: Comparison) -> list[str]:
     return lines
 
 
-def as_lines(found: Comparison) -> str:
-    """CSV: a line for each table, method, task, seed and model; "mean" is that of several clients' models."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    columns = ["table", "method", "task", "seed", "model", "questions", found.metric, "paper"]
-    writer.writerow(map(texts.in_cell, columns))
-    for name, rows in found.tables.items():
-        reported = _reported(found, name)
-        for row, by_task in rows.items():
-            seeds = found.seeds if row != "zero-shot" else [""]
-            for task, one in by_task.items():
-                models = one.by_subject | ({"mean": one.by_seed} if len(one.by_subject) > 1 else {})
-                for model, by_seed in models.items():
-                    figure = reported.get(row, {}).get(task, "") if model == next(reversed(models)) else ""
-                    for seed, value in zip(seeds, by_seed, strict=True):
-                        cells = [name, row, task, seed, model, one.questions, f"{value:.6f}", figure]
-                        writer.writerow(map(texts.in_cell, cells))
-    return texts.lines(out.getvalue().rstrip("\n").split("\n"))
-
-
-def swept(found: Swept) -> list[Sheet]:
+def swept(found: Swept) -> Tables:
     """A row for each combination of settings: the models' scores, and their differences from the first row's."""
     axes = [key.rpartition(".")[2] for key in found.axes]
     values = [[str(row.settings[key]) for key in found.axes] for row in found.rows]
@@ -276,10 +212,11 @@ def swept(found: Swept) -> list[Sheet]:
     scores = [[_accuracy(row.scores[table]) for table in tables] for row in found.rows]
     minus = [[_difference(row.minus_first[table]) for table in tables] for row in found.rows if row.minus_first]
     seeds = f"seed{'s' if len(found.seeds) > 1 else ''} {', '.join(map(str, found.seeds))}"
-    return [
+    found_sheets = [
         Sheet(f"{found.metric} in %, {seeds}", columns, _joined(values, scores), len(axes)),
         *([Sheet(f"minus the first row, {POINTS}", columns, _joined(values[1:], minus), len(axes))] if minus else []),
     ]
+    return Tables(found_sheets, found.remarks, *figures.of_sweep(found))
 
 
 def _joined(lefts: list[list[str]], rights: list[list[str]]) -> list[list[str]]:

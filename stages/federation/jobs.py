@@ -37,7 +37,7 @@ def _chain(workspace: Workspace, rounds: Sequence[Round], parties: Collection[st
     jobs: list[Job] = []
     begun = 0
     for round in rounds:
-        _check_sound(workspace, round)
+        check_sound(workspace, round)
         before = list(jobs)
         waiting_for = (round_in_public if in_public else _round)(workspace, round, parties, jobs)
         begun += jobs != before
@@ -46,12 +46,13 @@ def _chain(workspace: Workspace, rounds: Sequence[Round], parties: Collection[st
         if waiting_for:
             return Chain(jobs, waiting_for)
     scores_here = SERVER in parties or in_public  # there a client's model is on no machine but its own
-    if scores_here and (jobs or _is_unscored(workspace, parties)) and _is_scored(workspace):
+    if scores_here and (jobs or _is_unscored(workspace, parties)) and workspace.scored_tasks:
         jobs.append(Job("evaluate", rounds[-1].number))
     return Chain(jobs, "")
 
 
-def _check_sound(workspace: Workspace, round: Round) -> None:
+def check_sound(workspace: Workspace, round: Round) -> None:
+    """Raise Refused for a step that is damaged or stale."""
     for step in round.steps:
         if step.condition in ("damaged", "stale"):
             message = f"{step.name} of round {round.number} is {step.condition}: {step.reason}"
@@ -112,10 +113,6 @@ def _too_few(steps: Sequence[Step], asked: Collection[Step], needed: int) -> str
 
 
 # --- scores
-
-
-def _is_scored(workspace: Workspace) -> bool:
-    return bool(workspace.scored_tasks)
 
 
 def _is_unscored(workspace: Workspace, parties: Collection[str]) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.aggregate import aggregate
 from stages.artefacts.lineage import EDITED
@@ -84,7 +84,7 @@ def run(
 
     if workspace.agreement.aggregation.is_secure:
         _enrol(workspace, renew=overwrite, report=report)
-    done = set() if overwrite else _check_agreement(workspace, rounds[-1])
+    done = set() if overwrite else check_edits(workspace, rounds[-1])
     report = TimeLeft([("", {*rounds} - done)], report).report
     score = partial(evaluate, workspace, overwrite=overwrite, models=models, report=report)
     results = score_bases(workspace, score) if scores and not is_derived else []
@@ -95,22 +95,25 @@ def run(
         report(Event("round", words, step=round, total=federation.rounds))
         _round(workspace, round, overwrite, models, report)
         if scores and (each_round or round == rounds[-1]):
-            results += _scored(workspace, round, score, clients=client_scores and round == rounds[-1])
+            are_asked = (client_scores and round == rounds[-1]) or not workspace.agreement.averages
+            asked = [*workspace.client_adapters(round)] if are_asked else []
+            results += [score(round=round, **one) for one in scored_after(workspace, asked)]
     return results
 
 
-def _scored(workspace: Workspace, round: int, score: Callable[..., Result], *, clients: bool) -> list[Result]:
-    """What a round's models score: the server's always, each client's own if asked or where none are averaged."""
-    federation, averages, results = workspace.agreement.federation, workspace.agreement.averages, list[Result]()
+def scored_after(workspace: Workspace, clients: Sequence[int]) -> list[dict[str, Any]]:
+    """Which models are scored after a round, as evaluate is told: the server's, and these clients' own.
+
+    Clients' are asked for after the last round; where none are averaged, after each.
+    """
+    federation, found = workspace.agreement.federation, list[dict[str, Any]]()
     if federation.distils:
-        results += [score(model="slm", round=round), score(model="llm", round=round)]
-    if averages and not federation.distils:
-        results.append(score(model="aggregate", round=round))
+        found += [{"model": "slm"}, {"model": "llm"}]
+    if workspace.agreement.averages and not federation.distils:
+        found.append({"model": "aggregate"})
     if federation.clients_tell:
-        results.append(score(model="llm", round=round))
-    if clients or not averages:
-        results += [score(round=round, client=client) for client in workspace.client_adapters(round)]
-    return results
+        found.append({"model": "llm"})
+    return [*found, *({"client": client} for client in clients)]
 
 
 @functools.cache
@@ -153,7 +156,7 @@ def derived(
     return variant
 
 
-def _check_agreement(workspace: Workspace, last: int) -> set[int]:
+def check_edits(workspace: Workspace, last: int) -> set[int]:
     """The rounds that are done; raises Refused, before anything is scored, for rounds made under another agreement."""
     check_agreement(workspace)
     reader = Reader(workspace, verify=False)
@@ -181,10 +184,15 @@ def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, re
 
 
 def score_bases(workspace: Workspace, score: Callable[..., Result]) -> list[Result]:
-    """The scores of the bases alone: of every model that somebody tunes."""
+    """The scores of the bases alone."""
+    return [score(**one) for one in bases_scored(workspace)]
+
+
+def bases_scored(workspace: Workspace) -> list[dict[str, Any]]:
+    """The bases that are scored alone, as evaluate is told: every model that somebody tunes."""
     own = [client for client in workspace.clients if workspace.of_client(client).own_model]
-    shared = [] if len(own) == len(workspace.clients) else [score(model="slm")]
-    return [*shared, *(score(client=client) for client in own), score(model="llm")]
+    shared = [] if len(own) == len(workspace.clients) else [{"model": "slm"}]
+    return [*shared, *({"client": client} for client in own), {"model": "llm"}]
 
 
 def _enrol(workspace: Workspace, *, renew: bool, report: Report) -> None:

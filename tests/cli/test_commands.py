@@ -40,7 +40,7 @@ def test_every_verb_of_the_issue_is_a_command() -> None:
 
 def test_the_list_of_commands_is_cut_nowhere_on_a_terminal_of_80_columns() -> None:
     program = command_line()
-    context = program.context_class(program, info_name="fedcollm", terminal_width=80)
+    context = program.context_class(program, info_name="fedcollm", terminal_width=80, **program.context_settings)
     listed = program.get_help(context).partition("Commands:")[2].split("\n")
     assert [line.split()[0] for line in listed if line.strip()] == program.list_commands(context)
     assert not [line for line in listed if line.endswith("...")]
@@ -78,7 +78,23 @@ def test_the_list_of_commands_shows_each_with_a_whole_sentence(fedcollm: Callabl
         assert len(line.split()) > 3
 
 
-@pytest.mark.parametrize("words", [("--version",), ("-m",)])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_h_is_short_for_help(command: str, fedcollm: Callable[..., Outcome]) -> None:
+    words = [command] if command else []
+    assert fedcollm(*words, "-h") == fedcollm(*words, "--help")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [("agregate", "aggregate"), ("clent-train --round 1", "client-train"), ("status --jsn", "--json")],
+)
+def test_what_was_meant_is_named(words: str, named: str, fedcollm: Callable[..., Outcome]) -> None:
+    outcome = fedcollm(*words.split())
+    assert outcome.code == 2
+    assert named in outcome.err.split("Error: ")[1]
+
+
+@pytest.mark.parametrize("words", [("--version",), ("-v",), ("-m",)])
 def test_the_version_is_printed(words: tuple[str, ...], fedcollm: Callable[..., Outcome]) -> None:
     if words == ("-m",):
         command = [sys.executable, "-m", "fedcollm_cli", "--version"]
@@ -172,8 +188,64 @@ def test_evaluate_prints_a_row_with_the_accuracy(finished: Path, fedcollm: Calla
     written = json.loads((finished / "results/zero-shot/slm.json").read_text())
     accuracy = written["tasks"]["colours"]["metrics"]["acc"]
     (row,) = [line for line in outcome.out.splitlines() if "colours" in line]
-    cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells[:5] == ["slm", "base", "colours", "12", f"{accuracy:.4f}"]
+    assert row.split()[:5] == ["slm", "colours", "base", "12", f"{accuracy:.4f}"]
+
+
+# --- failures as JSON
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_that_takes_json_tells_its_failures_as_json(
+    command: str, finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    """Words that are no options, before any workspace is looked for."""
+    outcome = fedcollm(command, "--json", "--no-such-option")
+    assert outcome.code == 2
+    error = json.loads(outcome.out)["error"]
+    assert error["code"] == 2
+    assert error["mend"].endswith(f" {command} --help")
+    assert error["message"].startswith("No such option: --no-such-option")
+    assert "Error: No such option: --no-such-option" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("broadcast --round 9", 2, "there is no round 9"),
+        ("reveal --client 1 --round 2", 2, "aggregation.mode"),
+        ("aggregate --round 2", 4, "manifest"),
+        ("verify", 4, "manifest"),
+        ("no-command", 2, "No such command 'no-command'."),
+        ("init . --template s11", 2, "no template 's11'"),
+    ],
+)
+def test_a_failure_is_one_object_on_stdout_and_words_on_stderr(
+    words: str,
+    code: int,
+    message: str,
+    finished: Path,
+    fedcollm: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (finished / "exchange/round-0002/client-1/manifest.json").write_text("{")
+    monkeypatch.chdir(finished)
+    outcome = fedcollm(*words.split(), "--json")
+    assert outcome.code == code, outcome.err
+    found = json.loads(outcome.out)
+    assert found.keys() == {"error"}
+    assert found["error"]["code"] == code
+    assert message in found["error"]["message"] + found["error"].get("mend", "")
+    assert found["error"]["message"].split("\n")[0] in outcome.err
+    assert fedcollm(*words.split()).out == ""
+
+
+def test_a_result_that_ends_with_a_code_of_its_own_is_the_result(
+    finished: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    (finished / "exchange/round-0002/client-1/manifest.json").write_text("{")
+    outcome = fedcollm("status", "--verify", "--json", "-w", finished)
+    assert outcome.code == 4
+    assert "rounds" in json.loads(outcome.out)
 
 
 # --- run

@@ -120,6 +120,7 @@ ELSEWHERE = [
     "compare --json",
     "compare --markdown",
     "compare --csv",
+    "compare --latex",
     "evaluate --round 2",
     "next --client 2",
     "slurm --jobs",

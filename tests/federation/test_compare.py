@@ -25,6 +25,8 @@ from stages.study.comparison import Comparison
 from stages.workspace.paths import Workspace
 
 SEEDS = {7: "", 8: "seeds/seed-8"}
+KEYS = ("table", "method", "minus", "task", "model", "seed", "figure")
+"""What tells one row of the CSV from all others."""
 
 
 def result(folder: Path, seed: int, method: str, place: str) -> dict[str, Any]:
@@ -178,21 +180,27 @@ def test_json_csv_and_markdown_say_the_same(
     found = json.loads(fedcollm("compare", "--json", "-w", studied_once).out)
     assert found == json.loads(json.dumps(asdict(compared)))
     lines = list(csv.DictReader(io.StringIO(fedcollm("compare", "--csv", "-w", studied_once).out)))
-    by_seed = {
-        (table, row, task, model): values
-        for table, rows in found["tables"].items()
-        for row, by_task in rows.items()
-        for task, one in by_task.items()
-        for model, values in [*one["by_subject"].items(), ("mean", one["by_seed"])]
-        if model != "mean" or len(one["by_subject"]) > 1
-    }
-    assert ("clients", "fedavg", "colours", "client-2") in by_seed
-    told: dict[tuple[str, ...], list[float]] = {}
-    for line in lines:
-        told.setdefault(tuple(line[key] for key in ("table", "method", "task", "model")), []).append(float(line["acc"]))
-        assert line["seed"] in (("",) if line["method"] == "zero-shot" else ("7", "8"))
-        assert int(line["questions"]) == QUESTIONS
-    assert told == {key: pytest.approx(values, abs=1e-6) for key, values in by_seed.items()}
+    told = {tuple(line[key] for key in KEYS): float(line["value"]) for line in lines}
+    assert len(told) == len(lines), "one row a figure"
+    assert {line["metric"] for line in lines} == {"acc"}
+    expected: dict[tuple[str, ...], float] = {}
+    for table, by_row in found["tables"].items():
+        for row, by_task in by_row.items():
+            for task, one in by_task.items():
+                models = one["by_subject"] | ({"mean": one["by_seed"]} if len(one["by_subject"]) > 1 else {})
+                seeds = ("",) if row == "zero-shot" else ("7", "8")
+                for model, values in models.items():
+                    place = (table, row, "", task, model)
+                    expected |= {(*place, seed, "score"): value for seed, value in zip(seeds, values, strict=True)}
+                last = {"mean": one["mean"], "deviation": one["deviation"], "questions_error": one["binomial"]}
+                expected |= {(*place, "", name): value for name, value in last.items() if value is not None}
+        for row, by_task in found["differences"][table].items():
+            for task, one in by_task.items():
+                named = {name: one[name] for name in ("mean", "seeds_error", "questions_error", "is_supported")}
+                named |= {"low": one["mean"] - one["half_width"], "high": one["mean"] + one["half_width"]}
+                expected |= {(table, "fedcollm", row, task, "", "", name): value for name, value in named.items()}
+    assert ("clients", "fedavg", "", "colours", "client-2", "8", "score") in expected
+    assert told == {key: pytest.approx(float(value), abs=1e-6) for key, value in expected.items()}
     markdown = fedcollm("compare", "--markdown", "-w", studied_once).out
     for labels in (("llm", "FedCoLLM", "fedcollm"), ("clients", "Standalone", "standalone")):
         one = found["tables"][labels[0]][labels[2]]["colours"]
@@ -204,9 +212,10 @@ def test_json_csv_and_markdown_say_the_same(
 
 
 def test_only_one_form_of_output_at_a_time(studied_once: Path, fedcollm: Callable[..., Outcome]) -> None:
-    outcome = fedcollm("compare", "--json", "--csv", "-w", studied_once)
-    assert outcome.code == 2
-    assert "--json, --markdown and --csv exclude each other" in outcome.err
+    for words in (["compare"], ["sweep", "--set", "federation.seed=7"], ["evaluate", "--zero-shot"]):
+        outcome = fedcollm(*words, "--json", "--csv", "-w", studied_once)
+        assert outcome.code == 2
+        assert "--json and --csv exclude each other" in outcome.err
 
 
 def test_the_papers_figures_stand_beside_a_task_of_the_paper(
@@ -231,9 +240,9 @@ def test_the_papers_figures_stand_beside_a_task_of_the_paper(
             assert by_task == ({} if figure is None else {"arc_easy": figure})
     assert paper["tables"]["llm"]["fedcollm"]
     lines = csv.DictReader(io.StringIO(fedcollm("compare", "--paper", "s1", "--csv", "-w", folder).out))
-    figures = {(line["table"], line["method"]): line["paper"] for line in lines if line["task"] == "arc_easy"}
-    assert figures["llm", "fedcollm"] == str(paper["tables"]["llm"]["fedcollm"]["arc_easy"])
-    assert figures["slm", "fedcollm"] == ""
+    figures = {(line["table"], line["method"]): float(line["value"]) for line in lines if line["figure"] == "paper"}
+    assert figures["llm", "fedcollm"] == pytest.approx(paper["tables"]["llm"]["fedcollm"]["arc_easy"] / 100)
+    assert ("slm", "fedcollm") not in figures
 
 
 def test_a_setting_of_fedmkt_stands_beside_with_its_own_source(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -150,6 +152,25 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(
         assert outcome.code == 0, outcome.err
         assert json.loads(outcome.out) == json.loads(json.dumps(table.as_json()))
     assert everything() == before
+
+
+def test_the_figures_of_a_sweep_are_rows_of_a_csv_file_and_a_table_in_latex(
+    swept_once: Path, table: Swept, fedcollm: Callable[..., Outcome]
+) -> None:
+    lines = list(csv.DictReader(io.StringIO(fedcollm(*WORDS, swept_once, "--collect", "--csv").out)))
+    told = {
+        (line["distillation.lambda_slm"], line["table"], line["minus"], line["figure"]): float(line["value"])
+        for line in lines
+    }
+    assert len(told) == len(lines)
+    first, second = table.rows
+    assert told["0.0", "llm", "", "mean"] == pytest.approx(first.scores["llm"].mean, abs=1e-6)
+    assert told["4.0", "slm", "", "deviation"] == pytest.approx(second.scores["slm"].deviation, abs=1e-6)
+    minus = (second.minus_first or {})["clients"]
+    assert told["4.0", "clients", "the first", "mean"] == pytest.approx(minus.mean, abs=1e-6)
+    assert told["4.0", "clients", "the first", "high"] == pytest.approx(minus.mean + (minus.half_width or 0), abs=1e-6)
+    latex = fedcollm(*WORDS, swept_once, "--collect", "--latex").out
+    assert "lambda\\_slm & the LLM & clients' own SLMs & the server's SLM \\\\" in latex
 
 
 def test_a_sweep_that_was_stopped_makes_what_is_missing(swept_once: Path, fedcollm: Callable[..., Outcome]) -> None:
