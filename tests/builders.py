@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from stages.aggregation.updates import Updates
     from stages.artefacts.adapter_files import Layout, Tensors
-    from stages.data.rows import Example
+    from stages.data.examples import Example
     from stages.models.tuned import Tuned
 
 ROOT = Path(__file__).parents[1]
@@ -485,7 +485,7 @@ def sent(
 
 def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int = 0) -> list[Example]:
     """Rows of random tokens, each of so many prompt tokens and so many answer tokens."""
-    from stages.data.rows import Example
+    from stages.data.examples import Example
 
     draw = random.Random(seed)
     return [

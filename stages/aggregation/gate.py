@@ -12,7 +12,8 @@ from typing import NamedTuple
 from stages.artefacts.adapter_files import Tensors
 from stages.artefacts.publishing import GATE_KEPT
 from stages.artefacts.reading import Artefact
-from stages.data.rows import Example, Row, encode, tell_left_out
+from stages.data.examples import Example, encode, tell_left_out
+from stages.data.rows import Row
 from stages.models import adapters
 from stages.models.devices import naming_memory_knobs
 from stages.models.loading import Models

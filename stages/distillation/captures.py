@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.artefacts import checkpoints
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.distillation import top_k_logits
 from stages.distillation.top_k_logits import Captured, Source
 from stages.files import reading, writing

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.data.rows import Example, Row, fitting, read_rows
+from stages.data.examples import Example, fitting
+from stages.data.rows import Row, read_rows
 from stages.data.spacing import warn_of_spacing
 from stages.models.tuned import Outline
 from stages.parties.party import Party

@@ -30,7 +30,7 @@ import safetensors
 import safetensors.numpy
 
 from stages.artefacts.tensor_files import read_header, told_in
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.runtime.errors import BadNumbers, Damaged
 
 FORMAT = "fedcollm-capture/1"

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from stages.data.rows import Row, encode_row
+from stages.data.examples import encode_row
+from stages.data.rows import Row
 from stages.evaluation import branches
 from stages.evaluation.branches import Likelihood, Question
 from stages.models import adapters

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
 
 from stages.artefacts.records import TaskScores
 from stages.data.spacing import is_doubly_spaced
-from stages.data.tasks import HARMLESS, MISTAKES, mistaken
+from stages.data.tasks import MISTAKES, mistaken
+from stages.evaluation.asking import asking
 from stages.evaluation.attack import attacked, with_robust
 from stages.evaluation.harness import Harness
 from stages.files import reading
-from stages.models import adapters
-from stages.models.devices import naming_memory_knobs
-from stages.models.held import held_in_bfloat16
-from stages.models.identity import PROBE_TEXTS
 from stages.models.perturbing import Ascent
 from stages.models.tuned import Tuned
-from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.events import Event, Report
 from stages.runtime.processes import ALONE, Processes
@@ -50,21 +44,16 @@ def score(
     attack: measure, too, how many questions are right under it.
     processes: all get all the scores; each does its share of the work, unless shares is False.
     """
-    model = tuned.model
-    was_training = model.training
-    model.eval()
-    scope = contextlib.nullcontext() if with_adapter else model.disable_adapter()
-    computing = _as_trained(tuned) if as_trained else contextlib.nullcontext()
-    probe = tuned.tokenizer.encode(PROBE_TEXTS[0])[: tuned.context]
-    if with_adapter:
-        adapters.check_acts(model, probe)
-    telling = quiet.telling(report, "lm_eval", but_for=HARMLESS)
-    with naming_memory_knobs(), scope, computing, quiet.libraries(), telling:
-        adapters.logits(model, probe)  # which raises if they are no numbers
-        precision = {"mixed_precision_dtype": "bfloat16" if as_trained and tuned.autocast else None}
-        precision["softmax_dtype"] = "float32" if as_trained else None
-        lm = Harness(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size, **precision)
-        lm.report, lm.processes, lm.shares = report, processes, shares
+    ready = asking(
+        tuned,
+        with_adapter=with_adapter,
+        batch_size=batch_size,
+        as_trained=as_trained,
+        processes=processes,
+        shares=shares,
+        report=report,
+    )
+    with ready as lm:
         try:
             for task in tasks:
                 task.set_config(key="num_fewshot", value=0)
@@ -76,15 +65,7 @@ def score(
             found = with_robust(lm, under_attack, found, attack, report) if attack else found
         except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise mistaken(", ".join(str(task.config.task) for task in tasks), error) from error
-    model.train(was_training)
     return found
-
-
-@contextlib.contextmanager
-def _as_trained(tuned: Tuned) -> Iterator[None]:
-    """Inside, a model computes as it does in training."""
-    with held_in_bfloat16(tuned), torch.autocast(tuned.model.device.type, torch.bfloat16, enabled=tuned.autocast):
-        yield
 
 
 def _asked(lm: Harness, task: ConfigurableTask, limit: int | None, report: Report) -> tuple[int, str]:

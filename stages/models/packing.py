@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.data.rows import NO_LABEL, Example
+from stages.data.examples import NO_LABEL, Example
 from stages.models.packed_attention import places
 
 Batch = dict[str, Tensor]

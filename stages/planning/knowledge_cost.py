@@ -12,7 +12,8 @@ from typing import Any
 
 from stages.artefacts.reading import read_manifest
 from stages.bases.base_names import name_of
-from stages.data.rows import fitting, read_rows
+from stages.data.examples import fitting
+from stages.data.rows import read_rows
 from stages.distillation.knowledge import data_bytes
 from stages.parties import names
 from stages.planning.comm_cost import Full, Sent, counted, full_of

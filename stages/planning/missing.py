@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.bases import base_files, base_folders
-from stages.data.rows import Tokenizer, encode
+from stages.data.examples import Tokenizer, encode
 from stages.planning.rows_ahead import RowsAhead
 from stages.runtime.errors import Damaged, Problem
 from stages.workspace.budgets import Budget

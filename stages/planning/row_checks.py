@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from stages.data.rows import Row, encode_row
+from stages.data.examples import encode_row
+from stages.data.rows import Row
 from stages.data.spacing import is_doubly_spaced, is_unspaced
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.bases import base_folders
+from stages.data.examples import Extent, Tokenizer, encode_row, extent_of
 from stages.data.prepare import dealt
-from stages.data.rows import Extent, Row, Tokenizer, encode_row, extent_of, read_rows
+from stages.data.rows import Row, read_rows
 from stages.runtime.errors import Problem
 from stages.workspace.paths import Workspace
 

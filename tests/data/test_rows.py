@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from builders import SHARED_DATA, rows, tiny_model, write_rows
-from stages.data.rows import Example, Row, encode, encode_row, read_rows, rows_bytes
+from stages.data.examples import Example, encode, encode_row
+from stages.data.rows import Row, read_rows, rows_bytes
 from stages.data.spacing import warn_of_spacing
 from stages.runtime.errors import Damaged, NotReady
 

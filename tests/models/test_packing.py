@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from builders import Family, examples, tiny_model
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models import packed_attention, packing
 from stages.models.packing import UNBOUNDED, Batch, answer_logits, collate, packed, packs, padded
 from stages.training.losses import cross_entropy
