@@ -7,7 +7,7 @@ scored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -21,15 +21,25 @@ NO_LABEL = -100
 
 @dataclass(frozen=True)
 class Example:
-    """A row as token ids; the first prompt_tokens of them are not trained on: all of them, if it is unlabelled."""
+    """A row as token ids; the first prompt_tokens of them are not trained on: all of them, if it is unlabelled.
+
+    gaps: where the tokens lie, from and up to, that stand between answers, and are not trained on either.
+    """
 
     input_ids: list[int]
     prompt_tokens: int
+    gaps: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
+
+    @property
+    def turns(self) -> list[tuple[int, int]]:
+        """Where each answer lies, from and up to; one, as a rule, and none where it is unlabelled."""
+        ends = [self.prompt_tokens, *(place for gap in self.gaps for place in gap), len(self.input_ids)]
+        return [(first, end) for first, end in zip(ends[::2], ends[1::2], strict=True) if first < end]
 
     @property
     def answer_tokens(self) -> int:
         """How many tokens carry cross-entropy."""
-        return len(self.input_ids) - self.prompt_tokens
+        return len(self.input_ids) - self.prompt_tokens - sum(end - first for first, end in self.gaps)
 
     @property
     def distilled_positions(self) -> int:
