@@ -17,7 +17,8 @@ from stages.artefacts.reading import Artefact
 from stages.artefacts.row_records import AskedRows, MeasuredRows, RowScores, RowsResult
 from stages.artefacts.steps import Over, Step
 from stages.artefacts.subjects import Subject, adapter_of, subject_of
-from stages.data.rows import Row, read_rows
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.files import reading, writing
 from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore

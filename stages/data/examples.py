@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from stages.data import conversations
 from stages.data.rows import Row
-from stages.runtime.errors import Damaged
+from stages.runtime.errors import Damaged, Problem
 from stages.runtime.events import Event, Report
 
 NO_LABEL = -100
@@ -87,7 +88,11 @@ def fitting(
     limit = min(max_length, context)
     examples: list[Example | None] = []
     for number, row in enumerate(rows, 1):
-        example = encode_row(row, tokenizer)
+        try:
+            example = encode_row(row, tokenizer)
+        except Problem as problem:
+            message = f"line {number} of {path.name}: {problem.message}"
+            raise type(problem)(message, where=f"{path}:{number}", mend=problem.mend) from problem
         if example.prompt_tokens < 1:
             message = f"line {number} of {path.name} is too short: there is no token of a prompt before its answer"
             raise Damaged(message, where=f"{path}:{number}", mend="give the row a longer prompt")
@@ -116,7 +121,17 @@ def tell_left_out(
 
 
 def encode_row(row: Row, tokenizer: Tokenizer) -> Example:
-    """One row as tokens: whitespace at the end of the prompt belongs to the completion, as in lm-eval."""
+    """One row as tokens: whitespace at the end of the prompt belongs to the completion, as in lm-eval.
+
+    Raises as turns_of does for a conversation.
+    """
+    if row.messages:
+        whole, answers = conversations.turns_of(row, tokenizer)
+        if not answers:
+            return Example(whole, len(whole))
+        ends = [end for _, end in answers[:-1]]
+        gaps = tuple(zip(ends, [first for first, _ in answers[1:]], strict=True))
+        return Example(whole, answers[0][0], gaps=gaps)
     # Nor does a prompt that spells the first special token out, as chat templates do, get it twice.
     first = tokenizer.bos_token or tokenizer.eos_token  # as in lm-eval
     is_spelled_out = bool(first) and row.prompt.startswith(str(first))
@@ -145,6 +160,16 @@ def extent_of(found: Sequence[Sequence[Row]], tokenizer: Tokenizer | None) -> Ex
     fewest, most = min(map(len, found)), max(map(len, found))
     if tokenizer is None:
         return Extent(fewest, most)
-    examples = [encode_row(row, tokenizer) for rows in found for row in rows]
+    examples = [example for rows in found for row in rows if (example := _readable(row, tokenizer))]
+    if not examples:
+        return Extent(fewest, most)
     longest = max(len(example.input_ids) for example in examples)
     return Extent(fewest, most, longest, max(example.distilled_positions for example in examples))
+
+
+def _readable(row: Row, tokenizer: Tokenizer) -> Example | None:
+    """A row as tokens; None for a conversation that cannot be made tokens of, which training refuses."""
+    try:
+        return encode_row(row, tokenizer)
+    except Problem:
+        return None

@@ -18,7 +18,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
 
-from stages.data.rows import Row, check_json_lines
+from stages.data.row_files import check_json_lines
+from stages.data.rows import Row
 from stages.files import faults, reading, seclusion
 from stages.parties.agreed import check_tasks
 from stages.runtime import quiet

@@ -213,7 +213,10 @@ def taught_losses(role: str, settings: Distillation, vocabulary: int) -> Losses:
 def taught(examples: Sequence[Example], captured: Captured) -> list[Taught]:
     """The rows that were captured, each with its place in the capture."""
     places = enumerate(captured.firsts.tolist())
-    return [Taught(one.input_ids, one.prompt_tokens, *place) for one, place in zip(examples, places, strict=True)]
+    return [
+        Taught(one.input_ids, one.prompt_tokens, *place, gaps=one.gaps)
+        for one, place in zip(examples, places, strict=True)
+    ]
 
 
 def _all(examples: Sequence[Example]) -> list[Taught]:

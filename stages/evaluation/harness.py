@@ -99,9 +99,9 @@ class Harness(HFLM):  # type: ignore[misc]
         ids = torch.tensor([[pad] * (longest - len(one)) + list(one) for one in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=self.device)
         how: Any = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=most, do_sample=False, eos_token_id=ends or None, pad_token_id=pad
+            max_new_tokens=most, do_sample=False, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
         )
-        made = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=how, use_cache=True)
+        made = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
         found: list[list[int]] = made[:, longest:].tolist()
         return [list(itertools.takewhile(lambda token: token not in ends, one)) for one in found]
 

@@ -46,7 +46,7 @@ def known(lm: Harness, examples: Sequence[Example], name: str) -> RowScores:
         "tokens": tokens,
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "exact_match": 1 - len(missed) / len(examples),
+        "exact_match": (len(examples) - len(missed)) / len(examples),
     }
 
 

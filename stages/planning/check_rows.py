@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.bases import base_folders
-from stages.data.rows import Row, parsed_lines
+from stages.data.row_files import parsed_lines
+from stages.data.rows import TEXT, Row
 from stages.data.spacing import is_doubly_spaced, is_unspaced
 from stages.files import reading, writing
 from stages.planning import row_checks
@@ -110,7 +111,7 @@ def _places(workspace: Workspace) -> list[Source]:
     is_enough = not workspace.agreement.needs_completions
     auxiliary = Source(workspace.auxiliary_data, None, public, unlabelled=True, is_enough=is_enough)
     if federation.learns_in_public:
-        auxiliary = replace(auxiliary, roles=("llm",), is_left_out=True)
+        auxiliary = replace(auxiliary, roles=("llm",), is_left_out=True, texts=True)
         places += [
             replace(auxiliary, path=workspace.public_data(k), client=k, roles=("slm",)) for k in workspace.clients
         ]
@@ -123,7 +124,9 @@ def _open(source: Source) -> Opened | Checked:
     """A file's lines, or all that can be said of one that is no text, or cannot be read."""
     try:
         content = reading.read_own(source.path)
-        return Opened(source, content, parsed_lines(content, source.path, unlabelled=source.unlabelled))
+        return Opened(
+            source, content, parsed_lines(content, source.path, unlabelled=source.unlabelled, texts=source.texts)
+        )
     except Problem as problem:
         return Checked(source.path, 0, [Remark("FAIL", f"{problem.message}; {problem.mend}")])
     except OSError as error:
@@ -224,6 +227,8 @@ def _mend(made: Checked, one: Opened) -> tuple[Checked, bytes]:
 
 def _spaced(row: Row) -> tuple[tuple[str, str | None], str]:
     """Prompt and completion with one space between them, and what was done for it; nothing if they were well."""
+    if row.form != TEXT:
+        return (row.prompt, row.completion), ""
     if row.completion is not None and is_unspaced(row.prompt, row.completion):
         return (row.prompt, f" {row.completion}"), "spaces put before completions"
     if row.completion is not None and is_doubly_spaced(row.prompt, row.completion):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from stages.bases import base_folders
 from stages.data.examples import Extent, Tokenizer, encode_row, extent_of
 from stages.data.prepare import dealt
-from stages.data.rows import Row, read_rows
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.runtime.errors import Problem
 from stages.workspace.paths import Workspace
 

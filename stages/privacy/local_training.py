@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from stages.accounting import budget
 from stages.artefacts.manifest import PrivacyClaim
 from stages.data.examples import Example, encode, tell_left_out
-from stages.data.rows import Row, read_rows
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.data.spacing import warn_of_spacing
 from stages.parties.party import Party
 from stages.progress.staleness import warn_of_stale_rows

@@ -19,7 +19,7 @@ from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.data.examples import encode_row
 from stages.data.prepare import prepare
-from stages.data.rows import read_rows
+from stages.data.row_files import read_rows
 from stages.planning.averages import of_products
 from stages.planning.estimates import StagePlan
 from stages.planning.plan import Plan, plan
