@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from stages.audit.checks import number_of
+from stages.data.rows import unit_of
 from stages.runtime import texts
 
 if TYPE_CHECKING:
@@ -39,19 +40,19 @@ def _file(workspace: Workspace, one: Checked) -> list[str]:
         lines.append(f"  tokens: {rows}, of {size.limit} that fit; {answers}")
     if one.answers:
         lines.append("  completions: " + ", ".join(f"{texts.in_code(name)} {n}" for name, n in one.answers.items()))
-    lines += [f"  {remark.level} {remark.found}{_lines(remark)}" for remark in one.remarks]
+    lines += [f"  {remark.level} {remark.found}{_lines(remark, unit_of(one.path))}" for remark in one.remarks]
     if one.mended:
         names = " ".join(shlex.quote(workspace.shown(path)) for path in (one.mended, one.path))
         lines.append(f"  mended: {', '.join(one.mends)}; look at it, then: mv {names}")
     return lines
 
 
-def _lines(remark: Remark) -> str:
+def _lines(remark: Remark, unit: str) -> str:
     if not remark.lines:
         return ""
     listed = ", ".join(map(str, remark.lines[:MOST_LINES]))
     more = len(remark.lines) - MOST_LINES
-    return f": {'line' if len(remark.lines) == 1 else 'lines'} {listed}" + (f" and {more} more" if more > 0 else "")
+    return f": {unit}{'' if len(remark.lines) == 1 else 's'} {listed}" + (f" and {more} more" if more > 0 else "")
 
 
 def row_scores(results: Sequence[RowsResult]) -> Table:

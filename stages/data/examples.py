@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from stages.data import conversations
-from stages.data.rows import Row
+from stages.data.rows import Row, unit_of
 from stages.runtime.errors import Damaged, Problem
 from stages.runtime.events import Event, Report
 
@@ -88,19 +88,22 @@ def fitting(
     limit = min(max_length, context)
     examples: list[Example | None] = []
     for number, row in enumerate(rows, 1):
+        row_of_file = f"{unit_of(path)} {number} of {path.name}"
         try:
             example = encode_row(row, tokenizer)
         except Problem as problem:
-            message = f"line {number} of {path.name}: {problem.message}"
+            message = f"{row_of_file}: {problem.message}"
             raise type(problem)(message, where=f"{path}:{number}", mend=problem.mend) from problem
         if example.prompt_tokens < 1:
-            message = f"line {number} of {path.name} is too short: there is no token of a prompt before its answer"
+            message = (
+                f"{unit_of(path)} {number} of {path.name} is too short: there is no token of a prompt before its answer"
+            )
             raise Damaged(message, where=f"{path}:{number}", mend="give the row a longer prompt")
         fits = len(example.input_ids) <= limit
         examples.append(example if fits else None)
         if not fits and too_long == "refuse":
             bound = f"max_length is {max_length}, the model's context {context}"
-            message = f"line {number} of {path.name} has {len(example.input_ids)} tokens; {bound}"
+            message = f"{row_of_file} has {len(example.input_ids)} tokens; {bound}"
             raised = "" if limit == context else "raise max_length, "
             mend = f'shorten the row, {raised}or agree on data.too_long = "skip"'
             raise Damaged(message, where=f"{path}:{number}", mend=mend)

@@ -101,7 +101,7 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tup
         seed=workspace.seed_for("prepare", 1),
     )
     left_out = len(unique) - len(auxiliary) - sum(map(len, deal))
-    parties = {workspace.client_data(k): share for k, share in zip(workspace.clients, deal, strict=True)}
+    parties = {workspace.dealt_data(k): share for k, share in zip(workspace.clients, deal, strict=True)}
     auxiliary, held_out = hold_out(auxiliary, data.held_out_share or 0.0)
     auxiliary = unlabel(auxiliary, data.unlabelled_share or 0.0, seed=workspace.seed_for("unlabel", 1))
     parties[workspace.auxiliary_data] = auxiliary
@@ -150,6 +150,10 @@ def _counts(share: list[Row]) -> Share:
 def _publish(
     workspace: Workspace, parties: dict[Path, list[Row]], summary: Split, overwrite: bool, report: Report
 ) -> Split:
+    for k in workspace.clients:
+        if (own := workspace.client_data(k)) != workspace.dealt_data(k):
+            message = f"client {k} has rows of its own in {workspace.shown(own)}"
+            raise Refused(message, where=own, mend="move it away, if rows are to be dealt here")
     if not overwrite:
         existing = [path for path in parties if path.exists()]
         changed = [path for path in existing if reading.read_own(path) != rows_bytes(parties[path])]

@@ -1,14 +1,16 @@
-"""Files of rows: JSON lines, read strictly."""
+"""Files of rows: JSON lines, CSV or Parquet by their name's end, read strictly."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stages.data import formats
 from stages.data.formats import BadRow
-from stages.data.rows import Row
+from stages.data.rows import Row, unit_of
+from stages.data.tables import READERS, values_of
 from stages.files import reading
 from stages.runtime.errors import Damaged
 from stages.runtime.texts import lines
@@ -39,17 +41,29 @@ def read_rows(path: Path, *, unlabelled: bool = False, texts: bool = False) -> t
 
 
 def parsed_lines(content: bytes, path: Path, *, unlabelled: bool, texts: bool = False) -> list[tuple[str, Row | str]]:
-    """Each line of a file, and its row, or why it is none. Raises Damaged for a file that is no text."""
+    """Each line of a file, "" in a table, and its row, or why it is none.
+
+    Raises Damaged for a file that is no text, or no table.
+    """
     found: list[tuple[str, Row | str]] = []
-    for line in _lines(content, path):
+    each: Iterable[Any] = values_of(content, path) if path.suffix in READERS else _lines(content, path)
+    for value in each:
+        line = value if isinstance(value, str) else ""
         try:
-            row = _row(line, unlabelled)
+            row = _row(line, unlabelled) if isinstance(value, str) else _of_table(value, unlabelled)
             if texts and row.messages:
                 raise BadRow("a conversation, which each model's template would make another text")
             found.append((line, row))
         except BadRow as error:
             found.append((line, str(error)))
     return formats.of_one_form(found)
+
+
+def _of_table(value: Mapping[str, Any] | BadRow, unlabelled: bool) -> Row:
+    if isinstance(value, BadRow):
+        raise value
+    held = {key: cell for key, cell in value.items() if cell is not None}
+    return formats.row_of(held, unlabelled=unlabelled)
 
 
 def check_json_lines(path: Path) -> None:
@@ -89,11 +103,13 @@ class _KeyTwice(BadRow):
 def _bad_lines(path: Path, found: dict[int, str], expected: str) -> Damaged:
     """The error about a file's bad lines: the first in full, some of the others, and how many there are."""
     (first, what), *others = found.items()
-    shown = [f"line {number}: {other}" for number, other in others[: MOST_LISTED - 1]]
+    unit = unit_of(path)
+    shown = [f"{unit} {number}: {other}" for number, other in others[: MOST_LISTED - 1]]
     if len(found) > MOST_LISTED:
-        shown.append(f"and {len(found) - MOST_LISTED} lines more")
-    message = lines([f"line {first} of {path.name}: {what}; {expected}", *shown], "\n  - ")
-    mend = f"correct line {first} of {path.name}" if not others else f"correct these {len(found)} lines of {path.name}"
+        shown.append(f"and {len(found) - MOST_LISTED} {unit}s more")
+    message = lines([f"{unit} {first} of {path.name}: {what}; {expected}", *shown], "\n  - ")
+    one = f"correct {unit} {first} of {path.name}"
+    mend = f"correct these {len(found)} {unit}s of {path.name}" if others else one
     return Damaged(message, where=f"{path}:{first}", mend=mend)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.runtime.errors import UsageProblem
+from stages.workspace.rows_layout import TABLES
 
 TEXT, MESSAGES, TURNS, INSTRUCTION = (
     '{"prompt": "...", "completion": "..."}',
@@ -80,6 +82,11 @@ def check_one_form(rows: Iterable[Row], what: str) -> None:
     if len(forms) > 1:
         message = f"{what} are of several forms: {' and '.join(sorted(forms))}"
         raise UsageProblem(message, mend="bring them into one form")
+
+
+def unit_of(path: Path) -> str:
+    """What the rows of a file are counted in: its lines; of a table its rows, without the names of the columns."""
+    return "line" if path.suffix not in TABLES else "row"
 
 
 def _value(row: Row) -> dict[str, Any]:

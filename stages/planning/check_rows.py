@@ -184,7 +184,8 @@ def _checked(
 def _mended(found: Sequence[Checked], each: Sequence[Opened | Checked]) -> list[Checked]:
     """Write a mended copy of each file that has one. Nothing is written where any copy would replace another one."""
     mended = [
-        _mend(made, one) if isinstance(one, Opened) else (made, b"") for made, one in zip(found, each, strict=True)
+        _mend(made, one) if isinstance(one, Opened) and not one.is_table else (made, b"")
+        for made, one in zip(found, each, strict=True)
     ]
     for made, content in mended:
         if made.mended and made.mended.exists() and reading.read_own(made.mended) != content:

@@ -14,6 +14,7 @@ from stages.data.examples import Example, encode_row
 from stages.data.rows import TEXT, Row
 from stages.data.spacing import is_doubly_spaced, is_unspaced
 from stages.runtime.errors import Problem
+from stages.workspace.rows_layout import TABLES
 
 if TYPE_CHECKING:
     from stages.models.tuned import Outline
@@ -78,6 +79,11 @@ class Opened:
     lines: list[tuple[str, Row | str]]
 
     @property
+    def is_table(self) -> bool:
+        """Whether its rows are no lines of their own."""
+        return self.source.path.suffix in TABLES
+
+    @property
     def rows(self) -> dict[int, Row]:
         """By line, counted from 1, those that can be read."""
         return {number: row for number, (_, row) in enumerate(self.lines, 1) if isinstance(row, Row)}
@@ -93,7 +99,7 @@ def of_lines(opened: Opened) -> Iterator[Remark]:
         yield Remark("FAIL", reason, lines)
     if not opened.lines:
         yield Remark("FAIL", "the file is empty")
-    if opened.content.startswith(MARK):
+    if opened.content.startswith(MARK) and not opened.is_table:
         yield Remark("WARN", "a byte order mark before the first line")
     ends = [number for number, (line, _) in enumerate(opened.lines, 1) if line.endswith("\r")]
     if ends and len(ends) < len(opened.lines):

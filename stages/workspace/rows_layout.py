@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from pathlib import Path
 
 from stages.files import reading
+from stages.runtime.errors import Refused
 from stages.workspace.derived_layout import Derived
 from stages.workspace.names import ZERO_SHOT, round_name
+
+TABLES = (".csv", ".parquet")
+"""The ends of the names of files that hold rows as tables, and not as JSON lines."""
 
 
 class RowsLayout(Derived):
@@ -23,7 +28,16 @@ class RowsLayout(Derived):
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
     def client_data(self, client: int) -> Path:
-        """D^k."""
+        """D^k: JSON lines, or a table where there is one. Raises Refused where there are several."""
+        lines = self.dealt_data(client)
+        here = [path for path in (lines, *map(lines.with_suffix, TABLES)) if os.path.lexists(path)]
+        if len(here) > 1:
+            message = f"client {client} has several files of rows: {', '.join(path.name for path in here)}"
+            raise Refused(message, where=lines.parent, mend="leave the one there that is meant")
+        return here[0] if here else lines
+
+    def dealt_data(self, client: int) -> Path:
+        """D^k as `prepare` writes it."""
         return self.private / f"client-{client}" / "train.jsonl"
 
     @property
