@@ -1,4 +1,4 @@
-"""evaluate: accuracy by lm-evaluation-harness, zero-shot, of the LLM, the SLM or a client's own SLM.
+"""evaluate: accuracy by lm-evaluation-harness of the LLM, the SLM or a client's own SLM.
 
 Reads private/server/round-t/{slm,llm,aggregate} or exchange/round-t/client-k. Writes results/round-t/*.json under the
 same names; of the bases alone, results/zero-shot/{slm,llm}.json.
@@ -122,13 +122,14 @@ class Evaluate(Step[Opened, Measured, Result]):
         """Put the adapter into the base, prove that it is there, and ask all questions."""
         from stages.data import tasks
         from stages.evaluation import scoring
+        from stages.evaluation.prompting import Prompting
         from stages.evaluation.standing import standing
         from stages.models.perturbing import Ascent
 
         settings, role, adapter = self.workspace.agreement.evaluation, self.role, opened.adapter
         loaded = tasks.load(self.workspace, settings.tasks or self.workspace.agreement.data.tasks, self.report)
         for task in loaded:
-            tasks.check_answers(task, self.report)
+            tasks.check_answers(task, self.report, shots=settings.num_fewshot)
         tuned, has_adapter = standing(self._models, role, adapter, self.workspace.agreement, self.report)
         scores = scoring.score(
             tuned,
@@ -137,6 +138,7 @@ class Evaluate(Step[Opened, Measured, Result]):
             limit=settings.limit,
             batch_size=settings.batch_size,
             attack=Ascent.of(self.attack),
+            prompting=Prompting.of(settings),
             as_trained=settings.precision == "training",
             processes=self.processes,
             shares=role not in self.workspace.machine.sharding,

@@ -229,6 +229,17 @@ def make_workspace(folder: Path, base_models: Path) -> Path:
     return folder
 
 
+def give_template(folder: Path, template: str) -> None:
+    """Give both models of a workspace this chat template, in copies of their own."""
+    models = folder / "models"
+    if models.is_symlink():
+        shared = models.resolve()
+        models.unlink()
+        shutil.copytree(shared, models)
+    for role in ("slm", "llm"):
+        (models / role / "chat_template.jinja").write_text(template)
+
+
 def make_unlike_workspace(folder: Path, unlike_models: Path) -> Path:
     """A workspace of FedMKT: three clients and an LLM of four tokenizers, two rounds; no stage has run."""
     make_workspace(folder, unlike_models)

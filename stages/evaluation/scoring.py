@@ -16,6 +16,7 @@ from stages.data.tasks import MISTAKES, mistaken
 from stages.evaluation.asking import asking
 from stages.evaluation.attack import attacked, with_robust
 from stages.evaluation.harness import Harness
+from stages.evaluation.prompting import ZERO_SHOT, Prompting
 from stages.files import reading
 from stages.models.perturbing import Ascent
 from stages.models.tuned import Tuned
@@ -33,15 +34,16 @@ def score(
     batch_size: int,
     as_trained: bool = False,
     attack: Ascent | None = None,
+    prompting: Prompting = ZERO_SHOT,
     processes: Processes = ALONE,
     shares: bool = True,
     report: Report,
 ) -> dict[str, TaskScores]:
-    """Each task's metrics, number of questions, version and prompt, zero-shot, and which questions were right.
+    """Each task's metrics, number of questions, version and prompt, and which questions were right.
 
     with_adapter: score the base with its adapter, after proof that the adapter changes the logits; else the base alone.
     as_trained: compute as training does, with probabilities in float32; else all as the weights are held.
-    attack: measure, too, how many questions are right under it.
+    attack: measure, too, how many questions are right under it. prompting: what stands before each question.
     processes: all get all the scores; each does its share of the work, unless shares is False.
     """
     ready = asking(
@@ -55,11 +57,13 @@ def score(
     )
     with ready as lm:
         try:
-            for task in tasks:
-                task.set_config(key="num_fewshot", value=0)
-            asked = {task.config.task: _asked(lm, task, limit, report) for task in tasks}
+            prompting.check(lm, tasks, report)
+            prompting.begin(tasks)
+            asked = {task.config.task: _asked(lm, task, prompting, limit, report) for task in tasks}
             under_attack = attacked(lm, tasks, report) if attack else {}  # before hours of scoring
-            results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
+            prompting.begin(tasks)
+            dealt = {"tasks": {task.config.task: task for task in tasks}}
+            results = evaluate(lm=lm, task_dict=dealt, limit=limit, **prompting.arguments)
             assert results is not None
             found = {one.config.task: _of_task(one, results, *asked[one.config.task], report) for one in tasks}
             found = with_robust(lm, under_attack, found, attack, report) if attack else found
@@ -68,10 +72,12 @@ def score(
     return found
 
 
-def _asked(lm: Harness, task: ConfigurableTask, limit: int | None, report: Report) -> tuple[int, str]:
+def _asked(
+    lm: Harness, task: ConfigurableTask, prompting: Prompting, limit: int | None, report: Report
+) -> tuple[int, str]:
     """How many questions are cut, told, and the digest of all that is asked: what the scores depend on."""
     try:
-        task.build_all_requests(limit=limit, rank=0, world_size=1)
+        prompting.build(lm, task, limit)
     except MISTAKES as error:
         raise mistaken(str(task.config.task), error) from error
     asked = [(one.doc_id, one.idx, one.args) for one in task.instances]

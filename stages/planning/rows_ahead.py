@@ -22,6 +22,8 @@ from stages.workspace.paths import Workspace
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
+    from stages.workspace.rows_and_scores import Evaluation
+
 
 class RowsAhead:
     """Of one workspace; each file is read, and each task loaded, once."""
@@ -73,14 +75,15 @@ class RowsAhead:
         try:
             with base_folders.offline():
                 loaded = tasks.load(self.workspace, names)
-            return [row for task in loaded for row in _longest(task, agreement.evaluation.limit)]
+            return [row for task in loaded for row in _longest(task, agreement.evaluation)]
         except (Problem, OSError, *tasks.MISTAKES):  # evaluate says it
             return []
 
 
-def _longest(task: ConfigurableTask, limit: int | None) -> Iterable[Row]:
-    for doc in itertools.islice(task.eval_docs, limit):
-        prompt = str(task.fewshot_context(doc, num_fewshot=0))
+def _longest(task: ConfigurableTask, settings: Evaluation) -> Iterable[Row]:
+    before = {"num_fewshot": settings.num_fewshot, "system_instruction": settings.system_prompt}
+    for doc in itertools.islice(task.eval_docs, settings.limit):
+        prompt = str(task.fewshot_context(doc, **before))
         if task.OUTPUT_TYPE != "multiple_choice":
             yield Row(prompt, None)
             continue

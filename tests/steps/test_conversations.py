@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builders import COLOURS, SHAPES, Outcome, edit, write_rows
+from builders import COLOURS, SHAPES, Outcome, edit, give_template, write_rows
 from stages.client_train import client_train
 from stages.evaluate_rows import evaluate_rows
 from stages.federation.run import run
@@ -43,8 +43,7 @@ CHATS = [chat(i) for i in range(12)]
 @pytest.fixture
 def talking(workspace_folder: Path) -> Path:
     """A workspace whose models have a chat template, and all rows are conversations."""
-    for role in ("slm", "llm"):
-        (workspace_folder / "models" / role / "chat_template.jinja").write_text(TEMPLATE)
+    give_template(workspace_folder, TEMPLATE)
     for k in (1, 2, 3):
         write_rows(workspace_folder / f"private/client-{k}/train.jsonl", CHATS)
     write_rows(workspace_folder / "private/server/auxiliary.jsonl", CHATS[:8])
