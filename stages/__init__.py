@@ -13,6 +13,7 @@
            share_knowl.  private/client-k/round-t/trained; the llm       exchange/round-t/client-k, server: S_k, S_0
            client_dist.  exchange/round-t/server, D_p                    private/client-k/round-t/slm
     (4.1)  evaluate      one adapter, an lm-eval task                    results/round-t/*.json
+    -      evaluate_rows one adapter, rows of one's own                  results/own-rows/round-t/*.json
 
 The steps stand in this folder, and nothing else. Around them are rooms, each for one thing, and each imports only those
 before it:

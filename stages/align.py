@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stages.data.rows import Row, read_rows
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.files import reading
 from stages.parties.party import Party
 from stages.runtime.events import Event, Report, ignore
@@ -76,6 +77,6 @@ def _rows_here(workspace: Workspace) -> tuple[list[Row], str]:
     """The first labelled rows that are here, and the digest of the files; the server's, or else the clients'."""
     auxiliary = workspace.auxiliary_data
     paths = [auxiliary] if auxiliary.exists() else [workspace.client_data(k) for k in workspace.clients]
-    found = [read_rows(path, unlabelled=path == auxiliary) for path in paths if path.exists()]
+    found = [read_rows(path, unlabelled=path == auxiliary, texts=True) for path in paths if path.exists()]
     rows = [row for rows, _ in found for row in rows if row.completion is not None]
     return rows[:MOST_ROWS], reading.sha256("".join(digest for _, digest in found).encode())

@@ -1,4 +1,4 @@
-"""evaluate: accuracy by lm-evaluation-harness, zero-shot, of the LLM, the SLM or a client's own SLM.
+"""evaluate: accuracy by lm-evaluation-harness of the LLM, the SLM or a client's own SLM.
 
 Reads private/server/round-t/{slm,llm,aggregate} or exchange/round-t/client-k. Writes results/round-t/*.json under the
 same names; of the bases alone, results/zero-shot/{slm,llm}.json.
@@ -123,26 +123,23 @@ class Evaluate(Step[Opened, Measured, Result]):
         """Put the adapter into the base, prove that it is there, and ask all questions."""
         from stages.data import tasks
         from stages.evaluation import scoring
-        from stages.evaluation.untrained import is_base
+        from stages.evaluation.prompting import Prompting
+        from stages.evaluation.standing import standing
         from stages.models.perturbing import Ascent
 
         settings, role, adapter = self.workspace.evaluation, self.role, opened.adapter
         loaded = tasks.load(self.workspace, self.workspace.scored_tasks, self.report)
         for task in loaded:
-            tasks.check_answers(task, self.report)
-        self._models.use(role)
-        tuned = self._models.get(role) if adapter is None else self._models.with_adapter(role, adapter)
-        is_plain = adapter is not None and is_base(adapter, tuned, self.workspace.agreement)
-        if is_plain:
-            words = "B is zero, as nobody has trained it here: the server's SLM is its base, and is scored as that"
-            self.report(Event("warning", words))
+            tasks.check_answers(task, self.report, shots=settings.num_fewshot)
+        tuned, has_adapter = standing(self._models, role, adapter, self.workspace.agreement, self.report)
         scores = scoring.score(
             tuned,
             loaded,
-            with_adapter=adapter is not None and not is_plain,
+            with_adapter=has_adapter,
             limit=settings.limit,
             batch_size=settings.batch_size,
             attack=Ascent.of(self.attack),
+            prompting=Prompting.of(settings),
             as_trained=settings.precision == "training",
             processes=self.processes,
             shares=role not in self.workspace.machine.sharding,

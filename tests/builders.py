@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from stages.aggregation.updates import Updates
     from stages.artefacts.adapter_files import Layout, Tensors
-    from stages.data.rows import Example
+    from stages.data.examples import Example
     from stages.models.tuned import Tuned
 
 ROOT = Path(__file__).parents[1]
@@ -227,6 +227,17 @@ def make_workspace(folder: Path, base_models: Path) -> Path:
     for part in ("train", "test"):
         (folder / "data" / f"{part}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions(12)))
     return folder
+
+
+def give_template(folder: Path, template: str) -> None:
+    """Give both models of a workspace this chat template, in copies of their own."""
+    models = folder / "models"
+    if models.is_symlink():
+        shared = models.resolve()
+        models.unlink()
+        shutil.copytree(shared, models)
+    for role in ("slm", "llm"):
+        (models / role / "chat_template.jinja").write_text(template)
 
 
 def make_unlike_workspace(folder: Path, unlike_models: Path) -> Path:
@@ -485,7 +496,7 @@ def sent(
 
 def examples(lengths: list[tuple[int, int]], *, vocabulary: int = 40, seed: int = 0) -> list[Example]:
     """Rows of random tokens, each of so many prompt tokens and so many answer tokens."""
-    from stages.data.rows import Example
+    from stages.data.examples import Example
 
     draw = random.Random(seed)
     return [

@@ -47,6 +47,7 @@ STEPS = (
     "co_distill",
     "client_distill",
     "evaluate",
+    "evaluate_rows",
 )
 TOP = ("planning", "audit", "report", "federation", "demo")
 ORDER = (*GROUND, *ABOVE, *STEPS, *TOP)
@@ -74,6 +75,7 @@ LONGEST_STEPS = {
     "aggregate": 200,
     "broadcast": 200,
     "evaluate": 200,
+    "evaluate_rows": 200,
     "reveal": 60,
 }
 """Lines of each step: it reads like the algorithm, and all that is woven around it has a place of its own."""
@@ -348,7 +350,9 @@ def joined(path: Path) -> set[str]:
 def test_names_on_disk_are_spelled_by_the_workspace_alone() -> None:
     files = {value for value in vars(names).values() if isinstance(value, str) and re.fullmatch(r"[\w.-]+\.\w+", value)}
     assert {"fedcollm.toml", "manifest.json"} <= files
-    places = set.union(*(joined(STAGES / "workspace" / f"{name}.py") for name in ("layout", "derived_layout")))
+    places = set.union(
+        *(joined(STAGES / "workspace" / f"{name}.py") for name in ("layout", "derived_layout", "rows_layout"))
+    )
     assert {"keys", "seed-", "broadcast", "train.jsonl"} <= places
     for path in MODULES:
         if room_of(path) != "workspace" and path != STAGES / "files" / "seclusion.py":

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from builders import Family, examples, tuned
 from stages.co_distill import co_distill
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.distillation import captures, top_k_logits
 from stages.distillation.knowledge import Knowledge
 from stages.distillation.learning import Learning, Pupil

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fedcollm_cli.commands.scoring import evaluate_rows
 from fedcollm_cli.session import (
     ClientOption,
     CsvOption,
@@ -237,6 +238,10 @@ def evaluate(
     markdown: MarkdownOption = False,
     latex: LatexOption = False,
     csv: CsvOption = False,
+    rows: Annotated[Path | None, typer.Option("--rows", help="Instead: loss and exact match on this file.")] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="With --rows: let the model write, too; Rouge-L and match of its text.")
+    ] = False,
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -246,6 +251,10 @@ def evaluate(
     Writes results/round-t/*.json, or results/zero-shot/*.json. First it checks that the adapter is in the model and
     changes its logits. With --attack, robust_acc is the share of multiple-choice questions that are right whatever
     gradient ascent does to their prompts' embeddings, within a radius. Other scores stay the same.
+
+    With --rows it reads a file of rows instead, and needs no task. It tells the mean loss per answer token in nats, its
+    perplexity, and the share of rows whose answer is the likeliest at each token. Writes
+    results/own-rows/round-t/*.json. These are kept apart: status, compare and run do not read them; report shows them.
 
     Example: fedcollm evaluate --round 1 --model llm
     """
@@ -257,6 +266,11 @@ def evaluate(
         example = Command("evaluate", round=1, model="slm")
         mend = f"{example}; for a base alone, --zero-shot with --model slm or llm, or a client with a model of its own"
         raise UsageProblem("evaluate needs either --round or --zero-shot", mend=mend)
+    if rows is not None or generate:
+        if attack is not None or attack_steps is not None:
+            raise UsageProblem("--attack is of questions, not of --rows", mend="leave one of them out")
+        evaluate_rows(opened, rows, model=model, round=round, client=client, generate=generate, overwrite=overwrite)
+        return
     result = stage(
         opened.workspace,
         model=model,

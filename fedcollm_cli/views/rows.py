@@ -1,4 +1,4 @@
-"""What `check-rows` prints."""
+"""What `check-rows` and `evaluate --rows` print."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 from stages.audit.checks import number_of
+from stages.data.rows import unit_of
 from stages.runtime import texts
 
 if TYPE_CHECKING:
+    from stages.artefacts.row_records import RowsResult
     from stages.planning.check_rows import Checked
     from stages.planning.row_checks import Remark
     from stages.workspace.paths import Workspace
@@ -36,16 +40,35 @@ def _file(workspace: Workspace, one: Checked) -> list[str]:
         lines.append(f"  tokens: {rows}, of {size.limit} that fit; {answers}")
     if one.answers:
         lines.append("  completions: " + ", ".join(f"{texts.in_code(name)} {n}" for name, n in one.answers.items()))
-    lines += [f"  {remark.level} {remark.found}{_lines(remark)}" for remark in one.remarks]
+    lines += [f"  {remark.level} {remark.found}{_lines(remark, unit_of(one.path))}" for remark in one.remarks]
     if one.mended:
         names = " ".join(shlex.quote(workspace.shown(path)) for path in (one.mended, one.path))
         lines.append(f"  mended: {', '.join(one.mends)}; look at it, then: mv {names}")
     return lines
 
 
-def _lines(remark: Remark) -> str:
+def _lines(remark: Remark, unit: str) -> str:
     if not remark.lines:
         return ""
     listed = ", ".join(map(str, remark.lines[:MOST_LINES]))
     more = len(remark.lines) - MOST_LINES
-    return f": {'line' if len(remark.lines) == 1 else 'lines'} {listed}" + (f" and {more} more" if more > 0 else "")
+    return f": {unit}{'' if len(remark.lines) == 1 else 's'} {listed}" + (f" and {more} more" if more > 0 else "")
+
+
+def row_scores(results: Sequence[RowsResult]) -> Table:
+    """How well models know the answers of rows: a row for each model and file."""
+    is_written = any("written" in result["scores"] for result in results)
+    table = Table()
+    for name in ("model", "round", "rows of", "rows", "answer tokens", "loss", "perplexity", "exact match"):
+        table.add_column(name, justify="left" if name in ("model", "rows of") else "right")
+    for name in ("match of text", "Rouge-L") if is_written else ():
+        table.add_column(name, justify="right")
+    for result in results:
+        found, round = result["scores"], result["round"]
+        own = found.get("written")
+        cells = [result["subject"], "base" if round is None else str(round), result["rows"]]
+        cells += [str(found["rows"]), str(found["tokens"])]
+        cells += [f"{found['loss']:.4f}", f"{found['perplexity']:.4g}", f"{found['exact_match']:.4f}"]
+        cells += [f"{own['generated_match']:.4f}", f"{own['rouge_l']:.4f}"] if own else [""] * (2 * is_written)
+        table.add_row(*cells)
+    return table

@@ -13,7 +13,8 @@ from stages.artefacts.adapter_files import loaded
 from stages.artefacts.average import Average
 from stages.artefacts.publishing import GATE_KEPT
 from stages.artefacts.reading import Artefact
-from stages.data.rows import Example, Row, encode, tell_left_out
+from stages.data.examples import Example, encode, tell_left_out
+from stages.data.rows import Row
 from stages.models import adapters, residual
 from stages.models.devices import naming_memory_knobs
 from stages.models.loading import Models

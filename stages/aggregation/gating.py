@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from stages.artefacts.average import Average
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact
-from stages.data.rows import Row, read_rows
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.files import reading
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Report

@@ -6,7 +6,7 @@ the digest anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -76,14 +76,20 @@ def stamped(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_result(path: Path) -> Result:
     """A result, without its digest. Raises Damaged if it is not as it was written; an earlier version wrote none."""
+    return cast(Result, unstamped(path, unnamed={*EARLIER, *LATER}))
+
+
+def unstamped(path: Path, *, unnamed: Set[str] = frozenset()) -> dict[str, Any]:
+    """The rest of what was stamped. Raises Damaged unless it is as it was written.
+
+    unnamed: the keys that a record without a digest may have, as an earlier version wrote it.
+    """
     result, _ = reading.read_json(path)
     named = result.pop(DIGEST, None)
-    is_changed = (
-        named != reading.sha256(reading.json_bytes(result)) if named else bool(set(result) - {*EARLIER, *LATER})
-    )
+    is_changed = named != reading.sha256(reading.json_bytes(result)) if named else bool(set(result) - unnamed)
     if is_changed:
         raise Damaged(f"{path.name} has been changed since it was written", where=path, mend=MEND)
-    return cast(Result, result)
+    return result
 
 
 def attack_of(result: Result) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 
 from stages.artefacts.vocabulary_files import parse_vocabulary
 from stages.audit.folders import Folder, Scope, open_folder
-from stages.data.rows import Row, read_rows
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.distillation.cuts import Cuts, check_cuts, parse_cuts
 from stages.distillation.knowledge import Knowledge, Told, figures, parse_knowledge, told_by_itself
 from stages.runtime.errors import Problem
@@ -89,7 +90,7 @@ class Heard:
             path = workspace.public_data(party)
             if path not in self.public:
                 try:
-                    self.public[path] = read_rows(path, unlabelled=True)
+                    self.public[path] = read_rows(path, unlabelled=True, texts=True)
                 except (Problem, OSError):  # it is not here, or A2 and the steps say what is wrong with it
                     self.public[path] = None
             if self.public[path]:

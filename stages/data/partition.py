@@ -6,12 +6,11 @@ Every function deals each row to exactly one client, and none goes away empty-ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from stages.data.rows import Row
+from stages.data.rows import Row, unlabelled
 from stages.runtime.errors import UsageProblem
 
 Deal = list[list[Row]]
@@ -118,4 +117,4 @@ def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
 def unlabel(rows: Sequence[Row], share: float, *, seed: int) -> list[Row]:
     """The rows in their order, that share of them, drawn at random, without completion and label."""
     drawn = set(np.random.default_rng(seed).permutation(len(rows))[: round(share * len(rows))].tolist())
-    return [replace(row, completion=None, label="") if i in drawn else row for i, row in enumerate(rows)]
+    return [unlabelled(row) if i in drawn else row for i, row in enumerate(rows)]

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from stages.bases import one_tokenizer
-from stages.data.rows import Row, read_rows, rows_bytes
+from stages.data.row_files import read_rows
+from stages.data.rows import Row, check_one_form, rows_bytes
 from stages.data.spacing import warn_of_spacing
 from stages.data.split_file import Share, Split
 from stages.files import reading, writing
@@ -57,6 +59,7 @@ def dealt(workspace: Workspace, report: Report = ignore) -> tuple[dict[Path, lis
         rows, test = _from_tasks(workspace, report)
     else:
         rows, test = [row for name in data.files for row in _from_file(workspace, name)], None
+        check_one_form(rows, "the rows of data.files")
     warn_of_spacing(rows, report)
     return _divide(workspace, rows, test)
 
@@ -79,10 +82,7 @@ def _from_tasks(workspace: Workspace, report: Report) -> tuple[list[Row], set[st
 def _from_file(workspace: Workspace, name: str) -> list[Row]:
     path = workspace.local(name)
     require(path, f"the data file {name} is not there", "correct data.files in fedcollm.toml")
-    return [
-        Row(row.prompt, row.completion, row.label, row.source or str(Path(name).with_suffix("")))
-        for row in read_rows(path)[0]
-    ]
+    return [replace(row, source=row.source or str(Path(name).with_suffix(""))) for row in read_rows(path)[0]]
 
 
 def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tuple[dict[Path, list[Row]], Split]:
@@ -101,7 +101,7 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tup
         seed=workspace.seed_for("prepare", 1),
     )
     left_out = len(unique) - len(auxiliary) - sum(map(len, deal))
-    parties = {workspace.client_data(k): share for k, share in zip(workspace.clients, deal, strict=True)}
+    parties = {workspace.dealt_data(k): share for k, share in zip(workspace.clients, deal, strict=True)}
     auxiliary, held_out = hold_out(auxiliary, data.held_out_share or 0.0)
     auxiliary = unlabel(auxiliary, data.unlabelled_share or 0.0, seed=workspace.seed_for("unlabel", 1))
     parties[workspace.auxiliary_data] = auxiliary
@@ -150,6 +150,10 @@ def _counts(share: list[Row]) -> Share:
 def _publish(
     workspace: Workspace, parties: dict[Path, list[Row]], summary: Split, overwrite: bool, report: Report
 ) -> Split:
+    for k in workspace.clients:
+        if (own := workspace.client_data(k)) != workspace.dealt_data(k):
+            message = f"client {k} has rows of its own in {workspace.shown(own)}"
+            raise Refused(message, where=own, mend="move it away, if rows are to be dealt here")
     if not overwrite:
         existing = [path for path in parties if path.exists()]
         changed = [path for path in existing if reading.read_own(path) != rows_bytes(parties[path])]

@@ -1,295 +1,106 @@
-"""The one training format: JSON lines {"prompt": ..., "completion": ...}, read strictly and turned into tokens.
-
-A row is tokenised exactly as lm-eval tokenises a context and its continuation, so that what is trained is what is
-scored. Auxiliary rows may be unlabelled: without a completion, two models can still teach each other what follows the
-prompt.
-"""
+"""What a row is: a prompt and what is learned to follow it, as text or as the turns of a conversation."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, NamedTuple
 
-from stages.files import reading
-from stages.runtime.errors import Damaged
-from stages.runtime.events import Event, Report
-from stages.runtime.texts import lines
+from stages.runtime.errors import UsageProblem
+from stages.workspace.rows_layout import TABLES
 
-MOST_LISTED = 20
-"""How many bad lines of a file one error tells."""
+TEXT, MESSAGES, TURNS, INSTRUCTION = (
+    '{"prompt": "...", "completion": "..."}',
+    '{"messages": [...]}',
+    '{"prompt": [...], "completion": [...]}',
+    '{"instruction": "...", "input": "...", "output": "..."}',
+)
+"""The forms of rows, as they are told."""
 
-KEYS = ("prompt", "completion", "label", "source")
-"""What a row may hold that is used here."""
+ASSISTANT = "assistant"
 
-NO_LABEL = -100
-"""Stands for the target where there is none: torch's own sign for "no cross-entropy here"."""
+
+class Message(NamedTuple):
+    """One turn of a conversation. role: system, user or assistant."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
 class Row:
     """One training example. label and source (a task's name) are known only where `prepare` made it.
 
-    completion: None for an unlabelled row.
+    completion: None for an unlabelled row. messages: of a conversation all turns, which a model's chat template makes
+    tokens of; the assistant's from trained_from on are learned. Its prompt and completion are JSON of the turns: rows
+    are compared by them, and nothing is trained on them. form: as its file has it.
     """
 
     prompt: str
     completion: str | None
     label: str = ""
     source: str = ""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row as token ids; the first prompt_tokens of them are not trained on: all of them, if it is unlabelled."""
-
-    input_ids: list[int]
-    prompt_tokens: int
+    messages: tuple[Message, ...] = ()
+    trained_from: int = 0
+    form: str = TEXT
 
     @property
-    def answer_tokens(self) -> int:
-        """How many tokens carry cross-entropy."""
-        return len(self.input_ids) - self.prompt_tokens
-
-    @property
-    def distilled_positions(self) -> int:
-        """At how many positions models can teach each other: one for each answer token, or the end of the prompt."""
-        return max(self.answer_tokens, 1)
+    def answers(self) -> list[int]:
+        """Of a conversation, which turns are learned."""
+        turns = range(self.trained_from, len(self.messages))
+        return [turn for turn in turns if self.completion is not None and self.messages[turn].role == ASSISTANT]
 
 
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is needed here."""
-
-    bos_token: str | None
-    eos_token: str | None
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds by itself or without."""
-
-
-def read_rows(path: Path, *, unlabelled: bool = False) -> tuple[list[Row], str]:
-    """The rows of a file, or of what a link leads to, and the sha256 of its bytes.
-
-    unlabelled: whether rows {"prompt": ...} may be among them. Raises Damaged naming every bad line, and the mend, and
-    NotReady for a file that is not there.
-    """
-    try:
-        content = reading.read_own(path)
-    except FileNotFoundError:
-        raise reading.not_there(path) from None
-    each = [row for _, row in parsed_lines(content, path, unlabelled=unlabelled)]
-    rows = [row for row in each if isinstance(row, Row)]
-    if found := {number: row for number, row in enumerate(each, 1) if not isinstance(row, Row)}:
-        expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
-        raise _bad_lines(path, found, expected + (', or {"prompt": "..."} alone' if unlabelled else ""))
-    if not rows:
-        raise Damaged(f"{path.name} is empty", where=path, mend='put rows {"prompt": ..., "completion": ...} in it')
-    return rows, reading.sha256(content)
+def conversation(
+    messages: Iterable[Message], trained_from: int | None, label: str = "", source: str = "", *, form: str
+) -> Row:
+    """The row of a conversation. trained_from: from which turn on the assistant's are learned; None: unlabelled."""
+    turns = tuple(messages)
+    prompt = turns if trained_from is None else turns[:trained_from]
+    completion = None if trained_from is None else _as_json(turns[trained_from:])
+    return Row(_as_json(prompt), completion, label, source, turns, trained_from or 0, form)
 
 
-def parsed_lines(content: bytes, path: Path, *, unlabelled: bool) -> list[tuple[str, Row | str]]:
-    """Each line of a file, and its row, or why it is none. Raises Damaged for a file that is no text."""
-    found: list[tuple[str, Row | str]] = []
-    for line in _lines(content, path):
-        try:
-            found.append((line, _row(line, unlabelled)))
-        except _BadRow as error:
-            found.append((line, str(error)))
-    return found
-
-
-def check_json_lines(path: Path) -> None:
-    """Raise Damaged, naming every bad line, unless a file is JSON lines of objects, or empty ones, of whatever keys."""
-    found: dict[int, str] = {}
-    for number, line in enumerate(_lines(reading.read_own(path), path), 1):
-        try:
-            if line.strip():
-                _parsed(line)
-        except _BadRow as error:
-            found[number] = str(error)
-    if found:
-        raise _bad_lines(path, found, "expected a JSON object")
-
-
-def _lines(content: bytes, path: Path) -> list[str]:
-    """The text of a file as lines; a byte order mark before the first is passed over."""
-    if content.startswith(b"\x1f\x8b"):
-        mend = f"unpack it: gunzip -c {path.name} > rows.jsonl && mv rows.jsonl {path.name}"
-        raise Damaged(f"{path.name} is compressed with gzip", where=path, mend=mend)
-    try:
-        # Not splitlines(): JSON text may hold U+2028, which is no end of a JSON line.
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Damaged(f"{path.name} is not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-class _BadRow(ValueError):
-    """What is wrong with one line."""
-
-
-class _KeyTwice(_BadRow):
-    """An object has this key twice."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key[:80]!r} appears twice")
-        self.key = key
-
-
-def _bad_lines(path: Path, found: dict[int, str], expected: str) -> Damaged:
-    """The error about a file's bad lines: the first in full, some of the others, and how many there are."""
-    (first, what), *others = found.items()
-    shown = [f"line {number}: {other}" for number, other in others[: MOST_LISTED - 1]]
-    if len(found) > MOST_LISTED:
-        shown.append(f"and {len(found) - MOST_LISTED} lines more")
-    message = lines([f"line {first} of {path.name}: {what}; {expected}", *shown], "\n  - ")
-    mend = f"correct line {first} of {path.name}" if not others else f"correct these {len(found)} lines of {path.name}"
-    return Damaged(message, where=f"{path}:{first}", mend=mend)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _KeyTwice(twice)
-    return value
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        value: Any = json.loads(line, object_pairs_hook=_object)
-    except _BadRow:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _BadRow(f"not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise _BadRow(f"a {type(value).__name__}")
-    return value
-
-
-def _row(line: str, unlabelled: bool) -> Row:
-    if not line.strip():
-        raise _BadRow("an empty line")
-    try:
-        value = _parsed(line)
-    except _KeyTwice as error:
-        if error.key in KEYS:
-            raise
-        raise _BadRow("a key appears twice") from None  # a key that is not ours may be what nobody may read
-    # Another key may be a completion with its name misspelt.
-    is_unlabelled = unlabelled and value.keys() <= {"prompt", "label", "source"}
-    for key in ("prompt",) if is_unlabelled else ("prompt", "completion"):
-        if key not in value:
-            raise _BadRow(f"no {key}")
-        if not isinstance(value[key], str) or not value[key].strip():
-            raise _BadRow(f"{key} is not text, or is empty")
-        try:
-            value[key].encode()
-        except UnicodeEncodeError:
-            raise _BadRow(f"{key} holds half a character, a surrogate without its other") from None
-    label, source = ("" if value.get(key) is None else str(value[key]) for key in ("label", "source"))
-    return Row(value["prompt"], value.get("completion"), label, source)
+def unlabelled(row: Row) -> Row:
+    """The row without its completion and label."""
+    if not row.messages:
+        return replace(row, completion=None, label="")
+    last = row.answers[-1]
+    return conversation(row.messages[:last], None, source=row.source, form=TURNS)
 
 
 def rows_bytes(rows: Iterable[Row]) -> bytes:
     """Rows as JSON lines; label and source stay behind."""
-    values = (
-        {"prompt": row.prompt} | ({} if row.completion is None else {"completion": row.completion}) for row in rows
-    )
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+    return "".join(json.dumps(_value(row), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def encode(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    context: int,
-    too_long: Literal["refuse", "skip"],
-    path: Path,
-) -> list[Example]:
-    """Every row as tokens, at most max_length and at most the model's context of them.
-
-    Rows that do not fit are refused by line (raises Damaged) or skipped; nothing is ever cut.
-    """
-    limits = {"max_length": max_length, "context": context}
-    return [one for one in fitting(rows, tokenizer, **limits, too_long=too_long, path=path) if one is not None]
+def check_one_form(rows: Iterable[Row], what: str) -> None:
+    """Raise UsageProblem for rows of several forms, which one file may not hold. what: whose rows these are."""
+    forms = {TEXT if row.form == INSTRUCTION else row.form: row for row in rows if row.completion is not None}
+    if len(forms) > 1:
+        message = f"{what} are of several forms: {' and '.join(sorted(forms))}"
+        raise UsageProblem(message, mend="bring them into one form")
 
 
-def fitting(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    context: int,
-    too_long: Literal["refuse", "skip"],
-    path: Path,
-) -> list[Example | None]:
-    """As encode, with None in the place of a row that is skipped."""
-    limit = min(max_length, context)
-    examples: list[Example | None] = []
-    for number, row in enumerate(rows, 1):
-        example = encode_row(row, tokenizer)
-        if example.prompt_tokens < 1:
-            message = f"line {number} of {path.name} is too short: there is no token of a prompt before its answer"
-            raise Damaged(message, where=f"{path}:{number}", mend="give the row a longer prompt")
-        fits = len(example.input_ids) <= limit
-        examples.append(example if fits else None)
-        if not fits and too_long == "refuse":
-            bound = f"max_length is {max_length}, the model's context {context}"
-            message = f"line {number} of {path.name} has {len(example.input_ids)} tokens; {bound}"
-            raised = "" if limit == context else "raise max_length, "
-            mend = f'shorten the row, {raised}or agree on data.too_long = "skip"'
-            raise Damaged(message, where=f"{path}:{number}", mend=mend)
-    if not any(examples):
-        raise Damaged(f"no row of {path.name} fits in {limit} tokens", where=path, mend="raise max_length")
-    return examples
+def unit_of(path: Path) -> str:
+    """What the rows of a file are counted in: its lines; of a table its rows, without the names of the columns."""
+    return "line" if path.suffix not in TABLES else "row"
 
 
-def tell_left_out(
-    rows: Sequence[Row], examples: Sequence[Example], path: Path, report: Report, name: str = "rows_left_out"
-) -> dict[str, float]:
-    """How many rows were too long and skipped, told, and under this name for log and manifest; empty if none was."""
-    left_out = len(rows) - len(examples)
-    if not left_out:
-        return {}
-    report(Event("warning", f"{left_out} of {len(rows)} rows of {path.name} are too long and left out"))
-    return {name: left_out}
+def _value(row: Row) -> dict[str, Any]:
+    if row.form == MESSAGES and row.completion is not None:
+        return {"messages": _told(row.messages)}
+    cut = row.trained_from if row.completion is not None else len(row.messages)
+    prompt: Any = _told(row.messages[:cut]) if row.messages else row.prompt
+    completion: Any = _told(row.messages[cut:]) if row.messages else row.completion
+    return {"prompt": prompt} | ({} if row.completion is None else {"completion": completion})
 
 
-def encode_row(row: Row, tokenizer: Tokenizer) -> Example:
-    """One row as tokens: whitespace at the end of the prompt belongs to the completion, as in lm-eval."""
-    # Nor does a prompt that spells the first special token out, as chat templates do, get it twice.
-    first = tokenizer.bos_token or tokenizer.eos_token  # as in lm-eval
-    is_spelled_out = bool(first) and row.prompt.startswith(str(first))
-    context = tokenizer.encode(row.prompt.rstrip(), add_special_tokens=not is_spelled_out)
-    if row.completion is None:
-        return Example(context, len(context))
-    whole = tokenizer.encode(row.prompt + row.completion, add_special_tokens=not is_spelled_out)
-    # A tokenizer may merge across the border; the answer then starts where the prompt's own tokens end.
-    return Example(whole, min(len(context), len(whole) - 1))
+def _told(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [one._asdict() for one in messages]
 
 
-@dataclass(frozen=True)
-class Extent:
-    """How many rows parties have, the fewest and the most, and the longest row and answer in tokens, if known."""
-
-    fewest: int
-    most: int
-    longest: int | None = None
-    longest_answer: int | None = None
-
-
-def extent_of(found: Sequence[Sequence[Row]], tokenizer: Tokenizer | None) -> Extent | None:
-    """The extent of these parties' rows; None if there is no party."""
-    if not found:
-        return None
-    fewest, most = min(map(len, found)), max(map(len, found))
-    if tokenizer is None:
-        return Extent(fewest, most)
-    examples = [encode_row(row, tokenizer) for rows in found for row in rows]
-    longest = max(len(example.input_ids) for example in examples)
-    return Extent(fewest, most, longest, max(example.distilled_positions for example in examples))
+def _as_json(messages: Iterable[Message]) -> str:
+    return json.dumps(_told(messages), ensure_ascii=False)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stages.data.rows import Row
+from stages.data.rows import TEXT, Row
 from stages.runtime.events import Event, Report
 
 
 def warn_of_spacing(rows: Sequence[Row], report: Report) -> None:
     """Tell how many answers stand right against their prompt, or two spaces from it: nothing else shows that."""
-    labelled = [(row.prompt, row.completion) for row in rows if row.completion is not None]
+    labelled = [(row.prompt, row.completion) for row in rows if row.completion is not None and row.form == TEXT]
     if unspaced := sum(is_unspaced(prompt, completion) for prompt, completion in labelled):
         report(Event("warning", f"{unspaced} of {len(labelled)} completions begin without a space after their prompt"))
     doubled = sum(is_doubly_spaced(prompt, completion) for prompt, completion in labelled)

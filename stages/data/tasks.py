@@ -18,7 +18,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows include and !function
 
-from stages.data.rows import Row, check_json_lines
+from stages.data.row_files import check_json_lines
+from stages.data.rows import Row
 from stages.files import faults, reading, seclusion
 from stages.parties.agreed import check_tasks
 from stages.runtime import quiet
@@ -149,10 +150,11 @@ def _row(task: ConfigurableTask, doc: dict[str, Any], name: str, number: int) ->
     return Row(prompt, f"{task.config.target_delimiter}{_right_texts(task, doc, number)[0]}", label="", source=name)
 
 
-def check_answers(task: ConfigurableTask, report: Report = ignore) -> None:
+def check_answers(task: ConfigurableTask, report: Report = ignore, *, shots: int = 0) -> None:
     """Raise UsageProblem, naming a question, where it has no text or no answer that lm-eval could find right.
 
     Tells of questions whose right answer is the text of another choice too: which of the two wins is an accident.
+    shots: how many examples the agreement puts before a question.
     """
     alike = number = 0
     try:
@@ -178,13 +180,12 @@ def check_answers(task: ConfigurableTask, report: Report = ignore) -> None:
     if alike:
         words = f"{alike} questions of {name} have a choice that reads like the right one and counts as wrong"
         report(Event("warning", words))
-    if task.config.num_fewshot:
-        report(
-            Event(
-                "warning",
-                f"{name} asks for {task.config.num_fewshot} examples before each question; it is scored without",
-            )
-        )
+    wanted = task.config.num_fewshot
+    if wanted and wanted != shots:
+        scored = f"with {shots}, by evaluation.num_fewshot" if shots else "without"
+        report(Event("warning", f"{name} asks for {wanted} examples before each question; it is scored {scored}"))
+    if shots and wanted == 0:
+        report(Event("warning", f"{name} says that it has no examples before a question, and is scored without"))
 
 
 def right_choices(task: ConfigurableTask, doc: dict[str, Any], number: int) -> list[int]:

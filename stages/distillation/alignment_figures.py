@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from stages.artefacts.manifest import Count, Sha256
 from stages.artefacts.vocabulary_files import Kind, Vocabulary, vocabulary_bytes
-from stages.data.rows import Row, encode_row
+from stages.data.examples import encode_row
+from stages.data.rows import Row
 from stages.distillation.alignment import METHODS, OTHER, Alignment, Method, matching
 from stages.models.token_bytes import ends_of
 from stages.runtime.events import Event, Report

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.artefacts import checkpoints
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.distillation import top_k_logits
 from stages.distillation.top_k_logits import Captured, Source
 from stages.files import reading, writing
@@ -213,7 +213,10 @@ def taught_losses(role: str, settings: Distillation, vocabulary: int) -> Losses:
 def taught(examples: Sequence[Example], captured: Captured) -> list[Taught]:
     """The rows that were captured, each with its place in the capture."""
     places = enumerate(captured.firsts.tolist())
-    return [Taught(one.input_ids, one.prompt_tokens, *place) for one, place in zip(examples, places, strict=True)]
+    return [
+        Taught(one.input_ids, one.prompt_tokens, *place, gaps=one.gaps)
+        for one, place in zip(examples, places, strict=True)
+    ]
 
 
 def _all(examples: Sequence[Example]) -> list[Taught]:

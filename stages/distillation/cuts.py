@@ -26,7 +26,8 @@ import safetensors.numpy
 
 from stages.artefacts.tensor_files import bad, read_header, told_in
 from stages.artefacts.vocabulary_files import Vocabulary
-from stages.data.rows import Example, Row
+from stages.data.examples import Example
+from stages.data.rows import Row
 
 if TYPE_CHECKING:
     from stages.distillation.alignment_figures import Read

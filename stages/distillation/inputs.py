@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import received
-from stages.data.rows import Row, read_rows
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.data.spacing import warn_of_spacing
 from stages.parties.party import Party
 from stages.runtime.errors import UsageProblem

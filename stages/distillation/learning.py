@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.distillation.lessons import Lesson
 from stages.models.packing import Batch
 from stages.models.tuned import Tuned

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.data.rows import Example, Row, fitting, read_rows
+from stages.data.examples import Example, fitting
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.data.spacing import warn_of_spacing
 from stages.models.tuned import Outline
 from stages.parties.party import Party
@@ -30,7 +32,7 @@ def read_public(party: Party, report: Report) -> Public:
     path = party.workspace.public_data(None if party.is_server else party.number)
     make = f"in a simulation, `{Command('prepare')}` puts them there"
     require(path, f"{party.name} has no public rows here", f"put the file there that all parties have; {make}")
-    rows, digest = read_rows(path, unlabelled=True)
+    rows, digest = read_rows(path, unlabelled=True, texts=True)
     warn_of_spacing(rows, report)
     unlabelled = sum(row.completion is None for row in rows)
     if unlabelled == len(rows):

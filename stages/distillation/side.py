@@ -11,7 +11,8 @@ from stages.artefacts.publishing import publish
 from stages.artefacts.reading import Artefact
 from stages.artefacts.residual_files import as_file
 from stages.artefacts.steps import Over
-from stages.data.rows import Example, Row, encode, tell_left_out
+from stages.data.examples import Example, encode, tell_left_out
+from stages.data.rows import Row
 from stages.distillation.inputs import OTHER
 from stages.distillation.phases import Distilling
 from stages.files import writing

@@ -30,7 +30,7 @@ import safetensors
 import safetensors.numpy
 
 from stages.artefacts.tensor_files import read_header, told_in
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.runtime.errors import BadNumbers, Damaged
 
 FORMAT = "fedcollm-capture/1"
@@ -84,6 +84,7 @@ def rows_sha256(examples: Sequence[Example]) -> str:
     whole = hashlib.sha256()
     for example in examples:
         ids = [len(example.input_ids), example.prompt_tokens, *example.input_ids]
+        ids += [place for gap in example.gaps for place in gap]
         whole.update(np.array(ids, dtype="<i8").tobytes())
     return whole.hexdigest()
 

@@ -6,12 +6,15 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
 
-from stages.data.rows import Row, encode_row
+from stages.data.examples import encode_row
+from stages.data.rows import Row
 from stages.evaluation import branches
 from stages.evaluation.branches import Likelihood, Question
 from stages.models import adapters
@@ -21,6 +24,26 @@ from stages.runtime.processes import ALONE, Processes
 
 MOST_TEXTS = 1 << 14
 """Whose tokens are kept: the prompts and answers of three thousand questions."""
+
+
+class Tokens(Protocol):
+    """A prompt and its answer as tokens. doc_id: of which question, from 0; task_name: of which task or file."""
+
+    @property
+    def doc_id(self) -> int:
+        """The question, from 0."""
+
+    @property
+    def task_name(self) -> str:
+        """The task, or the file of rows."""
+
+    @property
+    def prompt(self) -> list[int]:
+        """Of one token at least."""
+
+    @property
+    def answer(self) -> list[int]:
+        """Of one token at least."""
 
 
 class Harness(HFLM):  # type: ignore[misc]
@@ -39,15 +62,48 @@ class Harness(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Likelihood]:
         """As lm-eval's, of this process's share; all answers in all processes."""
-        return self._shared(super().loglikelihood, requests)
+        return self._shared(partial(super().loglikelihood, disable_tqdm=True), requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval's, of this process's share; all answers in all processes."""
-        return self._shared(super().generate_until, requests)
+        return self._shared(partial(super().generate_until, disable_tqdm=True), requests)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As lm-eval's, of this process's share; all answers in all processes."""
-        return self._shared(super().loglikelihood_rolling, requests)
+        return self._shared(partial(super().loglikelihood_rolling, disable_tqdm=True), requests)
+
+    def of_tokens(self, asked: Sequence[Tokens]) -> list[Likelihood]:
+        """The likelihood of each answer, as loglikelihood gives it, of prompts and answers that are tokens already."""
+        return self._shared(
+            lambda own: self._loglikelihood_tokens([(("", ""), one.prompt, one.answer) for one in own]), asked
+        )
+
+    def generated(self, asked: Sequence[Tokens], most: int, ends: list[int]) -> list[list[int]]:
+        """What is written after each prompt: the likeliest token each time, up to so many, or to one of the ends."""
+        return self._shared(lambda own: self._written(own, most, ends), asked)
+
+    def _written(self, asked: Sequence[Tokens], most: int, ends: list[int]) -> list[list[int]]:
+        room = [min(most, int(self.max_length) - len(one.prompt)) for one in asked]
+        order = sorted(range(len(asked)), key=lambda place: (room[place], -len(asked[place].prompt)))
+        found: dict[int, list[int]] = {}
+        for tokens, alike in itertools.groupby(order, key=lambda place: room[place]):
+            places = list(alike)
+            for start in range(0, len(places), int(self.batch_size)):
+                some = places[start : start + int(self.batch_size)]
+                found |= zip(some, self._continued([asked[place].prompt for place in some], tokens, ends), strict=True)
+        return [found[place] for place in range(len(asked))]
+
+    def _continued(self, prompts: Sequence[Sequence[int]], most: int, ends: list[int]) -> list[list[int]]:
+        self._tell(len(prompts))
+        longest, pad = max(map(len, prompts)), ends[0] if ends else 0
+        ids = torch.tensor([[pad] * (longest - len(one)) + list(one) for one in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=self.device)
+        how: Any = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=most, do_sample=False, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
+        )
+        made = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+        found: list[list[int]] = made[:, longest:].tolist()
+        return [list(itertools.takewhile(lambda token: token not in ends, one)) for one in found]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As a row is split for training: what is trained is what is scored."""
@@ -145,12 +201,12 @@ class Harness(HFLM):  # type: ignore[misc]
                 found.add(request.doc_id)
         return found
 
-    def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+    def _shared(self, answer: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
         count, rank = (self.processes.count, self.processes.rank) if self.shares else (1, 0)
         shares = _shares(requests, count)
         own = [requests[place] for place in shares[rank]]
         self._done, self._total = 0, len(own)
-        answers = answer(own, disable_tqdm=True) if own else []
+        answers = answer(own) if own else []
         for request, one in zip(own, answers, strict=True):
             likelihood = one[0] if isinstance(one, tuple) else one
             if isinstance(likelihood, float) and math.isnan(likelihood):

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from lm_eval import evaluate
 from lm_eval.api.task import ConfigurableTask
 
 from stages.artefacts.records import TaskScores
 from stages.data.spacing import is_doubly_spaced
-from stages.data.tasks import HARMLESS, MISTAKES, mistaken
+from stages.data.tasks import MISTAKES, mistaken
+from stages.evaluation.asking import asking
 from stages.evaluation.attack import attacked, with_robust
 from stages.evaluation.harness import Harness
+from stages.evaluation.prompting import ZERO_SHOT, Prompting
 from stages.files import reading
-from stages.models import adapters
-from stages.models.devices import naming_memory_knobs
-from stages.models.held import held_in_bfloat16
-from stages.models.identity import PROBE_TEXTS
 from stages.models.perturbing import Ascent
 from stages.models.tuned import Tuned
-from stages.runtime import quiet
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.events import Event, Report
 from stages.runtime.processes import ALONE, Processes
@@ -39,58 +34,50 @@ def score(
     batch_size: int,
     as_trained: bool = False,
     attack: Ascent | None = None,
+    prompting: Prompting = ZERO_SHOT,
     processes: Processes = ALONE,
     shares: bool = True,
     report: Report,
 ) -> dict[str, TaskScores]:
-    """Each task's metrics, number of questions, version and prompt, zero-shot, and which questions were right.
+    """Each task's metrics, number of questions, version and prompt, and which questions were right.
 
     with_adapter: score the base with its adapter, after proof that the adapter changes the logits; else the base alone.
     as_trained: compute as training does, with probabilities in float32; else all as the weights are held.
-    attack: measure, too, how many questions are right under it.
+    attack: measure, too, how many questions are right under it. prompting: what stands before each question.
     processes: all get all the scores; each does its share of the work, unless shares is False.
     """
-    model = tuned.model
-    was_training = model.training
-    model.eval()
-    scope = contextlib.nullcontext() if with_adapter else model.disable_adapter()
-    computing = _as_trained(tuned) if as_trained else contextlib.nullcontext()
-    probe = tuned.tokenizer.encode(PROBE_TEXTS[0])[: tuned.context]
-    if with_adapter:
-        adapters.check_acts(model, probe)
-    telling = quiet.telling(report, "lm_eval", but_for=HARMLESS)
-    with naming_memory_knobs(), scope, computing, quiet.libraries(), telling:
-        adapters.logits(model, probe)  # which raises if they are no numbers
-        precision = {"mixed_precision_dtype": "bfloat16" if as_trained and tuned.autocast else None}
-        precision["softmax_dtype"] = "float32" if as_trained else None
-        lm = Harness(pretrained=model.get_base_model(), tokenizer=tuned.tokenizer, batch_size=batch_size, **precision)
-        lm.report, lm.processes, lm.shares = report, processes, shares
+    ready = asking(
+        tuned,
+        with_adapter=with_adapter,
+        batch_size=batch_size,
+        as_trained=as_trained,
+        processes=processes,
+        shares=shares,
+        report=report,
+    )
+    with ready as lm:
         try:
-            for task in tasks:
-                task.set_config(key="num_fewshot", value=0)
-            asked = {task.config.task: _asked(lm, task, limit, report) for task in tasks}
+            prompting.check(lm, tasks, report)
+            prompting.begin(tasks)
+            asked = {task.config.task: _asked(lm, task, prompting, limit, report) for task in tasks}
             under_attack = attacked(lm, tasks, report) if attack else {}  # before hours of scoring
-            results = evaluate(lm=lm, task_dict={"tasks": {task.config.task: task for task in tasks}}, limit=limit)
+            prompting.begin(tasks)
+            dealt = {"tasks": {task.config.task: task for task in tasks}}
+            results = evaluate(lm=lm, task_dict=dealt, limit=limit, **prompting.arguments)
             assert results is not None
             found = {one.config.task: _of_task(one, results, *asked[one.config.task], report) for one in tasks}
             found = with_robust(lm, under_attack, found, attack, report) if attack else found
         except (TemplateError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise mistaken(", ".join(str(task.config.task) for task in tasks), error) from error
-    model.train(was_training)
     return found
 
 
-@contextlib.contextmanager
-def _as_trained(tuned: Tuned) -> Iterator[None]:
-    """Inside, a model computes as it does in training."""
-    with held_in_bfloat16(tuned), torch.autocast(tuned.model.device.type, torch.bfloat16, enabled=tuned.autocast):
-        yield
-
-
-def _asked(lm: Harness, task: ConfigurableTask, limit: int | None, report: Report) -> tuple[int, str]:
+def _asked(
+    lm: Harness, task: ConfigurableTask, prompting: Prompting, limit: int | None, report: Report
+) -> tuple[int, str]:
     """How many questions are cut, told, and the digest of all that is asked: what the scores depend on."""
     try:
-        task.build_all_requests(limit=limit, rank=0, world_size=1)
+        prompting.build(lm, task, limit)
     except MISTAKES as error:
         raise mistaken(str(task.config.task), error) from error
     asked = [(one.doc_id, one.idx, one.args) for one in task.instances]

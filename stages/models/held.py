@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models.packing import answer_logits, padded
 from stages.models.tuned import Tuned
 

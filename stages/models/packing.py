@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.data.rows import NO_LABEL, Example
+from stages.data.examples import NO_LABEL, Example
 from stages.models.packed_attention import places
 
 Batch = dict[str, Tensor]
@@ -39,12 +39,7 @@ def packed(examples: Sequence[Example]) -> Batch:
     """One row: input_ids, position_ids [1, tokens]; attention_mask [1, 2, rows, longest], of places; all else [A]."""
     lengths = [len(example.input_ids) for example in examples]
     starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
-    # The logits that predict a token stand one position before it.
-    firsts = [start + example.prompt_tokens - 1 for start, example in zip(starts, examples, strict=True)]
-    answers = [
-        torch.arange(first, first + example.distilled_positions)
-        for first, example in zip(firsts, examples, strict=True)
-    ]
+    answers = [start + _predicting(example) for start, example in zip(starts, examples, strict=True)]
     return {
         "input_ids": torch.tensor([[token for example in examples for token in example.input_ids]]),
         "position_ids": torch.cat([torch.arange(len(example.input_ids)) for example in examples])[None],
@@ -58,14 +53,13 @@ def packed(examples: Sequence[Example]) -> Batch:
 def padded(examples: Sequence[Example]) -> Batch:
     """A row each: input_ids, position_ids, attention_mask [rows, length]; answers [rows, kept]; labels, rows [A]."""
     length = max(len(example.input_ids) for example in examples)
-    kept = max(example.answer_tokens for example in examples) + 1
+    kept = max(len(example.input_ids) - example.prompt_tokens for example in examples) + 1
     ids = torch.zeros(len(examples), length, dtype=torch.long)
     mask, answers = torch.zeros_like(ids), torch.zeros(len(examples), kept, dtype=torch.bool)
     for row, example in enumerate(examples):
         ids[row, length - len(example.input_ids) :] = torch.tensor(example.input_ids)
         mask[row, length - len(example.input_ids) :] = 1
-        first = kept - 1 - example.answer_tokens
-        answers[row, first : first + example.distilled_positions] = True
+        answers[row, _predicting(example) + kept - len(example.input_ids)] = True
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return {
         "input_ids": ids,
@@ -100,7 +94,7 @@ def collate(examples: Sequence[Example], *, longest_packed: int) -> Batch:
 def prompts(examples: Sequence[Example], batch: Batch) -> Tensor:
     """Which tokens of a batch of these examples, of either layout, are of prompts: bool, of the form of input_ids."""
     length = batch["input_ids"].shape[1]
-    each = [torch.arange(len(example.input_ids)) < example.prompt_tokens for example in examples]
+    each = [_unanswered(example) for example in examples]
     if batch["attention_mask"].dim() > 2:
         return torch.cat(each)[None]
     return torch.stack([torch.nn.functional.pad(one, (length - len(one), 0)) for one in each])
@@ -148,8 +142,22 @@ def packs(model: Any) -> int:
 
 
 def _labels(examples: Sequence[Example]) -> Tensor:
-    answers = (example.input_ids[example.prompt_tokens :] for example in examples)
+    answers = ([token for first, end in one.turns for token in one.input_ids[first:end]] for one in examples)
     return torch.tensor([token for answer in answers for token in answer or [NO_LABEL]])
+
+
+def _predicting(example: Example) -> Tensor:
+    """The positions at which labels are predicted, one before each token of an answer; of no answer, the last."""
+    turns = example.turns or [(len(example.input_ids), len(example.input_ids) + 1)]
+    return torch.cat([torch.arange(first - 1, end - 1) for first, end in turns])
+
+
+def _unanswered(example: Example) -> Tensor:
+    """Which tokens are of no answer."""
+    found = torch.ones(len(example.input_ids), dtype=torch.bool)
+    for first, end in example.turns:
+        found[first:end] = False
+    return found
 
 
 def _rows(examples: Sequence[Example]) -> Tensor:

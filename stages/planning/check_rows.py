@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.bases import base_folders
-from stages.data.rows import Row, parsed_lines
+from stages.data.row_files import parsed_lines
+from stages.data.rows import TEXT, Row
 from stages.data.spacing import is_doubly_spaced, is_unspaced
 from stages.files import reading, writing
 from stages.planning import row_checks
@@ -110,7 +111,7 @@ def _places(workspace: Workspace) -> list[Source]:
     is_enough = not workspace.agreement.needs_completions
     auxiliary = Source(workspace.auxiliary_data, None, public, unlabelled=True, is_enough=is_enough)
     if federation.learns_in_public:
-        auxiliary = replace(auxiliary, roles=("llm",), is_left_out=True)
+        auxiliary = replace(auxiliary, roles=("llm",), is_left_out=True, texts=True)
         places += [
             replace(auxiliary, path=workspace.public_data(k), client=k, roles=("slm",)) for k in workspace.clients
         ]
@@ -123,7 +124,9 @@ def _open(source: Source) -> Opened | Checked:
     """A file's lines, or all that can be said of one that is no text, or cannot be read."""
     try:
         content = reading.read_own(source.path)
-        return Opened(source, content, parsed_lines(content, source.path, unlabelled=source.unlabelled))
+        return Opened(
+            source, content, parsed_lines(content, source.path, unlabelled=source.unlabelled, texts=source.texts)
+        )
     except Problem as problem:
         return Checked(source.path, 0, [Remark("FAIL", f"{problem.message}; {problem.mend}")])
     except OSError as error:
@@ -181,7 +184,8 @@ def _checked(
 def _mended(found: Sequence[Checked], each: Sequence[Opened | Checked]) -> list[Checked]:
     """Write a mended copy of each file that has one. Nothing is written where any copy would replace another one."""
     mended = [
-        _mend(made, one) if isinstance(one, Opened) else (made, b"") for made, one in zip(found, each, strict=True)
+        _mend(made, one) if isinstance(one, Opened) and not one.is_table else (made, b"")
+        for made, one in zip(found, each, strict=True)
     ]
     for made, content in mended:
         if made.mended and made.mended.exists() and reading.read_own(made.mended) != content:
@@ -224,6 +228,8 @@ def _mend(made: Checked, one: Opened) -> tuple[Checked, bytes]:
 
 def _spaced(row: Row) -> tuple[tuple[str, str | None], str]:
     """Prompt and completion with one space between them, and what was done for it; nothing if they were well."""
+    if row.form != TEXT:
+        return (row.prompt, row.completion), ""
     if row.completion is not None and is_unspaced(row.prompt, row.completion):
         return (row.prompt, f" {row.completion}"), "spaces put before completions"
     if row.completion is not None and is_doubly_spaced(row.prompt, row.completion):

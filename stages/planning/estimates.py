@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from stages.data.rows import Extent
+from stages.data.examples import Extent
 from stages.workspace.budgets import Budget, Distillation
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import ROLES, Role

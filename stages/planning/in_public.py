@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from stages.data.rows import Extent
+from stages.data.examples import Extent
 from stages.planning.averages import aggregate
 from stages.planning.estimates import (
     ADAM_BYTES,

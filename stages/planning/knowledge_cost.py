@@ -12,7 +12,8 @@ from typing import Any
 
 from stages.artefacts.reading import read_manifest
 from stages.bases.base_names import name_of
-from stages.data.rows import fitting, read_rows
+from stages.data.examples import fitting
+from stages.data.row_files import read_rows
 from stages.distillation.knowledge import data_bytes
 from stages.parties import names
 from stages.planning.comm_cost import Full, Sent, counted, full_of
@@ -137,7 +138,7 @@ def _estimated(workspace: Workspace, client: int | None) -> Told:
     once = len(vocabulary_bytes(vocabulary))
     if path is None:
         return Told(once, None, None, None, is_estimate=True)
-    rows, digest = read_rows(path, unlabelled=True)
+    rows, digest = read_rows(path, unlabelled=True, texts=True)
     settings = workspace.agreement.distillation
     limits: dict[str, Any] = {"max_length": settings.max_length, "context": outline.context, "too_long": "skip"}
     found = fitting(rows, outline.tokenizer, **limits, path=path)

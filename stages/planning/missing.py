@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.bases import base_files, base_folders
-from stages.data.rows import Tokenizer, encode
+from stages.data.examples import Tokenizer, encode
 from stages.planning.rows_ahead import RowsAhead
 from stages.runtime.errors import Damaged, Problem
 from stages.workspace.budgets import Budget
@@ -68,7 +68,7 @@ def refused_rows(
     limits = {"max_length": budget.max_length, "context": context}
     try:
         encode(rows, tokenizer, **limits, too_long=workspace.agreement.data.too_long, path=path)
-    except Damaged as problem:
+    except Problem as problem:
         what = f"rows that can be trained on: in {workspace.shown(path)}, {problem.message}"
         return [Missing(what, problem.mend or "")]
     return []

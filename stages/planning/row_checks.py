@@ -10,8 +10,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from stages.data.rows import Row, encode_row
+from stages.data.examples import Example, encode_row
+from stages.data.rows import TEXT, Row
 from stages.data.spacing import is_doubly_spaced, is_unspaced
+from stages.runtime.errors import Problem
+from stages.workspace.rows_layout import TABLES
 
 if TYPE_CHECKING:
     from stages.models.tuned import Outline
@@ -52,8 +55,9 @@ class Lengths:
 class Source:
     """A file of rows, and what they are for.
 
-    client: whose model reads them; None: the server's. roles: which of its models. unlabelled: whether there may be
-    rows without a completion; is_left_out: these are passed over; is_enough: a file of them alone is trained on.
+    client: whose model reads them; None: the server's. roles: which of its models. texts: whether there may be no
+    conversations. unlabelled: whether there may be rows without a completion; is_left_out: these are passed over;
+    is_enough: a file of them alone is trained on.
     """
 
     path: Path
@@ -61,6 +65,7 @@ class Source:
     max_length: int
     roles: tuple[Role, ...] = ("slm",)
     unlabelled: bool = False
+    texts: bool = False
     is_left_out: bool = False
     is_enough: bool = True
 
@@ -72,6 +77,11 @@ class Opened:
     source: Source
     content: bytes
     lines: list[tuple[str, Row | str]]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its rows are no lines of their own."""
+        return self.source.path.suffix in TABLES
 
     @property
     def rows(self) -> dict[int, Row]:
@@ -89,7 +99,7 @@ def of_lines(opened: Opened) -> Iterator[Remark]:
         yield Remark("FAIL", reason, lines)
     if not opened.lines:
         yield Remark("FAIL", "the file is empty")
-    if opened.content.startswith(MARK):
+    if opened.content.startswith(MARK) and not opened.is_table:
         yield Remark("WARN", "a byte order mark before the first line")
     ends = [number for number, (line, _) in enumerate(opened.lines, 1) if line.endswith("\r")]
     if ends and len(ends) < len(opened.lines):
@@ -123,7 +133,11 @@ def of_repeats(opened: Opened) -> Iterator[Remark]:
 
 def of_spacing(opened: Opened) -> Iterator[Remark]:
     """Answers that stand right against their prompt, or two spaces from it."""
-    pairs = {number: (row.prompt, row.completion) for number, row in opened.rows.items() if row.completion is not None}
+    pairs = {
+        number: (row.prompt, row.completion)
+        for number, row in opened.rows.items()
+        if row.completion is not None and row.form == TEXT
+    }
     if lines := [number for number, pair in pairs.items() if is_unspaced(*pair)]:
         yield Remark("WARN", "no space between prompt and completion", lines)
     if lines := [number for number, pair in pairs.items() if is_doubly_spaced(*pair)]:
@@ -133,10 +147,16 @@ def of_spacing(opened: Opened) -> Iterator[Remark]:
 def of_lengths(opened: Opened, reader: Outline, *, is_skipped: bool) -> tuple[Lengths | None, list[Remark]]:
     """How long rows are, and which are too long, or have no token of a prompt. is_skipped: these are left out."""
     limit = min(opened.source.max_length, reader.context)
-    examples = {number: encode_row(row, reader.tokenizer) for number, row in opened.rows.items()}
+    examples, refused = dict[int, Example](), defaultdict[str, list[int]](list)
+    for number, row in opened.rows.items():
+        try:
+            examples[number] = encode_row(row, reader.tokenizer)
+        except Problem as problem:
+            refused[problem.message].append(number)
+    remarks = [Remark("FAIL", message, lines) for message, lines in refused.items()]
     if not examples:
-        return None, []
-    remarks, lengths = [], sorted(len(one.input_ids) for one in examples.values())
+        return None, remarks
+    lengths = sorted(len(one.input_ids) for one in examples.values())
     if lines := [number for number, one in examples.items() if one.prompt_tokens < 1]:
         remarks.append(Remark("FAIL", "no token of a prompt before the completion", lines))
     if lines := [number for number, one in examples.items() if len(one.input_ids) > limit]:
@@ -176,7 +196,8 @@ def answers_of(opened: Opened) -> dict[str, int] | None:
 
     Many is also more than half as many as rows: such answers are texts, not labels.
     """
-    counts = Counter(row.completion for row in opened.rows.values() if row.completion is not None)
+    answered = [row for row in opened.rows.values() if row.completion is not None and not row.messages]
+    counts = Counter(str(row.completion) for row in answered)
     is_short = all(len(answer) <= LONGEST_ANSWER for answer in counts)
     most = min(MOST_ANSWERS, counts.total() // 2)
     return dict(counts.most_common()) if 0 < len(counts) <= most and is_short else None

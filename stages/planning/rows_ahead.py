@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.bases import base_folders
+from stages.data.examples import Extent, Tokenizer, encode_row, extent_of
 from stages.data.prepare import dealt
-from stages.data.rows import Extent, Row, Tokenizer, encode_row, extent_of, read_rows
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.runtime.errors import Problem
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
+
+    from stages.workspace.rows_and_scores import Evaluation
 
 
 class RowsAhead:
@@ -69,14 +73,15 @@ class RowsAhead:
         try:
             with base_folders.offline():
                 loaded = tasks.load(self.workspace, self.workspace.scored_tasks)
-            return [row for task in loaded for row in _longest(task, self.workspace.evaluation.limit)]
+            return [row for task in loaded for row in _longest(task, self.workspace.evaluation)]
         except (Problem, OSError, *tasks.MISTAKES):  # evaluate says it
             return []
 
 
-def _longest(task: ConfigurableTask, limit: int | None) -> Iterable[Row]:
-    for doc in itertools.islice(task.eval_docs, limit):
-        prompt = str(task.fewshot_context(doc, num_fewshot=0))
+def _longest(task: ConfigurableTask, settings: Evaluation) -> Iterable[Row]:
+    before = {"num_fewshot": settings.num_fewshot, "system_instruction": settings.system_prompt}
+    for doc in itertools.islice(task.eval_docs, settings.limit):
+        prompt = str(task.fewshot_context(doc, **before))
         if task.OUTPUT_TYPE != "multiple_choice":
             yield Row(prompt, None)
             continue

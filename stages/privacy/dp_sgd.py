@@ -33,7 +33,7 @@ from transformers import get_constant_schedule_with_warmup
 
 from stages.accounting.accountant import Charge
 from stages.artefacts import checkpoints
-from stages.data.rows import NO_LABEL, Example
+from stages.data.examples import NO_LABEL, Example
 from stages.files import writing
 from stages.models.devices import naming_memory_knobs
 from stages.models.held import held_in_bfloat16

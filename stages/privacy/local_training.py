@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stages.accounting import budget
 from stages.artefacts.manifest import PrivacyClaim
-from stages.data.rows import Example, Row, encode, read_rows, tell_left_out
+from stages.data.examples import Example, encode, tell_left_out
+from stages.data.row_files import read_rows
+from stages.data.rows import Row
 from stages.data.spacing import warn_of_spacing
 from stages.parties.party import Party
 from stages.progress.staleness import warn_of_stale_rows

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stages.accounting import ledger
-from stages.artefacts import checkpoints
+from stages.artefacts import checkpoints, row_records
 from stages.artefacts.lineage import check_signed
 from stages.artefacts.reading import Artefact, read_artefact
 from stages.artefacts.records import _check_copy, read_result
@@ -36,6 +36,8 @@ def faults(workspace: Workspace) -> Iterator[Fault]:
     """Each record that is not as it was written."""
     for path in listing.results(workspace):
         yield from _fault(path, read_result)
+    for path in listing.rows_results(workspace):
+        yield from _fault(path, row_records.read_rows_result)
     for path in listing.agreements(workspace):
         yield from _fault(path, _check_copy)
     for path in listing.logs(workspace):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models.packing import Batch
 from stages.models.tuned import Tuned
 from stages.runtime.errors import UsageProblem

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.data.rows import read_rows
+from stages.data.row_files import read_rows
 from stages.files import reading
 from stages.models.base_loading import PROBE
 from stages.runtime import quiet
@@ -66,7 +66,7 @@ def read_texts(paths: Sequence[Path]) -> Text:
 
 def read_auxiliary(path: Path) -> Text:
     """The rows of D^a, each prompt with its completion, if it has one. Raises as read_rows does."""
-    rows, sha256 = read_rows(path, unlabelled=True)
+    rows, sha256 = read_rows(path, unlabelled=True, texts=True)
     return Text([row.prompt + (row.completion or "") for row in rows], [sha256], path)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import tomlkit
 
 from stages.artefacts.reading import read_manifest
-from stages.data.rows import read_rows, rows_bytes
+from stages.data.row_files import read_rows
+from stages.data.rows import check_one_form, rows_bytes
 from stages.files import reading, writing
 from stages.files.seclusion import make_folder
 from stages.runtime.errors import NotReady, Refused, UsageProblem
@@ -267,6 +268,7 @@ def _public(parent: Workspace, variant: Workspace) -> dict[Path, Path]:
 def _pool(parent: Workspace) -> bytes:
     """Every party's rows with an answer: unlabelled ones serve distillation alone."""
     rows = [row for place in _all_data(parent) for row in read_rows(place, unlabelled=True)[0]]
+    check_one_form(rows, "the parties' rows")
     return rows_bytes(row for row in rows if row.completion is not None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models.packing import PROMPTS, Batch, prompts
 from stages.models.perturbing import Ascent, Perturbation
 from stages.models.tuned import Tuned

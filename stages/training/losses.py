@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.data.rows import NO_LABEL
+from stages.data.examples import NO_LABEL
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from accelerate.utils import find_executable_batch_size
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models.base_loading import is_out_of_memory
 from stages.models.devices import MEMORY_KNOBS
 from stages.runtime.errors import BadNumbers, UsageProblem

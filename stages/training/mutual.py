@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stages.data.rows import NO_LABEL
+from stages.data.examples import NO_LABEL
 from stages.training.losses import rows_at_once, wide
 
 

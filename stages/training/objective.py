@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models.packing import ROWS, Batch, answer_logits, collate
 from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers

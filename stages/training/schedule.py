@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.runtime.errors import UsageProblem
 from stages.training.objective import Objective, Tokens
 from stages.workspace.budgets import Budget

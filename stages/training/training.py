@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.artefacts import checkpoints
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.files import faults
 from stages.files.seclusion import shutting_out
 from stages.models.devices import naming_memory_knobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stages.artefacts.adapter_files import Tensors
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models import adapters
 from stages.models.tuned import Tuned
 from stages.runtime.events import Event, Report

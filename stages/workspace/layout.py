@@ -12,9 +12,9 @@ from pathlib import Path
 from stages.files import reading
 from stages.runtime.errors import Refused
 from stages.workspace.agreement import Agreement
-from stages.workspace.derived_layout import Derived
 from stages.workspace.machine import Machine
 from stages.workspace.names import CLIENT, EXCHANGE, PRIVATE, UNSENT, ZERO_SHOT, round_name
+from stages.workspace.rows_layout import RowsLayout
 from stages.workspace.settings import Role
 
 
@@ -23,7 +23,7 @@ def broadcast_in(place: Path) -> Path:
     return place / "broadcast"
 
 
-class Layout(Derived):
+class Layout(RowsLayout):
     """The folders and files of a workspace, as its agreement and this machine's settings place them."""
 
     @property
@@ -93,20 +93,6 @@ class Layout(Derived):
     def agreed(self, sha256: str) -> Path:
         """A copy of the agreement of this digest, under which something was published here."""
         return self.private / "agreements" / f"{sha256[:16]}.toml"
-
-    def client_data(self, client: int) -> Path:
-        """D^k."""
-        return self.private / f"client-{client}" / "train.jsonl"
-
-    @property
-    def auxiliary_data(self) -> Path:
-        """D^a."""
-        return self.private / "server" / "auxiliary.jsonl"
-
-    @property
-    def held_out_data(self) -> Path:
-        """Rows that nobody trains on: the server's, for aggregate's gate."""
-        return self.private / "server" / "held-out.jsonl"
 
     def privacy_ledger(self, client: int) -> Path:
         """What a client has spent of its privacy budget, round after round, written before it is spent."""

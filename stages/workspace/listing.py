@@ -21,6 +21,11 @@ def results(workspace: Layout) -> list[Path]:
     return [path for path in found if path.parent.name.startswith(("round-", ZERO_SHOT))]
 
 
+def rows_results(workspace: Layout) -> list[Path]:
+    """Every file of what models' losses on rows of one's own were."""
+    return sorted(workspace.rows_results.glob("*/*.json"))
+
+
 def agreements(workspace: Layout) -> list[Path]:
     """The kept copies of agreements that something was published under."""
     return sorted(workspace.agreed("").parent.glob("*.toml"))

@@ -182,10 +182,6 @@ class Workspace(KnowledgeLayout):
 
     # --- helpers of more than one stage
 
-    def shown(self, path: Path) -> str:
-        """A path as people see it: from the workspace down."""
-        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
-
     def local(self, path: str) -> Path:
         """A path from the settings: absolute, or from the workspace."""
         return self.home / Path(path).expanduser()

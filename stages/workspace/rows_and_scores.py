@@ -25,9 +25,12 @@ class Data(Settings):
 
 
 class Evaluation(Settings):
-    """What lm-eval scores, zero-shot."""
+    """What lm-eval scores, and how it asks: zero-shot and without a chat template, as long as nothing else is said."""
 
     tasks: list[str] = []
+    num_fewshot: Annotated[int, Field(ge=0, le=1000)] = 0
+    apply_chat_template: bool = False
+    system_prompt: Annotated[str, Field(min_length=1)] | None = None
     limit: Positive | None = None
     batch_size: Positive = 16
     precision: Literal["full", "training"] = "full"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.training import recipes, schedule, training
 from stages.training.objective import Objective, task_loss
 from stages.workspace.budgets import ClientTraining

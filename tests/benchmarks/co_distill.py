@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.training import recipes, schedule, training
 from stages.training.losses import cross_entropy
 from stages.training.objective import Losses, Objective, mutual_losses, task_loss

@@ -12,7 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from builders import SHARED_DATA
-from stages.data.rows import Row, encode_row
+from stages.data.examples import encode_row
+from stages.data.rows import Row
 from stages.evaluation.harness import Harness
 from tests.benchmarks import gpt2_on_arc as arc
 from tests.benchmarks.repeats import shown

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from builders import SHARED_DATA
 from stages.artefacts.manifest import BaseIdentity
-from stages.data.rows import Example, Row, encode_row
+from stages.data.examples import Example, encode_row
+from stages.data.rows import Row
 from stages.models import adapters, packing
 from stages.models.fused import fuse
 from stages.models.tuned import Tuned

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from builders import examples
 from stages.artefacts.manifest import BaseIdentity
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.distillation import captures, top_k_logits
 from stages.models import adapters, packing, shapes
 from stages.models.tuned import Tuned

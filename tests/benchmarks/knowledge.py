@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stages.artefacts.vocabulary_files import Kind, Vocabulary
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.distillation import captures, top_k_logits
 from stages.distillation.alignment import MAPPINGS, exact
 from stages.distillation.cuts import Cuts

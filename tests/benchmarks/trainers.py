@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from builders import SHARED_DATA
-from stages.data.rows import NO_LABEL, Example
+from stages.data.examples import NO_LABEL, Example
 from stages.runtime.quiet import libraries
 from tests.benchmarks import gpt2_on_arc as arc
 

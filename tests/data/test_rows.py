@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from builders import SHARED_DATA, rows, tiny_model, write_rows
-from stages.data.rows import Example, Row, encode, encode_row, read_rows, rows_bytes
+from stages.data.examples import Example, encode, encode_row
+from stages.data.row_files import read_rows
+from stages.data.rows import Row, rows_bytes
 from stages.data.spacing import warn_of_spacing
 from stages.runtime.errors import Damaged, NotReady
 
@@ -66,7 +68,7 @@ def test_a_character_that_only_looks_like_the_end_of_a_line_survives(tmp_path: P
         ('{"prompt": " \\n", "completion": "A"}', "prompt is not text, or is empty"),
         ('{"prompt": "Q", "completion": ""}', "completion is not text, or is empty"),
         ('{"prompt": 5, "completion": "A"}', "prompt is not text, or is empty"),
-        ('{"prompt": ["Q"], "completion": "A"}', "prompt is not text, or is empty"),
+        ('{"prompt": ["Q"], "completion": "A"}', "message 1 of prompt is a str, not an object"),
         ('{"prompt": "Q", "completion": null}', "completion is not text, or is empty"),
         ('{"prompt": "Q \\ud800", "completion": "A"}', "prompt holds half a character"),
         ('{"prompt": "Q", "completion": "A", "prompt": "R"}', "the key 'prompt' appears twice"),

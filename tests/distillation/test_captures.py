@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from builders import examples, tuned
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.distillation import captures, top_k_logits
 from stages.distillation.top_k_logits import Captured, Source, capture_bytes, parse_capture
 from stages.models.tuned import Tuned

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from builders import Outcome, adapters, edit
 from stages.artefacts.reading import read_manifest
 from stages.client_train import client_train
-from stages.data.rows import read_rows
+from stages.data.row_files import read_rows
 from stages.federation.run import run
 from stages.progress.status import status
 from stages.workspace.paths import Workspace

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from builders import Outcome, edit, tiny_model
 from stages.bases.base_files import check
-from stages.data.rows import Row, encode_row
+from stages.data.examples import encode_row
+from stages.data.rows import Row
 from stages.models.base_loading import check_unread, load_model, load_tokenizer
 from stages.models.identity import identify
 from stages.models.loading import Models

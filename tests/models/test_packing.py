@@ -13,14 +13,21 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from builders import Family, examples, tiny_model
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models import packed_attention, packing
 from stages.models.packing import UNBOUNDED, Batch, answer_logits, collate, packed, packs, padded
 from stages.training.losses import cross_entropy
 
 FAMILIES = pytest.mark.parametrize("family", get_args(Family))
 LAYOUTS = pytest.mark.parametrize("layout", [packed, padded], ids=["packed", "padded"])
-ROWS = examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6)])
+ROWS = [
+    *examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6)]),
+    Example([4, 8, 5, 6, 3, 2, 2, 7, 8], 2, gaps=((3, 5), (7, 8))),  # three answers, of 1, 2 and 1 tokens
+]
+
+
+def is_in_gap(row: Example, place: int) -> bool:
+    return any(first <= place < end for first, end in row.gaps)
 
 
 def right_padded(rows: Sequence[Example]) -> dict[str, Tensor]:
@@ -31,6 +38,8 @@ def right_padded(rows: Sequence[Example]) -> dict[str, Tensor]:
     for i, row in enumerate(rows):
         ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
         labels[i, row.prompt_tokens : len(row.input_ids)] = torch.tensor(row.input_ids[row.prompt_tokens :])
+        for first, end in row.gaps:
+            labels[i, first:end] = -100
         mask[i, : len(row.input_ids)] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -61,17 +70,20 @@ def test_the_gradient_is_that_of_the_hugging_face_loss(family: Family, layout: A
 @LAYOUTS
 def test_logits_are_those_that_predict_each_answer_token_in_the_order_of_the_batch(family: Family, layout: Any) -> None:
     model = tiny_model(family)
-    alone = [
-        model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_tokens - 1 : len(row.input_ids) - 1]
+    places = [
+        [place - 1 for place in range(row.prompt_tokens, len(row.input_ids)) if not is_in_gap(row, place)]
         for row in ROWS
+    ]
+    alone = [
+        model(input_ids=torch.tensor([row.input_ids])).logits[0, some] for row, some in zip(ROWS, places, strict=True)
     ]
     torch.testing.assert_close(answer_logits(model, layout(ROWS)), torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 @LAYOUTS
 def test_labels_are_the_answers_one_after_the_other(layout: Any) -> None:
-    rows = [Example([10, 11, 12, 13], 2), Example([20, 21], 1), Example([30, 31, 32], 1)]
-    assert layout(rows)["labels"].tolist() == [12, 13, 21, 31, 32]
+    rows = [Example([10, 11, 12, 13], 2), Example([20, 21], 1), Example([30, 31, 32, 33, 34], 1, gaps=((2, 4),))]
+    assert layout(rows)["labels"].tolist() == [12, 13, 21, 31, 34]
 
 
 def test_a_packed_example_attends_to_itself_and_backwards_only() -> None:
@@ -151,6 +163,19 @@ def test_prompts_carry_no_loss() -> None:
     torch.testing.assert_close(earlier[1:], later)
     by_hand = F.cross_entropy(later, torch.tensor(ids[10:]))
     torch.testing.assert_close(cross_entropy(later, packed([Example(ids, 10)])["labels"], 3), by_hand)
+
+
+@LAYOUTS
+def test_what_stands_between_answers_is_of_prompts_and_no_label(layout: Any) -> None:
+    rows = [Example([10, 11, 12, 13, 14, 15], 2, gaps=((3, 5),)), Example([20, 21], 1)]
+    batch = layout(rows)
+    which = (
+        packing.prompts(rows, batch)[batch["attention_mask"].bool()]
+        if layout is padded
+        else packing.prompts(rows, batch)
+    )
+    assert which.flatten().tolist() == [True, True, False, True, True, False, True, False]
+    assert rows[0].answer_tokens == rows[0].distilled_positions == 2
 
 
 def windowed(kind: str, window: int | None) -> Any:

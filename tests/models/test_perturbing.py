@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from builders import Family, examples, tuned
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models import packing
 from stages.models.perturbing import Ascent, Perturbation
 from stages.models.tuned import Tuned

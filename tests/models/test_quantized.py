@@ -21,7 +21,7 @@ from stages.artefacts.reading import read_manifest
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.evaluate import evaluate
 from stages.export.export import export
 from stages.models.held import held_in_bfloat16

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models import short_attention
 from stages.models.packing import answer_logits, packed, padded
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from builders import Outcome, edit, make_unlike_workspace, write_rows
-from stages.data.rows import read_rows
+from stages.data.row_files import read_rows
 from stages.files import reading
 from stages.planning.check_rows import Checked, check_rows
 from stages.planning.row_checks import Lengths

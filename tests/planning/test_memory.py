@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from builders import Family, tuned
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models import adapters, packing
 from stages.models.held import held_in_bfloat16
 from stages.models.shapes import Shape

@@ -17,8 +17,9 @@ from stages.aggregation.products import best_of_rank
 from stages.artefacts.reading import read_manifest
 from stages.broadcast import broadcast
 from stages.client_train import client_train
+from stages.data.examples import encode_row
 from stages.data.prepare import prepare
-from stages.data.rows import encode_row, read_rows
+from stages.data.row_files import read_rows
 from stages.planning.averages import of_products
 from stages.planning.estimates import StagePlan
 from stages.planning.plan import Plan, plan

@@ -17,7 +17,7 @@ from scipy import stats
 from builders import Family, examples, tuned
 from stages.accounting.accountant import Charge
 from stages.artefacts.checkpoints import own
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models import adapters
 from stages.models.tuned import Tuned
 from stages.privacy.dp_sgd import NoisyOptimizer, draw, gradients, loss_of_examples, take_step, train

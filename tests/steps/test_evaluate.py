@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builders import COLOURS, WORDS, Outcome, edit, scale, sign
+from builders import COLOURS, WORDS, Outcome, edit, give_template, scale, sign
 from stages.artefacts import records
 from stages.evaluate import evaluate
 from stages.runtime.errors import UsageProblem
@@ -121,18 +121,39 @@ def test_those_accuracies_differ_so_that_an_adapter_left_out_would_show(scored: 
             assert accuracy_by_hand(scored, role, adapter) != accuracy_by_hand(scored, role, None), adapter
 
 
+TEMPLATE = (
+    "{% for one in messages %}{{ one['role'] + ' : ' + one['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A : ' }}{% endif %}"
+)
+SHOTS = "num_fewshot = 2"
+CHAT = 'apply_chat_template = true\nsystem_prompt = "the big star is red ."'
+ASKED = {
+    "as it is": ("", ""),
+    "two examples": (SHOTS, "--num_fewshot 2"),
+    "a system's words": ('system_prompt = "red."', "--system_instruction red."),
+    "a chat template": (f"{SHOTS}\n{CHAT}", "--num_fewshot 2 --apply_chat_template --system_instruction SYSTEM"),
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("asked", ASKED)
 def test_accuracy_is_what_the_lm_eval_command_prints_for_the_same_folder(
-    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    asked: str, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import lm_eval.__main__
 
-    adapter = scored / "private/server/round-0002/slm"
-    found = evaluate(Workspace(scored), model="slm", round=2)["tasks"]["colours"]
+    settings, options = ASKED[asked]
+    give_template(scored, TEMPLATE)
+    adapter = f",peft={scored / 'private/server/round-0002/slm'}"
+    if settings:  # under another agreement an adapter is refused
+        edit(scored / "fedcollm.toml", "[evaluation]", f"[evaluation]\n{settings}")
+        adapter = ""
+    found = evaluate(Workspace(scored), model="slm", round=2 if adapter else None)["tasks"]["colours"]
     ours = found["metrics"]
-    arguments = f"pretrained={scored / 'models/slm'},peft={adapter},dtype=float32"
+    arguments = f"pretrained={scored / 'models/slm'}{adapter},dtype=float32"
     words = f"--tasks colours --include_path tasks --batch_size 8 --device cpu --output_path {tmp_path / 'out'}"
     command = ["lm_eval", "--model", "hf", "--model_args", arguments, *words.split(), "--log_samples"]
+    command += [word.replace("SYSTEM", "the big star is red .") for word in options.split()]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.chdir(scored)  # the task's data files are named from there
     monkeypatch.setattr(lm_eval.__main__, "setup_logging", lambda: None)  # for all tests after this one
@@ -149,6 +170,34 @@ def test_accuracy_is_what_the_lm_eval_command_prints_for_the_same_folder(
     samples = sorted(map(json.loads, logged.read_text().splitlines()), key=lambda sample: sample["doc_id"])
     assert found["correct"]["acc"] == "".join(str(int(sample["acc"])) for sample in samples)
     assert set(found["correct"]["acc"]) == {"0", "1"}
+
+
+def test_each_way_of_asking_gives_other_questions_and_names_its_examples(scored: Path) -> None:
+    give_template(scored, TEMPLATE)
+    plain, found = (scored / "fedcollm.toml").read_text(), {}
+    for name, (settings, _) in ASKED.items():
+        (scored / "fedcollm.toml").write_text(plain.replace("[evaluation]", f"[evaluation]\n{settings}"))
+        found[name] = evaluate(Workspace(scored), model="slm")["tasks"]["colours"]
+    assert len({one["questions_sha256"] for one in found.values()}) == len(ASKED)
+    assert [one["num_fewshot"] for one in found.values()] == [0, 2, 0, 2]
+
+
+def test_a_model_without_a_chat_template_is_not_asked_by_one(scored: Path) -> None:
+    edit(scored / "fedcollm.toml", "[evaluation]", f"[evaluation]\n{CHAT}")
+    with pytest.raises(UsageProblem, match=r"this model's tokenizer has no chat template"):
+        evaluate(Workspace(scored), model="slm")
+
+
+def test_a_task_of_another_number_of_examples_is_told(scored: Path, fedcollm: Callable[..., Outcome]) -> None:
+    task = scored / "tasks/colours.yaml"
+    plain, agreement = task.read_text(), (scored / "fedcollm.toml").read_text()
+    words = ("evaluate", "--zero-shot", "--model", "slm", "-w", scored)
+    task.write_text(plain + "num_fewshot: 3\n")
+    assert "asks for 3 examples before each question; it is scored without" in fedcollm(*words).err
+    (scored / "fedcollm.toml").write_text(agreement.replace("[evaluation]", f"[evaluation]\n{SHOTS}"))
+    assert "asks for 3 examples before each question; it is scored with 2" in fedcollm(*words).err
+    task.write_text(plain + "num_fewshot: 0\n")
+    assert "says that it has no examples" in fedcollm(*words).err
 
 
 def test_an_adapter_that_changes_nothing_is_not_scored(finished: Path, fedcollm: Callable[..., Outcome]) -> None:

@@ -41,7 +41,8 @@ from stages.audit.audit import audit
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.data.prepare import prepare
-from stages.data.rows import Row, read_rows, rows_bytes
+from stages.data.row_files import read_rows
+from stages.data.rows import Row, rows_bytes
 from stages.demo.demo import WORLD_SEED, build_models
 from stages.demo.world import ATTRIBUTES, KINDS, World, build_world, write_world
 from stages.evaluate import evaluate

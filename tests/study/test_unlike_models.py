@@ -14,7 +14,7 @@ import pytest
 
 from builders import Outcome, edit, make_study, write_rows
 from stages.artefacts.reading import read_manifest
-from stages.data.rows import read_rows
+from stages.data.row_files import read_rows
 from stages.federation.compare import compare
 from stages.federation.run import run
 from stages.federation.sweep import sweep

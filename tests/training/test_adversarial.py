@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from builders import Family, examples, tuned
 from stages.artefacts.adapter_files import Tensors
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models import adapters
 from stages.models.held import held_in_bfloat16
 from stages.models.tuned import Tuned

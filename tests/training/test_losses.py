@@ -12,7 +12,7 @@ from plain_losses import P, Q, distillation, logits
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.data.rows import NO_LABEL
+from stages.data.examples import NO_LABEL
 from stages.training.losses import (
     DIVERGENCES,
     Divergence,

@@ -12,7 +12,7 @@ from plain_losses import KL_P_Q, TEMPERATURES, P, Q, R, logits
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.data.rows import NO_LABEL
+from stages.data.examples import NO_LABEL
 from stages.models.packing import ROWS
 from stages.training import losses
 from stages.training.losses import DIVERGENCES, cross_entropy

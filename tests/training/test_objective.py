@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from builders import examples, tuned
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
 from stages.training.objective import LOSS_SAMPLE, Objective, Tokens, mutual_losses, task_loss

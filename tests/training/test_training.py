@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from builders import examples, tuned
 from stages.artefacts.adapter_files import Tensors
-from stages.data.rows import Example
+from stages.data.examples import Example
 from stages.models import adapters
 from stages.models.tuned import Tuned
 from stages.runtime.errors import BadNumbers
