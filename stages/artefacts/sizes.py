@@ -6,14 +6,17 @@ from stages.artefacts import tensor_files
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, is_inbox
 from stages.files import reading
+from stages.parties.encryption_keys import DEGREE, PRIME_BITS, SLOTS
 from stages.runtime.errors import Damaged
 from stages.workspace.names import (
     ADAPTER_WEIGHTS,
     CAPTURE,
     CUTS,
+    ENCRYPTED,
     KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
+    OPENED,
     SEALED_SHARES,
     SERVER_STATE,
     SPARSE_UPDATE,
@@ -33,6 +36,14 @@ LARGEST_VOCABULARY_BYTES = 4096 + 5 * MOST_TOKENS + MOST_TOKENS_BYTES
 
 SEAL_BYTES = 64
 """More than the salt and the tag of a sealed row have."""
+
+CIPHERTEXT_BYTES = 2 * 8 * DEGREE * (len(PRIME_BITS) - 1) + 1024
+"""The most that a ciphertext has, whose words SEAL writes packed: two polynomials modulo each prime, and a head."""
+
+
+def ciphertexts_of(numbers: int) -> int:
+    """How many ciphertexts hold so many numbers and a weight; the first place of each is taken by a count."""
+    return -(-(numbers + 1) // (SLOTS - 1))
 
 
 def check_sizes(artefact: Artefact, workspace: Workspace) -> None:
@@ -58,10 +69,11 @@ def _most_bytes(manifest: Manifest, name: str, workspace: Workspace, size_bytes:
         return tensor_files.largest_bytes(clients * (SEAL_BYTES + SHARE_BYTES * clients))
     if name == SPARSE_UPDATE:
         return min(tensor_files.largest_bytes(2 * manifest.parameters), reading.LARGEST_ADAPTER_BYTES)
-    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE, SERVER_STATE):
+    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE, SERVER_STATE, ENCRYPTED, OPENED):
         return reading.LARGEST_JSON_BYTES
-    each = MOMENTS if name == SERVER_STATE else 1
-    most = min(tensor_files.largest_bytes(each * manifest.parameters + 3), reading.LARGEST_ADAPTER_BYTES)
+    numbers = manifest.parameters
     if size_bytes > reading.READ_AT_ONCE_BYTES and (known := tensor_files.most_numbers(workspace, manifest.role)):
-        return min(most, tensor_files.largest_bytes(each * known))
-    return most
+        numbers = min(numbers, known)
+    each = MOMENTS if name == SERVER_STATE else 1
+    words = ciphertexts_of(numbers) * (CIPHERTEXT_BYTES // 4 + 1) if name == ENCRYPTED else each * numbers + 3
+    return min(tensor_files.largest_bytes(words), reading.LARGEST_ADAPTER_BYTES)

@@ -163,8 +163,8 @@ def _drift(state: Audit, found: list[Finding]) -> Iterator[Finding]:
 
 def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
     for scope in state.scopes:
-        if scope.agreement and scope.agreement.aggregation.is_secure:
-            yield A6.skip("secure mode: nobody sees a single client's update")
+        if scope.agreement and scope.agreement.aggregation.is_hidden:
+            yield A6.skip(f"{scope.agreement.aggregation.mode} mode: no single client's update can be seen here")
             continue
         if scope.sends_no_adapter:
             yield A6.skip("no update travels: clients tell what they know of public rows, see A11")

@@ -22,8 +22,10 @@ from stages.workspace import edits
 from stages.workspace.names import (
     ADAPTER_WEIGHTS,
     CUTS,
+    ENCRYPTED,
     KNOWLEDGE,
     MANIFEST,
+    OPENED,
     SIGNATURE,
     VOCABULARY,
 )
@@ -92,7 +94,8 @@ def check(parcel: Parcel, contents: Mapping[str, bytes], workspace: Workspace, w
             contents={name: contents[name] for name in manifest.files},
         )
         read_adapter(artefact, None, manifest.lora)
-    for name in contents.keys() & {CUTS, KNOWLEDGE}:  # what they say of public rows is for whoever has these to judge
+    public = {CUTS, KNOWLEDGE, ENCRYPTED, OPENED}  # what they say is for whoever can read it to judge
+    for name in contents.keys() & public:
         tensor_files.read_header(contents[name], where / name)
     if VOCABULARY in contents:
         parse_vocabulary(contents[VOCABULARY], where / VOCABULARY)
