@@ -70,7 +70,7 @@ def close(server: Party, theta: Artefact, report: Report) -> Artefact:
         return received(target, by=server, stage="close", round=round)
 
 
-def add(reader: Party, theta: Artefact, updates: dict[int, Artefact], report: Report) -> list[Any]:
+def add(reader: Reader, theta: Artefact, updates: dict[int, Artefact], report: Report) -> list[Any]:
     """The sum of these updates' ciphertexts; one file in memory at a time. Raises Damaged, naming whose is unsound."""
     workspace, members = reader.workspace, reader.members
     assert members is not None, "where updates are encrypted there is a roster"

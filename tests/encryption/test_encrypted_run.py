@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import Once
 
 from builders import Outcome, make_workspace
-from conftest import Once
-from federations import Machines, agreement, copied, enrol, with_keys
-from stages.artefacts.reading import read_manifest
+from federations import Machines, agreement, copied, with_keys
 from stages.audit.verify import verify
 from stages.federation.run import run
 from stages.progress.status import status
@@ -63,3 +62,10 @@ def test_run_does_both_rounds_and_what_is_opened_is_the_mean(encrypted: Path) ->
         found, expected = mean_of(encrypted, {1: 1, 2: 1}, round)
         assert relative_error(found, expected) < 1e-5  # adapters are float32: their own steps are most of it
     verify(Workspace(encrypted))
+
+
+@pytest.fixture
+def machines(tmp_path: Path, base_models: Path, fedcollm: Callable[..., Outcome]) -> Machines:
+    """A server and two clients with a folder and keys each; nothing is done yet."""
+    text = agreement(aggregation=ENCRYPTED, clients=2, rounds=1, method="fedavg")
+    return Machines.set_up(tmp_path, base_models, fedcollm, text, (1, 2))
