@@ -86,9 +86,9 @@ def add(reader: Reader, theta: Artefact, updates: dict[int, Artefact], report: R
             total = ckks.add(total, ciphertexts, key, precision)
         except Damaged as problem:
             again = Command("client-train", client=client, round=theta.manifest.round)
-            problem.message = f"client {client}'s update: {problem.message}"
-            problem.where, problem.mend = head.path / ENCRYPTED, f"take it out; there: {again}; then carry it here"
-            raise
+            mend = f"take it out; there: {again}; then carry it here"
+            message = f"client {client}'s update: {problem.message}"
+            raise Damaged(message, where=head.path / ENCRYPTED, mend=mend) from problem
         report(Event("step", f"client {client}", step=number, total=len(updates)))
     return total
 

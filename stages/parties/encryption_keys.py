@@ -1,13 +1,11 @@
 """The key pair of encrypted aggregation, CKKS by TenSEAL: anybody encrypts and adds, one client's secret half opens.
 
 The public half stands in that client's public keys, which the roster names; the secret half lies in its vault. Both
-are TenSEAL's contexts, in base64. TenSEAL is loaded where one is used, and not before.
+are TenSEAL's contexts, in hexadecimal. TenSEAL is loaded where one is used, and not before.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,18 +100,18 @@ def _new() -> Any:
 
 
 def _written(context: Any, *, secret: bool) -> str:
-    content = context.serialize(
+    content: bytes = context.serialize(
         save_public_key=True, save_secret_key=secret, save_galois_keys=False, save_relin_keys=False
     )
-    return base64.b64encode(content).decode()
+    return content.hex()
 
 
 def _read(written: str) -> Any:
     """A context of exactly our parameters; None for anything else. SEAL checks what it loads against its parameters."""
     try:
-        context = tenseal().context_from(base64.b64decode(written, validate=True), n_threads=1)
+        context = tenseal().context_from(bytes.fromhex(written), n_threads=1)
         ours = _new()
         same = context.seal_context().data.key_parms_id() == ours.seal_context().data.key_parms_id()
-    except (binascii.Error, ValueError, RuntimeError, TypeError):
+    except (ValueError, RuntimeError, TypeError):
         return None
     return context if same else None

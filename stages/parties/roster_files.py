@@ -36,7 +36,7 @@ class PublicKeys(_Part):
     client: Number
     ed25519: Key
     prekeys: list[Key]
-    ckks: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")] | None = None
+    ckks: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")] | None = None
 
 
 class Member(_Part):
