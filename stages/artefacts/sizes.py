@@ -46,6 +46,11 @@ def ciphertexts_of(numbers: int) -> int:
     return -(-(numbers + 1) // (SLOTS - 1))
 
 
+def encrypted_bytes(numbers: int) -> int:
+    """The most that these ciphertexts have, with their lengths; what is sent has 0.3 % less."""
+    return ciphertexts_of(numbers) * (CIPHERTEXT_BYTES + 4)
+
+
 def check_sizes(artefact: Artefact, workspace: Workspace) -> None:
     """Raise Damaged for a manifest that names a larger file than its folder can have.
 
@@ -75,5 +80,5 @@ def _most_bytes(manifest: Manifest, name: str, workspace: Workspace, size_bytes:
     if size_bytes > reading.READ_AT_ONCE_BYTES and (known := tensor_files.most_numbers(workspace, manifest.role)):
         numbers = min(numbers, known)
     each = MOMENTS if name == SERVER_STATE else 1
-    words = ciphertexts_of(numbers) * (CIPHERTEXT_BYTES // 4 + 1) if name == ENCRYPTED else each * numbers + 3
+    words = encrypted_bytes(numbers) // 4 if name == ENCRYPTED else each * numbers + 3
     return min(tensor_files.largest_bytes(words), reading.LARGEST_ADAPTER_BYTES)

@@ -9,7 +9,7 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.parts import numbers_sent
 from stages.artefacts.reading import Artefact
 from stages.artefacts.receiving import read_sound
-from stages.artefacts.sizes import CIPHERTEXT_BYTES, ciphertexts_of
+from stages.artefacts.sizes import encrypted_bytes
 from stages.data.rows import Row
 from stages.encryption import sending, summing
 from stages.files import reading
@@ -43,7 +43,7 @@ class ToServer:
         assert theta, ALWAYS
         workspace = self.party.workspace
         numbers = numbers_sent(theta, workspace.agreement)
-        if ciphertexts_of(numbers) * CIPHERTEXT_BYTES > reading.LARGEST_ADAPTER_BYTES:
+        if encrypted_bytes(numbers) > reading.LARGEST_ADAPTER_BYTES:
             message = f"{numbers} numbers are more than {reading.LARGEST_ADAPTER_BYTES >> 30} GiB once encrypted"
             mend = 'all parties agree on a smaller slm.lora.r, combine = "freeze-a" or mode = "secure"'
             raise BadNumbers(message, where=workspace.root / AGREEMENT, mend=mend)

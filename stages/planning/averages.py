@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 
 from stages.artefacts.adapter_files import A, B, Layout, layers_of, numbers_in, part_of
+from stages.artefacts.sizes import encrypted_bytes
 from stages.artefacts.sparse_files import Sparse, count_kept, sparse_bytes
 from stages.planning.estimates import Here, StagePlan
 from stages.workspace.agreement import Agreement
@@ -22,6 +23,8 @@ COPIES = {
 float64."""
 
 
+OF_CIPHERTEXTS = 4
+"""Times that encrypted updates are in memory as aggregate adds them: the sum, and one more as file, cut and loaded."""
 OF_MOMENT = 4
 """Adapters that one moment of the server's optimiser is in memory as: file and tensors, before and after a step."""
 
@@ -50,6 +53,8 @@ def aggregate(here: Here) -> StagePlan:
         sums, blocks = 2 * values, 0 if work is None else min(2 * block, count * values) + work
         kept = count * updates_of(agreement, layout)[1] if agreement.keep and blocks else 0
         takes = {"adapters": 3 * whole + 3 * values + kept, "sums": max(sums, blocks)}
+        if settings.key_holder:
+            takes["ciphertexts"] = OF_CIPHERTEXTS * encrypted_bytes(values // shapes.FLOAT32_BYTES)
         if settings.server != "none":
             takes["optimizer"] = OF_MOMENT * whole * (2 if "tau" in settings.server_keys else 1)
     return StagePlan("aggregate", "server", memory=takes)
@@ -73,6 +78,8 @@ def updates_of(agreement: Agreement, layout: Layout) -> tuple[int, int]:
         if agreement.keep:
             numbers = [count_kept(number, agreement.keep) for number in numbers]
             sizes = [len(sparse_bytes(Sparse(np.zeros(n, np.uint32), np.zeros(n, np.float32)))) for n in numbers]
+        if agreement.aggregation.key_holder:
+            sizes = list(map(encrypted_bytes, numbers))
         sent += clients * np.array([sum(numbers), sum(sizes)])
     mean_numbers, mean_bytes = map(int, sent // (agreement.federation.clients * len(rounds)))
     return mean_numbers, mean_bytes
