@@ -4,7 +4,7 @@
     -      keys, enroll, join                                           exchange/keys, exchange/federation.json
     11     broadcast     private/server/round-(t-1)/slm (if t > 1)       exchange/round-t/broadcast: theta^t
     22-34  client_train  exchange/round-t/broadcast, private/client-k    exchange/round-t/client-k: theta_k^{t+1}
-    (31)   reveal        exchange/round-t/close (secure mode)            exchange/round-t/reveal-k
+    (31)   reveal        exchange/round-t/close (sums alone)             exchange/round-t/reveal-k
     13     aggregate     exchange/round-t/{broadcast,client-*,reveal-*}  private/server/round-t/aggregate: theta^{t,0}
     15-20  co_distill    the aggregate, round t-1's llm, D^a             private/server/round-t/{slm,llm}: theta, omega
                          in two phases also, and back again              private/server/round-t/captured-{slm,llm}
@@ -24,11 +24,11 @@ before it:
     data          rows, questions, prepare               artefacts     manifests, adapters, records, checkpoints
     accounting    what privacy was spent                 exchange      pack, unpack, what travels
     progress      how far a federation is, status        models        base models and adapters, loaded
-    secagg        secure aggregation, a channel          study         federations side by side
-    training      losses, batches, steps                 evaluation    lm-eval's scores
-    aggregation   channels, rules, the gate              distillation  in one phase or two
-    privacy       how clients train, DP-SGD              export        a model as others load it
-    shearing      a small model from the large one
+    secagg        secure aggregation, a channel          encryption    encrypted aggregation, a channel
+    study         federations side by side               training      losses, batches, steps
+    evaluation    lm-eval's scores                       aggregation   channels, rules, the gate
+    distillation  in one phase or two                    privacy       how clients train, DP-SGD
+    export        a model as others load it              shearing      a small model from the large one
 
 and above the steps those that look ahead (planning: plan, prefetch, comm_cost) or back (audit: audit, verify, diff),
 that draw (report), that drive the steps (federation: run, next, compare, sweep, slurm), and the demo. Steps meet on

@@ -27,6 +27,7 @@ ABOVE = (
     "progress",
     "models",
     "secagg",
+    "encryption",
     "study",
     "training",
     "evaluation",
@@ -61,8 +62,8 @@ DRAWING = {"vl_convert", "jinja2"}
 LIGHT = ("runtime", "paper", "files", "workspace", "parties", "bases", "accounting", "progress")
 """Rooms that load neither torch nor NumPy; parties loads cryptography."""
 
-WITH_LIBRARIES = ("gate", "tasks")
-"""Modules in light rooms that load a model, or lm-eval: they are imported where they are used."""
+WITH_LIBRARIES = ("gate", "tasks", "noise")
+"""Modules in light rooms that load a model, lm-eval or NumPy: they are imported where they are used."""
 
 MOST_LINES, MOST_LINES_OF_FUNCTION = 300, 60
 LONGEST_STEPS = {
@@ -80,11 +81,12 @@ LONGEST_STEPS = {
 }
 """Lines of each step: it reads like the algorithm, and all that is woven around it has a place of its own."""
 
-WOVEN = {"is_secure", "is_on", "is_first", "agree"}
+WOVEN = {"is_secure", "is_hidden", "is_on", "is_first", "agree"}
 """Names of what stands around a step: the channel, the learner, the processes. A step never asks which it is."""
 
 DOORS = {
     "secagg": ({"channel", "openings", "accepting"}, {"reveal", "audit"}),
+    "encryption": ({"channel"}, {"reveal", "audit"}),
     "privacy": ({"local_training"}, {"audit"}),
 }
 """By which modules a room is entered from outside, and who may enter by any."""

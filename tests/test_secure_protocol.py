@@ -29,6 +29,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from builders import AGREEMENT, random_adapter, rows, write_rows
 from stages.artefacts import adapter_files
+from stages.artefacts.arrays import array_bytes, read_array
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import BaseIdentity, Manifest, Opening
 from stages.artefacts.publishing import publish
@@ -46,7 +47,6 @@ from stages.reveal import reveal
 from stages.runtime.errors import Problem
 from stages.secagg import fixed_point, masking, one_round, reveals, unmasking
 from stages.secagg.one_round import round_of
-from stages.secagg.vectors import array_bytes, read_array
 from stages.workspace.averaging import threshold
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_REVEAL, SEALED_SHARES
 from stages.workspace.paths import Workspace

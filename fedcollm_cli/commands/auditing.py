@@ -38,7 +38,7 @@ def audit(
     """Check all that was exchanged, as an auditor would.
 
     Prints a line for each check: the chain of manifests and signatures, files, layout, numbers, drift, clients' updates
-    against each other, leaks, keys, secure aggregation, the privacy ledger, knowledge of public rows. Reads every byte
+    against each other, leaks, keys, hidden sums, the privacy ledger, knowledge of public rows. Reads every byte
     of the workspace, or of any folder, also of another tool's PEFT adapter. Writes nothing, loads no model, opens no
     pickle. Ends with exit code 4 if a check failed, and with 3 if nothing was exchanged yet.
 

@@ -20,11 +20,11 @@ def keys(
     renew: RenewOption = False,
     opened: Session,
 ) -> None:
-    """Client: make the keys that sign and mask.
+    """Client: make the keys that sign, mask and encrypt.
 
     Secret keys go to the user's own data folder, outside the workspace (machine.toml's `secrets`). Writes
-    exchange/keys/client-k.json and its .sig, which go to the server. Secure aggregation needs keys. In plain mode they
-    are optional: with keys every exchanged file is signed.
+    exchange/keys/client-k.json and its .sig, which go to the server. Where updates are masked or encrypted there must
+    be keys. In plain mode they are optional: with keys every exchanged file is signed.
 
     Example: fedcollm keys --client 2
     """

@@ -78,7 +78,7 @@ def comm_cost(
 ) -> None:
     """Count what travels, against sending the full model.
 
-    Reads the manifests in exchange/, also in secure mode, and the SLM's configuration. With method fedmkt or llm2slm,
+    Reads the manifests in exchange/, in every mode, and the SLM's configuration. With method fedmkt or llm2slm,
     it counts vocabularies and knowledge, against each client's adapter; what is not told yet is estimated from the
     public rows. Loads no weights and writes nothing. With --preset, it needs no workspace, and computes Table 3 of the
     paper from configurations only.

@@ -126,8 +126,9 @@ def aggregate(
     than this, in nats per answer token, the broadcast's adapter is written instead, and the round goes on. Without a
     gate no model is loaded.
 
-    In secure mode the first call closes the round, in exchange/round-t/close, and ends with exit code 3. After enough
-    clients have revealed, the second call unmasks the sum. If this is impossible, --keep-old gives the round up.
+    In secure and encrypted mode the first call closes the round, in exchange/round-t/close, and ends with exit code 3.
+    After enough clients have revealed, or the one with the key, the second call has the sum. If this is impossible,
+    --keep-old gives the round up.
 
     Example: fedcollm aggregate --round 1 --gate 0.1
     """
@@ -151,11 +152,12 @@ def reveal(
     round: RoundOption,
     opened: Session,
 ) -> None:
-    """Client: help to unmask a round's sum.
+    """Client: help to unmask a round's sum, or open it.
 
-    Secure mode only. Reads exchange/round-t/broadcast and exchange/round-t/close, which names the clients whose updates
-    are summed. Writes exchange/round-t/reveal-k, encrypted for the server. In a round, a client reveals for one list of
-    clients and never for another. The same command again sends the same bytes again.
+    Secure and encrypted mode only. Reads exchange/round-t/broadcast and exchange/round-t/close, which names the clients
+    whose updates are summed. Writes exchange/round-t/reveal-k: in secure mode each client its shares, encrypted for the
+    server; in encrypted mode the client with the key the mean. In a round, a client reveals for one list of clients and
+    never for another. The same command again sends the same bytes again.
 
     Example: fedcollm reveal --client 2 --round 1
     """

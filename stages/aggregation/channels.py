@@ -13,6 +13,7 @@ from stages.artefacts.average import Arrived, Average
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact
 from stages.data.rows import Row
+from stages.encryption import channel as encrypted
 from stages.parties.party import Party
 from stages.runtime.events import Report
 from stages.secagg import channel as secure
@@ -48,21 +49,23 @@ class FromClients(Protocol):
         """Their average by the agreement's rule. Raises, naming the client, for an update that does not fit."""
 
 
-TO_SERVER: dict[str, type[plain.ToServer | secure.ToServer]] = {
+TO_SERVER: dict[str, type[plain.ToServer | secure.ToServer | encrypted.ToServer]] = {
     "plain": plain.ToServer,
     "plain, A or B alone": partly.ToServer,
     "secure": secure.ToServer,
+    "encrypted": encrypted.ToServer,
 }
-FROM_CLIENTS: dict[str, type[plain.FromClients | secure.FromClients]] = {
+FROM_CLIENTS: dict[str, type[plain.FromClients | secure.FromClients | encrypted.FromClients]] = {
     "plain": plain.FromClients,
     "secure": secure.FromClients,
+    "encrypted": encrypted.FromClients,
 }
 
 
 def to_server(client: Party, report: Report) -> ToServer:
     """A client's end of the agreed channel."""
     agreement = client.workspace.agreement
-    is_partly = agreement.sends_part and not agreement.aggregation.is_secure
+    is_partly = agreement.sends_part and not agreement.aggregation.is_hidden
     return TO_SERVER["plain, A or B alone" if is_partly else agreement.aggregation.mode](client, report)
 
 

@@ -46,6 +46,15 @@ def flat(tensors: Tensors) -> np.ndarray:
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
 
+def unflat(numbers: np.ndarray, layout: Layout) -> Tensors:
+    """The tensors of such a row, views of it. Raises ValueError unless it has as many numbers as the layout."""
+    ends = np.cumsum([math.prod(layout[name]) for name in sorted(layout)])
+    if len(numbers) != ends[-1]:
+        raise ValueError(f"{len(numbers)} numbers do not fill a layout of {ends[-1]}")
+    rows = np.split(numbers, ends[:-1])
+    return {name: row.reshape(layout[name]) for name, row in zip(sorted(layout), rows, strict=True)}
+
+
 def part_of(tensors: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
     """Of an adapter's tensors, or of their shapes, those of A, of B, or all; what is of neither is always there."""
     left_out = {"A": B, "B": A}.get(factors)

@@ -28,9 +28,11 @@ from stages.workspace.names import (
     AGREEMENT,
     CAPTURE,
     CUTS,
+    ENCRYPTED,
     KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
+    OPENED,
     RESIDUAL,
     SEALED_REVEAL,
     SEALED_SHARES,
@@ -93,7 +95,7 @@ def spare_strangers(folder: Path) -> None:
     Hidden files are no reason: rsync leaves such.
     """
     ours = {MANIFEST, SIGNATURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_SHARES, SEALED_REVEAL, CAPTURE}
-    ours |= {KNOWLEDGE, VOCABULARY, CUTS, SERVER_STATE, SPARSE_UPDATE, RESIDUAL}
+    ours |= {KNOWLEDGE, VOCABULARY, CUTS, SERVER_STATE, SPARSE_UPDATE, ENCRYPTED, OPENED, RESIDUAL}
     for path in sorted(folder.iterdir()):
         is_ours = path.name in ours or is_inbox(path.name)
         is_ours |= path.name.startswith(".") and path.name != SECRETS_MARKER

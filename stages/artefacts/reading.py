@@ -18,9 +18,11 @@ from stages.workspace.names import (
     ADAPTER_FILES,
     CAPTURE,
     CUTS,
+    ENCRYPTED,
     KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
+    OPENED,
     RESIDUAL,
     SEALED_INBOX,
     SEALED_REVEAL,
@@ -133,11 +135,13 @@ def read_file(folder: Path, manifest: Manifest, name: str, *, limit_bytes: int) 
 
 
 def expected_names(manifest: Manifest) -> set[str] | None:
-    """The files that such a folder has beside its manifest; None where that depends on who takes part: close."""
+    """The files that such a folder has beside its manifest; None where it has one for each who takes part."""
+    if manifest.stage in ("client-train", "close") and ENCRYPTED in manifest.files:
+        return {ENCRYPTED}
     if manifest.stage == "close":
         return None
     if manifest.stage == "reveal":
-        return {SEALED_REVEAL}
+        return {OPENED} if OPENED in manifest.files else {SEALED_REVEAL}
     if manifest.stage == "capture":
         return {CAPTURE}
     if manifest.stage == "align":

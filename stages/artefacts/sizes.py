@@ -7,14 +7,17 @@ from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Artefact, carries_residual, is_inbox
 from stages.artefacts.residual_sizes import is_agreed, most_rank
 from stages.files import reading
+from stages.parties.encryption_keys import DEGREE, PRIME_BITS, SLOTS
 from stages.runtime.errors import Damaged
 from stages.workspace.names import (
     ADAPTER_WEIGHTS,
     CAPTURE,
     CUTS,
+    ENCRYPTED,
     KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
+    OPENED,
     RESIDUAL,
     SEALED_SHARES,
     SERVER_STATE,
@@ -35,6 +38,19 @@ LARGEST_VOCABULARY_BYTES = 4096 + 5 * MOST_TOKENS + MOST_TOKENS_BYTES
 
 SEAL_BYTES = 64
 """More than the salt and the tag of a sealed row have."""
+
+CIPHERTEXT_BYTES = 2 * 8 * DEGREE * (len(PRIME_BITS) - 1) + 1024
+"""The most that a ciphertext has, whose words SEAL writes packed: two polynomials modulo each prime, and a head."""
+
+
+def ciphertexts_of(numbers: int) -> int:
+    """How many ciphertexts hold so many numbers and a weight; the first place of each is taken by a count."""
+    return -(-(numbers + 1) // (SLOTS - 1))
+
+
+def encrypted_bytes(numbers: int) -> int:
+    """The most that these ciphertexts have, with their lengths; what is sent has 0.3 % less."""
+    return ciphertexts_of(numbers) * (CIPHERTEXT_BYTES + 4)
 
 
 def check_sizes(artefact: Artefact, workspace: Workspace) -> None:
@@ -64,12 +80,13 @@ def _most_bytes(manifest: Manifest, name: str, workspace: Workspace, size_bytes:
         return tensor_files.largest_bytes(clients * (SEAL_BYTES + SHARE_BYTES * clients))
     if name == SPARSE_UPDATE:
         return min(tensor_files.largest_bytes(2 * manifest.parameters), reading.LARGEST_ADAPTER_BYTES)
-    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE, SERVER_STATE, RESIDUAL):
+    if name not in (ADAPTER_WEIGHTS, MASKED_UPDATE, SERVER_STATE, RESIDUAL, ENCRYPTED, OPENED):
         return reading.LARGEST_JSON_BYTES
+    numbers = manifest.parameters
+    if size_bytes > reading.READ_AT_ONCE_BYTES and (known := tensor_files.most_numbers(workspace, manifest.role)):
+        numbers = min(numbers, known)
     each = MOMENTS if name == SERVER_STATE else 1
     if name == RESIDUAL:  # as an adapter of another rank
         each = -(-most_rank(manifest, workspace.agreement) // workspace.agreement.slm.lora.r)
-    most = min(tensor_files.largest_bytes(each * manifest.parameters + 3), reading.LARGEST_ADAPTER_BYTES)
-    if size_bytes > reading.READ_AT_ONCE_BYTES and (known := tensor_files.most_numbers(workspace, manifest.role)):
-        return min(most, tensor_files.largest_bytes(each * known))
-    return most
+    words = encrypted_bytes(numbers) // 4 if name == ENCRYPTED else each * numbers + 3
+    return min(tensor_files.largest_bytes(words), reading.LARGEST_ADAPTER_BYTES)

@@ -15,6 +15,7 @@ from pathlib import Path
 from stages.artefacts.adapter_files import Layout, Tensors, layout_of, part_of
 from stages.audit.check_chain import chain, manifest_of
 from stages.audit.check_clients import A6, clients_of
+from stages.audit.check_encryption import hidden_of, sums_of
 from stages.audit.check_files import files_between, files_of
 from stages.audit.check_knowledge import knowledge_of, told_in_all
 from stages.audit.check_layout import A3, layout_of_adapter, layout_of_capture, same_layout
@@ -23,7 +24,7 @@ from stages.audit.check_numbers import A5, drift_of, numbers_in_all, numbers_of
 from stages.audit.check_optimizer import state_of, states_in_all
 from stages.audit.check_privacy import privacy_of
 from stages.audit.check_residual import residuals_in_all
-from stages.audit.check_secagg import masked_of, rounds_of
+from stages.audit.check_secagg import rounds_of
 from stages.audit.check_secrets import secrets_in, secrets_of, vaults_of
 from stages.audit.check_signatures import A1
 from stages.audit.checks import Finding, count, told
@@ -173,8 +174,8 @@ def _drift(state: Audit, found: list[Finding]) -> Iterator[Finding]:
 
 def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
     for scope in state.eras:
-        if scope.agreement and scope.agreement.aggregation.is_secure:
-            yield A6.skip("secure mode: nobody sees a single client's update")
+        if scope.agreement and scope.agreement.aggregation.is_hidden:
+            yield A6.skip(f"{scope.agreement.aggregation.mode} mode: no single client's update can be seen here")
             continue
         if scope.sends_no_adapter:
             yield A6.skip("no update travels: clients tell what they know of public rows, see A11")
@@ -207,7 +208,8 @@ def _of_one_layout(state: Audit, folders: list[Folder]) -> dict[Path, tuple[Fold
 def _rounds(state: Audit, found: list[Finding]) -> Iterator[Finding]:
     for scope in state.eras:
         every = [folder for folder in state.folders + state.beside if folder.scope is scope]
-        yield from rounds_of(scope, every)
+        is_encrypted = scope.agreement is not None and scope.agreement.aggregation.key_holder is not None
+        yield from (sums_of if is_encrypted else rounds_of)(scope, every)
 
 
 def _privacy(state: Audit, found: list[Finding]) -> Iterator[Finding]:
@@ -265,7 +267,7 @@ CHECKS: dict[str, Looks] = {
         lambda state, folder, _: leaks_of(folder, state.words),
     ),
     "A8": Looks(_secrets, lambda state, folder, _: secrets_of(folder)),
-    "A9": Looks(_rounds, lambda state, folder, _: masked_of(folder)),
+    "A9": Looks(_rounds, lambda state, folder, _: hidden_of(folder)),
     "A10": Looks(_privacy),
     "A11": Looks(_told, lambda state, folder, _: knowledge_of(folder, state.heard)),
     "A12": Looks(

@@ -65,7 +65,7 @@ def leaks_of(folder: Folder, words: Words) -> Iterator[Finding]:
     if reading.below(folder.path / MANIFEST, folder.scope.exchanged) is None:
         return
     agreement = folder.scope.agreement
-    is_secure = agreement is not None and agreement.aggregation.is_secure and folder.path.name.startswith("client-")
+    is_secure = agreement is not None and agreement.aggregation.is_hidden and folder.path.name.startswith("client-")
     for name, content in folder.contents.items():
         value = _json_in(content, name)
         yield from _leaks(content, value, folder.path / name, folder.scope, words)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+from stages.artefacts.arrays import read_array
 from stages.artefacts.manifest import Opening
 from stages.artefacts.publishing import KEPT_OLD
 from stages.artefacts.reading import Artefact, inbox
@@ -17,7 +18,6 @@ from stages.parties.names import client as party_of
 from stages.runtime.errors import Problem
 from stages.secagg import masking, unmasking
 from stages.secagg.one_round import transcript_of
-from stages.secagg.vectors import read_array
 from stages.workspace.agreement import Agreement
 from stages.workspace.averaging import threshold
 from stages.workspace.names import MANIFEST, MASKED_UPDATE, SEALED_SHARES

@@ -38,7 +38,7 @@ def roster_of(scope: Scope, client: int | None) -> Iterator[Finding]:
     """That the roster and the keys in the exchange are sound, and the very ones that parties here have pinned."""
     workspace = scope.workspace
     if workspace is None or not workspace.federation.exists():
-        is_secure = scope.agreement is not None and scope.agreement.aggregation.is_secure
+        is_secure = scope.agreement is not None and scope.agreement.aggregation.is_hidden
         if workspace and is_secure and listing.has_rounds(workspace):
             yield A1.fail(
                 scope.shown(workspace.federation), "is missing", "the roster, without which no round is secure"

@@ -21,7 +21,7 @@ from stages.artefacts.tensor_files import SIZES, check_head, read_header
 from stages.audit.folders import Scope, open_folder
 from stages.files import reading
 from stages.runtime.errors import Damaged, NotReady, Problem, UsageProblem
-from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MASKED_UPDATE, SPARSE_UPDATE
+from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENCRYPTED, MASKED_UPDATE, SPARSE_UPDATE
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 """Those that NumPy has; BF16 is the upper half of a float32."""
@@ -146,6 +146,7 @@ def _in_place(header: dict[str, Any], content: bytes) -> list[tuple[str, dict[st
 
 
 NO_ADAPTER = {
+    ENCRYPTED: "this is encrypted: whoever has the key can open the sum of all updates",
     MASKED_UPDATE: "this update is masked, in secure mode: nobody can read it, only the sum of all can be seen",
     SPARSE_UPDATE: "this update is sparse, by aggregation.keep: few numbers of an adapter, which is none by itself",
 }

@@ -65,7 +65,7 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
     members = reader.members
     if members:
         _check_roster(workspace, members, pinned_by)
-    elif workspace.agreement.aggregation.is_secure and listing.has_rounds(workspace):
+    elif workspace.agreement.aggregation.is_hidden and listing.has_rounds(workspace):
         message = f"{workspace.federation.name} is missing: in secure mode every folder is signed by who it names"
         mend = "copy the roster and its signature, exchange/federation.json and .sig, from the server"
         raise NotReady(message, where=workspace.federation, mend=mend)

@@ -73,8 +73,9 @@ def pack(
     members: dict[str, bytes] = {}
     last = ""
     for parcel in _wanted(workspace, round, client, keys):
-        if parcel.kind == "close" and to is not None and not parcel_kinds.is_for(to, parcel.folder(workspace)):
-            report(Event("note", f"the close of round {round} is over others than client {to}: it is not packed"))
+        holder = workspace.agreement.aggregation.key_holder
+        if parcel.kind == "close" and to is not None and not parcel_kinds.is_for(to, parcel.folder(workspace), holder):
+            report(Event("note", f"the close of round {round} is not for client {to}: it is not packed"))
             continue
         contents = parcels.collected(parcel, workspace, to=to)
         last = parcel.kind

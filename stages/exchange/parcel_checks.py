@@ -23,8 +23,10 @@ from stages.workspace import edits
 from stages.workspace.names import (
     ADAPTER_WEIGHTS,
     CUTS,
+    ENCRYPTED,
     KNOWLEDGE,
     MANIFEST,
+    OPENED,
     RESIDUAL,
     SIGNATURE,
     VOCABULARY,
@@ -96,7 +98,8 @@ def check(parcel: Parcel, contents: Mapping[str, bytes], workspace: Workspace, w
         tensors = read_adapter(artefact, None, manifest.lora)
         if RESIDUAL in contents:
             read_residual(artefact, layout_of(tensors), workspace.agreement)
-    for name in contents.keys() & {CUTS, KNOWLEDGE}:  # what they say of public rows is for whoever has these to judge
+    public = {CUTS, KNOWLEDGE, ENCRYPTED, OPENED}  # what they say is for whoever can read it to judge
+    for name in contents.keys() & public:
         tensor_files.read_header(contents[name], where / name)
     if VOCABULARY in contents:
         parse_vocabulary(contents[VOCABULARY], where / VOCABULARY)

@@ -14,9 +14,11 @@ from stages.workspace.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CUTS,
+    ENCRYPTED,
     KNOWLEDGE,
     MANIFEST,
     MASKED_UPDATE,
+    OPENED,
     RESIDUAL,
     SEALED_INBOX,
     SEALED_REVEAL,
@@ -41,10 +43,15 @@ Kind = Literal[
     "federation",
 ]
 ADAPTER = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
-SENT = ADAPTER | {MASKED_UPDATE, SEALED_SHARES, SPARSE_UPDATE}
-CONTENTS = {"broadcast": ADAPTER | {RESIDUAL}, "client-train": SENT, "reveal": {SEALED_REVEAL}}
+SENT = ADAPTER | {MASKED_UPDATE, SEALED_SHARES, SPARSE_UPDATE, ENCRYPTED}
+CONTENTS = {
+    "broadcast": ADAPTER | {RESIDUAL},
+    "client-train": SENT,
+    "close": {ENCRYPTED},
+    "reveal": {SEALED_REVEAL, OPENED},
+}
 CONTENTS |= {"align": {VOCABULARY, CUTS}, "share-knowledge": {KNOWLEDGE}, "client-distill": ADAPTER}
-"""What can be in a folder that a stage makes; in a close, the inboxes of those who take part."""
+"""What can be in a folder that a stage makes; in a close, the inboxes of those who take part, or the encrypted sum."""
 STAGES: dict[Kind, Stage] = {"broadcast": "broadcast", "client": "client-train", "close": "close", "reveal": "reveal"}
 IN_PUBLIC: dict[Kind, Stage] = {"vocabulary-server": "align", "vocabulary-client": "align", "broadcast": "broadcast"}
 IN_PUBLIC |= {"server": "share-knowledge", "client": "share-knowledge", "adapter-client": "client-distill"}
@@ -124,9 +131,10 @@ def is_sealed(file: str) -> bool:
     return re.fullmatch(SEALED_INBOX, file) is not None
 
 
-def is_for(client: int, close: Path) -> bool:
+def is_for(client: int, close: Path, key_holder: int | None) -> bool:
     """Whether a close, by its manifest, has a file for this client. One without a manifest is for others to judge."""
     try:
-        return inbox(client) in read_manifest(close)[0].files
+        files = read_manifest(close)[0].files
+        return client == key_holder if ENCRYPTED in files else inbox(client) in files
     except (Damaged, NotReady):
         return True

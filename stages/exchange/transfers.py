@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.reading import Manifests, inbox
-from stages.workspace.names import KNOWLEDGE, MANIFEST, signature_beside
+from stages.workspace.names import ENCRYPTED, KNOWLEDGE, MANIFEST, signature_beside
 from stages.workspace.paths import Workspace
 
 SERVER = "server"
@@ -95,15 +95,14 @@ def _from_server_in_public(workspace: Workspace, round: int, read: Read) -> list
 
 
 def _unmasking(workspace: Workspace, round: int, read: Read) -> list[Transfer]:
-    """Secure mode: the close with each survivor's own inbox, and what each reveals."""
-    found, close = [], workspace.close(round)
+    """Secure mode: the close with each survivor's own inbox, and what each reveals; or that of the one with the key."""
+    found, close, holder = [], workspace.close(round), workspace.agreement.aggregation.key_holder
     if os.path.lexists(close):
         boxes = read(close)[0].files
         for k in workspace.clients:
-            if inbox(k) in boxes:
-                found.append(
-                    Transfer(round, SERVER, client(k), _signed(close / MANIFEST) + boxes[inbox(k)].size_bytes, 0)
-                )
+            own = boxes.get(ENCRYPTED if k == holder else inbox(k))
+            if own:
+                found.append(Transfer(round, SERVER, client(k), _signed(close / MANIFEST) + own.size_bytes, 0))
     for k in workspace.clients:
         if os.path.lexists(workspace.reveal(round, k)):
             found.append(Transfer(round, client(k), SERVER, *_size(workspace.reveal(round, k), read)))

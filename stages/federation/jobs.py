@@ -14,7 +14,6 @@ from stages.parties.names import SERVER, client, number_of
 from stages.progress import staleness
 from stages.progress.steps import Round, Step
 from stages.runtime.errors import Refused
-from stages.workspace.averaging import threshold
 from stages.workspace.paths import Workspace
 
 
@@ -90,7 +89,7 @@ def _round(workspace: Workspace, round: Round, parties: Collection[str], jobs: l
     if asked:
         jobs.append(Job("reveal", number, _numbers(asked)))
     is_due = SERVER in parties and bool(reveals) and "aggregate" in missing
-    if is_due and (absent := _too_few(reveals, asked, threshold(len(updates)))):
+    if is_due and (absent := _too_few(reveals, asked, workspace.agreement.aggregation.reveals_needed(len(updates)))):
         return f"{absent} of round {number}"
 
     if SERVER in parties and missing & {"aggregate", "llm", "slm"}:

@@ -86,7 +86,7 @@ def next(workspace: Workspace, *, party: str | None = None, report: Report = ign
         except NotReady:
             if not (command.verb == "aggregate" and _digest(close) != before):
                 raise
-            report(Event("note", "the round is closed; now clients reveal"))
+            report(Event("note", "the round is closed; now its sum is to be revealed"))
     return command
 
 

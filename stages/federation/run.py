@@ -82,7 +82,7 @@ def run(
         models.check_both()
     scores = scores and bool(workspace.scored_tasks)
 
-    if workspace.agreement.aggregation.is_secure:
+    if workspace.agreement.aggregation.is_hidden:
         _enrol(workspace, renew=overwrite, report=report)
     done = set() if overwrite else check_edits(workspace, rounds[-1])
     report = TimeLeft([("", {*rounds} - done)], report).report
@@ -207,9 +207,9 @@ def _enrol(workspace: Workspace, *, renew: bool, report: Report) -> None:
 
 
 def _aggregate(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:
-    """The average; in secure mode the close, each client's reveal, and then the average."""
+    """The average; where updates are hidden the close, what clients reveal of their sum, and then the average."""
     average = partial(aggregate, workspace, round=round, overwrite=overwrite, models=models, report=report)
-    if not workspace.agreement.aggregation.is_secure or (workspace.aggregate(round).exists() and not overwrite):
+    if not workspace.agreement.aggregation.is_hidden or (workspace.aggregate(round).exists() and not overwrite):
         average()
         return
     try:
@@ -218,8 +218,9 @@ def _aggregate(workspace: Workspace, round: int, overwrite: bool, models: Models
         if not workspace.close(round).exists():
             raise
         closed = read_manifest(workspace.close(round))[0].closing or {}
-        for client in workspace.client_adapters(round):
-            if f"client-{client}" in closed:
+        holder = workspace.agreement.aggregation.key_holder
+        for client in [holder] if holder else workspace.client_adapters(round):
+            if holder or f"client-{client}" in closed:
                 reveal(workspace, client=client, round=round, report=report)
         average()
 

@@ -170,7 +170,7 @@ def _settings(workspace: Workspace, flags: Mapping[str, object]) -> Slurm:
 def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes: int) -> dict[str, str]:
     """The text of each script that this federation needs."""
     agreement = workspace.agreement
-    federation, is_secure = agreement.federation, agreement.aggregation.is_secure
+    federation, is_hidden = agreement.federation, agreement.aggregation.is_hidden
     in_public = federation.learns_in_public
     parties = {only} if only and in_public else {SERVER, *map(client, workspace.clients)}
     arguments = (f" --only {only}" if only else "") + (f" --window {settings.window}" if settings.window else "")
@@ -199,8 +199,8 @@ def _scripts(workspace: Workspace, settings: Slurm, only: str | None, processes:
         "stage.sh": True,
         "rank.sh": processes > 1,
         "client.sbatch": only != SERVER,
-        "close.sbatch": is_secure and only in (None, SERVER),
-        "reveal.sbatch": is_secure and only != SERVER,
+        "close.sbatch": is_hidden and only in (None, SERVER),
+        "reveal.sbatch": is_hidden and only != SERVER,
         "distill.sbatch": in_public and only != SERVER,
         "average.sbatch": in_public and only in (None, SERVER) and agreement.averages,
         "broadcast.sbatch": only in (None, SERVER) and (federation.averages or agreement.is_of_one_slm),

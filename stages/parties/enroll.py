@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.files import locks, reading, writing
-from stages.parties import roster, roster_files, signatures
+from stages.parties import encryption_keys, roster, roster_files, signatures
 from stages.parties.enrolment import check_is_new
 from stages.parties.names import SERVER, listed
 from stages.parties.party import Party
@@ -89,6 +89,7 @@ def _members(workspace: Workspace) -> list[roster_files.Member]:
             mend = f"give all parties the same fedcollm.toml; then, there: {again}"
             raise Refused(message, where=path, mend=mend)
         roster.check_prekeys(workspace, keys, path)
+        encryption_keys.check(workspace, keys, path)
         if any(member.ed25519 == keys.ed25519 for member in members):
             raise Damaged(f"client {client} has the key of another client", where=path, mend="each makes its own keys")
         members.append(roster_files.Member(client=client, ed25519=keys.ed25519, keys_sha256=reading.sha256(content)))

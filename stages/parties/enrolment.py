@@ -54,7 +54,7 @@ def _may_join(party: Party) -> bool:
 
 
 def enrolment(workspace: Workspace, party: str | None) -> tuple[Command | None, str]:
-    """What is still to be done before the first round of secure aggregation: keys, a roster, and joining it.
+    """What is still to be done before the first round where updates are hidden: keys, a roster, and joining it.
 
     A command, or what is waited for; neither if the party, or all of them here, have joined. In plain mode, where keys
     are not needed, only whoever has keys here and a roster has to join.
@@ -62,7 +62,7 @@ def enrolment(workspace: Workspace, party: str | None) -> tuple[Command | None, 
     here = [Party.client(workspace, k) for k in workspace.clients if workspace.client_data(k).exists()]
     here += [Party.server(workspace)] if workspace.auxiliary_data.exists() else []
     asked = [Party(workspace, party)] if party else here
-    if not workspace.agreement.aggregation.is_secure:
+    if not workspace.agreement.aggregation.is_hidden:
         asked = [one for one in asked if not one.is_server and _may_join(one)]
     if without := [one for one in asked if one.vault is None and not one.is_server]:
         return Command("keys", client=without[0].number), ""

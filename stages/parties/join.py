@@ -6,7 +6,7 @@ Reads exchange/federation.json and exchange/keys. Writes nothing into the worksp
 from __future__ import annotations
 
 from stages.files import reading
-from stages.parties import agreed, roster, roster_files
+from stages.parties import agreed, encryption_keys, roster, roster_files
 from stages.parties.party import Party
 from stages.parties.vault import Vault
 from stages.runtime.errors import NotReady, Refused, UsageProblem
@@ -74,12 +74,11 @@ def _check_own(workspace: Workspace, client: int, vault: Vault, federation: rost
 
 
 def _check_others(workspace: Workspace, found: roster.Roster) -> None:
-    """The one-time keys of all, which secure aggregation needs, are here and are those that the roster names."""
-    if not workspace.agreement.aggregation.is_secure:
-        return
-    for number in found.clients:
+    """The keys of others that updates are masked or encrypted with are here, and are those that the roster names."""
+    aggregation = workspace.agreement.aggregation
+    for number in found.clients if aggregation.is_secure else filter(None, [aggregation.key_holder]):
         try:
-            found.prekeys(workspace, number)
+            encryption_keys.check(workspace, found.keys_of(workspace, number), workspace.public_keys(number))
         except NotReady as problem:
             problem.mend = "copy all of exchange/keys from the server"
             raise

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stages.files import locks, reading, writing
-from stages.parties import roster, roster_files, signatures
+from stages.parties import encryption_keys, roster, roster_files, signatures
 from stages.parties.enrolment import check_is_new
 from stages.parties.names import client as party_of
 from stages.parties.party import Party
@@ -84,12 +84,14 @@ def _keys(workspace: Workspace, client: int, renew: bool, report: Report) -> Mad
 
 def _public(workspace: Workspace, client: int, vault: Vault) -> dict[str, Any]:
     """The client's public keys, kept in its vault."""
+    opens_sums = client == workspace.agreement.aggregation.key_holder
     public = roster_files.PublicKeys(
         federation=workspace.agreement.federation.name,
         agreement_sha256=workspace.agreement_sha256,
         client=client,
         ed25519=vault.identity.public_key().public_bytes_raw().hex(),
         prekeys=vault.prekeys(roster.slots(workspace)),
-    ).model_dump()
+        ckks=encryption_keys.make(vault) if opens_sums else None,
+    ).model_dump(exclude_none=True)
     vault.keep(PUBLIC, public)
     return public

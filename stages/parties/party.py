@@ -84,7 +84,7 @@ class Party:
         """
         workspace, content = self.workspace, self.pinned
         if content is None:
-            if workspace.agreement.aggregation.is_secure or workspace.federation.exists():
+            if workspace.agreement.aggregation.is_hidden or workspace.federation.exists():
                 join = Command("enroll") if self.is_server else Command("join", client=self.number)
                 raise NotReady(f"{self.name} has not joined this federation", where=workspace.federation, mend=join)
             return None

@@ -49,14 +49,18 @@ class Roster:
         return [member.client for member in self.federation.clients]
 
     def prekeys(self, workspace: Workspace, number: int) -> list[str]:
-        """A client's one-time public keys, from the very file that the roster names."""
+        """A client's one-time public keys. Raises as keys_of does."""
+        return self.keys_of(workspace, number).prekeys
+
+    def keys_of(self, workspace: Workspace, number: int) -> PublicKeys:
+        """A client's public keys, from the very file that the roster names. Raises Damaged for another."""
         path = workspace.public_keys(number)
         found, content = read_keys(path)
         expected = next(member.keys_sha256 for member in self.federation.clients if member.client == number)
         if reading.sha256(content) != expected:
             message = f"{path.name} is not the file that the roster names, whose sha256 is {expected[:16]}..."
             raise Damaged(message, where=path, mend="copy exchange/keys again from the server")
-        return found.prekeys
+        return found
 
 
 def fingerprint(roster: bytes) -> str:

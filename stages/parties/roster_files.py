@@ -25,7 +25,10 @@ class _Part(BaseModel):
 
 
 class PublicKeys(_Part):
-    """exchange/keys/client-k.json: what a client signs with, and a one-time key for each opening of a round."""
+    """exchange/keys/client-k.json: what a client signs with, and a one-time key for each opening of a round.
+
+    ckks: what updates are encrypted with, of the one client that opens their sums; of others it is not written.
+    """
 
     format: Literal["fedcollm/keys/1"] = "fedcollm/keys/1"
     federation: str
@@ -33,6 +36,7 @@ class PublicKeys(_Part):
     client: Number
     ed25519: Key
     prekeys: list[Key]
+    ckks: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")] | None = None
 
 
 class Member(_Part):

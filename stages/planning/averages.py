@@ -8,6 +8,7 @@ import numpy as np
 
 from stages.artefacts.adapter_files import A, B, Layout, layers_of, numbers_in, part_of
 from stages.artefacts.residual_sizes import is_agreed
+from stages.artefacts.sizes import encrypted_bytes
 from stages.artefacts.sparse_files import Sparse, count_kept, sparse_bytes
 from stages.planning import residuals
 from stages.planning.estimates import Here, StagePlan
@@ -24,6 +25,8 @@ COPIES = {
 float64."""
 
 
+OF_CIPHERTEXTS = 4
+"""Times that encrypted updates are in memory as aggregate adds them: the sum, and one more as file, cut and loaded."""
 OF_MOMENT = 4
 """Adapters that one moment of the server's optimiser is in memory as: file and tensors, before and after a step."""
 
@@ -58,6 +61,8 @@ def aggregate(here: Here) -> StagePlan:
         takes = {"adapters": 3 * whole + 3 * values + kept, "sums": max(sums, blocks)}
         if is_agreed(agreement):  # as bytes and parsed, before and after the round
             takes["residual"] = 2 * sum(residuals.bytes_of(agreement, layout)[-2:])
+        if settings.key_holder:
+            takes["ciphertexts"] = OF_CIPHERTEXTS * encrypted_bytes(values // shapes.FLOAT32_BYTES)
         if settings.server != "none":
             takes["optimizer"] = OF_MOMENT * whole * (2 if "tau" in settings.server_keys else 1)
     return StagePlan("aggregate", "server", memory=takes)
@@ -81,6 +86,8 @@ def updates_of(agreement: Agreement, layout: Layout) -> tuple[int, int]:
         if agreement.keep:
             numbers = [count_kept(number, agreement.keep) for number in numbers]
             sizes = [len(sparse_bytes(Sparse(np.zeros(n, np.uint32), np.zeros(n, np.float32)))) for n in numbers]
+        if agreement.aggregation.key_holder:
+            sizes = list(map(encrypted_bytes, numbers))
         sent += clients * np.array([sum(numbers), sum(sizes)])
     mean_numbers, mean_bytes = map(int, sent // (agreement.federation.clients * len(rounds)))
     return mean_numbers, mean_bytes

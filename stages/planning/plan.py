@@ -234,18 +234,18 @@ def _sent(here: Here) -> dict[str, int]:
 
 
 def _disk(here: Here) -> dict[str, int]:
-    """exchange: a broadcast and K updates a round. server: aggregate, slm, llm. checkpoints: while co-distill runs."""
+    """exchange: a broadcast and K updates a round; their sum too, where that travels. checkpoints: of co-distill."""
     from stages.models import shapes
 
     if len(here.shapes) < len(ROLES):
         return {}
     slm, llm = (shapes.file_bytes(here.shapes[role].layout) for role in ROLES)
     _, update = updates_of(here.workspace.agreement, here.shapes["slm"].layout)
-    federation = here.workspace.agreement.federation
+    federation, adds = here.workspace.agreement.federation, here.workspace.agreement.aggregation.key_holder is not None
     trained = sum(shape.adapter_parameters for shape in here.shapes.values())
     beneath = residuals.bytes_of(here.workspace.agreement, here.shapes["slm"].layout)
     return {
-        "exchange": federation.rounds * (slm + federation.clients * update) + sum(beneath[:-1]),
+        "exchange": federation.rounds * (slm + (federation.clients + adds) * update) + sum(beneath[:-1]),
         "server": federation.rounds * (2 * slm + llm) + 2 * sum(beneath[1:]),
         "checkpoints": CHECKPOINTS * (shapes.FLOAT32_BYTES + ADAM_BYTES) * trained,
     }

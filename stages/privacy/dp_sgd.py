@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from transformers import get_constant_schedule_with_warmup
 
 from stages.accounting.accountant import Charge
+from stages.accounting.noise import SecretRandom
 from stages.artefacts import checkpoints
 from stages.data.examples import NO_LABEL, Example
 from stages.files import writing
@@ -39,7 +40,6 @@ from stages.models.devices import naming_memory_knobs
 from stages.models.held import held_in_bfloat16
 from stages.models.packing import padded
 from stages.models.tuned import Tuned
-from stages.privacy.noise import SecretRandom
 from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event, Report
 from stages.training import micro_batch

@@ -51,13 +51,13 @@ class Reader:
             return self._alone(number)
         broadcast = self._broadcast(number)
         clients = {k: self._client(number, k, broadcast) for k in self._taking_part(number)}
-        is_secure = self._workspace.agreement.aggregation.is_secure
-        unmasking = self._unmasking(number, broadcast, list(clients)) if is_secure else []
+        is_hidden = self._workspace.agreement.aggregation.is_hidden
+        revealing = self._revealing(number, broadcast, list(clients)) if is_hidden else []
         aggregate, late = self._aggregate(number, broadcast, clients)
         server = [aggregate, *(self._co_distill(number, aggregate) if self._federation.distils else [])]
         self._before = {step.name: step for step in server}
         made_of = self._look.parents(self._workspace.aggregate(number))
-        between = self._counted([*clients.values(), *unmasking], aggregate, made_of)
+        between = self._counted([*clients.values(), *revealing], aggregate, made_of)
         return Round(number, [broadcast, *between, *server], late)
 
     def _taking_part(self, number: int) -> Sequence[int]:
@@ -68,8 +68,8 @@ class Reader:
             opening = None
         return opening.clients if opening else self._workspace.clients
 
-    def _unmasking(self, number: int, broadcast: Step, clients: list[int]) -> list[Step]:
-        """Secure mode: the server closes the round, then each client whose update is in the sum reveals."""
+    def _revealing(self, number: int, broadcast: Step, clients: list[int]) -> list[Step]:
+        """The server closes the round, then each client whose update is in the sum reveals, or the one with the key."""
         place, parents = self._workspace.close(number), {"broadcast": broadcast.sha256}
         close = self._look.step(
             place, "close", Command("aggregate", round=number), parents, self._is_server, replaces=False
@@ -77,6 +77,8 @@ class Reader:
         if close.condition == "done":
             survivors = self._look.manifest(place)[0].closing or {}
             clients = [k for k in clients if client(k) in survivors]
+        if holder := self._workspace.agreement.aggregation.key_holder:
+            clients = [holder]
         reveals = [
             self._look.step(
                 self._workspace.reveal(number, k),

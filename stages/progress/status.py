@@ -24,7 +24,6 @@ from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.progress.steps import Round, Step, awaited
 from stages.runtime.errors import Damaged, UsageProblem
 from stages.workspace import edits
-from stages.workspace.averaging import threshold
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT, MANIFEST
 from stages.workspace.paths import Workspace
@@ -195,12 +194,13 @@ def _missing_before(workspace: Workspace, rounds: list[Round], round: Round, ste
         if before.condition != "done":
             why = f": {before.reason}" if before.reason else ""
             return f"the {before.name} of round {round.number}, in exchange/{why}"
-    is_secure = "close" in by_name
-    if step.name == ("close" if is_secure else "aggregate"):
+    is_hidden = "close" in by_name
+    if step.name == ("close" if is_hidden else "aggregate"):
         return _missing_updates(workspace, round.number, updates)
     if step.name == "aggregate":
         reveals = [other for other in round.steps if other.name.startswith("reveal-")]
-        missing = threshold(len(updates)) - sum(reveal.condition == "done" for reveal in reveals)
+        asked = workspace.agreement.aggregation.reveals_needed(len(updates))
+        missing = asked - sum(reveal.condition == "done" for reveal in reveals)
         absent = [number_of(reveal.party) for reveal in reveals if reveal.condition != "done"]
         if missing > 0:
             place = workspace.shown(workspace.reveal(round.number, absent[0]))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from stages.artefacts.arrays import array_bytes
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.parts import numbers_sent
@@ -23,7 +24,6 @@ from stages.secagg import unmasking
 from stages.secagg.masked_update import digest, masking_of, names_of, shares_of, vector_of
 from stages.secagg.one_round import opening_of, transcript_of
 from stages.secagg.revealing import survivors_of
-from stages.secagg.vectors import array_bytes
 from stages.workspace.commands import Command
 from stages.workspace.names import MASKED_UPDATE
 from stages.workspace.paths import Workspace

@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 
-from stages.artefacts.adapter_files import Layout, Tensors
 from stages.runtime.errors import BadNumbers, Damaged
 
 CHUNK = 1 << 18
@@ -20,20 +19,6 @@ CHUNK = 1 << 18
 def heaviest(clients: int) -> int:
     """The weight of a client with as many examples as the agreement allows; in uniform weighting, of every client."""
     return (2**31 - 1) // clients
-
-
-def flatten(tensors: Tensors) -> np.ndarray:
-    """All values in one row, float32 [d]: tensors by name in the order of bytes, each in C order."""
-    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)], dtype=np.float32)
-
-
-def unflatten(vector: np.ndarray, layout: Layout) -> Tensors:
-    """The tensors of such a row, views of it. Raises ValueError unless it has as many values as the layout."""
-    ends = np.cumsum([math.prod(layout[name]) for name in sorted(layout)])
-    if len(vector) != ends[-1]:
-        raise ValueError(f"{len(vector)} values do not fill a layout of {ends[-1]}")
-    rows = np.split(vector, ends[:-1])
-    return {name: row.reshape(layout[name]) for name, row in zip(sorted(layout), rows, strict=True)}
 
 
 def encode(

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from stages.artefacts.arrays import read_array
 from stages.artefacts.manifest import Masking
 from stages.artefacts.reading import Artefact
 from stages.parties.names import number_of
 from stages.runtime.errors import Refused
 from stages.secagg import masking
-from stages.secagg.vectors import read_array
 from stages.workspace.names import MASKED_UPDATE, SEALED_SHARES
 
 

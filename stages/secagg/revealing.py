@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 
+from stages.artefacts.arrays import read_array
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest
 from stages.artefacts.publishing import publish
@@ -21,7 +22,6 @@ from stages.secagg import masking, reveals
 from stages.secagg.one_round import opening_of, round_of, transcript_of
 from stages.secagg.said import check_known
 from stages.secagg.sending import secret_of
-from stages.secagg.vectors import read_array
 from stages.workspace.commands import Command
 from stages.workspace.names import SEALED_REVEAL, round_name
 

@@ -11,6 +11,8 @@ import os
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from stages.artefacts.adapter_files import flat
+from stages.artefacts.arrays import array_bytes
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import Manifest, Masking
 from stages.artefacts.parts import cut, numbers_sent
@@ -26,7 +28,6 @@ from stages.runtime.events import Event, Report, ignore
 from stages.secagg import fixed_point, masking
 from stages.secagg.one_round import opening_of, round_of, transcript_of
 from stages.secagg.said import check_known
-from stages.secagg.vectors import array_bytes
 from stages.workspace import addressees
 from stages.workspace.commands import Command
 from stages.workspace.names import MANIFEST, MASKED_UPDATE, SEALED_SHARES, SIGNATURE
@@ -108,7 +109,7 @@ def _encoded(party: Party, theta: Artefact, trained: Artefact) -> np.ndarray:
     after, before = cut(theta, trained, party.workspace.agreement)
     try:
         return fixed_point.encode(
-            fixed_point.flatten(after) - fixed_point.flatten(before),
+            flat(after) - flat(before),
             bound=settings.max_update_value,
             clients=len(round_of(theta).clients),
             examples=trained.manifest.examples if settings.weighting == "samples" else None,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artefacts.adapter_files import Tensors, layout_of, part_of, read_adapter
+from stages.artefacts.adapter_files import Tensors, flat, layout_of, part_of, read_adapter, unflat
 from stages.artefacts.manifest import Unmasking
 from stages.artefacts.parts import numbers_sent
 from stages.artefacts.reading import Artefact, read_manifest
@@ -79,7 +79,7 @@ def open_sum(server: Party, theta: Artefact, closed: Artefact, report: Report) -
     settings, whole = agreement.aggregation, read_adapter(theta, None, agreement.slm.lora)
     before = part_of(whole, agreement.sent_in(round))
     mean, _, count = fixed_point.decode(total, bound=settings.max_update_value, clients=len(keys.clients))
-    average = fixed_point.unflatten((fixed_point.flatten(before) + mean).astype(np.float32), layout_of(before))
+    average = unflat((flat(before) + mean).astype(np.float32), layout_of(before))
     how = Unmasking(survivors=list(survivors), revealed=sorted(given), count=count)
     return Sum(whole | average, how, opened.warnings)
 

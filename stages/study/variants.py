@@ -68,7 +68,7 @@ def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
         mend = "leave it out; the methods for clients with models of their own are standalone, standalone-public, "
         message = f"{method} averages adapters of one model: {why}"
         raise UsageProblem(message, where=workspace.root / AGREEMENT, mend=f"{mend}llm2slm, fedmkt and centralized")
-    alone = not federation.averages and workspace.agreement.aggregation.is_secure
+    alone = not federation.averages and workspace.agreement.aggregation.is_hidden
     changes: dict[str, Any] = {"federation.method": method}
     changes |= {"aggregation.mode": "plain"} if alone else {}  # where nothing is averaged there is nothing to hide
     changes |= not_had_by(federation, workspace.agreement)

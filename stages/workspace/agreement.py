@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from stages.workspace.averaging import BLIND, Aggregation, Factors, threshold
 from stages.workspace.budgets import ClientTraining, Distillation
 from stages.workspace.commands import Command
+from stages.workspace.hiding import check_hidden
 from stages.workspace.methods import AVERAGING, Federation
 from stages.workspace.privacy import Privacy
 from stages.workspace.rows_and_scores import Data, Evaluation
@@ -90,19 +91,9 @@ class Agreement(Settings):
         return self
 
     @model_validator(mode="after")
-    def _secure_needs_a_crowd(self) -> Agreement:
-        if not self.aggregation.is_secure:
-            return self
-        clients, least = self.federation.clients, threshold(self.federation.clients)
-        if self.federation.clients_tell:
-            raise ValueError("aggregation.mode secure hides what each client tells: method fedmkt compares just that")
-        if not self.federation.averages:
-            method = self.federation.method
-            raise ValueError(f"aggregation.mode secure has nothing to hide: method {method} averages nothing")
-        if not 3 <= clients <= 256:
-            raise ValueError(f"aggregation.mode secure takes 3 to 256 clients, here are {clients}")
-        if (self.aggregation.min_clients or clients) < least:
-            raise ValueError(f"aggregation.min_clients is below {least}, which mode secure needs of {clients} clients")
+    def _a_sum_hides_in_a_crowd(self) -> Agreement:
+        if self.aggregation.is_hidden:
+            check_hidden(self.aggregation, self.federation)
         return self
 
     @model_validator(mode="after")

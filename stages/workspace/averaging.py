@@ -38,7 +38,8 @@ def threshold(clients: int) -> int:
 class Aggregation(Settings):
     """Line 13 of Algorithm 1. Without min_clients every client must have answered."""
 
-    mode: Literal["plain", "secure"] = "plain"
+    mode: Literal["plain", "secure", "encrypted"] = "plain"
+    opener: Positive | None = None
     weighting: Literal["uniform", "samples"] = "uniform"
     min_clients: Positive | None = None
     max_update_norm: Rate | None = None
@@ -60,8 +61,22 @@ class Aggregation(Settings):
 
     @property
     def is_secure(self) -> bool:
-        """Whether the server sees nothing of the clients' updates but their sum."""
+        """Whether clients mask their updates, so that nobody sees one."""
         return self.mode == "secure"
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the server sees nothing of the clients' updates but their sum."""
+        return self.mode != "plain"
+
+    @property
+    def key_holder(self) -> int | None:
+        """The one client that can open what is encrypted, and so opens each round's sum; None where nothing is."""
+        return self.opener or 1 if self.mode == "encrypted" else None
+
+    def reveals_needed(self, clients: int) -> int:
+        """How many of a round's clients must reveal before the server has their sum."""
+        return threshold(clients) if self.is_secure else 1
 
     def trained_in(self, round: int) -> Factors:
         """Which matrices clients train in a round, and send; the other one stays as the broadcast has it.
@@ -109,14 +124,15 @@ class Aggregation(Settings):
         combine = f"combine {self.combine}"
         if self.rule != "mean":
             raise ValueError(f"rule {self.rule} is for A and B as they are, {combine} averages BA: choose one")
-        if self.is_secure:
-            raise ValueError(f"{combine} needs each client's A and B, mode secure shows their sums: choose one")
+        if self.is_hidden:
+            raise ValueError(f"{combine} needs each client's A and B, mode {self.mode} shows their sums: choose one")
         return self
 
     @model_validator(mode="after")
     def _sparse_updates_are_of_each_client(self) -> Aggregation:
-        if self.keep and self.is_secure:
-            raise ValueError("keep has each client send other numbers, mode secure adds the same ones: choose one")
+        if self.keep and self.is_hidden:
+            mode = f"mode {self.mode} adds the same ones"
+            raise ValueError(f"keep has each client send other numbers, {mode}: choose one")
         if self.keep and self.combine == "residual":
             raise ValueError("keep leaves numbers out, combine residual leaves nothing out: choose one")
         return self
@@ -135,9 +151,12 @@ class Aggregation(Settings):
         return self
 
     @model_validator(mode="after")
-    def _secure_sees_the_sum_alone(self) -> Aggregation:
-        if self.is_secure and self.rule != "mean":
-            raise ValueError(f"rule {self.rule} needs each client's update, mode secure shows their sum: choose one")
-        if self.is_secure and self.weighting == "samples" and self.max_examples is None:
-            raise ValueError("weighting samples in mode secure needs max_examples, the most that a client trains on")
+    def _the_sum_alone_is_seen(self) -> Aggregation:
+        mode = self.mode
+        if self.is_hidden and self.rule != "mean":
+            raise ValueError(f"rule {self.rule} needs each client's update, mode {mode} shows their sum: choose one")
+        if self.is_hidden and self.weighting == "samples" and self.max_examples is None:
+            raise ValueError(f"weighting samples in mode {mode} needs max_examples, the most that a client trains on")
+        if self.opener and mode != "encrypted":
+            raise ValueError(f"opener is the client that opens the sum of mode encrypted, here is mode {mode}")
         return self

@@ -165,8 +165,8 @@ class Layout(RowsLayout):
 
     @property
     def sends_of_theirs(self) -> bool:
-        """Whether clients send something made of their adapters: masked in secure mode, or A or B alone."""
-        return self.agreement.aggregation.is_secure or self.agreement.sends_part
+        """Whether clients send something made of their adapters: masked, encrypted, or A or B alone."""
+        return self.agreement.aggregation.is_hidden or self.agreement.sends_part
 
     def client_trained(self, round: int, client: int) -> Path:
         """What client-train makes: with FedMKT theta_k before the client learns from the server, else theta_k^{t+1}."""
@@ -183,11 +183,11 @@ class Layout(RowsLayout):
         return self.private / f"client-{client}" / round_name(round) / UNSENT
 
     def close(self, round: int) -> Path:
-        """Secure mode: whose updates the server adds up, from the server to all clients."""
+        """Where updates are hidden: whose the server adds up, from the server to those who reveal."""
         return self._exchange(round) / "close"
 
     def reveal(self, round: int, client: int) -> Path:
-        """Secure mode: what a client opens to unmask the sum, from the client to the server."""
+        """Where updates are hidden: what a client reveals of their sum, from the client to the server."""
         return self._exchange(round) / f"reveal-{client}"
 
     def client_updates(self, round: int) -> dict[int, Path]:

@@ -15,7 +15,16 @@ import safetensors.numpy
 from peft import LoraConfig
 
 from builders import random_adapter
-from stages.artefacts.adapter_files import Layout, config_bytes, layout_of, modules_of, read_adapter, weights_bytes
+from stages.artefacts.adapter_files import (
+    Layout,
+    config_bytes,
+    flat,
+    layout_of,
+    modules_of,
+    read_adapter,
+    unflat,
+    weights_bytes,
+)
 from stages.artefacts.manifest import BaseIdentity, Manifest
 from stages.artefacts.reading import Artefact
 from stages.runtime.errors import BadNumbers, Damaged, Problem
@@ -241,3 +250,25 @@ def test_layers_are_those_agreed_or_else_those_of_the_configuration() -> None:
     config = json.dumps(CONFIG | {"target_modules": 5}).encode()
     with pytest.raises(Damaged, match="target_modules = 5, the agreement says"):
         modules_of(artefact(weights_bytes(TENSORS), config))
+
+
+def test_tensors_stand_in_the_order_of_their_names_bytes() -> None:
+    tensors = {
+        "b": np.arange(4, dtype=np.float32).reshape(2, 2).T,
+        "a.é": np.array([9], np.float32),
+        "a.z": np.array([8], np.float32),
+        "B": np.array([7], np.float32),
+    }
+    vector = flat(tensors)
+    assert vector.tolist() == [7, 8, 9, 0, 2, 1, 3]  # B < a.z < a.é (UTF-8 c3 a9) < b, whose columns were rows
+    assert vector.dtype == np.float32
+    back = unflat(vector, layout_of(tensors))
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor)
+
+
+@pytest.mark.parametrize("size", [4, 6])
+def test_a_vector_of_another_length_fills_no_layout(size: int) -> None:
+    with pytest.raises(ValueError, match="layout of 5"):
+        unflat(np.zeros(size, np.float32), {"a": (2, 2), "b": (1,)})

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from builders import Outcome, rows, write_rows
 from command_line import give
 from federations import CLIENTS, Machines, agreement, vault_of
+from stages.artefacts.arrays import read_array
 from stages.artefacts.reading import read_artefact
 from stages.exchange.transfers import transfers
 from stages.parties import one_time_keys
@@ -25,7 +26,6 @@ from stages.parties.party import Party
 from stages.progress.status import status
 from stages.secagg import masking, shamir
 from stages.secagg.one_round import round_of
-from stages.secagg.vectors import read_array
 from stages.workspace.paths import Workspace
 
 IN_DATA, IN_PATH, USER = "Xylophone-4711", "Quetzalcoatl-0815", "Rumpelstiltskin-42"

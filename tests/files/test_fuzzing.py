@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from builders import make_workspace
 from secure_rounds import masked_round
-from stages.artefacts import adapter_files
+from stages.artefacts import adapter_files, arrays
 from stages.artefacts.lineage import check_belongs, place_of
 from stages.artefacts.reading import Artefact, read_artefact
 from stages.exchange import bundles, parcel_checks, parcel_kinds, parcels
@@ -32,7 +32,7 @@ from stages.files import reading
 from stages.parties import roster_files, signatures
 from stages.parties.party import Party
 from stages.runtime.errors import Damaged, Problem
-from stages.secagg import masking, reveals, vectors
+from stages.secagg import masking, reveals
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from stages.workspace.paths import Workspace
 
@@ -182,12 +182,12 @@ def test_adapters(data: st.DataObject, study: Workspace) -> None:
 
 @fuzzed
 @given(
-    content=safetensors_file(vectors.array_bytes("y", np.arange(9, dtype=np.uint32)))
-    | safetensors_file(vectors.array_bytes("y", np.ones((3, 3), np.uint8)))
+    content=safetensors_file(arrays.array_bytes("y", np.arange(9, dtype=np.uint32)))
+    | safetensors_file(arrays.array_bytes("y", np.ones((3, 3), np.uint8)))
 )
 def test_arrays(content: bytes) -> None:
     def read() -> None:
-        found = vectors.read_array(content, Path("x.safetensors"), name="y", kind="U32", shape=(9,))
+        found = arrays.read_array(content, Path("x.safetensors"), name="y", kind="U32", shape=(9,))
         assert (found.dtype, found.shape) == (np.uint32, (9,))
 
     attempt(read)
@@ -306,9 +306,9 @@ def test_sealed_shares_and_reveals(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("metadata", ["null", '"pt"', "[]"])
 def test_metadata_that_is_no_object_is_damage(metadata: str) -> None:
-    sound = vectors.array_bytes("y", np.arange(9, dtype=np.uint32))
+    sound = arrays.array_bytes("y", np.arange(9, dtype=np.uint32))
     length = int.from_bytes(sound[:8], "little")
     header = sound[8 : 8 + length].rstrip()[:-1] + f', "__metadata__": {metadata}}}'.encode()
     content = len(header).to_bytes(8, "little") + header + sound[8 + length :]
     with pytest.raises(Damaged, match="carries unknown metadata"):
-        vectors.read_array(content, Path("x.safetensors"), name="y", kind="U32", shape=(9,))
+        arrays.read_array(content, Path("x.safetensors"), name="y", kind="U32", shape=(9,))

@@ -16,12 +16,12 @@ from scipy import stats
 
 from builders import Family, examples, tuned
 from stages.accounting.accountant import Charge
+from stages.accounting.noise import SecretRandom
 from stages.artefacts.checkpoints import own
 from stages.data.examples import Example
 from stages.models import adapters
 from stages.models.tuned import Tuned
 from stages.privacy.dp_sgd import NoisyOptimizer, draw, gradients, loss_of_examples, take_step, train
-from stages.privacy.noise import SecretRandom
 from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event
 from stages.training.objective import Objective

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.artefacts.adapter_files import layout_of
 from stages.runtime.errors import BadNumbers, Damaged
 from stages.secagg import fixed_point
 
@@ -142,25 +141,3 @@ def test_a_weight_or_count_that_no_clients_can_have_is_damage(weight: int, count
 def test_a_mean_beyond_the_bound_is_damage(value: int) -> None:
     with pytest.raises(Damaged, match="values beyond 8"):
         fixed_point.decode(np.array([value, 1000, 1], np.uint32), bound=8.0, clients=3)
-
-
-def test_tensors_stand_in_the_order_of_their_names_bytes() -> None:
-    tensors = {
-        "b": np.arange(4, dtype=np.float32).reshape(2, 2).T,
-        "a.é": numbers(9),
-        "a.z": numbers(8),
-        "B": numbers(7),
-    }
-    vector = fixed_point.flatten(tensors)
-    assert vector.tolist() == [7, 8, 9, 0, 2, 1, 3]  # B < a.z < a.é (UTF-8 c3 a9) < b, whose columns were rows
-    assert vector.dtype == np.float32
-    back = fixed_point.unflatten(vector, layout_of(tensors))
-    assert back.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(back[name], tensor)
-
-
-@pytest.mark.parametrize("size", [4, 6])
-def test_a_vector_of_another_length_fills_no_layout(size: int) -> None:
-    with pytest.raises(ValueError, match="layout of 5"):
-        fixed_point.unflatten(np.zeros(size, np.float32), {"a": (2, 2), "b": (1,)})

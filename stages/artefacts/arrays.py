@@ -1,4 +1,4 @@
-"""Files that hold one array each, as secure aggregation exchanges them: safetensors, read as strictly as adapters."""
+"""Files that hold one array each, as where updates are hidden: safetensors, read as strictly as adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.artefacts.tensor_files import read_header
 from stages.files import reading
 from stages.runtime.errors import Damaged
 
-KINDS: dict[str, np.dtype[np.unsignedinteger]] = {"U32": np.dtype("<u4"), "U8": np.dtype("u1")}
+Kind = Literal["F32", "U32", "U8"]
 
 
 def array_bytes(name: str, array: np.ndarray) -> bytes:
@@ -21,9 +21,7 @@ def array_bytes(name: str, array: np.ndarray) -> bytes:
     return safetensors.numpy.save({name: np.ascontiguousarray(array)})
 
 
-def read_array(
-    content: bytes, path: Path, *, name: str, kind: Literal["U32", "U8"], shape: tuple[int, ...]
-) -> np.ndarray:
+def read_array(content: bytes, path: Path, *, name: str, kind: Kind, shape: tuple[int, ...]) -> np.ndarray:
     """The one array in a file. Raises Damaged unless it has exactly this name, kind and shape."""
     header = read_header(content, path)
     expected: dict[str, tuple[str, list[int]]] = {name: (kind, list(shape))}

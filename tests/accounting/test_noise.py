@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stages.privacy.noise import SecretRandom
+from stages.accounting.noise import SecretRandom
 
 COUNT = 200_001
 CHANCE = 1e-9

@@ -1,4 +1,4 @@
-"""Random numbers that nobody can draw a second time, for sampling and noise: a known seed would take the noise away.
+"""Random numbers that nobody else can draw a second time, for sampling and noise, which a known seed would take away.
 
 The key comes from the system, lives in memory alone and is never written or logged. The stream is AES-256 in counter
 mode: torch's own generator takes 32 bits of seed on a CPU, few enough to try them all.
@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 
 class SecretRandom:
-    """One stream of numbers under a key of its own."""
+    """One stream of numbers under a key of its own; key: 32 secret bytes, for a stream that its owner can repeat."""
 
-    def __init__(self) -> None:
-        self._stream = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+    def __init__(self, key: bytes | None = None) -> None:
+        self._stream = Cipher(algorithms.AES256(key or os.urandom(32)), modes.CTR(bytes(16))).encryptor()
 
     def uniform(self, count: int) -> np.ndarray:
         """So many numbers in [0, 1), float64, multiples of 2^-53."""

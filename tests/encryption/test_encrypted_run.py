@@ -1,0 +1,339 @@
+"""Encrypted mode from end to end: two clients, one key, and the mean that NumPy has in float64 of what they keep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import Once
+
+from builders import Outcome, edit, make_workspace, rows, write_rows
+from federations import Machines, agreement, copied, enrol, vault_of, with_keys
+from stages.aggregate import aggregate
+from stages.artefacts.draft import Draft
+from stages.artefacts.publishing import publish
+from stages.artefacts.reading import read_artefact, read_manifest
+from stages.audit.audit import audit
+from stages.audit.verify import verify
+from stages.broadcast import broadcast
+from stages.client_train import client_train
+from stages.encryption import ciphertext_files
+from stages.federation.run import run
+from stages.parties.party import Party
+from stages.progress.status import status
+from stages.reveal import reveal
+from stages.runtime.errors import Damaged, NotReady, Refused, UsageProblem
+from stages.workspace.names import ENCRYPTED as ENCRYPTED_FILE
+from stages.workspace.paths import Workspace
+
+ENCRYPTED = 'mode = "encrypted"\n'
+
+
+def flat(folder: Path) -> np.ndarray:
+    """All numbers of an adapter as float64, by name."""
+    found = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    return np.concatenate([value.ravel().astype(np.float64) for _, value in sorted(found.items())])
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def mean_of(folder: Path, weights: dict[int, float], round: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The mean update as the server has it, and as numpy.average has it of the clients' own adapters."""
+    before = flat(folder / f"exchange/round-{round:04d}/broadcast")
+    own = [flat(folder / f"private/client-{k}/round-{round:04d}/slm") - before for k in weights]
+    found = flat(folder / f"private/server/round-{round:04d}/aggregate") - before
+    return found, np.average(own, axis=0, weights=list(weights.values()))
+
+
+@pytest.fixture(scope="session")
+def encrypted_once(once: Once, base_models: Path) -> tuple[Path, Path]:
+    """Two clients that have run both rounds, and the keys of all parties."""
+
+    def fill(top: Path) -> None:
+        folder = with_keys(make_workspace(top / "study", base_models), top / "keys")
+        (folder / "fedcollm.toml").write_text(agreement(aggregation=ENCRYPTED, clients=2))
+        run(Workspace(folder))
+
+    top = once("encrypted", fill)
+    return top / "study", top / "keys"
+
+
+@pytest.fixture
+def encrypted(encrypted_once: tuple[Path, Path], tmp_path: Path) -> Path:
+    return copied(encrypted_once, tmp_path)
+
+
+def test_run_does_both_rounds_and_what_is_opened_is_the_mean(encrypted: Path) -> None:
+    assert all(round.is_done for round in status(Workspace(encrypted), verify=True).rounds)
+    for round in (1, 2):
+        found, expected = mean_of(encrypted, {1: 1, 2: 1}, round)
+        assert relative_error(found, expected) < 1e-5  # adapters are float32: their own steps are most of it
+    verify(Workspace(encrypted))
+
+
+@pytest.fixture
+def machines(tmp_path: Path, base_models: Path, fedcollm: Callable[..., Outcome]) -> Machines:
+    """A server and two clients with a folder and keys each, who have joined; client 2 is the one that opens sums."""
+    text = agreement(aggregation=f"{ENCRYPTED}opener = 2\n", clients=2, rounds=1, method="fedavg")
+    found = Machines.set_up(tmp_path, base_models, fedcollm, text, (1, 2))
+    found.enrol(1, 2)
+    return found
+
+
+def secrets_of(machine: Path) -> set[str]:
+    """Which party's vault on a machine holds what opens sums."""
+    return {path.parent.name for path in Workspace(machine).secrets.rglob("ckks.json")}
+
+
+def test_two_clients_on_their_own_machines_take_one_command_more_than_in_plain_mode(machines: Machines) -> None:
+    server, first, second = (machines.folders[party] for party in ("server", "client-1", "client-2"))
+    assert [secrets_of(folder) for folder in (server, first, second)] == [set(), set(), {"client-2"}]
+    machines.give("server", "next")
+    machines.down(1, 2)
+    waits = machines.give("client-2", "next")
+    assert "client-train" in waits.err
+    machines.client(1, "client-train", "--round", 1)
+    machines.up(1, 2)
+    closing = machines.give("server", "aggregate", "--round", 1, code=3)
+    assert "closed over clients 1 and 2" in closing.err
+    assert "round 1 waits for client 2 to open the sum" in closing.err
+    assert "fedcollm reveal --client 2 --round 1" in closing.err
+    assert "waiting for the reveal of client 2" in machines.give("server", "next", code=3).err
+    machines.down(1, 2)
+    machines.give("client-1", "next", code=9)
+    assert "client 1 has no key to open a sum with" in machines.client(1, "reveal", "--round", 1, code=2).err
+    said = machines.give("client-2", "next").err
+    assert "the server alone knows whether the sum is theirs" in said
+    machines.up(2)
+    machines.give("server", "next")
+    assert all(round.is_done for round in status(Workspace(server), verify=True).rounds)
+    before = flat(server / "exchange/round-0001/broadcast")
+    own = [flat(folder / f"private/client-{k}/round-0001/slm") - before for k, folder in ((1, first), (2, second))]
+    found = flat(server / "private/server/round-0001/aggregate") - before
+    assert relative_error(found, np.mean(own, axis=0)) < 1e-5
+    assert [one.text for one in audit([server]) if one.level == "FAIL"] == []
+
+
+def test_bundles_carry_a_round_and_the_sum_goes_to_the_one_with_the_key(machines: Machines, tmp_path: Path) -> None:
+    def mail(source: str, target: str, *words: object) -> str:
+        machines.give(source, "pack", *words, "--round", 1, "--output", tmp_path / "bundle", "--overwrite")
+        return machines.give(target, "unpack", tmp_path / "bundle").out
+
+    machines.give("server", "broadcast", "--round", 1)
+    for k in (1, 2):
+        mail("server", f"client-{k}", "--server", "--to", k)
+        machines.client(k, "client-train", "--round", 1)
+        mail(f"client-{k}", "server", "--client", k)
+    machines.give("server", "aggregate", "--round", 1, code=3)
+    assert "round-0001/close" in mail("server", "client-2", "--server", "--to", 2)
+    assert "round-0001/close" not in mail("server", "client-1", "--server", "--to", 1)
+    machines.client(2, "reveal", "--round", 1)
+    assert "round-0001/reveal-2" in mail("client-2", "server", "--client", 2)
+    machines.give("server", "aggregate", "--round", 1)
+
+
+# --- again, late, alone
+
+
+def without(folder: Path, *names: str) -> None:
+    """Take away what was made in round 1 and after it, to be made again; the vaults keep what they remember."""
+    for name in names:
+        shutil.rmtree(folder / name)
+    for path in [*folder.glob("exchange/round-0002"), *folder.glob("private/*/round-0002")]:
+        shutil.rmtree(path)
+    shutil.rmtree(folder / "results", ignore_errors=True)
+
+
+AGGREGATE, SUM, OPENED = (
+    "private/server/round-0001/aggregate",
+    "exchange/round-0001/close",
+    "exchange/round-0001/reveal-1",
+)
+
+
+def test_a_run_that_was_stopped_goes_on_and_makes_the_same(encrypted: Path) -> None:
+    made = {name: (encrypted / name / "manifest.json").read_bytes() for name in (AGGREGATE, OPENED, SUM)}
+    opened = (encrypted / OPENED / "opened.safetensors").read_bytes()
+    without(encrypted, AGGREGATE, OPENED)
+    run(Workspace(encrypted), rounds=[1], scores=False)
+    assert {name: (encrypted / name / "manifest.json").read_bytes() for name in made} == made
+    assert (encrypted / OPENED / "opened.safetensors").read_bytes() == opened  # under the same noise
+
+
+def test_an_update_is_encrypted_once_and_sent_again_only_where_it_is_gone(encrypted: Path) -> None:
+    place, workspace = encrypted / "exchange/round-0001/client-2", Workspace(encrypted)
+    before = (place / "encrypted.safetensors").read_bytes()
+    client_train(workspace, client=2, round=1)
+    assert (place / "encrypted.safetensors").read_bytes() == before
+    shutil.rmtree(place)
+    client_train(workspace, client=2, round=1)
+    assert (place / "encrypted.safetensors").read_bytes() != before  # other randomness, the same numbers
+
+
+@pytest.fixture
+def three(tmp_path: Path, base_models: Path) -> Path:
+    """Three clients, of which two are enough, with keys and a broadcast."""
+    folder = with_keys(make_workspace(tmp_path / "study", base_models), tmp_path / "keys")
+    text = agreement(aggregation=f"{ENCRYPTED}min_clients = 2\n", method="fedavg", rounds=1)
+    (folder / "fedcollm.toml").write_text(text)
+    enrol(Workspace(folder))
+    broadcast(Workspace(folder), round=1)
+    return folder
+
+
+def close(folder: Path) -> None:
+    with pytest.raises(NotReady, match="waits for client 1 to open the sum"):
+        aggregate(Workspace(folder), round=1)
+
+
+def test_one_update_alone_is_not_added_and_one_that_comes_late_is_left_out(three: Path) -> None:
+    workspace = Workspace(three)
+    client_train(workspace, client=2, round=1)
+    with pytest.raises(NotReady, match="round 1 has 1 of the 2 updates it needs; absent: clients 1 and 3"):
+        aggregate(workspace, round=1)
+    client_train(workspace, client=3, round=1)
+    close(three)
+    client_train(workspace, client=1, round=1)
+    reveal(workspace, client=1, round=1)  # which opens a sum that it has no part in
+    heard: list[str] = []
+    made = aggregate(workspace, round=1, report=lambda event: heard.append(event.text))
+    assert "client 1's update came after the close: it is left out" in heard
+    assert made.unmasking is not None
+    assert (made.unmasking.survivors, made.unmasking.revealed, made.unmasking.count) == ([2, 3], [1], 2)
+    found, expected = mean_of(three, {2: 1, 3: 1})
+    assert relative_error(found, expected) < 1e-5
+    assert [one.text for one in audit([three]) if one.level == "FAIL"] == []
+    assert any("came after the close" in one.text for one in audit([three]) if one.level == "WARN")
+
+
+def forged(folder: Path, clients: list[int], source: str) -> None:
+    """Have the server close round 1 over these clients, with the ciphertexts of this folder as their sum."""
+    server = Party.server(Workspace(folder))
+    sent = {k: read_artefact(folder / f"exchange/round-0001/client-{k}") for k in clients}
+    theta = read_artefact(folder / "exchange/round-0001/broadcast")
+    draft = Draft(
+        stage="close",
+        round=1,
+        parents={"broadcast": theta.sha256} | {f"client-{k}": one.sha256 for k, one in sent.items()},
+        base=theta.manifest.base,
+        parameters=sent[clients[0]].manifest.parameters,
+        closing={f"client-{k}": one.manifest.files[ENCRYPTED_FILE].sha256 for k, one in sent.items()},
+    )
+    content = (folder / source / ENCRYPTED_FILE).read_bytes()
+    shutil.rmtree(folder / SUM, ignore_errors=True)
+    publish(folder / SUM, {ENCRYPTED_FILE: content}, draft, by=server)
+
+
+def test_the_key_opens_no_sum_of_one_client(three: Path) -> None:
+    workspace, one = Workspace(three), "exchange/round-0001/client-2"
+    for client in (2, 3):
+        client_train(workspace, client=client, round=1)
+    forged(three, [2], one)
+    with pytest.raises(Refused, match="the sum of round 1 is of client 2: to open it is to see that update"):
+        reveal(workspace, client=1, round=1)
+    forged(three, [2, 3], one)  # which says that it is of two
+    with pytest.raises(Refused, match="is not that of the updates of clients 2 and 3 here"):
+        reveal(workspace, client=1, round=1)
+    kept = shutil.move(three / one, three.parent / "kept")
+    with pytest.raises(Damaged, match="not of 2 updates of this federation's key: its ciphertext 0 counts 1"):
+        reveal(workspace, client=1, round=1)  # where the updates are not here, the count inside tells
+    shutil.move(kept, three / one)
+    assert any("is not the sum of the updates" in found.text for found in audit([three]) if found.level == "FAIL")
+
+
+def test_the_key_opens_one_sum_of_a_round_for_ever(three: Path) -> None:
+    workspace = Workspace(three)
+    for client in (1, 2, 3):
+        client_train(workspace, client=client, round=1)
+    close(three)
+    reveal(workspace, client=1, round=1)
+    shutil.rmtree(three / SUM)
+    shutil.move(three / "exchange/round-0001/client-3", three.parent / "kept")
+    with pytest.raises(Refused, match="client 1 opened another sum of round 1 than the one here"):
+        aggregate(workspace, round=1)
+    with pytest.raises(Refused, match=r"this is a second sum of round 1: .* opens one for ever"):
+        reveal(workspace, client=1, round=1)
+    broadcast(workspace, round=1, overwrite=True)
+    with pytest.raises(Refused, match="this client has revealed for round 1 already"):
+        client_train(workspace, client=1, round=1)
+
+
+def spoiled(folder: Path, content: bytes, **claims: Any) -> None:
+    """Have client 3 send this in the place of its ciphertexts, signed."""
+    place = folder / "exchange/round-0001/client-3"
+    draft = {each.name: getattr(read_manifest(place)[0], each.name) for each in fields(Draft)} | claims
+    publish(place, {ENCRYPTED_FILE: content}, Draft(**draft), by=Party.client(Workspace(folder), 3))
+
+
+def test_what_a_client_sends_in_bad_faith_is_refused_by_its_name(three: Path) -> None:
+    workspace, place = Workspace(three), three / "exchange/round-0001/client-3" / ENCRYPTED_FILE
+    for client in (1, 2, 3):
+        client_train(workspace, client=client, round=1)
+    sound = place.read_bytes()
+    [ciphertext] = ciphertext_files.read(sound, place, 1)
+    hostile = {
+        b"\x80\x04K\x01.": "is a pickle, which is never opened",
+        ciphertext_files.written([ciphertext, ciphertext]): r"other tensors than .* lengths U32 \[1\]",
+        ciphertext_files.written([ciphertext[:-99]]): "client 3's update: not a ciphertext",
+        ciphertext_files.written([b"\0" * 99]): "client 3's update: (not )?a ciphertext",
+    }
+    for content, said in hostile.items():
+        spoiled(three, content)
+        with pytest.raises(Damaged, match=said):
+            aggregate(workspace, round=1)
+    spoiled(three, sound, parents={"broadcast": "0" * 64})
+    with pytest.raises(Refused, match="client 3's update of round 1 was trained from another broadcast"):
+        aggregate(workspace, round=1)
+
+
+def test_weights_are_by_examples_and_nobody_is_told_them(tmp_path: Path, base_models: Path) -> None:
+    folder = with_keys(make_workspace(tmp_path / "study", base_models), tmp_path / "keys")
+    lines = f'{ENCRYPTED}weighting = "samples"\nmax_examples = 100\ncombine = "freeze-a"\nserver = "fedavgm"\n'
+    (folder / "fedcollm.toml").write_text(agreement(aggregation=lines, clients=2, rounds=1, method="fedavg"))
+    edit(folder / "fedcollm.toml", "steps = 6", "epochs = 1.0")
+    write_rows(folder / "private/client-1/train.jsonl", rows(24))
+    write_rows(folder / "private/client-2/train.jsonl", rows(8))
+    run(Workspace(folder), scores=False)
+    manifests = [read_manifest(folder / f"private/client-{k}/round-0001/slm")[0] for k in (1, 2)]
+    weights = {k: float(manifest.examples) for k, manifest in enumerate(manifests, 1)}
+    assert weights[1] == 3 * weights[2]
+    found, expected = mean_of(folder, weights)
+    assert relative_error(found, expected) < 1e-5
+    sent = read_manifest(folder / "exchange/round-0001/client-1")[0]
+    assert (sent.examples, sent.tokens, sent.steps, sent.metrics, sent.seed) == (0, 0, 0, {}, None)
+
+
+def test_without_tenseal_a_command_says_what_to_install(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tenseal", None)
+    with pytest.raises(UsageProblem, match="needs TenSEAL, which is not installed") as found:
+        client_train(Workspace(three), client=1, round=1)
+    assert found.value.mend == "pip install 'fedcollm[he]'"
+
+
+def test_a_key_that_the_roster_does_not_name_encrypts_nothing(three: Path) -> None:
+    path = three / "exchange/keys/client-1.json"
+    keys = json.loads(path.read_text())
+    path.write_text(json.dumps(keys | {"ckks": keys["ckks"][:-8] + "0" * 8}))
+    with pytest.raises(Damaged):
+        client_train(Workspace(three), client=2, round=1)
+    assert not (three / "exchange/round-0001/client-2").exists()
+
+
+def test_a_secret_of_the_key_that_was_damaged_opens_nothing(three: Path) -> None:
+    for client in (1, 2, 3):
+        client_train(Workspace(three), client=client, round=1)
+    close(three)
+    kept = vault_of(three, "client-1") / "ckks.json"
+    kept.write_text(kept.read_text().replace("a0", "b0", 1))
+    with pytest.raises(Damaged, match=r"the secret ckks\.json of client-1 is damaged"):
+        reveal(Workspace(three), client=1, round=1)
