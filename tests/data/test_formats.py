@@ -125,7 +125,10 @@ def test_prepare_deals_conversations_and_refuses_two_forms(workspace_folder: Pat
     dealt = [row for k in (1, 2, 3) for row in read_rows(Workspace(workspace_folder).client_data(k))[0]]
     assert {row.form for row in dealt} == {MESSAGES}
     assert len({row.prompt for row in dealt}) == len(dealt) == 15
-    write_rows(workspace_folder / "data/chats.jsonl", [*chats])  # type: ignore[list-item]
+    agreement.write_text(agreement.read_text().replace("files =", "unlabelled_share = 0.4\nfiles ="))
+    prepare(Workspace(workspace_folder), overwrite=True)
+    auxiliary, _ = read_rows(Workspace(workspace_folder).auxiliary_data, unlabelled=True)
+    assert sorted(row.completion is None for row in auxiliary) == [False] * 3 + [True] * 2
     write_rows(workspace_folder / "data/texts.jsonl", [{"prompt": "Q", "completion": "A"}])
     agreement.write_text(agreement.read_text().replace('"data/chats.jsonl"', '"data/chats.jsonl", "data/texts.jsonl"'))
     with pytest.raises(UsageProblem, match=r"the rows of data.files are of several forms"):
