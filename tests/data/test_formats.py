@@ -66,6 +66,7 @@ def test_messages_and_turns_are_read_with_what_is_learned_of_them() -> None:
         ({"messages": [ASKED, SAID | {"content": [{"type": "text"}]}]}, "message 2 of messages: content is not text"),
         ({"messages": [ASKED, SAID | {"tool_calls": [1]}]}, "message 2 of messages has 'tool_calls' beside role"),
         ({"prompt": [ASKED]}, "no completion"),
+        ({"prompt": ["Q"], "completion": "A"}, "message 1 of prompt is a str, not an object"),
         ({"prompt": [ASKED], "completion": "A"}, "completion is not a list of messages, or is empty"),
         ({"prompt": [ASKED, SAID], "completion": [ASKED]}, "no turn of the assistant in completion"),
         ({"prompt": "Q", "completion": [SAID]}, "completion is not text, or is empty"),
@@ -93,6 +94,7 @@ def test_a_file_of_several_forms_is_refused_by_line(tmp_path: Path) -> None:
         read_rows(path)
     assert f"line 3 of train.jsonl: a row {TURNS}, where row 1 is {MESSAGES}" in caught.value.message
     assert "line 4: a row" in caught.value.message
+    assert "expected {" not in caught.value.message
 
 
 def test_public_rows_of_models_of_several_families_are_no_conversations(tmp_path: Path) -> None:
