@@ -45,6 +45,7 @@ NOT_RUN = {
 """Pages whose snippets are only read: why. On the other pages each is run, or says itself why not."""
 OF_OTHERS = {
     *("--cores", "--config", "--profile", "--dag", "--rulegraph", "--unlock", "--until"),  # snakemake's
+    *("--apply_chat_template", "--num_fewshot", "--system_instruction"),  # lm_eval's
     *("--signals-to-handle", "--qos", "--constraint", "--gres", "--mem"),  # torchrun's and sbatch's
 }
 

@@ -65,7 +65,7 @@ def client_train(
 ) -> None:
     """Client: tune a round's adapter on private data.
 
-    Local training of Eq. 3. Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Writes
+    Local training of Eq. 3. Reads exchange/round-t/broadcast and private/client-k/train.jsonl, .csv or .parquet. Writes
     exchange/round-t/client-k, the only folder that goes to the server. If it was stopped, the same command goes on from
     its last checkpoint. With FedMKT (Eq. 4) a client goes on with its own adapter, or with aggregation.average from the
     broadcast. What it trains stays in private/client-k/round-t/trained.

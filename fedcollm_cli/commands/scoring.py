@@ -37,4 +37,4 @@ def evaluate_rows(
         processes=opened.processes,
         report=opened.console.report,
     )
-    opened.console.result(found, row_scores([found]))
+    opened.console.result(found, row_scores(found))

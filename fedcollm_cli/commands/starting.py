@@ -52,7 +52,7 @@ def init(
 def check_rows(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files of JSON lines. Default: all rows of this workspace that are here."),
+        typer.Argument(help="JSON lines, CSV or Parquet. Default: all rows of this workspace that are here."),
     ] = None,
     *,
     client: Annotated[int | None, typer.Option("--client", min=1, help="Only what this client trains on.")] = None,
@@ -73,7 +73,7 @@ def check_rows(
 
     With --fix, a copy is written: Unix's line ends, no byte order mark, no empty line, each row once, one space before
     an answer. Spaces that indent a line, and lines that are no rows, stay as they are. The file itself never
-    changes.
+    changes. Tables are checked and not mended.
 
     Example: fedcollm check-rows --client 2 --fix
     """
@@ -97,7 +97,7 @@ def prepare(
     For a simulation. Reads the lm-eval tasks or JSONL files that [data] names. Writes private/client-k/train.jsonl,
     private/server/auxiliary.jsonl and private/split.json; with data.held_out_share also private/server/held-out.jsonl;
     with FedMKT also private/client-k/public.jsonl, a copy of the auxiliary rows for each client. Prints rows and
-    labels per party.
+    labels per party. Refuses on a machine that shows itself to be one party's, unless machine.toml says simulation.
 
     Example: fedcollm prepare
     """

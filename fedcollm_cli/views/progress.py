@@ -116,6 +116,7 @@ def status(found: Status, workspace: Path | None) -> str:
     if found.edited:
         lines.append(found.edited)
     lines += [f"stale: {one}" for one in found.stale]
+    lines += [f"training would refuse {one}" for one in found.refused]
     lines += [f"changed since it was written: {one}" for one in found.changed]
     if found.not_covered:
         lines.append(f"not covered: {found.not_covered}")

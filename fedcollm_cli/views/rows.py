@@ -55,20 +55,22 @@ def _lines(remark: Remark, unit: str) -> str:
     return f": {unit}{'' if len(remark.lines) == 1 else 's'} {listed}" + (f" and {more} more" if more > 0 else "")
 
 
-def row_scores(results: Sequence[RowsResult]) -> Table:
-    """How well models know the answers of rows: a row for each model and file."""
-    is_written = any("written" in result["scores"] for result in results)
-    table = Table()
-    for name in ("model", "round", "rows of", "rows", "answer tokens", "loss", "perplexity", "exact match"):
-        table.add_column(name, justify="left" if name in ("model", "rows of") else "right")
-    for name in ("match of text", "Rouge-L") if is_written else ():
-        table.add_column(name, justify="right")
-    for result in results:
-        found, round = result["scores"], result["round"]
-        own = found.get("written")
-        cells = [result["subject"], "base" if round is None else str(round), result["rows"]]
-        cells += [str(found["rows"]), str(found["tokens"])]
-        cells += [f"{found['loss']:.4f}", f"{found['perplexity']:.4g}", f"{found['exact_match']:.4f}"]
-        cells += [f"{own['generated_match']:.4f}", f"{own['rouge_l']:.4f}"] if own else [""] * (2 * is_written)
-        table.add_row(*cells)
+def row_scores(result: RowsResult) -> Table:
+    """How well a model knows the answers of a file of rows."""
+    scores, round = result["scores"], result["round"]
+    cells = {
+        "model": result["subject"],
+        "round": "base" if round is None else str(round),
+        "loss": f"{scores['loss']:.4f}",
+        "perplexity": f"{scores['perplexity']:.4g}",
+        "exact match": f"{scores['exact_match']:.4f}",
+    }
+    if written := scores.get("written"):
+        cells |= {"text match": f"{written['generated_match']:.4f}", "Rouge-L": f"{written['rouge_l']:.4f}"}
+    size = f"{number_of(scores['rows'], 'row')}, {number_of(scores['tokens'], 'answer token')}"
+    size += f"; {scores['rows_left_out']} more are too long and left out" if "rows_left_out" in scores else ""
+    table = Table(title=result["rows"], caption=size)
+    for name in cells:
+        table.add_column(name, justify="left" if name == "model" else "right")
+    table.add_row(*cells.values())
     return table

@@ -61,14 +61,22 @@ def row_of(value: Mapping[str, Any], *, unlabelled: bool) -> Row:
 
 def of_one_form(rows: Sequence[tuple[str, Row | str]]) -> list[tuple[str, Row | str]]:
     """The rows with what they were read from; of another form than the first is, what is wrong with them instead."""
-    forms = [(number, row.form) for number, (_, row) in enumerate(rows, 1) if isinstance(row, Row)]
-    if len({form for _, form in forms}) < 2:
+    known = [(number, row) for number, (_, row) in enumerate(rows, 1) if isinstance(row, Row)]
+    if all(_is_alike(row, known[0][1]) for _, row in known):
         return list(rows)
-    number, form = forms[0]
+    number, first = known[0]
     return [
-        (text, f"a row {row.form}, where row {number} is {form}" if isinstance(row, Row) and row.form != form else row)
+        (text, row)
+        if not isinstance(row, Row) or _is_alike(row, first)
+        else (text, f"a row {row.form}, where row {number} is {first.form}")
         for text, row in rows
     ]
+
+
+def _is_alike(row: Row, first: Row) -> bool:
+    """Whether two rows are of one form; one without an answer may stand among conversations of any, or among texts."""
+    is_open = row.completion is None or first.completion is None
+    return row.form == first.form or (is_open and bool(row.messages) == bool(first.messages))
 
 
 def _check_text(value: Mapping[str, Any], key: str) -> None:

@@ -114,6 +114,14 @@ def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     return list(rows[:kept]), list(rows[kept:])
 
 
+def limited(rows: Sequence[Row], limit: int | None, *, seed: int) -> list[Row]:
+    """So many of the rows, drawn at random, in their order; None: all."""
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    drawn = set(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist())
+    return [row for i, row in enumerate(rows) if i in drawn]
+
+
 def unlabel(rows: Sequence[Row], share: float, *, seed: int) -> list[Row]:
     """The rows in their order, that share of them, drawn at random, without completion and label."""
     drawn = set(np.random.default_rng(seed).permutation(len(rows))[: round(share * len(rows))].tolist())

@@ -20,6 +20,7 @@ from stages.data.rows import Row, check_one_form, rows_bytes
 from stages.data.spacing import warn_of_spacing
 from stages.data.split_file import Share, Split
 from stages.files import reading, writing
+from stages.parties.enrolment import sign_of_one_party
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.names import AGREEMENT, MACHINE
@@ -35,16 +36,28 @@ def prepare(workspace: Workspace, *, overwrite: bool = False, report: Report = i
     together.
     """
     report(Event("stage", "prepare"))
-    if workspace.machine.simulation is False:
-        message = "prepare deals public rows to all parties of a simulation; machine.toml says that this is none"
-        raise Refused(
-            message, where=workspace.root / MACHINE, mend="put the party's own rows in their place; see status"
-        )
+    _check_simulates(workspace)
     one_tokenizer.check(workspace)
     parties, summary = dealt(workspace, report)
     if left_out := summary.get("left_out"):
         report(Event("note", f"{left_out} rows of data.auxiliary_sources are left out, by data.auxiliary_share"))
+    if beyond := summary.get("beyond_limit"):
+        report(Event("note", f"{beyond} rows of clients are left out, by data.limit"))
     return _publish(workspace, parties, summary, overwrite, report)
+
+
+def _check_simulates(workspace: Workspace) -> None:
+    """Raise Refused on a machine of one party, as machine.toml says, or as what lies here does: nothing is invented."""
+    said = workspace.machine.simulation
+    one_party = "machine.toml says that this is none" if said is False else ""
+    if said is None and not workspace.split.exists():
+        one_party = sign_of_one_party(workspace)
+    if one_party:
+        message = f"prepare deals public rows to all parties of a simulation; {one_party}"
+        mend = "put the party's own rows in their place; see status"
+        if said is None:
+            mend += "; or, where one person plays all parties, set simulation = true in machine.toml"
+        raise Refused(message, where=workspace.root / MACHINE, mend=mend)
 
 
 def dealt(workspace: Workspace, report: Report = ignore) -> tuple[dict[Path, list[Row]], Split]:
@@ -86,7 +99,7 @@ def _from_file(workspace: Workspace, name: str) -> list[Row]:
 
 
 def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tuple[dict[Path, list[Row]], Split]:
-    from stages.data.partition import hold_out, split, unlabel
+    from stages.data.partition import hold_out, limited, split, unlabel
 
     agreement, data = workspace.agreement, workspace.agreement.data
     unique = _unique(rows, data.auxiliary_sources)
@@ -101,6 +114,11 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tup
         seed=workspace.seed_for("prepare", 1),
     )
     left_out = len(unique) - len(auxiliary) - sum(map(len, deal))
+    whole = sum(map(len, deal))
+    deal = [
+        limited(share, data.limit, seed=workspace.seed_for("limit", 1, k))
+        for k, share in zip(workspace.clients, deal, strict=True)
+    ]
     parties = {workspace.dealt_data(k): share for k, share in zip(workspace.clients, deal, strict=True)}
     auxiliary, held_out = hold_out(auxiliary, data.held_out_share or 0.0)
     auxiliary = unlabel(auxiliary, data.unlabelled_share or 0.0, seed=workspace.seed_for("unlabel", 1))
@@ -119,6 +137,8 @@ def _divide(workspace: Workspace, rows: list[Row], test: set[str] | None) -> tup
     }
     if left_out:
         summary["left_out"] = left_out
+    if beyond := whole - sum(map(len, deal)):
+        summary["beyond_limit"] = beyond
     if agreement.federation.learns_in_public:
         parties |= {workspace.public_data(k): auxiliary for k in workspace.clients}
     if held_out:

@@ -15,6 +15,9 @@ from stages.files import reading
 from stages.runtime.errors import Damaged
 from stages.runtime.texts import lines
 
+OF_OTHER_FORMS = ("message", "assistant", "conversation", "instruction", "input", "output", "a row ")
+"""Words of what is wrong with rows that are no prompt and completion."""
+
 MOST_LISTED = 20
 """How many bad lines of a file one error tells."""
 
@@ -33,11 +36,18 @@ def read_rows(path: Path, *, unlabelled: bool = False, texts: bool = False) -> t
     each = [row for _, row in parsed_lines(content, path, unlabelled=unlabelled, texts=texts)]
     rows = [row for row in each if isinstance(row, Row)]
     if found := {number: row for number, row in enumerate(each, 1) if not isinstance(row, Row)}:
-        expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
-        raise _bad_lines(path, found, expected + (', or {"prompt": "..."} alone' if unlabelled else ""))
+        raise _bad_lines(path, found, _expected(next(iter(found.values())), unlabelled=unlabelled))
     if not rows:
         raise Damaged(f"{path.name} is empty", where=path, mend='put rows {"prompt": ..., "completion": ...} in it')
     return rows, reading.sha256(content)
+
+
+def _expected(what: str, *, unlabelled: bool) -> str:
+    """What a row should be that is none, by what is wrong with it."""
+    if any(word in what for word in OF_OTHER_FORMS):
+        return "docs/how-to/own-rows.md has the forms of rows"
+    expected = 'expected {"prompt": "...", "completion": "..."}, both not empty'
+    return expected + (', or {"prompt": "..."} alone' if unlabelled else "")
 
 
 def parsed_lines(content: bytes, path: Path, *, unlabelled: bool, texts: bool = False) -> list[tuple[str, Row | str]]:

@@ -34,6 +34,7 @@ class Split(TypedDict):
     rows: int  # of all sources, duplicates included
     duplicates_dropped: int
     left_out: NotRequired[int]  # rows of data.auxiliary_sources beyond data.auxiliary_share, which nobody has
+    beyond_limit: NotRequired[int]  # rows of clients that data.limit left out, which nobody has
     also_in_test: int | None  # rows whose prompt is also in the test set; None: not compared
     auxiliary: Auxiliary
     parties: dict[str, Share]  # by client-1, client-2, ..., server

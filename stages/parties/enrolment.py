@@ -5,6 +5,7 @@ from __future__ import annotations
 from stages.parties import agreed, names, roster_files
 from stages.parties.party import Party, all_of
 from stages.runtime.errors import Problem, Refused
+from stages.workspace import listing
 from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
@@ -37,6 +38,24 @@ def check_is_new(party: Party) -> None:
     anew = names.keys_made_by(party.name, renew=True)
     mend = f"give the command on the machine of {name}; only for a new federation: {anew}"
     raise Refused(f"{who}; the keys of {name} are on its own machine", where=own, mend=mend)
+
+
+def sign_of_one_party(workspace: Workspace) -> str:
+    """By what a machine shows that it is not that of all parties, in words; empty where nothing does.
+
+    Keys of some parties and not of others; or a roster, or a round, that came from others, where no party has rows.
+    """
+    parties = list(all_of(workspace))
+    keyed = [names.said(one.name) for one in parties if workspace.secrets_pointer(one.name).exists()]
+    if keyed and len(keyed) < len(parties):
+        return f"the keys of {', '.join(keyed)} are here, and not those of all"
+    rows = [workspace.auxiliary_data, *map(workspace.client_data, workspace.clients)]
+    if not keyed and not any(path.exists() for path in rows):
+        if workspace.federation.exists():
+            return "the roster of a federation is here, and nobody's keys"
+        if listing.has_rounds(workspace):
+            return "a round of a federation is here, and nobody's rows"
+    return ""
 
 
 def _has_joined(party: Party) -> bool:

@@ -90,7 +90,7 @@ def _sources(workspace: Workspace, files: Sequence[Path], client: int | None) ->
     if client is not None:
         workspace.check_client(client)
     for path in files:
-        require(path, f"{path.name} is not there", "name a file of JSON lines")
+        require(path, f"{path.name} is not there", "name a file of rows")
     places = [one for one in _places(workspace) if client is None or one.client == client]
     if files:
         known = {place.path.resolve(): place for place in places}
@@ -99,7 +99,7 @@ def _sources(workspace: Workspace, files: Sequence[Path], client: int | None) ->
         return [known.get(whole, one) for whole, one in named.items()]
     here = [source for source in places if source.path.exists()]
     if not here:
-        raise NotReady("there are no rows here", where=places[0].path, mend="put JSONL rows there, or name a file")
+        raise NotReady("there are no rows here", where=places[0].path, mend="put rows there, or name a file")
     return here
 
 

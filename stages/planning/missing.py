@@ -53,14 +53,18 @@ def missing_model(view: Workspace, role: Role) -> list[Missing]:
 
 
 def refused_rows(
-    ahead: RowsAhead, path: Path, tokenizer: Tokenizer, budget: Budget, context: int, *, unlabelled: bool = False
+    ahead: RowsAhead, path: Path, tokenizer: Tokenizer | None, budget: Budget, context: int, *, unlabelled: bool = False
 ) -> list[Missing]:
     """The first row of a file that training on it would refuse; none if the file is neither here nor to be dealt.
 
-    context: of the model that reads them. unlabelled: whether rows without a completion may be among them.
+    tokenizer: None where it is not here, and nothing is known of lengths. context: of the model that reads the rows.
+    unlabelled: whether rows without a completion may be among them.
     """
     workspace, rows = ahead.workspace, ahead.of(path, unlabelled=unlabelled)
-    if not rows:
+    if problem := ahead.refused.get(path):
+        first = problem.message.splitlines()[0]
+        return [Missing(f"rows that can be trained on: in {workspace.shown(path)}, {first}", problem.mend or "")]
+    if not rows or tokenizer is None:
         return []
     if unlabelled and workspace.agreement.needs_completions and all(row.completion is None for row in rows):
         what = f"rows that can be trained on: no row of {workspace.shown(path)} has a completion"

@@ -174,8 +174,6 @@ def _refused_rows(here: Here, ahead: RowsAhead, tokenizer: Any) -> list[Missing]
     """The rows that training would refuse: the first of each file."""
     from stages.planning.missing import refused_rows
 
-    if tokenizer is None:
-        return []
     workspace, agreement = here.workspace, here.workspace.agreement
     context = here.shapes["slm"].context if "slm" in here.shapes else UNKNOWN
     private = [

@@ -16,7 +16,7 @@ from stages.data.examples import Extent, Tokenizer, encode_row, extent_of
 from stages.data.prepare import dealt
 from stages.data.row_files import read_rows
 from stages.data.rows import Row
-from stages.runtime.errors import Problem
+from stages.runtime.errors import Damaged, Problem
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class RowsAhead:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self._read: dict[Path, list[Row]] = {}
+        self.refused: dict[Path, Damaged] = {}
+        """Of what was read, why a file's rows would be refused."""
 
     @functools.cached_property
     def dealt(self) -> dict[Path, list[Row]]:
@@ -47,11 +49,14 @@ class RowsAhead:
             return {}
 
     def of(self, path: Path, *, unlabelled: bool = False) -> list[Row] | None:
-        """The rows of a file, there or to come; None where neither. Raises Damaged as read_rows does."""
+        """The rows of a file, there or to come; None where neither, and none where they would be refused."""
         if not path.exists():
             return self.dealt.get(path)
         if path not in self._read:
-            self._read[path] = read_rows(path, unlabelled=unlabelled)[0]
+            try:
+                self._read[path] = read_rows(path, unlabelled=unlabelled)[0]
+            except Damaged as problem:
+                self._read[path], self.refused[path] = [], problem
         return self._read[path]
 
     def extent(self, paths: Iterable[Path], tokenizer: Tokenizer | None, *, unlabelled: bool = False) -> Extent | None:

@@ -19,6 +19,7 @@ from stages.files import reading
 from stages.parties.enrolment import enrolment, other_tasks
 from stages.parties.names import SERVER, number_of
 from stages.progress import damage, in_public, staleness
+from stages.progress.refused import refused_rows
 from stages.progress.rounds import Reader
 from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.progress.steps import Round, Step, awaited
@@ -57,6 +58,8 @@ class Status:
     stale: list[str] = field(default_factory=list)
     """Rows and results that are of other tasks, settings or adapters than lie here now, and parties with other public
     rows: why, and what mends it."""
+    refused: list[str] = field(default_factory=list)
+    """Files of rows that training would refuse: what is wrong first, and the mend."""
     not_covered: str = ""
     """With verify: what nothing was held against."""
 
@@ -99,10 +102,12 @@ def status(
     command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, scores)
     if (others := other_tasks(workspace)) and others not in waiting_for:
         stale.append(others)
-    unfit = "" if all(round.is_done for round in rounds) else _unfit(workspace)
+    is_done = all(round.is_done for round in rounds)
+    unfit = "" if is_done else _unfit(workspace)
+    refused = [] if is_done else list(refused_rows(workspace))
     command, waiting_for = (None, "") if unfit else (command, waiting_for)
     told = edited(workspace, reader.other_agreements)
-    found = Status(rounds, command, waiting_for, scores, told, unfit, stale=stale)
+    found = Status(rounds, command, waiting_for, scores, told, unfit, stale=stale, refused=refused)
     if not verify:
         return found
     faults = (*damage.faults(workspace), *damage.others(workspace))

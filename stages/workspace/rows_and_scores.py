@@ -21,6 +21,7 @@ class Data(Settings):
     auxiliary_sources: list[str] = []
     unlabelled_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    limit: Positive | None = None
     too_long: Literal["refuse", "skip"] = "refuse"
 
 

@@ -66,6 +66,7 @@ def test_messages_and_turns_are_read_with_what_is_learned_of_them() -> None:
         ({"messages": [ASKED, SAID | {"content": [{"type": "text"}]}]}, "message 2 of messages: content is not text"),
         ({"messages": [ASKED, SAID | {"tool_calls": [1]}]}, "message 2 of messages has 'tool_calls' beside role"),
         ({"prompt": [ASKED]}, "no completion"),
+        ({"prompt": ["Q"], "completion": "A"}, "message 1 of prompt is a str, not an object"),
         ({"prompt": [ASKED], "completion": "A"}, "completion is not a list of messages, or is empty"),
         ({"prompt": [ASKED, SAID], "completion": [ASKED]}, "no turn of the assistant in completion"),
         ({"prompt": "Q", "completion": [SAID]}, "completion is not text, or is empty"),
@@ -93,6 +94,7 @@ def test_a_file_of_several_forms_is_refused_by_line(tmp_path: Path) -> None:
         read_rows(path)
     assert f"line 3 of train.jsonl: a row {TURNS}, where row 1 is {MESSAGES}" in caught.value.message
     assert "line 4: a row" in caught.value.message
+    assert "expected {" not in caught.value.message
 
 
 def test_public_rows_of_models_of_several_families_are_no_conversations(tmp_path: Path) -> None:
@@ -125,7 +127,10 @@ def test_prepare_deals_conversations_and_refuses_two_forms(workspace_folder: Pat
     dealt = [row for k in (1, 2, 3) for row in read_rows(Workspace(workspace_folder).client_data(k))[0]]
     assert {row.form for row in dealt} == {MESSAGES}
     assert len({row.prompt for row in dealt}) == len(dealt) == 15
-    write_rows(workspace_folder / "data/chats.jsonl", [*chats])  # type: ignore[list-item]
+    agreement.write_text(agreement.read_text().replace("files =", "unlabelled_share = 0.4\nfiles ="))
+    prepare(Workspace(workspace_folder), overwrite=True)
+    auxiliary, _ = read_rows(Workspace(workspace_folder).auxiliary_data, unlabelled=True)
+    assert sorted(row.completion is None for row in auxiliary) == [False] * 3 + [True] * 2
     write_rows(workspace_folder / "data/texts.jsonl", [{"prompt": "Q", "completion": "A"}])
     agreement.write_text(agreement.read_text().replace('"data/chats.jsonl"', '"data/chats.jsonl", "data/texts.jsonl"'))
     with pytest.raises(UsageProblem, match=r"the rows of data.files are of several forms"):

@@ -311,3 +311,44 @@ def test_held_out_rows_are_taken_from_the_servers_and_lie_in_no_other_place(bare
 def test_the_table_tells_of_held_out_rows(bare: Path, fedcollm: Callable[..., Outcome]) -> None:
     with_data(bare, 'tasks = ["colours"]\nheld_out_share = 0.3')
     assert "3 more are held out for the gate" in " ".join(fedcollm("prepare", "-w", bare).out.split())
+
+
+def test_of_each_client_so_many_rows_are_kept_drawn_by_the_seed_and_the_servers_stay(bare: Path) -> None:
+    workspace = with_data(bare, 'tasks = ["colours"]\nsplit = "dirichlet"')
+    prepare(workspace)
+    whole = dealt(bare)
+    edit(bare / "fedcollm.toml", 'split = "dirichlet"', 'split = "dirichlet"\nlimit = 5')
+    summary = prepare(Workspace(bare), overwrite=True)
+    found = dealt(bare)
+    assert found["server"] == whole["server"]
+    for k in (1, 2, 3):
+        mine, before = found[f"client-{k}"], whole[f"client-{k}"]
+        assert len(mine) == min(5, len(before))
+        assert mine == [row for row in before if row in mine]
+    assert any(found[f"client-{k}"] != whole[f"client-{k}"][:5] for k in (1, 2, 3))
+    assert summary["beyond_limit"] == 30 - sum(len(found[f"client-{k}"]) for k in (1, 2, 3)) > 0
+    prepare(Workspace(bare), overwrite=True)
+    assert dealt(bare) == found
+
+
+def test_nothing_is_invented_on_a_machine_of_one_party(bare: Path, fedcollm: Callable[..., Outcome]) -> None:
+    with_data(bare, 'tasks = ["colours"]')
+    assert fedcollm("keys", "--client", "2", "-w", bare).code == 0
+    for words in ([], ["--overwrite"]):
+        outcome = fedcollm("prepare", *words, "-w", bare)
+        assert outcome.code == 5
+        assert "the keys of client 2 are here, and not those of all" in outcome.err
+    assert not list(bare.glob("private/*/*.jsonl"))
+    (bare / "machine.toml").write_text("simulation = true\n")
+    assert fedcollm("prepare", "-w", bare).code == 0
+
+
+def test_nothing_is_invented_where_only_a_round_of_others_has_arrived(
+    bare: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    with_data(bare, 'tasks = ["colours"]')
+    assert fedcollm("broadcast", "--round", "1", "-w", bare).code == 0
+    outcome = fedcollm("prepare", "-w", bare)
+    assert outcome.code == 5
+    assert "a round of a federation is here, and nobody's rows" in outcome.err
+    assert "set simulation = true in machine.toml" in outcome.err

@@ -68,7 +68,6 @@ def test_a_character_that_only_looks_like_the_end_of_a_line_survives(tmp_path: P
         ('{"prompt": " \\n", "completion": "A"}', "prompt is not text, or is empty"),
         ('{"prompt": "Q", "completion": ""}', "completion is not text, or is empty"),
         ('{"prompt": 5, "completion": "A"}', "prompt is not text, or is empty"),
-        ('{"prompt": ["Q"], "completion": "A"}', "message 1 of prompt is a str, not an object"),
         ('{"prompt": "Q", "completion": null}', "completion is not text, or is empty"),
         ('{"prompt": "Q \\ud800", "completion": "A"}', "prompt holds half a character"),
         ('{"prompt": "Q", "completion": "A", "prompt": "R"}', "the key 'prompt' appears twice"),

@@ -128,7 +128,7 @@ def test_a_party_without_rows_never_makes_them_up(
     assert not (workspace_folder / "private").exists()
     for command in ("status", "plan"):
         assert ("fedcollm prepare" in fedcollm(command, "-w", workspace_folder).out) == ("true" in setting)
-    assert fedcollm("prepare", "-w", workspace_folder).code == (5 if "false" in setting else 0)
+    assert fedcollm("prepare", "-w", workspace_folder).code == (0 if "true" in setting else 5)
 
 
 def test_a_party_waits_for_its_own_rows_where_anothers_are(enrolled: Path) -> None:

@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import COLOURS, SHAPES, Outcome, edit, give_template, write_rows
+from stages.artefacts.reading import read_manifest
+from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.evaluate_rows import evaluate_rows
 from stages.federation.run import run
@@ -79,8 +81,6 @@ def test_a_conversation_s_answers_alone_are_trained_and_scored(talking: Path) ->
     found = evaluate_rows(workspace, workspace.client_data(2), model="slm")["scores"]
     assert (found["rows"], found["tokens"]) == (12, tokens)
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
-    from stages.broadcast import broadcast
-
     broadcast(workspace, round=1)
     manifest = client_train(workspace, client=2, round=1)
     assert manifest.metrics["slm_ft_before"] == pytest.approx(loss, rel=1e-4)
@@ -113,3 +113,23 @@ def test_check_rows_and_plan_tell_of_messages_without_a_template(
     planned = fedcollm("plan", "-w", talking)
     assert planned.code == 0, planned.err
     assert "has no chat template" in planned.out
+
+
+def test_two_phases_find_the_losses_of_the_same_tokens_as_one(talking: Path, fedcollm: Callable[..., Outcome]) -> None:
+    workspace = Workspace(talking)
+    broadcast(workspace, round=1)
+    for k in (1, 2, 3):
+        client_train(workspace, client=k, round=1)
+    assert fedcollm("aggregate", "--round", "1", "-w", talking).code == 0
+    for role in ("llm", "slm"):
+        words = ("co-distill", "--round", "1", "--phase", "capture", "--model", role, "-w", talking)
+        assert fedcollm(*words).code == 0
+    assert fedcollm("co-distill", "--round", "1", "--phase", "train", "-w", talking).code == 0
+    before = {role: metrics_of(workspace, role)[f"{role}_ft_before"] for role in ("slm", "llm")}
+    assert fedcollm("co-distill", "--round", "1", "--overwrite", "-w", talking).code == 0
+    after = {role: metrics_of(workspace, role)[f"{role}_ft_before"] for role in ("slm", "llm")}
+    assert before == pytest.approx(after, rel=1e-4)
+
+
+def metrics_of(workspace: Workspace, role: str) -> dict[str, float]:
+    return dict(read_manifest({"slm": workspace.slm, "llm": workspace.llm}[role](1))[0].metrics)

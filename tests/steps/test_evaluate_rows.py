@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import Outcome, rows, scale, write_rows
+from processes import start_together
 from stages.evaluate_rows import evaluate_rows
 from stages.progress.status import status
 from stages.runtime.errors import Damaged, UsageProblem
@@ -131,6 +132,20 @@ def test_generated_text_is_compared_with_the_answer(held_out: Path, fedcollm: Ca
     assert written["rouge_l"] == pytest.approx(sum(shares) / len(shares))
     assert written["generated_match"] == pytest.approx(same / len(HELD_OUT))
     assert (written["most_tokens"], written["until"]) == (5, "\n")
+
+
+def test_two_processes_give_the_scores_of_one(held_out: Path, fedcollm: Callable[..., Outcome]) -> None:
+    folder = held_out.parents[2]
+    words = ("--round", 2, "--client", 2, "--rows", held_out, "--generate", "-w", folder)
+    assert fedcollm("evaluate", *words).code == 0
+    path = Workspace(folder).rows_result(2, "client-2", held_out)
+    alone = json.loads(path.read_text())["scores"]
+    path.unlink()
+    ends = [one.end() for one in start_together(2, "evaluate", *words)]
+    assert [code for code, _ in ends] == [0, 0], ends
+    together = json.loads(path.read_text())["scores"]
+    assert together.pop("written") == pytest.approx(alone.pop("written"))
+    assert together == pytest.approx(alone)
 
 
 def test_a_second_call_reads_the_result_and_other_rows_or_adapters_are_scored_anew(
