@@ -26,11 +26,14 @@ from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.encryption import ciphertext_files
-from stages.federation.run import run
+from stages.federation.run import derived, run
 from stages.parties.party import Party
+from stages.planning.comm_cost import comm_cost
 from stages.progress.status import status
 from stages.reveal import reveal
 from stages.runtime.errors import Damaged, NotReady, Refused, UsageProblem
+from stages.study.variants import baseline
+from stages.workspace.commands import Command
 from stages.workspace.names import ENCRYPTED as ENCRYPTED_FILE
 from stages.workspace.paths import Workspace
 
@@ -311,6 +314,34 @@ def test_weights_are_by_examples_and_nobody_is_told_them(tmp_path: Path, base_mo
     assert relative_error(found, expected) < 1e-5
     sent = read_manifest(folder / "exchange/round-0001/client-1")[0]
     assert (sent.examples, sent.tokens, sent.steps, sent.metrics, sent.seed) == (0, 0, 0, {}, None)
+
+
+def test_a_study_takes_the_mode_as_any_other_setting(tmp_path: Path, base_models: Path) -> None:
+    """A plain federation with an opener, as a sweep of aggregation.mode begins; and back, for what averages nothing."""
+    folder = with_keys(make_workspace(tmp_path / "study", base_models), tmp_path / "keys")
+    (folder / "fedcollm.toml").write_text(agreement(aggregation="opener = 2\n", clients=2, rounds=1, method="fedavg"))
+    made_by = Command("sweep", set=("aggregation.mode=encrypted",))
+    variant = derived(Workspace(folder), folder / "sweeps/x", {"aggregation.mode": "encrypted"}, made_by=made_by)
+    run(variant, scores=False)
+    assert (variant.root / "exchange/round-0001/reveal-2/opened.safetensors").exists()
+    run(Workspace(folder), scores=False)
+    one, other = (flat(at.root / AGGREGATE) for at in (variant, Workspace(folder)))
+    assert relative_error(one, other) < 1e-5
+    edit(folder / "fedcollm.toml", "opener = 2", 'opener = 2\nmode = "encrypted"')
+    alone, changes = baseline(Workspace(folder), "standalone")
+    assert changes["aggregation.mode"] == "plain"
+    assert alone != folder
+
+
+def test_a_plan_reckons_with_ciphertexts(encrypted: Path) -> None:
+    found = comm_cost(Workspace(encrypted)).full
+    sent = (encrypted / "exchange/round-0001/client-2" / ENCRYPTED_FILE).stat().st_size
+    assert found is not None
+    assert sent <= found.update_bytes <= 1.01 * sent
+    [told] = [one for one in comm_cost(Workspace(encrypted)).rounds if (one.round, one.party) == (1, "client-2")]
+    [opener] = [one for one in comm_cost(Workspace(encrypted)).rounds if (one.round, one.party) == (1, "client-1")]
+    assert told.received_bytes < 10_000
+    assert opener.received_bytes - told.received_bytes > sent  # the sum goes to the one that opens it
 
 
 def test_without_tenseal_a_command_says_what_to_install(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
