@@ -1,12 +1,12 @@
 """aggregate, line 13 of Algorithm 1: the server averages the clients' adapters.
 
-In plain mode it reads each update; in secure mode it closes the round over those that have arrived, and, once enough
-clients have revealed, opens their sum.
+In plain mode it reads each update; where they are masked or encrypted it closes the round over those that have arrived,
+and, once enough clients have revealed, or the one with the key, has their sum.
 Reads exchange/round-t/broadcast and every exchange/round-t/{client-k,reveal-k} that has arrived (of averaged FedMKT
 adapter-client-k, and server); with an optimiser, private/server/round-(t-1)/aggregate; with a gate,
 private/server/held-out.jsonl and the SLM, which nothing else here needs.
-Writes private/server/round-t/aggregate, and the log private/server/round-t/aggregate.jsonl; in secure mode
-exchange/round-t/close first.
+Writes private/server/round-t/aggregate, and the log private/server/round-t/aggregate.jsonl; where updates are
+hidden exchange/round-t/close first.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Reads exchange/round-t/broadcast and private/client-k/train.jsonl. Where the met
 from round 2 with its own exchange/round-(t-1)/client-k instead.
 In round 1 a client with a model of its own makes its adapter itself.
 Writes exchange/round-t/client-k, and the private log private/client-k/round-t/client-train.jsonl; with differential
-privacy, private/client-k/privacy-ledger.jsonl too, before training begins. In secure mode the adapter stays in
-private/client-k/round-t/slm, and what goes to exchange/ is masked, and so it does where A or B alone is sent; with
-FedMKT it stays in .../trained.
+privacy, private/client-k/privacy-ledger.jsonl too, before training begins. Where updates are masked or encrypted the
+adapter stays in private/client-k/round-t/slm, and so it does where A or B alone is sent; with FedMKT it stays in
+.../trained.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from builders import AGREEMENT, random_adapter, rows, write_rows
 from stages.artefacts import adapter_files
+from stages.artefacts.adapter_files import flat
 from stages.artefacts.arrays import array_bytes, read_array
 from stages.artefacts.draft import Draft
 from stages.artefacts.manifest import BaseIdentity, Manifest, Opening
@@ -513,7 +514,7 @@ class Protocol(RuleBasedStateMachine):
             )
             total = unmasking.unmask((u.y for u in close.survivors.values()), opened, keyed, threads=1)
             encoded = [
-                fixed_point.encode(fixed_point.flatten(update_of(u.round, k)), bound=1.0, clients=len(keyed.clients))
+                fixed_point.encode(flat(update_of(u.round, k)), bound=1.0, clients=len(keyed.clients))
                 for k, u in close.survivors.items()
             ]
             np.testing.assert_array_equal(total, np.sum(encoded, axis=0, dtype=np.uint32))

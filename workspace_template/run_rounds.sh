@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every round of the federation by the separate commands, on one machine. Copy what you need into your own job scripts.
-# In secure mode it plays all parties with their keys: between organisations each runs its own lines, in this order, and
-# exchange/ is carried between them (docs/how-to/between-organisations.md and secure-round.md of fedcollm).
+# In secure and encrypted mode it plays all parties with their keys: between organisations each runs its own lines, in this order, and
+# exchange/ is carried between them (docs/how-to/between-organisations.md of fedcollm).
 # Run it again after a stop: what is done is passed over. Between machines, `fedcollm next` takes a party's next step.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -9,6 +9,8 @@ cd "$(dirname "$0")"
 clients=${CLIENTS:-$(sed -n 's/^clients *= *\([0-9]*\).*/\1/p' fedcollm.toml)}
 rounds=${ROUNDS:-$(sed -n 's/^rounds *= *\([0-9]*\).*/\1/p' fedcollm.toml)}
 secure=$(sed -n 's/^mode *= *"secure".*/yes/p' fedcollm.toml)
+encrypted=$(sed -n 's/^mode *= *"encrypted".*/yes/p' fedcollm.toml)
+opener=$(sed -n 's/^opener *= *\([0-9]*\).*/\1/p' fedcollm.toml)
 method=$(sed -n 's/^method *= *"\([a-z0-9-]*\)".*/\1/p' fedcollm.toml)
 average=$(sed -n 's/^average *= *true.*/yes/p' fedcollm.toml)
 own_models=$(sed -n 's/^\[clients\.[0-9]*\.slm\].*/yes/p' fedcollm.toml)
@@ -42,7 +44,7 @@ case $method in fedmkt | llm2slm | standalone-public)                      # no 
     exit ;;
 esac
 
-if [ "$secure" ]; then
+if [ "$secure$encrypted" ]; then
     for client in $(seq 1 "$clients"); do
         fedcollm keys --client "$client"                           # client  -> exchange/keys/client-k.json
     done
@@ -57,9 +59,9 @@ for round in $(seq 1 "$rounds"); do
     for client in $(seq 1 "$clients"); do
         fedcollm client-train --client "$client" --round "$round"  # client  -> exchange/round-t/client-k
     done
-    if [ "$secure" ]; then
+    if [ "$secure$encrypted" ]; then
         fedcollm aggregate --round "$round" || [ $? = 3 ]          # server  -> exchange/round-t/close
-        for client in $(seq 1 "$clients"); do
+        for client in ${secure:+$(seq 1 "$clients")} ${encrypted:+${opener:-1}}; do
             fedcollm reveal --client "$client" --round "$round"    # client  -> exchange/round-t/reveal-k
         done
     fi

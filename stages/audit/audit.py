@@ -175,7 +175,9 @@ def _drift(state: Audit, found: list[Finding]) -> Iterator[Finding]:
 def _clients(state: Audit, found: list[Finding]) -> Iterator[Finding]:
     for scope in state.eras:
         if scope.agreement and scope.agreement.aggregation.is_hidden:
-            yield A6.skip(f"{scope.agreement.aggregation.mode} mode: no single client's update can be seen here")
+            mode, holder = scope.agreement.aggregation.mode, scope.agreement.aggregation.key_holder
+            nobody = f"nobody but client {holder}" if holder else "nobody"
+            yield A6.skip(f"{mode} mode: {nobody} sees a single client's update")
             continue
         if scope.sends_no_adapter:
             yield A6.skip("no update travels: clients tell what they know of public rows, see A11")

@@ -77,8 +77,8 @@ def verify(workspace: Workspace, *, report: Report = ignore) -> Verified:
         for folder, stage, client in _folders(workspace, round):
             if not folder.exists():
                 continue
-            inboxes = listing.inboxes(folder) if stage == "close" else None
-            artefact = received(folder, by=reader, stage=stage, round=round, client=client, only=inboxes)
+            here = listing.in_close(folder) if stage == "close" else None
+            artefact = received(folder, by=reader, stage=stage, round=round, client=client, only=here)
             if _is_earlier(workspace, artefact.manifest):
                 report(Event("note", f"{workspace.shown(folder)} is of an earlier attempt at its round"))
             else:

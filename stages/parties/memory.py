@@ -13,10 +13,11 @@ Hexadecimal = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
 
 
 class Kept(BaseModel):
-    """What a party remembers of a round, in its vault. From slot on, in secure mode alone.
+    """What a party remembers of a round, in its vault. From slot on, where updates are hidden.
 
-    own_shares: uint8 [K, 33] in hexadecimal. close_sha256: of the one close that the server made, or that the client
-    revealed for. reveal: the sealed bytes in hexadecimal, to be sent again if need be.
+    y_sha256: of what it sent, masked or encrypted. own_shares: uint8 [K, 33] in hexadecimal. close_sha256: of the one
+    close that the server made, or that the client revealed for. reveal: the sealed bytes in hexadecimal, to be sent
+    again if need be.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)

@@ -157,6 +157,4 @@ class Aggregation(Settings):
             raise ValueError(f"rule {self.rule} needs each client's update, mode {mode} shows their sum: choose one")
         if self.is_hidden and self.weighting == "samples" and self.max_examples is None:
             raise ValueError(f"weighting samples in mode {mode} needs max_examples, the most that a client trains on")
-        if self.opener and mode != "encrypted":
-            raise ValueError(f"opener is the client that opens the sum of mode encrypted, here is mode {mode}")
         return self

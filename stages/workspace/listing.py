@@ -52,9 +52,9 @@ def signatures(workspace: Layout) -> Iterator[Path]:
         yield from sorted(top.glob(f"**/round-*/*/{SIGNATURE}"))
 
 
-def inboxes(close: Path) -> list[str]:
-    """The files of a close that are sealed to one client each."""
-    return [path.name for path in close.glob("client-*")]
+def in_close(close: Path) -> list[str]:
+    """The files of a close that are here: each client has its own, and the one that can open it has a sum."""
+    return [path.name for path in close.glob("*.safetensors")]
 
 
 def seeds(workspace: Layout) -> list[int]:

@@ -125,7 +125,7 @@ def test_a_client_that_a_close_leaves_out_is_sent_the_broadcast_alone(
     manifest.write_text(json.dumps(said))
     sent = fedcollm(*words)
     assert sent.code == 0, sent.err
-    assert "the close of round 1 is over others than client 3" in sent.err
+    assert "the close of round 1 is not for client 3" in sent.err
     assert {name.split("/")[1] for name in bundled(tmp_path / "x.fedcollm")} == {"broadcast"}
 
 

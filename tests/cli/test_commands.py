@@ -334,6 +334,20 @@ def test_the_shipped_script_runs_a_secure_federation_too(
 
 
 @pytest.mark.slow
+def test_the_shipped_script_runs_an_encrypted_federation_too(
+    workspace_folder: Path, own_secrets: Path, script: Callable[[Path], str]
+) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    edit(toml, "rounds = 2", "rounds = 1")
+    edit(toml, "clients = 3", "clients = 2")
+    edit(toml, "[distillation]", '[aggregation]\nmode = "encrypted"\nopener = 2\n\n[distillation]')
+    script(workspace_folder)
+    assert [path.parent.name for path in own_secrets.rglob("ckks.json")] == ["client-2"]
+    assert (workspace_folder / "exchange/round-0001/reveal-2/manifest.json").exists()
+    assert (workspace_folder / "private/server/round-0001/slm/manifest.json").exists()
+
+
+@pytest.mark.slow
 def test_the_shipped_script_runs_fedmkt_and_leaves_what_run_leaves(
     unlike_folder: Path, unlike_once: Path, script: Callable[[Path], str]
 ) -> None:

@@ -80,12 +80,12 @@ def places_in_the_snakefile() -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("mode", ["plain", "secure", "encrypted"])
 def test_the_snakefile_looks_where_the_commands_write(
-    secure: bool, workspace_folder: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, workspace_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if secure:
-        edit(workspace_folder / "fedcollm.toml", "[evaluation]", '[aggregation]\nmode = "secure"\n\n[evaluation]')
+    if mode != "plain":
+        edit(workspace_folder / "fedcollm.toml", "[evaluation]", f'[aggregation]\nmode = "{mode}"\n\n[evaluation]')
     monkeypatch.chdir(workspace_folder)
     names = places_in_the_snakefile()
     workspace = Workspace(workspace_folder)
@@ -106,7 +106,8 @@ def test_the_snakefile_looks_where_the_commands_write(
     assert Path(names["result"](None, "slm")) == workspace.result(None, "slm").relative_to(workspace.root)
     federation = workspace.agreement.federation
     assert (names["clients"], names["rounds"]) == (workspace.clients, range(1, federation.rounds + 1))
-    assert (names["averages"], names["distils"], names["secure"]) == (federation.averages, federation.distils, secure)
+    assert (names["averages"], names["distils"]) == (federation.averages, federation.distils)
+    assert (names["hidden"], names["opener"]) == (mode != "plain", [1] if mode == "encrypted" else [])
     assert names["tasks"] == ["colours"]
 
 
@@ -346,7 +347,7 @@ def test_it_plays_all_parties_of_secure_aggregation_once_they_have_enrolled(
 @needs_snakemake
 def test_before_they_have_enrolled_it_says_so(enrolled: Path, snakemake: Snakemake) -> None:
     (enrolled / "exchange/federation.json").unlink()
-    assert "secure mode: enrol first (fedcollm keys, enroll, join)" in snakemake(enrolled, "-n", code=1)
+    assert "updates are hidden: enrol first (fedcollm keys, enroll, join)" in snakemake(enrolled, "-n", code=1)
 
 
 @needs_snakemake

@@ -162,6 +162,14 @@ def test_a_sum_of_other_clients_than_it_names_or_with_values_that_none_may_send_
         opened(ckks.add([], heavy, public, precision), 1, secret, precision)
 
 
+def test_seal_takes_no_parameters_of_less_than_128_bits_of_security() -> None:
+    """218 bits at degree 8192: table 1 of the homomorphic encryption standard, for ternary secrets."""
+    assert (DEGREE, sum(PRIME_BITS)) == (8192, 180)
+    tenseal.context(tenseal.SCHEME_TYPE.CKKS, DEGREE, coeff_mod_bit_sizes=[60, 60, 60, 38])
+    with pytest.raises(ValueError, match="parameters are not set correctly"):
+        tenseal.context(tenseal.SCHEME_TYPE.CKKS, DEGREE, coeff_mod_bit_sizes=[60, 60, 60, 39])
+
+
 def other_parameters(precision: ckks.Precision) -> bytes:
     context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, poly_modulus_degree=4096, coeff_mod_bit_sizes=[40, 40])
     return bytes(tenseal.ckks_vector(context, [1.0], scale=2.0**20).serialize())

@@ -18,6 +18,7 @@ from conftest import Once
 from builders import Outcome, edit, make_workspace, rows, write_rows
 from federations import Machines, agreement, copied, enrol, vault_of, with_keys
 from stages.aggregate import aggregate
+from stages.artefacts.adapter_files import weights_bytes
 from stages.artefacts.draft import Draft
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import read_artefact, read_manifest
@@ -26,11 +27,15 @@ from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.encryption import ciphertext_files
-from stages.federation.run import run
+from stages.federation.run import derived, run
 from stages.parties.party import Party
+from stages.planning.comm_cost import comm_cost
 from stages.progress.status import status
 from stages.reveal import reveal
 from stages.runtime.errors import Damaged, NotReady, Refused, UsageProblem
+from stages.study.variants import baseline
+from stages.workspace.commands import Command
+from stages.workspace.names import ADAPTER_WEIGHTS
 from stages.workspace.names import ENCRYPTED as ENCRYPTED_FILE
 from stages.workspace.paths import Workspace
 
@@ -168,6 +173,47 @@ def test_a_run_that_was_stopped_goes_on_and_makes_the_same(encrypted: Path) -> N
     run(Workspace(encrypted), rounds=[1], scores=False)
     assert {name: (encrypted / name / "manifest.json").read_bytes() for name in made} == made
     assert (encrypted / OPENED / "opened.safetensors").read_bytes() == opened  # under the same noise
+
+
+@pytest.mark.parametrize("name", [f"{SUM}/encrypted.safetensors", f"{OPENED}/opened.safetensors"])
+def test_no_byte_of_a_sum_or_a_mean_changes_unseen(name: str, encrypted: Path) -> None:
+    path = encrypted / name
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(Damaged, match=f"{path.name} is not the file its manifest names"):
+        verify(Workspace(encrypted))
+    assert not all(round.is_done for round in status(Workspace(encrypted), verify=True).rounds)
+    assert any(path.name in one.text for one in audit([encrypted]) if one.level == "FAIL")
+
+
+def test_an_auditor_sees_an_average_that_is_not_what_was_opened(encrypted: Path) -> None:
+    place = encrypted / "private/server/round-0002/aggregate"
+    made = read_artefact(place)
+    halved = {name: value / 2 for name, value in safetensors.numpy.load(made.contents[ADAPTER_WEIGHTS]).items()}
+    draft = Draft(**{each.name: getattr(made.manifest, each.name) for each in fields(Draft)})
+    publish(
+        place, made.contents | {ADAPTER_WEIGHTS: weights_bytes(halved)}, draft, by=Party.server(Workspace(encrypted))
+    )
+    [found] = [one for one in audit([encrypted]) if (one.id, one.level) == ("A9", "FAIL")]
+    assert found.text.startswith("private/server/round-0002/aggregate: is not the broadcast with the opened mean")
+
+
+def test_a_round_is_opened_again_until_its_sum_has_been(three: Path) -> None:
+    workspace = Workspace(three)
+    for client in (1, 2, 3):
+        client_train(workspace, client=client, round=1)
+    close(three)
+    broadcast(workspace, round=1, overwrite=True)
+    with pytest.raises(NotReady, match="has 0 of the 2 updates it needs"):
+        aggregate(workspace, round=1)
+    for client in (1, 3):
+        client_train(workspace, client=client, round=1)
+    close(three)
+    reveal(workspace, client=1, round=1)
+    aggregate(workspace, round=1)
+    found, expected = mean_of(three, {1: 1, 3: 1})
+    assert relative_error(found, expected) < 1e-5
+    verify(workspace)
+    assert [one.text for one in audit([three]) if one.level == "FAIL"] == []
 
 
 def test_an_update_is_encrypted_once_and_sent_again_only_where_it_is_gone(encrypted: Path) -> None:
@@ -311,6 +357,34 @@ def test_weights_are_by_examples_and_nobody_is_told_them(tmp_path: Path, base_mo
     assert relative_error(found, expected) < 1e-5
     sent = read_manifest(folder / "exchange/round-0001/client-1")[0]
     assert (sent.examples, sent.tokens, sent.steps, sent.metrics, sent.seed) == (0, 0, 0, {}, None)
+
+
+def test_a_study_takes_the_mode_as_any_other_setting(tmp_path: Path, base_models: Path) -> None:
+    """A plain federation with an opener, as a sweep of aggregation.mode begins; and back, for what averages nothing."""
+    folder = with_keys(make_workspace(tmp_path / "study", base_models), tmp_path / "keys")
+    (folder / "fedcollm.toml").write_text(agreement(aggregation="opener = 2\n", clients=2, rounds=1, method="fedavg"))
+    made_by = Command("sweep", set=("aggregation.mode=encrypted",))
+    variant = derived(Workspace(folder), folder / "sweeps/x", {"aggregation.mode": "encrypted"}, made_by=made_by)
+    run(variant, scores=False)
+    assert (variant.root / "exchange/round-0001/reveal-2/opened.safetensors").exists()
+    run(Workspace(folder), scores=False)
+    one, other = (flat(at.root / AGGREGATE) for at in (variant, Workspace(folder)))
+    assert relative_error(one, other) < 1e-5
+    edit(folder / "fedcollm.toml", "opener = 2", 'opener = 2\nmode = "encrypted"')
+    alone, changes = baseline(Workspace(folder), "standalone")
+    assert changes["aggregation.mode"] == "plain"
+    assert alone != folder
+
+
+def test_a_plan_reckons_with_ciphertexts(encrypted: Path) -> None:
+    found = comm_cost(Workspace(encrypted)).full
+    sent = (encrypted / "exchange/round-0001/client-2" / ENCRYPTED_FILE).stat().st_size
+    assert found is not None
+    assert sent <= found.update_bytes <= 1.01 * sent
+    [told] = [one for one in comm_cost(Workspace(encrypted)).rounds if (one.round, one.party) == (1, "client-2")]
+    [opener] = [one for one in comm_cost(Workspace(encrypted)).rounds if (one.round, one.party) == (1, "client-1")]
+    assert told.received_bytes < 10_000
+    assert opener.received_bytes - told.received_bytes > sent  # the sum goes to the one that opens it
 
 
 def test_without_tenseal_a_command_says_what_to_install(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:

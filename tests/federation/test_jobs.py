@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from builders import edit, rewrite
-from federations import SECURE, agreement
+from federations import SECURE, agreement, enrol
 from stages.federation.jobs import Job
 from stages.federation.slurm import jobs
 from stages.runtime.errors import NotReady, Refused
@@ -128,6 +128,13 @@ def test_standalone_clients_have_no_server_after_the_first_broadcast(workspace_f
 
 def test_secure_mode_closes_each_round_and_has_it_revealed(enrolled: Path) -> None:
     assert listed(enrolled) == ["broadcast 1", *rounds(1, 2, steps=SECURE_ROUND), "evaluate 2"]
+
+
+def test_in_encrypted_mode_one_client_reveals_each_round(enrolled: Path) -> None:
+    (enrolled / "fedcollm.toml").write_text(agreement(aggregation='mode = "encrypted"\nopener = 2\n'))
+    enrol(Workspace(enrolled), renew=True)
+    steps = ["reveal {0} 2" if line.startswith("reveal") else line for line in SECURE_ROUND]
+    assert listed(enrolled) == ["broadcast 1", *rounds(1, 2, steps=steps), "evaluate 2"]
 
 
 def test_secure_mode_without_keys_is_told_before_anything_is_submitted(workspace_folder: Path) -> None:

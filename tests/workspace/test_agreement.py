@@ -330,6 +330,19 @@ def test_a_quorum_larger_than_the_federation_is_refused() -> None:
             "rule median counts every client alike: weighting samples is for",
         ),
         (5, 'rule = "median"\nmode = "secure"', "rule median needs each client's update, mode secure shows their sum"),
+        (5, 'rule = "krum"\noutliers = 1\nmode = "encrypted"', "rule krum needs each client's update, mode encrypted"),
+        (2, 'combine = "product"\nmode = "encrypted"', "mode encrypted shows their sums: choose one"),
+        (2, 'keep = 0.1\nmode = "encrypted"', "keep has each client send other numbers, mode encrypted adds the same"),
+        (2, 'weighting = "samples"\nmode = "encrypted"', "weighting samples in mode encrypted needs max_examples"),
+        (1, 'mode = "encrypted"', "aggregation.mode encrypted takes 2 to 256 clients, here are 1"),
+        (257, 'mode = "encrypted"', "aggregation.mode encrypted takes 2 to 256 clients, here are 257"),
+        (2, 'mode = "secure"', "aggregation.mode secure takes 3 to 256 clients, here are 2"),
+        (
+            3,
+            'mode = "encrypted"\nmin_clients = 1',
+            "min_clients is below 2, which mode encrypted needs of 3",
+        ),
+        (2, 'mode = "encrypted"\nopener = 3', "aggregation.opener = 3: there are clients 1 to 2"),
     ],
 )
 def test_a_rule_that_the_federation_cannot_follow_is_refused(clients: int, lines: str, message: str) -> None:
@@ -345,11 +358,22 @@ def test_a_rule_that_the_federation_cannot_follow_is_refused(clients: int, lines
         (3, 'rule = "trimmed-mean"\noutliers = 1'),
         (2, 'rule = "clipped-mean"\nweighting = "samples"'),
         (1, 'rule = "median"'),
+        (2, 'mode = "encrypted"\nopener = 2\ncombine = "alternate"'),
+        (3, 'mode = "encrypted"\nmin_clients = 2\nserver = "fedadam"'),
+        (2, "opener = 2"),
     ],
 )
 def test_a_rule_with_just_enough_clients_is_taken(clients: int, lines: str) -> None:
     text = changed("clients = 3", f"clients = {clients}") + f"[aggregation]\n{lines}\n"
     parse(Agreement, text.encode(), PATH)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"), [("fedmkt", "hides what each client tells"), ("standalone", "has nothing to hide")]
+)
+def test_encrypted_mode_is_for_methods_that_average(method: str, said: str) -> None:
+    text = changed("seed = 7", f'seed = 7\nmethod = "{method}"') + '[aggregation]\nmode = "encrypted"\n'
+    assert f"aggregation.mode encrypted {said}" in refusal(text)
 
 
 def test_a_baseline_that_averages_nothing_needs_no_clients_for_its_rule() -> None:
