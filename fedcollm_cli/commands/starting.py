@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ def init(
     clients: Annotated[int, typer.Option(min=1, help="K, the number of clients (demos have their own).")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="T, the number of rounds (demos have their own).")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="The federation's seed.")] = 1,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="<str>", help="KEY=VALUE of fedcollm.toml, over the template's; repeatable."),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -38,13 +42,16 @@ def init(
     federation for each of its tasks: commonsense_qa, openbookqa, arc_challenge, arc_easy. mkt: clients with GPT-2-XL,
     OPT-1.3B, Bloom-1.1B and Sheared-LLaMA-1.3B, and Llama-2-7B, as in FedMKT's Table 2.
 
-    Example: fedcollm init study --template s1
+    Example: fedcollm init study --template s1 --set distillation.lambda_slm=0.5
     """
     console = Console(quiet=quiet, as_json=as_json)
     with guarded(console):
+        from stages.federation.settings_in_words import parse_settings
         from stages.workspace.init import init as stage
 
-        workspace = stage(folder, template=template, tasks=task or [], seed=seed, clients=clients, rounds=rounds)
+        given: dict[str, Any] = {"seed": seed, "clients": clients, "rounds": rounds}
+        given["settings"] = parse_settings(set_ or [])
+        workspace = stage(folder, template=template, tasks=task or [], **given)
         console.result({"path": str(workspace.root)}, f"{folder}")
 
 

@@ -41,6 +41,20 @@ def parse_setting(text: str) -> tuple[str, list[Any]]:
         return key.strip(), [_value(one) for one in values.split(",")]
 
 
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """One value for each key, of several "key=value". Raises UsageProblem for a key with more, and one given twice."""
+    found: dict[str, Any] = {}
+    for text in words:
+        key, values = parse_setting(text)
+        if len(values) != 1:
+            mend = f'one value; a list stands in brackets: --set {key}=\'["a", "b"]\''
+            raise UsageProblem(f"--set {key} has {len(values)} values", mend=mend)
+        if key in found:
+            raise UsageProblem("--set names a key twice", mend=f"give {key} once")
+        found[key] = values[0]
+    return found
+
+
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]

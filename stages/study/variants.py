@@ -23,6 +23,7 @@ from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.study.taken_back import not_had_by
 from stages.workspace.agreement import Agreement
 from stages.workspace.budgets import Budget
+from stages.workspace.changing import changed, set_key
 from stages.workspace.commands import Command
 from stages.workspace.methods import Federation, Method
 from stages.workspace.names import AGREEMENT, MACHINE
@@ -206,28 +207,9 @@ def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_
 
 def _agreement(parent: Workspace, changes: Changes) -> bytes:
     path = parent.root / AGREEMENT
-    document = tomlkit.parse(reading.read_own(path).decode("utf-8-sig"))
-    for key, value in changes.items():
-        _set(document, key.split("."), value)
-    content = (DERIVED + tomlkit.dumps(document)).encode()
+    content = (DERIVED + changed(reading.read_own(path).decode("utf-8-sig"), changes)).encode()
     parse(Agreement, content, path)
     return content
-
-
-def _set(table: Any, key: list[str], value: Any) -> None:
-    """Set one key, making the tables it stands in; None takes it out, which means off."""
-    for name in key[:-1]:
-        table = table.setdefault(name, tomlkit.table())
-        if not isinstance(table, dict):
-            raise UsageProblem(f"there is no setting {'.'.join(key)}: {name} has no keys", mend=f"leave .{key[-1]} out")
-    if isinstance(value, dict):
-        table.pop(key[-1], None)
-        for name, item in value.items():
-            _set(table, [key[-1], name], item)
-    elif value is None:
-        table.pop(key[-1], None)
-    else:
-        table[key[-1]] = value
 
 
 def _machine(parent: Workspace, folder: Path, changes: Changes) -> bytes:
@@ -237,7 +219,7 @@ def _machine(parent: Workspace, folder: Path, changes: Changes) -> bytes:
     document["home"] = os.path.relpath(parent.home, folder)
     document["home"].comment("derived from there: relative paths and tasks/ are meant from it")
     if "slm" in changes:
-        _set(document, ["models", "slm"], parent.machine.models.llm)
+        set_key(document, ["models", "slm"], parent.machine.models.llm)
     return tomlkit.dumps(document).encode()
 
 

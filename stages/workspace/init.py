@@ -9,15 +9,17 @@ import difflib
 import importlib.resources
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 from stages.files import writing
 from stages.paper.reported import PRESETS, Preset
 from stages.runtime import quiet
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.agreement import Agreement
+from stages.workspace.changing import changed
 from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
@@ -43,11 +45,13 @@ def init(
     seed: int = 1,
     clients: int = 4,
     rounds: int = 5,
+    settings: Mapping[str, Any] | None = None,
 ) -> Workspace:
     """Make folder a workspace.
 
-    tasks: lm-eval tasks to train and score on, instead of the template's. Raises UsageProblem for an unknown template
-    or task, Refused rather than replace a file or make a workspace inside another.
+    tasks: lm-eval tasks to train and score on, instead of the template's. settings: by dotted key, over the template's.
+    Raises UsageProblem for an unknown template, task or setting, Refused rather than replace a file or make a workspace
+    inside another.
     """
     source = importlib.resources.files("workspace_template")
     _check(template, tasks)
@@ -67,8 +71,7 @@ def init(
         if preset.own:
             contents[AGREEMENT] = whole[f"{MKT}/{AGREEMENT}"]
             values["own_models"] = _own_models(preset, clients)
-    contents[AGREEMENT] = _filled(contents[AGREEMENT].decode(), values).encode()
-    parse(Agreement, contents[AGREEMENT], folder / AGREEMENT)
+    contents[AGREEMENT] = _agreement(_filled(contents[AGREEMENT].decode(), values), settings or {}, folder)
     for name, content in contents.items():
         if (folder / name).exists() and (folder / name).read_bytes() != content:
             mend = "choose another folder, or move that file away"
@@ -78,6 +81,18 @@ def init(
         if name.endswith(".sh"):
             (folder / name).chmod(0o755)
     return Workspace(folder)
+
+
+def _agreement(text: str, settings: Mapping[str, Any], folder: Path) -> bytes:
+    """The agreement with these settings. Raises UsageProblem naming every mistake."""
+    place, content = folder / AGREEMENT, changed(text, settings).encode() if settings else text.encode()
+    try:
+        parse(Agreement, content, place)
+    except UsageProblem as problem:
+        said = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        problem.where = f"{place}, which would be made with {said}" if settings else place
+        raise
+    return content
 
 
 def _check(template: str, tasks: Sequence[str]) -> None:

@@ -169,3 +169,41 @@ def test_a_workspace_is_never_made_inside_another(place: str, tmp_path: Path, fe
     assert str(tmp_path / "study/fedcollm.toml") in outcome.err
     assert "choose a folder outside of it" in outcome.err
     assert not (tmp_path / "study" / place).exists()
+
+
+# --- --set
+
+
+def test_settings_stand_in_the_template_whose_comments_stay(tmp_path: Path, fedcollm: Callable[..., Outcome]) -> None:
+    words = ["distillation.lambda_slm=0.25", "client_training.proximal=0.01", 'evaluation.tasks=["arc_easy"]']
+    words += ["aggregation.rule=median", "federation.rounds=9"]
+    outcome = fedcollm("init", tmp_path / "study", *(part for word in words for part in ("--set", word)))
+    assert outcome.code == 0, outcome.err
+    init(tmp_path / "plain")
+    agreement, plain = (Workspace(tmp_path / name).agreement for name in ("study", "plain"))
+    assert (agreement.distillation.lambda_slm, agreement.client_training.proximal) == (0.25, 0.01)
+    assert (agreement.aggregation.rule, agreement.federation.rounds) == ("median", 9)
+    assert agreement.llm == plain.llm
+    texts = [(tmp_path / name / "fedcollm.toml").read_text() for name in ("study", "plain")]
+    comments = [[line.partition("#")[2] for line in text.splitlines() if "#" in line] for text in texts]
+    assert set(comments[1]) <= set(comments[0])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("distillation.lambda_slmm=1", "distillation.lambda_slmm: unknown key; did you mean lambda_slm?"),
+        ("distilation.lambda_slm=1", "distilation: unknown key; did you mean distillation?"),
+        ("federation.rounds=many", "federation.rounds: Input should be a valid integer, found 'many'"),
+        ("federation.seed.x=1", "there is no setting federation.seed.x"),
+        ("distillation.lambda_slm=0,1", "--set distillation.lambda_slm has 2 values"),
+        ("distillation.lambda_slm", "is not KEY=VALUE"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_named_and_nothing_is_made(
+    word: str, message: str, tmp_path: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm("init", tmp_path / "study", "--set", word)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not (tmp_path / "study").exists()
