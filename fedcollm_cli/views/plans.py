@@ -137,9 +137,8 @@ def _travel(found: Plan) -> list[str]:
             each = shown(beneath // found.clients)
             lines.append(f"beside the adapter each client receives a residual, which grows: {each} in the last round")
             if beneath // found.clients > LARGEST_ADAPTER_BYTES:
-                lines.append(
-                    f'nobody reads more than {shown(LARGEST_ADAPTER_BYTES)}: agree on fewer rounds, or "product"'
-                )
+                most = shown(LARGEST_ADAPTER_BYTES)
+                lines.append(f"nobody reads more than {most} of it: agree on fewer rounds")
     if found.disk:
         parts = ", ".join(f"{name} {shown(size)}" for name, size in found.disk.items())
         whole = f"{found.rounds} rounds of {found.clients} clients"
