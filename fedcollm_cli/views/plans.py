@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.table import Table
 
+from stages.files.reading import LARGEST_ADAPTER_BYTES
 from stages.runtime import texts
 from stages.workspace.commands import Command
 
@@ -135,6 +136,9 @@ def _travel(found: Plan) -> list[str]:
         if beneath := found.sent.get("residual"):
             each = shown(beneath // found.clients)
             lines.append(f"beside the adapter each client receives a residual, which grows: {each} in the last round")
+            if beneath // found.clients > LARGEST_ADAPTER_BYTES:
+                most = shown(LARGEST_ADAPTER_BYTES)
+                lines.append(f"nobody reads more than {most} of it: agree on fewer rounds")
     if found.disk:
         parts = ", ".join(f"{name} {shown(size)}" for name, size in found.disk.items())
         whole = f"{found.rounds} rounds of {found.clients} clients"

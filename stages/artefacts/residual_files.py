@@ -17,22 +17,34 @@ from stages.artefacts.adapter_files import (
     Tensors,
     check_finite,
     layers_of,
+    layout_of,
     loaded,
+    numbers_in,
     strict_layout,
     weights_bytes,
 )
 from stages.artefacts.reading import Artefact
 from stages.artefacts.residual_sizes import is_agreed, most_rank
-from stages.artefacts.tensor_files import bad
+from stages.artefacts.tensor_files import bad, largest_bytes
 from stages.files import reading
-from stages.runtime.errors import Damaged
+from stages.runtime.errors import Damaged, UsageProblem
 from stages.workspace.agreement import Agreement
 from stages.workspace.names import RESIDUAL
 
 
 def as_file(beneath: Tensors, agreement: Agreement) -> dict[str, bytes]:
-    """The file of what lies beneath an SLM's adapter; none where none is agreed."""
-    return {RESIDUAL: weights_bytes(beneath)} if is_agreed(agreement) else {}
+    """The file of what lies beneath an SLM's adapter; none where none is agreed.
+
+    Raises UsageProblem for a larger one than anybody would read.
+    """
+    if not is_agreed(agreement):
+        return {}
+    size_bytes = largest_bytes(numbers_in(layout_of(beneath)))
+    if size_bytes > reading.LARGEST_ADAPTER_BYTES:
+        most = f"at most {reading.LARGEST_ADAPTER_BYTES} are read"
+        mend = 'merge what there is in an export, and go on with that as the base; or agree on combine = "product"'
+        raise UsageProblem(f"{RESIDUAL} has grown to {size_bytes} bytes, {most}", mend=mend)
+    return {RESIDUAL: weights_bytes(beneath)}
 
 
 def read_residual(artefact: Artefact, layout: Layout, agreement: Agreement) -> Tensors:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from builders import edit, make_workspace, rows, scale, sign, write_rows
 from damages import problems
+from fedcollm_cli.views import plans
 from stages.aggregate import aggregate
 from stages.aggregation.gate import _loss
 from stages.artefacts.receiving import read_sound
@@ -35,6 +36,7 @@ from stages.exchange.parcel_kinds import Parcel
 from stages.exchange.unpack import unpack
 from stages.export.export import export
 from stages.federation.run import run
+from stages.files import reading
 from stages.models import adapters
 from stages.models.loading import Models
 from stages.parties.party import Onlooker
@@ -578,6 +580,16 @@ def plan_of_factors(folder: Path) -> Any:
     """The same workspace without it."""
     edit(folder / "fedcollm.toml", 'combine = "residual"', 'combine = "factors"')
     return plan(Workspace(folder))
+
+
+def test_a_file_that_nobody_would_read_is_not_made(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LARGEST_ADAPTER_BYTES", 1 << 20)  # the head alone may have as much
+    with pytest.raises(UsageProblem, match=r"residual\.safetensors has grown to \d+ bytes, at most 1048576 are read"):
+        aggregate(Workspace(ran), round=2, overwrite=True)
+    told = "\n".join(plans._travel(plan(Workspace(ran))))
+    assert "beside the adapter each client receives a residual, which grows: 2.33 kB in the last round" in told
+    monkeypatch.setattr(plans, "LARGEST_ADAPTER_BYTES", 2000)
+    assert "nobody reads more than 2 kB of it" in "\n".join(plans._travel(plan(Workspace(ran))))
 
 
 @pytest.mark.parametrize(("clients", "rank"), [(2, 4), (5, 16)])
