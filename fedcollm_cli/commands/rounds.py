@@ -247,12 +247,13 @@ def evaluate(
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Score a model by lm-eval, zero-shot.
+    """Score a model by lm-eval, or on rows of your own.
 
-    On the tasks of [evaluation]. Reads private/server/round-t/slm, llm or aggregate, or exchange/round-t/client-k.
-    Writes results/round-t/*.json, or results/zero-shot/*.json. First it checks that the adapter is in the model and
-    changes its logits. With --attack, robust_acc is the share of multiple-choice questions that are right whatever
-    gradient ascent does to their prompts' embeddings, within a radius. Other scores stay the same.
+    On the tasks of [evaluation], asked as it says. Reads private/server/round-t/slm, llm or aggregate, or
+    exchange/round-t/client-k. Writes results/round-t/*.json, or results/zero-shot/*.json. First it checks that the
+    adapter is in the model and changes its logits. With --attack, robust_acc is the share of multiple-choice questions
+    that are right whatever gradient ascent does to their prompts' embeddings, within a radius. Other scores stay the
+    same.
 
     With --rows it reads a file of rows instead, and needs no task. It tells the mean loss per answer token in nats, its
     perplexity, and the share of rows whose answer is the likeliest at each token. Writes
