@@ -225,8 +225,10 @@ def _sent(here: Here) -> dict[str, int]:
     if "slm" not in here.shapes:
         return {}
     layout = here.shapes["slm"].layout
-    _, update_bytes = updates_of(here.workspace.agreement, layout)
-    return {"client": update_bytes, "server": len(here.workspace.clients) * shapes.file_bytes(layout)}
+    agreement = here.workspace.agreement
+    _, update_bytes = updates_of(agreement, layout)
+    sums = update_bytes if agreement.aggregation.key_holder else 0  # to the one client that opens them
+    return {"client": update_bytes, "server": len(here.workspace.clients) * shapes.file_bytes(layout) + sums}
 
 
 def _disk(here: Here) -> dict[str, int]:
