@@ -68,6 +68,10 @@ def check_belongs(
             elif name.startswith("roster"):
                 mend = "it was made before this federation enrolled, or for another: make it again with --overwrite"
             raise Refused(message, where=artefact.path / MANIFEST, mend=mend)
+    mode = workspace.agreement.aggregation.mode
+    if manifest.hidden_by not in (None, mode):
+        message = f"{workspace.shown(artefact.path)} is of {manifest.hidden_by} mode, the agreement says {mode}"
+        raise Refused(message, where=artefact.path / MANIFEST, mend="take it out, and ask who sent it")
     check_sizes(artefact, workspace)
 
 

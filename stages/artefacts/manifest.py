@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from stages.parties import names
 from stages.workspace.agreement import Lora
+from stages.workspace.names import ENCRYPTED, OPENED
 from stages.workspace.settings import Quantization, Role
 
 FORMAT: Literal["fedcollm/1"] = "fedcollm/1"
@@ -157,6 +158,13 @@ class Manifest(_Part):
     def party(self) -> str:
         """Who made it, and signs it."""
         return names.of(self.client)
+
+    @property
+    def hidden_by(self) -> str | None:
+        """The mode of aggregation that alone has such a folder; None where any has."""
+        if self.masking:
+            return "secure"
+        return "encrypted" if self.files.keys() & {ENCRYPTED, OPENED} else None
 
 
 @functools.cache

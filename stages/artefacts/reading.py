@@ -148,7 +148,7 @@ def expected_names(manifest: Manifest) -> set[str] | None:
         return {VOCABULARY, CUTS}
     if manifest.stage == "share-knowledge":
         return {KNOWLEDGE}
-    if manifest.masking:
+    if manifest.stage == "client-train" and manifest.masking:
         return {MASKED_UPDATE, SEALED_SHARES}
     if manifest.stage == "client-train" and SPARSE_UPDATE in manifest.files:
         return {ADAPTER_CONFIG, SPARSE_UPDATE}

@@ -34,6 +34,9 @@ from stages.workspace.names import ENCRYPTED, OPENED
 def hidden_of(folder: Folder) -> Iterator[Finding]:
     """Of one folder where updates are hidden: a masked update, or ciphertexts, holds what its manifest says."""
     yield from masked_of(folder)
+    agreement, hidden_by = folder.scope.agreement, folder.manifest and folder.manifest.hidden_by
+    if agreement and hidden_by not in (None, agreement.aggregation.mode):
+        yield A9.fail(folder.shown, f"is of {hidden_by} mode", f"{agreement.aggregation.mode} mode, as agreed")
     if folder.manifest is None or ENCRYPTED not in folder.manifest.files:
         return
     try:

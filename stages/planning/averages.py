@@ -25,8 +25,9 @@ COPIES = {
 float64."""
 
 
-OF_CIPHERTEXTS = 4
-"""Times that encrypted updates are in memory as aggregate adds them: the sum, and one more as file, cut and loaded."""
+OF_CIPHERTEXTS = 7
+"""Times that an encrypted update is in memory as aggregate adds it: the sum, one more as file, cut and loaded, and the
+sum as it is written."""
 OF_MOMENT = 4
 """Adapters that one moment of the server's optimiser is in memory as: file and tensors, before and after a step."""
 

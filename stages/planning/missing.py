@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.bases import base_files, base_folders
 from stages.data.examples import Tokenizer, encode
+from stages.parties import encryption_keys
 from stages.planning.rows_ahead import RowsAhead
 from stages.runtime.errors import Damaged, Problem
 from stages.workspace.budgets import Budget
@@ -44,7 +46,8 @@ def missing(
         roles = ["slm"] if _is_of_clients_alone(workspace) else ROLES
     models = [one for role in roles for view in _views(workspace, role) for one in _model(view, role)]
     data = [*_data(workspace), *_public_rows(workspace, clients)]
-    return [*models, *_bitsandbytes(workspace, roles), *data, *(_tasks(workspace) if scores else [])]
+    libraries = [*_bitsandbytes(workspace, roles), *_tenseal(workspace)]
+    return [*models, *libraries, *data, *(_tasks(workspace) if scores else [])]
 
 
 def missing_model(view: Workspace, role: Role) -> list[Missing]:
@@ -126,6 +129,12 @@ def _bitsandbytes(workspace: Workspace, roles: Sequence[Role]) -> list[Missing]:
         return []
     what = f"bitsandbytes, for {' and '.join(f'{role}.quantization' for role in wanted)}"
     return [Missing(what, quantization.INSTALL)]
+
+
+def _tenseal(workspace: Workspace) -> list[Missing]:
+    if workspace.agreement.aggregation.key_holder is None or importlib.util.find_spec("tenseal") is not None:
+        return []
+    return [Missing("TenSEAL, for aggregation.mode", encryption_keys.INSTALL)]
 
 
 def _data(workspace: Workspace) -> list[Missing]:

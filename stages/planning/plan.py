@@ -225,9 +225,11 @@ def _sent(here: Here) -> dict[str, int]:
     if "slm" not in here.shapes:
         return {}
     layout = here.shapes["slm"].layout
-    _, update_bytes = updates_of(here.workspace.agreement, layout)
-    clients, last = len(here.workspace.clients), residuals.bytes_of(here.workspace.agreement, layout)[-2]
-    to_all = {"client": update_bytes, "server": clients * shapes.file_bytes(layout)}
+    agreement = here.workspace.agreement
+    _, update_bytes = updates_of(agreement, layout)
+    clients, last = len(here.workspace.clients), residuals.bytes_of(agreement, layout)[-2]
+    sums = update_bytes if agreement.aggregation.key_holder else 0  # to the one client that opens them
+    to_all = {"client": update_bytes, "server": clients * shapes.file_bytes(layout) + sums}
     return to_all | ({"residual": clients * last} if last else {})
 
 

@@ -19,7 +19,9 @@ from builders import Outcome, edit, make_workspace, rows, write_rows
 from federations import Machines, agreement, copied, enrol, vault_of, with_keys
 from stages.aggregate import aggregate
 from stages.artefacts.adapter_files import weights_bytes
+from stages.artefacts.arrays import array_bytes
 from stages.artefacts.draft import Draft
+from stages.artefacts.manifest import Masking
 from stages.artefacts.publishing import publish
 from stages.artefacts.reading import read_artefact, read_manifest
 from stages.audit.audit import audit
@@ -35,7 +37,7 @@ from stages.reveal import reveal
 from stages.runtime.errors import Damaged, NotReady, Refused, UsageProblem
 from stages.study.variants import baseline
 from stages.workspace.commands import Command
-from stages.workspace.names import ADAPTER_WEIGHTS
+from stages.workspace.names import ADAPTER_WEIGHTS, MASKED_UPDATE, SEALED_SHARES
 from stages.workspace.names import ENCRYPTED as ENCRYPTED_FILE
 from stages.workspace.paths import Workspace
 
@@ -340,6 +342,19 @@ def test_what_a_client_sends_in_bad_faith_is_refused_by_its_name(three: Path) ->
     spoiled(three, sound, parents={"broadcast": "0" * 64})
     with pytest.raises(Refused, match="client 3's update of round 1 was trained from another broadcast"):
         aggregate(workspace, round=1)
+
+
+def test_a_plain_federation_takes_no_hidden_update(answered: Path) -> None:
+    place = answered / "exchange/round-0001/client-2"
+    draft = {each.name: getattr(read_manifest(place)[0], each.name) for each in fields(Draft)}
+    masking = Masking(y_sha256="0" * 64, commit_self="0" * 64, commit_pairs={})
+    masked = {name: array_bytes("y", np.zeros(5, np.uint32)) for name in (MASKED_UPDATE, SEALED_SHARES)}
+    encrypted = {ENCRYPTED_FILE: ciphertext_files.written([b"x"])}
+    for mode, contents, more in (("encrypted", encrypted, {}), ("secure", masked, {"masking": masking})):
+        publish(place, contents, Draft(**draft | more), by=Party.client(Workspace(answered), 2))
+        with pytest.raises(Refused, match=f"client-2 is of {mode} mode, the agreement says plain"):
+            aggregate(Workspace(answered), round=1, overwrite=True)
+        assert any(f"is of {mode} mode" in one.text for one in audit([answered]) if one.level == "FAIL")
 
 
 def test_weights_are_by_examples_and_nobody_is_told_them(tmp_path: Path, base_models: Path) -> None:

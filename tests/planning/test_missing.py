@@ -111,6 +111,17 @@ def test_a_tasks_own_files_are_among_the_missing(workspace_folder: Path) -> None
     assert found.mend == "put it there, or check data_files in its task file"
 
 
+def test_tenseal_is_missing_where_updates_are_to_be_encrypted(
+    workspace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tenseal" else find(name))
+    assert missing(Workspace(workspace_folder)) == []
+    edit(workspace_folder / "fedcollm.toml", "[evaluation]", '[aggregation]\nmode = "encrypted"\n\n[evaluation]')
+    [found] = missing(Workspace(workspace_folder))
+    assert (found.what, found.mend) == ("TenSEAL, for aggregation.mode", "pip install 'fedcollm[he]'")
+
+
 def test_bitsandbytes_is_missing_where_a_base_is_to_be_held_in_few_bits(
     workspace_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
