@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +29,8 @@ from stages.runtime.errors import INTERRUPTED_EXIT_CODE, Problem
 from stages.runtime.events import SECONDS_LEFT, Event
 from stages.runtime.texts import Lines, printable, shown
 
+WIDEST = 100_000
+"""Columns that hold any table."""
 PLAIN_INTERVAL_S = 10.0
 """How often a long stage says how far it is where there is no terminal to draw on."""
 
@@ -145,7 +148,7 @@ class Console:
         if self.as_json:
             _print_json(value)
         elif not isinstance(text, str):
-            _Harmless().print(text)
+            _print_whole(text)
         else:
             sys.stdout.write(shown(text) + "\n")
 
@@ -179,6 +182,34 @@ class Console:
         if self._progress:
             self._progress.stop()
         self._err.print(text)
+
+
+def _print_whole(drawn: Table | Group) -> None:
+    """Tables and texts on stdout. No word of a table is cut: where it is too wide, its lines are.
+
+    Where stdout is no terminal, and COLUMNS does not ask for a width, nothing is broken into lines either.
+    """
+    console = _Harmless()
+    is_free = not (console.is_terminal or os.environ.get("COLUMNS"))
+    for part in _parts(drawn):
+        if isinstance(part, Table):
+            wide = console.options.update(width=WIDEST)
+            for column in part.columns:
+                cells = [Measurement.get(console, wide, cell).minimum for cell in (column.header, *column.cells)]
+                column.min_width = max(cells)
+            needed = Measurement.get(console, wide, part)
+            wider = _Harmless(width=max(console.width, needed.minimum, needed.maximum if is_free else 0))
+            wider.print(part, crop=False)
+        else:
+            console.print(part, soft_wrap=is_free)
+
+
+def _parts(drawn: RenderableType) -> Iterator[RenderableType]:
+    if isinstance(drawn, Group):
+        for part in drawn.renderables:
+            yield from _parts(part)
+    else:
+        yield drawn
 
 
 def tell_failure(code: int, message: str, *, where: object = None, mend: str | None = None) -> None:
