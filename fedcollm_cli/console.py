@@ -68,6 +68,7 @@ class Console:
         self._task: TaskID | None = None
         self._result: tuple[Any, str | Table | Group] | None = None
         self._round = self._stage = ""
+        self._first: tuple[int, float] | None = None  # the stage's first step that was told, and when
         self._started = self._said = 0.0
 
     def __enter__(self) -> Console:
@@ -116,7 +117,7 @@ class Console:
                 self._err.print(f"warning: {event.text}", style="yellow")
 
     def _begin_stage(self, text: str) -> None:
-        self._stage = text
+        self._stage, self._first = text, None
         self._started = self._said = time.monotonic()
         if self._progress:
             self._task = self._progress.add_task(shown(text), total=None, losses="")
@@ -134,9 +135,22 @@ class Console:
     def _step(self, event: Event) -> None:
         if self._progress and self._task is not None:
             self._progress.update(self._task, completed=event.step, total=event.total, losses=_losses(event.values))
-        elif time.monotonic() - self._said > PLAIN_INTERVAL_S:
+            return
+        left = self._left(event)
+        if time.monotonic() - self._said > PLAIN_INTERVAL_S:
             self._said = time.monotonic()
-            self._err.print(f"  {self._stage}  {event.step}/{event.total}  {_losses(event.values)}".rstrip())
+            parts = [self._stage, f"{event.step}/{event.total}", _losses(event.values), left]
+            self._err.print("  " + "  ".join(part for part in parts if part))
+
+    def _left(self, event: Event) -> str:
+        """How long the rest of the stage takes at the pace since its first step that was told; "" at that one."""
+        if self._first is None:
+            self._first = event.step, time.monotonic()
+        first, since = self._first
+        if not first < event.step < event.total:
+            return ""
+        pace = (time.monotonic() - since) / (event.step - first)
+        return f"about {duration(pace * (event.total - event.step))} left"
 
     def result(self, value: Any, text: str | Table | Group) -> None:
         """The outcome, for stdout when the command has ended: value as JSON if that was asked for, else text."""

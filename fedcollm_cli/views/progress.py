@@ -120,6 +120,7 @@ def status(found: Status, workspace: Path | None) -> str:
     if len(begun) < len(found.rounds):
         first, last = len(begun) + 1, len(found.rounds)
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
+    lines += [one.in_words for one in found.unfinished]
     if found.scores:
         conditions = {score.name: score.condition for score in found.scores}
         lines.append(f"scores of round {found.rounds[-1].number}: {_summary(conditions)}")

@@ -22,6 +22,7 @@ from stages.progress import damage, in_public, staleness
 from stages.progress.rounds import Reader
 from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.progress.steps import Round, Step, awaited
+from stages.progress.unfinished import Unfinished, unfinished
 from stages.runtime.errors import Damaged, UsageProblem
 from stages.workspace import edits
 from stages.workspace.averaging import threshold
@@ -58,6 +59,8 @@ class Status:
     stale: list[str] = field(default_factory=list)
     """Rows and results that are of other tasks, settings or adapters than lie here now, and parties with other public
     rows: why, and what mends it."""
+    unfinished: list[Unfinished] = field(default_factory=list)
+    """Trainings that have begun and not ended."""
     not_covered: str = ""
     """With verify: what nothing was held against."""
 
@@ -103,7 +106,8 @@ def status(
     unfit = "" if all(round.is_done for round in rounds) else _unfit(workspace)
     command, waiting_for = (None, "") if unfit else (command, waiting_for)
     told = edited(workspace, reader.other_agreements)
-    found = Status(rounds, command, waiting_for, scores, told, unfit, stale=stale)
+    begun = unfinished(workspace)
+    found = Status(rounds, command, waiting_for, scores, told, unfit, stale=stale, unfinished=begun)
     if not verify:
         return found
     faults = (*damage.faults(workspace), *damage.others(workspace))
