@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +29,8 @@ from stages.runtime.errors import INTERRUPTED_EXIT_CODE, Problem
 from stages.runtime.events import SECONDS_LEFT, Event
 from stages.runtime.texts import Lines, printable, shown
 
+WIDEST = 100_000
+"""Columns that hold any table."""
 PLAIN_INTERVAL_S = 10.0
 """How often a long stage says how far it is where there is no terminal to draw on."""
 
@@ -65,6 +68,7 @@ class Console:
         self._task: TaskID | None = None
         self._result: tuple[Any, str | Table | Group] | None = None
         self._round = self._stage = ""
+        self._first: tuple[int, float] | None = None  # the stage's first step that was told, and when
         self._started = self._said = 0.0
 
     def __enter__(self) -> Console:
@@ -113,7 +117,7 @@ class Console:
                 self._err.print(f"warning: {event.text}", style="yellow")
 
     def _begin_stage(self, text: str) -> None:
-        self._stage = text
+        self._stage, self._first = text, None
         self._started = self._said = time.monotonic()
         if self._progress:
             self._task = self._progress.add_task(shown(text), total=None, losses="")
@@ -131,9 +135,22 @@ class Console:
     def _step(self, event: Event) -> None:
         if self._progress and self._task is not None:
             self._progress.update(self._task, completed=event.step, total=event.total, losses=_losses(event.values))
-        elif time.monotonic() - self._said > PLAIN_INTERVAL_S:
+            return
+        left = self._left(event)
+        if time.monotonic() - self._said > PLAIN_INTERVAL_S:
             self._said = time.monotonic()
-            self._err.print(f"  {self._stage}  {event.step}/{event.total}  {_losses(event.values)}".rstrip())
+            parts = [self._stage, f"{event.step}/{event.total}", _losses(event.values), left]
+            self._err.print("  " + "  ".join(part for part in parts if part))
+
+    def _left(self, event: Event) -> str:
+        """How long the rest of the stage takes at the pace since its first step that was told; "" at that one."""
+        if self._first is None:
+            self._first = event.step, time.monotonic()
+        first, since = self._first
+        if not first < event.step < event.total:
+            return ""
+        pace = (time.monotonic() - since) / (event.step - first)
+        return f"about {duration(pace * (event.total - event.step))} left"
 
     def result(self, value: Any, text: str | Table | Group) -> None:
         """The outcome, for stdout when the command has ended: value as JSON if that was asked for, else text."""
@@ -145,7 +162,7 @@ class Console:
         if self.as_json:
             _print_json(value)
         elif not isinstance(text, str):
-            _Harmless().print(text)
+            _print_whole(text)
         else:
             sys.stdout.write(shown(text) + "\n")
 
@@ -179,6 +196,34 @@ class Console:
         if self._progress:
             self._progress.stop()
         self._err.print(text)
+
+
+def _print_whole(drawn: Table | Group) -> None:
+    """Tables and texts on stdout. No word of a table is cut: where it is too wide, its lines are.
+
+    Where stdout is no terminal, and COLUMNS does not ask for a width, nothing is broken into lines either.
+    """
+    console = _Harmless()
+    is_free = not (console.is_terminal or os.environ.get("COLUMNS"))
+    for part in _parts(drawn):
+        if isinstance(part, Table):
+            wide = console.options.update(width=WIDEST)
+            for column in part.columns:
+                cells = [Measurement.get(console, wide, cell).minimum for cell in (column.header, *column.cells)]
+                column.min_width = max(cells)
+            needed = Measurement.get(console, wide, part)
+            wider = _Harmless(width=max(console.width, needed.minimum, needed.maximum if is_free else 0))
+            wider.print(part, crop=False)
+        else:
+            console.print(part, soft_wrap=is_free)
+
+
+def _parts(drawn: RenderableType) -> Iterator[RenderableType]:
+    if isinstance(drawn, Group):
+        for part in drawn.renderables:
+            yield from _parts(part)
+    else:
+        yield drawn
 
 
 def tell_failure(code: int, message: str, *, where: object = None, mend: str | None = None) -> None:

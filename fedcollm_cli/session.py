@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.console import Console
 from fedcollm_cli.torchrun import Launch, is_first, launched
 from fedcollm_cli.views.sheets import Form
@@ -34,8 +35,12 @@ WorkspaceOption = Annotated[
         "--workspace", "-w", help="The workspace folder. Default: this folder, or the nearest above that is one."
     ),
 ]
-RoundOption = Annotated[int, typer.Option("--round", min=1, help="The round t, counted from 1.")]
-ClientOption = Annotated[int, typer.Option("--client", min=1, help="The client k, counted from 1.")]
+RoundOption = Annotated[
+    int, typer.Option("--round", min=1, autocompletion=completing.rounds, help="The round t, counted from 1.")
+]
+ClientOption = Annotated[
+    int, typer.Option("--client", min=1, autocompletion=completing.clients, help="The client k, counted from 1.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a result that was made from other inputs.")]
 EachRoundOption = Annotated[
     bool, typer.Option("--each-round/--last-round", help="Evaluate after every round, or after the last alone.")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.session import OverwriteOption, Session, in_workspace
 from fedcollm_cli.views.alignments import alignment_of, alignments_of
 from stages.parties import names
@@ -20,7 +21,10 @@ def align(
         typer.Option("--method", help="Of the maps that are written. Default: the one that measures best, each way."),
     ] = None,
     client: Annotated[
-        int | None, typer.Option("--client", min=1, help="FedMKT: of this client, with the server.")
+        int | None,
+        typer.Option(
+            "--client", min=1, autocompletion=completing.clients, help="FedMKT: of this client, with the server."
+        ),
     ] = None,
     server: Annotated[bool, typer.Option("--server", help="FedMKT: of the server, with each client.")] = False,
     opened: Session,

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from fedcollm_cli import completing
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import JsonOption, QuietOption, Session, WorkspaceOption, guarded, in_workspace
 from stages.runtime import texts
@@ -25,7 +26,10 @@ def audit(
         list[Path] | None, typer.Argument(help="Adapter folders, rounds, exchanges or workspaces. Default: this one.")
     ] = None,
     *,
-    client: Annotated[int | None, typer.Option("--client", min=1, help="Only what concerns this client.")] = None,
+    client: Annotated[
+        int | None,
+        typer.Option("--client", min=1, autocompletion=completing.clients, help="Only what concerns this client."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 10 if there are warnings.")] = False,
     canary: Annotated[
         list[str] | None,

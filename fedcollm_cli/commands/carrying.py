@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.session import OverwriteOption, Session, in_workspace
 from stages.runtime import texts
 from stages.runtime.errors import UsageProblem
@@ -19,10 +20,21 @@ ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace anothe
 @in_workspace("quiet")
 def pack(
     *,
-    round: Annotated[int | None, typer.Option("--round", min=1, help="The round whose files are packed.")] = None,
-    client: Annotated[int | None, typer.Option("--client", min=1, help="Pack what this client sends.")] = None,
+    round: Annotated[
+        int | None,
+        typer.Option("--round", min=1, autocompletion=completing.rounds, help="The round whose files are packed."),
+    ] = None,
+    client: Annotated[
+        int | None,
+        typer.Option("--client", min=1, autocompletion=completing.clients, help="Pack what this client sends."),
+    ] = None,
     server: Annotated[bool, typer.Option("--server", help="Pack what the server sends.")] = False,
-    to: Annotated[int | None, typer.Option("--to", min=1, help="With --server: only what this client needs.")] = None,
+    to: Annotated[
+        int | None,
+        typer.Option(
+            "--to", min=1, autocompletion=completing.clients, help="With --server: only what this client needs."
+        ),
+    ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="Pack the client's public keys instead.")] = False,
     roster: Annotated[bool, typer.Option("--roster", help="Pack the roster and all public keys instead.")] = False,
     output: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.session import (
     ClientScoresOption,
     CsvOption,
@@ -107,7 +108,12 @@ def sweep(
     *,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="<str>", help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary."),
+        typer.Option(
+            "--set",
+            metavar="<str>",
+            autocompletion=completing.settings,
+            help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary.",
+        ),
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc, acc_norm or robust_acc.")] = "acc",
     markdown: MarkdownOption = False,

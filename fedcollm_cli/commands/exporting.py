@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.session import OverwriteOption, RoundOption, Session, in_workspace
 
 
@@ -18,7 +19,10 @@ def export(
         Literal["slm", "llm", "aggregate"],
         typer.Option("--model", help="Of the server's models: slm or llm after co-distill, or the aggregate before."),
     ] = "slm",
-    client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
+    client: Annotated[
+        int | None,
+        typer.Option("--client", min=1, autocompletion=completing.clients, help="Instead: this client's own SLM."),
+    ] = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="Whole weights and tokenizer, instead of an adapter.")
     ] = False,

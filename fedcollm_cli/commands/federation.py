@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.session import ClientScoresOption, EachRoundOption, OverwriteOption, Session, in_workspace
 from fedcollm_cli.views import progress
 from stages.runtime import texts
@@ -22,7 +23,10 @@ def run(
         typer.Option("--method", help="Another method than the agreement's, in baselines/METHOD."),
     ] = None,
     rounds: Annotated[
-        str | None, typer.Option("--rounds", "--round", help="Such as 3 or 1-5: these alone. Default: all.")
+        str | None,
+        typer.Option(
+            "--rounds", "--round", autocompletion=completing.rounds, help="Such as 3 or 1-5: these alone. Default: all."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do nothing: print the commands that it stands for, to be pasted.")
@@ -68,7 +72,10 @@ def run(
 @in_workspace("quiet", "device", "dtype")
 def next(
     *,
-    client: Annotated[int | None, typer.Option("--client", min=1, help="The client whose step it is.")] = None,
+    client: Annotated[
+        int | None,
+        typer.Option("--client", min=1, autocompletion=completing.clients, help="The client whose step it is."),
+    ] = None,
     server: Annotated[bool, typer.Option("--server", help="The server's step.")] = False,
     opened: Session,
 ) -> None:

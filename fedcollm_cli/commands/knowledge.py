@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.commands.rounds import published
 from fedcollm_cli.session import ClientOption, OverwriteOption, RoundOption, Session, in_workspace
 
@@ -13,7 +14,9 @@ from fedcollm_cli.session import ClientOption, OverwriteOption, RoundOption, Ses
 @in_workspace("quiet", "device", "dtype")
 def share_knowledge(
     *,
-    client: Annotated[int | None, typer.Option("--client", min=1, help="Of this client's model.")] = None,
+    client: Annotated[
+        int | None, typer.Option("--client", min=1, autocompletion=completing.clients, help="Of this client's model.")
+    ] = None,
     server: Annotated[bool, typer.Option("--server", help="Of the server's LLM, as co-distill has left it.")] = False,
     round: RoundOption,
     opened: Session,

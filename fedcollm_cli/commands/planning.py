@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import JsonOption, Session, WorkspaceOption, guarded, in_workspace, session
 from fedcollm_cli.views.knowledge_costs import told_cost_of
@@ -47,7 +48,10 @@ def prefetch(
     model: Annotated[
         Literal["slm", "llm"] | None, typer.Option("--model", help="One model only; a client needs no LLM.")
     ] = None,
-    client: Annotated[int | None, typer.Option("--client", min=1, help="Only the SLM that this client tunes.")] = None,
+    client: Annotated[
+        int | None,
+        typer.Option("--client", min=1, autocompletion=completing.clients, help="Only the SLM that this client tunes."),
+    ] = None,
     tasks: Annotated[bool, typer.Option("--tasks/--no-tasks", help="Whether to fetch the tasks' datasets too.")] = True,
     opened: Session,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.commands.scoring import evaluate_rows
 from fedcollm_cli.session import (
     ClientOption,
@@ -223,12 +224,18 @@ def co_distill(
 @in_workspace("quiet", "device", "dtype", "processes")
 def evaluate(
     *,
-    round: Annotated[int | None, typer.Option("--round", min=1, help="The round t; with --zero-shot, none.")] = None,
+    round: Annotated[
+        int | None,
+        typer.Option("--round", min=1, autocompletion=completing.rounds, help="The round t; with --zero-shot, none."),
+    ] = None,
     model: Annotated[
         Literal["slm", "llm", "aggregate"],
         typer.Option("--model", help="Of the server's models: slm or llm after co-distill, or the aggregate before."),
     ] = "slm",
-    client: Annotated[int | None, typer.Option("--client", min=1, help="Instead: this client's own SLM.")] = None,
+    client: Annotated[
+        int | None,
+        typer.Option("--client", min=1, autocompletion=completing.clients, help="Instead: this client's own SLM."),
+    ] = None,
     zero_shot: Annotated[bool, typer.Option("--zero-shot", help="The base alone, without an adapter.")] = False,
     attack: Annotated[
         float | None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fedcollm_cli import completing
 from fedcollm_cli.commands.reporting import in_words
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, Session, guarded, in_workspace, show_one_gpu
@@ -19,7 +20,11 @@ def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     *,
     template: Annotated[
-        str, typer.Option(help="demo, demo-fedmkt, blank, or a paper's settings: s1, s2, s3, mkt.")
+        str,
+        typer.Option(
+            autocompletion=completing.templates,
+            help="demo, demo-fedmkt, blank, or a paper's settings: s1, s2, s3, mkt.",
+        ),
     ] = "blank",
     task: Annotated[
         list[str] | None,
@@ -30,7 +35,12 @@ def init(
     seed: Annotated[int, typer.Option(min=0, help="The federation's seed.")] = 1,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="<str>", help="KEY=VALUE of fedcollm.toml, over the template's; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="<str>",
+            autocompletion=completing.settings,
+            help="KEY=VALUE of fedcollm.toml, over the template's; repeatable.",
+        ),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -62,7 +72,10 @@ def check_rows(
         typer.Argument(help="JSON lines, CSV or Parquet. Default: all rows of this workspace that are here."),
     ] = None,
     *,
-    client: Annotated[int | None, typer.Option("--client", min=1, help="Only what this client trains on.")] = None,
+    client: Annotated[
+        int | None,
+        typer.Option("--client", min=1, autocompletion=completing.clients, help="Only what this client trains on."),
+    ] = None,
     fix: Annotated[
         bool, typer.Option("--fix", help="Write NAME.mended.jsonl beside a file that can be mended.")
     ] = False,

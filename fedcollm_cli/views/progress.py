@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MOST_NAMED = 8
 """How many scores a line of `status` names before it counts the rest."""
 
+LARGEST_IN_FULL = 1e4
+"""From here on a score is shown with four digits and a power of ten."""
+
 KINDS = {"client": "clients", "reveal": "reveals"}
 KINDS |= {"vocabulary": "vocabularies", "trained": "trained", "knowledge": "knowledge", "slm": "slm"}
 """Steps of which each client takes one, and what their line of `status` is called."""
@@ -72,12 +75,19 @@ def scores(results: list[Result]) -> Tables:
             task,
             "base" if result["round"] is None else str(result["round"]),
             asked(found),
-            *("" if value is None else f"{value:.4f}" for value in map(found["metrics"].get, columns)),
+            *map(_shown, map(found["metrics"].get, columns)),
         ]
         for result, task, found in rows
     ]
     sheet = Sheet("", ["model", "task", "round", "questions", *columns.values()], cells, named=2, left=2)
     return Tables([sheet], [], *figures.of_scores(results))
+
+
+def _shown(value: float | None) -> str:
+    """A score; a perplexity may have 25 digits before the point, of which the first four tell enough."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < LARGEST_IN_FULL else f"{value:.4g}"
 
 
 def asked(found: TaskScores) -> str:
@@ -110,6 +120,7 @@ def status(found: Status, workspace: Path | None) -> str:
     if len(begun) < len(found.rounds):
         first, last = len(begun) + 1, len(found.rounds)
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
+    lines += [one.in_words for one in found.unfinished]
     if found.scores:
         conditions = {score.name: score.condition for score in found.scores}
         lines.append(f"scores of round {found.rounds[-1].number}: {_summary(conditions)}")

@@ -41,9 +41,9 @@ def parse_setting(text: str) -> tuple[str, list[Any]]:
         return key.strip(), [_value(one) for one in values.split(",")]
 
 
-def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+def parse_settings(words: Sequence[str]) -> dict[str, object]:
     """One value for each key, of several "key=value". Raises UsageProblem for a key with more, and one given twice."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for text in words:
         key, values = parse_setting(text)
         if len(values) != 1:

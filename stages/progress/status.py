@@ -23,6 +23,7 @@ from stages.progress.refused import refused_rows
 from stages.progress.rounds import Reader
 from stages.progress.staleness import PREPARE, STALE_ROWS
 from stages.progress.steps import Round, Step, awaited
+from stages.progress.unfinished import Unfinished, unfinished
 from stages.runtime.errors import Damaged, UsageProblem
 from stages.workspace import edits
 from stages.workspace.commands import Command
@@ -60,6 +61,8 @@ class Status:
     rows: why, and what mends it."""
     refused: list[str] = field(default_factory=list)
     """Files of rows that training would refuse: what is wrong first, and the mend."""
+    unfinished: list[Unfinished] = field(default_factory=list)
+    """Trainings that have begun and not ended."""
     not_covered: str = ""
     """With verify: what nothing was held against."""
 
@@ -107,7 +110,8 @@ def status(
     refused = [] if is_done else list(refused_rows(workspace))
     command, waiting_for = (None, "") if unfit else (command, waiting_for)
     told = edited(workspace, reader.other_agreements)
-    found = Status(rounds, command, waiting_for, scores, told, unfit, stale=stale, refused=refused)
+    begun = unfinished(workspace)
+    found = Status(rounds, command, waiting_for, scores, told, unfit, stale=stale, refused=refused, unfinished=begun)
     if not verify:
         return found
     faults = (*damage.faults(workspace), *damage.others(workspace))

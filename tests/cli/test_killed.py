@@ -21,6 +21,8 @@ import torch
 import fedcollm_cli.console
 from builders import Outcome, adapters, drafts, edit, published, sign
 from processes import SLOWLY, start
+from stages.progress.status import status
+from stages.workspace.paths import Workspace
 
 COMMANDS = {"client-train": ["--round", 1, "--client", 2], "co-distill": ["--round", 1]}
 
@@ -71,6 +73,10 @@ def test_a_signal_in_training_exits_75_and_leaves_nothing_half_written(
     assert "Traceback" not in said
     assert published(finished) == before
     assert drafts(finished) == []
+    [begun] = status(Workspace(finished)).unfinished
+    assert (begun.stage, begun.of) == (command, 100_000)
+    assert begun.steps >= 5
+    assert number == signal.SIGINT or f"stopped after step {begun.steps} of" in said
 
 
 FORKS = """

@@ -8,11 +8,17 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
+from rich.console import Group
+from rich.table import Table
 
 from builders import Outcome
+from fedcollm_cli.console import Console
+from fedcollm_cli.views import progress
 from fedcollm_cli.views.sheets import Sheet, Tables, in_latex
+from stages.artefacts.records import Result
 
 MACROS = {"textbackslash", "textasciicircum", "textasciitilde", "textbar", "textless", "textgreater", "textquotedbl"}
 N = r"[-+]?\d+(\.\d+)?"
@@ -120,3 +126,55 @@ def test_evaluate_prints_a_table_and_its_figures(studied_once: Path, fedcollm: C
     assert head.startswith("| model | task | round | questions | acc | stderr |")
     assert set(rule) == set("|-: ")
     assert row.startswith(f"| llm | colours | 2 | {written['questions']} | {metrics['acc']:.4f} |")
+
+
+# --- on a terminal of 80 columns, and in a pipe
+
+LONG = "commonsense_qa_with_a_name_that_is_longer_than_half_of_a_terminal"
+WORDS = "a sentence of a dozen words that is far too long for one cell of a narrow table"
+
+
+def printed(capfd: pytest.CaptureFixture[str], *parts: Table | str) -> list[str]:
+    with Console(quiet=True, as_json=False) as console:
+        console.result(None, Group(*parts))
+    return capfd.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def table() -> Table:
+    made = Table()
+    for name in ("task", "accuracy", "said", "interval"):
+        made.add_column(name, justify="right")
+    made.add_row(LONG, "0.1234", WORDS, "+95.0 [85.2, 104.8]*")
+    return made
+
+
+def test_a_pipe_gets_each_row_on_one_line(
+    table: Table, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = printed(capfd, table, f"{WORDS}, {WORDS}")
+    [row] = [line for line in lines if LONG in line]
+    assert all(cell in row for cell in ("0.1234", WORDS, "+95.0 [85.2, 104.8]*"))
+    assert lines[-1] == f"{WORDS}, {WORDS}"
+
+
+def test_a_narrow_terminal_breaks_lines_and_no_word(
+    table: Table, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = printed(capfd, table, WORDS)
+    words = {word for line in lines for word in line.replace("│", " ").split()}
+    assert {LONG, "0.1234", *WORDS.split(), "104.8]*"} <= words
+    small = Table()
+    small.add_column("task")
+    small.add_column("said")
+    small.add_row("arc_easy", f"{WORDS}, {WORDS}")
+    assert max(map(len, printed(capfd, small))) <= 80
+
+
+def test_a_score_of_25_digits_is_shown_with_four() -> None:
+    scored = {"metrics": {"word_perplexity": 1.2345678e24, "acc": 0.5}, "questions": 3, "questions_in_all": 3, "cut": 0}
+    result = cast(Result, {"subject": "slm", "round": 1, "tasks": {"wikitext": scored}})
+    [row] = progress.scores([result]).sheets[0].rows
+    assert row == ["slm", "wikitext", "1", "3", "0.5000", "", "1.235e+24"]
