@@ -162,9 +162,9 @@ class Manifest(_Part):
     @property
     def hidden_by(self) -> str | None:
         """The mode of aggregation that alone has such a folder; None where any has."""
-        if self.masking:
-            return "secure"
-        return "encrypted" if self.files.keys() & {ENCRYPTED, OPENED} else None
+        if self.files.keys() & {ENCRYPTED, OPENED}:
+            return "encrypted"
+        return "secure" if self.masking else None
 
 
 @functools.cache
