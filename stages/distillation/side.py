@@ -127,6 +127,9 @@ def recipe(workspace: Workspace, round: int, *roles: Role) -> Recipe:
         learning_rates={role: rates[role] for role in roles},
         clips={role: clips[role] for role in roles},
         warmup_steps=settings.warmup_steps if round == 1 else 0,
+        schedule=settings.schedule,
+        rounds_done=round - 1,
+        rounds=workspace.agreement.federation.rounds,
         seed=workspace.seed_for("co-distill", round),
         alternating=settings.order == "alternating",
     )

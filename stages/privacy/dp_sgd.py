@@ -29,7 +29,7 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import get_constant_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
 
 from stages.accounting.accountant import Charge
 from stages.accounting.noise import SecretRandom
@@ -95,7 +95,7 @@ def train(
     objective = Objective([slm], loss_of_examples, {"slm_ft": 1.0})
     start = snapshot(objective)
     checkpoint = checkpoints.begin(folder, inputs, anew=overwrite, report=report)
-    run = Run.begun(objective, recipe, folder, checkpoint)
+    run = Run.begun(objective, recipe, folder, checkpoint, steps=steps)
     charge = reserve(attempt=run.attempt, step=run.step, adapter=digest(objective))
     with naming_memory_knobs(MEMORY_KNOBS), held_in_bfloat16(slm), checkpoints.stopping() as stop:
         rows = _rows_at_once(objective, slm, examples, recipe, machine, report=report)
@@ -225,17 +225,17 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
 class Run:
     """What a stopped run goes on from: the adapter, AdamW and its schedule, the steps done and their log."""
 
-    def __init__(self, objective: Objective, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, objective: Objective, recipe: Recipe, folder: Path, steps: int) -> None:
         self.step, self.attempt, self.log = 0, secrets.token_hex(8), list[dict[str, Any]]()
         self._objective, self._folder = objective, folder
         rate, decay = recipe.learning_rates["slm"], recipe.budget.weight_decay
         self.optimizer = torch.optim.AdamW(objective.adapter_parameters("slm"), lr=rate, weight_decay=decay)
-        self.schedule = get_constant_schedule_with_warmup(self.optimizer, recipe.warmup_steps)
+        self.schedule = LambdaLR(self.optimizer, lambda step: recipe.factor(step, steps))
 
     @classmethod
-    def begun(cls, objective: Objective, recipe: Recipe, folder: Path, checkpoint: Path | None) -> Run:
+    def begun(cls, objective: Objective, recipe: Recipe, folder: Path, checkpoint: Path | None, *, steps: int) -> Run:
         """From the checkpoint, or with one: before the reservation, so that there always is one to go on from."""
-        run = cls(objective, recipe, folder)
+        run = cls(objective, recipe, folder, steps)
         if checkpoint:
             run.load(checkpoint)
         else:

@@ -119,6 +119,9 @@ class Learner:
             clips={"slm": settings.max_grad_norm},
             proximal=settings.proximal or 0.0,
             warmup_steps=settings.warmup_steps if self.round == 1 else 0,
+            schedule=settings.schedule,
+            rounds_done=self.round - 1,
+            rounds=self.workspace.agreement.federation.rounds,
             seed=self.workspace.seed_for("client-train", self.round, self.client),
         )
 

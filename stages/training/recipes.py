@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.workspace.budgets import Budget
+from stages.workspace.budgets import Budget, Schedule
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Recipe:
     alternating: each step trains the SLM, then the LLM against the SLM so trained (lines 16 and 17 in that order).
     proximal: mu of FedProx (Li et al., 2020): what is minimised has mu/2 |theta - theta_t|^2 beside the losses, theta_t
     being the adapters as they are given; 0 for none.
+    schedule: how the rates go over all of rounds, of which rounds_done are over: it never begins anew in a round.
     decays: after the warm-up the learning rates fall to zero as half a cosine, instead of staying.
     """
 
@@ -28,11 +30,21 @@ class Recipe:
     alternating: bool = False
     decays: bool = False
     proximal: float = 0.0
+    schedule: Schedule = "constant"
+    rounds_done: int = 0
+    rounds: int = 1
 
     @property
     def turns(self) -> int:
         """How many of Trainer's steps are one step of ours."""
         return 2 if self.alternating else 1
+
+    def factor(self, turn: int, turns: int) -> float:
+        """By what the learning rates are multiplied at a turn of this round, counted from 0, of so many."""
+        gone = (self.rounds_done + turn / turns) / self.rounds
+        falling = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * gone)) / 2, "linear": 1 - gone}[self.schedule]
+        rising = self.warmup_steps * self.turns
+        return falling * (turn / rising if turn < rising else 1.0)
 
 
 @dataclass(frozen=True)

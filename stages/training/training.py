@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.artefacts import checkpoints
@@ -189,13 +190,15 @@ def _trainer(
 ) -> _Trainer:
     """Trainer, ready to begin; it says nothing."""
     _make_ready(objective, arguments, processes)
+    optimizer, falls = _optimizer(objective, recipe), recipe.schedule != "constant"
+    factors = LambdaLR(optimizer, lambda turn: recipe.factor(turn, arguments.max_steps)) if falls else None
     trainer = _Trainer(
         processes,
         model=objective,
         args=arguments,
         train_dataset=dataset,
         data_collator=_only,
-        optimizers=(_optimizer(objective, recipe), None),
+        optimizers=(optimizer, factors),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)

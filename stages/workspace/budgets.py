@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from stages.workspace.attacks import Adversarial
 from stages.workspace.settings import Positive, Rate, Settings, Share
 
+Schedule = Literal["constant", "cosine", "linear"]
+"""How learning rates go over all rounds together: they stay, or fall to zero, as half a cosine or in a line."""
+
 
 class Budget(Settings):
     """How long and on what batches a model is trained: epochs or steps, exactly one of them."""
@@ -19,6 +22,7 @@ class Budget(Settings):
     batch_size: Positive = 8
     gradient_accumulation: Positive = 1
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Schedule = "constant"
     weight_decay: Share = 0.0
     max_length: Positive = 512
 

@@ -119,8 +119,8 @@ def test_a_stopped_run_goes_on_to_the_adapter_of_an_unbroken_one(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"alternating": True}, {"dropout": 0.3}, {"proximal": 5.0}],
-    ids=["alternating", "dropout", "near where it began"],
+    [{"alternating": True}, {"dropout": 0.3}, {"proximal": 5.0}, {"schedule": "cosine", "rounds_done": 1, "rounds": 3}],
+    ids=["alternating", "dropout", "near where it began", "falling"],
 )
 def test_so_does_one_that_takes_turns_drops_out_or_is_held_near_its_start(
     tmp_path: Path, changed: dict[str, Any]

@@ -269,6 +269,29 @@ def test_warm_up_raises_the_learning_rate_step_by_step_to_its_full_size(
         assert moves == pytest.approx([rates[role] * sixth / 6 for sixth in sixths], rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [
+        # Rounds 2 and 3 of 4, 2 steps each, of 8 in all: the first step of round 2 is the third.
+        ("linear", [6 / 8, 5 / 8, 4 / 8, 3 / 8]),
+        ("cosine", [(1 + math.cos(math.pi * step / 8)) / 2 for step in (2, 3, 4, 5)]),
+    ],
+)
+@pytest.mark.parametrize("alternating", [False, True])
+def test_a_schedule_goes_on_from_round_to_round(
+    do: Callable[..., Outcome], kind: str, factors: list[float], alternating: bool
+) -> None:
+    pair, rate, places = fresh_pair(), 1e-5, []
+    rates = {"slm": rate, "llm": rate}
+    for done in (1, 2):
+        places.append(taken(pair))
+        plan = recipe(steps=2, learning_rates=rates, schedule=kind, rounds_done=done, rounds=4, alternating=alternating)
+        do(pair, plan, report=lambda event: places.append(taken(pair)))
+    moves = [np.abs(flat(b["slm"]) - flat(a["slm"])).max() for a, b in itertools.pairwise(places)]
+    moves.pop(2)  # between the rounds
+    assert moves == pytest.approx([rate * factor for factor in factors], rel=0.03)
+
+
 @pytest.mark.parametrize("alternating", [False, True])
 def test_what_training_did_is_counted_in_full(do: Callable[..., Outcome], alternating: bool) -> None:
     events: list[Event] = []
