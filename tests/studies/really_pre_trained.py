@@ -2,7 +2,7 @@
 
     python tests/studies/really_pre_trained.py DATA LLM SLM FOLDER PART...
 
-DATA holds datasets/arc_easy/*.jsonl, and commonsense_qa. LLM: a model; SLM: made from it by `fedcollm shear`. FOLDER
+DATA holds datasets/arc_easy/*.jsonl, arc_challenge and commonsense_qa. LLM: a model; SLM: made from it by `fedcollm shear`. FOLDER
 gets a workspace for each question, and tables/, Markdown as the commands print it. A part that was stopped goes on when
 the same command is given again; what is done is not done again. Parts are below, in the order in which they should be
 taken.
@@ -65,6 +65,7 @@ class Study:
             self.fedcollm("init", str(place), "--template", "blank", "--clients", "4")
             self._local_data(place / "tasks/arc_easy.yaml", ("train", "validation", "test"), test=scored)
             self._local_data(place / "tasks/commonsense_qa.yaml", ("train", "validation"))
+            self._local_data(place / "tasks/arc_challenge.yaml", ("train", "validation", "test"))
             base = {"slm.model": self.slm, "llm.model": self.llm} | {
                 f"{role}.lora.{key}": value for role in ("slm", "llm") for key, value in LORA.items()
             }
@@ -201,6 +202,13 @@ def other_task(study: Study) -> None:
     study.compare("other-task", study.workspace("other-task", data), THREE, "--methods", "fedavg-aux,fedcollm")
 
 
+def harder_questions(study: Study) -> None:
+    """Question 3, milder: D^a is ARC-Challenge, of the clients' kind and harder."""
+    data = {"data.tasks": ["arc_easy", "arc_challenge"], "data.auxiliary_sources": ["arc_challenge"]}
+    place = study.workspace("harder-questions", data)
+    study.compare("harder-questions", place, THREE, "--methods", "fedavg-aux,fedcollm")
+
+
 def who_teaches(study: Study) -> None:
     """Question 2, after `iid`: one way, a weak way back, or only where the teacher knows a row better."""
     ways = {
@@ -239,6 +247,12 @@ def _ways(study: Study, name: str, ways: Mapping[str, str], seeds: Sequence[int]
 def shares(study: Study) -> None:
     """Question 2: how much distillation is worth when answers of D^a are few."""
     _with_and_without(study, "shares", {"data.unlabelled_share": "0.9"})
+
+
+def more_shares(study: Study) -> None:
+    """Question 2: and when they are not as few, or hardly any."""
+    for share in ("0.5", "0.98"):
+        _with_and_without(study, f"shares-{share}", {"data.unlabelled_share": share})
 
 
 def auxiliary_rows(study: Study) -> None:
@@ -285,7 +299,7 @@ def averages(study: Study) -> None:
 
 def combining(study: Study) -> None:
     """Question 5: ways to combine what clients of unlike labels have learned."""
-    ways = {way: {"aggregation.combine": way} for way in ("product", "freeze-a", "alternate")}
+    ways = {way: {"aggregation.combine": way} for way in ("product", "residual", "freeze-a", "alternate")}
     _of_averages(study, "combining", {"data.split": "dirichlet", "data.dirichlet_alpha": 0.3}, ways)
 
 
@@ -318,6 +332,8 @@ IN_ORDER = (
     other_questions,
     pair,
     shares,
+    more_shares,
+    harder_questions,
     auxiliary_rows,
     how,
     rounds,
