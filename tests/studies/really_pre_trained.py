@@ -2,10 +2,10 @@
 
     python tests/studies/really_pre_trained.py DATA LLM SLM FOLDER PART...
 
-DATA holds datasets/arc_easy/*.jsonl, arc_challenge and commonsense_qa. LLM: a model; SLM: made from it by `fedcollm shear`. FOLDER
-gets a workspace for each question, and tables/, Markdown as the commands print it. A part that was stopped goes on when
-the same command is given again; what is done is not done again. Parts are below, in the order in which they should be
-taken.
+DATA holds datasets/arc_easy/*.jsonl, arc_challenge and commonsense_qa. LLM: a model; SLM: made from it by `fedcollm
+shear`. FOLDER gets a workspace for each question, and tables/, Markdown as the commands print it. A part that was
+stopped goes on when the same command is given again; what is done is not done again. Parts are below, in the order in
+which they should be taken.
 """
 
 from __future__ import annotations
