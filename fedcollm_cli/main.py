@@ -25,6 +25,7 @@ from fedcollm_cli.commands import (
     queueing,
     reporting,
     rounds,
+    scoring,
     shearing,
     starting,
 )
@@ -79,7 +80,7 @@ COMMANDS = (
     *(starting.prepare, starting.check_rows, aligning.align),
     *(enrolling.keys, enrolling.enroll, enrolling.join),
     *(rounds.broadcast, rounds.client_train, rounds.reveal, rounds.aggregate, rounds.co_distill),
-    *(knowledge.share_knowledge, knowledge.client_distill, rounds.evaluate),
+    *(knowledge.share_knowledge, knowledge.client_distill, scoring.evaluate),
     *(federation.run, federation.next, federation.status, queueing.slurm),
     *(carrying.pack, carrying.unpack),
     *(comparing.compare, comparing.sweep, forking.fork, reporting.report, planning.comm_cost, exporting.export),

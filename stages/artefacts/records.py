@@ -100,7 +100,9 @@ def attack_of(result: Result) -> str:
 def is_current(result: Result, workspace: Workspace) -> bool:
     """Whether a result was made under the agreement, and under the settings of scoring, that are there now."""
     own = own_evaluation(workspace)
-    return result.get("agreement_sha256") == workspace.agreed_in(result["round"]) and result.get("evaluation") == own
+    return (
+        result.get("agreement_sha256") == workspace.agreed_in(result.get("round")) and result.get("evaluation") == own
+    )
 
 
 def own_evaluation(workspace: Workspace) -> dict[str, Any] | None:

@@ -273,8 +273,8 @@ def test_a_task_that_generates_is_prepared_and_scored(finished: Path, fedcollm: 
     assert result["metrics"]["exact_match"] == sum(right) / len(right)
     assert result["version"] == 3.0
     drawn = fedcollm("evaluate", "--zero-shot", "--model", "slm", "-w", finished).out
-    assert re.search(r"model . round . task +. questions . exact_match ", drawn)  # a column for each metric there is
-    assert re.search(r"slm +.  base . colours_said . +[0-9]+ . +[01][.][0-9]{4} ", drawn)
+    assert re.search(r"model +task +round +questions +exact_match ", drawn)  # a column for each metric there is
+    assert re.search(r"slm +colours_said +base +[0-9]+ +[01][.][0-9]{4} ", drawn)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from stages.audit.verify import verify
 from stages.broadcast import broadcast
 from stages.client_train import client_train
 from stages.co_distill import co_distill
-from stages.data.rows import encode, read_rows
+from stages.data.examples import encode
+from stages.data.row_files import read_rows
 from stages.evaluate import evaluate
 from stages.exchange.bundles import bundle_bytes
 from stages.exchange.pack import pack

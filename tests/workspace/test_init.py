@@ -47,8 +47,8 @@ def test_clients_rounds_and_seed_land_in_the_agreement(
     asked = ["--clients", 7, "--rounds", 3, "--seed", 11]
     assert fedcollm("init", folder, "--template", template, *asked).code == 0
     federation = tomllib.loads((folder / "fedcollm.toml").read_text())["federation"]
-    method = {"method": "fedmkt"} if template == "mkt" else {}
-    assert federation == {"name": "study", "clients": 7, "rounds": 3, "seed": 11} | method
+    beside = {"method": "fedmkt"} if template == "mkt" else {"fork": {}}  # FedMKT's methods are not forked
+    assert federation == {"name": "study", "clients": 7, "rounds": 3, "seed": 11} | beside
 
 
 def test_the_papers_settings_differ_from_each_other_and_from_blank(tmp_path: Path) -> None:
