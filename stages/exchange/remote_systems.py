@@ -66,5 +66,5 @@ def _webdav(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     import httpx
     from webdav4.fsspec import WebdavFileSystem
 
-    auth = {"auth": httpx.NetRCAuth()} if Path("~/.netrc").expanduser().exists() else {}
-    return WebdavFileSystem(url, **auth, **options, skip_instance_cache=True, use_listings_cache=False), ""
+    auth = httpx.NetRCAuth() if Path("~/.netrc").expanduser().exists() else None
+    return WebdavFileSystem(url, auth=auth, **options, skip_instance_cache=True), ""
