@@ -26,6 +26,7 @@ from fedcollm_cli.commands import (
     reporting,
     rounds,
     scoring,
+    sharing,
     shearing,
     starting,
 )
@@ -82,7 +83,7 @@ COMMANDS = (
     *(rounds.broadcast, rounds.client_train, rounds.reveal, rounds.aggregate, rounds.co_distill),
     *(knowledge.share_knowledge, knowledge.client_distill, scoring.evaluate),
     *(federation.run, federation.next, federation.status, queueing.slurm),
-    *(carrying.pack, carrying.unpack),
+    *(carrying.pack, carrying.unpack, sharing.push, sharing.pull),
     *(comparing.compare, comparing.sweep, forking.fork, reporting.report, planning.comm_cost, exporting.export),
     *(auditing.verify, auditing.audit, auditing.diff),
     starting.demo,

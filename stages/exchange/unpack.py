@@ -8,7 +8,7 @@ in the bundle is sound.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,19 @@ def unpack(workspace: Workspace, path: Path, *, overwrite: bool = False, report:
     sorted_out = parcels.sorted_out(bundle.members, workspace, path)
     for parcel, contents in sorted_out.items():
         parcel_checks.check(parcel, contents, workspace, path / parcel.name(workspace, ""))
+    found = put_in_place(sorted_out, workspace, called=path.name, overwrite=overwrite)
+    if not found.unpacked:
+        report(Event("note", "already done"))
+    return found
+
+
+def put_in_place(
+    sorted_out: Mapping[Parcel, dict[str, bytes]], workspace: Workspace, *, called: str, overwrite: bool
+) -> Unpacked:
+    """Write what has been checked, each folder whole or not at all; called: where it is from.
+
+    Raises Refused, before anything is written, where other bytes are in a place, unless overwrite.
+    """
     found = Unpacked()
     new: dict[Path, Content] = {}
     for parcel, contents in sorted_out.items():
@@ -72,15 +85,14 @@ def unpack(workspace: Workspace, path: Path, *, overwrite: bool = False, report:
             continue
         taken = [place for place, content in places.items() if os.path.lexists(place) and not _holds(place, content)]
         if taken and not overwrite:
-            message = f"{workspace.shown(taken[0])} is there already, and is not what {path.name} holds"
-            mend = "find out which is right; to take the bundle's, give the command again with --overwrite"
+            message = f"{workspace.shown(taken[0])} is there already, and is not what {called} holds"
+            whose = "the bundle's" if called != "the remote" else "the remote's"
+            mend = f"find out which is right; to take {whose}, give the command again with --overwrite"
             raise Refused(message, where=taken[0], mend=mend)
         new |= places
     for place, content in new.items():
         _put(place, content, workspace)
         found.unpacked.append(workspace.shown(place))
-    if not new:
-        report(Event("note", "already done"))
     return found
 
 

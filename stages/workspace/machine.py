@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.workspace.budgets import Budget
 from stages.workspace.settings import Dtype, Positive, Role, Settings
@@ -51,6 +52,32 @@ class Slurm(Settings):
     window: Positive | None = None
 
 
+SECRET = re.compile(r"pass|secret|token|credential|auth|sas|account_key|connection_string|^key$|pkey", re.IGNORECASE)
+"""In the names of options that would be credentials."""
+
+
+class Exchange(Settings):
+    """Where the parties share files, so that none is carried by hand. Credentials never stand here."""
+
+    remote: Annotated[str, Field(pattern=r"^(file|sftp|s3|gs|az|abfs|https?\+webdav)://[^\s:]\S*$")] | None = None
+    options: dict[str, str | int | bool] = {}
+
+    @field_validator("remote")
+    @classmethod
+    def _without_password(cls, remote: str | None) -> str | None:
+        host = (remote or "").partition("://")[2].partition("/")[0]
+        if "::" in (remote or "") or ":" in host.rpartition("@")[0]:
+            raise ValueError("a remote holds no password and is one address; credentials are the library's own")
+        return remote
+
+    @field_validator("options")
+    @classmethod
+    def _without_secrets(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        if found := [name for name in options if SECRET.search(name)]:
+            raise ValueError(f"{found[0]} looks like a secret, which stands in no file here; see docs/how-to")
+        return options
+
+
 class Machine(Settings):
     """machine.toml: what differs between machines and changes no meaning."""
 
@@ -69,6 +96,7 @@ class Machine(Settings):
     trackers: list[Tracker] = []
     models: LocalModels = LocalModels()
     slurm: Slurm = Slurm()
+    exchange: Exchange = Exchange()
 
     def rows_at_once(self, budget: Budget) -> int:
         """How many rows a forward pass takes at most; where that is to be found by trying, what is tried first."""
