@@ -35,6 +35,7 @@ REASONS = {
     "stages/workspace/init.py": "the workspace's template, in the package; a workspace to be made",
     "stages/workspace/shipped_tasks.py": "lm-eval's own task files, in its package",
     "stages/federation/slurm.py": "its scripts' templates, in the package; scripts that it wrote earlier",
+    "stages/exchange/remote.py": "a remote's files, by its library, up to a given size",
     "stages/exchange/pack.py": "the bundle that is already in the place of the one to write",
     "stages/study/fork.py": "the rounds of a workspace, copied as they lie there",
     "stages/artefacts/checkpoints.py": "checkpoints of one's own, and the notes beside them",

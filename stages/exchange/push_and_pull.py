@@ -23,7 +23,7 @@ from stages.files import reading
 from stages.runtime.errors import Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.commands import Command
-from stages.workspace.names import MANIFEST, SIGNATURE
+from stages.workspace.names import ENCRYPTED, MANIFEST, SIGNATURE
 from stages.workspace.paths import Workspace
 
 
@@ -158,12 +158,15 @@ def _fetch(
     if _is_here(parcel, workspace, last, first):
         found.already.append(shown)
         return
-    own = {inbox(client)} if parcel.kind == "close" and client is not None else set()
-    names = {MANIFEST, SIGNATURE} | CONTENTS.get(parcel.stage(workspace) or "", set()) | own
+    contents_of = CONTENTS.get(parcel.stage(workspace) or "", set())
+    if parcel.kind == "close" and client is not None:  # its own inbox; or the encrypted sum, to the one that opens it
+        opens = workspace.agreement.aggregation.key_holder == client
+        contents_of = {ENCRYPTED} if opens else {inbox(client)}
+    names = {MANIFEST, SIGNATURE} | contents_of
     names = names if parcel.is_folder else set(parcel.public_files(workspace))
     sizes = {file: size for file in sorted(names) if (size := remote.size(parcel.name(workspace, file))) is not None}
     listed = _listed(first) if parcel.is_folder else dict.fromkeys(names, 0)
-    if parcel.kind == "close" and not own & listed.keys():
+    if parcel.kind == "close" and not contents_of & listed.keys():
         return
     if any(sizes.get(file, -1) < size for file, size in listed.items() if file in names):
         found.waiting.append(shown)
@@ -182,12 +185,8 @@ def _fetch(
 
 def _is_here(parcel: Parcel, workspace: Workspace, last: str, content: bytes) -> bool:
     path = parcel.folder(workspace) / last
-    return (
-        path.is_file()
-        and not path.is_symlink()
-        and path.stat().st_size == len(content)
-        and path.read_bytes() == content
-    )
+    is_alike = path.is_file() and not path.is_symlink() and path.stat().st_size == len(content)
+    return is_alike and reading.read(path, limit_bytes=len(content)) == content
 
 
 def _listed(content: bytes) -> dict[str, int]:

@@ -131,6 +131,44 @@ def test_two_clients_on_their_own_machines_take_one_command_more_than_in_plain_m
     assert [one.text for one in audit([server]) if one.level == "FAIL"] == []
 
 
+def test_a_remote_carries_keys_and_a_round_and_the_sum_goes_to_the_one_with_the_key(
+    tmp_path: Path, base_models: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    text = agreement(aggregation=f"{ENCRYPTED}opener = 2\n", clients=2, rounds=1, method="fedavg")
+    machines = Machines.set_up(tmp_path, base_models, fedcollm, text, (1, 2))
+    parties = {"server": ("--server",), "client-1": ("--client", 1), "client-2": ("--client", 2)}
+    for folder in machines.folders.values():
+        with (folder / "machine.toml").open("a") as file:
+            file.write(f'\n[exchange]\nremote = "file://{tmp_path}/share"\n')
+
+    def pull(party: str) -> list[str]:
+        return list(json.loads(machines.give(party, "pull", *parties[party], "--json").out)["moved"])
+
+    def step(party: str, *words: object, code: int = 0) -> list[str]:
+        """Pull, take a step, push. Returns what was pulled."""
+        got = pull(party)
+        machines.give(party, *words, code=code)
+        machines.give(party, "push", *parties[party])
+        return got
+
+    for k in (1, 2):
+        step(f"client-{k}", "keys", "--client", k)
+    assert pull("server") == ["keys/client-1.json", "keys/client-2.json"]
+    fingerprint = machines.give("server", "enroll").out.strip()
+    machines.give("server", "push", "--server")
+    for k in (1, 2):
+        assert pull(f"client-{k}")[-1] == "federation.json"
+        assert (machines.folders[f"client-{k}"] / f"exchange/keys/client-{3 - k}.json").exists()
+        machines.client(k, "join", "--fingerprint", fingerprint)
+    step("server", "broadcast", "--round", 1)
+    for k in (1, 2):
+        assert step(f"client-{k}", "client-train", "--client", k, "--round", 1) == ["round-0001/broadcast"]
+    assert step("server", "aggregate", "--round", 1, code=3) == ["round-0001/client-1", "round-0001/client-2"]
+    assert pull("client-1") == []
+    assert step("client-2", "reveal", "--client", 2, "--round", 1) == ["round-0001/close"]
+    assert step("server", "aggregate", "--round", 1) == ["round-0001/reveal-2"]
+
+
 def test_bundles_carry_a_round_and_the_sum_goes_to_the_one_with_the_key(machines: Machines, tmp_path: Path) -> None:
     def mail(source: str, target: str, *words: object) -> str:
         machines.give(source, "pack", *words, "--round", 1, "--output", tmp_path / "bundle", "--overwrite")
