@@ -55,6 +55,7 @@ def aggregate(
     Raises NotReady below the quorum, naming the absent; refuses, naming the client, any update that was trained from
     another broadcast, under another agreement, on another base or in another shape.
     """
+    workspace = workspace.of_round(round)
     server = Party.server(workspace)
     return (KeepOld if keep_old else Aggregate)(
         party=server,

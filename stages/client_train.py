@@ -49,6 +49,7 @@ def client_train(
     budget does not allow the round. reset_privacy: begin a new privacy ledger, whatever was spent. processes: all call
     this alike; the first decides and writes, and each trains its share.
     """
+    workspace = workspace.of_round(round)
     party = Party.client(workspace, client)
     channel = channels.to_server(party, report)
     return ClientTrain(

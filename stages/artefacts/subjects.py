@@ -70,6 +70,11 @@ def adapter_of(workspace: Workspace, model: Subject, round: int, client: int | N
             message = f"method {workspace.agreement.federation.method} makes no SLM at the server"
             average = ", --model aggregate" if workspace.agreement.averages else ""
             raise UsageProblem(message, mend=f"give --client k, whose own model it is{average}, or --model llm")
+        if model == "slm" and not workspace.agreement.federation.distils:
+            message = (
+                f"method {workspace.agreement.federation.method} ends a round with the average: nothing is distilled"
+            )
+            raise UsageProblem(message, mend="give --model aggregate, or --client k for what a client trained")
         workspace.check_step(step, round)
         stage, mend = step, Command(step, round=round)
         if not workspace.auxiliary_data.exists():

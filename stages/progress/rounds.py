@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from stages.artefacts.reading import Manifests
 from stages.parties.names import client, number_of
@@ -57,7 +57,7 @@ class Reader:
         server = [aggregate, *(self._co_distill(number, aggregate) if self._federation.distils else [])]
         self._before = {step.name: step for step in server}
         made_of = self._look.parents(self._workspace.aggregate(number))
-        between = self._counted([*clients.values(), *revealing], aggregate, made_of)
+        between = self._counted([*clients.values(), *revealing], aggregate, made_of.keys())
         return Round(number, [broadcast, *between, *server], late)
 
     def _taking_part(self, number: int) -> Sequence[int]:
@@ -171,9 +171,14 @@ class Reader:
             for role, place in places.items()
         ]
 
-    def _counted(self, steps: list[Step], aggregate: Step, made_of: Collection[str]) -> Iterator[Step]:
-        """What clients send, and the close; what is absent from a finished aggregate is not waited for any more."""
+    def _counted(self, steps: list[Step], aggregate: Step, made_of: Set[str]) -> Iterator[Step]:
+        """What clients send, and the close; what is absent from a finished aggregate is not waited for any more.
+
+        Nor is anything of a round that was given up.
+        """
+        gave_up = not made_of - {"broadcast", "aggregate"}
         for step in steps:
             is_part = bool(step.reason) and step.name in made_of
-            if step.condition != "missing" or aggregate.condition != "done" or is_part:
+            is_waited_for = is_part or step.condition not in ("missing", *(["stale"] if gave_up else []))
+            if is_waited_for or aggregate.condition != "done":
                 yield step

@@ -53,7 +53,8 @@ def _accept(party: Party, theta: Artefact, members: Roster) -> None:
     if kept and kept.broadcast_sha256 == theta.sha256:
         return  # looked at when it was taken; keys of later rounds may have been used since
     if kept:
-        _check_newer(theta, kept)
+        holder = party.workspace.agreement.aggregation.key_holder
+        _check_newer(theta, kept, opens_all=party.number == holder)
     opening = theta.manifest.opening
     if party.workspace.agreement.aggregation.is_secure:
         if opening is None:
@@ -78,8 +79,11 @@ def _farthest(vault: Vault, round: int) -> int:
 _ASK = "ask the server; compare what other clients have"
 
 
-def _check_newer(theta: Artefact, kept: Kept) -> None:
-    """The broadcast is a later attempt than the one that is remembered, at a round that was not revealed."""
+def _check_newer(theta: Artefact, kept: Kept, *, opens_all: bool) -> None:
+    """The broadcast is a later attempt than the one that is remembered, at a round that was not revealed.
+
+    opens_all: whether no round can be without this client, since it alone opens sums.
+    """
     round, attempt = theta.manifest.round, theta.manifest.attempt
     if attempt == kept.attempt:
         message = (
@@ -93,6 +97,10 @@ def _check_newer(theta: Artefact, kept: Kept) -> None:
     if kept.close_sha256:
         message = f"this client has revealed for round {round} already; it takes no further attempt at it"
         mend = f"on the server, go on with the next round: {Command('broadcast', round=round + 1)}"
+        if opens_all:
+            mend = (
+                f"on the server, give the round up: {Command('aggregate', round=round, keep_old=True, overwrite=True)}"
+            )
         raise Refused(message, where=theta.path, mend=mend)
 
 

@@ -13,8 +13,9 @@ from stages.artefacts.reading import read_manifest
 from stages.parties.memory import Kept, recall, remember
 from stages.parties.party import Party
 from stages.parties.roster import Roster
-from stages.runtime.errors import Refused, UsageProblem
+from stages.runtime.errors import Problem, Refused, UsageProblem
 from stages.workspace.averaging import threshold
+from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -37,6 +38,8 @@ def open_round(
     if members is None:
         return 0, None
     kept = recall(server.keys, round)
+    if kept and again:
+        _check_not_opened(workspace, round, kept.attempt)
     attempt = kept.attempt + again if kept else 0
     if not workspace.agreement.aggregation.is_secure:
         return attempt, None
@@ -46,6 +49,20 @@ def open_round(
         earlier = read_manifest(workspace.broadcast(round))[0].opening
         without = [client for client in members.clients if earlier and client not in earlier.clients]
     return attempt, _opening(workspace, round, members, slot, without or ())
+
+
+def _check_not_opened(workspace: Workspace, round: int, attempt: int) -> None:
+    """Raise Refused where the one client that opens encrypted sums has opened this attempt's: it opens no other."""
+    opener = workspace.agreement.aggregation.key_holder
+    try:
+        revealed = opener and read_manifest(workspace.reveal(round, opener))[0].attempt
+    except Problem:  # none has arrived, or none that could be taken
+        return
+    if revealed == attempt and opener:
+        message = f"client {opener} has opened the sum of round {round}, and opens no other of this round"
+        take = Command("aggregate", round=round)
+        mend = f"{take} takes it over; {take.also(keep_old=True, overwrite=True)} gives the round up"
+        raise Refused(message, where=workspace.reveal(round, opener), mend=mend)
 
 
 def _next_slot(server: Party) -> int:

@@ -30,6 +30,8 @@ FIXED = {
     "aggregation.combine": "clients have adapters of that kind",
     "aggregation.personal": "clients have adapters of that kind",
     "aggregation.mode": "what clients keep for it begins with round 1",
+    "aggregation.keep": "what clients keep for it begins with round 1",
+    "aggregation.server": "what the server remembers for it begins with round 1",
     "slm.": "the adapters of before belong to that model",
     "llm.": "the adapters of before belong to that model",
     "clients.": "the adapters of before belong to those models",

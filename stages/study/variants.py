@@ -166,8 +166,12 @@ def make_variant(
 ) -> Workspace:
     """A derived workspace, made if it is not there, with the parent's data unless the changes deal it anew.
 
-    Raises Refused rather than take one of other settings, unless overwrite says to set it anew.
+    Raises Refused rather than take one of other settings, unless overwrite says to set it anew; UsageProblem in a fork,
+    where no run from round 1 under one agreement is beside it.
     """
+    if (since := parent.agreement_of_all.federation.fork.round) is not None:
+        message = f"this workspace is a fork, since round {since}: what begins at round 1 is no comparison with it"
+        raise UsageProblem(message, where=parent.root / AGREEMENT, mend=f"in the study that was forked: {made_by}")
     target, agreement = folder / AGREEMENT, _agreement(parent, changes)
     is_there = target.exists() and not overwrite
     if is_there:

@@ -61,6 +61,8 @@ def since_last(workspace: Workspace) -> str:
     """The same since this machine last published something, unless that was under the agreement that is here now."""
     try:
         kept = {path: path.stat().st_mtime_ns for path in listing.agreements(workspace)}
+        if before := workspace.before_fork:  # which was not edited: the fork has its own
+            kept.pop(workspace.agreed(before.as_agreed), None)
         is_new = workspace.agreed(workspace.agreement_sha256) not in kept
         return _since(workspace, max(kept, key=kept.__getitem__)) if kept and is_new else ""
     except (Problem, OSError):  # what is said beside another fault, and must not hide it

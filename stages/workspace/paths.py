@@ -118,6 +118,11 @@ class Workspace(KnowledgeLayout):
         sha256 = self.agreement_of_all.federation.fork.agreement_sha256
         return replace(self, as_agreed=sha256) if sha256 else None
 
+    def of_round(self, round: int) -> Workspace:
+        """The workspace as a step of a round is taken in it: up to a fork under the agreement of then."""
+        fork = self.agreement_of_all.federation.fork
+        return (self.before_fork if fork.has(round) else None) or self
+
     @functools.cached_property
     def machine(self) -> Machine:
         """Settings of this machine, with the command's flags over them."""

@@ -349,9 +349,31 @@ def test_the_key_opens_one_sum_of_a_round_for_ever(three: Path) -> None:
         aggregate(workspace, round=1)
     with pytest.raises(Refused, match=r"this is a second sum of round 1: .* opens one for ever"):
         reveal(workspace, client=1, round=1)
+
+
+def test_a_round_that_has_been_opened_is_not_begun_again_but_can_be_given_up(three: Path) -> None:
+    workspace = Workspace(three)
+    for client in (2, 3):
+        client_train(workspace, client=client, round=1)
+    close(three)
+    reveal(workspace, client=1, round=1)
+    theta = (three / "exchange/round-0001/broadcast/manifest.json").read_bytes()
+    with pytest.raises(Refused, match="client 1 has opened the sum of round 1, and opens no other") as refused:
+        broadcast(workspace, round=1, overwrite=True)
+    assert "fedcollm aggregate --round 1 --keep-old --overwrite gives the round up" in str(refused.value.mend)
+    assert (three / "exchange/round-0001/broadcast/manifest.json").read_bytes() == theta
+
+    kept = shutil.move(three / OPENED, three.parent / "kept")  # as where it has not been carried to the server yet
     broadcast(workspace, round=1, overwrite=True)
-    with pytest.raises(Refused, match="this client has revealed for round 1 already"):
+    with pytest.raises(Refused, match="this client has revealed for round 1 already") as refused:
         client_train(workspace, client=1, round=1)
+    assert "give the round up: fedcollm aggregate --round 1 --keep-old --overwrite" in str(refused.value.mend)
+    shutil.move(kept, three / OPENED)
+    aggregate(workspace, round=1, keep_old=True, overwrite=True)
+    found = status(workspace)
+    assert found.next_command
+    assert found.next_command.verb == "evaluate"  # nothing of the round is waited for
+    assert found.rounds[0].is_done
 
 
 def spoiled(folder: Path, content: bytes, **claims: Any) -> None:

@@ -202,6 +202,16 @@ def test_a_step_that_the_method_does_not_have_is_refused(
     assert "fedcollm status names the next step" in outcome.err
 
 
+@pytest.mark.parametrize("command", ["evaluate --round 1", "export --round 1"])
+def test_where_nothing_is_distilled_the_default_model_is_named_another(
+    command: str, studied_once: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    outcome = fedcollm(*command.split(), "-w", studied_once / "baselines/fedavg")
+    assert outcome.code == 2, outcome.err
+    assert "method fedavg ends a round with the average" in outcome.err
+    assert "give --model aggregate" in outcome.err
+
+
 @pytest.mark.parametrize("method", COMMANDS)
 def test_status_leads_through_a_whole_federation_of_each_method(
     method: str, studied: Path, fedcollm: Callable[..., Outcome]

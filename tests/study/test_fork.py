@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import Outcome, edit
+from builders import Outcome, edit, make_workspace, rows, write_rows
 
 Command = Callable[..., Outcome]
 
@@ -105,6 +105,14 @@ def test_the_same_again_changes_nothing_and_other_settings_are_refused(
         ("--round 1 --set slm.lora.r=2", "slm.lora.r cannot be another in a fork: the adapters of before belong to"),
         ("--round 1 --set federation.seed=2", "federation.seed cannot be another in a fork"),
         ("--round 1 --set data.split=iid", "data.split cannot be another in a fork"),
+        (
+            "--round 1 --set aggregation.keep=0.1",
+            "aggregation.keep cannot be another in a fork: what clients keep for it",
+        ),
+        (
+            "--round 1 --set aggregation.server=fedadam",
+            "aggregation.server cannot be another in a fork: what the server",
+        ),
         ("--round 1 --set evaluation.limit=5", "evaluation.toml changes it without a fork"),
         ("--round 1 --set privacy.epsilon=3", "privacy.epsilon cannot be another in a fork"),
         ("--round 1 --set distillation.temprature=2", "did you mean temperature"),
@@ -133,3 +141,45 @@ def test_what_was_made_under_an_edited_agreement_is_not_forked(finished: Path, f
     outcome = fedcollm("fork", finished.parent / "other", "--round", 1, "-w", finished)
     assert outcome.code != 0
     assert "federation.seed was 7, is 8" in " ".join(outcome.err.split())
+
+
+@pytest.mark.parametrize("setting", ["aggregation.gate=5.0", "aggregation.min_clients=3"])
+def test_what_is_asked_of_an_average_is_asked_of_those_after_the_fork(
+    setting: str, tmp_path: Path, base_models: Path, fedcollm: Command
+) -> None:
+    study, folder = make_workspace(tmp_path / "study", base_models), tmp_path / "other"
+    write_rows(study / "private/server/held-out.jsonl", rows(6, start=60))
+    toml = study / "fedcollm.toml"
+    edit(toml, "seed = 7\n", 'seed = 7\nmethod = "fedavg"\n')
+    toml.write_text(toml.read_text() + "\n[aggregation]\nmin_clients = 2\n")
+    for words in (("broadcast",), ("client-train", "--client", 1), ("client-train", "--client", 2), ("aggregate",)):
+        assert fedcollm(*words, "--round", 1, "-w", study).code == 0
+    assert fedcollm("fork", folder, "--round", 1, "--set", setting, "-w", study).code == 0
+    before = contents(folder / "private/server/round-0001/aggregate")
+    refused = fedcollm("co-distill", "--round", 1, "-w", folder)
+    assert "was edited" not in refused.err  # a fork has an agreement of its own
+    outcome = fedcollm("run", "--no-scores", "-w", folder)
+    assert outcome.code == 0, outcome.err
+    assert contents(folder / "private/server/round-0001/aggregate") == before
+    made = json.loads((folder / "private/server/round-0002/aggregate/manifest.json").read_text())
+    assert {"client-1", "client-2", "client-3"} <= made["parents"].keys()
+    assert made["metrics"].get("gate") == (5.0 if "gate" in setting else None)
+    assert fedcollm("audit", "-w", folder).code == 0
+
+
+def test_a_round_of_before_that_is_made_again_is_what_it_was(forked: Path, fedcollm: Command) -> None:
+    before = contents(forked / "exchange/round-0001/client-1")
+    assert fedcollm("client-train", "--client", 1, "--round", 1, "--overwrite", "-w", forked).code == 0
+    assert contents(forked / "exchange/round-0001/client-1") == before
+    assert json.loads(fedcollm("status", "--json", "-w", forked).out)["next_command"].startswith(
+        "fedcollm broadcast --round 2"
+    )
+
+
+@pytest.mark.parametrize("words", ["run --method standalone", "sweep --set client_training.steps=1,2"])
+def test_nothing_that_begins_at_round_1_is_run_beside_a_fork(words: str, forked: Path, fedcollm: Command) -> None:
+    outcome = fedcollm(*words.split(), "--no-scores" if "run" in words else "--no-client-scores", "-w", forked)
+    assert outcome.code == 2
+    assert "this workspace is a fork, since round 1" in " ".join(outcome.err.split())
+    assert not (forked / "baselines").exists()
+    assert not (forked / "sweeps").exists()
