@@ -297,6 +297,7 @@ def test_status_as_json_says_whose_each_step_is(four: Callable[..., Machines]) -
         "changed",
         "not_covered",
         "stale",
+        "refused",
         "unfinished",
         "scores",
         "edited",
