@@ -136,18 +136,25 @@ def _numbers(scope: Scope, closed: Folder, agreement: Agreement) -> Iterator[Fin
 
 
 def _average(reader: Onlooker, theta: Artefact, closed: Folder, agreement: Agreement) -> Iterator[Finding]:
-    """The average is the broadcast and the mean that was opened, where both are here and nothing else changed it."""
+    """What was opened is a mean, and the average is the broadcast with it, where nothing else changed that."""
     workspace, round, holder = reader.workspace, closed.said.round, agreement.aggregation.key_holder
     place, opened = workspace.aggregate(round), workspace.reveal(round, holder or 0)
-    if agreement.aggregation.server != "none" or not (place.exists() and opened.exists()):
-        return
-    average = received(place, by=reader, stage="aggregate", round=round)
-    if keeps_old(average.manifest) or "close" not in average.manifest.parents:
+    if not opened.exists():
         return
     factors, lora = agreement.sent_in(round), agreement.slm.lora
     before = flat(part_of(read_adapter(theta, None, lora), factors))
     reveal = received(opened, by=reader, stage="reveal", round=round, client=holder, only=[OPENED])
-    expected = (before + summing.mean_of(reveal, before.size).astype(np.float64)).astype(np.float32)
+    try:
+        mean = summing.mean_of(reveal, before.size, agreement.aggregation.max_update_value)
+    except Problem as problem:
+        yield A9.fail(workspace.shown(opened / OPENED), problem.message, "a mean that clients can have sent")
+        return
+    if agreement.aggregation.server != "none" or not place.exists():
+        return
+    average = received(place, by=reader, stage="aggregate", round=round)
+    if keeps_old(average.manifest) or "close" not in average.manifest.parents:
+        return
+    expected = (before + mean.astype(np.float64)).astype(np.float32)
     if not np.array_equal(flat(part_of(read_adapter(average, None, lora), factors)), expected):
         yield A9.fail(
             workspace.shown(place), "is not the broadcast with the opened mean", "their sum, number for number"

@@ -155,14 +155,21 @@ def taken_over(server: Party, theta: Artefact, closed: Artefact, parents: dict[s
         raise Refused(message, where=place, mend=f"take it out; {command}, there")
     whole = read_adapter(theta, None, workspace.agreement.slm.lora)
     before = part_of(whole, workspace.agreement.sent_in(round))
-    mean = mean_of(reveal, flat(before).size)
+    mean = mean_of(reveal, flat(before).size, workspace.agreement.aggregation.max_update_value)
     average = unflat((flat(before) + mean.astype(np.float64)).astype(np.float32), layout_of(before))
     survivors = sorted(number_of(name) for name in closed.manifest.closing or {})
     how = Unmasking(survivors=survivors, revealed=[opener], count=len(survivors))
     return Average(whole | average, parents, unmasking=how)
 
 
-def mean_of(reveal: Artefact, numbers: int) -> np.ndarray:
-    """The mean that was opened, float32 [numbers]."""
-    path = reveal.path / OPENED
-    return read_array(reveal.contents[OPENED], path, name="mean", kind="F32", shape=(numbers,))
+def mean_of(reveal: Artefact, numbers: int, bound: float) -> np.ndarray:
+    """The mean that was opened, float32 [numbers]. Raises Damaged for one that no clients within the bound have."""
+    path, manifest = reveal.path / OPENED, reveal.manifest
+    mean = read_array(reveal.contents[OPENED], path, name="mean", kind="F32", shape=(numbers,))
+    largest = float(np.abs(mean).max(initial=0.0))
+    if not largest <= bound * (1 + ckks.TOLERANCE):  # true of NaN too
+        message = f"the mean that client {manifest.client} opened holds {largest:.4g}, "
+        give_up = Command("aggregate", round=manifest.round, keep_old=True)
+        mend = f"ask that client; {give_up} gives the round up"
+        raise Damaged(f"{message}aggregation.max_update_value allows {bound:g}", where=path, mend=mend)
+    return mean

@@ -48,7 +48,7 @@ def ahead(
     if not overwrite:
         check_edits(workspace, rounds[-1])
     lines = _Lines(workspace, folder, overwrite)
-    found = list(lines.enrolled()) if workspace.agreement.aggregation.is_secure else []
+    found = list(lines.enrolled()) if workspace.agreement.aggregation.is_hidden else []
     scores = scores and bool(workspace.scored_tasks)
     if scores and not is_derived:
         found += lines.scored(None, bases_scored(workspace))

@@ -29,6 +29,7 @@ from stages.parties.agreed import check_agreement
 from stages.parties.enroll import enroll
 from stages.parties.join import join
 from stages.parties.keys import keys
+from stages.parties.names import listed
 from stages.progress.rounds import Reader
 from stages.progress.status import edited
 from stages.reveal import reveal
@@ -93,7 +94,7 @@ def run(
     for round in rounds:
         words = f"{federation.method}, round {round} of {federation.rounds}"
         report(Event("round", words, step=round, total=federation.rounds))
-        _round(workspace, round, overwrite, models, report)
+        _round(workspace, round, overwrite, models, report, has_ended=round in done)
         if scores and (each_round or round == rounds[-1]):
             are_asked = (client_scores and round == rounds[-1]) or not workspace.agreement.averages
             asked = [*workspace.client_adapters(round)] if are_asked else []
@@ -166,7 +167,9 @@ def check_edits(workspace: Workspace, last: int) -> set[int]:
     return {round.number for round in rounds if round.is_done}
 
 
-def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:
+def _round(
+    workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report, *, has_ended: bool
+) -> None:
     """One round of Algorithm 1, as far as the method goes."""
     federation = workspace.agreement.federation
     if workspace.agreement.broadcasts(round):
@@ -177,7 +180,7 @@ def _round(workspace: Workspace, round: int, overwrite: bool, models: Models, re
     else:
         for client in here:
             client_train(workspace, client=client, round=round, overwrite=overwrite, models=models, report=report)
-    if workspace.agreement.averages:
+    if workspace.agreement.averages and not (has_ended and _did_without(workspace, round, report)):
         _aggregate(workspace, round, overwrite, models, report)
     if federation.distils:
         co_distill(workspace, round=round, overwrite=overwrite, models=models, report=report)
@@ -204,6 +207,14 @@ def _enrol(workspace: Workspace, *, renew: bool, report: Report) -> None:
     enrolled = enroll(workspace, renew=renew)
     for client in here:
         join(workspace, client=client, fingerprint=enrolled.fingerprint)
+
+
+def _did_without(workspace: Workspace, round: int, report: Report) -> bool:
+    """Whether a finished average did without updates that are here, or without all: averaging again would refuse."""
+    averaged, updates = read_manifest(workspace.aggregate(round))[0].parents, workspace.client_updates(round)
+    if late := [client for client, place in updates.items() if place.name not in averaged]:
+        report(Event("warning", f"round {round} has ended without the update of {listed(late)}: it stays as it is"))
+    return bool(late) or not any(workspace.client_update(round, k).name in averaged for k in workspace.clients)
 
 
 def _aggregate(workspace: Workspace, round: int, overwrite: bool, models: Models, report: Report) -> None:

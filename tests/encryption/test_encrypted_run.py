@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -374,6 +375,28 @@ def test_a_round_that_has_been_opened_is_not_begun_again_but_can_be_given_up(thr
     assert found.next_command
     assert found.next_command.verb == "evaluate"  # nothing of the round is waited for
     assert found.rounds[0].is_done
+
+
+@pytest.mark.parametrize(("number", "said"), [(9.0, "9"), (-1e30, r"1e\+30"), (np.nan, "nan")])
+def test_an_opener_cannot_tell_what_no_clients_can_have_sent(number: float, said: str, three: Path) -> None:
+    workspace = Workspace(three)
+    for client in (2, 3):
+        client_train(workspace, client=client, round=1)
+    close(three)
+    reveal(workspace, client=1, round=1)
+    sound = read_artefact(three / OPENED)
+    mean = safetensors.numpy.load(sound.contents["opened.safetensors"])["mean"].copy()
+    mean[-1] = number
+    draft = Draft(**{each.name: getattr(sound.manifest, each.name) for each in fields(Draft)})
+    publish(
+        three / OPENED, {"opened.safetensors": array_bytes("mean", mean)}, draft, by=Party.client(Workspace(three), 1)
+    )
+    words = f"the mean that client 1 opened holds {said}, aggregation.max_update_value allows 8"
+    with pytest.raises(Damaged, match=words) as refused:
+        aggregate(workspace, round=1)
+    assert "fedcollm aggregate --round 1 --keep-old gives the round up" in str(refused.value.mend)
+    [found] = [one.text for one in audit([three]) if one.level == "FAIL"]
+    assert re.search(words, found)
 
 
 def spoiled(folder: Path, content: bytes, **claims: Any) -> None:

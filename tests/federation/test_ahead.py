@@ -99,6 +99,15 @@ def test_the_lines_of_a_secure_round_are_a_script_that_ends_well(
     assert fedcollm(*words).out == "nothing is left to do\n"
 
 
+def test_keys_come_first_wherever_updates_are_hidden(
+    workspace_folder: Path, own_secrets: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(workspace_folder / "fedcollm.toml", "[distillation]", '[aggregation]\nmode = "encrypted"\n\n[distillation]')
+    script = fedcollm("run", "--dry-run", "--round", 1, "--no-scores", "-w", workspace_folder).out
+    assert script.index("fedcollm keys --client 3") < script.index("fedcollm enroll") < script.index("fedcollm join")
+    assert script.index("fedcollm join --client 3") < script.index("fedcollm broadcast --round 1")
+
+
 def test_another_method_is_told_once_its_workspace_is_there(
     reported_once: Path, finished: Path, fedcollm: Callable[..., Outcome]
 ) -> None:

@@ -56,3 +56,22 @@ def test_run_under_an_edited_agreement_is_refused_before_anything_is_scored(fini
     assert result.read_text() == "a score under the agreement before"
     assert [path for path in (finished / "results").rglob("*") if path.is_file()] == [result]
     assert digests(finished) == before
+
+
+def test_run_goes_on_after_rounds_that_ended_without_some_clients(workspace_folder: Path) -> None:
+    toml, heard = workspace_folder / "fedcollm.toml", list[str]()
+    edit(toml, "rounds = 2", 'rounds = 3\nmethod = "fedavg"')
+    toml.write_text(f"{toml.read_text()}\n[aggregation]\nmin_clients = 2\n")
+    workspace = Workspace(workspace_folder)
+    broadcast(workspace, round=1)
+    for client in (1, 2):
+        client_train(workspace, client=client, round=1)
+    aggregate(workspace, round=1)
+    client_train(workspace, client=3, round=1)  # which comes late
+    broadcast(workspace, round=2)
+    aggregate(workspace, round=2, keep_old=True)  # before anybody has sent
+    before = digests(workspace_folder)
+    run(workspace, scores=False, report=lambda event: heard.append(event.text))
+    assert "round 1 has ended without the update of client 3: it stays as it is" in heard
+    assert before.items() <= digests(workspace_folder).items()
+    assert workspace.aggregate(3).exists()
