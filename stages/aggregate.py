@@ -55,8 +55,7 @@ def aggregate(
     Raises NotReady below the quorum, naming the absent; refuses, naming the client, any update that was trained from
     another broadcast, under another agreement, on another base or in another shape.
     """
-    workspace = workspace.of_round(round)
-    server = Party.server(workspace)
+    server = Party.server(workspace.of_round(round))
     return (KeepOld if keep_old else Aggregate)(
         party=server,
         channel=channels.from_clients(server, report),

@@ -42,9 +42,8 @@ def broadcast(
     Where there are keys it opens the round, and overwrite begins a new attempt at it: what clients sent for the one
     before no longer counts. without: in secure mode, clients that this round is not opened for.
     """
-    workspace = workspace.of_round(round)
     return Broadcast(
-        party=Party.server(workspace),
+        party=Party.server(workspace.of_round(round)),
         round=round,
         without=without,
         publishes=[workspace.broadcast(round)],

@@ -49,8 +49,7 @@ def client_train(
     budget does not allow the round. reset_privacy: begin a new privacy ledger, whatever was spent. processes: all call
     this alike; the first decides and writes, and each trains its share.
     """
-    workspace = workspace.of_round(round)
-    party = Party.client(workspace, client)
+    party = Party.client(workspace.of_round(round), client)
     channel = channels.to_server(party, report)
     return ClientTrain(
         party=party,
@@ -123,6 +122,8 @@ class ClientTrain(Step[Opened, Trained, Manifest]):
         begins = at_rank_of(theta, agreement.slm.lora) if theta else None
         slm = models.begun("slm", begins, seed=seed, trains=agreement.trained_in(self.round))
         start = adapters.take(slm.model)
+        if agreement.trained_in(self.round) == "A":
+            adapters.check_can_train_a(start, self.round)
         examples, left_out = self.learner.examples(opened.rows, slm)
         outcome = self.learner.train(slm, examples, {"data": opened.data_sha256, **opened.start.parents}, again)
         return Trained(slm, outcome, keep_short(slm, start, examples, self.workspace, self.report), left_out)

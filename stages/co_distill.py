@@ -47,9 +47,8 @@ def co_distill(
     needs a model, train takes the LLM and then the SLM without one. top_k: how many tokens of each position are kept.
     processes: all call this alike; the first decides and writes, and each trains its share.
     """
-    workspace = workspace.of_round(round)
     check_phase(workspace, round, phase=phase, model=model, top_k=top_k, processes=processes)
-    server, read = Party.server(workspace), cache(lambda: read_inputs(server, round, report))
+    server, read = Party.server(workspace.of_round(round)), cache(lambda: read_inputs(server, round, report))
     said: dict[str, Any] = {"overwrite": overwrite, "models": models, "processes": processes, "report": report}
     if workspace.agreement.federation.clients_tell:
         from stages.distillation.from_clients import LearnFromClients

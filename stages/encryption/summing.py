@@ -149,6 +149,9 @@ def taken_over(server: Party, theta: Artefact, closed: Artefact, parents: dict[s
     place, command = workspace.reveal(round, opener), Command("reveal", client=opener, round=round)
     mend = f"carry {workspace.shown(workspace.close(round))} there; {command}; carry its reveal here"
     missing = f"round {round} waits for client {opener} to open the sum", mend
+    roster = server.members and server.members.sha256
+    if os.path.lexists(place) and read_manifest(place)[0].federation_sha256 != roster:  # from before all made new keys
+        raise NotReady(missing[0], where=place, mend=mend)
     reveal = received(place, by=server, stage="reveal", round=round, client=opener, missing=missing)
     if reveal.manifest.parents != {"close": closed.sha256} or OPENED not in reveal.manifest.files:
         message = f"client {opener} opened another sum of round {round} than the one here"

@@ -18,6 +18,7 @@ from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.runtime.imports import out_of_sight
 from stages.workspace.agreement import Lora, Model
 from stages.workspace.averaging import Factors
+from stages.workspace.commands import Command
 from stages.workspace.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
@@ -199,6 +200,14 @@ def check_trained(before: Tensors, after: Tensors) -> dict[str, float]:
     if moved == 0:
         raise BadNumbers("training left the adapter where it was", mend=TRAIN_MORE)
     return {"update_norm": moved, "lora_b_norm": size_b}
+
+
+def check_can_train_a(start: Tensors, round: int) -> None:
+    """Raise BadNumbers where A alone is to be trained and B is zero, as after a round of B that was given up."""
+    if changes_nothing(start):
+        message = f"B is zero in the broadcast of round {round}, in which clients train A alone: in vain"
+        keep_old = Command("aggregate", round=round, keep_old=True)
+        raise BadNumbers(message, mend=f"on the server: {keep_old}; B has its turn in the next round")
 
 
 def changes_nothing(tensors: Tensors) -> bool:

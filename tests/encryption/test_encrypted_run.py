@@ -89,6 +89,17 @@ def test_run_does_both_rounds_and_what_is_opened_is_the_mean(encrypted: Path) ->
     verify(Workspace(encrypted))
 
 
+def test_run_with_overwrite_begins_anew_with_new_keys(encrypted: Path) -> None:
+    before = Party.server(Workspace(encrypted)).members
+    run(Workspace(encrypted), scores=False, overwrite=True)
+    after = Party.server(Workspace(encrypted)).members
+    assert before
+    assert after
+    assert before.sha256 != after.sha256
+    assert all(round.is_done for round in status(Workspace(encrypted), verify=True).rounds)
+    assert [one.text for one in audit([encrypted]) if one.level == "FAIL"] == []
+
+
 @pytest.fixture
 def machines(tmp_path: Path, base_models: Path, fedcollm: Callable[..., Outcome]) -> Machines:
     """A server and two clients with a folder and keys each, who have joined; client 2 is the one that opens sums."""

@@ -370,3 +370,19 @@ def test_a_server_without_a_b_has_nothing_to_export(workspace_folder: Path) -> N
         export(workspace, model="aggregate", round=1)
     assert str(raised.value.mend) == "fedcollm export --client 1 --round 1"
     assert export(workspace, client=1, round=1)
+
+
+def test_a_has_no_turn_while_b_is_zero_and_the_round_can_be_given_up(workspace_folder: Path) -> None:
+    toml = with_settings(workspace_folder, 'combine = "alternate"') / "fedcollm.toml"
+    edit(toml, "rounds = 2", 'rounds = 3\nmethod = "fedavg"')
+    workspace = Workspace(workspace_folder)
+    broadcast(workspace, round=1)
+    aggregate(workspace, round=1, keep_old=True)
+    broadcast(workspace, round=2)
+    with pytest.raises(Problem, match="B is zero in the broadcast of round 2, in which clients train A alone") as found:
+        client_train(workspace, client=1, round=2)
+    assert "fedcollm aggregate --round 2 --keep-old; B has its turn in the next round" in str(found.value.mend)
+    aggregate(workspace, round=2, keep_old=True)
+    run(workspace, scores=False)
+    assert workspace.aggregate(3).exists()
+    assert [one.text for one in audit([workspace_folder]) if one.level == "FAIL"] == []
