@@ -28,9 +28,9 @@ def push(
 ) -> None:
     """Send what this party has made to the remote.
 
-    The remote is exchange.remote of machine.toml. Reads what `pack` would pack, and checks it likewise. Sends each
-    folder's files first and its manifest last. What is there already is left alone. Other bytes are refused. After a
-    stop the same command goes on.
+    The remote is exchange.remote of machine.toml. Reads what `pack` would pack, and checks it likewise. Writes it to
+    the remote, each folder's files first and its manifest last. What is there already is left alone. Other bytes are
+    refused. After a stop the same command goes on.
 
     Example: fedcollm push --client 2
     """
@@ -50,10 +50,10 @@ def pull(
     opened: Session,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Fetch what other parties have sent to the remote and this one needs.
+    """Fetch from the remote what this party needs of others.
 
-    The remote is exchange.remote of machine.toml. Checks each folder as `unpack` does, then writes it into exchange/,
-    completely or not at all. What is not whole on the remote yet is named, and fetched by a later call.
+    Reads the remote, exchange.remote of machine.toml. Checks each folder as `unpack` does, then writes it into
+    exchange/, completely or not at all. What is not whole on the remote yet is named, and fetched by a later call.
 
     Example: fedcollm pull --client 2
     """
