@@ -23,7 +23,7 @@ from fedcollm_cli.views import tables
 from stages.paper.reported import Setting
 from stages.runtime.errors import UsageProblem
 from stages.workspace.commands import Command
-from stages.workspace.methods import Method
+from stages.workspace.methods import Compared
 
 
 @in_workspace("quiet", "device", "dtype")
@@ -34,7 +34,10 @@ def compare(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option("--methods", help="Such as fedavg,fedcollm. Default: all with --seeds, else those there."),
+        typer.Option(
+            "--methods",
+            help="Such as fedprox,fedcollm. Default: the paper's with --seeds, else those there.",
+        ),
     ] = None,
     paper: Annotated[
         Setting | None,
@@ -179,10 +182,10 @@ def _seeds(text: str | None) -> list[int] | None:
     return sorted({int(seed) for seed in text.split(",")})
 
 
-def _methods(text: str | None) -> list[Method] | None:
+def _methods(text: str | None) -> list[Compared] | None:
     if text is None:
         return None
-    known: tuple[Method, ...] = get_args(Method)
+    known: tuple[Compared, ...] = get_args(Compared)
     unknown = [name for name in text.split(",") if name not in known]
     if unknown:
         raise UsageProblem(f"there is no method {unknown[0]!r}", mend=f"there are: {', '.join(known)}")

@@ -12,14 +12,14 @@ from fedcollm_cli.session import ClientScoresOption, EachRoundOption, OverwriteO
 from fedcollm_cli.views import progress
 from stages.runtime import texts
 from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
-from stages.workspace.methods import Method
+from stages.workspace.methods import Compared
 
 
 @in_workspace("quiet", "device", "dtype")
 def run(
     *,
     method: Annotated[
-        Method | None,
+        Compared | None,
         typer.Option("--method", help="Another method than the agreement's, in baselines/METHOD."),
     ] = None,
     rounds: Annotated[
@@ -48,6 +48,8 @@ def run(
     data, without distillation. standalone: each client alone. centralized: the LLM on the data of all parties together.
     fedmkt: each client keeps a model of its own, and what models know of public rows travels. llm2slm: so too, but the
     LLM stays as it is. standalone-public: each client also trains on the public rows, and learns from nobody.
+    fedprox, fedavgm, fedadagrad, fedadam, fedyogi: fedavg with their part, client_training.proximal = 0.01 or
+    aggregation.server, and its defaults.
 
     Example: fedcollm run --method fedavg-aux
     """

@@ -15,7 +15,7 @@ from stages.progress.rounds import Reader
 from stages.progress.steps import Round, Step
 from stages.runtime.errors import NotReady
 from stages.workspace.commands import Command
-from stages.workspace.methods import Method
+from stages.workspace.methods import Compared
 from stages.workspace.paths import Workspace
 
 CLOSES = " || [ $? = 3 ]"
@@ -26,7 +26,7 @@ def ahead(
     workspace: Workspace,
     *,
     folder: Path | None = None,
-    method: Method | None = None,
+    method: Compared | None = None,
     rounds: range | None = None,
     scores: bool = True,
     each_round: bool = True,
@@ -64,7 +64,7 @@ def ahead(
     return found
 
 
-def _derived(workspace: Workspace, method: Method) -> Workspace:
+def _derived(workspace: Workspace, method: Compared) -> Workspace:
     from stages.study import variants
 
     folder, changes = variants.baseline(workspace, method)

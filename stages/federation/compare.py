@@ -18,7 +18,7 @@ from stages.federation.time_left import TimeLeft, rounds_to_make
 from stages.runtime.events import Report, ignore
 from stages.study import comparison
 from stages.workspace.commands import Command
-from stages.workspace.methods import Federation, Method
+from stages.workspace.methods import Compared
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def compare(
     workspace: Workspace,
     *,
     seeds: Sequence[int] | None = None,
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[Compared] | None = None,
     paper: Setting | None = None,
     metric: str = "acc",
     collect: bool = False,
@@ -57,7 +57,7 @@ def run_all(
     workspace: Workspace,
     *,
     seeds: Sequence[int],
-    methods: Sequence[Method],
+    methods: Sequence[Compared],
     each_round: bool = True,
     overwrite: bool = False,
     models: Models | None = None,
@@ -66,12 +66,13 @@ def run_all(
     """Run every method from every seed, as far as that is not done; and score the bases."""
     from stages.models.loading import Models
     from stages.study import variants
+    from stages.study.of_fedavg import federation_of
 
     for method in set(methods) - {workspace.agreement.federation.method}:
         with contextlib.suppress(variants.NotYetKnown):  # its own federation is the first to run
-            variants.baseline(workspace, method)  # what this workspace cannot have is refused before hours of work
+            variants.check_baseline(workspace, method)  # what it cannot have is refused before hours of work
     models = models or Models(workspace)
-    if any(Federation(name="x", method=method).distils for method in methods):
+    if any(federation_of(method).distils for method in methods):
         models.check_both()
     score_bases(workspace, partial(evaluate, workspace, models=models, report=report))
     in_order = _in_order(workspace, methods)
@@ -91,7 +92,7 @@ def spread_all(
     workspace: Workspace,
     *,
     seeds: Sequence[int],
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[Compared] | None = None,
     overwrite: bool = False,
     report: Report = ignore,
 ) -> Path:
@@ -102,7 +103,7 @@ def spread_all(
     comparison.check_no_baseline(workspace)
     wanted = list(methods or table_rows.methods_of(workspace))
     for method in set(wanted) - {workspace.agreement.federation.method}:
-        variants.baseline(workspace, method)  # refused before anything is written
+        variants.check_baseline(workspace, method)  # refused before anything is written
     found = []
     for seed in seeds:
         own = _of_seed(workspace, seed, seeds, overwrite=overwrite, report=report)
@@ -119,7 +120,7 @@ def spread_all(
     return spread(workspace, found, study="compare", collected_by=told_by, report=report)
 
 
-def _in_order(workspace: Workspace, methods: Sequence[Method]) -> list[Method]:
+def _in_order(workspace: Workspace, methods: Sequence[Compared]) -> list[Compared]:
     """The workspace's own first, on whose budgets others may rest."""
     return sorted(methods, key=lambda one: one != workspace.agreement.federation.method)
 
@@ -135,7 +136,7 @@ def _of_seed(workspace: Workspace, seed: int, seeds: Sequence[int], *, overwrite
     return derived(workspace, *replica, made_by=made_by, overwrite=overwrite, report=report)
 
 
-def _place(workspace: Workspace, seed: int, method: Method) -> Path:
+def _place(workspace: Workspace, seed: int, method: Compared) -> Path:
     """Where a method from a seed has its folder, there or not."""
     federation = workspace.agreement.federation
     own = workspace if seed == federation.seed else Workspace(workspace.replica(seed))

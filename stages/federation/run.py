@@ -36,7 +36,7 @@ from stages.reveal import reveal
 from stages.runtime.errors import NotReady, Problem, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.commands import Command
-from stages.workspace.methods import Method
+from stages.workspace.methods import Compared
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 def run(
     workspace: Workspace,
     *,
-    method: Method | None = None,
+    method: Compared | None = None,
     rounds: range | None = None,
     scores: bool = True,
     each_round: bool = True,
@@ -92,7 +92,7 @@ def run(
     if federation.learns_in_public:
         align_all(workspace, _here(workspace, rounds[0], overwrite), overwrite=overwrite, report=report)
     for round in rounds:
-        words = f"{federation.method}, round {round} of {federation.rounds}"
+        words = f"{method or federation.method}, round {round} of {federation.rounds}"
         report(Event("round", words, step=round, total=federation.rounds))
         _round(workspace, round, overwrite, models, report, has_ended=round in done)
         if scores and (each_round or round == rounds[-1]):

@@ -38,6 +38,7 @@ class Style:
 
 STYLES = (
     # Okabe and Ito's palette, where needed darkened to stand out 3:1 on white and on near-black alike; and three more.
+    # From the ninth on a colour comes again, with other dashes and another shape.
     Style("#0072B2", (1, 0), "circle"),
     Style("#D55E00", (6, 2), "square"),
     Style("#B85C95", (2, 2), "triangle-up"),
@@ -46,6 +47,11 @@ STYLES = (
     Style("#7A5AC8", (1, 0), "triangle-down"),
     Style("#9A7B00", (6, 2), "triangle-left"),
     Style("#00839B", (2, 2), "triangle-right"),
+    Style("#0072B2", (4, 4), "wedge"),
+    Style("#D55E00", (1, 0), "arrow"),
+    Style("#B85C95", (9, 3), "cross"),
+    Style("#008F68", (2, 2), "square"),
+    Style("#808080", (6, 2), "circle"),
 )
 PLAIN = Style("currentColor", (1, 0), "triangle-right")
 

@@ -9,9 +9,13 @@ from stages.paper.reported import LABELS
 from stages.report.charts import PLAIN, STYLES, Chart, Row, Spec
 from stages.runtime.errors import Problem
 from stages.runtime.texts import in_line
+from stages.workspace.methods import OF_FEDAVG
 from stages.workspace.paths import Workspace
 
-DRAWN = ("fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized", "fedmkt", "standalone-public", "llm2slm")
+DRAWN = (
+    *("fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized", "fedmkt", "standalone-public", "llm2slm"),
+    *OF_FEDAVG,
+)
 STYLE_OF = dict(zip((LABELS[row] for row in (*DRAWN, "zero-shot")), (*STYLES, PLAIN), strict=True))
 MOST_PARTED = 10
 MOST_DRAWN = {"round": 20, "party": 60}

@@ -26,7 +26,7 @@ from stages.study.results import Study, begun, open_study
 from stages.study.scores import answers
 from stages.study.statistics import estimate
 from stages.study.table_rows import METHODS, OWN, base_of
-from stages.workspace.methods import Method
+from stages.workspace.methods import OF_FEDAVG, Compared
 from stages.workspace.paths import Workspace
 
 MOST_POINTS = 150
@@ -34,14 +34,13 @@ MOST_POINTS = 150
 MOST_ROWS = 4000
 """All clients' lines of losses together."""
 
-SUBJECTS: dict[str, dict[Method, str]] = {
+AVERAGES: dict[Compared, str] = dict.fromkeys(("fedavg", *OF_FEDAVG), "aggregate")
+SUBJECTS: dict[str, dict[Compared, str]] = {
     # Which model of each method is scored as what; "clients" stands for the mean of client-1, client-2, ...
     "llm": {"centralized": "client-1", "fedavg-aux": "llm", "fedcollm": "llm", "fedmkt": "llm"},
-    "slm": {"fedavg": "aggregate", "fedavg-aux": "slm", "fedcollm": "slm"},
-    "aggregate": {"fedavg": "aggregate", "fedmkt": "aggregate"},
-    "clients": dict.fromkeys(
-        ["standalone", "standalone-public", "fedavg", "fedavg-aux", "llm2slm", "fedcollm", "fedmkt"], "clients"
-    ),
+    "slm": AVERAGES | {"fedavg-aux": "slm", "fedcollm": "slm"},
+    "aggregate": AVERAGES | {"fedmkt": "aggregate"},
+    "clients": dict.fromkeys([method for method in METHODS if method != "centralized"], "clients"),
 }
 
 
@@ -74,7 +73,7 @@ def _studies(workspace: Workspace) -> Iterator[Study]:
                 continue
 
 
-def _scores(study: Study, method: Method, round: int, subject: str, metric: str) -> np.ndarray | None:
+def _scores(study: Study, method: Compared, round: int, subject: str, metric: str) -> np.ndarray | None:
     workspace = study.runs[study.seeds[0]][method]
     names = [f"client-{k}" for k in workspace.clients] if subject == "clients" else [subject]
     found = [answers(study, workspace, round, name, metric) for name in names]

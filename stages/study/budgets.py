@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from stages.artefacts.reading import Manifests
 from stages.runtime.errors import BadNumbers, UsageProblem
 from stages.workspace.commands import Command
-from stages.workspace.methods import Method
+from stages.workspace.methods import Compared
 from stages.workspace.paths import Workspace
 
 
@@ -75,7 +75,9 @@ RunAgain = Callable[[Workspace], Command]
 """The command that makes a workspace's federation again."""
 
 
-def check_equal(by_method: Mapping[Method, Workspace], run_again: RunAgain, manifests: Manifests | None = None) -> None:
+def check_equal(
+    by_method: Mapping[Compared, Workspace], run_again: RunAgain, manifests: Manifests | None = None
+) -> None:
     """Raise BadNumbers, naming the method and the party, unless each was given as much as by the first method.
 
     Clients' local training: by every method but centralized; on public rows: by every method that has it. The LLM's:
@@ -103,7 +105,7 @@ def _of_llm(ledger: Mapping[str, Spent]) -> dict[str, Spent]:
 
 
 def _check(
-    ledgers: Mapping[Method, Mapping[str, Spent]], by_method: Mapping[Method, Workspace], run_again: RunAgain
+    ledgers: Mapping[Compared, Mapping[str, Spent]], by_method: Mapping[Compared, Workspace], run_again: RunAgain
 ) -> None:
     reference = next(iter(ledgers), None)
     for method, ledger in ledgers.items():

@@ -15,7 +15,7 @@ from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Report, ignore
 from stages.study.statistics import Difference, Estimate, difference, estimate
 from stages.workspace.commands import Command
-from stages.workspace.methods import Method
+from stages.workspace.methods import Compared
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -49,18 +49,18 @@ class Comparison:
 
     metric: str
     seeds: list[int]
-    methods: list[Method]
-    absent: list[Method]
+    methods: list[Compared]
+    absent: list[Compared]
     clients: int
     rounds: int
     paper: Paper | None
     tables: dict[Table, dict[Row, dict[str, Accuracy]]]
     differences: dict[Table, dict[Row, dict[str, Difference]]]
-    budgets: dict[Method, dict[str, Spent]]
+    budgets: dict[Compared, dict[str, Spent]]
     remarks: list[str]
 
     @property
-    def compared(self) -> Method:
+    def compared(self) -> Compared:
         """The method whose differences from the others these are. With FedMKT no server has an SLM."""
         return "fedcollm" if "slm" in self.tables else "fedmkt"
 
@@ -76,7 +76,7 @@ def compare(
     workspace: Workspace,
     *,
     seeds: Sequence[int] | None = None,
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[Compared] | None = None,
     paper: Setting | None = None,
     metric: str = "acc",
     report: Report = ignore,
@@ -223,7 +223,7 @@ def _differences(measured: dict[Row, dict[str, Scores]], compared: Row) -> dict[
     }
 
 
-def _budgets(study: Study, manifests: Manifests) -> dict[Method, dict[str, Spent]]:
+def _budgets(study: Study, manifests: Manifests) -> dict[Compared, dict[str, Spent]]:
     """By method and party, as the first seed has it; every seed has been checked."""
     from stages.study.budgets import spent
 

@@ -24,7 +24,7 @@ from stages.study.table_rows import METHODS, base_of
 from stages.study.variants import Changes, baseline, check_data, open_variant, replica
 from stages.workspace import edits, listing
 from stages.workspace.commands import Command
-from stages.workspace.methods import Method
+from stages.workspace.methods import Compared
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -46,7 +46,7 @@ class Study:
     """One workspace for each seed and method. attacks: those under which what was read of ROBUST was measured."""
 
     root: Workspace
-    runs: dict[int, dict[Method, Workspace]]
+    runs: dict[int, dict[Compared, Workspace]]
     derived: list[Derived] = field(default_factory=list)
     attacks: list[str] = field(default_factory=list)
 
@@ -74,12 +74,12 @@ class Study:
         return sorted(self.runs)
 
     @property
-    def methods(self) -> list[Method]:
+    def methods(self) -> list[Compared]:
         """Those of every seed, in the order of METHODS."""
         return [method for method in METHODS if all(method in runs for runs in self.runs.values())]
 
 
-def begun(workspace: Workspace) -> tuple[list[int], list[Method]]:
+def begun(workspace: Workspace) -> tuple[list[int], list[Compared]]:
     """The seeds and methods that there is anything of."""
     own = workspace.agreement.federation
     seeds = [own.seed, *listing.seeds(workspace)]
@@ -88,7 +88,7 @@ def begun(workspace: Workspace) -> tuple[list[int], list[Method]]:
     return sorted(set(seeds)), [method for method in METHODS if method in methods]
 
 
-def open_study(workspace: Workspace, seeds: Sequence[int], methods: Sequence[Method]) -> Study:
+def open_study(workspace: Workspace, seeds: Sequence[int], methods: Sequence[Compared]) -> Study:
     """The workspaces of these seeds and methods. Raises NotReady or Refused, with the command that mends it."""
     study = Study(workspace, {})
     for seed in seeds:
@@ -100,7 +100,7 @@ def open_study(workspace: Workspace, seeds: Sequence[int], methods: Sequence[Met
     return study
 
 
-def _of_method(study: Study, own: Workspace, method: Method) -> Workspace:
+def _of_method(study: Study, own: Workspace, method: Compared) -> Workspace:
     if method == own.agreement.federation.method:
         return own
     made_by = study.inside(own, Command("run", method=method))

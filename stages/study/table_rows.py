@@ -12,45 +12,39 @@ from typing import Literal, get_args
 from stages.parties import names
 from stages.runtime.errors import UsageProblem
 from stages.study.variants import unlike
-from stages.workspace.methods import Method
+from stages.workspace.methods import OF_FEDAVG, Compared, Method
 from stages.workspace.paths import Workspace
 
 Table = str
 """llm, the server's LLM; slm, the server's SLM; clients, the mean of the clients' own SLMs; aggregate, their average,
 of FedMKT that has one; or client-2, that one's."""
 
-Row = Literal[
-    "zero-shot",
-    "standalone",
-    "standalone-public",
-    "fedavg",
-    "fedavg-aux",
-    "llm2slm",
-    "centralized",
-    "fedcollm",
-    "fedmkt",
-]
+Row = Literal["zero-shot", Compared]
 
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[Compared, ...] = get_args(Compared)
 FEDCOLLM: tuple[Method, ...] = ("fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized")
 """FedCoLLM and its baselines."""
 FEDMKT: tuple[Method, ...] = ("standalone", "centralized", "fedmkt", "llm2slm", "standalone-public")
 """FedMKT and its baselines; where all clients have one SLM, also those of AVERAGED."""
 AVERAGED: tuple[Method, ...] = ("fedcollm", "fedavg")
 
+AVERAGES: tuple[Row, ...] = ("fedavg", *OF_FEDAVG)
+"""The rows whose last model is the average of the clients', which the server trains no further."""
+
 ROWS: dict[Table, tuple[Row, ...]] = {
     # The server's LLM: the paper's Table 1.
     "llm": ("zero-shot", "centralized", "fedavg-aux", "fedcollm", "fedmkt"),
     # Each client's own SLM at the end, mean over clients: the paper's Table 2.
     "clients": (
-        *("zero-shot", "standalone", "standalone-public", "fedavg", "fedavg-aux", "llm2slm", "fedcollm", "fedmkt"),
+        *("zero-shot", "standalone", "standalone-public", *AVERAGES),
+        *("fedavg-aux", "llm2slm", "fedcollm", "fedmkt"),
     ),
     # The server's SLM at the end, which the clients would begin the next round with.
-    "slm": ("zero-shot", "fedavg", "fedavg-aux", "fedcollm"),
+    "slm": ("zero-shot", *AVERAGES, "fedavg-aux", "fedcollm"),
 }
 OWN: tuple[Row, ...] = ("zero-shot", "standalone", "standalone-public", "llm2slm", "fedmkt")
 """The rows of one client's own SLM: FedMKT's Table 2, and two baselines."""
-OF_AVERAGE: tuple[Row, ...] = ("zero-shot", "fedavg", "fedmkt")
+OF_AVERAGE: tuple[Row, ...] = ("zero-shot", *AVERAGES, "fedmkt")
 """The rows of the average of clients' SLMs, which they would begin the next round with: see aggregation.average."""
 
 
@@ -69,7 +63,7 @@ def own_method(workspace: Workspace) -> Method:
     return "fedmkt" if is_of_fedmkt(workspace) else "fedcollm"
 
 
-def methods_of(workspace: Workspace) -> list[Method]:
+def methods_of(workspace: Workspace) -> list[Compared]:
     """The methods that a study of this workspace compares, unless others are asked for."""
     if not is_of_fedmkt(workspace):
         return list(FEDCOLLM)
@@ -114,4 +108,4 @@ def subjects(table: Table, row: Row, workspace: Workspace) -> list[str]:
     if table == "clients" or row == "centralized":
         last = workspace.agreement.federation.rounds
         return [f"client-{client}" for client in workspace.client_adapters(last)]
-    return ["aggregate" if table == "slm" and row == "fedavg" else table]
+    return ["aggregate" if table == "slm" and row in AVERAGES else table]

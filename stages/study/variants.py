@@ -20,12 +20,13 @@ from stages.data.rows import check_one_form, rows_bytes
 from stages.files import reading, writing
 from stages.files.seclusion import make_folder
 from stages.runtime.errors import NotReady, Refused, UsageProblem
+from stages.study.of_fedavg import federation_of, part_of
 from stages.study.taken_back import not_had_by
 from stages.workspace.agreement import Agreement
 from stages.workspace.budgets import Budget
 from stages.workspace.changing import changed, set_key
 from stages.workspace.commands import Command
-from stages.workspace.methods import Federation, Method
+from stages.workspace.methods import Compared
 from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
@@ -37,7 +38,7 @@ DERIVED = (
 Changes = Mapping[str, Any]
 """Settings by dotted key: {"federation.seed": 2}."""
 
-WITHOUT: Mapping[Method, Method] = {
+WITHOUT: Mapping[Compared, Compared] = {
     "fedcollm": "fedavg-aux",
     "fedmkt": "standalone-public",
     "llm2slm": "standalone-public",
@@ -52,7 +53,7 @@ class NotYetKnown(NotReady):
     """A baseline's settings hang on what the workspace's own federation has not found out yet."""
 
 
-def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
+def baseline(workspace: Workspace, method: Compared) -> tuple[Path, Changes]:
     """Where another method on this workspace's data lives, and the settings that it changes.
 
     Raises NotReady or UsageProblem where this workspace cannot have it: centralized needs every party's data here, and
@@ -61,7 +62,7 @@ def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
     if workspace.is_baseline:
         there = Command("run", method=method, workspace=workspace.root.parents[1])
         raise UsageProblem("this is a baseline itself", where=workspace.root, mend=there)
-    settings, federation = workspace.agreement.distillation, Federation(name="x", method=method)
+    settings, federation = workspace.agreement.distillation, federation_of(method)
     if method in WITHOUT and not (settings.lambda_slm or settings.lambda_llm):
         mend = "set distillation.lambda_slm or lambda_llm in a study of its own, or leave it out with --methods"
         raise UsageProblem(f"{method} without distillation is {WITHOUT[method]}: both lambdas are 0 here", mend=mend)
@@ -70,9 +71,9 @@ def baseline(workspace: Workspace, method: Method) -> tuple[Path, Changes]:
         message = f"{method} averages adapters of one model: {why}"
         raise UsageProblem(message, where=workspace.root / AGREEMENT, mend=f"{mend}llm2slm, fedmkt and centralized")
     alone = not federation.averages and workspace.agreement.aggregation.is_hidden
-    changes: dict[str, Any] = {"federation.method": method}
+    changes: dict[str, Any] = {"federation.method": federation.method}
     changes |= {"aggregation.mode": "plain"} if alone else {}  # where nothing is averaged there is nothing to hide
-    changes |= not_had_by(federation, workspace.agreement)
+    changes |= not_had_by(federation, workspace.agreement) | part_of(method, workspace.agreement)
     return workspace.baseline(method), changes | {
         "fedavg-aux": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
         "standalone-public": {"distillation.lambda_slm": 0.0, "distillation.lambda_llm": 0.0},
@@ -139,6 +140,11 @@ def _steps(workspace: Workspace) -> int:
         return read_manifest(workspace.llm(1))[0].steps  # how many rows are left only training knows
     rows, _ = read_rows(workspace.auxiliary_data, unlabelled=True)
     return settings.steps_for(sum(row.completion is not None or not federation.learns_in_public for row in rows))
+
+
+def check_baseline(workspace: Workspace, method: Compared) -> None:
+    """Raise what baseline does, or UsageProblem where its settings are no valid agreement."""
+    check(workspace, baseline(workspace, method)[1])
 
 
 def check(parent: Workspace, changes: Changes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,11 @@ Method = Literal[
     "fedcollm", "fedavg", "fedavg-aux", "standalone", "centralized", "fedmkt", "llm2slm", "standalone-public"
 ]
 
+OfFedAvg = Literal["fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
+"""FedAvg with one part of another system, in the loss or in the server's step: agreements say it by keys."""
+Compared = Literal[Method, OfFedAvg]
+"""What a comparison can have a row of."""
+OF_FEDAVG: tuple[OfFedAvg, ...] = get_args(OfFedAvg)
 
 AVERAGING = ("fedcollm", "fedavg", "fedavg-aux")
 
