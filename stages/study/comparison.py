@@ -15,7 +15,7 @@ from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Report, ignore
 from stages.study.statistics import Difference, Estimate, difference, estimate
 from stages.workspace.commands import Command
-from stages.workspace.methods import Compared
+from stages.workspace.methods import OF_FEDAVG, Compared
 from stages.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def compare(
             *remark_of([study]),
             *results.remarks([study.root, *study.workspaces]),
             *_of_clients(workspace),
+            *_of_parts(study.methods),
             *sentences,
         ],
     )
@@ -161,6 +162,14 @@ def _of_clients(workspace: Workspace) -> list[str]:
     for why, methods in left_out(workspace).items():
         lines.append(f"left out: {', '.join(LABELS[method] for method in methods)}, since {why}")
     return lines
+
+
+def _of_parts(methods: Sequence[Compared]) -> list[str]:
+    """Which rows are FedAvg with a part of another system, as it comes."""
+    from stages.paper.reported import LABELS
+
+    named = [LABELS[method] for method in methods if method in OF_FEDAVG]
+    return [f"{', '.join(named)}: FedAvg with that part by its defaults, tuned to no task"] if named else []
 
 
 def _with_mean(measured: dict[Table, dict[Row, dict[str, Scores]]]) -> dict[Table, dict[Row, dict[str, Scores]]]:

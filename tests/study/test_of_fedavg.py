@@ -67,6 +67,7 @@ def test_they_stand_in_the_tables_of_small_models_beside_fedavg(
     told = fedcollm("compare", "--seeds", "7", *asked, "--collect", "-w", studied).out
     assert re.search(r"FedProx\W+\d", told)
     assert re.search(r"FedAdam\W+\d", told)
+    assert "FedProx, FedAdam: FedAvg with that part by its defaults" in " ".join(told.split())
     drawn = {row["method"] for row in accuracies(Workspace(studied), "slm", "acc")}
     assert {"fedprox", "fedadam", "fedavg", "fedcollm"} <= drawn
 
