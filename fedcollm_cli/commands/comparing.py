@@ -115,7 +115,7 @@ def sweep(
             "--set",
             metavar="<str>",
             autocompletion=completing.settings,
-            help="KEY=VALUE,VALUE of fedcollm.toml; once for each setting to vary.",
+            help="KEY=VALUE,VALUE of fedcollm.toml, off takes a key out; once for each setting to vary.",
         ),
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc, acc_norm or robust_acc.")] = "acc",

@@ -10,6 +10,7 @@ from fedcollm_cli.views import figures
 from fedcollm_cli.views.sheets import Sheet, Tables
 from stages.paper.reported import LABELS
 from stages.parties.names import said
+from stages.workspace import changing
 from stages.workspace.commands import Command
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def notes(found: Comparison) -> list[str]:
 def swept(found: Swept) -> Tables:
     """A row for each combination of settings: the models' scores, and their differences from the first row's."""
     axes = [key.rpartition(".")[2] for key in found.axes]
-    values = [[str(row.settings[key]) for key in found.axes] for row in found.rows]
+    values = [[changing.in_words(row.settings[key]) for key in found.axes] for row in found.rows]
     tables = list(found.rows[0].scores)
     columns = [*axes, *(short(table) for table in tables)]
     scores = [[_accuracy(row.scores[table]) for table in tables] for row in found.rows]

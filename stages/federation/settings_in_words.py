@@ -1,4 +1,7 @@
-"""A setting and its values as a sweep is given them, `--set KEY=VALUE,VALUE`: read, and written as a word to paste."""
+"""A setting and its values as a sweep is given them, `--set KEY=VALUE,VALUE`: read, and written as a word to paste.
+
+The word off takes the key out, so that its default holds; "off" in quotes is text.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,21 @@ from typing import Any
 import tomlkit
 
 from stages.runtime.errors import UsageProblem
+from stages.workspace import changing
 
 
 def in_words(key: str, values: Sequence[Any]) -> str:
     """What parse_setting reads: as short as may be, or else as TOML."""
-    plain = f"{key}={','.join(map(str, values))}"
+    plain = f"{key}={','.join(map(changing.in_words, values))}"
     if parse_setting(plain) == (key, list(values)):
         return plain
     return f"{key}={','.join(map(_literal, values))}"
 
 
 def _literal(value: Any) -> str:
-    """A value on one line of TOML."""
+    """A value on one line of TOML, or off."""
+    if value is None:
+        return changing.OFF
     if not isinstance(value, dict):
         return str(tomlkit.item(value).as_string())
     table = tomlkit.inline_table()
@@ -29,7 +35,7 @@ def _literal(value: Any) -> str:
 
 
 def parse_setting(text: str) -> tuple[str, list[Any]]:
-    """The key and the values of "key=a,b", each as TOML would read it; what TOML would not is text."""
+    """The key and the values of "key=a,b", each as TOML would read it; but off is None, and what else it would not, text."""
     key, equals, values = text.partition("=")
     if not equals or not key.strip():
         raise UsageProblem(
@@ -59,4 +65,4 @@ def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text.strip()
+        return None if text.strip() == changing.OFF else text.strip()

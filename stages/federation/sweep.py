@@ -21,6 +21,7 @@ from stages.federation.settings_in_words import in_words
 from stages.federation.time_left import TimeLeft, rounds_to_make
 from stages.runtime.errors import UsageProblem
 from stages.runtime.events import Report, ignore
+from stages.workspace import changing
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
@@ -140,7 +141,7 @@ def _checked(workspace: Workspace, grid: Mapping[str, Sequence[Any]]) -> list[Ch
         try:
             variants.check(workspace, settings)
         except UsageProblem as problem:  # the file itself may be in order
-            changed = ", ".join(f"{key} = {value}" for key, value in settings.items())
+            changed = ", ".join(f"{key} = {changing.in_words(value)}" for key, value in settings.items())
             problem.where = f"{workspace.root / AGREEMENT}, changed by {changed}"
             raise
     return points
@@ -223,7 +224,7 @@ def point_name(settings: Changes) -> str:
     for key, value in settings.items():
         last = key.rpartition(".")[2]
         is_unique = sum(other.rpartition(".")[2] == last for other in settings) == 1
-        text = re.sub(r"[^A-Za-z0-9._+-]+", "-", str(value)).strip("-")
+        text = re.sub(r"[^A-Za-z0-9._+-]+", "-", changing.in_words(value)).strip("-")
         words.append(f"{last if is_unique else key}={text}")
     name = ",".join(words)
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{sha256(name.encode()).hexdigest()[:8]}"

@@ -9,6 +9,14 @@ import tomlkit
 
 from stages.runtime.errors import UsageProblem
 
+OFF = "off"
+"""The value None in words."""
+
+
+def in_words(value: object) -> str:
+    """A value as people give it; None, which takes a key out, is off."""
+    return OFF if value is None else str(value)
+
 
 def changed(text: str, changes: Mapping[str, Any]) -> str:
     """A TOML file's text with these settings, by dotted key; None takes a key out, which means off."""

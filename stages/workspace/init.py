@@ -19,7 +19,7 @@ from stages.paper.reported import PRESETS, Preset
 from stages.runtime import quiet
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.agreement import Agreement
-from stages.workspace.changing import changed
+from stages.workspace.changing import changed, in_words
 from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
@@ -89,7 +89,7 @@ def _agreement(text: str, settings: Mapping[str, Any], folder: Path) -> bytes:
     try:
         parse(Agreement, content, place)
     except UsageProblem as problem:
-        said = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        said = ", ".join(f"{key} = {in_words(value)}" for key, value in settings.items())
         problem.where = f"{place}, which would be made with {said}" if settings else place
         raise
     return content

@@ -303,10 +303,23 @@ def test_a_mistake_is_refused_before_anything_is_made(
         ('k=["c_attn"],["c_attn","c_proj"]', [["c_attn"], ["c_attn", "c_proj"]]),
         ("k=models/slm", ["models/slm"]),
         ("k=", []),
+        ("k=off,0.01", [None, 0.01]),
+        ('k="off",off', ["off", None]),
     ],
 )
 def test_values_are_read_as_toml_or_else_as_text(text: str, values: list[Any]) -> None:
     assert parse_setting(text) == ("k", values)
+
+
+def test_off_takes_a_key_out(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> None:
+    edit(workspace_folder / "fedcollm.toml", "[client_training]", "[client_training]\nproximal = 0.25")
+    words = ["--set", "client_training.proximal=off,0.5"]
+    assert fedcollm("sweep", *words, "--slurm", "-w", workspace_folder).code == 0
+    found = {name: Workspace(workspace_folder / "sweeps" / name).agreement for name in ("proximal=off", "proximal=0.5")}
+    assert [one.client_training.proximal for one in found.values()] == [None, 0.5]
+    outcome = fedcollm("sweep", "--set", "federation.clients=off,2", "--set", "slm.model=off", "-w", workspace_folder)
+    assert outcome.code == 2
+    assert "slm.model = off" in " ".join(outcome.err.split())
 
 
 def test_a_folder_is_named_by_what_is_set_and_by_the_table_only_where_it_must() -> None:
@@ -324,7 +337,10 @@ def test_a_name_that_file_systems_would_refuse_is_cut_and_stays_its_own() -> Non
 
 @pytest.mark.parametrize(
     "values",
-    [[True, False], ["a,b", "c"], ["8", "true"], [8, 0.5], [["c_attn"], ["c_attn", "c_proj"]], [{"r": 4, "alpha": 8}]],
+    [
+        *([True, False], ["a,b", "c"], ["8", "true"], [8, 0.5], [["c_attn"], ["c_attn", "c_proj"]]),
+        *([{"r": 4, "alpha": 8}], [None, 0.5], ["off", 0.5], [None, "off"]),
+    ],
     ids=str,
 )
 def test_a_command_that_is_named_in_a_mend_sets_the_same_values(values: list[Any]) -> None:
