@@ -35,7 +35,7 @@ def _literal(value: Any) -> str:
 
 
 def parse_setting(text: str) -> tuple[str, list[Any]]:
-    """The key and the values of "key=a,b", each as TOML would read it; but off is None, and what else it would not, text."""
+    """The key and the values of "key=a,b", each as TOML reads it; off is None, and what else it does not read, text."""
     key, equals, values = text.partition("=")
     if not equals or not key.strip():
         raise UsageProblem(
