@@ -23,6 +23,7 @@ from stages.files import reading, writing
 from stages.parties.enrolment import sign_of_one_party
 from stages.runtime.errors import Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
+from stages.workspace import edits
 from stages.workspace.names import AGREEMENT, MACHINE
 from stages.workspace.paths import Workspace, require
 
@@ -182,9 +183,11 @@ def _publish(
             raise Refused(message, where=changed[0], mend="move it away, or give --overwrite to replace it")
         if len(existing) == len(parties) and workspace.split.exists():
             if reading.read_own(workspace.split) != reading.json_bytes(summary):  # other sources, the same rows of them
+                edits.keep(workspace)
                 writing.write(workspace.split, reading.json_bytes(summary))
             report(Event("note", "already done"))
             return summary
+    edits.keep(workspace)
     for path, share in parties.items():
         writing.write(path, rows_bytes(share))
     writing.write(workspace.split, reading.json_bytes(summary))

@@ -7,6 +7,10 @@ from typing import NotRequired, TypedDict, cast
 from stages.files import reading
 from stages.workspace.paths import Workspace
 
+DEALT_BY = ("federation.seed", "federation.clients", "data.")
+"""What the settings begin with that decide how rows are dealt, but for IN_TRAINING."""
+IN_TRAINING = "data.too_long"
+
 
 class Share(TypedDict):
     """The rows of one party, or those that are held out; how many have each answer label, and each source."""
@@ -39,6 +43,11 @@ class Split(TypedDict):
     auxiliary: Auxiliary
     parties: dict[str, Share]  # by client-1, client-2, ..., server
     held_out: NotRequired[Share]  # kept from the server's rows for the gate
+
+
+def decides_the_deal(key: str) -> bool:
+    """Whether a setting, which the text begins with, decides how `prepare` deals the rows."""
+    return key.startswith(DEALT_BY) and not key.startswith(IN_TRAINING)
 
 
 def read_split(workspace: Workspace) -> Split:

@@ -19,7 +19,7 @@ from stages.parties.enrolment import enrolment
 from stages.parties.names import SERVER, client
 from stages.parties.names import listed as named
 from stages.progress.rounds import Reader
-from stages.progress.staleness import PREPARE, STALE_ROWS
+from stages.progress.staleness import PREPARE, dealt_before
 from stages.runtime.errors import NotReady, Refused, UsageProblem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.texts import lines
@@ -84,8 +84,9 @@ def jobs(workspace: Workspace, *, only: str | None = None, window: int | None = 
     one_tokenizer.check(workspace)
     _check_enrolled(workspace, parties)
     reader = Reader(workspace, verify=False)
-    if reader.are_rows_stale:
-        raise Refused(STALE_ROWS, where=workspace.split, mend=f"{PREPARE}, which tells whether the rows change")
+    if reader.edited_since_dealt:
+        words = dealt_before(reader.edited_since_dealt)
+        raise Refused(words, where=workspace.split, mend=f"{PREPARE}, which tells whether the rows change")
     rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
     found = chain(workspace, rounds, parties, window=window)
     if found.waiting_for and not found.jobs:

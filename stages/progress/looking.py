@@ -15,7 +15,7 @@ from stages.artefacts.receiving import read_sound
 from stages.files import reading
 from stages.parties.names import SERVER, client
 from stages.parties.party import Onlooker
-from stages.progress.staleness import PREPARE, are_rows_stale, dealt
+from stages.progress.staleness import PREPARE, dealt, edited_since_dealt
 from stages.progress.steps import Step
 from stages.runtime.errors import Damaged, NotReady, Refused
 from stages.workspace.commands import Command
@@ -33,7 +33,7 @@ class Looker:
         path = workspace.federation
         self._roster = reading.sha256(reading.read_json(path)[1]) if path.exists() else None
         self._dealt = dealt(workspace)
-        self.are_rows_stale = are_rows_stale(workspace, self._dealt)
+        self.edited_since_dealt = edited_since_dealt(workspace, self._dealt)
         self.other_agreements: Counter[str] = Counter()
         """Digests of agreements that are not the one here: how many folders were made under each."""
         self._manifests = manifests or Manifests()
@@ -47,8 +47,8 @@ class Looker:
         is_dealt = share and share.get("sha256")
         if step.condition != "done" or not is_dealt:
             return step
-        if self.are_rows_stale:
-            reason, command = f"{verb} rows that prepare made before its tasks or files were edited", PREPARE
+        if self.edited_since_dealt:
+            reason, command = f"{verb} rows that prepare made before {self.edited_since_dealt}", PREPARE
         else:
             named = reading.logged_inputs(log).get("data")
             if named in (None, is_dealt) or not data.exists() or named == reading.sha256(reading.read_own(data)):

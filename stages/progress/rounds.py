@@ -34,9 +34,9 @@ class Reader:
         self._in_public = InPublic(self._look, self._is_server)
 
     @property
-    def are_rows_stale(self) -> bool:
-        """Whether `prepare` dealt its rows from what was edited since."""
-        return self._look.are_rows_stale
+    def edited_since_dealt(self) -> str:
+        """What was edited since `prepare` dealt the rows, in words."""
+        return self._look.edited_since_dealt
 
     @property
     def other_agreements(self) -> Counter[str]:

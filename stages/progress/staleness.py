@@ -10,17 +10,16 @@ from stages.artefacts.public_rows import of_other_rows, told_sha256
 from stages.artefacts.reading import read_manifest
 from stages.artefacts.records import Result, own_evaluation, read_result
 from stages.artefacts.subjects import folder_of, is_subject, scored_by
-from stages.data.split_file import Split, read_split
+from stages.data.split_file import Split, decides_the_deal, read_split
 from stages.files import reading
 from stages.runtime.errors import Problem
 from stages.runtime.events import Event, Report
-from stages.workspace import listing
+from stages.workspace import edits, listing
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT, ZERO_SHOT, round_of
 from stages.workspace.paths import Workspace
 
 PREPARE = Command("prepare")
-STALE_ROWS = "prepare dealt the rows before its tasks, or files, were edited"
 
 
 def dealt(workspace: Workspace) -> Split | None:
@@ -31,9 +30,27 @@ def dealt(workspace: Workspace) -> Split | None:
         return None
 
 
-def are_rows_stale(workspace: Workspace, split: Split | None) -> bool:
-    """Whether `prepare` dealt its rows from tasks or files that were edited since; of an earlier version, unknown."""
-    named = split and split.get("sources_sha256")
+def edited_since_dealt(workspace: Workspace, split: Split | None) -> str:
+    """What was edited since `prepare` dealt the rows, in words: its tasks or files, or settings of the deal; or "".
+
+    Of an earlier version's deal, or where no copy of its agreement is here, that is not known.
+    """
+    if split is None:
+        return ""
+    agreed = split.get("agreement_sha256", workspace.agreement_sha256)
+    keys = "" if agreed == workspace.agreement_sha256 else edits.among(workspace, agreed, decides_the_deal)
+    if keys:
+        return f"{AGREEMENT} was edited ({keys})"
+    return "its tasks, or files, were edited" if _are_sources_edited(workspace, split) else ""
+
+
+def dealt_before(edited: str) -> str:
+    """That in a sentence."""
+    return f"prepare dealt the rows before {edited}"
+
+
+def _are_sources_edited(workspace: Workspace, split: Split) -> bool:
+    named = split.get("sources_sha256")
     if not named:
         return False
     try:
@@ -47,8 +64,8 @@ def are_rows_stale(workspace: Workspace, split: Split | None) -> bool:
 
 def warn_of_stale_rows(workspace: Workspace, report: Report) -> None:
     """Tell of training on rows that `prepare` dealt from what was edited since."""
-    if are_rows_stale(workspace, dealt(workspace)):
-        report(Event("warning", f"{STALE_ROWS}: {PREPARE} tells whether the rows change"))
+    if edited := edited_since_dealt(workspace, dealt(workspace)):
+        report(Event("warning", f"{dealt_before(edited)}: {PREPARE} tells whether the rows change"))
 
 
 def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:

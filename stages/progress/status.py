@@ -21,7 +21,7 @@ from stages.parties.names import SERVER, number_of
 from stages.progress import damage, in_public, staleness
 from stages.progress.refused import refused_rows
 from stages.progress.rounds import Reader
-from stages.progress.staleness import PREPARE, STALE_ROWS
+from stages.progress.staleness import PREPARE, dealt_before
 from stages.progress.steps import Round, Step, awaited
 from stages.progress.unfinished import Unfinished, unfinished
 from stages.runtime.errors import Damaged, UsageProblem
@@ -98,11 +98,12 @@ def status(
     rounds = [reader.round(number) for number in range(1, workspace.agreement.federation.rounds + 1)]
     of_others = list(staleness.stale(workspace))
     stale = [f"{workspace.shown(path)}: {why} ({mend})" for path, why, mend in of_others]
-    if reader.are_rows_stale:
-        stale.insert(0, f"{workspace.shown(workspace.split)}: {STALE_ROWS} ({PREPARE} tells whether the rows change)")
+    if edited_since := reader.edited_since_dealt:
+        said = dealt_before(edited_since)
+        stale.insert(0, f"{workspace.shown(workspace.split)}: {said} ({PREPARE} tells whether the rows change)")
     stale += staleness.other_public_rows(workspace)
     scores = _scores(workspace, rounds[-1].number, [path for path, *_ in of_others])
-    command, waiting_for = _next(workspace, rounds, party, reader.are_rows_stale, scores)
+    command, waiting_for = _next(workspace, rounds, party, edited_since, scores)
     if (others := other_tasks(workspace)) and others not in waiting_for:
         stale.append(others)
     is_done = all(round.is_done for round in rounds)
@@ -140,7 +141,7 @@ def _unfit(workspace: Workspace) -> str:
 
 
 def _next(
-    workspace: Workspace, rounds: list[Round], party: str | None, are_rows_stale: bool, scores: list[Score]
+    workspace: Workspace, rounds: list[Round], party: str | None, edited_since: str, scores: list[Score]
 ) -> tuple[Command | None, str]:
     """The first command that this machine, or the party, can give now; or, where there is none, what it waits for."""
     parties = [workspace.client_data(k) for k in workspace.clients] + [workspace.auxiliary_data]
@@ -149,8 +150,8 @@ def _next(
         if is_dealt and workspace.is_simulation and party is None:
             return PREPARE, ""
         return None, _rows_of(workspace, party) + (f", or {SIMULATES}" if is_dealt and party is None else "")
-    if are_rows_stale:
-        return (PREPARE, "") if party is None else (None, f"{PREPARE}: {STALE_ROWS}")
+    if edited_since:
+        return (PREPARE, "") if party is None else (None, f"{PREPARE}: {dealt_before(edited_since)}")
     before = enrolment(workspace, party)
     if any(before):
         return before

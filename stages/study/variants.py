@@ -17,6 +17,7 @@ import tomlkit
 from stages.artefacts.reading import read_manifest
 from stages.data.row_files import read_rows
 from stages.data.rows import check_one_form, rows_bytes
+from stages.data.split_file import decides_the_deal
 from stages.files import reading, writing
 from stages.files.seclusion import make_folder
 from stages.runtime.errors import NotReady, Refused, UsageProblem
@@ -44,9 +45,6 @@ WITHOUT: Mapping[Compared, Compared] = {
     "llm2slm": "standalone-public",
 }
 """What a method is without distillation."""
-
-DEALT_BY = ("federation.seed", "federation.clients", "data.")
-"""Settings that decide how `prepare` deals the rows: where one of them changes, the data is not shared."""
 
 
 class NotYetKnown(NotReady):
@@ -194,7 +192,7 @@ def make_variant(
 def deals_anew(parent: Workspace, changes: Changes) -> bool:
     """Whether the variant needs `prepare` of its own."""
     is_dealt = parent.split.exists() and "federation.method" not in changes
-    return is_dealt and any(key.startswith(DEALT_BY) for key in changes)
+    return is_dealt and any(decides_the_deal(key) for key in changes)
 
 
 def check_data(parent: Workspace, variant: Workspace, changes: Changes, *, made_by: Command) -> None:

@@ -7,7 +7,7 @@ below private/, named by that digest; a copy that is not of its name, or no agre
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +39,39 @@ def since(workspace: Workspace, sha256: str) -> str:
     return "" if sha256 == workspace.agreement_sha256 else _since(workspace, workspace.agreed(sha256), sha256)
 
 
+def among(workspace: Workspace, sha256: str, is_meant: Callable[[str], bool]) -> str:
+    """As since, of some keys alone. is_meant: whether a text is of such a key, which it begins with."""
+    changes = _changes_since(workspace, workspace.agreed(sha256), sha256) or []
+    return _first([change for change in changes if is_meant(change)])
+
+
 def _since(workspace: Workspace, copy: Path, sha256: str | None = None) -> str:
     """The same for a copy, of this digest, or of one that begins as its name says."""
+    changes = _changes_since(workspace, copy, sha256)
+    if changes is None:
+        return ""
+    said = _first(changes) or "comments, spaces or order alone, whose bytes count too"
+    is_of_scores = bool(changes) and all(change.startswith("evaluation.") for change in changes)
+    instead = f"; what {EVALUATION} says instead need not be agreed on" if is_of_scores else ""
+    return f"{said} (cp {workspace.shown(copy)} {AGREEMENT} undoes it{instead})"
+
+
+def _changes_since(workspace: Workspace, copy: Path, sha256: str | None) -> list[str] | None:
+    """Each key that has another value than in such a copy; None where there is none."""
     try:
         content = reading.read(copy, limit_bytes=LARGEST_TOML_BYTES)
         found = reading.sha256(content)
         if found != sha256 and (sha256 or not found.startswith(copy.stem)):
-            return ""
+            return None
         before = parse(Agreement, content, copy)
-        changes = list(_changes(before.model_dump(), workspace.agreement.model_dump()))
+        return list(_changes(before.model_dump(), workspace.agreement.model_dump()))
     except (Problem, OSError):  # no such copy; or what is there now is no agreement, and says so itself
-        return ""
-    said = "; ".join(changes[:MOST_NAMED]) or "comments, spaces or order alone, whose bytes count too"
-    said += f"; and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
-    is_of_scores = bool(changes) and all(change.startswith("evaluation.") for change in changes)
-    instead = f"; what {EVALUATION} says instead need not be agreed on" if is_of_scores else ""
-    return f"{said} (cp {workspace.shown(copy)} {AGREEMENT} undoes it{instead})"
+        return None
+
+
+def _first(changes: list[str]) -> str:
+    more = f"; and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
+    return "; ".join(changes[:MOST_NAMED]) + more
 
 
 def since_last(workspace: Workspace) -> str:

@@ -198,11 +198,32 @@ def simulated(workspace_folder: Path, fedcollm: Callable[..., Outcome]) -> Path:
     return workspace_folder
 
 
+def test_an_edited_setting_of_the_deal_makes_the_rows_stale_before_anybody_trains(
+    workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    shutil.rmtree(workspace_folder / "private")
+    toml = workspace_folder / "fedcollm.toml"
+    edit(toml, "[evaluation]", '[data]\ntasks = ["colours"]\n\n[evaluation]')
+    (workspace_folder / "machine.toml").write_text("simulation = true\n")
+    assert fedcollm("prepare", "-w", workspace_folder).code == 0
+    edit(toml, "steps = 6", "steps = 7")  # which deals nothing
+    edit(toml, "[data]", '[data]\ntoo_long = "skip"')  # nor does this
+    assert "stale" not in fedcollm("status", "-w", workspace_folder).out
+    edit(toml, "[data]", "[data]\nunlabelled_share = 0.5")
+    told = "prepare dealt the rows before fedcollm.toml was edited (data.unlabelled_share was not set, is 0.5)"
+    said = " ".join(fedcollm("status", "-w", workspace_folder).out.split())
+    assert f"stale: private/split.json: {told} (fedcollm prepare tells whether the rows change)" in said
+    assert "next: fedcollm prepare" in said
+    assert told in " ".join(fedcollm("run", "--no-scores", "--rounds", 1, "-w", workspace_folder).err.split())
+    assert fedcollm("prepare", "--overwrite", "-w", workspace_folder).code == 0
+    assert "split.json" not in fedcollm("status", "-w", workspace_folder).out
+
+
 def test_an_edited_task_makes_rows_training_and_scores_stale(simulated: Path, fedcollm: Callable[..., Outcome]) -> None:
     edit(simulated / "tasks/colours.yaml", '"{{question}}"', '"big {{question}}"')
     said = fedcollm("status", "-w", simulated).out
     assert "clients 1 to 3 stale" in said
-    assert "slm        stale  (trained on rows that prepare made before its tasks or files were edited)" in said
+    assert "slm        stale  (trained on rows that prepare made before its tasks, or files, were edited)" in said
     assert "stale: private/split.json: prepare dealt the rows before its tasks, or files, were edited" in said
     assert (
         "stale: results/round-0001/slm.json: tasks/, or data that it names, was edited since (fedcollm evaluate" in said
