@@ -89,7 +89,7 @@ def compare(
     budgets differ, NotReady, with the command, for what is missing.
     """
     from stages.study import budgets, paper_beside, results, table_rows
-    from stages.study.scores import remark_of
+    from stages.study.scores import check_scored, remark_of
 
     check_no_baseline(workspace)
     manifests = manifests or Manifests()
@@ -100,7 +100,9 @@ def compare(
     results.check_finished(study)
     for runs in study.runs.values():
         budgets.check_equal(runs, study.run_again, manifests)
-    measured = {table: _measured(study, rows, table, metric) for table, rows in table_rows.rows_of(workspace).items()}
+    rows_of = table_rows.rows_of(workspace)
+    check_scored(study, rows_of)
+    measured = {table: _measured(study, rows, table, metric) for table, rows in rows_of.items()}
     _check_sound(study, manifests)
     tables = {table: _estimates(scores) for table, scores in measured.items()}
     beside, sentences = None, list[str]()
@@ -186,8 +188,7 @@ def _measured(study: Study, rows: Sequence[Row], table: Table, metric: str) -> d
     """Every row of a table that the study has, by subject, with all tasks' questions together under ALL."""
     from stages.study import scores
 
-    there = [row for row in rows if row == "zero-shot" or row in study.methods]
-    found = {row: scores.scores(study, table, row, metric) for row in there}
+    found = {row: scores.scores(study, table, row, metric) for row in scores.rows_there(study, rows)}
     scores.check_tasks([by_task for by_subject in found.values() for by_task in by_subject.values()])
     return {
         row: {

@@ -114,7 +114,7 @@ def check_finished(study: Study) -> None:
             absent = [place for place in _made_in(workspace, round) if not place.exists()]
             if absent:
                 message = f"a federation is not finished: {study.root.shown(absent[0])} is not there"
-                mend = _alone(study.root) or study.inside(workspace, Command("run"))
+                mend = alone(study.root) or study.inside(workspace, Command("run"))
                 raise NotReady(message, where=absent[0], mend=mend)
     check_rows(study)
     _check_alike(study)
@@ -129,7 +129,7 @@ def check_rows(study: Study) -> None:
         check_data(one.parent, Workspace(one.folder), one.changes, made_by=one.made_by)
 
 
-def _alone(workspace: Workspace) -> str:
+def alone(workspace: Workspace) -> str:
     """What a party alone does instead, where other parties are on other machines; empty where all are here."""
     here = [k for k in workspace.clients if workspace.client_data(k).exists()]
     if workspace.is_simulation or len(here) == len(workspace.clients):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from stages.artefacts.records import ROBUST, Result, attack_of
 from stages.runtime.errors import NotReady, Refused, UsageProblem
-from stages.study.results import Scores, Study, result_of
+from stages.study.results import Scores, Study, alone, result_of
 from stages.study.table_rows import Row, Table, base_of, subjects
+from stages.workspace.commands import Command
 from stages.workspace.paths import Workspace
 
 
@@ -29,6 +31,36 @@ def scores(study: Study, table: Table, row: Row, metric: str) -> dict[str, Score
         )
         for subject in subjects(table, row, runs[0])
     }
+
+
+def check_scored(study: Study, rows: Mapping[Table, Sequence[Row]]) -> None:
+    """Raise NotReady where several results of these tables are not there, with the one command that makes all."""
+    absent = dict.fromkeys(
+        path
+        for table, of_table in rows.items()
+        for row in rows_there(study, of_table)
+        for path in _results(study, table, row)
+        if not path.exists()
+    )
+    if len(absent) > 1:
+        first = next(iter(absent))
+        message = f"{len(absent)} results are not there, the first {study.root.shown(first)}"
+        seeds, methods = ",".join(map(str, study.seeds)), ",".join(study.methods)
+        made_by = Command("compare", seeds=seeds, methods=methods)
+        raise NotReady(message, where=first, mend=alone(study.root) or f"{made_by}, which runs what is missing")
+
+
+def rows_there(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """Those of a table's rows that the study has."""
+    return [row for row in rows if row == "zero-shot" or row in study.methods]
+
+
+def _results(study: Study, table: Table, row: Row) -> list[Path]:
+    if row == "zero-shot":
+        return [study.root.result(None, base_of(study.root, table))]
+    runs = [of_seed[row] for of_seed in study.runs.values()]
+    asked = subjects(table, row, runs[0])
+    return [one.result(one.agreement.federation.rounds, subject) for one in runs for subject in asked]
 
 
 def mean_of(by_subject: Mapping[str, Scores]) -> Scores:

@@ -152,6 +152,17 @@ def test_overwrite_without_anything_to_run_is_refused(
     assert "mend  fedcollm compare --seeds 1,2,3 --overwrite" in outcome.err
 
 
+def test_several_results_that_are_not_there_are_told_at_once_with_one_command(
+    studied: Path, refuses: Callable[..., str], fedcollm: Callable[..., Outcome]
+) -> None:
+    for client in (1, 2):
+        (studied / f"results/round-0002/client-{client}.json").unlink()
+    mend = "fedcollm compare --seeds 7 --methods fedcollm,fedavg, which runs what is missing"
+    said = refuses(3, mend, "--seeds", 7, "--methods", "fedavg,fedcollm", "--collect")
+    assert "2 results are not there, the first results/round-0002/client-1.json" in said
+    assert fedcollm("compare", "--seeds", 7, "--methods", "fedcollm,fedavg", "-w", studied).code == 0
+
+
 def test_a_result_of_another_agreement_is_refused(studied: Path, refuses: Callable[..., str]) -> None:
     path = studied / "baselines/standalone/results/round-0002/client-2.json"
     rewrite(path, json.loads(path.read_text()) | {"agreement_sha256": "0" * 64})
@@ -204,7 +215,8 @@ def test_rows_that_were_dealt_before_their_task_was_edited_are_refused(
     (studied / "private/split.json").write_text(json.dumps(split))
     said = refuses(5, "fedcollm prepare")
     assert (
-        "client-1 of round 1 is stale: trained on rows that prepare made before its tasks or files were edited" in said
+        "client-1 of round 1 is stale: trained on rows that prepare made before its tasks, or files, were edited"
+        in said
     )
 
 
@@ -252,7 +264,7 @@ def test_accuracy_under_attack_is_compared_if_that_is_asked_for_and_the_attack_i
     [
         (("--seeds", "1;2"), "--seeds '1;2' is not a list of seeds", "such as --seeds 1,2,3"),
         (("--seeds", ""), "--seeds '' is not a list of seeds", "such as --seeds 1,2,3"),
-        (("--methods", "fedavg,fedprox"), "there is no method 'fedprox'", "there are: fedcollm, fedavg, fedavg-aux"),
+        (("--methods", "fedavg,fedsgd"), "there is no method 'fedsgd'", "there are: fedcollm, fedavg, fedavg-aux"),
     ],
 )
 def test_lists_that_are_none_are_refused(words: tuple[str, ...], message: str, mend: str, refuses: Any) -> None:

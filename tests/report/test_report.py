@@ -110,11 +110,11 @@ def test_a_data_split_alone_is_nothing_to_report(fedcollm: Fedcollm, workspace_f
 def test_what_was_not_scored_is_left_out_with_the_command_that_scores_it(fedcollm: Fedcollm, finished: Path) -> None:
     written = json.loads(fedcollm("report", "-w", finished, "--json").out)
     assert {"accuracy-llm", "tables"} <= set(written["left_out"])
-    assert "fedcollm evaluate" in written["left_out"]["tables"]
+    assert "fedcollm compare --seeds 7 --methods fedcollm" in written["left_out"]["tables"]
     assert "bytes" in written["charts"]
     text = text_of(page_of(finished))
     assert "Nothing has been scored yet: fedcollm run scores every round" in text
-    assert "Left out. There is no results/" in text
+    assert "Left out. 7 results are not there" in text
 
 
 def test_a_clients_own_copy_shows_what_is_there_and_names_who_has_the_rest(fedcollm: Fedcollm, finished: Path) -> None:
