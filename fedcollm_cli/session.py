@@ -27,7 +27,8 @@ from stages.runtime.errors import INTERRUPTED_EXIT_CODE, Problem, UsageProblem
 from stages.runtime.processes import ALONE, Processes
 from stages.runtime.quiet import libraries as silent_libraries
 from stages.workspace import edits
-from stages.workspace.paths import MachineFlags, Workspace
+from stages.workspace.names import AGREEMENT, EVALUATION
+from stages.workspace.paths import Flags, Workspace
 
 WorkspaceOption = Annotated[
     Path | None,
@@ -51,6 +52,13 @@ ClientScoresOption = Annotated[
         "--client-scores/--no-client-scores",
         help="Evaluate clients' own SLMs too, at the end; always if none are averaged.",
     ),
+]
+TasksOption = Annotated[
+    str | None,
+    typer.Option("--tasks", help="Instead of the settings' tasks: these, with commas between them; kept apart."),
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="With --tasks: only so many first questions of each.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 MarkdownOption = Annotated[bool, typer.Option("--markdown", help="The tables as Markdown on stdout.")]
@@ -110,6 +118,20 @@ def form_of(opened: Session, *, markdown: bool, latex: bool, csv: bool) -> Form 
     if len(given) > 1:
         raise UsageProblem(f"--{given[0]} and --{given[1]} exclude each other", mend="give one of them")
     return forms[0] if forms else None
+
+
+def asking(workspace: Workspace, tasks: str | None, limit: int | None) -> Workspace:
+    """The workspace in which --tasks are scored, with --limit. Raises UsageProblem for a limit alone, and no name."""
+    if tasks is None:
+        if limit is not None:
+            mend = f"give --tasks too; of the settings' tasks it is evaluation.limit, in {AGREEMENT} or {EVALUATION}"
+            raise UsageProblem("--limit is for --tasks", mend=mend)
+        return workspace
+    names = [name.strip() for name in tasks.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        mend = "name each task once, with commas between them: --tasks arc_challenge,boolq"
+        raise UsageProblem(f"--tasks {tasks!r} is not a list of tasks", mend=mend)
+    return workspace.asking(names, limit)
 
 
 Function = Callable[..., None]
@@ -214,7 +236,7 @@ def session(
     """
     console = Console(quiet=quiet, as_json=as_json, is_muted=not is_first(os.environ))
     with guarded(console):
-        flags = MachineFlags.model_validate({"device": device, "dtype": dtype})
+        flags = Flags.model_validate({"device": device, "dtype": dtype})
         found = Workspace.find(workspace or Path.cwd(), flags)
         launch = launched(os.environ, expected=processes or found.machine.processes, together=together)
         if launch.processes == 1:

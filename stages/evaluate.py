@@ -46,12 +46,17 @@ def evaluate(
     """Score one model and write down the scores. Returns what the result file says.
 
     model: which of the server's: "slm" and "llm" after co-distill, "aggregate" the SLM before it; with a client, that
-    client's own SLM instead. Without a round, the base alone. attack: measure accuracy under it, too, by default that
+    client's own SLM instead. Without a round, the base alone. What is asked, and where the result is: see
+    Workspace.asking. attack: measure accuracy under it, too, by default that
     of the agreement, if any; a result under another attack is made anew. Before scoring, the adapter is proven to be in
     the model and to change its logits, but for an aggregate that is still the first broadcast's adapter, which changes
     nothing. processes: all call this alike; the first decides and writes, and each scores its share.
     """
     subject = subject_of(model, client)
+    if workspace.flags.tasks:
+        from stages.data.tasks import check_known
+
+        check_known(workspace, workspace.flags.tasks)
     target = workspace.result(round, subject)
     return Evaluate(
         party=Party.of(workspace, client),
@@ -158,7 +163,8 @@ class Evaluate(Step[Opened, Measured, Result]):
             self.report(Event("note", f"{task}: {found}"))
             if scores["questions"] < scores["questions_in_all"]:
                 words = f"only the first {scores['questions']} of {scores['questions_in_all']} questions of {task}"
-                self.report(Event("warning", f"{words} count, by evaluation.limit: no score of the whole task"))
+                limited_by = self.workspace.limited_by
+                self.report(Event("warning", f"{words} count, by {limited_by}: no score of the whole task"))
         return result
 
     @cached_property

@@ -14,8 +14,11 @@ from fedcollm_cli.session import (
     CsvOption,
     EachRoundOption,
     LatexOption,
+    LimitOption,
     MarkdownOption,
     Session,
+    TasksOption,
+    asking,
     form_of,
     in_workspace,
 )
@@ -44,6 +47,8 @@ def compare(
         typer.Option("--paper", help="Print the paper's figures beside: FedCoLLM's s1 to s3; mkt-... are FedMKT's."),
     ] = None,
     metric: Annotated[str, typer.Option("--metric", help="acc, acc_norm or robust_acc.")] = "acc",
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
     collect: Annotated[bool, typer.Option("--collect", help="With --seeds: run nothing, read what is there.")] = False,
     slurm: Annotated[
         bool, typer.Option("--slurm", help="With --seeds: run nothing here, write job scripts and slurm/compare.sh.")
@@ -66,6 +71,9 @@ def compare(
     With FedMKT that is FedMKT minus standalone-public. Where clients have models of their own, each has rows of its
     own, and methods that average are left out.
 
+    With --tasks, by other tasks than [evaluation] names: it reads results/own-tasks/. With --seeds, too, it scores what
+    is missing, of the last round alone, and trains nothing that is there.
+
     With --slurm, each method and seed gets job scripts in its own folder, as `fedcollm slurm` writes them. Then
     slurm/compare.sh submits all of them, a chain of jobs for each, and --collect prints the tables when they are done.
 
@@ -82,6 +90,8 @@ def compare(
         wanted = _seeds(seeds)
         if wanted is None or collect:
             raise UsageProblem("--slurm is for what --seeds runs", mend=Command("compare", seeds="1,2,3", slurm=True))
+        if tasks:
+            raise UsageProblem("--tasks is for what runs here", mend="leave it out: jobs score the settings' tasks")
         _check_scored_by_jobs(each_round)
         script = spread_all(
             opened.workspace,
@@ -93,13 +103,13 @@ def compare(
         opened.console.result([opened.workspace.shown(script)], opened.workspace.shown(script))
         return
     found = stage(
-        opened.workspace,
+        asking(opened.workspace, tasks, limit),
         seeds=_seeds(seeds),
         methods=_methods(methods),
         paper=paper,
         metric=metric,
         collect=collect,
-        each_round=each_round,
+        each_round=each_round and not tasks,
         overwrite=overwrite,
         report=opened.console.report,
     )

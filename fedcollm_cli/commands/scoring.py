@@ -11,9 +11,12 @@ from fedcollm_cli import completing
 from fedcollm_cli.session import (
     CsvOption,
     LatexOption,
+    LimitOption,
     MarkdownOption,
     OverwriteOption,
     Session,
+    TasksOption,
+    asking,
     form_of,
     in_workspace,
 )
@@ -51,6 +54,8 @@ def evaluate(
     markdown: MarkdownOption = False,
     latex: LatexOption = False,
     csv: CsvOption = False,
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
     rows: Annotated[Path | None, typer.Option("--rows", help="Instead: loss and exact match on this file.")] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="With --rows: let the model write, too; Rouge-L and match of its text.")
@@ -66,9 +71,13 @@ def evaluate(
     that are right whatever gradient ascent does to their prompts' embeddings, within a radius. Other scores stay the
     same.
 
+    With --tasks it asks other tasks than [evaluation] names, of lm-eval or of tasks/, and writes
+    results/own-tasks/TASKS/round-t/*.json. compare --tasks compares methods by them, and report shows them.
+
     With --rows it reads a file of rows instead, and needs no task. It tells the mean loss per answer token in nats, its
     perplexity, and the share of rows whose answer is the likeliest at each token. Writes
-    results/own-rows/round-t/*.json. These are kept apart: status, compare and run do not read them; report shows them.
+    results/own-rows/round-t/*.json, and report shows them. Both are kept apart: status, run and a plain compare do not
+    read them.
 
     Example: fedcollm evaluate --round 1 --model llm
     """
@@ -83,10 +92,13 @@ def evaluate(
     if rows is not None or generate:
         if attack is not None or attack_steps is not None:
             raise UsageProblem("--attack is of questions, not of --rows", mend="leave one of them out")
+        if tasks or limit:
+            raise UsageProblem("--tasks and --limit are of questions, not of --rows", mend="leave one of them out")
         _evaluate_rows(opened, rows, model=model, round=round, client=client, generate=generate, overwrite=overwrite)
         return
+    workspace = asking(opened.workspace, tasks, limit)
     result = stage(
-        opened.workspace,
+        workspace,
         model=model,
         round=round,
         client=client,
@@ -95,7 +107,7 @@ def evaluate(
         processes=opened.processes,
         report=opened.console.report,
     )
-    path = opened.workspace.shown(opened.workspace.result(round, result["subject"]))
+    path = workspace.shown(workspace.result(round, result["subject"]))
     opened.console.result({"path": path, **result}, progress.scores([result]).written(form))
 
 

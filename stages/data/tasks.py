@@ -7,7 +7,7 @@ name is not found there, since that takes seconds. Relative data_files are meant
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,7 @@ def _load(workspace: Workspace, names: list[str], above: tuple[str, ...] = ()) -
     local = TaskManager(include_path=str(workspace.tasks), include_defaults=False)
     tasks: list[ConfigurableTask] = []
     for name in names:
-        manager = local if name in local.task_index else shipped_tasks.manager_of(name)
-        if manager is None:
-            known = ", ".join(map(str, local.all_tasks)) or "none"
-            mend = f"known in this workspace: {known}; or put a task file in {workspace.shown(workspace.tasks)}/"
-            raise UsageProblem(f"no task named {name!r}, here or in lm-eval", where=workspace.tasks, mend=mend)
+        manager = _manager_of(workspace, local, name)
         entry = manager.task_index[name]
         members = _members(entry) if manager is local else []
         if members and all(isinstance(member, str) for member in members):
@@ -102,6 +98,21 @@ def _load(workspace: Workspace, names: list[str], above: tuple[str, ...] = ()) -
             spec = task_data.from_workspace(load_yaml(entry.yaml_path), workspace.home)
         tasks += _built(manager, spec, name)
     return tasks
+
+
+def check_known(workspace: Workspace, names: Sequence[str]) -> None:
+    """Raise UsageProblem for a name that nothing defines, before anything is loaded."""
+    for name in names:
+        _manager_of(workspace, TaskManager(include_path=str(workspace.tasks), include_defaults=False), name)
+
+
+def _manager_of(workspace: Workspace, local: TaskManager, name: str) -> TaskManager:
+    manager: TaskManager | None = local if name in local.task_index else shipped_tasks.manager_of(name)
+    if manager is None:
+        known = ", ".join(map(str, local.all_tasks)) or "none"
+        mend = f"known in this workspace: {known}; or put a task file in {workspace.shown(workspace.tasks)}/"
+        raise UsageProblem(f"no task named {name!r}, here or in lm-eval", where=workspace.tasks, mend=mend)
+    return manager
 
 
 def _members(entry: Any) -> list[Any]:

@@ -34,7 +34,7 @@ Fault = tuple[Path, str, str]
 
 def faults(workspace: Workspace) -> Iterator[Fault]:
     """Each record that is not as it was written."""
-    for path in listing.results(workspace):
+    for path in [*listing.results(workspace), *listing.task_results(workspace)]:
         yield from _fault(path, read_result)
     for path in listing.rows_results(workspace):
         yield from _fault(path, row_records.read_rows_result)

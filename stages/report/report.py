@@ -17,7 +17,7 @@ from stages.audit.checks import lines, result
 from stages.bases.base_names import name_of
 from stages.files import writing
 from stages.progress.status import status
-from stages.report import own_rows
+from stages.report import own_rows, own_tasks
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.texts import in_line
@@ -148,7 +148,7 @@ def _words(
         "headline": [one for one in headlines if one],
         "summary": _summary(charts, compared) + _left_out(workspace, manifests),
         "refusal": without_folders(compared) if isinstance(compared, str) else "",
-        "tables": [*tables, *own_rows.tables(workspace)],
+        "tables": [*tables, *own_tasks.tables(workspace), *own_rows.tables(workspace)],
         "notes": notes,
         "settings_name": AGREEMENT,
         "settings": without_folders(tomlkit.dumps(workspace.agreement.model_dump(exclude_none=True))),

@@ -129,6 +129,7 @@ def compare(
             *results.remarks([study.root, *study.workspaces]),
             *_of_clients(workspace),
             *_of_parts(study.methods),
+            *(["of tasks that a command named, not of those that the settings name"] if workspace.flags.tasks else []),
             *sentences,
         ],
     )

@@ -201,8 +201,9 @@ def remarks(workspaces: Iterable[Workspace]) -> list[str]:
 
     From the results of bases and of last rounds, under today's agreement.
     """
-    in_all, asked, cut = dict[str, int](), dict[str, int](), dict[str, int]()
+    in_all, asked, cut, limited_by = dict[str, int](), dict[str, int](), dict[str, int](), ""
     for workspace in workspaces:
+        limited_by = workspace.limited_by
         last = workspace.result(workspace.agreement.federation.rounds, "slm").parent
         for path in [*workspace.result(None, "slm").parent.glob("*.json"), *last.glob("*.json")]:
             try:
@@ -217,9 +218,7 @@ def remarks(workspaces: Iterable[Workspace]) -> list[str]:
     shortened = [f"up to {count} of {task}" for task, count in cut.items() if count]
     lines = []
     if limited:
-        lines.append(
-            f"only the first questions count, by evaluation.limit: {', '.join(limited)}; no score of a whole task"
-        )
+        lines.append(f"only the first questions count, by {limited_by}: {', '.join(limited)}; no score of a whole task")
     if shortened:
         lines.append(f"questions longer than a model's context, scored without their beginning: {', '.join(shortened)}")
     return lines
@@ -266,4 +265,4 @@ def _evaluate(study: Study, workspace: Workspace, round: int | None, subject: st
     """The command that makes a result; of a federation that is only half done, the one that goes on with it."""
     if round is not None and not folder_of(workspace, round, subject).exists():
         return study.inside(workspace, Command("run"))
-    return study.inside(workspace, scored_by(round, subject))
+    return study.inside(workspace, scored_by(round, subject).also(**workspace.flags.asked))

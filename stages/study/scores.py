@@ -46,7 +46,7 @@ def check_scored(study: Study, rows: Mapping[Table, Sequence[Row]]) -> None:
         first = next(iter(absent))
         message = f"{len(absent)} results are not there, the first {study.root.shown(first)}"
         seeds, methods = ",".join(map(str, study.seeds)), ",".join(study.methods)
-        made_by = Command("compare", seeds=seeds, methods=methods)
+        made_by = Command("compare", seeds=seeds, methods=methods, **study.root.flags.asked)
         raise NotReady(message, where=first, mend=alone(study.root) or f"{made_by}, which runs what is missing")
 
 

@@ -258,10 +258,19 @@ class Layout(RowsLayout):
         party = self.log(stage, round, client).parents[1]
         return party / "tensorboard" / f"{round_name(round)}-{stage}"
 
+    @property
+    def scores(self) -> Path:
+        """Where lm-eval's scores are."""
+        return self.root / "results"
+
+    @property
+    def task_results(self) -> Path:
+        """Where lm-eval's scores of tasks are that a command named in the place of the settings'."""
+        return self.root / "results" / "own-tasks"
+
     def result(self, round: int | None, subject: str) -> Path:
         """lm-eval's scores of one model: "slm", "llm" or "client-2"; without a round, of the base alone."""
-        folder = ZERO_SHOT if round is None else round_name(round)
-        return self.root / "results" / folder / f"{subject}.json"
+        return self.scores / (ZERO_SHOT if round is None else round_name(round)) / f"{subject}.json"
 
     @property
     def report(self) -> Path:

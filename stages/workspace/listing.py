@@ -26,6 +26,11 @@ def rows_results(workspace: Layout) -> list[Path]:
     return sorted(workspace.rows_results.glob("*/*.json"))
 
 
+def task_results(workspace: Layout) -> list[Path]:
+    """Every file of scores of tasks that a command named in the place of the settings'."""
+    return sorted(workspace.task_results.glob("*/*/*.json"))
+
+
 def agreements(workspace: Layout) -> list[Path]:
     """The kept copies of agreements that something was published under."""
     return sorted(workspace.agreed("").parent.glob("*.toml"))

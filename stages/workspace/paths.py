@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -18,19 +20,33 @@ from stages.workspace.knowledge_layout import KnowledgeLayout
 from stages.workspace.machine import Machine
 from stages.workspace.names import AGREEMENT, EVALUATION, MACHINE
 from stages.workspace.rows_and_scores import Evaluation
-from stages.workspace.settings import Dtype, Settings, parse
+from stages.workspace.settings import Dtype, Positive, Settings, parse
 
 LARGEST_TOML_BYTES = 1 << 20
+LONGEST_NAME = 120
+"""Characters of a folder's name before it is cut."""
 
 RoundStep = Literal["broadcast", "aggregate", "co-distill", "share-knowledge", "client-distill"]
 """The steps of a round that not every method takes."""
 
 
-class MachineFlags(Settings):
-    """What a command's own flags change of machine.toml."""
+class Flags(Settings):
+    """What a command's own flags change of the settings; workspaces that are derived have the same.
+
+    device, dtype: of machine.toml. tasks, limit: what is scored in the place of what the settings say, and how many
+    questions of each.
+    """
 
     device: str | None = None
     dtype: Dtype | None = None
+    tasks: tuple[str, ...] = ()
+    limit: Positive | None = None
+
+    @property
+    def asked(self) -> dict[str, str | int]:
+        """The options of a command that has the same tasks and limit."""
+        given = {"tasks": ",".join(self.tasks), "limit": self.limit}
+        return {key: value for key, value in given.items() if value}
 
 
 @dataclass(frozen=True)
@@ -38,21 +54,21 @@ class Workspace(KnowledgeLayout):
     """One party's copy of a federation's folder."""
 
     root: Path
-    flags: MachineFlags = field(default=MachineFlags())
+    flags: Flags = field(default=Flags())
     client: int | None = None
     """Whose model [slm] is, where clients have models of their own: see of_client."""
     as_agreed: str = ""
     """The digest of an earlier agreement that holds here, of which a copy was kept: see before_fork."""
 
     @staticmethod
-    def find(start: Path, flags: MachineFlags | None = None) -> Workspace:
+    def find(start: Path, flags: Flags | None = None) -> Workspace:
         """The workspace that start lies in, found upwards like git's. Raises UsageProblem if there is none."""
         start = start.absolute()
         if not start.exists():
             raise UsageProblem("there is no such folder", where=start, mend="name the workspace with --workspace")
         for folder in (start, *start.parents):
             if (folder / AGREEMENT).is_file():
-                return Workspace(folder, flags or MachineFlags())
+                return Workspace(folder, flags or Flags())
         mend = f"make one with `{Command('init', 'study')}`, or name one with --workspace"
         raise UsageProblem(f"no workspace here: no {AGREEMENT} in this folder or above it", where=start, mend=mend)
 
@@ -93,9 +109,36 @@ class Workspace(KnowledgeLayout):
         """The digest that every manifest carries: that of fedcollm.toml as it lies there."""
         return reading.sha256(self.agreement_bytes)
 
+    def asking(self, tasks: Sequence[str], limit: int | None) -> Workspace:
+        """The workspace in which these tasks are scored, so many questions of each, apart from the settings' own."""
+        return replace(self, flags=self.flags.model_copy(update={"tasks": tuple(tasks), "limit": limit}))
+
     @functools.cached_property
     def evaluation(self) -> Evaluation:
-        """What is scored: evaluation.toml, which nobody need agree on, or else the agreement's [evaluation]."""
+        """What is scored: what the command's flags say, with the other settings of evaluation as they are."""
+        if not self.flags.tasks:
+            return self._settings_of_evaluation
+        return self._settings_of_evaluation.model_copy(
+            update={"tasks": list(self.flags.tasks), "limit": self.flags.limit}
+        )
+
+    @property
+    def scores(self) -> Path:
+        """Where lm-eval's scores are; of tasks that a command names, apart, by tasks and limit."""
+        if not self.flags.tasks:
+            return super().scores
+        words = [*self.flags.tasks, *([f"limit-{self.flags.limit}"] if self.flags.limit else [])]
+        name, plain = "+".join(words), re.sub(r"[^A-Za-z0-9._+-]+|^[.]+", "-", "+".join(words))[:LONGEST_NAME]
+        return self.task_results / (plain if plain == name else f"{plain}-{reading.sha256(name.encode())[:8]}")
+
+    @property
+    def limited_by(self) -> str:
+        """What says how many questions of a task are scored."""
+        return "--limit" if self.flags.tasks else "evaluation.limit"
+
+    @functools.cached_property
+    def _settings_of_evaluation(self) -> Evaluation:
+        """evaluation.toml, which nobody need agree on, or else the agreement's [evaluation]."""
         path = self.home / EVALUATION
         if not path.exists():
             return self.agreement.evaluation
@@ -129,7 +172,7 @@ class Workspace(KnowledgeLayout):
         path = self.root / MACHINE
         content = reading.read_own(path) if path.exists() else b""
         machine = parse(Machine, content, path)
-        changed = {key: value for key, value in self.flags.model_dump().items() if value is not None}
+        changed = self.flags.model_dump(include={"device", "dtype"}, exclude_none=True)
         try:
             return Machine.model_validate(machine.model_dump() | changed)
         except ValidationError as error:

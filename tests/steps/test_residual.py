@@ -46,7 +46,7 @@ from stages.planning.plan import plan
 from stages.planning.residuals import layout_after
 from stages.report import findings
 from stages.runtime.errors import BadNumbers, Damaged, Problem, Refused, UsageProblem
-from stages.workspace.paths import MachineFlags, Workspace
+from stages.workspace.paths import Flags, Workspace
 
 Tensors = dict[str, np.ndarray]
 Once = Callable[[str, Callable[[Path], None]], Path]
@@ -219,7 +219,7 @@ def test_the_model_says_what_the_merged_weights_say(ran: Path, average: Any, dty
     added = SCALE * (beneath(average.path) + product(tensors(average.path)))
     with torch.no_grad():
         reference.state_dict()[name] += torch.from_numpy(added.T).float()
-    models = Models(Workspace(ran, MachineFlags(dtype=dtype)))
+    models = Models(Workspace(ran, Flags(dtype=dtype)))
     tuned = models.with_adapter("slm", average)
     with torch.autocast("cpu", torch.bfloat16, enabled=tuned.autocast):
         found = said(tuned.model)

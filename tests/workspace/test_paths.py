@@ -10,7 +10,7 @@ import pytest
 
 from builders import AGREEMENT, edit
 from stages.runtime.errors import Damaged, NotReady, Refused, UsageProblem
-from stages.workspace.paths import MachineFlags, Workspace, require
+from stages.workspace.paths import Flags, Workspace, require
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_without_machine_toml_a_machine_has_the_defaults(workspace: Workspace) -
 
 def test_a_flag_goes_before_machine_toml_and_leaves_the_rest(workspace: Workspace) -> None:
     (workspace.root / "machine.toml").write_text('device = "cuda:1"\ndtype = "bfloat16"\nmicro_batch = 2\n')
-    found = Workspace(workspace.root, MachineFlags(device="cpu")).machine
+    found = Workspace(workspace.root, Flags(device="cpu")).machine
     assert (found.device, found.dtype, found.micro_batch) == ("cpu", "bfloat16", 2)
 
 
@@ -157,7 +157,7 @@ def test_machine_toml_is_no_part_of_the_agreement(workspace: Workspace) -> None:
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", ""])
 def test_a_flag_that_names_no_device_is_refused_like_any_setting(workspace: Workspace, device: str) -> None:
     with pytest.raises(UsageProblem, match="device") as caught:
-        Workspace(workspace.root, MachineFlags(device=device)).machine  # noqa: B018
+        Workspace(workspace.root, Flags(device=device)).machine  # noqa: B018
     assert caught.value.mend
 
 
