@@ -121,7 +121,7 @@ def form_of(opened: Session, *, markdown: bool, latex: bool, csv: bool) -> Form 
 
 
 def asking(workspace: Workspace, tasks: str | None, limit: int | None) -> Workspace:
-    """The workspace in which --tasks are scored, with --limit. Raises UsageProblem for a limit alone, and no name."""
+    """The workspace in which --tasks are scored, with --limit. Raises UsageProblem for a limit alone, or no task."""
     if tasks is None:
         if limit is not None:
             mend = f"give --tasks too; of the settings' tasks it is evaluation.limit, in {AGREEMENT} or {EVALUATION}"
@@ -131,6 +131,9 @@ def asking(workspace: Workspace, tasks: str | None, limit: int | None) -> Worksp
     if not all(names) or len(set(names)) < len(names):
         mend = "name each task once, with commas between them: --tasks arc_challenge,boolq"
         raise UsageProblem(f"--tasks {tasks!r} is not a list of tasks", mend=mend)
+    from stages.data.tasks import check_known
+
+    check_known(workspace, names)
     return workspace.asking(names, limit)
 
 

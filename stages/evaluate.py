@@ -53,10 +53,6 @@ def evaluate(
     nothing. processes: all call this alike; the first decides and writes, and each scores its share.
     """
     subject = subject_of(model, client)
-    if workspace.flags.tasks:
-        from stages.data.tasks import check_known
-
-        check_known(workspace, workspace.flags.tasks)
     target = workspace.result(round, subject)
     return Evaluate(
         party=Party.of(workspace, client),

@@ -128,8 +128,7 @@ def compare(
             *remark_of([study]),
             *results.remarks([study.root, *study.workspaces]),
             *_of_clients(workspace),
-            *_of_parts(study.methods),
-            *(["of tasks that a command named, not of those that the settings name"] if workspace.flags.tasks else []),
+            *_on_the_table(study),
             *sentences,
         ],
     )
@@ -167,12 +166,14 @@ def _of_clients(workspace: Workspace) -> list[str]:
     return lines
 
 
-def _of_parts(methods: Sequence[Compared]) -> list[str]:
-    """Which rows are FedAvg with a part of another system, as it comes."""
+def _on_the_table(study: Study) -> list[str]:
+    """Whether the tasks are others than the settings name, and which rows are FedAvg with a part of another system."""
     from stages.paper.reported import LABELS
 
-    named = [LABELS[method] for method in methods if method in OF_FEDAVG]
-    return [f"{', '.join(named)}: FedAvg with that part by its defaults, tuned to no task"] if named else []
+    lines = ["of tasks that a command named, not of those that the settings name"] if study.root.flags.tasks else []
+    if named := [LABELS[method] for method in study.methods if method in OF_FEDAVG]:
+        lines.append(f"{', '.join(named)}: FedAvg with that part by its defaults, tuned to no task")
+    return lines
 
 
 def _with_mean(measured: dict[Table, dict[Row, dict[str, Scores]]]) -> dict[Table, dict[Row, dict[str, Scores]]]:
