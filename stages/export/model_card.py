@@ -144,7 +144,8 @@ def _teachers(workspace: Workspace, manifest: Manifest) -> list[tuple[str, str, 
 
 def _budget(settings: Budget) -> str:
     length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs:g} epochs"
-    return f"{length} of AdamW, {settings.rows_per_step} rows a step"
+    name = {"adamw": "AdamW", "sgd": "SGD"}.get(settings.optimizer, settings.optimizer.title())
+    return f"{length} of {name}, {settings.rows_per_step} rows a step"
 
 
 def _losses(manifest: Manifest) -> list[tuple[str, str, str]]:

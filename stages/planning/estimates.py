@@ -24,8 +24,6 @@ ANSWER_TOKENS = 16
 """Of a row, where neither rows nor a tokenizer are here to tell; few answers of the paper's four tasks are longer."""
 CHECKPOINTS = 2
 """How many a training stage keeps at most while it runs."""
-ADAM_BYTES = 8
-"""Of AdamW's two float32 averages, for each parameter that is trained."""
 UNKNOWN = 1 << 30
 """Tokens that a model whose configuration is not here takes: no row is longer."""
 TOP_K = 64
@@ -178,7 +176,8 @@ def trained_stage(
         turns = ROLES if isinstance(budget, Distillation) and budget.order == "alternating" else (None,)
         sized = {"rows": found.batch or 1, "length": found.length or 2, "answers": found.answers or 1}
         steps = [_step(here, wanted, losses, sized, turn, is_attacked=is_attacked) for turn in turns]
-        takes = _of_training(here, wanted, max(steps, key=lambda one: one.activations + one.logits + one.transient))
+        largest = max(steps, key=lambda one: one.activations + one.logits + one.transient)
+        takes = _of_training(here, wanted, largest, budget.remembered)
     return replace(found, memory=takes)
 
 
@@ -232,7 +231,7 @@ def beneath(here: Here, role: Role) -> dict[str, int]:
     return {"residual": shapes.FLOAT32_BYTES * numbers} if numbers else {}
 
 
-def _of_training(here: Here, wanted: Mapping[Role, Shape], step: Step) -> dict[str, int]:
+def _of_training(here: Here, wanted: Mapping[Role, Shape], step: Step, remembered: int) -> dict[str, int]:
     from stages.models import devices, shapes
 
     computes = {role: devices.precision(here.workspace, role, here.device)[0] for role in wanted}
@@ -244,7 +243,7 @@ def _of_training(here: Here, wanted: Mapping[Role, Shape], step: Step) -> dict[s
         ),
         "adapters": shapes.FLOAT32_BYTES * trained,
         "gradients": shapes.FLOAT32_BYTES * trained,
-        "optimiser": ADAM_BYTES * trained,
+        "optimiser": shapes.FLOAT32_BYTES * remembered * trained,
         "activations": step.activations,
         "logits": step.logits,
         "transient": step.transient + unpacked,

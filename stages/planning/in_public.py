@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from stages.data.examples import Extent
 from stages.planning.averages import aggregate
 from stages.planning.estimates import (
-    ADAM_BYTES,
     CHECKPOINTS,
     Here,
     StagePlan,
@@ -199,10 +198,11 @@ def disk_of(sides: Sequence[Side], found: InPublic) -> dict[str, int]:
     # Of one model then: the first side has all clients.
     averaged = rounds * adapter[sides[0]] if found.averages else 0
     trained = max(side.here.shapes[side.role].adapter_parameters for side in sides)
+    remembered = max(workspace.agreement.client_training.remembered, workspace.agreement.distillation.remembered)
     return {
         "exchange": exchanged + averaged * (len(workspace.clients) + 1),
         "clients": rounds * 2 * sum(len(side.clients) * adapter[side] for side in sides)
         - averaged * len(workspace.clients),
         "server": (rounds * adapter[sides[-1]] if federation.clients_tell else 0) + averaged,
-        "checkpoints": CHECKPOINTS * (shapes.FLOAT32_BYTES + ADAM_BYTES) * trained,
+        "checkpoints": CHECKPOINTS * shapes.FLOAT32_BYTES * (1 + remembered) * trained,
     }

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 from stages.planning import residuals
 from stages.planning.averages import aggregate, updates_of
 from stages.planning.estimates import (
-    ADAM_BYTES,
     CHECKPOINTS,
     UNKNOWN,
     Here,
@@ -244,8 +243,11 @@ def _disk(here: Here) -> dict[str, int]:
     federation, adds = here.workspace.agreement.federation, here.workspace.agreement.aggregation.key_holder is not None
     trained = sum(shape.adapter_parameters for shape in here.shapes.values())
     beneath = residuals.bytes_of(here.workspace.agreement, here.shapes["slm"].layout)
+    remembered = max(
+        here.workspace.agreement.client_training.remembered, here.workspace.agreement.distillation.remembered
+    )
     return {
         "exchange": federation.rounds * (slm + (federation.clients + adds) * update) + sum(beneath[:-1]),
         "server": federation.rounds * (2 * slm + llm) + 2 * sum(beneath[1:]),
-        "checkpoints": CHECKPOINTS * (shapes.FLOAT32_BYTES + ADAM_BYTES) * trained,
+        "checkpoints": CHECKPOINTS * shapes.FLOAT32_BYTES * (1 + remembered) * trained,
     }

@@ -1,4 +1,4 @@
-"""Training with differential privacy of each example: DP-SGD (Abadi et al., 2016) on an adapter, with AdamW.
+"""Training with differential privacy of each example: DP-SGD (Abadi et al., 2016) on an adapter.
 
 A step takes every example with probability q by itself, shortens the gradient of each to the norm C, adds noise of
 standard deviation sigma C to their sum, and divides by the expected number of examples. An example's loss is the mean
@@ -44,6 +44,7 @@ from stages.runtime.errors import BadNumbers
 from stages.runtime.events import Event, Report
 from stages.training import micro_batch
 from stages.training.objective import Objective, Tokens
+from stages.training.optimizers import optimizer_of
 from stages.training.recipes import Outcome, Recipe, change
 from stages.training.stopping import (
     refuse_runaway,
@@ -223,13 +224,13 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
 
 
 class Run:
-    """What a stopped run goes on from: the adapter, AdamW and its schedule, the steps done and their log."""
+    """What a stopped run goes on from: the adapter, the optimiser and its schedule, the steps done and their log."""
 
     def __init__(self, objective: Objective, recipe: Recipe, folder: Path, steps: int) -> None:
         self.step, self.attempt, self.log = 0, secrets.token_hex(8), list[dict[str, Any]]()
         self._objective, self._folder = objective, folder
-        rate, decay = recipe.learning_rates["slm"], recipe.budget.weight_decay
-        self.optimizer = torch.optim.AdamW(objective.adapter_parameters("slm"), lr=rate, weight_decay=decay)
+        group = {"params": objective.adapter_parameters("slm"), "lr": recipe.learning_rates["slm"]}
+        self.optimizer = optimizer_of(recipe.budget, [group])
         self.schedule = LambdaLR(self.optimizer, lambda step: recipe.factor(step, steps))
 
     @classmethod

@@ -22,9 +22,6 @@ from stages.training.objective import Objective
 from stages.workspace.budgets import Budget
 from stages.workspace.machine import Machine
 
-MOMENTS = 2
-"""AdamW's two averages of each parameter, which come to be in the first step that counts."""
-
 
 def rows_at_once(
     objective: Objective,
@@ -42,7 +39,8 @@ def rows_at_once(
     was_training = objective.training
 
     def dry(rows: Sequence[Example]) -> None:
-        moments = [torch.empty_like(parameter) for parameter in trained for _ in range(MOMENTS)]
+        # What the optimiser remembers from the first step that counts on.
+        moments = [torch.empty_like(parameter) for parameter in trained for _ in range(budget.remembered)]
         objective.train()
         batch = {name: tensor.to(objective.device) for name, tensor in objective.collate(rows).items()}
         torch.autograd.backward(objective(**batch)["loss"])

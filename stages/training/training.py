@@ -33,6 +33,7 @@ from stages.runtime.processes import ALONE, Processes
 from stages.training import trackers
 from stages.training.micro_batch import rows_at_once
 from stages.training.objective import Objective
+from stages.training.optimizers import optimizer_of
 from stages.training.recipes import Outcome, Recipe, change
 from stages.training.schedule import MicroBatches, schedule
 from stages.training.stopping import (
@@ -169,14 +170,11 @@ def _arguments(
 
 
 def _optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
-    """A new AdamW with one group for each model: eta_theta and eta_omega of Algorithm 1.
-
-    Of a whole model in one pass over its weights: adapters are small, and their bits are known of old.
-    """
+    """A new one with a group for each model: eta_theta and eta_omega of Algorithm 1."""
     groups = [
         {"params": objective.adapter_parameters(role), "lr": rate} for role, rate in recipe.learning_rates.items()
     ]
-    return torch.optim.AdamW(groups, weight_decay=recipe.budget.weight_decay, fused=objective.is_whole or None)
+    return optimizer_of(recipe.budget, groups, is_whole=objective.is_whole)
 
 
 def _trainer(

@@ -13,6 +13,11 @@ from stages.workspace.settings import Positive, Rate, Settings, Share
 Schedule = Literal["constant", "cosine", "linear"]
 """How learning rates go over all rounds together: they stay, or fall to zero, as half a cosine or in a line."""
 
+Optimizer = Literal["adamw", "sgd", "adagrad", "adafactor"]
+"""What takes the steps of training, by torch's name in small letters."""
+MOMENTS: dict[Optimizer, int] = {"adamw": 2, "sgd": 0, "adagrad": 1, "adafactor": 1}
+"""Numbers that each remembers of every parameter, at most: Adafactor has one for each row and column of a matrix."""
+
 
 class Budget(Settings):
     """How long and on what batches a model is trained: epochs or steps, exactly one of them."""
@@ -23,6 +28,7 @@ class Budget(Settings):
     gradient_accumulation: Positive = 1
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Schedule = "constant"
+    optimizer: Optimizer = "adamw"
     weight_decay: Share = 0.0
     max_length: Positive = 512
 
@@ -31,6 +37,11 @@ class Budget(Settings):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("needs exactly one of epochs and steps")
         return self
+
+    @property
+    def remembered(self) -> int:
+        """How many numbers the optimiser remembers of each parameter, at most."""
+        return MOMENTS[self.optimizer]
 
     @property
     def rows_per_step(self) -> int:

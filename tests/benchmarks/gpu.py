@@ -28,12 +28,12 @@ from stages.models import adapters, packing, shapes
 from stages.models.tuned import Tuned
 from stages.paper import reported
 from stages.planning import memory
-from stages.planning.estimates import ADAM_BYTES, TOP_K, beside_a_capture
+from stages.planning.estimates import TOP_K, beside_a_capture
 from stages.training import recipes, training
 from stages.training.losses import top_k
 from stages.training.objective import Losses, Objective, mutual_losses, task_loss
 from stages.workspace.agreement import Lora, Model
-from stages.workspace.budgets import Distillation
+from stages.workspace.budgets import Budget, Distillation
 from stages.workspace.machine import Machine
 from stages.workspace.settings import Role
 
@@ -265,7 +265,8 @@ def _planned(
     )
     trained = sum(shape.adapter_parameters for shape in counted.values())
     held = sum(shapes.weight_bytes(shape) for shape in counted.values())
-    return held + (2 * shapes.FLOAT32_BYTES + ADAM_BYTES) * trained + step.activations + step.logits + step.transient
+    adapters = shapes.FLOAT32_BYTES * (2 + Budget(steps=1).remembered) * trained
+    return held + adapters + step.activations + step.logits + step.transient
 
 
 def _in_form(pair: Pair, role: Role, dtype: torch.dtype) -> shapes.Shape:

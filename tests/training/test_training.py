@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,35 @@ def test_training_is_what_a_bare_loop_of_algorithm_1_does(do: Callable[..., Outc
                 steppers[role].step()
                 steppers[role].zero_grad()
     assert_same(taken(pair), taken(by_hand), atol=1e-4)  # a hundredth of the learning rate
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand_of"),
+    [("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad), ("adafactor", torch.optim.Adafactor)],
+)
+def test_another_optimiser_takes_the_steps_that_torchs_own_takes(
+    do: Callable[..., Outcome], name: str, by_hand_of: Callable[..., torch.optim.Optimizer]
+) -> None:
+    pair, by_hand, usual = fresh_pair(), fresh_pair(), fresh_pair()
+    plan = recipe(steps=3, batch_size=4)
+    do(usual, plan)
+    do(pair, replace(plan, budget=plan.budget.model_copy(update={"optimizer": name, "weight_decay": 0.1})))
+    slm, llm = by_hand
+    steppers = [
+        by_hand_of(
+            [p for p in one.model.parameters() if p.requires_grad], lr=plan.learning_rates[one.role], weight_decay=0.1
+        )
+        for one in by_hand
+    ]
+    for step in schedule(len(ROWS), plan.budget, plan.seed):
+        rows = [ROWS[i] for i in step]
+        for student, teacher in ((slm, llm), (llm, slm)):
+            loss_by_hand(student, teacher, rows).backward()
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad()
+    assert_same(taken(pair), taken(by_hand), atol=1e-4)
+    assert np.abs(flat(taken(pair)["slm"]) - flat(taken(usual)["slm"])).max() > RATE / 10
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
