@@ -36,7 +36,7 @@ from stages.reveal import reveal
 from stages.runtime.errors import NotReady, Problem, Refused
 from stages.runtime.events import Event, Report, ignore
 from stages.workspace.commands import Command
-from stages.workspace.methods import Compared
+from stages.workspace.methods import Compared, Federation
 from stages.workspace.names import AGREEMENT
 from stages.workspace.paths import Workspace
 
@@ -92,7 +92,7 @@ def run(
     if federation.learns_in_public:
         align_all(workspace, _here(workspace, rounds[0], overwrite), overwrite=overwrite, report=report)
     for round in rounds:
-        words = f"{method or federation.method}, round {round} of {federation.rounds}"
+        words = f"{method or federation.method}{_of_whom(federation)}, round {round} of {federation.rounds}"
         report(Event("round", words, step=round, total=federation.rounds))
         _round(workspace, round, overwrite, models, report, has_ended=round in done)
         if scores and (each_round or round == rounds[-1]):
@@ -100,6 +100,12 @@ def run(
             asked = [*workspace.client_adapters(round)] if are_asked else []
             results += [score(round=round, **one) for one in scored_after(workspace, asked)]
     return results
+
+
+def _of_whom(federation: Federation) -> str:
+    """Whose model a baseline without a server trains, and from which seed."""
+    whose = {"centralized": "the LLM", "standalone": "each client's own SLM"}.get(federation.method)
+    return f" ({whose}, seed {federation.seed})" if whose else ""
 
 
 def scored_after(workspace: Workspace, clients: Sequence[int]) -> list[dict[str, Any]]:

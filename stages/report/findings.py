@@ -56,7 +56,7 @@ def accuracies(workspace: Workspace, model: str, metric: str) -> list[Row]:
     for method, subject in SUBJECTS.get(model, {one: model for one in METHODS if one in OWN}).items():
         of_method = [study for study in studies if method in study.methods]
         for round in range(1, workspace.agreement.federation.rounds + 1):
-            found = [_scores(study, method, round, subject, metric) for study in of_method]
+            found = [scored_by_method(study, method, round, subject, metric) for study in of_method]
             if scored := [one for one in found if one is not None]:
                 rows.append(_accuracy(method, round, scored))
     return rows
@@ -73,7 +73,8 @@ def _studies(workspace: Workspace) -> Iterator[Study]:
                 continue
 
 
-def _scores(study: Study, method: Compared, round: int, subject: str, metric: str) -> np.ndarray | None:
+def scored_by_method(study: Study, method: Compared, round: int, subject: str, metric: str) -> np.ndarray | None:
+    """Of one model, or of all clients, as SUBJECTS names it: the share of right answers to each question, if known."""
     workspace = study.runs[study.seeds[0]][method]
     names = [f"client-{k}" for k in workspace.clients] if subject == "clients" else [subject]
     found = [answers(study, workspace, round, name, metric) for name in names]

@@ -6,7 +6,7 @@ Writes results/report: index.html and a CSV file for each chart, nothing of whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,8 @@ from stages.audit.checks import lines, result
 from stages.bases.base_names import name_of
 from stages.files import writing
 from stages.progress.status import status
-from stages.report import own_rows, own_tasks
+from stages.report import attacked, own_rows, own_tasks, swept
+from stages.report.heading import listed, measured
 from stages.runtime.errors import NotReady, Problem
 from stages.runtime.events import Event, Report, ignore
 from stages.runtime.texts import in_line
@@ -108,7 +109,7 @@ def write_report(workspace: Workspace, *, in_words: InWords, metric: str = "acc"
         mend = status(workspace).next_command or f"{Command('status')} tells what this machine waits for"
         raise NotReady("there is nothing to report yet: no adapter, no log, no result", where=workspace.root, mend=mend)
     compared = _compared(workspace, metric, manifests)
-    page = render(drawn, _words(workspace, charts, compared, in_words, manifests))
+    page = render(drawn, _words(workspace, charts, compared, in_words, manifests, metric=metric))
     contents = {f"{chart.name}.csv": chart.csv().encode() for chart in charts}
     writing.publish(workspace.report, contents | {PAGE: page.encode(errors="backslashreplace")})
     return Written(
@@ -130,7 +131,13 @@ def _compared(workspace: Workspace, metric: str, manifests: Manifests) -> Compar
 
 
 def _words(
-    workspace: Workspace, charts: list[Chart], compared: Comparison | str, in_words: InWords, manifests: Manifests
+    workspace: Workspace,
+    charts: list[Chart],
+    compared: Comparison | str,
+    in_words: InWords,
+    manifests: Manifests,
+    *,
+    metric: str,
 ) -> dict[str, Any]:
     """Everything on the page but the charts, by the template's names."""
     import tomlkit
@@ -144,17 +151,27 @@ def _words(
     headlines = [_headline(chart, workspace, by_chart.get(chart.name, {})) for chart in accuracies]
     return {
         "name": workspace.agreement.federation.name,
-        "measured": _measured(workspace),
+        "measured": measured(workspace),
         "headline": [one for one in headlines if one],
         "summary": _summary(charts, compared) + _left_out(workspace, manifests),
         "refusal": without_folders(compared) if isinstance(compared, str) else "",
-        "tables": [*tables, *own_tasks.tables(workspace), *own_rows.tables(workspace)],
+        "tables": [*tables, *_more_tables(workspace, metric)],
         "notes": notes,
         "settings_name": AGREEMENT,
         "settings": without_folders(tomlkit.dumps(workspace.agreement.model_dump(exclude_none=True))),
         "audit": _audited(workspace),
         "provenance": _provenance(workspace, manifests),
     }
+
+
+def _more_tables(workspace: Workspace, metric: str) -> list[Words]:
+    """What other commands than compare have found."""
+    return [
+        *attacked.tables(workspace),
+        *swept.tables(workspace, metric),
+        *own_tasks.tables(workspace),
+        *own_rows.tables(workspace),
+    ]
 
 
 def _audited(workspace: Workspace) -> Audited:
@@ -166,21 +183,6 @@ def _audited(workspace: Workspace) -> Audited:
         return Audited([], problem.message)
     rows = [(one.id, one.level, one.check, in_line(without_folders(one.text))) for one in lines(found)]
     return Audited(rows, result(found, strict=False))
-
-
-def _measured(workspace: Workspace) -> str:
-    """What was measured, in one sentence."""
-    from stages.paper.reported import LABELS
-    from stages.study.results import begun
-
-    federation = workspace.agreement.federation
-    seeds, methods = begun(workspace)
-    others = [LABELS[method] for method in methods if method != federation.method]
-    beside = f", beside {_listed(others)}" if others else ""
-    return (
-        f"{LABELS[federation.method]}{beside}: {_count(federation.clients, 'client')}, "
-        f"{_count(federation.rounds, 'round')}, seed{'s' if len(seeds) > 1 else ''} {_listed(map(str, seeds))}."
-    )
 
 
 def _headline(chart: Chart, workspace: Workspace, differences: Differences) -> Headline | None:
@@ -208,7 +210,7 @@ def verdicts(differences: Differences) -> list[str]:
         sign = "higher than" if found.mean > 0 else "lower than"
         if found.half_width is not None:
             readings[sign if found.is_supported else "no difference shown from"].append(LABELS[other])
-    return [f"{reading} {_listed(names)}" for reading, names in readings.items() if names]
+    return [f"{reading} {listed(names)}" for reading, names in readings.items() if names]
 
 
 def _summary(charts: list[Chart], compared: Comparison | str) -> str:
@@ -281,12 +283,3 @@ def _bases(workspace: Workspace, manifests: list[Manifest]) -> list[tuple[str, s
             pairs.setdefault(f"{whose} base", (in_line(without_folders(base)), manifest.base.weights_sha256))
             pairs.setdefault(f"{whose} tokenizer", (f"{whose} tokenizer", manifest.base.tokenizer_sha256))
     return list(pairs.values())
-
-
-def _listed(names: Iterable[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -69,6 +69,11 @@ def seeds(workspace: Layout) -> list[int]:
     return [int(number[1]) for number in found if number]
 
 
+def swept(workspace: Layout) -> list[Path]:
+    """The folders of the combinations of its sweeps."""
+    return [place.parent for place in sorted(workspace.sweep_point("").glob(f"*/{AGREEMENT}"))]
+
+
 def methods(workspace: Layout) -> set[str]:
     """The methods that there is a baseline of."""
     return {place.parent.name for place in workspace.baseline("").glob(f"*/{AGREEMENT}")}

@@ -21,6 +21,7 @@ from stages.data.prepare import prepare
 from stages.federation.run import run
 from stages.federation.settings_in_words import in_words, parse_setting
 from stages.federation.sweep import Swept, point_name, sweep
+from stages.report import swept
 from stages.runtime.errors import UsageProblem
 from stages.workspace.paths import Workspace
 
@@ -48,6 +49,17 @@ def table(swept_once: Path) -> Swept:
     from stages.federation.sweep import sweep
 
     return sweep(Workspace(swept_once), grid={"distillation.lambda_slm": [0.0, 4.0], "federation.seed": [7, 8]})
+
+
+def test_the_report_has_a_table_of_it_with_the_same_figures(swept_once: Path, table: Swept) -> None:
+    [shown] = swept.tables(Workspace(swept_once), "acc")
+    assert shown.columns == ["Settings", "Seeds", "the LLM, %", "the server's SLM, %", "clients' own SLMs, %"]
+    expected = []
+    for row in table.rows:
+        of_models = [row.scores[model] for model in ("llm", "slm", "clients")]
+        cells = [f"{100 * one.mean:.1f} ± {100 * (one.deviation or 0):.1f}" for one in of_models]
+        expected.append([f"distillation.lambda_slm = {row.settings['distillation.lambda_slm']}", "7, 8", *cells])
+    assert shown.rows == expected
 
 
 def test_accuracy_under_attack_is_swept_if_all_points_were_measured_under_one(
