@@ -59,4 +59,5 @@ def draw(figure: Figure, workspace: Workspace) -> Chart | Absent:
 def in_sentences(problem: Problem) -> str:
     """What is wrong and what mends it, to stand where a chart or a table would."""
     mend = f" To mend it: {problem.mend}." if problem.mend else ""
-    return f"{problem.message[:1].upper()}{problem.message[1:]}.{mend}"
+    first, _, rest = problem.message.partition(" ")
+    return f"{first.capitalize() if first.isalpha() else first} {rest}.{mend}"  # a path is not a word
