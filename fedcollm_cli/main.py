@@ -83,7 +83,7 @@ COMMANDS = (
     *(rounds.broadcast, rounds.client_train, rounds.reveal, rounds.aggregate, rounds.co_distill),
     *(knowledge.share_knowledge, knowledge.client_distill, scoring.evaluate),
     *(federation.run, federation.next, federation.status, queueing.slurm),
-    *(carrying.pack, carrying.unpack, sharing.push, sharing.pull),
+    *(carrying.pack, carrying.unpack, sharing.push, sharing.pull, sharing.watch),
     *(comparing.compare, comparing.sweep, forking.fork, reporting.report, planning.comm_cost, exporting.export),
     *(auditing.verify, auditing.audit, auditing.diff),
     starting.demo,

@@ -12,6 +12,7 @@ from fedcollm_cli.session import ClientScoresOption, EachRoundOption, OverwriteO
 from fedcollm_cli.views import progress
 from stages.runtime import texts
 from stages.runtime.errors import NOTHING_LEFT_EXIT_CODE, Damaged, UsageProblem
+from stages.workspace.commands import Command
 from stages.workspace.methods import Compared
 
 
@@ -79,6 +80,7 @@ def next(
         typer.Option("--client", min=1, autocompletion=completing.clients, help="The client whose step it is."),
     ] = None,
     server: Annotated[bool, typer.Option("--server", help="The server's step.")] = False,
+    sync: Annotated[bool, typer.Option("--sync", help="pull before, and push after.")] = False,
     opened: Session,
 ) -> None:
     """Do whatever is the next step of a party.
@@ -86,7 +88,8 @@ def next(
     For cron and job scripts: one call takes one step, reads and writes what that step does, and prints its command.
     If it must wait, it says for what and ends with exit code 3. If nothing is left to do, it ends with 9. If the
     agreement was edited, it ends with 5. A person must decide whether to join a roster or to replace something: it
-    does neither. Without --client and --server, it takes a step of any party with data here.
+    does neither. Without --client and --server, it takes a step of any party with data here. With --sync it fetches
+    first what others have sent to the remote, and sends what this party has made.
 
     Example: fedcollm next --client 2
     """
@@ -95,7 +98,14 @@ def next(
     if client is not None and server:
         raise UsageProblem("--client and --server are two parties", mend="give one of them")
     party = "server" if server else None if client is None else f"client-{opened.workspace.check_client(client)}"
-    done = stage(opened.workspace, party=party, report=opened.console.report)
+    if sync:
+        from stages.federation.watch import synced
+
+        if party is None:
+            raise UsageProblem("--sync needs a party", mend=f"{Command('next', client=2, sync=True)}, or --server")
+        done = synced(opened.workspace, client=client, report=opened.console.report)
+    else:
+        done = stage(opened.workspace, party=party, report=opened.console.report)
     line = str(done) if done else ""
     opened.console.result({"command": line}, line or "nothing is left to do")
     if done is None:

@@ -27,13 +27,23 @@ from stages.workspace.names import ENCRYPTED, MANIFEST, SIGNATURE
 from stages.workspace.paths import Workspace
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moved:
-    """Folders and files, from exchange/ down: moved now, there already, and not whole on the remote yet."""
+    """Folders and files, from exchange/ down: moved now, there already, and not whole on the remote yet.
 
+    size_bytes: of those that were moved. With dry_run nothing is, and they are those that would be.
+    """
+
+    dry_run: bool = False
     moved: list[str] = field(default_factory=list)
     already: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
+    size_bytes: int = 0
+
+    def add(self, name: str, size_bytes: int) -> None:
+        """One more that was moved."""
+        self.moved.append(name)
+        self.size_bytes += size_bytes
 
 
 def made_by(workspace: Workspace, client: int | None, round: int | None = None) -> Iterator[Parcel]:
@@ -69,13 +79,14 @@ def push(
     client: int | None = None,
     round: int | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
     report: Report = ignore,
 ) -> Moved:
     """Send what this party has made and the remote lacks; client: None is the server.
 
-    Raises Refused where other bytes are there, unless overwrite.
+    dry_run: send nothing, and tell what would be. Raises Refused where other bytes are there, unless overwrite.
     """
-    remote, found = Remote.of(workspace), Moved()
+    remote, found = Remote.of(workspace), Moved(dry_run)
     here = [
         one
         for one in made_by(workspace, client, round)
@@ -103,19 +114,24 @@ def _send(
 ) -> None:
     last, shown = _last(parcel, workspace), _shown(parcel, workspace)
     commit = parcel.name(workspace, last)
-    if remote.size(commit) is not None:
+    is_there = remote.size(commit) is not None
+    if is_there:
         if _is(remote, commit, contents[last]):
             found.already.append(shown)
             return
         if not overwrite:
             mend = "find out which is right; to send this one, give the command again with --overwrite"
             raise Refused(f"{shown} is there already, with other bytes", where=remote.shown(commit), mend=mend)
+    if found.dry_run:
+        found.add(shown, sum(map(len, contents.values())))
+        return
+    if is_there:
         remote.remove(commit)
     for file in sorted(contents, key=lambda name: (name == last, name)):
         name = parcel.name(workspace, file)
         if not _is(remote, name, contents[file]):
             remote.write(name, contents[file])
-    found.moved.append(shown)
+    found.add(shown, sum(map(len, contents.values())))
 
 
 def _is(remote: Remote, name: str, content: bytes) -> bool:
@@ -129,14 +145,15 @@ def pull(
     client: int | None = None,
     round: int | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
     report: Report = ignore,
 ) -> Moved:
     """Fetch what others have sent and this party needs, each folder checked as unpack checks it, whole or not at all.
 
-    client: None is the server. What is not whole on the remote yet is named as waiting.
-    Raises Damaged and Refused as unpack does.
+    client: None is the server. What is not whole on the remote yet is named as waiting. dry_run: fetch nothing, and
+    tell what would be, as manifests on the remote say it. Raises Damaged and Refused as unpack does.
     """
-    remote, found = Remote.of(workspace), Moved()
+    remote, found = Remote.of(workspace), Moved(dry_run)
     wanted = list(needed_by(workspace, client, round))
     for number, parcel in enumerate(wanted, 1):
         _fetch(parcel, workspace, remote, client=client, overwrite=overwrite, found=found)
@@ -172,6 +189,10 @@ def _fetch(
         found.waiting.append(shown)
         return
 
+    if found.dry_run:
+        found.add(shown, sum(sizes.values()))
+        return
+
     def read(file: str) -> bytes:
         return first if file == last else remote.read(parcel.name(workspace, file), sizes[file])
 
@@ -180,7 +201,10 @@ def _fetch(
     contents = {file: read(file) for file in sizes}
     parcel_checks.check(parcel, contents, workspace, where)
     put = put_in_place({parcel: contents}, workspace, called="the remote", overwrite=overwrite)
-    (found.moved if put.unpacked else found.already).append(shown)
+    if put.unpacked:
+        found.add(shown, sum(sizes.values()))
+    else:
+        found.already.append(shown)
 
 
 def _is_here(parcel: Parcel, workspace: Workspace, last: str, content: bytes) -> bool:

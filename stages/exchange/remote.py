@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from stages.exchange.remote_systems import system
-from stages.files.reading import COPY_AGAIN
+from stages.files.reading import COPY_AGAIN, sha256
 from stages.runtime.errors import Damaged, NotReady, Problem, Refused, UsageProblem
 from stages.workspace.names import MACHINE
 from stages.workspace.paths import Workspace
@@ -84,7 +83,7 @@ class Remote:
                 self.system.pipe_file(path, content)
                 return
             base = path.rpartition("/")
-            draft = f"{base[0]}/.{base[2]}.{secrets.token_hex(8)}.partial"
+            draft = f"{base[0]}/.{base[2]}.{sha256(content)[:16]}.partial"  # who was killed writes it anew
             try:
                 with self.system.open(draft, "wb") as file:
                     file.write(content)

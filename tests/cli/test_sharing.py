@@ -49,6 +49,37 @@ def test_what_one_party_pushes_another_pulls(share: Path, server: Path, answered
     assert fedcollm("aggregate", "--round", 1, "-w", server).code == 0
 
 
+def test_a_dry_run_tells_what_would_be_moved_and_moves_nothing(
+    share: Path, server: Path, answered: Path, fedcollm: Fedcollm
+) -> None:
+    whole = sum(path.stat().st_size for path in (answered / ROUND / "client-2").iterdir())
+    told = json.loads(fedcollm("push", "--client", 2, "--dry-run", "--json", "-w", answered).out)
+    assert (told["moved"], told["size_bytes"]) == (["round-0001/client-2"], whole)
+    assert not share.exists()
+    assert fedcollm("push", "--client", 2, "-w", answered).code == 0
+    told = json.loads(fedcollm("pull", "--server", "--dry-run", "--json", "-w", server).out)
+    assert (told["moved"], told["size_bytes"]) == (["round-0001/client-2"], whole)
+    assert not (server / ROUND / "client-2").exists()
+    assert "in 1 would be moved" in fedcollm("pull", "--server", "--dry-run", "-w", server).out
+
+
+def test_what_a_killed_upload_left_is_written_anew(
+    share: Path, answered: Path, fedcollm: Fedcollm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "mv", killed)
+        patch.setattr(LocalFileSystem, "rm_file", killed)
+        fedcollm("push", "--client", 2, "-w", answered)
+    folder = share / "round-0001/client-2"
+    [left] = folder.iterdir()
+    assert left.name.endswith(".partial")
+    assert fedcollm("push", "--client", 2, "-w", answered).code == 0
+    assert contents(folder) == contents(answered / ROUND / "client-2")
+
+
 def test_a_client_pulls_the_broadcast_and_nothing_of_other_clients(
     share: Path, server: Path, answered: Path, fedcollm: Fedcollm
 ) -> None:
