@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE =  # nothing is compiled when it is installed; wh
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable . \
-		pytest pytest-xdist ruff mypy tensorboard playwright hypothesis opacus dp-accounting bitsandbytes tenseal
+		pytest pytest-xdist ruff mypy tensorboard playwright hypothesis opacus dp-accounting bitsandbytes tenseal paramiko
 	touch $@
 
 $(SNAKEMAKE):

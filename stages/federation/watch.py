@@ -59,6 +59,7 @@ def watch(
             command = take(here, client=client, report=report)
         except (NotReady, Held) as problem:
             if problem.message != told:
+                report(Event("stage", "wait"))
                 report(Event("note", f"since {time.strftime('%H:%M')}: {problem.message} ({problem.mend})"))
             told = problem.message
             pause(seconds)
