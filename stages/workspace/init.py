@@ -57,12 +57,12 @@ def init(
     _check(template, tasks)
     if (folder / AGREEMENT).exists():
         raise Refused("there is a workspace already", where=folder / AGREEMENT, mend="choose another folder")
-    _check_outside(folder)
+    check_outside(folder)
     values = {"name": _name(folder), "seed": str(seed), "clients": str(clients), "rounds": str(rounds)}
-    whole = _contents(source, "")
+    whole = contents_of(source, "")
     _check_known([name for name in tasks if f"tasks/{name}.yaml" not in whole])
     if template in DEMOS:
-        contents = {name: whole[name] for name in whole if name.startswith(ANY)} | _contents(source / template, "")
+        contents = {name: whole[name] for name in whole if name.startswith(ANY)} | contents_of(source / template, "")
     else:
         preset = PRESETS[template]
         contents = {name: data for name, data in whole.items() if not name.startswith(ELSEWHERE)}
@@ -107,7 +107,7 @@ def _check(template: str, tasks: Sequence[str]) -> None:
             raise UsageProblem(f"{name!r} is not a task's name", mend=mend)
 
 
-def _check_outside(folder: Path) -> None:
+def check_outside(folder: Path) -> None:
     """Raise Refused for a folder inside a workspace, where commands would take the one or the other for theirs."""
     for above in folder.absolute().parents:
         if (above / AGREEMENT).is_file():
@@ -163,12 +163,12 @@ def _filled(text: str, values: dict[str, str]) -> str:
     return text
 
 
-def _contents(folder: Traversable, prefix: str) -> dict[str, bytes]:
+def contents_of(folder: Traversable, prefix: str) -> dict[str, bytes]:
     """Every file of the template, by its path in the workspace."""
     found: dict[str, bytes] = {}
     for entry in folder.iterdir():
         if entry.is_dir() and entry.name != "__pycache__":
-            found |= _contents(entry, f"{prefix}{entry.name}/")
+            found |= contents_of(entry, f"{prefix}{entry.name}/")
         elif entry.is_file() and entry.name != "__init__.py":
             found[prefix + entry.name] = entry.read_bytes()
     return found

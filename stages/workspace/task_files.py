@@ -122,6 +122,20 @@ def spare_files(tasks: Path, names: Iterable[str], *, is_local: bool = False) ->
     return [name for name, path in own_files(tasks) if not {path, path.resolve()} & needed]
 
 
+def undefined(tasks: Path, names: Iterable[str]) -> list[str]:
+    """Which of these tasks no file here defines: lm-eval's own, or missing."""
+    values = [_read_if_sound(path)[0] for path in _task_files(tasks)]
+    known = {name for value in values for name in (*_names(value), *(_tags(value) if isinstance(value, dict) else ()))}
+    return [name for name in dict.fromkeys(names) if name not in known]
+
+
+def absent_data(tasks: Path, home: Path) -> list[str]:
+    """The local files of data that task files name and that are not here, as they are named."""
+    values = [_read_if_sound(path)[0] for path in _task_files(tasks)]
+    named = [text for value in values for one in mappings_in(value) for text in texts_in(one.get("data_files"))]
+    return [name for name in dict.fromkeys(named) if "://" not in name and not matches(name, home)]
+
+
 def _read_if_sound(path: Path) -> tuple[Any, list[str]]:
     try:
         return _read(path)
@@ -204,6 +218,7 @@ def _is_builder(name: str) -> bool:
 
 
 def _is_metric(name: str) -> bool:
+    import lm_eval.api.metrics  # noqa: F401 (which fills the registry)
     from lm_eval.api.registry import metric_registry
 
     return name in metric_registry
