@@ -9,7 +9,7 @@ from stages.runtime import texts
 if TYPE_CHECKING:
     from stages.federation.joining import Joined
 
-ALOUD = "the organiser must read out the same one, by phone, before this folder is used"
+ALOUD = "warning: have the organiser read out this fingerprint, by phone, before you use the folder"
 
 
 def joined(made: Joined) -> str:
@@ -17,8 +17,10 @@ def joined(made: Joined) -> str:
     width = max(len(name) for name, _ in made.agreed)
     said = [str(made.path), *(f"  {name:{width}}  {value}" for name, value in made.agreed)]
     if made.fingerprint:
-        told = "as was read out" if made.is_compared else ALOUD
-        said.append(f"  {'fingerprint':{width}}  {made.fingerprint} ({told})")
+        said.append(
+            f"  {'fingerprint':{width}}  {made.fingerprint}{', as it was read out' if made.is_compared else ''}"
+        )
+        said += [] if made.is_compared else [ALOUD]
     said += [f"missing: {one.what}; {one.mend}" for one in made.missing]
     said.append(f"next: put your rows into {' and '.join(made.rows)}; then, in that folder: {made.next_command}")
     return texts.lines(said)

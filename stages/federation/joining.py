@@ -110,7 +110,7 @@ def _made(folder: Path, given: _Given, client: int | None) -> Joined:
     if client is not None and client > agreement.federation.clients:
         message = f"there is no client {client}: the agreement has clients 1 to {agreement.federation.clients}"
         raise UsageProblem(message, where=given.place, mend="give one of those, or agree on more federation.clients")
-    check_outside(folder)
+    check_outside(folder, received=given.place)
     _check_free(folder)
     with writing.publishing(folder, over=Place(folder), spares=_check_free) as draft:
         writing.write(draft / AGREEMENT, given.agreement)  # first: by it private/ is known, which others cannot read

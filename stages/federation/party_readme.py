@@ -12,10 +12,7 @@ from stages.runtime.version import VERSION
 from stages.workspace.agreement import Agreement
 from stages.workspace.commands import Command
 from stages.workspace.names import AGREEMENT, MACHINE
-from stages.workspace.settings import Role
-
-LONGEST = 120
-"""Letters of a name of others that are shown."""
+from stages.workspace.settings import Role, clipped
 
 
 def readme(agreement: Agreement, sha256: str, client: int | None, rows: Sequence[str], invite: Invite | None) -> bytes:
@@ -23,15 +20,18 @@ def readme(agreement: Agreement, sha256: str, client: int | None, rows: Sequence
     name, party = agreement.federation.name, said(of(client))
     extras = extras_of(agreement, client)
     package = f"fedcollm[{','.join(extras)}]" if extras else "fedcollm"
+    begin = (
+        f"Install `{package}`, version {invite.made_with if invite else VERSION}.",
+        f"Put your rows here: {', '.join(f'`{place}`' for place in rows)}. They never leave this machine.",
+        f"Write into `{MACHINE}` where the models are, if they are not fetched, and which device this machine has.",
+        f"Nobody edits `{AGREEMENT}` or `tasks/`. After any edit, even of a comment, it is another agreement.",
+    )
     parts = [
         f"# {in_markdown(name)}: {party}",
-        f"This folder is {party}'s part of the federation {in_markdown(name)}. Other parties have folders of their own.",
+        f"This folder is {party}'s part of the federation {in_markdown(name)}. Other parties have their own.",
         _table(agreed(agreement, sha256, client)),
         "## Begin",
-        f"1. Install `{package}`, version {invite.made_with if invite else VERSION}.",
-        f"2. Put your rows here: {', '.join(f'`{place}`' for place in rows)}. They never leave this folder.",
-        f"3. Write into `{MACHINE}` where the models are, if they are not fetched, and which device this machine has.",
-        f"4. Nobody edits `{AGREEMENT}` or `tasks/`. After any edit, even of a comment, it is another agreement.",
+        "\n".join(f"{number}. {act}" for number, act in enumerate(begin, 1)),
         "Then, once:",
         _shell(before_rounds(agreement, client)),
         "`prefetch --no-tasks` leaves out the questions, for a party that does not score.",
@@ -60,16 +60,12 @@ def agreed(agreement: Agreement, sha256: str, client: int | None) -> list[tuple[
         ("party", said(of(client))),
         ("clients and rounds", f"{federation.clients} clients, {federation.rounds} rounds"),
         ("method", f"{federation.method}, {agreement.aggregation.mode} mode"),
-        *(("SLM" if role == "slm" else "LLM", _cut(mine.model_of(role).model)) for role in roles),
-        ("tasks", _cut(", ".join(agreement.evaluation.tasks or agreement.data.tasks) or "none")),
+        *(("SLM" if role == "slm" else "LLM", clipped(mine.model_of(role).model)) for role in roles),
+        ("tasks", clipped(", ".join(agreement.evaluation.tasks or agreement.data.tasks) or "none")),
     ]
     if agreement.privacy.is_on:
         found.append(("differential privacy", f"epsilon {agreement.privacy.epsilon}, delta {agreement.privacy.delta}"))
     return [*found, ("sha256 of the agreement", f"{sha256[:16]}: {sha256}")]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _table(lines: Iterable[tuple[str, str]]) -> str:
@@ -99,8 +95,8 @@ def _invited(invite: Invite) -> list[str]:
     """What the invitation says besides: models' files, and keys."""
     parts = ["## What the invitation says"]
     for model in invite.models:
-        revision = f", revision {in_markdown(_cut(model.revision))}" if model.revision else ""
-        parts.append(f"{model.role.upper()}: {in_markdown(_cut(model.name))}{revision}")
+        revision = f", revision {in_markdown(clipped(model.revision))}" if model.revision else ""
+        parts.append(f"{model.role.upper()}: {in_markdown(clipped(model.name))}{revision}")
         if model.files:
             parts.append("\n".join(["```text", *(f"{digest}  {name}" for name, digest in model.files.items()), "```"]))
     if invite.parties:

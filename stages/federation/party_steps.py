@@ -26,7 +26,9 @@ ARRIVED = Command("unpack", "FILE")
 def before_rounds(agreement: Agreement, client: int | None) -> list[Act]:
     """What a party does once, after its folder was made and its rows lie there."""
     is_server = client is None
-    found = [Act(Command("prefetch", client=client), "fetches the models that are not here; needs a network")]
+    llm = "llm" if is_server and not agreement.is_of_one_slm else None  # clients' own models are not the server's
+    fetch = Command("prefetch", client=client, model=llm)
+    found = [Act(fetch, "fetches the models that are not here; needs a network")]
     found.append(Act(Command("check-rows", client=client), "checks the rows, and prints none of their text"))
     if agreement.aggregation.is_hidden:
         found += _keys(client)

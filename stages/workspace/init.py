@@ -20,7 +20,7 @@ from stages.runtime import quiet
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.agreement import Agreement
 from stages.workspace.changing import changed, in_words
-from stages.workspace.names import AGREEMENT, MACHINE
+from stages.workspace.names import AGREEMENT, EXCHANGE, MACHINE, PRIVATE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
 
@@ -107,9 +107,15 @@ def _check(template: str, tasks: Sequence[str]) -> None:
             raise UsageProblem(f"{name!r} is not a task's name", mend=mend)
 
 
-def check_outside(folder: Path) -> None:
-    """Raise Refused for a folder inside a workspace, where commands would take the one or the other for theirs."""
+def check_outside(folder: Path, *, received: Path | None = None) -> None:
+    """Raise Refused for a folder inside a workspace, where commands would take the one or the other for theirs.
+
+    received: an agreement that may lie above, by itself: what somebody has sent is no workspace yet.
+    """
     for above in folder.absolute().parents:
+        is_alone = not any((above / name).exists() for name in (MACHINE, PRIVATE, EXCHANGE))
+        if received and is_alone and above / AGREEMENT == received.absolute():
+            continue
         if (above / AGREEMENT).is_file():
             message = f"{folder.name} would lie inside another workspace"
             mend = "choose a folder outside of it; other methods, seeds and settings of that study: run --method, sweep"

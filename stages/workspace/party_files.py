@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 
+from stages.workspace.init import contents_of
 from stages.workspace.names import MACHINE, PRIVATE
 
 IGNORE = ".gitignore"
@@ -23,7 +24,7 @@ def machine_toml(client: int | None, *, own_model: bool) -> bytes:
 
     client: its number; None: the server. own_model: whether the client tunes a model of its own.
     """
-    text = (importlib.resources.files("workspace_template") / MACHINE).read_text(encoding="utf-8")
+    text = contents_of(importlib.resources.files("workspace_template"), "")[MACHINE].decode()
     left_out = {("slurm", None), *(("", key) for key in OF_A_SIMULATION)}
     left_out |= {("models", "llm")} if client is not None else set()
     left_out |= {("models", "slm")} if own_model else {("models.clients", None)}
