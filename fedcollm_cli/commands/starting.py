@@ -71,7 +71,7 @@ def init(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a new workspace from a template, or one party's folder from an agreement or an invitation.
+    """Make a workspace, or one party's folder.
 
     Writes fedcollm.toml with every key explained, machine.toml, README.md, run_rounds.sh, a Snakefile and task files.
     s1: GPT-2 with GPT-2-large. s2: OPT-1.3B with OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B. The paper has a

@@ -72,7 +72,9 @@ def _averaging(agreement: Agreement, client: int | None, round: int) -> Iterator
             yield Act(Command("pack", client=client, round=round), "makes a file for the server")
         if reveals:
             yield Act(ARRIVED, "what the server sends when the round is closed")
-            yield Act(Command("reveal", client=client, round=round), "lets the server open the sum")
+            why = "lets the server open the sum"
+            why += "; prints a code: compare it with another client" if holder is None else ""
+            yield Act(Command("reveal", client=client, round=round), why)
             yield Act(Command("pack", client=client, round=round), "makes a second file for the server")
         return
     if agreement.broadcasts(round):
