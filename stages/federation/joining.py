@@ -26,8 +26,10 @@ from stages.workspace.init import check_outside
 from stages.workspace.names import AGREEMENT, EVALUATION, MACHINE, MODEL_CARD
 from stages.workspace.party_files import IGNORE, IGNORED, machine_toml
 from stages.workspace.paths import Workspace
-from stages.workspace.settings import parse
+from stages.workspace.settings import clipped, parse
 
+MOST_UPDATES = 1_000_000
+"""Clients times rounds: `status` looks at each, and an agreement that has more of them is a mistake, or malice."""
 MOST_NAMED = 8
 """Files that one line names before it counts them."""
 
@@ -110,6 +112,9 @@ def _made(folder: Path, given: _Given, client: int | None) -> Joined:
     if client is not None and client > agreement.federation.clients:
         message = f"there is no client {client}: the agreement has clients 1 to {agreement.federation.clients}"
         raise UsageProblem(message, where=given.place, mend="give one of those, or agree on more federation.clients")
+    if (updates := agreement.federation.clients * agreement.federation.rounds) > MOST_UPDATES:
+        message = f"the agreement has {clipped(str(updates))} updates of clients in all rounds, at most {MOST_UPDATES}"
+        raise UsageProblem(f"{message} can be followed", where=given.place, mend="agree on fewer clients or rounds")
     check_outside(folder, received=given.place)
     _check_free(folder)
     with writing.publishing(folder, over=Place(folder), spares=_check_free) as draft:

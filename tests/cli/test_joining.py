@@ -384,6 +384,8 @@ HOSTILE: dict[str, tuple[Callable[[Members], Members], int, str]] = {
     "a huge agreement": (having("fedcollm.toml", b" " * (2 << 20)), 4, "holds fedcollm.toml with 2097152 bytes"),
     "another agreement than it says": (having("fedcollm.toml", b""), 4, "holds another fedcollm.toml than it says"),
     "an agreement that is none": (agreeing("[slm]", "[slim]"), 2, "slim: unknown key"),
+    "clients without end": (agreeing("clients = 3", f"clients = {10**12}"), 2, "updates of clients in all rounds"),
+    "rounds without end": (agreeing("rounds = 2", f"rounds = {10**18}"), 2, "at most 1000000 can be followed"),
     "an agreement of another name": (agreeing('"tiny"', '"other"'), 4, "is called another federation's: tiny"),
     "no agreement": (without("fedcollm.toml"), 4, "holds no fedcollm.toml"),
     "no invitation": (
