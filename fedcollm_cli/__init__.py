@@ -1,3 +1,5 @@
 """The command line of fedcollm."""
 
-__version__ = "0.1.0"
+from stages.runtime import version
+
+__version__ = version.VERSION

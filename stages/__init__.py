@@ -22,7 +22,7 @@ before it:
     paper         the paper as data                      workspace     layout, names, settings, task files, init
     parties       keys, roster, vault, signatures        bases         base models on disk
     data          rows, questions, prepare               artefacts     manifests, adapters, records, checkpoints
-    accounting    what privacy was spent                 exchange      pack, unpack, what travels
+    accounting    what privacy was spent                 exchange      pack, unpack, invitations, what travels
     progress      how far a federation is, status        models        base models and adapters, loaded
     secagg        secure aggregation, a channel          encryption    encrypted aggregation, a channel
     study         federations side by side               training      losses, batches, steps
@@ -31,6 +31,6 @@ before it:
     export        a model as others load it              shearing      a small model from the large one
 
 and above the steps those that look ahead (planning: plan, prefetch, comm_cost) or back (audit: audit, verify, diff),
-that draw (report), that drive the steps (federation: run, next, compare, sweep, slurm), and the demo. Steps meet on
-disk only: none imports another. tests/test_house.py holds all of this.
+that draw (report), that drive the steps (federation: run, next, compare, sweep, slurm) or begin a party's folder (there
+too: joining), and the demo. Steps meet on disk only: none imports another. tests/test_house.py holds all of this.
 """

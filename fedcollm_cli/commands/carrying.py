@@ -37,6 +37,9 @@ def pack(
     ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="Pack the client's public keys instead.")] = False,
     roster: Annotated[bool, typer.Option("--roster", help="Pack the roster and all public keys instead.")] = False,
+    invite: Annotated[
+        bool, typer.Option("--invite", help="Pack what a new party needs to begin: this client, or the server.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="The file to write. Default: its usual name, in this folder.")
     ] = None,
@@ -52,9 +55,30 @@ def pack(
     does. Writes a ZIP without compression into the current folder, such as NAME-round-0005-client-2.fedcollm. The same
     files give the same bytes. Never packs a secret key.
 
+    With --invite: fedcollm.toml, evaluation.toml and tasks/, who takes part, what to install and which models to fetch,
+    for `init --invite` at the new party. Prints the fingerprint, to be read out by phone. Refuses task files that would
+    run code.
+
     Example: fedcollm pack --client 2 --round 5
     """
     from stages.exchange.pack import pack as stage
+
+    if invite:
+        if round is not None or to is not None or keys or roster or server == (client is not None):
+            mend = f"{Command('pack', invite=True, client=2)}, or {Command('pack', invite=True, server=True)}"
+            raise UsageProblem("an invitation is for one party, and has nothing else in it", mend=mend)
+        from stages.exchange.inviting import pack_invite
+
+        made = pack_invite(
+            opened.workspace,
+            folder=Path.cwd(),
+            client=client,
+            output=output and output.absolute(),
+            overwrite=overwrite,
+            report=opened.console.report,
+        )
+        opened.console.result(made.as_json(), texts.lines([str(made.path), f"fingerprint {made.fingerprint}"]))
+        return
 
     if round is not None and server == (client is not None):
         mend = f"{Command('pack', client=2, round=5)}, or {Command('pack', server=True, round=5)}"

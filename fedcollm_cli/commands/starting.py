@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,12 +13,38 @@ from fedcollm_cli.commands.reporting import in_words
 from fedcollm_cli.console import Console
 from fedcollm_cli.session import JsonOption, OverwriteOption, QuietOption, Session, guarded, in_workspace, show_one_gpu
 from fedcollm_cli.views import progress
-from stages.runtime.errors import Damaged
+from fedcollm_cli.views.joining import joined
+from stages.parties import names
+from stages.parties.names import SERVER
+from stages.runtime.errors import Damaged, UsageProblem
+from stages.workspace.commands import Command
+
+if TYPE_CHECKING:
+    from stages.federation.joining import Joined
+
+
+OF_A_TEMPLATE = ("template", "task", "clients", "rounds", "seed", "set_")
 
 
 def init(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     *,
+    agreement: Annotated[
+        Path | None,
+        typer.Option("--agreement", metavar="<path>", help="Make one party's folder, from this fedcollm.toml."),
+    ] = None,
+    invite: Annotated[
+        Path | None,
+        typer.Option("--invite", metavar="<path>", help="Make one party's folder, from what `pack --invite` has made."),
+    ] = None,
+    client: Annotated[
+        int | None, typer.Option("--client", min=1, help="The client that this party is; an invitation says it.")
+    ] = None,
+    server: Annotated[bool, typer.Option("--server", help="This party is the server.")] = False,
+    fingerprint: Annotated[
+        str | None, typer.Option(metavar="<str>", help="What the organiser reads out of the invitation.")
+    ] = None,
     template: Annotated[
         str,
         typer.Option(
@@ -45,17 +71,26 @@ def init(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a new workspace from a template.
+    """Make a workspace, or one party's folder.
 
     Writes fedcollm.toml with every key explained, machine.toml, README.md, run_rounds.sh, a Snakefile and task files.
     s1: GPT-2 with GPT-2-large. s2: OPT-1.3B with OPT-6.7B. s3: Sheared-LLaMA-1.3B with Llama-2-7B. The paper has a
     federation for each of its tasks: commonsense_qa, openbookqa, arc_challenge, arc_easy. mkt: clients with GPT-2-XL,
     OPT-1.3B, Bloom-1.1B and Sheared-LLaMA-1.3B, and Llama-2-7B, as in FedMKT's Table 2.
 
+    With --agreement or --invite it makes the folder of one real party: the agreement byte for byte, tasks/, what
+    machine.toml this party needs, a README.md with its own commands, .gitignore. It prints what was agreed, and the
+    fingerprint of the invitation. Nothing in an invitation is run. The folder is made completely or not at all.
+
     Example: fedcollm init study --template s1 --set distillation.lambda_slm=0.5
     """
     console = Console(quiet=quiet, as_json=as_json)
     with guarded(console):
+        if agreement or invite or client or server or fingerprint:
+            given_too = [name for name in OF_A_TEMPLATE if _is_given(context, name)]
+            made = _joined(folder, agreement, invite, client, server=server, fingerprint=fingerprint, also=given_too)
+            console.result(made.as_json(), joined(made))
+            return
         from stages.federation.settings_in_words import parse_settings
         from stages.workspace.init import init as stage
 
@@ -63,6 +98,46 @@ def init(
         given["settings"] = parse_settings(set_ or [])
         workspace = stage(folder, template=template, tasks=task or [], **given)
         console.result({"path": str(workspace.root)}, f"{folder}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _joined(
+    folder: Path,
+    agreement: Path | None,
+    invite: Path | None,
+    client: int | None,
+    *,
+    server: bool,
+    fingerprint: str | None,
+    also: list[str],
+) -> Joined:
+    """One party's folder. Raises UsageProblem unless one source is said and, of an agreement, one party."""
+    from stages.federation.joining import join_by_agreement, join_by_invite
+
+    by_agreement = Command("init", folder, agreement="fedcollm.toml", client=client or 2)
+    by_invite = Command("init", folder, invite="FILE")
+    if (agreement is None) == (invite is None):
+        message = "a party's folder is made from one thing: --agreement or --invite"
+        raise UsageProblem(message, mend=f"{by_agreement}, or {by_invite}")
+    if also:
+        message = f"--{also[0].rstrip('_')} is for a new agreement, and here is one"
+        raise UsageProblem(message, mend=f"leave it out: {by_invite if invite else by_agreement}")
+    if client is not None and server:
+        raise UsageProblem("--client and --server exclude each other", mend="give the one that this party is")
+    if invite is not None:
+        party = SERVER if server else names.client(client) if client else None
+        return join_by_invite(folder, invite, party=party, fingerprint=fingerprint)
+    if fingerprint is not None:
+        raise UsageProblem("--fingerprint is of an invitation", mend=f"leave it out, or {by_invite}")
+    if client is None and not server:
+        mend = f"{by_agreement}, or {Command('init', folder, agreement='fedcollm.toml', server=True)}"
+        raise UsageProblem("which party is this? give --client or --server", mend=mend)
+    assert agreement is not None
+    return join_by_agreement(folder, agreement, client)
 
 
 @in_workspace("quiet")

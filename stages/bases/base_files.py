@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,15 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise Damaged(f"{found.name} names {name}, which is not there", where=folder, mend=FETCH_AGAIN)
     return [folder / name for name in names]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file of weights that is loaded, and of the tokenizer's and the model's settings, by name."""
+    found = {}
+    for path in sorted({*weight_files(folder), *tokenizer_files(folder), folder / "config.json"}):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def is_whole(folder: Path) -> bool:

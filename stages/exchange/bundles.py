@@ -65,10 +65,11 @@ class Listing(_Part):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle as read: whose it is, and each file's bytes by its name, which comes from outside."""
+    """A bundle as read: whose it is, each file's bytes by its name, which comes from outside, and its own digest."""
 
     federation: str
     members: dict[str, bytes]
+    sha256: str
 
 
 def bundle_bytes(federation: str, members: Mapping[str, bytes]) -> bytes:
@@ -84,10 +85,16 @@ def bundle_bytes(federation: str, members: Mapping[str, bytes]) -> bytes:
     return b"".join(_archive({LISTING: reading.json_bytes(listing.model_dump())} | dict(sorted(members.items()))))
 
 
-def read_bundle(path: Path, before: Callable[[Listing, Callable[[str], bytes]], None] | None = None) -> Bundle:
+def read_bundle(
+    path: Path,
+    before: Callable[[Listing, Callable[[str], bytes]], None] | None = None,
+    *,
+    limit_bytes: int = LARGEST_BUNDLE_BYTES,
+) -> Bundle:
     """The files of a bundle, each with the digest that it lists. Their names are still to be judged.
 
     before: raises for a list whose members are not worth reading; it can have small ones read, by their names.
+    limit_bytes: a larger file is refused unread.
     Raises NotReady for one that is cut short, Damaged for anything but what `bundle_bytes` makes.
     """
 
@@ -104,7 +111,7 @@ def read_bundle(path: Path, before: Callable[[Listing, Callable[[str], bytes]], 
         if before:
             before(listing, lambda name: _member(file, listing, _start(size), name, path))
 
-    content = reading.read(path, limit_bytes=LARGEST_BUNDLE_BYTES, look=look)
+    content = reading.read(path, limit_bytes=limit_bytes, look=look)
     if len(content) <= reading.READ_AT_ONCE_BYTES:
         look(io.BytesIO(content), len(content), path)
     listing, size = _listing(content, path)
@@ -118,7 +125,7 @@ def read_bundle(path: Path, before: Callable[[Listing, Callable[[str], bytes]], 
             raise _damaged(f"holds {member.name} with another sha256 than it lists", content, path)
     _check_bytes(content, members, path)
     del members[LISTING]
-    return Bundle(listing.federation, members)
+    return Bundle(listing.federation, members, reading.sha256(content))
 
 
 def _start(listing_bytes: int) -> int:

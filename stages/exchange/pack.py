@@ -33,16 +33,18 @@ FIRST_LEG = "-vocabulary"
 
 @dataclass(frozen=True)
 class Packed:
-    """A bundle: its place, its size and digest, and the files in it, sorted."""
+    """A bundle: its place, its size and digest, and the files in it, sorted; of an invitation, what is read out."""
 
     path: Path
     size_bytes: int
     sha256: str
     members: list[Member]
+    fingerprint: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"path": str(self.path), "members": [one.model_dump() for one in self.members]}
+        said = asdict(self) | {"path": str(self.path), "members": [one.model_dump() for one in self.members]}
+        return {key: value for key, value in said.items() if value is not None}
 
 
 def pack(
@@ -83,7 +85,7 @@ def pack(
         members |= {parcel.name(workspace, file): content for file, content in contents.items()}
     content = bundle_bytes(workspace.agreement.federation.name, members)
     path = output or folder / _name(workspace, round, client, to=to, keys=keys, last=last)
-    _write(path, content, overwrite, report)
+    write_bundle(path, content, overwrite, report)
     listed = [
         Member(name=name, size_bytes=len(members[name]), sha256=reading.sha256(members[name]))
         for name in sorted(members)
@@ -186,7 +188,8 @@ def _name(workspace: Workspace, round: int | None, client: int | None, *, to: in
     return f"{federation}-{round_name(round)}-{sender}{leg}{f'-to-{to}' if to else ''}.fedcollm"
 
 
-def _write(path: Path, content: bytes, overwrite: bool, report: Report) -> None:
+def write_bundle(path: Path, content: bytes, overwrite: bool, report: Report) -> None:
+    """Put a bundle in its place. Raises Refused rather than replace another file, unless overwrite."""
     if os.path.lexists(path) and not overwrite:
         if path.is_file() and path.read_bytes() == content:
             report(Event("note", "already done"))

@@ -44,12 +44,15 @@ def unpack(workspace: Workspace, path: Path, *, overwrite: bool = False, report:
     Raises Damaged for anything but a bundle of `pack`, Refused for one of another federation, agreement or round, and
     where other bytes are in its place, unless overwrite says to replace them.
     """
-    from stages.exchange import parcel_checks, parcels
+    from stages.exchange import invites, parcel_checks, parcels
 
     require(path, f"{path.name} is not there", f"name the bundle that has arrived: {Command('unpack', 'FILE')}")
 
     def check(listing: Listing, read: Callable[[str], bytes]) -> None:
         """Who made it and how large it is: before the bulk of it is read."""
+        if invites.is_invite([one.name for one in listing.members]):
+            message = f"{path.name} is an invitation, which a folder is made from"
+            raise Refused(message, where=path, mend=invites.open_with(path))
         name = workspace.agreement.federation.name
         if listing.federation != name:
             message = f"{path.name} is of another federation: {listing.federation}, here it is {name}"

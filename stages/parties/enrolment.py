@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from stages.parties import agreed, names, roster_files
 from stages.parties.party import Party, all_of
 from stages.runtime.errors import Problem, Refused
 from stages.workspace import listing
 from stages.workspace.commands import Command
+from stages.workspace.names import CLIENT
 from stages.workspace.paths import Workspace
 
 
@@ -56,6 +59,15 @@ def sign_of_one_party(workspace: Workspace) -> str:
         if listing.has_rounds(workspace):
             return "a round of a federation is here, and nobody's rows"
     return ""
+
+
+def only_party(workspace: Workspace) -> str | None:
+    """The one party that a folder was made for, by what lies in private/; None where none or several may be meant."""
+    if workspace.machine.simulation is not False or not workspace.private.is_dir():
+        return None
+    found = [path.name for path in workspace.private.iterdir() if path.is_dir()]
+    parties = [name for name in found if name == names.SERVER or re.fullmatch(CLIENT, name)]
+    return parties[0] if len(parties) == 1 else None
 
 
 def _has_joined(party: Party) -> bool:

@@ -76,7 +76,12 @@ def spoken(digest: str, letters: int) -> str:
 
 def is_fingerprint(typed: str, roster: bytes) -> bool:
     """Whether what a person typed is the roster's fingerprint: case, dashes and blanks do not matter."""
-    return re.sub(r"[\s-]", "", typed).upper() == fingerprint(roster).replace("-", "")
+    return is_spoken(typed, fingerprint(roster))
+
+
+def is_spoken(typed: str, fingerprint: str) -> bool:
+    """The same of any fingerprint that was read out."""
+    return re.sub(r"[\s-]", "", typed).upper() == fingerprint.replace("-", "")
 
 
 def slots(workspace: Workspace) -> int:

@@ -16,7 +16,7 @@ from stages.artefacts import records
 from stages.artefacts.reading import Manifests
 from stages.bases import one_tokenizer
 from stages.files import reading
-from stages.parties.enrolment import enrolment, other_tasks
+from stages.parties.enrolment import enrolment, only_party, other_tasks
 from stages.parties.names import SERVER, number_of
 from stages.progress import damage, in_public, staleness
 from stages.progress.refused import refused_rows
@@ -146,6 +146,7 @@ def _next(
     """The first command that this machine, or the party, can give now; or, where there is none, what it waits for."""
     parties = [workspace.client_data(k) for k in workspace.clients] + [workspace.auxiliary_data]
     if not any(path.exists() for path in parties):
+        party = party or only_party(workspace)
         is_dealt = bool(workspace.agreement.data.tasks or workspace.agreement.data.files)
         if is_dealt and workspace.is_simulation and party is None:
             return PREPARE, ""

@@ -20,7 +20,7 @@ from stages.runtime import quiet
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.agreement import Agreement
 from stages.workspace.changing import changed, in_words
-from stages.workspace.names import AGREEMENT, MACHINE
+from stages.workspace.names import AGREEMENT, EXCHANGE, MACHINE, PRIVATE
 from stages.workspace.paths import Workspace
 from stages.workspace.settings import parse
 
@@ -57,12 +57,12 @@ def init(
     _check(template, tasks)
     if (folder / AGREEMENT).exists():
         raise Refused("there is a workspace already", where=folder / AGREEMENT, mend="choose another folder")
-    _check_outside(folder)
+    check_outside(folder)
     values = {"name": _name(folder), "seed": str(seed), "clients": str(clients), "rounds": str(rounds)}
-    whole = _contents(source, "")
+    whole = contents_of(source, "")
     _check_known([name for name in tasks if f"tasks/{name}.yaml" not in whole])
     if template in DEMOS:
-        contents = {name: whole[name] for name in whole if name.startswith(ANY)} | _contents(source / template, "")
+        contents = {name: whole[name] for name in whole if name.startswith(ANY)} | contents_of(source / template, "")
     else:
         preset = PRESETS[template]
         contents = {name: data for name, data in whole.items() if not name.startswith(ELSEWHERE)}
@@ -107,9 +107,15 @@ def _check(template: str, tasks: Sequence[str]) -> None:
             raise UsageProblem(f"{name!r} is not a task's name", mend=mend)
 
 
-def _check_outside(folder: Path) -> None:
-    """Raise Refused for a folder inside a workspace, where commands would take the one or the other for theirs."""
+def check_outside(folder: Path, *, received: Path | None = None) -> None:
+    """Raise Refused for a folder inside a workspace, where commands would take the one or the other for theirs.
+
+    received: an agreement that may lie above, by itself: what somebody has sent is no workspace yet.
+    """
     for above in folder.absolute().parents:
+        is_alone = not any((above / name).exists() for name in (MACHINE, PRIVATE, EXCHANGE))
+        if received and is_alone and above / AGREEMENT == received.absolute():
+            continue
         if (above / AGREEMENT).is_file():
             message = f"{folder.name} would lie inside another workspace"
             mend = "choose a folder outside of it; other methods, seeds and settings of that study: run --method, sweep"
@@ -163,12 +169,12 @@ def _filled(text: str, values: dict[str, str]) -> str:
     return text
 
 
-def _contents(folder: Traversable, prefix: str) -> dict[str, bytes]:
+def contents_of(folder: Traversable, prefix: str) -> dict[str, bytes]:
     """Every file of the template, by its path in the workspace."""
     found: dict[str, bytes] = {}
     for entry in folder.iterdir():
         if entry.is_dir() and entry.name != "__pycache__":
-            found |= _contents(entry, f"{prefix}{entry.name}/")
+            found |= contents_of(entry, f"{prefix}{entry.name}/")
         elif entry.is_file() and entry.name != "__init__.py":
             found[prefix + entry.name] = entry.read_bytes()
     return found

@@ -36,6 +36,11 @@ def agreements(workspace: Layout) -> list[Path]:
     return sorted(workspace.agreed("").parent.glob("*.toml"))
 
 
+def public_keys(workspace: Layout) -> list[Path]:
+    """The files of the clients' public keys that are here."""
+    return sorted(workspace.public_keys(1).parent.glob("client-*.json"))
+
+
 def logs(workspace: Layout) -> list[Path]:
     """Every party's private logs."""
     return sorted(workspace.private.glob("*/round-*/*.jsonl"))

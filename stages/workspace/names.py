@@ -11,6 +11,8 @@ AGREEMENT, EXCHANGE, PRIVATE = seclusion.AGREEMENT, seclusion.EXCHANGE, seclusio
 MACHINE = "machine.toml"
 EVALUATION = "evaluation.toml"
 """In the place of [evaluation] of the agreement, where a party scores otherwise."""
+INVITE = "invite.json"
+"""What an invitation says, in its bundle."""
 MANIFEST = "manifest.json"
 SIGNATURE = f"{MANIFEST}.sig"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

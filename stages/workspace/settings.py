@@ -21,6 +21,10 @@ ROLES: tuple[Role, ...] = ("slm", "llm")
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 Share = Annotated[float, Field(ge=0)]
+MOST_TOLD = 30
+"""Mistakes of a file that a message names before it counts them."""
+LONGEST_SHOWN = 200
+"""Letters of a value that a message shows."""
 
 
 class Settings(BaseModel):
@@ -43,11 +47,14 @@ def parse(kind: type[S], text: bytes, path: Path, *, explained: str = "") -> S:
         raise UsageProblem(f"not UTF-8: {error}", where=path, mend="save it as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise _no_toml(error, path, text.decode("utf-8-sig")) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or tables in tables in tables
+        raise UsageProblem(f"not valid TOML: {error}", where=path, mend="write it plainly") from error
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        mistakes = mistakes_in(kind, error)
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        mistakes, all_of_them = mistakes_in(kind, error), error.error_count()
+        count = "1 mistake" if all_of_them == 1 else f"{all_of_them} mistakes"
+        mistakes += [f"and {more} more"] if (more := all_of_them - len(mistakes)) else []
         message = lines([f"{count} in the settings", *mistakes], "\n  - ")
         mend = f"every key is explained in the {explained or path.name} that `{Command('init', 'study')}` writes"
         raise UsageProblem(message, where=path, mend=mend) from error
@@ -60,20 +67,20 @@ def _no_toml(error: tomllib.TOMLDecodeError, path: Path, text: str) -> UsageProb
     [line] = text.splitlines()[number - 1 : number] or [""]
     is_value = str(error).startswith("Invalid value")
     mend = "correct that line" + ("; a text stands between quotes" if is_value else "")
-    shown = f": {line.strip()}" if line.strip() else ""
+    shown = f": {clipped(line.strip())}" if line.strip() else ""
     return UsageProblem(f"not valid TOML: {error}{shown}", where=f"{path}:{number}" if found else path, mend=mend)
 
 
 def mistakes_in(kind: type[Settings], error: ValidationError) -> list[str]:
-    """Every mistake with its key, what was found, and the nearest known key."""
-    return [_mistake(kind, found) for found in error.errors()]
+    """Every mistake with its key, what was found, and the nearest known key; of very many the first."""
+    return [_mistake(kind, found) for found in error.errors()[:MOST_TOLD]]
 
 
 def _mistake(kind: type[Settings], found: object) -> str:
     """One line for one of pydantic's error dicts."""
     assert isinstance(found, dict)
     place = found["loc"]
-    key = ".".join(str(part) for part in place)
+    key = clipped(".".join(str(part) for part in place))
     if found["type"] == "extra_forbidden":
         known = _known_keys(kind, place[:-1])
         near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5) or _elsewhere(kind, str(place[-1]))
@@ -81,10 +88,15 @@ def _mistake(kind: type[Settings], found: object) -> str:
         return f"{key}: unknown key; {hint}"
     if found["type"] == "missing":
         return f"{key}: missing"
-    value = "" if found["type"] == "value_error" else f", found {found['input']!r}"
+    value = "" if found["type"] == "value_error" else f", found {clipped(repr(found['input']))}"
     is_pattern = found["type"] == "string_pattern_mismatch"  # which few people read
     text = "not written as it has to be" if is_pattern else str(found["msg"]).removeprefix("Value error, ")
     return f"{key}: {text}{value}" if key else text
+
+
+def clipped(text: str) -> str:
+    """A text of a file, which may be another party's, as far as anybody wants to read it in a message."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _elsewhere(kind: type[BaseModel], key: str) -> list[str]:

@@ -11,10 +11,12 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.runtime import quiet
+from stages.workspace import task_files
 from stages.workspace.task_files import IGNORED
 
 if TYPE_CHECKING:
@@ -41,6 +43,15 @@ def manager_of(name: str) -> TaskManager | None:
     manager = TaskManager(include_defaults=False)
     manager.task_index.update(found)
     return manager
+
+
+def missing(tasks: Path, names: Iterable[str]) -> list[str]:
+    """Which of these tasks neither a file of this folder nor lm-eval defines."""
+    elsewhere = task_files.undefined(tasks, names)
+    if not elsewhere:
+        return []
+    with quiet.libraries():
+        return [name for name in elsewhere if manager_of(name) is None]
 
 
 def names() -> list[str]:

@@ -10,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from stages.files import reading, seclusion
 from stages.runtime.errors import Refused, UsageProblem
 from stages.workspace.names import PRIVATE
-from stages.workspace.task_files import BUILDERS, Loader, digest_of, mappings_in, matches, texts_in
+from stages.workspace.task_files import BUILDERS, digest_of, loaded, mappings_in, matches, texts_in
 
 LOCAL_SCHEMES = ("file:", "local:")
 """What else `datasets` takes for a path."""
@@ -64,10 +64,10 @@ def _check_card(folder: Path) -> None:
         return
     head = reading.read_own(card).decode(errors="replace").partition("---")[2].partition("\n---")[0]
     try:
-        loaded = Loader(head.encode()).get_single_data()
-    except yaml.YAMLError as error:
+        value, _ = loaded(head.encode())
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise UsageProblem(f"the head of {card.name} is not YAML: {error}", where=card, mend="remove it") from error
-    for mapping in mappings_in(loaded):
+    for mapping in mappings_in(value):
         for name in [text for key in ("data_files", "data_dir", "path") for text in texts_in(mapping.get(key))]:
             if "://" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
                 message = f"{card.name} names {name}, outside the folder {folder.name}"

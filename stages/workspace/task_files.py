@@ -25,6 +25,8 @@ IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 """Folders of caches, which lm-eval passes over too."""
 MOST_VALUES = 1_000_000
 """A task file that is larger, with everything that it refers to, is none."""
+DEEPEST = 100
+"""Lists within lists, or mappings, that a task file may have."""
 MOST_FILES = 100_000
 """A task that names more local files names a disk."""
 TRUST = "read them; if they are your own, or you trust them with this machine, set run_task_code = true in machine.toml"
@@ -44,6 +46,20 @@ class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mis
 
 
 Loader.add_constructor("!function", Loader.note)
+
+
+def loaded(content: bytes) -> tuple[Any, list[str]]:
+    """What YAML bytes hold, and the functions that they name. Raises yaml.YAMLError or RecursionError, among others.
+
+    Nothing deep is built: the reader in C would end the process where its stack does.
+    """
+    depth = 0
+    for event in yaml.parse(content, Loader=Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"more than {DEEPEST} levels of lists in lists")
+    loader = Loader(content)
+    return loader.get_single_data(), loader.functions
 
 
 def check_are_data(tasks: Path, home: Path, *, trusted: bool = False) -> None:
@@ -67,8 +83,7 @@ def check_are_data(tasks: Path, home: Path, *, trusted: bool = False) -> None:
 def _read(path: Path) -> tuple[Any, list[str]]:
     """What a YAML file holds, and the functions that it names. Raises UsageProblem where it is none."""
     try:
-        loader = Loader(reading.read_own(path))
-        value = loader.get_single_data()
+        value, functions = loaded(reading.read_own(path))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:
         raise UsageProblem(f"{path.name} is not YAML: {error}", where=path, mend="correct that line") from error
     waiting, count = [value], 0
@@ -78,7 +93,7 @@ def _read(path: Path) -> tuple[Any, list[str]]:
             message = f"{path.name} refers to itself, or holds more than {MOST_VALUES} values"
             raise UsageProblem(message, where=path, mend="write it without references")
         waiting += [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
-    return value, loader.functions
+    return value, functions
 
 
 def own_files(tasks: Path) -> list[tuple[str, Path]]:
@@ -120,6 +135,20 @@ def spare_files(tasks: Path, names: Iterable[str], *, is_local: bool = False) ->
         return []
     needed |= {path.resolve() for path in needed}
     return [name for name, path in own_files(tasks) if not {path, path.resolve()} & needed]
+
+
+def undefined(tasks: Path, names: Iterable[str]) -> list[str]:
+    """Which of these tasks no file here defines: lm-eval's own, or missing."""
+    values = [_read_if_sound(path)[0] for path in _task_files(tasks)]
+    known = {name for value in values for name in (*_names(value), *(_tags(value) if isinstance(value, dict) else ()))}
+    return [name for name in dict.fromkeys(names) if name not in known]
+
+
+def absent_data(tasks: Path, home: Path) -> list[str]:
+    """The local files of data that task files name and that are not here, as they are named."""
+    values = [_read_if_sound(path)[0] for path in _task_files(tasks)]
+    named = [text for value in values for one in mappings_in(value) for text in texts_in(one.get("data_files"))]
+    return [name for name in dict.fromkeys(named) if "://" not in name and not matches(name, home)]
 
 
 def _read_if_sound(path: Path) -> tuple[Any, list[str]]:
@@ -204,6 +233,7 @@ def _is_builder(name: str) -> bool:
 
 
 def _is_metric(name: str) -> bool:
+    import lm_eval.api.metrics  # noqa: F401 (which fills the registry)
     from lm_eval.api.registry import metric_registry
 
     return name in metric_registry

@@ -240,3 +240,30 @@ def test_spare_files_are_those_that_no_asked_task_includes_groups_tags_or_calls(
     assert task_files.spare_files(tmp_path, ["many", "some"]) == always
     one = {"one.yaml", "base/common", "utils.py"}
     assert task_files.spare_files(tmp_path, ["one"]) == sorted(texts.keys() - one)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{b: " * 5_000, "- " * 20_000])
+def test_lists_in_lists_without_end_are_refused_and_end_no_process(text: str, tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text(text)
+    with pytest.raises(UsageProblem, match=r"deep\.yaml is not YAML"):
+        task_files.check_are_data(tmp_path, tmp_path)
+
+
+def test_a_hundred_levels_are_read(tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 99 + "]" * 99)
+    task_files.check_are_data(tmp_path, tmp_path)
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 100 + "]" * 100)
+    with pytest.raises(UsageProblem, match="more than 100 levels"):
+        task_files.check_are_data(tmp_path, tmp_path)
+
+
+def test_what_no_file_defines_and_which_data_are_absent(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "one.yaml").write_text("task: one\ntag: all\ndataset_kwargs: {data_files: {test: data/a.jsonl}}\n")
+    (tasks / "two.yaml").write_text("group: two\ntask: [one]\ndata_files: [data/b.jsonl, 'https://x/y.jsonl']\n")
+    assert task_files.undefined(tasks, ["one", "two", "all", "three", "three"]) == ["three"]
+    assert task_files.absent_data(tasks, tmp_path) == ["data/a.jsonl", "data/b.jsonl"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text("{}\n")
+    assert task_files.absent_data(tasks, tmp_path) == ["data/b.jsonl"]
