@@ -1,3 +1,12 @@
 """The command line of fedcollm."""
 
+import sys
+
 __version__ = "0.1.0"
+
+if sys.platform == "win32":  # whose files have no fcntl.flock, O_NOFOLLOW or openat
+    sys.stderr.write(
+        "error: fedcollm does not run on Windows itself: it needs Linux or macOS\n"
+        "  mend  install it in WSL 2, which is a Linux in Windows\n"
+    )
+    sys.exit(2)

@@ -36,6 +36,7 @@ NOT_RUN = {
     "docs/how-to/between-organisations.md": "it is for several machines",
     "docs/how-to/big-models.md": "it is for a round in progress",
     "docs/how-to/compare-and-sweep.md": "it trains every method from many seeds",
+    "docs/how-to/install.md": "it installs the program",
     "docs/how-to/hand-a-model-on.md": "it is for a finished round 5",
     "docs/how-to/shear.md": "it is for models of many layers",
     "docs/how-to/several-gpus.md": "it is for several GPUs",
