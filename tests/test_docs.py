@@ -48,6 +48,7 @@ OF_OTHERS = {
     *("--cores", "--config", "--profile", "--dag", "--rulegraph", "--unlock", "--until"),  # snakemake's
     *("--apply_chat_template", "--num_fewshot", "--system_instruction"),  # lm_eval's
     *("--signals-to-handle", "--qos", "--constraint", "--gres", "--mem"),  # torchrun's and sbatch's
+    *("--extra-index-url", "--pip-args", "--torch-backend", "--user", "--userns"),  # pip's, pipx's, uv's, docker's
 }
 
 
