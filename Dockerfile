@@ -2,8 +2,8 @@
 # For NVIDIA GPUs:                            docker build --build-arg TORCH_INDEX= -t fedcollm:cuda .
 # docs/how-to/install.md says how to run it.
 
-# Any image with Python 3.11 or newer and its venv module.
-ARG BASE=python:3.13-slim
+# Any image with Python 3.11 or newer and its venv module. With 3.11 constraints.txt was tested.
+ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS built
 # Where pip also looks for torch: builds for the CPU. Without it pip takes PyPI's, which bring CUDA.
