@@ -36,6 +36,7 @@ NOT_RUN = {
     "docs/how-to/between-organisations.md": "it is for several machines",
     "docs/how-to/big-models.md": "it is for a round in progress",
     "docs/how-to/compare-and-sweep.md": "it trains every method from many seeds",
+    "docs/how-to/install.md": "it installs the program",
     "docs/how-to/hand-a-model-on.md": "it is for a finished round 5",
     "docs/how-to/shear.md": "it is for models of many layers",
     "docs/how-to/several-gpus.md": "it is for several GPUs",
@@ -47,6 +48,7 @@ OF_OTHERS = {
     *("--cores", "--config", "--profile", "--dag", "--rulegraph", "--unlock", "--until"),  # snakemake's
     *("--apply_chat_template", "--num_fewshot", "--system_instruction"),  # lm_eval's
     *("--signals-to-handle", "--qos", "--constraint", "--gres", "--mem"),  # torchrun's and sbatch's
+    *("--extra-index-url", "--pip-args", "--torch-backend", "--user", "--userns"),  # pip's, pipx's, uv's, docker's
 }
 
 

@@ -97,12 +97,17 @@ def updates_of(agreement: Agreement, layout: Layout) -> tuple[int, int]:
 def of_products(clients: int, layout: Layout) -> int:
     """Bytes that the mean of BA takes beside its block, in the layer where that is most; see aggregation.products.
 
-    The factors of all clients side by side, and their QR and SVD, or BA and its SVD where that is smaller. float64.
+    The factors of all clients side by side, and their QR and SVD, or BA and its SVD where that is smaller, with what
+    LAPACK works in: a copy of what it takes apart, its results once more, and the SVD's own. float64.
     """
     most = 0
     for layer in layers_of(layout):
         (rank, inputs), outputs = layout[layer + A], layout[layer + B][0]
         joined, least, ends = clients * rank, min(inputs, outputs), inputs + outputs
-        beside = least * ends + inputs * outputs if joined >= least else joined * ends + 5 * joined**2
-        most = max(most, joined * ends + beside + 2 * rank * ends)
+        if joined >= least:
+            beside = 2 * (inputs * outputs + least * ends) + 4 * least**2
+        else:
+            of_b, of_a = 4 * joined * outputs, joined * (outputs + 4 * inputs)
+            beside = max(of_b, of_a, joined * ends + 11 * joined**2)
+        most = max(most, joined * ends + beside + rank * ends)
     return 8 * most

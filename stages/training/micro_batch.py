@@ -75,8 +75,7 @@ def rows_that_fit(
         rows //= 2
         return rows
 
-    @find_executable_batch_size(starting_batch_size=half(), reduce_batch_size_fn=half)  # type: ignore[untyped-decorator]
-    def found(batch_size: int) -> int:
+    def tried(batch_size: int) -> int:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
             try:
@@ -87,8 +86,8 @@ def rows_that_fit(
                 raise torch.OutOfMemoryError(" out of memory.") from None  # in the words that accelerate knows
         return batch_size
 
-    try:
-        fits: int = found()
+    try:  # not as a decorator: before accelerate 1.15 that forgets how to reduce
+        fits: int = find_executable_batch_size(tried, starting_batch_size=half(), reduce_batch_size_fn=half)()
     except RuntimeError as error:
         if "No executable batch size found" not in str(error):
             raise

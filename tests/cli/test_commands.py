@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -204,8 +205,9 @@ def test_each_command_that_takes_json_tells_its_failures_as_json(
     error = json.loads(outcome.out)["error"]
     assert error["code"] == 2
     assert error["mend"].endswith(f" {command} --help")
-    assert error["message"].startswith("No such option: --no-such-option")
-    assert "Error: No such option: --no-such-option" in outcome.err
+    said = "No such option:? '?--no-such-option"  # in click's words, or in typer's own
+    assert re.match(said, error["message"])
+    assert re.search(f"Error: {said}", outcome.err)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,13 @@ def test_a_step_under_attack_takes_what_is_said_however_many_passes_it_has(famil
     assert 0.9 * peak <= total <= 1.3 * peak
 
 
+def test_layers_that_training_may_leave_out_are_counted() -> None:
+    model = tuned("slm", family="opt", width=64, vocabulary=500)
+    whole = planned(model)
+    next(module for module in model.model.modules() if hasattr(module, "layerdrop")).layerdrop = 0.5
+    assert planned(model) == whole
+
+
 def test_two_models_that_teach_each_other_keep_what_they_really_keep() -> None:
     models = [tuned("slm", vocabulary=500), tuned("llm", vocabulary=500, width=64)]
     losses = mutual_losses(Distillation(steps=1))

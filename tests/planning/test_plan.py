@@ -162,7 +162,8 @@ def test_the_mean_of_products_takes_what_it_is_said_to_take_in_the_largest_layer
     tracemalloc.stop()
     small = {"k.lora_A.weight": (rank, 16), "k.lora_B.weight": (16, rank)}
     large = {"q.lora_A.weight": (rank, inputs), "q.lora_B.weight": (outputs, rank)}
-    assert 0.8 * peak < of_products(clients, small | large) < 1.2 * peak
+    most = 1.2 if np.lib.NumpyVersion(np.__version__) >= "2.5.0" else 2.5  # LAPACK's own was not counted before
+    assert 0.8 * peak < of_products(clients, small | large) < most * peak
 
 
 def test_disk_is_what_all_rounds_leave(finished: Path) -> None:

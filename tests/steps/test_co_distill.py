@@ -112,9 +112,9 @@ def test_the_two_adapters_name_their_parents_and_the_slm_the_llm_made_with_it(fi
 def test_one_model_as_slm_and_llm_is_two_models(workspace_folder: Path, tmp_path: Path) -> None:
     """It ends where a copy of its folder ends as the LLM: each has an adapter of its own."""
     twin = shutil.copytree(workspace_folder, tmp_path / "twin", symlinks=True)
-    shutil.copytree(twin / "models/slm", twin / "models/copy")
-    for folder, model in ((workspace_folder, "slm"), (twin, "copy")):
-        edit(folder / "fedcollm.toml", 'model = "models/llm"', f'model = "models/{model}"')
+    shutil.copytree(twin / "models/slm", twin / "copy")  # models/ leads to what all tests share
+    for folder, model in ((workspace_folder, "models/slm"), (twin, "copy")):
+        edit(folder / "fedcollm.toml", 'model = "models/llm"', f'model = "{model}"')
         run(Workspace(folder), rounds=range(1, 2), scores=False)
     made = [
         {role: (folder / f"{SERVER}1/{role}/adapter_model.safetensors").read_bytes() for role in ("slm", "llm")}
