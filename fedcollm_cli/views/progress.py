@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.table import Table
 
+from fedcollm_cli.console import duration
 from fedcollm_cli.views import figures
 from fedcollm_cli.views.sheets import Sheet, Tables
 from fedcollm_cli.views.tables import comparison
@@ -121,6 +122,8 @@ def status(found: Status, workspace: Path | None) -> str:
         first, last = len(begun) + 1, len(found.rounds)
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
     lines += [one.in_words for one in found.unfinished]
+    if found.seconds_left:
+        lines.append(f"about {duration(found.seconds_left)} of training left here, by what each step took last")
     if found.scores:
         conditions = {score.name: score.condition for score in found.scores}
         lines.append(f"scores of round {found.rounds[-1].number}: {_summary(conditions)}")
