@@ -1,13 +1,13 @@
-# fedcollm in a container. For the CPU: docker build -t fedcollm .
-# For NVIDIA GPUs:                            docker build --build-arg TORCH_INDEX= -t fedcollm:cuda .
+# fedcollm in a container. For NVIDIA GPUs: docker build -t fedcollm .
+# For the CPU: docker build --build-arg TORCH_INDEX=ADDRESS -t fedcollm:cpu . with that of PyTorch's builds for the CPU.
 # docs/how-to/install.md says how to run it.
 
 # Any image with Python 3.11 or newer and its venv module. With 3.11 constraints.txt was tested.
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS built
-# Where pip also looks for torch: builds for the CPU. Without it pip takes PyPI's, which bring CUDA.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Where pip also looks for torch. Without it pip takes the usual builds, which bring CUDA on x86-64.
+ARG TORCH_INDEX=
 # Extras of pyproject.toml, with commas: dp,s3
 ARG EXTRAS=
 COPY pyproject.toml README.md LICENSE constraints.txt /source/
