@@ -85,8 +85,8 @@ def _others(client: int | None) -> list[str]:
     push, pull, watch = (Command(verb, client=client, server=client is None) for verb in ("push", "pull", "watch"))
     carried = (
         f"`{Command('pack')}` writes one file, to mail or to carry; `{Command('unpack', 'FILE')}` takes one that has "
-        f"arrived. Where all reach one place, name it as `remote` in `{MACHINE}`: then `{watch}` takes all steps of this "
-        f"party, and carries. Or `{push}` and `{pull}` carry alone."
+        f"arrived. Where all reach one place, name it as `remote` in `{MACHINE}`: then `{watch}` takes every "
+        f"step, and carries. Or `{push}` and `{pull}` carry alone."
     )
     help_ = f"`{Command('status')}` says what is done. `{Command('plan')}` says what is missing on this machine."
     return ["## Carry", carried, "`exchange/` is the only folder that travels.", help_]
