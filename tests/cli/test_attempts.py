@@ -299,6 +299,7 @@ def test_status_as_json_says_whose_each_step_is(four: Callable[..., Machines]) -
         "stale",
         "refused",
         "unfinished",
+        "seconds_left",
         "scores",
         "edited",
     }

@@ -18,7 +18,6 @@ from stages.workspace.paths import Workspace
 
 PARTS = {
     "fedprox": ("[client_training]", "proximal = 0.01"),
-    "fedavgm": ("[distillation]", '[aggregation]\nserver = "fedavgm"\n'),
     "fedyogi": ("[distillation]", '[aggregation]\nserver = "fedyogi"\n'),
 }
 
