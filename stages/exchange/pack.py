@@ -74,7 +74,8 @@ def pack(
 
     members: dict[str, bytes] = {}
     last = ""
-    for parcel in _wanted(workspace, round, client, keys):
+    wanted = _wanted(workspace, round, client, keys)
+    for number, parcel in enumerate(wanted, 1):
         holder = workspace.agreement.aggregation.key_holder
         if parcel.kind == "close" and to is not None and not parcel_kinds.is_for(to, parcel.folder(workspace), holder):
             report(Event("note", f"the close of round {round} is not for client {to}: it is not packed"))
@@ -83,6 +84,7 @@ def pack(
         last = parcel.kind
         parcel_checks.check(parcel, contents, workspace, parcel.folder(workspace))
         members |= {parcel.name(workspace, file): content for file, content in contents.items()}
+        report(Event("step", parcel.name(workspace, ""), number, len(wanted)))
     content = bundle_bytes(workspace.agreement.federation.name, members)
     path = output or folder / _name(workspace, round, client, to=to, keys=keys, last=last)
     write_bundle(path, content, overwrite, report)

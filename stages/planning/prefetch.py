@@ -5,7 +5,9 @@ Reads fedcollm.toml, machine.toml and tasks/. Writes the hub's and the datasets'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from stages.bases import base_files, base_folders
 from stages.bases.base_names import name_of
@@ -38,17 +40,25 @@ def prefetch(
     tunes. tasks: whether to fetch the datasets of the tasks too.
     """
     report(Event("stage", "prefetch"))
-    if client is not None:
-        found = [_model(workspace.of_client(workspace.check_client(client)), "slm")]
-    else:
-        seen = [workspace.of_client(k) for k in workspace.clients]
-        own = [one for one in seen if one.own_model] if model is None else []
-        roles: list[Role] = [model] if model else ["slm", "llm"] if len(own) < len(seen) else ["llm"]
-        found = [*(_model(one, "slm") for one in own), *(_model(workspace, role) for role in roles)]
+    wanted: list[Callable[[], Fetched]] = [partial(_model, *one) for one in _models(workspace, model, client)]
     if tasks:
         data, scored = workspace.agreement.data.tasks, workspace.evaluation.tasks
-        found += [_task(workspace, name) for name in dict.fromkeys([*data, *scored])]
+        wanted += [partial(_task, workspace, name) for name in dict.fromkeys([*data, *scored])]
+    found = []
+    for number, fetch in enumerate(wanted, 1):
+        found.append(fetch())
+        report(Event("step", found[-1].name, number, len(wanted)))
     return found
+
+
+def _models(workspace: Workspace, model: Role | None, client: int | None) -> list[tuple[Workspace, Role]]:
+    """Whose models are wanted, and which of theirs."""
+    if client is not None:
+        return [(workspace.of_client(workspace.check_client(client)), "slm")]
+    seen = [workspace.of_client(k) for k in workspace.clients]
+    own = [one for one in seen if one.own_model] if model is None else []
+    roles: list[Role] = [model] if model else ["slm", "llm"] if len(own) < len(seen) else ["llm"]
+    return [*((one, "slm") for one in own), *((workspace, role) for role in roles)]
 
 
 def _model(workspace: Workspace, role: Role) -> Fetched:

@@ -10,15 +10,19 @@ import pytest
 from builders import edit
 from stages.planning.prefetch import Fetched, prefetch
 from stages.runtime.errors import NotReady, UsageProblem
+from stages.runtime.events import Event
 from stages.workspace.paths import Workspace
 
 
 def test_what_is_here_is_said_to_have_been_here(workspace_folder: Path) -> None:
-    assert prefetch(Workspace(workspace_folder)) == [
+    told: list[Event] = []
+    assert prefetch(Workspace(workspace_folder), report=told.append) == [
         Fetched("models/slm", True, "models/slm"),
         Fetched("models/llm", True, "models/llm"),
         Fetched("colours", True),
     ]
+    steps = [(one.text, one.step, one.total) for one in told if one.kind == "step"]
+    assert steps == [("models/slm", 1, 3), ("models/llm", 2, 3), ("colours", 3, 3)]
 
 
 def test_a_client_needs_no_llm_and_no_tasks(workspace_folder: Path) -> None:
