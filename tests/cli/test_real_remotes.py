@@ -190,3 +190,34 @@ def test_other_bytes_under_the_same_name_are_refused(
     outcome = fedcollm(*push)
     assert outcome.code == 5
     assert "is there already, with other bytes" in outcome.err
+
+
+@pytest.fixture
+def full(tmp_path: Path, server: Path, answered: Path) -> Iterator[Path]:
+    """An sftp server whose disk is smaller than an update: where it is mounted."""
+    if SSHD is None or importlib.util.find_spec("paramiko") is None:
+        pytest.skip("no sshd or no paramiko here")
+    (tmp_path / "remote").mkdir()
+    with sftp(tmp_path / "remote") as settings:
+        disk = tmp_path / "remote/share"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("no disk can be mounted here")
+        with (answered / "machine.toml").open("a") as file:
+            file.write(f"\n[exchange]\n{settings}")
+        try:
+            yield disk
+        finally:
+            subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_is_full_is_told_nothing_counts_and_with_room_it_goes_on(
+    full: Path, answered: Path, fedcollm: Fedcollm
+) -> None:
+    push = ("push", "--client", 2, "--json", "-w", answered)
+    outcome = fedcollm(*push)
+    assert outcome.code == 3
+    assert "then give the same command again" in outcome.err
+    assert not (full / "round-0001/client-2/manifest.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=10m", full], check=True)
+    assert moved(fedcollm(*push)) == ["round-0001/client-2"]
+    assert contents(full / "round-0001/client-2") == contents(answered / ROUND / "client-2")
