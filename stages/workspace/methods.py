@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.workspace.settings import Positive, Settings
 
@@ -47,6 +47,14 @@ class Federation(Settings):
     seed: Annotated[int, Field(ge=0)] = 1
     method: Method = "fedcollm"
     fork: Fork = Fork()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _as_agreements_say_it(cls, value: object) -> object:
+        if value in OF_FEDAVG:
+            part = "client_training.proximal" if value == "fedprox" else f'aggregation.server = "{value}"'
+            raise ValueError(f'{value} is for run --method; an agreement says it by method = "fedavg" and {part}')
+        return value
 
     @model_validator(mode="after")
     def _fork_goes_on(self) -> Federation:

@@ -104,6 +104,18 @@ def test_what_would_be_another_row_or_cannot_be_is_refused_before_anything_is_tr
     assert not (workspace_folder / "baselines").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "part"), [("fedprox", "client_training.proximal"), ("fedadam", 'aggregation.server = "fedadam"')]
+)
+def test_in_an_agreement_it_is_said_by_its_keys(
+    method: str, part: str, workspace_folder: Path, fedcollm: Callable[..., Outcome]
+) -> None:
+    edit(workspace_folder / "fedcollm.toml", "seed = 7", f'seed = 7\nmethod = "{method}"')
+    outcome = fedcollm("status", "-w", workspace_folder)
+    assert outcome.code == 2
+    assert f'an agreement says it by method = "fedavg" and {part}' in " ".join(outcome.err.split())
+
+
 def test_another_optimiser_than_the_agreements_takes_its_place_with_its_own_keys(workspace_folder: Path) -> None:
     toml = workspace_folder / "fedcollm.toml"
     toml.write_text(
