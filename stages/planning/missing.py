@@ -9,7 +9,8 @@ from pathlib import Path
 
 from stages.bases import base_files, base_folders
 from stages.data.examples import Tokenizer, encode
-from stages.parties import encryption_keys
+from stages.parties import encryption_keys, names
+from stages.parties.enrolment import only_party
 from stages.planning.rows_ahead import RowsAhead
 from stages.runtime.errors import Damaged, Problem
 from stages.workspace.budgets import Budget
@@ -82,14 +83,17 @@ def refused_rows(
 
 
 def _is_of_clients_alone(workspace: Workspace) -> bool:
-    """Whether only clients' rows are here, of a federation that has a server."""
+    """Whether only clients' rows are here, or belong here, of a federation that has a server."""
     federation = workspace.agreement.federation
     has_server = federation.averages or federation.server_tells
     return has_server and bool(_clients_here(workspace)) and not workspace.auxiliary_data.exists()
 
 
 def _clients_here(workspace: Workspace) -> list[int]:
-    return [k for k in workspace.clients if workspace.client_data(k).exists()]
+    """Those whose rows are here; where there are none yet, the one that the folder was made for."""
+    here = [k for k in workspace.clients if workspace.client_data(k).exists()]
+    party = None if here else only_party(workspace)
+    return here if party in (None, names.SERVER) else [names.number_of(party)]
 
 
 def _views(workspace: Workspace, role: Role) -> list[Workspace]:
@@ -141,6 +145,9 @@ def _data(workspace: Workspace) -> list[Missing]:
     parties = [workspace.auxiliary_data, *(workspace.client_data(k) for k in workspace.clients)]
     if any(path.exists() for path in parties):
         return []
+    if party := only_party(workspace):
+        own = parties[0] if party == names.SERVER else workspace.client_data(names.number_of(party))
+        return [Missing("training data", f"put JSONL rows into {workspace.shown(own)}")]
     data = workspace.agreement.data
     if not (data.tasks or data.files) or not workspace.is_simulation:
         simulates = ", or set simulation = true in machine.toml where one person plays all parties"

@@ -67,6 +67,7 @@ def _no_toml(error: tomllib.TOMLDecodeError, path: Path, text: str) -> UsageProb
     [line] = text.splitlines()[number - 1 : number] or [""]
     is_value = str(error).startswith("Invalid value")
     mend = "correct that line" + ("; a text stands between quotes" if is_value else "")
+    mend += "; it is in the file above already: write all its keys there" if "twice" in str(error) else ""
     shown = f": {clipped(line.strip())}" if line.strip() else ""
     return UsageProblem(f"not valid TOML: {error}{shown}", where=f"{path}:{number}" if found else path, mend=mend)
 

@@ -124,6 +124,21 @@ def test_what_a_party_is_told_to_do_next_is_its_own(organiser: Path, tmp_path: P
     assert (waits.code, "the broadcast of round 1, in exchange/" in waits.err) == (3, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "place", "needs_llm"),
+    [(("--client", 2), "private/client-2/train.jsonl", False), (("--server",), "private/server/auxiliary.jsonl", True)],
+)
+def test_plan_tells_a_party_what_it_lacks_itself(
+    words: tuple[object, ...], place: str, needs_llm: bool, organiser: Path, tmp_path: Path, fedcollm: Fedcollm
+) -> None:
+    folder = tmp_path / "joined"
+    assert fedcollm("init", folder, "--agreement", organiser / "fedcollm.toml", *words).code == 0
+    said = " ".join(fedcollm("plan", "-w", folder).out.split())
+    assert f"missing here: training data mend put JSONL rows into {place}" in said
+    assert "simulation" not in said
+    assert ("missing here: the LLM" in said) == needs_llm
+
+
 def test_a_task_that_has_not_come_is_named_with_its_mend(organiser: Path, tmp_path: Path, fedcollm: Fedcollm) -> None:
     shutil.rmtree(organiser / "tasks")
     made = fedcollm("init", tmp_path / "two", "--agreement", organiser / "fedcollm.toml", "--client", 2)
