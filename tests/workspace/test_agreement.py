@@ -457,3 +457,10 @@ def test_rows_per_step_is_batch_size_times_accumulation() -> None:
 def test_centralized_by_hand_is_refused_unless_it_is_one_client_that_tunes_the_llm() -> None:
     message = refusal(changed("seed = 7", 'seed = 7\nmethod = "centralized"'))
     assert "method centralized is one client that tunes the LLM: `fedcollm run --method centralized`" in message
+
+
+def test_a_table_that_stands_twice_is_told_where_its_keys_belong(tmp_path: Path) -> None:
+    path = tmp_path / "machine.toml"
+    with pytest.raises(UsageProblem, match="not valid TOML") as caught:
+        parse(Machine, b'[exchange]\n# remote = ""\n\n[exchange]\nremote = "file:///mnt"\n', path)
+    assert "it is in the file above already: write all its keys there" in str(caught.value.mend)
