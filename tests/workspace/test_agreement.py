@@ -386,7 +386,7 @@ def test_what_is_not_toml_is_told_with_its_place(text: str) -> None:
     with pytest.raises(UsageProblem, match=r"not valid TOML: .*line \d") as caught:
         parse(Agreement, text.encode(), PATH)
     assert re.fullmatch(rf"{re.escape(str(PATH))}:\d", str(caught.value.where))
-    assert caught.value.mend == "correct that line"
+    assert str(caught.value.mend).startswith("correct that line")
 
 
 @pytest.mark.parametrize(
