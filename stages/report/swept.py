@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from stages.report.findings import SUBJECTS, scored_by_method
 from stages.report.own_rows import Table
 from stages.runtime.errors import Problem
 from stages.study.results import Study
-from stages.workspace import changing, listing
+from stages.workspace import changing, edits, listing
 from stages.workspace.paths import Workspace
 
 MODELS = {"llm": "the LLM", "slm": "the server's SLM", "clients": "clients' own SLMs", "aggregate": "the average"}
@@ -24,7 +23,8 @@ def tables(workspace: Workspace, metric: str) -> list[Table]:
     for point in listing.swept(workspace):
         try:
             own = Workspace(point, workspace.flags)
-            changed = dict(_changed(workspace, own))
+            found_here = edits.differences(workspace.agreement_of_all, own.agreement_of_all)
+            changed = {key: value for key, _, value in found_here}
             seed = changed.pop(SEED, workspace.agreement.federation.seed)
             said = ", ".join(f"{key} = {changing.in_words(value)}" for key, value in changed.items())
             found.setdefault(said or "as agreed", {})[seed] = _scores(own, metric)
@@ -37,21 +37,6 @@ def tables(workspace: Workspace, metric: str) -> list[Table]:
     ]
     columns = ["Settings", "Seeds", *(f"{MODELS[model]}, %" for model in models)]
     return [Table(f"Sweeps: {metric} after the last round", columns, rows)] if models else []
-
-
-def _changed(parent: Workspace, point: Workspace) -> Iterator[tuple[str, Any]]:
-    before = dict(_flat(parent.agreement_of_all.model_dump()))
-    for key, value in _flat(point.agreement_of_all.model_dump()):
-        if before.get(key) != value:
-            yield key, value
-
-
-def _flat(settings: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{place}{key}.")
-        else:
-            yield f"{place}{key}", value
 
 
 def _scores(point: Workspace, metric: str) -> dict[str, float]:

@@ -64,7 +64,8 @@ def _changes_since(workspace: Workspace, copy: Path, sha256: str | None) -> list
         if found != sha256 and (sha256 or not found.startswith(copy.stem)):
             return None
         before = parse(Agreement, content, copy)
-        return list(_changes(before.model_dump(), workspace.agreement.model_dump()))
+        changes = differences(before, workspace.agreement)
+        return [f"{name} was {_shown(old)}, is {_shown(new)}" for name, old, new in changes]
     except (Problem, OSError):  # no such copy; or what is there now is no agreement, and says so itself
         return None
 
@@ -86,13 +87,18 @@ def since_last(workspace: Workspace) -> str:
         return ""
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any], place: str = "") -> Iterator[str]:
-    for key, old in before.items():
-        new, name = after[key], f"{place}{key}"
+def differences(before: Agreement, after: Agreement) -> Iterator[tuple[str, Any, Any]]:
+    """Each dotted key with another value in the second agreement, the value before, and that after; None: not set."""
+    yield from _differences(before.model_dump(), after.model_dump(), "")
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], place: str) -> Iterator[tuple[str, Any, Any]]:
+    for key in dict.fromkeys([*before, *after]):  # of clients' tables each may have some that the other lacks
+        old, new, name = before.get(key), after.get(key), f"{place}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, f"{name}.")
+            yield from _differences(old, new, f"{name}.")
         elif old != new:
-            yield f"{name} was {_shown(old)}, is {_shown(new)}"
+            yield name, old, new
 
 
 def _shown(value: Any) -> str:

@@ -94,3 +94,21 @@ def test_many_edits_and_long_values_are_cut(finished: Path) -> None:
     said = edits.since(Workspace(finished), sha256)
     assert "; and 3 more (cp " in said  # of seed, model, two r, two alpha, two batch sizes, three rates: 11
     assert "m" * 100 not in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("[clients.2]\nrank = 2\n", "", "clients.2 was {"),
+        ("", "[clients.2]\nrank = 2\n", "clients.2 was not set, is {"),
+        ("[clients.2]\nrank = 2\n", "[clients.2]\nrank = 3\n", "clients.2.rank was 2, is 3"),
+    ],
+)
+def test_a_clients_own_table_that_came_or_went_is_told(old: str, new: str, said: str, workspace_folder: Path) -> None:
+    toml = workspace_folder / "fedcollm.toml"
+    text = toml.read_text() + '\n[aggregation]\ncombine = "product"\n'
+    toml.write_text(text + old)
+    before = Workspace(workspace_folder)
+    edits.keep(before)
+    toml.write_text(text + new)
+    assert said in edits.since(Workspace(workspace_folder), before.agreement_sha256)
