@@ -13,7 +13,7 @@ from stages.artefacts.receiving import received
 from stages.artefacts.residual_sizes import is_agreed
 from stages.parties.names import number_of
 from stages.parties.party import Onlooker, Party, Reader
-from stages.runtime.errors import Refused, UsageProblem
+from stages.runtime.errors import Problem, Refused, UsageProblem
 from stages.workspace.commands import Command
 from stages.workspace.names import CLIENT, MANIFEST, RESIDUAL, THETA_FILES
 from stages.workspace.paths import Workspace
@@ -45,6 +45,14 @@ def folder_of(workspace: Workspace, round: int, subject: str) -> Path:
     if subject.startswith("client-"):
         return workspace.client_adapter(round, number_of(subject))
     return {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[subject](round)
+
+
+def is_of_another(workspace: Workspace, round: int, subject: str, manifest_sha256: object) -> bool:
+    """Whether what was measured is of another adapter than lies there now; of one that is not here nothing is said."""
+    try:
+        return read_manifest(folder_of(workspace, round, subject))[1] != manifest_sha256
+    except (Problem, OSError):
+        return False
 
 
 def scored_by(round: int | None, subject: str) -> Command:

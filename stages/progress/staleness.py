@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.artefacts.public_rows import of_other_rows, told_sha256
-from stages.artefacts.reading import read_manifest
-from stages.artefacts.records import Result, own_evaluation, read_result
-from stages.artefacts.subjects import folder_of, is_subject, scored_by
+from stages.artefacts.records import own_evaluation, read_result
+from stages.artefacts.subjects import is_of_another, is_subject, scored_by
 from stages.data.split_file import Split, decides_the_deal, read_split
 from stages.files import reading
 from stages.runtime.errors import Problem
@@ -90,7 +89,7 @@ def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:
             why.append(f"{AGREEMENT} was edited since")
         elif result.get("evaluation") != own_evaluation(workspace):
             why.append("it was scored by other settings of evaluation")
-        if round is not None and _is_of_another(folder_of(workspace, round, path.stem), result):
+        if round is not None and is_of_another(workspace, round, path.stem, result.get("manifest_sha256")):
             why.append("the adapter is another one now")
         if why:
             yield path, "; ".join(why), scored_by(round, path.stem)
@@ -121,12 +120,5 @@ def other_public_rows(workspace: Workspace) -> Iterator[str]:
 def _has_tasks(workspace: Workspace, sha256: str) -> bool:
     try:
         return workspace.has_tasks(sha256, workspace.scored_tasks)
-    except (Problem, OSError):
-        return False
-
-
-def _is_of_another(adapter: Path, result: Result) -> bool:
-    try:
-        return read_manifest(adapter)[1] != result.get("manifest_sha256")
     except (Problem, OSError):
         return False

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stages.artefacts.reading import read_manifest
 from stages.artefacts.row_records import RowsResult, read_rows_result
-from stages.artefacts.subjects import folder_of
+from stages.artefacts.subjects import is_of_another
 from stages.files import reading
 from stages.runtime.errors import Problem
 from stages.workspace import listing
@@ -62,10 +61,8 @@ def _since(workspace: Workspace, found: RowsResult) -> str:
     try:
         if reading.sha256(reading.read_own(workspace.root / found["rows"])) != found["rows_sha256"]:
             return " (edited since)"
-        round = found["round"]
-        if round is not None:
-            _, sha256 = read_manifest(folder_of(workspace, round, found["subject"]))
-            return "" if sha256 == found["manifest_sha256"] else " (of another adapter)"
     except (Problem, OSError):
         return ""
-    return ""
+    round = found["round"]
+    is_other = round is not None and is_of_another(workspace, round, found["subject"], found["manifest_sha256"])
+    return " (of another adapter)" if is_other else ""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from stages.artefacts.reading import read_manifest
 from stages.artefacts.records import Result, TaskScores, own_evaluation, read_result
-from stages.artefacts.subjects import folder_of
+from stages.artefacts.subjects import is_of_another
 from stages.report.own_rows import Table
 from stages.runtime.errors import Problem
 from stages.workspace import listing
@@ -60,9 +59,8 @@ def _since(workspace: Workspace, found: Result) -> str:
             found.get("evaluation") != own_evaluation(asked)
         ):
             return " (by other settings)"
-        if found["round"] is not None:
-            _, sha256 = read_manifest(folder_of(workspace, found["round"], found["subject"]))
-            return "" if sha256 == found["manifest_sha256"] else " (of another adapter)"
     except (Problem, OSError):
         return ""
-    return ""
+    round = found["round"]
+    is_other = round is not None and is_of_another(workspace, round, found["subject"], found["manifest_sha256"])
+    return " (of another adapter)" if is_other else ""
