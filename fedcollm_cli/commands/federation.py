@@ -127,9 +127,12 @@ def status(
     Example: fedcollm status
     """
     from stages.progress.status import status as stage
+    from stages.progress.time_left import seconds_left
 
     found = stage(opened.workspace, verify=verify)
-    opened.console.result(found.as_json(opened.folder), progress.status(found, opened.folder))
+    left = seconds_left(opened.workspace, found.rounds)
+    value = found.as_json(opened.folder) | {"seconds_left": left}
+    opened.console.result(value, progress.status(found, opened.folder, seconds_left=left))
     if verify and found.is_damaged:
         raise typer.Exit(Damaged.exit_code)
 

@@ -97,7 +97,7 @@ def asked(found: TaskScores) -> str:
     return f"{number}{f' of {in_all}' if number < in_all else ''}{f', {cut} cut' if cut else ''}"
 
 
-def status(found: Status, workspace: Path | None) -> str:
+def status(found: Status, workspace: Path | None, *, seconds_left: float | None = None) -> str:
     """A line for each step of each round that has begun; what the clients of a round send on one line."""
     lines = []
     width = 2 + max([9, *(len(step.name) for round in found.rounds for step in round.steps)])
@@ -122,8 +122,8 @@ def status(found: Status, workspace: Path | None) -> str:
         first, last = len(begun) + 1, len(found.rounds)
         lines.append(f"round{f's {first} to' if first < last else ''} {last}: nothing yet")
     lines += [one.in_words for one in found.unfinished]
-    if found.seconds_left:
-        lines.append(f"about {duration(found.seconds_left)} of training left here, by what each step took last")
+    if seconds_left:
+        lines.append(f"about {duration(seconds_left)} of training left here, by what each step took last")
     if found.scores:
         conditions = {score.name: score.condition for score in found.scores}
         lines.append(f"scores of round {found.rounds[-1].number}: {_summary(conditions)}")

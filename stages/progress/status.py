@@ -23,7 +23,6 @@ from stages.progress.refused import refused_rows
 from stages.progress.rounds import Reader
 from stages.progress.staleness import PREPARE, dealt_before
 from stages.progress.steps import Round, Step, awaited
-from stages.progress.time_left import seconds_left
 from stages.progress.unfinished import Unfinished, unfinished
 from stages.runtime.errors import Damaged, UsageProblem
 from stages.workspace import edits
@@ -64,8 +63,6 @@ class Status:
     """Files of rows that training would refuse: what is wrong first, and the mend."""
     unfinished: list[Unfinished] = field(default_factory=list)
     """Trainings that have begun and not ended."""
-    seconds_left: float | None = None
-    """Of training on this machine, if each step takes as long as it took last; None where nothing tells."""
     not_covered: str = ""
     """With verify: what nothing was held against."""
 
@@ -115,18 +112,7 @@ def status(
     command, waiting_for = (None, "") if unfit else (command, waiting_for)
     told = edited(workspace, reader.other_agreements)
     begun = unfinished(workspace)
-    found = Status(
-        rounds,
-        command,
-        waiting_for,
-        scores,
-        told,
-        unfit,
-        stale=stale,
-        refused=refused,
-        unfinished=begun,
-        seconds_left=seconds_left(workspace, rounds),
-    )
+    found = Status(rounds, command, waiting_for, scores, told, unfit, stale=stale, refused=refused, unfinished=begun)
     if not verify:
         return found
     faults = (*damage.faults(workspace), *damage.others(workspace))
