@@ -109,8 +109,8 @@ def _said(
     teacher.model.eval()
     found, each = [], []
     for number, batch in enumerate(batches):
-        tensors = collate(batch, longest_packed=teacher.longest_packed)
         device = teacher.model.device
+        tensors = collate(batch, longest_packed=teacher.longest_packed, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=teacher.autocast):
             logits = answer_logits(teacher.model, {name: tensor.to(device) for name, tensor in tensors.items()})
         short = top_k(logits[..., : source.vocabulary], source.top_k, temperature=source.temperature)

@@ -101,7 +101,7 @@ def losses_of(tuned: Tuned, examples: Sequence[Pupil], rows: int, count: int, re
     with held_in_bfloat16(tuned):
         for start in range(0, len(examples), rows):
             some = examples[start : start + rows]
-            batch = collate(some, longest_packed=tuned.longest_packed)
+            batch = collate(some, longest_packed=tuned.longest_packed, device=tuned.model.device)
             batch = {name: tensor.to(tuned.model.device) for name, tensor in batch.items()}
             with torch.autocast(tuned.model.device.type, torch.bfloat16, enabled=tuned.autocast):
                 logits = answer_logits(tuned.model, batch)

@@ -118,7 +118,7 @@ def withstood(lm: Harness, asked: Sequence[Asked], ascent: Ascent, name: str) ->
 
 def _of_batch(lm: Harness, asked: Sequence[Asked], ascent: Ascent, name: str) -> list[bool]:
     questions = [one.question for one in asked]
-    batch = branches.batch_of(questions)
+    batch = branches.batch_of(questions, packs=lm.packs)
     perturbation = Perturbation(lm.model, ascent, batch.prompt.to(lm.model.device))
     kept = [True] * len(asked)
     for step in range(ascent.steps + 1):

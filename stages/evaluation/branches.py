@@ -8,7 +8,7 @@ are computed at answer positions alone, which saves most of the work where the v
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.models.packed_attention import reading
 from stages.models.packing import UNBOUNDED, own_window
 
 Likelihood = tuple[float, bool]
@@ -50,10 +51,13 @@ class Question:
 class Batch(NamedTuple):
     """Questions as tensors.
 
-    input_ids, position_ids: [questions, length], padded on the left. attention_mask: bool [questions, 1, length,
-    length], whom each token reads. prompt: bool [questions, length], which tokens are of prompts. kept: bool
+    Padded: input_ids, position_ids: [questions, length], padded on the left. attention_mask: bool [questions, 1,
+    length, length], whom each token reads. prompt: bool [questions, length], which tokens are of prompts. kept: bool
     [questions, last], at which of the last places of each row logits are needed: after the prompt, and after each token
     of a branch.
+
+    Packed: all rows in one, [1, tokens], without padding. attention_mask: the same as packed_attention.reading has it.
+    kept: [logits], the places at which they are needed.
     """
 
     input_ids: Tensor
@@ -112,8 +116,8 @@ def batches(questions: Sequence[Question], rows: int) -> Iterator[list[Question]
         yield batch
 
 
-def batch_of(questions: Sequence[Question]) -> Batch:
-    """The rows of some questions."""
+def batch_of(questions: Sequence[Question], *, packs: bool = False) -> Batch:
+    """The rows of some questions, padded or packed."""
     length = max(question.tokens for question in questions)
     ids, positions = torch.zeros(2, len(questions), length, dtype=torch.long).unbind()
     branch = torch.full_like(ids, -2)  # -2: padding; -1: the prompt; then the number of the answer
@@ -128,18 +132,23 @@ def batch_of(questions: Sequence[Question]) -> Batch:
         positions[row, first:], branch[row, first:] = torch.tensor(places), torch.tensor(branches)
     reads = (branch[:, None, :] == branch[:, :, None]) | ((branch == -1)[:, None, :] & (branch >= 0)[:, :, None])
     mask = (reads & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
-    kept = branch[:, length - 1 - max(question.branch_tokens for question in questions) :] >= 0
+    kept = branch >= 0
     for row, question in enumerate(questions):
         kept[row, -1 - question.branch_tokens] = True
-    return Batch(ids, positions, mask, branch == -1, kept)
+    if packs:
+        own = branch > -2
+        is_prompt, asked = (branch == -1)[own][None], kept[own].nonzero()[:, 0]
+        return Batch(ids[own][None], positions[own][None], reading(mask, own), is_prompt, asked)
+    last = 1 + max(question.branch_tokens for question in questions)
+    return Batch(ids, positions, mask, branch == -1, kept[:, -last:])
 
 
 @torch.no_grad()
 def likelihoods(
-    model: Any, questions: Sequence[Question], *, softmax_dtype: torch.dtype | None = None
+    model: Any, questions: Sequence[Question], *, packs: bool = False, softmax_dtype: torch.dtype | None = None
 ) -> list[list[Likelihood]]:
     """That of each answer to each question. softmax_dtype: of the probabilities; default: that of the logits."""
-    parts = of_each(model, questions, batch_of(questions), softmax_dtype=softmax_dtype)
+    parts = of_each(model, questions, batch_of(questions, packs=packs), softmax_dtype=softmax_dtype)
     found = zip(*torch.cat(parts, dim=1).cpu().tolist(), strict=True)  # read from the device once
     return [[(nats, not misses) for nats, misses in islice(found, len(one.answers))] for one in questions]
 
@@ -151,17 +160,19 @@ def of_each(
 
     batch: of these questions. Gradients reach the likelihoods.
     """
-    dtype = computes_in(model)
-    mask = torch.zeros(batch.attention_mask.shape, dtype=dtype)  # in numbers: some attention adds it as it is
-    mask.masked_fill_(~batch.attention_mask, torch.finfo(dtype).min)
-    with _head_reads(model, batch.kept.to(model.device)):
+    dtype, mask, is_packed = computes_in(model), batch.attention_mask, batch.kept.dim() == 1
+    kept = batch.kept.to(model.device)
+    if not is_packed:  # in numbers: some attention adds it as it is
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    with nullcontext() if is_packed else _head_reads(model, kept):
         logits: Tensor = model(
             input_ids=batch.input_ids.to(model.device),
             position_ids=batch.position_ids.to(model.device),
             attention_mask=mask.to(model.device),
-            logits_to_keep=batch.kept.shape[1],
+            logits_to_keep=kept if is_packed else kept.shape[1],
             use_cache=False,
         ).logits
+    logits = logits[0] if is_packed else logits
     each = torch.split(logits, [1 + question.branch_tokens for question in questions])
     return [_of_question(*pair, softmax_dtype) for pair in zip(questions, each, strict=True)]
 

@@ -145,33 +145,38 @@ class Harness(HFLM):  # type: ignore[misc]
 
     @functools.cached_property
     def _longest_row(self) -> int:
-        """The longest row that has the likelihoods which lm-eval finds: 0 where the model does not take branches.
+        """The longest row that has the likelihoods which lm-eval finds: 0 where the model does not take branches."""
+        return branches.longest_row(self.model.config) if self.packs or self._has_likelihoods(packs=False) else 0
 
-        Found out by two short questions, whose answers are also scored one by one as lm-eval does.
-        """
+    @functools.cached_property
+    def packs(self) -> bool:
+        """Whether rows of branches may stand one after the other in one, without padding."""
+        return self._has_likelihoods(packs=True)
+
+    def _has_likelihoods(self, *, packs: bool) -> bool:
+        """Found out by two short questions, whose answers are also scored one by one as lm-eval does."""
         room, questions = branches.longest_row(self.model.config), branches.probe(self.vocab_size)
         if min(room, self.max_length) < max(question.tokens for question in questions):
-            return 0
+            return False
         total, self._total = self._total, 0  # nothing to tell of
         try:
-            together = [one for answers in self._branched(questions) for one, _ in answers]
+            found = branches.likelihoods(self.model, questions, packs=packs, softmax_dtype=self.softmax_dtype)
             requests = [(("", ""), list(one.prompt), answer) for one in questions for answer in one.answers]
             apart = [one for one, _ in super()._loglikelihood_tokens(requests, disable_tqdm=True)]
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # no such masks, positions or head
-            return 0
+            return False
         finally:
             self._total = total
         tolerance = 1e-4 if branches.computes_in(self.model) == torch.float32 else 2e-2
-        is_alike = all(
+        return all(
             math.isfinite(one) and abs(one - other) <= tolerance * max(1.0, abs(other))
-            for one, other in zip(together, apart, strict=True)
+            for one, other in zip((one for answers in found for one, _ in answers), apart, strict=True)
         )
-        return room if is_alike else 0
 
     def _branched(self, questions: Sequence[Question]) -> list[list[Likelihood]]:
-        return branches.likelihoods(self.model, questions, softmax_dtype=self.softmax_dtype)
+        return branches.likelihoods(self.model, questions, packs=self.packs, softmax_dtype=self.softmax_dtype)
 
     def cut(self, requests: Iterable[Any]) -> set[Any]:
         """The questions of these requests that do not fit into the context: lm-eval drops their beginning.

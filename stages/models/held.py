@@ -3,7 +3,7 @@
 Autocast casts a weight each time that it is used, and keeps what it cast only where the weight trains: of a LoRA step
 in bfloat16 on a CPU that was a fifth to a half. Held, the same numbers meet the same operations: logits, losses and
 gradients are the same to the bit, which is tried out on a few tokens. Elsewhere, scoring above all, the weights are
-float32 as ever.
+float32 as ever. On a CPU they are also laid out for its instructions once (`prepacked`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.data.examples import Example
+from stages.models import prepacked
 from stages.models.packing import answer_logits, padded
 from stages.models.tuned import Tuned
 
@@ -34,27 +35,34 @@ def held_in_bfloat16(*models: Tuned) -> Iterator[None]:
         for tuned in models:
             if tuned.autocast:
                 before = _said(tuned)
-                one = stack.enter_context(ExitStack())
-                one.enter_context(cast(tuned.model))
-                if not _are_same(before, tuned):
+                for packs in (True, False):
+                    one = stack.enter_context(ExitStack())
+                    one.enter_context(cast(tuned.model, packs=packs))
+                    if _are_same(before, tuned):
+                        break
                     one.close()
         yield
 
 
 @contextmanager
-def cast(model: nn.Module) -> Iterator[None]:
+def cast(model: nn.Module, *, packs: bool = False) -> Iterator[None]:
     """Hold a model's frozen linear weights in bfloat16, and keep LoRA from casting what it is given there and back.
 
-    But not where it drops out: that is done in float32, in which 1 / (1 - p) is not rounded to bfloat16.
+    But not where it drops out: that is done in float32, in which 1 / (1 - p) is not rounded to bfloat16. packs: lay
+    them out for the processor too, where that can be. Then a layer's own weight is NaN, as nothing may read it.
     """
     shared = _shared(model)
     with ExitStack() as undo:
         for layer, name in castable(model):
             weight = getattr(layer, name)
-            short = nn.Parameter(weight.data.bfloat16(), requires_grad=False)
+            short = weight.data.bfloat16()
             is_kept = weight.is_meta or id(weight) in shared or not torch.equal(short.float(), weight)
-            setattr(layer, name, short)
-            undo.callback(_restore, layer, name, weight if is_kept else None)
+            product = None
+            if packs and name == "weight" and prepacked.takes(layer):
+                layer.forward = product = prepacked.Prepacked(layer, short)
+                short = short.new_full((), torch.nan).expand(short.shape)
+            setattr(layer, name, nn.Parameter(short, requires_grad=False))
+            undo.callback(_restore, layer, name, weight if is_kept else None, product)
         for module in model.modules():
             if isinstance(module, LoraLayer) and not _drops_out(module):
                 undo.callback(setattr, module, "cast_input_dtype_enabled", module.cast_input_dtype_enabled)
@@ -86,10 +94,13 @@ def _shared(model: nn.Module) -> set[int]:
     return {key for key, count in counts.items() if count > 1}
 
 
-def _restore(layer: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+def _restore(layer: nn.Module, name: str, weight: nn.Parameter | None, product: prepacked.Prepacked | None) -> None:
     """Put a weight back; None: it is what bfloat16 holds, as of most published models, and was not kept beside it."""
+    if product is not None:
+        del layer.forward
     if weight is None:
-        weight = nn.Parameter(getattr(layer, name).data.float(), requires_grad=False)
+        short = getattr(layer, name).data if product is None else product.weight()
+        weight = nn.Parameter(short.float(), requires_grad=False)
     setattr(layer, name, weight)
 
 

@@ -9,6 +9,7 @@ mask of whole numbers, `places`. A model that computes attention in some other w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,22 +18,77 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from stages.models import short_attention
+from stages.models.short_attention import Slots
+
+ANOTHER = 32
+"""What another rectangle costs, as that many slots: measured, on a CPU."""
 
 
-def places(lengths: Sequence[int]) -> Tensor:
-    """What takes a mask's place, [1, 2, rows, longest]: transformers hands on whatever has four dimensions.
+def places(lengths: Sequence[int], *, by_length: bool = False) -> Tensor:
+    """What takes a mask's place: where each row's tokens stand in the packed row, and the way back.
 
-    First where each row's tokens stand in the packed row, the padding standing at 0. Then, flat and padded with 0,
-    where each packed token stands in [rows, longest].
+    [1, 2, rows, longest], since transformers hands on whatever has four dimensions: the rows below each other, padded
+    on the right. First, for each of their slots, which packed token is in it, the padding being token 0. Then, flat and
+    padded with 0, which slot each packed token is in.
+
+    by_length: rows of about one length stand in a rectangle of their own, if that spares more than it costs. Then it is
+    [1, 3, .., longest], all flat, and last are the rectangles: how many rows, how long, again and again until 0. This
+    is for CPUs: to read sizes from a GPU is to wait for it.
     """
-    positions, rows = torch.arange(max(lengths)), torch.tensor(lengths)
-    is_token = positions < rows[:, None]  # (rows, longest)
-    starts = rows.cumsum(0) - rows
-    there, back = torch.zeros(2, *is_token.shape, dtype=torch.long)
-    there[is_token] = (starts[:, None] + positions)[is_token]
-    found = is_token.flatten().nonzero()[:, 0]
-    back.view(-1)[: len(found)] = found
-    return torch.stack([there, back])[None]
+    groups = _of_about_one_length(lengths) if by_length else [list(range(len(lengths)))]
+    rectangles = [(len(group), max(lengths[row] for row in group)) for group in groups]
+    order, sizes = torch.tensor([row for group in groups for row in group]), torch.tensor(lengths)
+    longest = torch.tensor([length for rows, length in rectangles for _ in range(rows)])
+    begins = torch.empty_like(order)
+    begins[order] = longest.cumsum(0) - longest  # the slot at which each row begins
+    tokens, row = torch.arange(sum(lengths)), torch.arange(len(lengths)).repeat_interleave(sizes)
+    slot = tokens + (begins - sizes.cumsum(0) + sizes)[row]
+    lines = -(-sum(rows * length for rows, length in rectangles) // max(lengths))
+    found = torch.zeros(3, lines * max(lengths), dtype=torch.long)
+    found[0, slot] = tokens
+    found[1, : len(tokens)] = slot
+    found[2, : 2 * len(rectangles)] = torch.tensor(rectangles).flatten() if len(rectangles) > 1 else 0
+    return found[: 3 if len(rectangles) > 1 else 2].view(1, -1, lines, max(lengths))
+
+
+def _of_about_one_length(lengths: Sequence[int]) -> list[list[int]]:
+    """The rows in groups, the longest first; one is full where its padding would be more than another costs."""
+    found: list[list[int]] = []
+    padding = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        padding += lengths[found[-1][0]] - lengths[row] if found else 0
+        if not found or padding > ANOTHER:
+            found.append([])
+            padding = 0
+        found[-1].append(row)
+    return found
+
+
+def reading(mask: Tensor, own: Tensor) -> Tensor:
+    """What takes a mask's place where it is not the causal one: [rows, 1, longest + 2, longest].
+
+    mask: bool [rows, 1, longest, longest], whom each token reads; the padding reads itself. own: bool [rows, longest],
+    which slots are no padding. Packed tokens stand in their order. Below the mask, as of places: which token is in each
+    slot, and which slot each token is in.
+    """
+    there = torch.where(own.flatten(), own.flatten().cumsum(0) - 1, 0)
+    back = torch.zeros_like(there)
+    back[: int(own.sum())] = own.flatten().nonzero()[:, 0]
+    return torch.cat([mask.long(), there.view(len(own), 1, 1, -1), back.view(len(own), 1, 1, -1)], dim=2)
+
+
+def slots_of(places: Tensor, tokens: int) -> Slots:
+    """What places or reading tells of a packed row of so many tokens."""
+    rows, planes, lines, longest = places.shape
+    if planes == 1:
+        mask, there, back = torch.split(places, [longest, 1, 1], dim=2)
+        return Slots(there.flatten(), back.flatten()[:tokens], [(rows, longest)], mask.bool())
+    rectangles = [(lines, longest)]
+    if planes > 2:
+        sizes = takewhile(bool, places[0, 2].flatten().tolist())
+        rectangles = list(zip(sizes, sizes, strict=True))
+    slots = sum(rows * longest for rows, longest in rectangles)
+    return Slots(places[0, 0].flatten()[:slots], places[0, 1].flatten()[:tokens], rectangles)
 
 
 class _Spread(torch.autograd.Function):
@@ -80,24 +136,28 @@ def attend(
         return plain
     if settings.get("position_bias") is not None:
         raise ValueError("packed rows take no bias between positions")
-    _, _, rows, longest = attention_mask.shape
-    there, back = attention_mask[0, 0].flatten(), attention_mask[0, 1].flatten()[: query.shape[2]]
+    slots = slots_of(attention_mask, query.shape[2])
+    if short_attention.is_meant_for(query, key, value, slots.rectangles, dropout=settings.get("dropout", 0.0)):
+        groups = query.shape[1] // key.shape[1]
+        q, k, v = (one[0].transpose(0, 1) for one in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+        return short_attention.attend(q, k, v, slots, scale=settings.get("scaling"))[None], None
     spread = [
-        _Spread.apply(one[0].transpose(0, 1), there, back).view(rows, longest, *one.shape[1::2]).transpose(1, 2)  # type: ignore[no-untyped-call]
+        torch.split(_Spread.apply(one[0].transpose(0, 1), slots.there, slots.back), slots.sizes)  # type: ignore[no-untyped-call]
         for one in (query, key, value)
     ]
-    found = _causal(module, *spread, **settings)
-    return _Gather.apply(found.flatten(0, 1), back)[None], None  # type: ignore[no-untyped-call]
+    found = [
+        _apart(module, [one.view(*sides, *one.shape[1:]).transpose(1, 2) for one in three], slots.mask, settings)
+        for sides, *three in zip(slots.rectangles, *spread, strict=True)
+    ]
+    return _Gather.apply(torch.cat(found) if len(found) > 1 else found[0], slots.back)[None], None  # type: ignore[no-untyped-call]
 
 
-def _causal(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-    """[rows, longest, heads, width of a head]: each token attends to those of its row up to itself."""
-    groups = query.shape[1] // key.shape[1]
-    heads = query, repeat_kv(key, groups), repeat_kv(value, groups)
-    if short_attention.is_meant_for(*heads, dropout=settings.get("dropout", 0.0)):
-        return short_attention.attend(*heads, scale=settings.get("scaling")).transpose(1, 2)
-    found: Tensor = sdpa_attention_forward(module, query, key, value, None, **(settings | {"is_causal": True}))[0]
-    return found
+def _apart(module: nn.Module, heads: list[Tensor], mask: Tensor | None, settings: dict[str, Any]) -> Tensor:
+    """[rows x longest, heads, width of a head]. heads: query, key, value: [rows, heads, longest, width of a head]."""
+    query, key, value = heads
+    settings = settings | {"is_causal": mask is None}
+    found: Tensor = sdpa_attention_forward(module, query, key, value, mask, **settings)[0]
+    return found.flatten(0, 1)
 
 
 AttentionInterface.register("sdpa", attend)

@@ -35,15 +35,15 @@ PROMPTS = "prompts"
 """In a batch, where that is asked for: bool, of the form of its input_ids, which tokens are of prompts."""
 
 
-def packed(examples: Sequence[Example]) -> Batch:
-    """One row: input_ids, position_ids [1, tokens]; attention_mask [1, 2, rows, longest], of places; all else [A]."""
+def packed(examples: Sequence[Example], *, by_length: bool = False) -> Batch:
+    """One row: input_ids, position_ids [1, tokens]; attention_mask, by_length: as of places; all else [A]."""
     lengths = [len(example.input_ids) for example in examples]
     starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
     answers = [start + _predicting(example) for start, example in zip(starts, examples, strict=True)]
     return {
         "input_ids": torch.tensor([[token for example in examples for token in example.input_ids]]),
         "position_ids": torch.cat([torch.arange(len(example.input_ids)) for example in examples])[None],
-        "attention_mask": places(lengths),
+        "attention_mask": places(lengths, by_length=by_length),
         "answers": torch.cat(answers),
         "labels": _labels(examples),
         ROWS: _rows(examples),
@@ -85,10 +85,13 @@ def answer_logits(model: Any, batch: Batch) -> Tensor:
     return logits[answers] if answers.dtype == torch.bool else logits[0]
 
 
-def collate(examples: Sequence[Example], *, longest_packed: int) -> Batch:
-    """Packed, if the models take rows of this length so (see packs); else padded."""
+def collate(examples: Sequence[Example], *, longest_packed: int, device: torch.device) -> Batch:
+    """Packed, if the models take rows of this length so (see packs); else padded. On the CPU.
+
+    device: that the batch will go to.
+    """
     longest = max(len(example.input_ids) for example in examples)
-    return packed(examples) if longest <= longest_packed else padded(examples)
+    return packed(examples, by_length=device.type == "cpu") if longest <= longest_packed else padded(examples)
 
 
 def prompts(examples: Sequence[Example], batch: Batch) -> Tensor:

@@ -123,12 +123,16 @@ def weight_bytes(shape: Shape) -> int:
     return frozen - less
 
 
-def held_bytes(shape: Shape, compute: torch.dtype) -> int:
-    """What a stage that computes in bfloat16 holds beside float32 weights; of weights published so, nothing."""
+def held_bytes(shape: Shape, compute: torch.dtype, device: torch.device) -> int:
+    """What a stage that computes in bfloat16 holds beside float32 weights; of weights published so, nothing.
+
+    On a CPU they are laid out for both ways, there and back, which is as much as float32.
+    """
     if compute != torch.bfloat16 or shape.stored_dtype == "bfloat16":
         return 0
+    copies = 2 if device.type == "cpu" else 1
     weights = [getattr(layer, name) for layer, name in castable(shape.model)]
-    return sum(compute.itemsize * weight.numel() for weight in weights)
+    return sum(copies * compute.itemsize * weight.numel() for weight in weights)
 
 
 def unpacked_bytes(shape: Shape, compute: torch.dtype) -> int:

@@ -128,7 +128,7 @@ def asked_stage(name: str, here: Here, role: Role, training: StagePlan) -> Stage
         autocast=compute == torch.bfloat16,
     )
     takes = {
-        "weights": shapes.weight_bytes(shape) + shapes.held_bytes(shape, compute),
+        "weights": shapes.weight_bytes(shape) + shapes.held_bytes(shape, compute, here.device),
         "adapters": shapes.FLOAT32_BYTES * shape.adapter_parameters,
         "logits": step.logits,
         "transient": step.transient + shapes.unpacked_bytes(shape, compute),
@@ -239,7 +239,8 @@ def _of_training(here: Here, wanted: Mapping[Role, Shape], step: Step, remembere
     trained = sum(shape.adapter_parameters for shape in wanted.values())
     return {
         "weights": sum(
-            shapes.weight_bytes(one) + shapes.held_bytes(one, computes[role]) for role, one in wanted.items()
+            shapes.weight_bytes(one) + shapes.held_bytes(one, computes[role], here.device)
+            for role, one in wanted.items()
         ),
         "adapters": shapes.FLOAT32_BYTES * trained,
         "gradients": shapes.FLOAT32_BYTES * trained,

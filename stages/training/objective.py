@@ -108,7 +108,7 @@ class Objective(nn.Module):
 
         step: None if the batch is the whole step.
         """
-        batch = collate(examples, longest_packed=self._longest_packed)
+        batch = collate(examples, longest_packed=self._longest_packed, device=self.device)
         return batch | {"tokens": torch.tensor(step or Tokens.of(examples), dtype=torch.float32)}
 
     def parts(self, batch: Batch, tokens: Tokens, turn: str | None = None) -> dict[str, Tensor]:

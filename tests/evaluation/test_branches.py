@@ -69,6 +69,8 @@ MODELS: dict[str, Any] = {
 }
 BRANCHING = {"gpt2": 1 << 30, "llama": 1 << 30, "gemma3": WINDOW, "opt": 1 << 30, "gpt-neo": 16}
 """Which of them take branches, and how long a row may be."""
+PACKED = {"gpt2", "llama", "gemma3"}
+"""Which of them take rows one after the other: those that attend as torch does."""
 REQUESTS = [
     ([5, 6, 7, 8], [9]),
     ([5, 6, 7, 8], [10, 11, 12]),
@@ -108,6 +110,7 @@ def asked(requests: list[Any]) -> list[Any]:
 def test_answers_are_as_likely_as_lm_eval_finds_them(kind: str, tokenizer: Any) -> None:
     lm = harness_of(kind, tokenizer)
     assert lm._longest_row == BRANCHING.get(kind, 0)
+    assert lm.packs == (kind in PACKED)
     found = lm._loglikelihood_tokens(asked(REQUESTS))
     known = HFLM._loglikelihood_tokens(lm, asked(REQUESTS), disable_tqdm=True)
     assert [one for one, _ in found] == pytest.approx([one for one, _ in known], abs=2e-4)
@@ -150,11 +153,16 @@ def test_a_model_that_makes_something_else_of_the_mask_is_asked_as_lm_eval_does(
 ) -> None:
     lm, real = harness_of("gpt2", tokenizer), branches.batch_of
 
-    def blind(questions: Any) -> branches.Batch:
-        batch = real(questions)
-        return batch._replace(attention_mask=torch.ones_like(batch.attention_mask).tril())
+    def blind(questions: Any, *, packs: bool) -> branches.Batch:
+        batch = real(questions, packs=packs)
+        if not packs:
+            return batch._replace(attention_mask=torch.ones_like(batch.attention_mask).tril())
+        rows, _, _, length = batch.attention_mask.shape
+        all_before = torch.ones(rows, 1, length, length, dtype=torch.long).tril()
+        return batch._replace(attention_mask=torch.cat([all_before, batch.attention_mask[:, :, length:]], dim=2))
 
     monkeypatch.setattr(branches, "batch_of", blind)
+    assert not lm.packs
     assert lm._longest_row == 0
 
 

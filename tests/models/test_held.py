@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from builders import Family, examples, tuned
+from stages.models import prepacked
 from stages.models.held import castable, held_in_bfloat16
 from stages.models.tuned import Tuned
 from stages.training.objective import Objective, task_loss
@@ -92,6 +93,17 @@ def test_weights_that_bfloat16_holds_are_not_kept_twice_and_come_back_to_the_bit
     assert all(torch.equal(after[name][1], before[name][1]) for name in before)
     assert {value.dtype for _, value in after.values()} == {torch.float32}
     assert not any(parameter.requires_grad for name, parameter in one.model.named_parameters() if "lora" not in name)
+
+
+@FAMILIES
+def test_inside_layers_are_laid_out_for_the_processor_and_afterwards_they_are_their_own_again(family: Family) -> None:
+    one = cast(family)
+    layers = [layer for layer, name in castable(one.model) if name == "weight"]
+    can = prepacked.takes(nn.Linear(2, 2).requires_grad_(False))
+    with held_in_bfloat16(one):
+        assert [isinstance(layer.forward, prepacked.Prepacked) for layer in layers] == [can] * len(layers)
+        assert bool(torch.isnan(layers[0].weight).all()) == can  # what nothing may read
+    assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_a_model_that_computes_in_float32_is_left_alone() -> None:

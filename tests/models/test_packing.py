@@ -19,7 +19,17 @@ from stages.models.packing import UNBOUNDED, Batch, answer_logits, collate, pack
 from stages.training.losses import cross_entropy
 
 FAMILIES = pytest.mark.parametrize("family", get_args(Family))
-LAYOUTS = pytest.mark.parametrize("layout", [packed, padded], ids=["packed", "padded"])
+
+
+def by_length(rows: Sequence[Example]) -> Batch:
+    """As on a CPU, where the rows of these tests are too short to be worth more than one rectangle."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(packed_attention, "ANOTHER", 3)
+        return packed(rows, by_length=True)
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [packed, by_length, padded], ids=["packed", "by length", "padded"])
+CPU = torch.device("cpu")
 ROWS = [
     *examples([(5, 2), (1, 1), (9, 4), (3, 1), (2, 6)]),
     Example([4, 8, 5, 6, 3, 2, 2, 7, 8], 2, gaps=((3, 5), (7, 8))),  # three answers, of 1, 2 and 1 tokens
@@ -153,7 +163,7 @@ def is_packed(batch: Batch) -> bool:
 
 @pytest.mark.parametrize(("longest_packed", "expected"), [(30, True), (29, False), (0, False)])
 def test_a_batch_is_packed_if_the_model_takes_its_longest_row_so(longest_packed: int, expected: bool) -> None:
-    assert is_packed(collate(examples([(1, 1), (29, 1)]), longest_packed=longest_packed)) == expected
+    assert is_packed(collate(examples([(1, 1), (29, 1)]), longest_packed=longest_packed, device=CPU)) == expected
 
 
 def test_prompts_carry_no_loss() -> None:
@@ -192,7 +202,7 @@ def test_a_model_with_a_window_takes_rows_packed_that_are_no_longer_than_it(kind
     model = windowed(kind, 9)
     assert packs(model) == 9
     for rows in (examples([(5, 2), (1, 1), (7, 2)]), examples([(5, 2), (1, 1), (8, 2), (17, 3)])):
-        batch = collate(rows, longest_packed=packs(model))
+        batch = collate(rows, longest_packed=packs(model), device=CPU)
         alone = [
             model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_tokens - 1 : len(row.input_ids) - 1]
             for row in rows
@@ -241,14 +251,39 @@ def test_an_attention_with_a_bias_between_positions_refuses_packed_rows() -> Non
         packed_attention.attend(nn.Module(), q, q, q, packed_attention.places([2, 1]), position_bias=q)
 
 
-@pytest.mark.parametrize("lengths", [[1], [4], [3, 1, 4], [2, 2]])
-def test_packed_attention_is_attention_row_by_row_value_and_gradient(lengths: list[int]) -> None:
+def test_on_a_cpu_rows_of_about_one_length_are_padded_to_each_other_alone() -> None:
+    lengths = [30, 92, 44, 28, 35, 22, 25, 20]
+    found = packed_attention.places(lengths, by_length=True)
+    assert packed_attention.slots_of(packed_attention.places(lengths), sum(lengths)).rectangles == [(8, 92)]
+    there, back, rectangles, _ = packed_attention.slots_of(found, sum(lengths))
+    assert rectangles == [(1, 92), (3, 44), (4, 28)]
+    assert torch.equal(there[back], torch.arange(sum(lengths)))
+    assert there[:92].tolist() == [*range(30, 122)]  # the longest row stands first
+    assert there[92 : 92 + 44].tolist() == [*range(122, 166)]
+    assert there[92 + 44 : 92 + 88].tolist() == [*range(194, 229), *[0] * 9]
+
+
+def test_rows_of_one_length_or_hardly_different_ones_stand_in_one_rectangle() -> None:
+    for lengths in ([7] * 64, [30, 29, 28, 27], [5]):
+        assert torch.equal(packed_attention.places(lengths, by_length=True), packed_attention.places(lengths))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_batches_for_a_cpu_are_laid_out_by_length(device: str) -> None:
+    batch = collate(examples([(60, 2), (4, 1)]), longest_packed=UNBOUNDED, device=torch.device(device))
+    assert len(packed_attention.slots_of(batch["attention_mask"], 67).rectangles) == (2 if device == "cpu" else 1)
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("lengths", [[1], [4], [3, 1, 4], [2, 2], [1, 40, 3, 36, 90], [33, 1]])
+def test_packed_attention_is_attention_row_by_row_value_and_gradient(lengths: list[int], by_length: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value, weight = (
         torch.randn(1, 2, sum(lengths), 4, generator=generator, dtype=torch.float64, requires_grad=True)
         for _ in range(4)
     )
-    found, _ = packed_attention.attend(nn.Module(), query, key, value, packed_attention.places(lengths))
+    places = packed_attention.places(lengths, by_length=by_length)
+    found, _ = packed_attention.attend(nn.Module(), query, key, value, places)
     by_hand = []
     for q, k, v in zip(*(one[0].split(lengths, dim=1) for one in (query, key, value)), strict=True):
         scores = (q @ k.mT / 4**0.5).masked_fill(torch.ones(q.shape[1], q.shape[1]).triu(1).bool(), -torch.inf)

@@ -101,6 +101,8 @@ def test_what_is_kept_is_what_a_real_model_keeps_and_the_sum_is_its_peak(family:
     step = planned(model, autocast=autocast)
     # Cross-entropy keeps float32 log-probabilities; the logits that they are made of live until it has.
     with held_in_bfloat16(replace(model, autocast=autocast)):
+        work()[0].backward()  # lays weights out for the way back, which count as weights
+        model.model.zero_grad()
         logits = work()[1]
         assert step.logits == logits + 4 * ROWS * ANSWERS * 500 + 8 * ROWS * ANSWERS + 4
         assert step.activations + step.logits == saved_by([model], work) + logits + INDICES - MASK
