@@ -6,7 +6,7 @@ same numbers come out, to the bit. The operations are those that torch's own com
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -61,11 +61,18 @@ def takes(layer: nn.Module) -> bool:
         and "forward" not in vars(layer)  # some library's own, such as one that fetches the weight from elsewhere
         and layer.weight.device.type == "cpu"
         and not any(parameter.requires_grad for parameter in layer.parameters())
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and torch.cpu._is_avx512_bf16_supported()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _are_at_hand()
     )
+
+
+@cache
+def _are_at_hand() -> bool:
+    """Whether the processor has instructions for bfloat16, and torch these operations of its compiler's."""
+    one = torch.eye(16, dtype=torch.bfloat16)
+    try:
+        return torch.cpu._is_avx512_bf16_supported() and torch.equal(_product(one, _laid_out(one), None), one)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def _laid_out(weight: Tensor) -> Tensor:

@@ -106,6 +106,15 @@ def test_inside_layers_are_laid_out_for_the_processor_and_afterwards_they_are_th
     assert not any("forward" in vars(layer) for layer in layers)
 
 
+@FAMILIES
+def test_gradient_checkpointing_takes_the_same_way_twice(family: Family) -> None:
+    one, plain = cast(family), cast(family)
+    one.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with held_in_bfloat16(one, plain):
+        found, expected = step(one), step(plain)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_model_that_computes_in_float32_is_left_alone() -> None:
     one = tuned("slm")
     before = {name: key for name, (key, _) in weights(one).items()}
