@@ -29,6 +29,8 @@ from transformers import (
     set_seed,
 )
 
+from stages.models.fused import fuse
+
 END = "<|endoftext|>"
 CONTEXT = (
     32  # tokens: the longest question and answer take 16; every position has to be learned, so there are no spare ones
@@ -94,6 +96,7 @@ def build_model(
     set_seed(seed)
     config = CONFIGURATIONS[shape.architecture](shape, tokenizer)
     model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    fuse(model)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,

@@ -107,12 +107,8 @@ class Harness(HFLM):  # type: ignore[misc]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As a row is split for training: what is trained is what is scored."""
-        example = encode_row(Row(context, continuation), self._encoder)
+        example = encode_row(Row(context, continuation), _encoder_of(self.tokenizer))
         return example.input_ids[: example.prompt_tokens], example.input_ids[example.prompt_tokens :]
-
-    @functools.cached_property
-    def _encoder(self) -> _Encoder:
-        return _Encoder(self.tokenizer)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -247,6 +243,12 @@ class _Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self.bos_token, self.eos_token = tokenizer.bos_token, tokenizer.eos_token
         self.encode = functools.lru_cache(maxsize=MOST_TEXTS)(tokenizer.encode)
+
+
+@functools.lru_cache(maxsize=2)
+def _encoder_of(tokenizer: Any) -> _Encoder:
+    """Kept for the next model with this tokenizer: round after round the same questions are asked."""
+    return _Encoder(tokenizer)
 
 
 def _is_whole(texts: Any, before: list[int], after: list[int], *, room: int) -> bool:

@@ -44,7 +44,7 @@ class Prompting(NamedTuple):
         task.build_all_requests(limit=limit, rank=0, world_size=1, chat_template=template, **self.arguments)
 
     def begin(self, tasks: Sequence[ConfigurableTask]) -> None:
-        """Have the same examples chosen as the first time. A task that says 0 has none, as with lm-eval."""
+        """Have the same examples chosen each time. A task that says 0 has none, as with lm-eval."""
         for task in tasks:
             if task.config.num_fewshot != 0:
                 task.set_config(key="num_fewshot", value=self.num_fewshot)

@@ -61,7 +61,8 @@ def score(
             prompting.begin(tasks)
             asked = {task.config.task: _asked(lm, task, prompting, limit, report) for task in tasks}
             under_attack = attacked(lm, tasks, report) if attack else {}  # before hours of scoring
-            prompting.begin(tasks)
+            for task in tasks:  # they stand
+                task.build_all_requests = lambda **_: None
             dealt = {"tasks": {task.config.task: task for task in tasks}}
             results = evaluate(lm=lm, task_dict=dealt, limit=limit, **prompting.arguments)
             assert results is not None
