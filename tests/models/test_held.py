@@ -106,6 +106,27 @@ def test_inside_layers_are_laid_out_for_the_processor_and_afterwards_they_are_th
     assert not any("forward" in vars(layer) for layer in layers)
 
 
+@pytest.mark.parametrize(("error", "packs"), [(0.0, True), (2e-4, True), (0.1, False)])
+def test_products_that_round_otherwise_are_taken_where_they_are_as_near_to_float32(
+    error: float, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not prepacked.takes(nn.Linear(2, 2).requires_grad_(False)):
+        pytest.skip("this processor has no bfloat16 products")
+    product = prepacked._product
+
+    def other(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found = product(x, weight, bias).float()
+        return (found * (1 + error * torch.randn(found.shape))).bfloat16()
+
+    monkeypatch.setattr(prepacked, "_product", other)
+    one = cast("llama")
+    layer = one.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    with held_in_bfloat16(one):
+        assert isinstance(layer.forward, prepacked.Prepacked) == packs
+        assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight.dtype == torch.float32
+
+
 @FAMILIES
 def test_gradient_checkpointing_takes_the_same_way_twice(family: Family) -> None:
     one, plain = cast(family), cast(family)
