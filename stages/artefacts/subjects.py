@@ -47,8 +47,13 @@ def folder_of(workspace: Workspace, round: int, subject: str) -> Path:
     return {"slm": workspace.slm, "llm": workspace.llm, "aggregate": workspace.aggregate}[subject](round)
 
 
-def is_of_another(workspace: Workspace, round: int, subject: str, manifest_sha256: object) -> bool:
-    """Whether what was measured is of another adapter than lies there now; of one that is not here nothing is said."""
+def is_of_another(workspace: Workspace, round: int | None, subject: str, manifest_sha256: object) -> bool:
+    """Whether what was measured is of another adapter than lies there now; of one that is not here nothing is said.
+
+    round: None where it is of the base alone.
+    """
+    if round is None:
+        return False
     try:
         return read_manifest(folder_of(workspace, round, subject))[1] != manifest_sha256
     except (Problem, OSError):

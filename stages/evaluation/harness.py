@@ -157,8 +157,7 @@ class Harness(HFLM):  # type: ignore[misc]
         total, self._total = self._total, 0  # nothing to tell of
         try:
             found = branches.likelihoods(self.model, questions, packs=packs, softmax_dtype=self.softmax_dtype)
-            requests = [(("", ""), list(one.prompt), answer) for one in questions for answer in one.answers]
-            apart = [one for one, _ in super()._loglikelihood_tokens(requests, disable_tqdm=True)]
+            apart = self._apart
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # no such masks, positions or head
@@ -170,6 +169,13 @@ class Harness(HFLM):  # type: ignore[misc]
             math.isfinite(one) and abs(one - other) <= tolerance * max(1.0, abs(other))
             for one, other in zip((one for answers in found for one, _ in answers), apart, strict=True)
         )
+
+    @functools.cached_property
+    def _apart(self) -> list[float]:
+        """The likelihoods of the probe's answers, one by one, as lm-eval finds them."""
+        questions = branches.probe(self.vocab_size)
+        requests = [(("", ""), list(one.prompt), answer) for one in questions for answer in one.answers]
+        return [one for one, _ in super()._loglikelihood_tokens(requests, disable_tqdm=True)]
 
     def _branched(self, questions: Sequence[Question]) -> list[list[Likelihood]]:
         return branches.likelihoods(self.model, questions, packs=self.packs, softmax_dtype=self.softmax_dtype)

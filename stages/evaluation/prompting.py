@@ -39,16 +39,15 @@ class Prompting(NamedTuple):
         }
 
     def build(self, lm: Harness, task: ConfigurableTask, limit: int | None) -> None:
-        """Make a task's requests, as evaluate is going to."""
+        """Make a task's requests, as lm-eval's evaluate would, with the same examples each time.
+
+        A task that says 0 has none, as with lm-eval.
+        """
+        if task.config.num_fewshot != 0:
+            task.set_config(key="num_fewshot", value=self.num_fewshot)
+        task.set_fewshot_seed(seed=SEED)
         template = lm.apply_chat_template if self.apply_chat_template else None
         task.build_all_requests(limit=limit, rank=0, world_size=1, chat_template=template, **self.arguments)
-
-    def begin(self, tasks: Sequence[ConfigurableTask]) -> None:
-        """Have the same examples chosen each time. A task that says 0 has none, as with lm-eval."""
-        for task in tasks:
-            if task.config.num_fewshot != 0:
-                task.set_config(key="num_fewshot", value=self.num_fewshot)
-            task.set_fewshot_seed(seed=SEED)
 
     def check(self, lm: Harness, tasks: Sequence[ConfigurableTask], report: Report) -> None:
         """Raise UsageProblem where there is no template to apply; tell of examples from the questions themselves."""

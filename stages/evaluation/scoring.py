@@ -58,7 +58,6 @@ def score(
     with ready as lm:
         try:
             prompting.check(lm, tasks, report)
-            prompting.begin(tasks)
             asked = {task.config.task: _asked(lm, task, prompting, limit, report) for task in tasks}
             under_attack = attacked(lm, tasks, report) if attack else {}  # before hours of scoring
             for task in tasks:  # they stand

@@ -31,7 +31,7 @@ HARDLY = 1.25
 def held_in_bfloat16(*models: Tuned) -> Iterator[None]:
     """Inside, what autocast would cast again and again is cast once; outside, all is as it was, to the bit.
 
-    Changes nothing of a model that computes in float32, nor of one that it would give other numbers.
+    Changes nothing of a model that computes in float32, nor of one that would say something else than `_hold` allows.
     """
     with ExitStack() as stack:
         for tuned in models:

@@ -47,8 +47,10 @@ def places(lengths: Sequence[int], *, by_length: bool = False) -> Tensor:
     found = torch.zeros(3, lines * max(lengths), dtype=torch.long)
     found[0, slot] = tokens
     found[1, : len(tokens)] = slot
-    found[2, : 2 * len(rectangles)] = torch.tensor(rectangles).flatten() if len(rectangles) > 1 else 0
-    return found[: 3 if len(rectangles) > 1 else 2].view(1, -1, lines, max(lengths))
+    if len(rectangles) == 1:
+        return found[:2].view(1, 2, lines, max(lengths))
+    found[2, : 2 * len(rectangles)] = torch.tensor(rectangles).flatten()
+    return found.view(1, 3, lines, max(lengths))
 
 
 def _of_about_one_length(lengths: Sequence[int]) -> list[list[int]]:

@@ -89,7 +89,7 @@ def stale(workspace: Workspace) -> Iterator[tuple[Path, str, Command]]:
             why.append(f"{AGREEMENT} was edited since")
         elif result.get("evaluation") != own_evaluation(workspace):
             why.append("it was scored by other settings of evaluation")
-        if round is not None and is_of_another(workspace, round, path.stem, result.get("manifest_sha256")):
+        if is_of_another(workspace, round, path.stem, result.get("manifest_sha256")):
             why.append("the adapter is another one now")
         if why:
             yield path, "; ".join(why), scored_by(round, path.stem)

@@ -63,6 +63,5 @@ def _since(workspace: Workspace, found: RowsResult) -> str:
             return " (edited since)"
     except (Problem, OSError):
         return ""
-    round = found["round"]
-    is_other = round is not None and is_of_another(workspace, round, found["subject"], found["manifest_sha256"])
+    is_other = is_of_another(workspace, found["round"], found["subject"], found["manifest_sha256"])
     return " (of another adapter)" if is_other else ""

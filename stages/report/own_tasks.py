@@ -61,6 +61,5 @@ def _since(workspace: Workspace, found: Result) -> str:
             return " (by other settings)"
     except (Problem, OSError):
         return ""
-    round = found["round"]
-    is_other = round is not None and is_of_another(workspace, round, found["subject"], found["manifest_sha256"])
+    is_other = is_of_another(workspace, found["round"], found["subject"], found["manifest_sha256"])
     return " (of another adapter)" if is_other else ""
